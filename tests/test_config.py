@@ -103,8 +103,10 @@ _NO_RESULT_CHANGES = [
     {"privacy__records_per_user": 3},  # of no effect where a record is the unit
     {"runtime__kind": "ray"},
     {"runtime__device": "cpu"},
+    {"runtime__num_devices": 2},
     {"runtime__num_threads": 3},
     {"runtime__micro_batch_tokens": 77},
+    {"runtime__step_mib": 77},
     {"runtime__gradient_checkpointing": True},
     {"runtime__sites_dir": "sites"},
     {"tracking__progress": False},

@@ -23,7 +23,9 @@ def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
     done = call(into)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (steps,) = json.loads(into.read_text()).values()
-    assert list(steps) == ["equal", "repeats", "alone", "moved-by-one", "speed-135m", "speed-1b", "speed-8b"]
+    checks = ["equal", "repeats", "alone", "moved-by-one", "several-devices"]
+    assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b"]
+    assert steps["several-devices"]["devices"] == 2
     assert steps["moved-by-one"]["exceeded"] == 0
     assert set(steps["alone"].values()) - {steps["alone"]["step_seconds"]} == {0.0}
     assert steps["speed-8b"]["private_tokens_a_second"] > 0

@@ -42,6 +42,9 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)
     if config.runtime.kind != "simulation":
         raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
+    if config.runtime.num_devices > 1:
+        bound = "must be 1: an audit watches each step in one process"
+        raise ConfigError("runtime.num_devices", config.runtime.num_devices, bound)
     if config.resume is not None:
         raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
     if config.federation.stop_after is not None:

@@ -51,12 +51,14 @@ class Shapes:
         max_tokens: rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more.
         full: the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
             micro-batch of that length always has an empty row.
+        most_rows: of each length, what memory has room for; empty: `max_tokens` alone decides.
         row_shares: a micro-batch has the rows that `max_tokens` allows or, for what is left over, one of these parts.
     """
 
     lengths: tuple[int, ...]
     max_tokens: int
     full: int = 0
+    most_rows: tuple[int, ...] = ()
     row_shares: tuple[int, ...] = (1, 2, 4, 8)
 
     @classmethod
@@ -75,10 +77,14 @@ class Shapes:
 
     def rows(self, length: int) -> tuple[int, ...]:
         """The numbers of rows that a micro-batch of this length may have, descending."""
-        fewest = 1 + (length == self.full)
-        return tuple(
-            sorted({max(fewest, self.max_tokens // length // share) for share in self.row_shares}, reverse=True)
-        )
+        fewest, most = self.fewest_rows(length), self.max_tokens // length
+        if self.most_rows:
+            most = min(most, self.most_rows[self.lengths.index(length)])
+        return tuple(sorted({max(fewest, most // share) for share in self.row_shares}, reverse=True))
+
+    def fewest_rows(self, length: int) -> int:
+        """The rows of the smallest micro-batch of this length."""
+        return 1 + (length == self.full)
 
     def room(self, length: int, rows: int) -> int:
         """How many records fit a micro-batch of this shape."""

@@ -79,7 +79,7 @@ class TextDataset:
         of_each = np.asarray(places, dtype=np.int64)[:, None] * self.texts + np.arange(self.texts)
         return of_each.ravel()
 
-    def chosen(self, places: Sequence[int]) -> TextDataset:
+    def chosen(self, places: Sequence[int] | NDArray[np.integer]) -> TextDataset:
         """The examples at these places, in this order; one may be taken more than once."""
         targets, texts = self.targets, self.texts_of(places)
         taken = tuple(targets[i] for i in texts) if isinstance(targets, tuple) else targets[np.array(places, dtype=int)]

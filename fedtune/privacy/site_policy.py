@@ -251,8 +251,10 @@ class Machine:
 
     Attributes:
         device: "auto", "cpu" or "cuda".
+        num_devices: GPUs that share each step; on the CPU, processes.
         num_threads: of torch; 0: one for each core.
         micro_batch_tokens: most tokens of a batch that is computed at once.
+        step_mib: memory for a batch and its gradients; 0: a share of what the machine has.
         kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
         kept_states_folder: where it goes if memory has no room, in a file without a name; "": nowhere.
         onednn: frozen weights multiply by oneDNN on an x86 CPU; false: as torch does it.
@@ -260,8 +262,10 @@ class Machine:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_devices: int = 1
     num_threads: int = 0
     micro_batch_tokens: int = 1024
+    step_mib: int = 0
     kept_states_mib: int = 1024
     kept_states_folder: str = ""
     onednn: bool = True
@@ -269,8 +273,10 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key, least in (("num_threads", 0), ("micro_batch_tokens", 1), ("kept_states_mib", 0)):
-            check_at_least(key, getattr(self, key), least)
+        for key in ("num_threads", "step_mib", "kept_states_mib"):
+            check_at_least(key, getattr(self, key), 0)
+        for key in ("num_devices", "micro_batch_tokens"):
+            check_at_least(key, getattr(self, key), 1)
 
 
 @spec

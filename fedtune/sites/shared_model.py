@@ -29,6 +29,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
+from fedtune.training.devices import Devices, Trial
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
     device_for,
@@ -38,12 +39,15 @@ from fedtune.training.machine import (
     place_for_states,
     ready_model,
     shapes_for,
+    step_bytes,
 )
-from fedtune.training.preflight import moved_by_others, require_alone
+from fedtune.training.preflight import moved_by_others, require_alone, within_memory
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is; of 0: nobody knows how much there is."""
 _Facts = tuple[Hashable, ...]
+_MEANS_BYTES = 512 * 2**20
+"""At most, since more at once gain nothing."""
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  A figure stays: who asks again does not get another draw of it."""
 
@@ -67,6 +71,7 @@ class SharedModel:
         keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
         states_folder: that folder, where memory has no room.
         states_mib: what that takes, in MiB.
+        devices: those that share each step with the first one; None: there is one, or no privacy.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
@@ -97,6 +102,7 @@ class SharedModel:
         if config.privacy.private:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
+        self.devices = self._devices() if config.privacy.private and config.runtime.num_devices > 1 else None
 
     @classmethod
     def of_simulation(
@@ -154,7 +160,14 @@ class SharedModel:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
         if self._facts not in _measured:
             self.progress("trying the model", 0, 0)
-            shapes, moved = self.shapes, self._moved(self.shapes)
+            shapes = within_memory(
+                self.model,
+                self.shapes,
+                most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
+                keeps_states=self.keeps_states,
+                pad_id=self.tokenizer.pad_token_id,
+            )
+            moved = self._moved(shapes)
             if moved > 0:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
@@ -162,16 +175,30 @@ class SharedModel:
             _measured[self._facts] = shapes, moved
         return _measured[self._facts]
 
+    @property
+    def bytes_of_means(self) -> int:
+        """For the means of users that are made together, in float64; 0 where records are units."""
+        by_user = self.config.privacy.unit == "user"
+        return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
+
     def _moved(self, shapes: Shapes) -> float:
         return moved_by_others(
-            self.model,
-            shapes,
+            self.model, **self._trial(shapes)._asdict(), told=partial(self.progress, "trying the model")
+        )
+
+    def _trial(self, shapes: Shapes) -> Trial:
+        return Trial(
+            shapes=shapes,
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
-            told=partial(self.progress, "trying the model"),
         )
+
+    def _devices(self) -> Devices:
+        self.progress("starting the other devices", 0, 0)
+        config, trial = self.config, self._trial(self.shapes)
+        return Devices(self.model, config.task_model(), config.runtime, max_length=config.data.max_length, trial=trial)
 
     def first_adapter(self) -> Adapter:
         """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.

@@ -19,12 +19,10 @@ from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
+from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.users import UserExamples
-
-_MEANS_BYTES = 256 * 2**20
-"""For the means of the users that are worked on together, in float64."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,20 @@ class SiteWork:
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return examples
-        values = sum(parameter.numel() for parameter in self.shared.model.trainable().values())
+        # In float64, and once more where one of them comes to no number.
+        of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
         return UserExamples(
             examples,
             users_of(self.records.training),
             most_records=privacy.contribution,
-            most_users=max(1, _MEANS_BYTES // (8 * values)),
+            most_users=max(1, self.shared.bytes_of_means // of_each),
         )
+
+    @cached_property
+    def _divided(self) -> DividedUnits | None:
+        """The same, over several devices; None where the site has one."""
+        devices, max_grad_norm = self.shared.devices, self.shared.config.privacy.max_grad_norm
+        return None if devices is None else devices.divided(self.examples, max_grad_norm=max_grad_norm)
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -80,10 +85,11 @@ class SiteWork:
     def _train(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> Adapter:
+        units = self.examples if self._divided is None else self._divided
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
-            self.examples.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
-        self.examples.keep_reference(self.shared.model)
+            units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
+        units.keep_reference(self.shared.model)
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
@@ -93,7 +99,7 @@ class SiteWork:
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
         )
-        return train_round(self.shared.model, adapter, self.examples, work, randomness=randomness)
+        return train_round(self.shared.model, adapter, units, work, randomness=randomness)
 
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness

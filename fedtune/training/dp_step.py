@@ -33,6 +33,11 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS
 """A clip norm, in cells."""
 
 
+def nobody_else(sums: Sums, max_grad_norm: float) -> int:
+    """What a site with one device has of others."""
+    return 0
+
+
 class UnitGradients(Protocol):
     """Turns a micro-batch of n units into one gradient for each: name -> (n, *parameter shape)."""
 
@@ -50,11 +55,14 @@ class Records:
         declared_size: the number the site publishes, in the step's denominator.
         cut: turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
             cuts changes no bit of a sum.
+        add_others: adds to sums what the site's other devices summed of the units that `cut` left to them, clipped to
+            the same norm; returns how many units those are.
     """
 
     count: int
     declared_size: int
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
+    add_others: Callable[[Sums, float], int] = nobody_else
 
 
 def dp_sgd_step(
@@ -79,10 +87,8 @@ def dp_sgd_step(
     assert_one_tensor_set(parameters, optimizer)
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
     sums = zeros(parameters)
-    seen = 0
-    for batch in records.cut(sampled):
-        add_clipped(sums, gradients.of(batch), plan.max_grad_norm)
-        seen += len(batch)
+    seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
+    seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled record counts exactly once"
     noisy = add_gaussian_noise(
         {name: total.cpu().numpy() for name, total in sums.items()},
@@ -96,6 +102,15 @@ def dp_sgd_step(
 def zeros(parameters: Mapping[str, torch.nn.Parameter]) -> Sums:
     """Sums in whole numbers, in the parameters' shapes: the order of adding changes nothing."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
+
+
+def add_each(sums: Sums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
+    """Add what each unit of the micro-batches contributes, as `add_clipped` does; returns how many units they have."""
+    seen = 0
+    for batch in batches:
+        add_clipped(sums, gradients.of(batch), max_grad_norm)
+        seen += len(batch)
+    return seen
 
 
 def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:

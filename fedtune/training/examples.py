@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,7 +18,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import UnitGradients
+from fedtune.training.dp_step import Sums, UnitGradients, nobody_else
 from fedtune.training.machine import room_for_states
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,22 @@ def nobody(done: int, total: int) -> None:
     """Tells nobody."""
 
 
+def rank_of(unit: int, num_devices: int) -> int:
+    """The device that a unit is on, by its place alone."""
+    return unit % num_devices
+
+
+def units_of(rank: int, num_devices: int, count: int) -> Places:
+    """Which of `count` units are on a device."""
+    return np.array([unit for unit in range(count) if rank_of(unit, num_devices) == rank], dtype=np.int64)
+
+
 class Units(Protocol):
     """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
 
-    unit: ClassVar[Unit]
+    @property
+    def unit(self) -> Unit:
+        """What a unit is."""
 
     def __len__(self) -> int:
         """How many units there are."""
@@ -48,6 +60,9 @@ class Units(Protocol):
 
     def gradients(self, of_each: UnitGradients, /) -> UnitGradients:
         """What turns a micro-batch into one gradient for each unit, by those of single examples."""
+
+    def add_others(self, sums: Sums, max_grad_norm: float, /) -> int:
+        """Add what other devices summed, see `Records.add_others`."""
 
     def add_plain_gradient(self, model: TaskModel, batch: Any, /) -> None:
         """Add the units' gradients to the parameters' own, unclipped.  Guarantee: none."""
@@ -102,6 +117,27 @@ class SiteExamples:
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Batch]]:
         """`cut`: nothing is drawn within a record."""
         return self.cut
+
+    def drawn(self, records: Places, stream: RandomStream) -> Sequence[Places]:
+        """Each record, as `UserExamples.drawn` has the records of each user."""
+        return list(records[:, None])
+
+    def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[Batch]:
+        """`cut`, of what `drawn` gave."""
+        return self.cut(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
+
+    def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
+        """The records of one of so many devices, and their places."""
+        records = units_of(rank, num_devices, len(self))
+        return self.of_records(records, device), records
+
+    def of_records(self, records: Places, device: torch.device | str) -> SiteExamples:
+        """Some of the records, on a device of their own; nothing is kept of them yet."""
+        return SiteExamples(self._dataset.chosen(records), pad_id=self._pad_id, shapes=self._shapes, device=device)
+
+    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+        """There are no other devices: see `fedtune.training.devices`."""
+        return nobody_else(sums, max_grad_norm)
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""

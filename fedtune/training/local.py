@@ -66,7 +66,7 @@ def train_round(
     noise = randomness.stream(*purpose, "noise")
     # A stream of its own, drawn from in every step: which of a sampled user's records take part.
     cut = units.cut_with(randomness.stream(*purpose, "records"))
-    records = Records(count=len(units), declared_size=work.declared_size, cut=cut)
+    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_others)
 
     def take_steps(step: Callable[[], None]) -> None:
         total_steps = work.plan.num_rounds * work.plan.local_steps

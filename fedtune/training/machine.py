@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedtune.data import Shapes
 from fedtune.model.fits import usable_positions
@@ -19,6 +23,10 @@ from fedtune.training.spec import RuntimeSpec
 
 _ELSEWHERE_MIB = 1024.0
 """For kept states where the system does not say how much memory is available."""
+_ELSEWHERE_BYTES = 4 * 2**30
+"""Of all memory, likewise."""
+_SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
+"""Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
 
 
 def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
@@ -44,7 +52,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or usable_cores())
+    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.num_devices))
     model = build()
     if runtime.onednn:
         multiply_by_onednn(model.base)
@@ -68,6 +76,82 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
     positions = usable_positions(model.base.get_base_model())
     most = runtime.micro_batch_tokens // model.spec.texts
     return Shapes.of(max_length=max_length, max_tokens=most, positions=positions)
+
+
+def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
+    """The memory set aside for a micro-batch: by default a share of what the machine has, less its models.
+
+    Not of what happens to be free, which would follow from the records of a run before.
+    """
+    if runtime.step_mib is not None:
+        return runtime.step_mib * 2**20
+    of_model = sum(one.numel() * one.element_size() for one in model.parameters())
+    if model.device.type == "cuda":
+        whole = int(torch.cuda.get_device_properties(model.device).total_memory)
+        return max(0, int(_SHARE_OF_GPU * (whole - of_model)))
+    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.num_devices - of_model)))
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, or what a container of it may use."""
+    limits = []
+    for path, unit in (("/proc/meminfo", 2**10), ("/sys/fs/cgroup/memory.max", 1)):
+        try:
+            limits.append(unit * next(int(word) for word in Path(path).read_text().split() if word.isdigit()))
+        except (OSError, StopIteration):  # not Linux, or a container without a bound
+            continue
+    return min(limits, default=_ELSEWHERE_BYTES)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that tensors take while `work` goes on, beyond what they took before.
+
+    On a GPU the allocator says so.  On a CPU the tensors that torch's operators make are counted, the same in each run;
+    what an operator uses within itself is not seen there.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+    live = _LiveTensors()
+    with live:
+        work()
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors made meanwhile, from when an operator returns them until nobody has them.
+
+    Attributes:
+        peak: the most there were at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak, self._bytes = 0, 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._known.update(_storages((args, kwargs)))  # what was there before, with what was made meanwhile
+        made = func(*args, **(kwargs or {}))
+        for storage in _storages(made):
+            if storage not in self._known:
+                self._known.add(storage)
+                self._bytes += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self._bytes)
+        return made
+
+    def _gone(self, num_bytes: int) -> None:
+        self._bytes -= num_bytes
+
+
+def _storages(tensors: Any) -> list[torch.UntypedStorage]:
+    """Of all tensors among these, but those of oneDNN, which have none."""
+    leaves = (one for one in tree_leaves(tensors) if isinstance(one, torch.Tensor))
+    return [one.untyped_storage() for one in leaves if one.layout == torch.strided]
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:

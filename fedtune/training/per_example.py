@@ -62,9 +62,12 @@ class PerExampleGradients:
             log.exception("a micro-batch failed; its examples are tried one at a time")
         nothing, each = one_at_a_time(self.of_all, batch)
         gradients = {name: zeros.clone() for name, zeros in nothing.items()}
-        for row, found in enumerate(each):
-            for name, gradient in (found or {}).items():
-                gradients[name][row] = gradient[0]
+        for row in range(len(batch)):
+            found = next(each)
+            if found is not None:
+                for name, of_rows in gradients.items():
+                    of_rows[row] = found[name][0]
+            del found  # which would be there while the next one is computed; enumerate would keep it, too
         return _without_unknown(batch, gradients)
 
     def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ Not tried for each number of places: a language model's output layer, which comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -20,13 +21,22 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
+from fedtune.data.batching import alone
 from fedtune.model import Adapter
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import CLIP_NORM_CELLS, contributions
+from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples, Told, nobody
+from fedtune.training.machine import peak_bytes
 from fedtune.training.per_example import PerExampleGradients, attached
+
+See = Callable[[Mapping[str, torch.Tensor]], None]
+
+
+def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
+    """Looks at nothing."""
+
 
 _LARGEST_ROUNDING = 0.05
 """In clip norms: an example that moves further is no longer rounded otherwise, it is mixed with others."""
@@ -43,6 +53,8 @@ def moved_by_others(
     pad_id: int = 0,
     weights_chosen: bool = True,
     told: Told = nobody,
+    seed: int | None = None,
+    see: See = unseen,
 ) -> float:
     """How far what an example adds to a sum was seen to move by what else is in its micro-batch (`require_alone`).
 
@@ -58,6 +70,8 @@ def moved_by_others(
         pad_id: that steps will fill with.
         weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
         told: how many of the trials are done; there are as many for every data set.
+        seed: of all that is made up; None: one that nobody knows.
+        see: gets the gradients of each micro-batch, on the CPU: with the same seed the same ones are tried.
 
     Returns:
         The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
@@ -65,28 +79,100 @@ def moved_by_others(
     Raises:
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
-    before, draws = Adapter.of(model), np.random.default_rng()
+    before, draws = Adapter.of(model), np.random.default_rng(seed)
     numbers, total = count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
 
     def trial() -> _Trial:
         made = _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
-        made.tried = lambda: told(next(numbers), total)
+        made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
     try:
-        _fill(model, draws)
-        moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
-        with _random_weights(model, draws) if weights_chosen else nullcontext():
-            last = trial()
-            moved = max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
-    except ConfigError:
-        raise
-    except Exception as error:  # a model's code may raise whatever it likes
-        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
-        raise ConfigError("model.path", model.spec.model.path, bound) from error
+        with _as_the_model_s(model, shapes):
+            _fill(model, draws)
+            moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
+            with _random_weights(model, draws) if weights_chosen else nullcontext():
+                last = trial()
+                moved = max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
     finally:
         before.load_into(model)
     return moved
+
+
+@contextmanager
+def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
+    """Whatever a model's code raises becomes a mistake in `model.path`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
+        raise ConfigError("model.path", model.spec.model.path, bound) from error
+
+
+def within_memory(model: TaskModel, shapes: Shapes, *, most_bytes: int, keeps_states: bool, pad_id: int = 0) -> Shapes:
+    """The same shapes with as many rows of each length as so much memory has room for.
+
+    Found by made-up examples alone, of every length.
+
+    Args:
+        model: with adapters, whose values do not matter.
+        shapes: by tokens.
+        most_bytes: for a micro-batch, its examples' gradients and all that clipping makes of them.
+        keeps_states: as for `moved_by_others`.
+        pad_id: that steps will fill with.
+
+    Raises:
+        ConfigError: for `runtime.step_mib`: the smallest micro-batch needs more.
+    """
+    draws = np.random.default_rng()
+
+    def needed(rows: int, length: int) -> int:
+        room = shapes.room(length, rows)
+        made_up = _longest(model, shapes.most_tokens(length), draws).chosen([0] * room)
+        examples = SiteExamples(made_up, pad_id=pad_id, shapes=shapes, device=model.device)
+        part = Part(np.arange(room), rows, length)
+        return peak_bytes(lambda: _whole_step(model, examples, part, keeps_states), model.device)
+
+    with _as_the_model_s(model, shapes):
+        most_rows = tuple(_rows_within(most_bytes, shapes, length, needed) for length in shapes.lengths)
+    return replace(shapes, most_rows=most_rows)
+
+
+def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[[int, int], int]) -> int:
+    """The rows of a micro-batch of this length, of which `needed` says how many bytes they take."""
+    fewest, rows = shapes.fewest_rows(length), shapes.rows(length)[0]
+    if (twice := needed(2 * fewest, length)) * rows <= most_bytes * 2 * fewest:
+        return rows  # more than enough, since what does not grow with the rows is counted several times
+    if (least := needed(fewest, length)) > most_bytes:
+        bound = f"must be at least {-(-least // 2**20)}: a micro-batch of {fewest} x {length} tokens needs it here"
+        raise ConfigError("runtime.step_mib", most_bytes // 2**20, bound)
+    # By a straight line first, since a GPU may have no room to measure the whole.
+    rows = min(rows, fewest + fewest * (most_bytes - least) // max(1, twice - least))
+    while rows > fewest and (bytes_now := needed(rows, length)) > most_bytes:
+        rows = min(rows - 1, fewest + (rows - fewest) * (most_bytes - least) // (bytes_now - least))
+    return rows
+
+
+def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
+    """What a step does with a micro-batch, in the way that takes most memory.
+
+    That is where an example fails, and the others are tried one at a time, and where one comes to no number: a record
+    that does so needs no more than any other.
+    """
+    if keeps_states:
+        examples.keep_frozen_states(model, parts=[part], lenient=False)
+    examples.keep_reference(model, parts=[part], lenient=False)
+    with attached(model) as gradients:
+        batch, sums = examples.batch(part), zeros(model.trainable())
+        gradients.of_all(batch)
+        nothing = gradients.of_all(alone(batch, None))
+        gathered = {name: one.clone() for name, one in nothing.items()}
+        gradients.of_all(alone(batch, 0))
+        del nothing
+        next(iter(gathered.values()))[0] = torch.nan
+        add_clipped(sums, gathered, 1.0)
 
 
 def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
@@ -118,6 +204,7 @@ class _Trial:
 
     Attributes:
         tried: called whenever a length was tried.
+        see: gets the gradients of each micro-batch.
     """
 
     def __init__(
@@ -126,6 +213,7 @@ class _Trial:
         self._model, self._shapes, self._draws = model, shapes, draws
         self._keeps_states, self._pad_id = keeps_states, pad_id
         self.tried: Callable[[], None] = lambda: None
+        self.see: See = unseen
         self._places: dict[int, npt.NDArray[np.int64]] = {}
         lengths: list[int] = []
         for number, length in enumerate(shapes.lengths):
@@ -162,10 +250,10 @@ class _Trial:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
     def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        whole = _gradients(gradients, self._examples.batch(self._whole[length]))
+        whole = self._gradients(gradients, self._examples.batch(self._whole[length]))
         moved = 0.0
         for part in self._smaller[length]:
-            other = _gradients(gradients, self._again.batch(part))
+            other = self._gradients(gradients, self._again.batch(part))
             rows = torch.from_numpy(part.places - self._places[length][0])
             here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
             moved = max(moved, _distance(here, there, max_grad_norm))
@@ -195,19 +283,19 @@ class _Trial:
         moved = 0.0
         with attached(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
-                found, rows = _gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
+                found, rows = self._gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
                 moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
                 self.tried()
         return moved
 
+    def _gradients(self, gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
+        found = {name: one.cpu() for name, one in gradients.of_all(batch).items()}
+        self.see(found)
+        return found
+
     def _copies(self, length: int) -> TextDataset:
-        lengths = [self._shapes.most_tokens(length)] * self._model.spec.texts
-        one = _made_up(self._model, lengths, self._draws, first=lambda _: 0)
+        one = _longest(self._model, self._shapes.most_tokens(length), self._draws)
         return one.chosen([0] * self._most_room(length))
-
-
-def _gradients(gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: one.cpu() for name, one in gradients.of_all(batch).items()}
 
 
 def _rows(gradients: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -222,6 +310,11 @@ def _distance(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor], ma
     if all(torch.equal(ones[name], others[name]) for name in ones):
         return moved
     return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
+
+
+def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
+    """One example of whose texts each is so long and has every token supervised."""
+    return _made_up(model, [length] * model.spec.texts, draws, first=lambda _: 0)
 
 
 def _made_up(

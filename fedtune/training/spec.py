@@ -12,6 +12,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 _LARGEST_RATE = 1e9
 """Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
 
+MOST_DEVICES = 64
+"""Of one machine; each takes a process with a model of its own."""
 _MOST_THREADS = 1024
 """Of one process; a system runs out of them somewhere above."""
 
@@ -139,8 +141,13 @@ class RuntimeSpec:
     Attributes:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
-        num_threads: the number of torch threads in every process; null: one for each core.
-        micro_batch_tokens: the padded tokens in a micro-batch; fewer tokens need less memory.
+        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
+            processes.  The result is the same, bit for bit.  A run without privacy uses one.
+        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes.
+        micro_batch_tokens: the most padded tokens in a micro-batch.
+        step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
+            the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
+            machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.
         kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
             for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
             fit, `kept_states_folder` takes them; without it none are kept, which takes several times as long, and a run
@@ -157,8 +164,10 @@ class RuntimeSpec:
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_devices: int = 1
     num_threads: int | None = None
     micro_batch_tokens: int = 1024
+    step_mib: int | None = None
     kept_states_mib: int | None = None
     kept_states_folder: str | None = None
     onednn: bool = True
@@ -168,10 +177,15 @@ class RuntimeSpec:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
+        check_at_least("num_devices", self.num_devices, 1)
+        if self.num_devices > MOST_DEVICES:
+            raise ConfigError("num_devices", self.num_devices, f"must be at most {MOST_DEVICES}")
         if self.num_threads is not None:
             check_at_least("num_threads", self.num_threads, 1)
             if self.num_threads > _MOST_THREADS:
                 raise ConfigError("num_threads", self.num_threads, f"must be at most {_MOST_THREADS}")
         check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.step_mib is not None:
+            check_at_least("step_mib", self.step_mib, 1)
         if self.kept_states_mib is not None:
             check_at_least("kept_states_mib", self.kept_states_mib, 0)

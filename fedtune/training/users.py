@@ -18,8 +18,8 @@ from fedtune.data import Batch
 from fedtune.privacy.mechanism import Unit, choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples, Told, nobody
+from fedtune.training.dp_step import Sums, UnitGradients, nobody_else
+from fedtune.training.examples import Places, SiteExamples, Told, nobody, units_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,14 @@ class UserExamples:
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """A cut that draws from `stream` which records of a user take part."""
-        return lambda users: self.cut(users, choose=lambda count: choose_records(count, self.most_records, stream))
+        return lambda users: self.cut_drawn(self.drawn(users, stream))
+
+    def drawn(self, users: Places, stream: RandomStream) -> list[Places]:
+        """The records of each user that take part in a step, drawn in the order of the users."""
+        return self._of_each(users, lambda count: choose_records(count, self.most_records, stream))
+
+    def _of_each(self, users: Places, choose: Callable[[int], Places]) -> list[Places]:
+        return [self._users[user][choose(len(self._users[user]))] for user in users]
 
     def cut(self, users: Places, *, choose: Callable[[int], Places]) -> Iterator[UserBatch]:
         """The chosen users, some at a time; what a user adds to a sum is the same, bit for bit, beside any others.
@@ -136,6 +143,21 @@ class UserExamples:
             users: places in the list of users.
             choose: which of so many records of a user take part.
         """
-        for first in range(0, len(users), self.most_users):
-            some = users[first : first + self.most_users]
-            yield UserBatch([self._users[user][choose(len(self._users[user]))] for user in some], self.examples)
+        return self.cut_drawn(self._of_each(users, choose))
+
+    def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
+        """`cut`, of users whose records that take part are drawn already."""
+        for first in range(0, len(drawn), self.most_users):
+            yield UserBatch(drawn[first : first + self.most_users], self.examples)
+
+    def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
+        """The users of one of so many devices, and the places of their records."""
+        users = [self._users[place] for place in units_of(rank, num_devices, len(self))]
+        records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))
+        examples = self.examples.of_records(records, device)
+        own = [np.searchsorted(records, places) for places in users]
+        return UserExamples(examples, own, most_records=self.most_records, most_users=self.most_users), records
+
+    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+        """As `SiteExamples.add_others`."""
+        return nobody_else(sums, max_grad_norm)

@@ -36,10 +36,13 @@ from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.layers import attach_adapters, compute_by_row
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.sites.shared_model import SharedModel
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training import preflight
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import device_for
 from fedtune.training.per_example import attached
 
@@ -169,14 +172,65 @@ def alone(machine: Machine) -> Result:
 
 def moved_by_one(machine: Machine) -> Result:
     """The search for a record that moves a step's sum by more than the clip norm."""
+    with tempfile.TemporaryDirectory() as folder:
+        worst = sensitivity.search(
+            compose_run(_banks(machine)), AuditSpec(tries=4 if machine.tiny else 200), Path(folder)
+        )
+    assert worst.exceeded == 0, f"a record moved the sum by {worst.moved} clip norms"
+    return {"tries": worst.tries, "moved": worst.moved, "exceeded": worst.exceeded, "others_moved": worst.others_moved}
+
+
+def _banks(machine: Machine) -> list[str]:
     settings = ["experiment=banks_intents", f"runtime.device={machine.device.type}"]
     if machine.tiny:
         settings += ["model.path=random:bert", "model.sha256=null", "head.label_texts=[]", "head.init=zero"]
         settings += ["lora.layers=null", "data.max_length=16"]
-    with tempfile.TemporaryDirectory() as folder:
-        worst = sensitivity.search(compose_run(settings), AuditSpec(tries=4 if machine.tiny else 200), Path(folder))
-    assert worst.exceeded == 0, f"a record moved the sum by {worst.moved} clip norms"
-    return {"tries": worst.tries, "moved": worst.moved, "exceeded": worst.exceeded, "others_moved": worst.others_moved}
+    return settings
+
+
+def several_devices(machine: Machine) -> Result:
+    """Whether a round on several devices releases the bits of a round on one, and how long both take.
+
+    On a CPU the devices are processes.
+    """
+    here = 2 if machine.device.type == "cpu" else torch.cuda.device_count()
+    if here < 2:
+        return {"devices": here, "not_tried": "a machine with one GPU"}
+    one, other = (_a_round(machine, num_devices) for num_devices in (1, here))
+    assert one.pop("digest") == other.pop("digest"), "several devices release other bits than one"
+    return {"devices": here, "one": one, "all": other}
+
+
+def _a_round(machine: Machine, num_devices: int) -> Result:
+    """A round on made-up records with seeded noise: what it releases, and how long it takes."""
+    noise = ["privacy.noise_multiplier=3", "runtime.seeded_noise=true"]
+    config = compose_run([*_banks(machine), *noise, f"runtime.num_devices={num_devices}"])
+    began = time.perf_counter()
+    shared, draws = SharedModel(config), np.random.default_rng(5)
+    lengths = draws.integers(2, config.data.max_length, size=40 if machine.tiny else 2000).tolist()
+    examples = shared.examples_of(sensitivity.made_up(shared.model, lengths, draws))
+    max_grad_norm = config.privacy.max_grad_norm
+    units = examples if shared.devices is None else shared.devices.divided(examples, max_grad_norm=max_grad_norm)
+    units.keep_reference(shared.model)
+    if shared.keeps_states:
+        units.keep_frozen_states(shared.model)
+    work = RoundOfTraining(
+        site="north",
+        round=1,
+        attempt=1,
+        plan=config.plan(),
+        training=config.training,
+        declared_size=len(examples),
+        max_adapter_value=2.0,
+    )
+    ready = time.perf_counter()
+    released = train_round(shared.model, shared.initial_adapter, units, work, randomness=SeededRandomness(5))
+    ended = time.perf_counter()
+    return {
+        "digest": released.digest(),
+        "seconds_until_ready": round(ready - began, 2),
+        "round_seconds": round(ended - ready, 3),
+    }
 
 
 def speed(machine: Machine, size: str) -> Result:
@@ -252,6 +306,7 @@ STEPS: dict[str, Callable[[Machine], Result]] = {
     "repeats": repeats,
     "alone": alone,
     "moved-by-one": moved_by_one,
+    "several-devices": several_devices,
     "speed-135m": lambda machine: speed(machine, "135m"),
     "speed-1b": lambda machine: speed(machine, "1b"),
     "speed-8b": lambda machine: speed(machine, "8b"),

@@ -120,7 +120,12 @@ def test_shapes_follow_from_public_settings() -> None:
     assert (tight.lengths, tight.full) == ((12, 16, 20, 24, 40), 40)
     assert tight.rows(40) == (12, 6, 3, 2)
     assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
-    assert {field.name for field in dataclasses.fields(Shapes)} == {"lengths", "max_tokens", "full", "row_shares"}
+    public = {"lengths", "max_tokens", "full", "most_rows", "row_shares"}
+    assert {field.name for field in dataclasses.fields(Shapes)} == public
+    limited = dataclasses.replace(shapes, most_rows=(17, 99, 20, 16, 15, 3))
+    assert [limited.rows(length) for length in (12, 16, 48)] == [(17, 8, 4, 2), (30, 15, 7, 3), (3, 1)]
+    few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
+    assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
     assert [
         length_of(Shapes.of(max_length=1, max_tokens=9), 1),
         length_of(Shapes.of(max_length=7, max_tokens=9), 7),

@@ -3,7 +3,9 @@
 from .mutant import Mutant
 
 STEP = "fedtune/training/dp_step.py"
+DEVICES = "fedtune/training/devices.py"
 OF_STEP = ("tests/training/test_step_faults.py",)
+OF_DEVICES = "tests/training/test_devices.py"
 LOOP = (
     "    for name, contribution in _in_cells(gradients, max_grad_norm):\n"
     "        # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.\n"
@@ -33,11 +35,11 @@ CLIPPING = (
         fault="A micro-batch's summed gradient is clipped instead of each example's, as by gradient clipping in plain "
         "training: one record can turn the whole sum.",
         file=STEP,
-        old="add_clipped(sums, gradients.of(batch), plan.max_grad_norm)",
+        old="add_clipped(sums, gradients.of(batch), max_grad_norm)",
         new="add_clipped(\n"
         "            sums,\n"
         "            {name: each.sum(dim=0, keepdim=True) for name, each in gradients.of(batch).items()},\n"
-        "            plan.max_grad_norm,\n"
+        "            max_grad_norm,\n"
         "        )",
         tests=OF_STEP,
     ),
@@ -302,5 +304,48 @@ CLIPPING = (
         old="        except ConfigError:\n            raise\n",
         new="        except (ConfigError, RuntimeError):\n            raise\n",
         tests=OF_STEP,
+    ),
+    Mutant(
+        name="a-device-s-sum-added-twice",
+        fault="The first device's sum is added to the total of all devices, of which it is a part: each of its records "
+        "moves the step by two clip norms.",
+        file=DEVICES,
+        old="        _fill(sums, total)\n",
+        new="        _fill(sums, total + _flat(sums))\n",
+        tests=(f"{OF_DEVICES}::test_several_devices_release_what_one_does",),
+    ),
+    Mutant(
+        name="devices-not-compared",
+        fault="Devices that round in other ways share a step, so that a record's contribution follows from its device.",
+        file=DEVICES,
+        old="        if set(crew.answers()) != {own}:\n",
+        new="        if not crew.answers():\n",
+        tests=(f"{OF_DEVICES}::test_a_device_that_computes_other_bits_is_refused",),
+    ),
+    Mutant(
+        name="devices-left-in-a-failed-step",
+        fault="After a step that failed on the first device the others still wait for its values, and take the next "
+        "step's for these.",
+        file=DEVICES,
+        old="        return bool(self._asked) or not self.end.alive or",
+        new="        return not self.end.alive or",
+        tests=(f"{OF_DEVICES}::test_a_failure_of_the_first_device_leaves_no_step_half_done",),
+    ),
+    Mutant(
+        name="a-unit-on-no-device",
+        fault="The step does not count the units that the other devices added: one that is on none is never missed.",
+        file="fedtune/training/dp_step.py",
+        old='    assert seen == len(sampled), "each sampled record counts exactly once"\n',
+        new="",
+        tests=(f"{OF_DEVICES}::test_a_unit_that_no_device_adds_is_missed",),
+    ),
+    Mutant(
+        name="a-failing-record-needs-more",
+        fault="Where a record of a micro-batch fails, what was found for the one before is kept while the next is "
+        "computed: a step that just fits in memory ends for want of it, and that tells of the record.",
+        file="fedtune/training/per_example.py",
+        old="            del found  # which",
+        new="            # which",
+        tests=("tests/training/test_step_memory.py::test_a_record_that_fails_or_is_no_number_takes_no_more",),
     ),
 )

@@ -61,7 +61,8 @@ NOISE = (
         fault="Noise is added to each micro-batch instead of once to the logical batch, so its amount depends on how "
         "the batch is cut, and an empty batch gets none.",
         file=STEP,
-        old="""        seen += len(batch)
+        old="""    seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
+    seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled record counts exactly once"
     noisy = add_gaussian_noise(
         {name: total.cpu().numpy() for name, total in sums.items()},
@@ -69,7 +70,8 @@ NOISE = (
         stream=noise,
     )
 """,
-        new="""        seen += len(batch)
+        new="""    for batch in records.cut(sampled):
+        add_clipped(sums, gradients.of(batch), plan.max_grad_norm)
         part = add_gaussian_noise(
             {name: total.cpu().numpy() for name, total in sums.items()},
             noise_multiplier=plan.noise_multiplier,

@@ -59,8 +59,8 @@ SAMPLING = (
         fault="An empty Poisson batch is passed over without noise or step, as in FL4Health: that nothing moved tells "
         "that nobody was drawn.",
         file=STEP,
-        old="    sums = zeros(parameters)\n    seen = 0\n",
-        new="    if not len(sampled):\n        return\n    sums = zeros(parameters)\n    seen = 0\n",
+        old="    sums = zeros(parameters)\n",
+        new="    if not len(sampled):\n        return\n    sums = zeros(parameters)\n",
         tests=("tests/training/test_step_faults.py",),
     ),
     Mutant(

@@ -31,7 +31,12 @@ def policy(letters: Callable[..., RunConfig], lead_key: SigningKey) -> Policy:
         id="letters", declared_size=40, path="private/mail.csv", columns={"text": "body", "label": "kind"}
     )
     machine = Machine(
-        device="cpu", num_threads=3, micro_batch_tokens=77, kept_states_mib=5, gradient_checkpointing=True
+        device="cpu",
+        num_devices=2,
+        num_threads=3,
+        micro_batch_tokens=77,
+        kept_states_mib=5,
+        gradient_checkpointing=True,
     )
     other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
     return replace(made, dataset=(other, letters_of_north), machine=machine)
@@ -53,6 +58,7 @@ def test_files_columns_and_machine_are_the_sites_own(letters: Callable[..., RunC
         data={"train_file": "/etc/passwd", "columns": {"text": "password", "label": "name"}},
         runtime={
             "device": "cuda",
+            "num_devices": 9,
             "num_threads": 99,
             "kept_states_folder": "/etc",
             "sites_dir": "/etc",
@@ -63,7 +69,8 @@ def test_files_columns_and_machine_are_the_sites_own(letters: Callable[..., RunC
     assert config.data.train_file == "/srv/site/private/mail.csv"
     assert config.data.columns == {"text": "body", "label": "kind"}
     runtime = config.runtime
-    assert (runtime.device, runtime.num_threads, runtime.micro_batch_tokens) == ("cpu", 3, 77)
+    assert (runtime.device, runtime.num_devices, runtime.num_threads) == ("cpu", 2, 3)
+    assert runtime.micro_batch_tokens == 77
     assert runtime.kept_states_folder is None
     there = replace(policy, machine=replace(policy.machine, kept_states_folder="fast"))
     assert here(hostile, there).runtime.kept_states_folder == "/srv/site/fast"

@@ -19,6 +19,7 @@ from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
+from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
@@ -67,6 +68,34 @@ def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(
     for round in (1, 2):
         assert Adapter(site.update(round=round).tensors).digest() == simulated(round).digest()
     assert simulated(1).digest() != simulated(2).digest()
+
+
+def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Callable[..., Any], tmp_path: Path) -> None:
+    site = station()
+    first = Adapter(site.update().tensors)
+    # A new ledger knows of no answer, so that the same round is trained again.
+    site.edit(ledger="another.db", machine={"num_devices": 2})
+    assert Adapter(site.update().tensors).digest() == first.digest()
+    crew = site.real._shared.devices._crew
+    (member,) = crew._members
+    site.edit(ledger="third.db")
+    tell = crew.tell
+
+    def dies(values: Any) -> None:
+        member.process.kill()
+        tell(values)
+
+    crew.tell = dies
+    assert site.refusal() is Reason.SITE_ERROR, "nothing is released of a round in which a device failed"
+    (run,) = site.ledger().history.runs.values()
+    assert run.charged_rounds == 1, "it was charged before it was trained"
+    # The next round finds its devices at work again, also where one ended meanwhile.
+    second = Adapter(site.update(round=2).tensors).digest()
+    (again,) = site.real._shared.devices._crew._members
+    again.process.kill()
+    again.process.join()
+    site.edit(ledger="fourth.db")
+    assert Adapter(site.update(round=2).tensors).digest() == second
 
 
 @pytest.mark.parametrize("seeded", [True, False])

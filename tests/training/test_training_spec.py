@@ -36,7 +36,14 @@ def test_training_out_of_bounds_names_its_key(key: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("device", "tpu"), ("num_threads", 0), ("micro_batch_tokens", 0)],
+    [
+        ("device", "tpu"),
+        ("num_devices", 0),
+        ("num_devices", 65),
+        ("num_threads", 0),
+        ("micro_batch_tokens", 0),
+        ("step_mib", 0),
+    ],
 )
 def test_runtime_out_of_bounds_names_its_key(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} = "):

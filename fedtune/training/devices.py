@@ -1,0 +1,440 @@
+"""Several devices at one site: each sums the clipped contributions of its own units, in whole numbers.
+
+The first device belongs to the process that trains: it samples, draws which records of a user take part, adds the noise
+once and steps, as a site with one device does.  Every other device has a process of its own, which holds the same model
+and its share of the records.  For each step such a process gets the adapter's values and the sampled units of its
+share, and gives back one sum of whole numbers.  It knows no noise, no ledger, no key and no policy.
+
+Guarantee: a step changes by no bit.  Each unit is on one device (`examples.rank_of`), the step counts that every
+sampled unit was added once, adding whole numbers is exact in every order, and devices on which made-up examples come to
+other bits than on the first are refused.  Where a process fails or says nothing for `MOST_WAIT_S`, the round ends with
+an error before there is noise, so that nothing is released.
+
+Tensors travel by torch.distributed's gloo, bound to the loopback address: sums go to the CPU in any case, where the
+noise is added, so that what the tests run without a GPU is what runs with several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import secrets
+import signal
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import distributed
+
+from fedtune.data import Shapes
+from fedtune.model import TaskModelSpec
+from fedtune.model.quiet import first_line
+from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.randomness import RandomStream
+from fedtune.spec import ConfigError, RunError
+from fedtune.tasks import TaskModel, build_task_model
+from fedtune.training.dp_step import Sums, UnitGradients, add_each, zeros
+from fedtune.training.examples import Places, SiteExamples, Told, nobody, rank_of
+from fedtune.training.machine import device_for, ready_model
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import moved_by_others
+from fedtune.training.spec import RuntimeSpec
+from fedtune.training.users import UserExamples
+
+MOST_WAIT_S = 600.0
+"""For the answer of another device, after this one has done its own part, which takes as long."""
+_LOOPBACK = "127.0.0.1"
+_Examples = SiteExamples | UserExamples
+
+
+class Trial(NamedTuple):
+    """How devices are tried: as `preflight.moved_by_others` tries the first one, whose arguments these are."""
+
+    shapes: Shapes
+    keeps_states: bool
+    max_grad_norm: float
+    pad_id: int
+    weights_chosen: bool
+
+    def bits(self, model: TaskModel, seed: int) -> str:
+        """SHA-256, in hex, of all gradients of examples made up from `seed`, with weights made up from it, too."""
+        seen = hashlib.sha256()
+
+        def see(gradients: Mapping[str, torch.Tensor]) -> None:
+            for one in gradients.values():
+                seen.update(one.contiguous().numpy().tobytes())
+
+        moved_by_others(model, seed=seed, see=see, **self._asdict())
+        return seen.hexdigest()
+
+
+class Devices:
+    """The devices of a site behind its first one, at work as long as this object lives.
+
+    Args:
+        model: on the first device, in this process.
+        spec: from which the others load the same.
+        runtime: says how many devices there are, with the first.
+        max_length: of an example.
+        trial: how they are tried, each time that their processes begin.
+
+    Raises:
+        ConfigError: there are fewer devices, or they do not compute the same bits.
+        RunError: the process of one failed.
+    """
+
+    def __init__(
+        self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int, trial: Trial
+    ) -> None:
+        self.model, self.trial = model, trial
+        self._places = places_for(runtime)
+        self._load = partial(_loaded, spec, runtime, max_length)
+        self._numbers = count()
+        self._crew = self._begin()
+
+    def __len__(self) -> int:
+        """How many there are, with the first."""
+        return len(self._places)
+
+    def ready(self) -> _Crew:
+        """The others' processes, begun anew after a failure."""
+        if self._crew.broken:
+            self._crew.end()
+            self._crew = self._begin()
+        return self._crew
+
+    def _begin(self) -> _Crew:
+        crew = _Crew(self._places[1:], self._load)
+        seed = secrets.randbits(63)
+        crew.ask_all(_Device.bits, self.trial, seed)
+        own = self.trial.bits(self.model, seed)
+        if set(crew.answers()) != {own}:
+            crew.end()
+            bound = "needs devices that compute the same gradients, bit for bit; those of this machine do not: use 1"
+            raise ConfigError("runtime.num_devices", len(self), bound)
+        return crew
+
+    def divided(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
+        """A site's units, each on one of the devices, for steps that clip to this norm."""
+        return DividedUnits(self, units, next(self._numbers), max_grad_norm=max_grad_norm)
+
+    def share(self, units: _Examples, rank: int) -> tuple[_Examples, Places]:
+        """The units of one device, and the places of their records."""
+        return units.share(rank, len(self), self._places[rank])
+
+
+class DividedUnits:
+    """A site's units, each on one device, as `fedtune.training.local` trains on them.
+
+    Args:
+        devices: of the site.
+        units: all of them; nothing is kept of these here.
+        number: under which the other devices know them.
+        max_grad_norm: to which steps clip.
+    """
+
+    def __init__(self, devices: Devices, units: _Examples, number: int, *, max_grad_norm: float) -> None:
+        self._devices, self._units, self._number, self._max_grad_norm = devices, units, number, max_grad_norm
+        self._own, self._own_records = devices.share(units, 0)
+        self._records: list[Places] = []
+        self._crew: _Crew | None = None
+
+    @property
+    def unit(self) -> Unit:
+        return self._units.unit
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
+        """As `SiteExamples.keep_frozen_states`, each device of its own share; `told` of the first one's."""
+        crew = self._handed_out()
+        crew.ask_all(_Device.keep_frozen_states, self._number, folder)
+        self._own.keep_frozen_states(model, folder=folder, told=told)
+        crew.answers()
+
+    def keep_reference(self, model: TaskModel) -> None:
+        """As `SiteExamples.keep_reference`, likewise."""
+        crew = self._handed_out()
+        crew.ask_all(_Device.keep_reference, self._number)
+        self._own.keep_reference(model)
+        crew.answers()
+
+    def _handed_out(self) -> _Crew:
+        """The others' processes, each of which holds its share of the units."""
+        crew = self._devices.ready()
+        if crew is not self._crew:
+            self._records = [self._own_records]
+            for rank in range(1, len(self._devices)):
+                share, records = self._devices.share(self._units, rank)
+                crew.ask(rank, _Device.hold, self._number, share)
+                self._records.append(records)
+            crew.answers()
+            weakref.finalize(self, crew.forgotten.append, self._number)
+            self._crew = crew
+        return crew
+
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[Any]]:
+        """A cut into this device's own micro-batches, which sets the others to work on theirs."""
+
+        def cut(sampled: Places) -> Iterator[Any]:
+            crew, (mine, *others) = self._crew, self._by_rank(sampled, self._units.drawn(sampled, stream))
+            assert crew is not None, "nothing was handed out"
+            for rank, theirs in enumerate(others, start=1):
+                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm)
+            crew.tell(_flat(self._devices.model.trainable()))
+            return self._own.cut_drawn(mine)
+
+        return cut
+
+    def _by_rank(self, sampled: Places, drawn: Sequence[Places]) -> list[list[Places]]:
+        """For each device its sampled units: the places within its share of their records that take part."""
+        by_rank: list[list[Places]] = [[] for _ in self._records]
+        for unit, records in zip(sampled.tolist(), drawn, strict=True):
+            rank = rank_of(unit, len(self._devices))
+            by_rank[rank].append(np.searchsorted(self._records[rank], records).astype(np.int64))
+        return by_rank
+
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """As `SiteExamples.gradients`."""
+        return self._own.gradients(of_each)
+
+    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+        """Add the others' sums, when all of them have theirs.
+
+        Raises:
+            RunError: the process of one failed.
+        """
+        assert self._crew is not None, "nothing was cut"
+        assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
+        num_units = int(sum(self._crew.answers()))
+        self._crew.ask_all(_Device.hand_over)
+        total = self._crew.added_to(_flat(sums))
+        self._crew.answers()
+        _fill(sums, total)
+        return num_units
+
+    def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
+        """Not for several devices: the gradients of a plain step are no whole numbers."""
+        raise AssertionError("a step without privacy is taken on one device")
+
+
+def places_for(runtime: RuntimeSpec) -> list[torch.device]:
+    """The devices of a run, the first one first; several on a CPU are processes that share it.
+
+    Raises:
+        ConfigError: there are fewer GPUs.
+    """
+    first = device_for(runtime.device)
+    if first.type == "cpu":
+        return [first] * runtime.num_devices
+    if runtime.num_devices > (there := torch.cuda.device_count()):
+        bound = f"must be at most {there}: more GPUs are not there"
+        raise ConfigError("runtime.num_devices", runtime.num_devices, bound)
+    return [first, *(torch.device("cuda", number) for number in range(1, runtime.num_devices))]
+
+
+def _flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All values in a row, in the order of the names that every device has, on the CPU; a copy."""
+    return torch.cat([one.detach().flatten().cpu() for one in tensors.values()])
+
+
+def _fill(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
+    with torch.no_grad():
+        lengths = [one.numel() for one in tensors.values()]
+        for one, part in zip(tensors.values(), torch.split(values, lengths), strict=True):
+            one.copy_(part.view_as(one))
+
+
+class _Member(NamedTuple):
+    """Another device's process, and the pipe to it."""
+
+    process: SpawnProcess
+    pipe: Connection
+
+
+class _Crew:
+    """The processes of the other devices, by rank from 1.  When one fails, all are ended.
+
+    Attributes:
+        end: ends them; also called with the end of this object, or of its process.
+        forgotten: numbers of units that nobody will ask for again.
+
+    Raises:
+        RunError: the process of one failed, here and in every method.
+    """
+
+    def __init__(self, places: Sequence[torch.device], load: Callable[[torch.device], TaskModel]) -> None:
+        self.forgotten: list[int] = []
+        self._members: list[_Member] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="fedtune-devices-")
+        self.end = weakref.finalize(self, _end, self._members, self._folder)
+        start = multiprocessing.get_context("spawn")
+        for place in places:
+            ours, theirs = start.Pipe()
+            process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
+            process.start()
+            theirs.close()  # the process has the only other one, so that its end is seen here
+            self._members.append(_Member(process, ours))
+        self._asked = list(range(1, 1 + len(places)))
+        self.answers()  # the models are loaded
+        for rank in range(1, 1 + len(places)):
+            self.ask(rank, _Device.join, self._folder.name, rank, 1 + len(places))
+        with self._no_failure():
+            self._group = _group(self._folder.name, 0, 1 + len(places))
+        self.answers()
+
+    @property
+    def broken(self) -> bool:
+        """Whether one has ended, or they were left in the middle of a step."""
+        return bool(self._asked) or not self.end.alive or not all(one.process.is_alive() for one in self._members)
+
+    def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
+        """Have one device do something, a method of `_Device`."""
+        with self._no_failure():
+            self._members[rank - 1].pipe.send((what, about, tuple(self.forgotten)))
+        self._asked.append(rank)
+
+    def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
+        """Have each device do something."""
+        for rank in range(1, 1 + len(self._members)):
+            self.ask(rank, what, *about)
+        self.forgotten.clear()
+
+    def answers(self) -> list[Any]:
+        """What the devices that were asked answer, in that order."""
+        found = [self._answer(rank) for rank in self._asked]
+        self._asked = []
+        return found
+
+    def tell(self, values: torch.Tensor) -> None:
+        """Send the same values to each device."""
+        with self._no_failure():
+            self._group.broadcast(values, 0).wait()
+
+    def added_to(self, values: torch.Tensor) -> torch.Tensor:
+        """Whole numbers, with those that each device hands over."""
+        with self._no_failure():
+            self._group.reduce(values, 0).wait()
+        return values
+
+    def _answer(self, rank: int) -> Any:
+        process, pipe = self._members[rank - 1]
+        try:
+            done, answer = pipe.recv() if pipe.poll(MOST_WAIT_S) else (False, f"no answer in {MOST_WAIT_S:g} s")
+        except (EOFError, OSError):
+            process.join(1.0)  # for its exit code
+            done, answer = False, f"its process ended with exit code {process.exitcode}"
+        if not done:
+            self._fail(f"device {rank}: {answer}")
+        return answer
+
+    @contextmanager
+    def _no_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # of pipes, and of torch.distributed
+            self._fail(first_line(error))
+
+    def _fail(self, why: str) -> NoReturn:
+        self.end()
+        raise RunError(f"a device of this machine failed, so that nothing of this round is released ({why})")
+
+
+def _end(members: Sequence[_Member], folder: tempfile.TemporaryDirectory[str]) -> None:
+    """End the processes at once: they hold nothing that has to be kept."""
+    for process, pipe in members:
+        process.kill()
+        pipe.close()
+    for process, _ in members:
+        process.join(10.0)
+    folder.cleanup()
+
+
+def _group(folder: str, rank: int, of: int) -> Any:
+    """What tensors travel by between processes of this machine, which meet in a folder that no other account reads.
+
+    Not torch's own group of a process: that is one for all its uses, and listens at whatever address the host has.
+    """
+    torch_s: Any = distributed  # whose types leave out most of it
+    options = torch_s.ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=MOST_WAIT_S)
+    options._devices = [torch_s.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
+    store = torch_s.FileStore(str(Path(folder, "meeting")), of)
+    store.set_timeout(options._timeout)
+    return torch_s.ProcessGroupGloo(store, rank, of, options)
+
+
+class _Device:
+    """What the process of another device does when it is asked to."""
+
+    def __init__(self, model: TaskModel) -> None:
+        self._model = model
+        self._units: dict[int, _Examples] = {}
+        self._sums: Sums = {}
+
+    def join(self, folder: str, rank: int, of: int) -> None:
+        self._group = _group(folder, rank, of)
+
+    def bits(self, trial: Trial, seed: int) -> str:
+        return trial.bits(self._model, seed)
+
+    def hold(self, number: int, units: _Examples) -> None:
+        self._units[number] = units
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._units.pop(number, None)
+
+    def keep_frozen_states(self, number: int, folder: Path | None) -> None:
+        self._units[number].keep_frozen_states(self._model, folder=folder)
+
+    def keep_reference(self, number: int) -> None:
+        self._units[number].keep_reference(self._model)
+
+    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float) -> int:
+        """Sum what these units contribute to a step, at the values that the first device has; how many they are."""
+        parameters, units = self._model.trainable(), self._units[number]
+        values = _flat(parameters)
+        self._group.broadcast(values, 0).wait()
+        _fill(parameters, values)
+        self._sums = zeros(parameters)
+        with attached(self._model) as gradients:
+            return add_each(self._sums, units.gradients(gradients), units.cut_drawn(drawn), max_grad_norm)
+
+    def hand_over(self) -> None:
+        """Give the first device what was summed."""
+        self._group.reduce(_flat(self._sums), 0).wait()
+
+
+def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
+    """The process of another device; it ends with the one that asks it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the first device's process answers
+    logging.disable(logging.CRITICAL)  # what a record makes fail is for the site's own log alone, which is not here
+    try:
+        device = _Device(load(place))
+        orders.send((True, None))
+        while True:
+            what, about, forgotten = orders.recv()
+            device.forget(forgotten)
+            orders.send((True, what(device, *about)))
+    except Exception as error:
+        with suppress(OSError):  # there is nobody to be told
+            orders.send((False, f"{type(error).__name__}: {first_line(error)}"))
+
+
+def _loaded(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return ready_model(partial(build_task_model, spec, device=place), runtime, max_length=max_length)

@@ -1,0 +1,351 @@
+"""Several devices at a site, as real processes over gloo: the same bits as one, and an error where one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data import Shapes, TextDataset
+from fedtune.model import Adapter, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.spec import ConfigError, RunError
+from fedtune.tasks import TaskModel, build_task_model
+from fedtune.training import devices as devices_module
+from fedtune.training.devices import Devices, DividedUnits, Trial, _Device, places_for
+from fedtune.training.examples import SiteExamples, rank_of
+from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.machine import ready_model
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.users import UserExamples
+
+REPOSITORY = Path(__file__).parents[2]
+SHAPES = Shapes.of(max_length=15, max_tokens=40)
+MAX_GRAD_NORM = 0.5
+KINDS = {
+    "kept states": TaskModelSpec(
+        model=ModelSpec(path="random:bert"),
+        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)),
+        task="classification",
+        labels=("a", "b", "c"),
+        seed=3,
+    ),
+    "a reference": TaskModelSpec(
+        model=ModelSpec(path="random:llama"), lora=LoraSpec(rank=2, alpha=4.0), task="preference", texts=2, seed=3
+    ),
+}
+
+
+@dataclass
+class Room:
+    """A model on the first of several devices, and the others."""
+
+    model: TaskModel
+    devices: Devices
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(member.process.pid or 0) for member in self.devices.ready()._members]
+
+
+def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
+    """Devices, where the others load what they are told to."""
+    runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
+    model = ready_model(lambda: build_task_model(spec), runtime, max_length=15)
+    trial = Trial(
+        shapes=SHAPES,
+        keeps_states=model.skips_layers,
+        max_grad_norm=MAX_GRAD_NORM,
+        pad_id=0,
+        weights_chosen=True,
+    )
+    return Room(model, Devices(model, others or spec, runtime, max_length=15, trial=trial))
+
+
+@pytest.fixture(scope="module", params=[("kept states", 3), ("a reference", 2)], ids=lambda param: param[0])
+def room(request: pytest.FixtureRequest) -> Iterator[Room]:
+    """Two or three devices, shared by the tests, which find them at work."""
+    kind, count = request.param
+    made = begun(KINDS[kind], count)
+    yield made
+    made.devices._crew.end()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Room]:
+    """Three devices."""
+    made = begun(KINDS["kept states"], 3)
+    yield made
+    made.devices._crew.end()
+
+
+def made_up(spec: TaskModelSpec, count: int, *, seed: int = 5) -> TextDataset:
+    generator = np.random.default_rng(seed)
+    input_ids = tuple(
+        generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count * spec.texts)
+    )
+    if spec.task == "classification":
+        return TextDataset(input_ids, generator.integers(0, 3, size=count))
+    return TextDataset(input_ids, tuple(np.where(np.arange(len(i)) >= 1, i, -100) for i in input_ids), spec.texts)
+
+
+def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamples | UserExamples:
+    examples = SiteExamples(made_up(spec, count), pad_id=0, shapes=SHAPES, device="cpu")
+    if unit == "record":
+        return examples
+    owners = np.random.default_rng(8).integers(0, max(1, count // 3), size=count)
+    users = [np.flatnonzero(owners == user) for user in np.unique(owners)]
+    return UserExamples(examples, users, most_records=2, most_users=4)
+
+
+def a_round(
+    room: Room, units: Any, plan: Callable[..., Any], *, number: int = 1, start: Adapter | None = None
+) -> Adapter:
+    """What a round of three steps releases."""
+    planned = plan(unit=units.unit, sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=MAX_GRAD_NORM, local_steps=3)
+    work = RoundOfTraining(
+        site="bank_a",
+        round=number,
+        attempt=1,
+        plan=planned,
+        training=TrainingSpec(local_steps=3, learning_rate=0.01),
+        declared_size=30,
+        max_adapter_value=50.0,
+    )
+    if room.model.skips_layers:
+        units.keep_frozen_states(room.model)
+    units.keep_reference(room.model)
+    return train_round(room.model, start or FIRST[room.model.spec], units, work, randomness=SeededRandomness(5))
+
+
+FIRST = {spec: Adapter.of(build_task_model(spec)) for spec in KINDS.values()}
+
+
+def divided(room: Room, units: SiteExamples | UserExamples) -> DividedUnits:
+    return room.devices.divided(units, max_grad_norm=MAX_GRAD_NORM)
+
+
+def gone(pid: int, *, within_s: float = 20.0) -> bool:
+    """Whether a process ends, or has ended and is only yet to be noted by its parent."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# The same bits.
+
+
+@pytest.mark.parametrize("unit", ["record", "user"])
+@pytest.mark.parametrize("count", [41, 2, 0])
+def test_several_devices_release_what_one_does(room: Room, plan: Callable[..., Any], unit: str, count: int) -> None:
+    units = units_of(room.model.spec, count, unit)
+    here, there = units_of(room.model.spec, count, unit), divided(room, units)
+    first = a_round(room, here, plan)
+    assert a_round(room, there, plan).digest() == first.digest()
+    second = a_round(room, here, plan, number=2, start=first)
+    assert a_round(room, there, plan, number=2, start=first).digest() == second.digest()
+    assert count == 0 or second.digest() != first.digest()
+
+
+def test_every_device_has_a_part_in_the_sum(three: Room, plan: Callable[..., Any]) -> None:
+    units = units_of(three.model.spec, 41)
+    there = divided(three, units)
+    counted: list[int] = []
+    answers = three.devices._crew.answers
+
+    def seen() -> list[Any]:
+        found = answers()
+        counted.extend(one for one in found if isinstance(one, int))
+        return found
+
+    three.devices._crew.answers = seen  # type: ignore[method-assign]
+    try:
+        a_round(three, there, plan)
+    finally:
+        del three.devices._crew.answers
+    assert len(counted) == 3 * 2, "three steps, two other devices"
+    assert min(counted) > 0
+    assert len(there._own) == 14
+
+
+@given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
+def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int, seed: int) -> None:
+    owners = np.random.default_rng(seed).integers(0, max(1, count // 2), size=count)
+    users = [np.flatnonzero(owners == user) for user in np.unique(owners)]
+    spec = KINDS["kept states"]
+    examples = SiteExamples(made_up(spec, count), pad_id=0, shapes=SHAPES, device="cpu")
+    by_user = UserExamples(examples, users, most_records=2)
+    for units in (examples, by_user):
+        shares = [units.share(rank, ranks, "cpu") for rank in range(ranks)]
+        assert sum(len(own) for own, _ in shares) == len(units)
+        everything = np.concatenate([records for _, records in shares])
+        assert sorted(everything.tolist()) == list(range(count)), "each record is on one device"
+        for own, records in shares:
+            assert (np.diff(records) > 0).all()
+            assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
+    for user, records in enumerate(users):
+        _, there = by_user.share(rank_of(user, ranks), ranks, "cpu")
+        assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
+
+
+def test_a_unit_that_no_device_adds_is_missed(
+    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = divided(three, units_of(three.model.spec, 41))
+    by_rank = there._by_rank
+    monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
+    with pytest.raises(AssertionError, match="each sampled record counts exactly once"):
+        a_round(three, there, plan)
+    monkeypatch.setattr(there, "_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
+    with pytest.raises((AssertionError, RunError)):
+        a_round(three, there, plan)
+
+
+# A device that fails.
+
+
+def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
+    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = units_of(three.model.spec, 41)
+    there = divided(three, units)
+    expected = a_round(three, units_of(three.model.spec, 41), plan)
+    pids, steps = three.pids, []
+    own_cut = there._own.cut_drawn
+
+    def dies_in_the_second_step(drawn: Any) -> Any:
+        steps.append(len(drawn))
+        if len(steps) == 2:
+            os.kill(pids[1], signal.SIGKILL)
+        return own_cut(drawn)
+
+    monkeypatch.setattr(there._own, "cut_drawn", dies_in_the_second_step)
+    with pytest.raises(RunError, match="a device of this machine failed, so that nothing of this round is released"):
+        a_round(three, there, plan)
+    assert len(steps) == 2, "no step follows"
+    assert all(gone(pid) for pid in pids)
+    assert a_round(three, there, plan).digest() == expected.digest()
+    assert not set(pids) & set(three.pids)
+
+
+def test_a_process_that_hangs_ends_the_round_in_bounded_time(
+    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = divided(three, units_of(three.model.spec, 41))
+    a_round(three, there, plan)
+    pids, own_cut = three.pids, there._own.cut_drawn
+
+    def stops(drawn: Any) -> Any:
+        monkeypatch.setattr(devices_module, "MOST_WAIT_S", 1.0)
+        os.kill(pids[0], signal.SIGSTOP)
+        return own_cut(drawn)
+
+    monkeypatch.setattr(there._own, "cut_drawn", stops)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="no answer in 1 s"):
+        a_round(three, there, plan)
+    assert time.monotonic() - began < 30
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("where", ["before the others begin", "while they work"])
+def test_a_failure_of_the_first_device_leaves_no_step_half_done(
+    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    units = units_of(three.model.spec, 41)
+    there = divided(three, units)
+    expected = a_round(three, units_of(three.model.spec, 41), plan)
+    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        if where == "while they work":
+            patched.setattr(there._own, "cut_drawn", fails)
+        else:
+            patched.setattr(three.devices.ready(), "tell", fails)
+        with pytest.raises(MemoryError):
+            a_round(three, there, plan)
+    assert a_round(three, there, plan).digest() == expected.digest(), "the others are not left waiting"
+
+
+def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
+    crew = three.devices.ready()
+    crew.ask_all(_Device.keep_reference, 10**6)
+    with pytest.raises(RunError, match=r"device 1: KeyError: 1000000"):
+        crew.answers()
+    assert crew.broken
+    with pytest.raises(RunError, match="a device of this machine failed"):
+        crew.ask_all(_Device.keep_reference, 0)
+
+
+def test_a_device_that_computes_other_bits_is_refused() -> None:
+    spec = KINDS["kept states"]
+    others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"runtime\.num_devices = 2: needs devices that compute the same gradients"):
+        begun(spec, 2, others=others)
+
+
+def test_the_others_end_with_the_process_that_asks_them() -> None:
+    code = (
+        "import os, sys\n"
+        "from tests.training.test_devices import KINDS, begun\n"
+        "room = begun(KINDS['kept states'], 2)\n"
+        "print(*room.pids, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY, text=True
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert pids
+        process.kill()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_what_nobody_asks_for_again_is_forgotten(three: Room, plan: Callable[..., Any]) -> None:
+    first = divided(three, units_of(three.model.spec, 9))
+    a_round(three, first, plan)
+    number = first._number
+    del first
+    other = divided(three, units_of(three.model.spec, 9))
+    a_round(three, other, plan)
+    crew = three.devices.ready()
+    crew.ask_all(_Device.keep_reference, number)
+    with pytest.raises(RunError, match=f"KeyError: {number}"):
+        crew.answers()
+
+
+# Which devices there are.
+
+
+def test_a_gpu_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places_for(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    two = places_for(RuntimeSpec(num_devices=2))
+    assert [str(place) for place in two] == ["cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"runtime\.num_devices = 3: must be at most 2"):
+        places_for(RuntimeSpec(num_devices=3))

@@ -1,0 +1,231 @@
+"""What a step takes of memory: bounded in bytes, found by made-up examples, and of no influence on a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import Part, Shapes, TextDataset
+from fedtune.model import Adapter
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel
+from fedtune.training import machine, per_example
+from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.machine import peak_bytes, step_bytes
+from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.preflight import within_memory
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.users import UserExamples
+
+CPU = torch.device("cpu")
+SHAPES = Shapes.of(max_length=20, max_tokens=400)
+KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm"), ("random:llama", "preference")]
+kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+MIB = 2**20
+
+
+def within(model: TaskModel, num_bytes: float) -> Shapes:
+    return within_memory(model, SHAPES, most_bytes=int(num_bytes), keeps_states=model.skips_layers)
+
+
+def rows_of(shapes: Shapes) -> list[int]:
+    return [shapes.rows(length)[0] for length in shapes.lengths]
+
+
+def of_length(model: TaskModel, length: int, count: int) -> TextDataset:
+    """Records of the most tokens that are padded to this length."""
+    draws = np.random.default_rng(3)
+    ids = [draws.integers(5, 200, size=length - 1).astype(np.int32) for _ in range(count * model.spec.texts)]
+    if model.spec.task == "classification":
+        return TextDataset(tuple(ids), draws.integers(0, 3, size=count))
+    return TextDataset(tuple(ids), tuple(one.astype(np.int64) for one in ids), model.spec.texts)
+
+
+def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
+    """The bytes that a micro-batch of a step takes, from the first frozen layer to the sum."""
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+
+    def work() -> None:
+        if model.skips_layers:
+            examples.keep_frozen_states(model, parts=[part])
+        examples.keep_reference(model, parts=[part])
+        with attached(model) as gradients:
+            add_clipped(zeros(model.trainable()), gradients.of(examples.batch(part)), 1.0)
+
+    return peak_bytes(work, CPU)
+
+
+# What is counted.
+
+
+def test_tensors_are_counted_while_somebody_has_them() -> None:
+    def work() -> None:
+        for _ in range(5):
+            torch.zeros(MIB // 4)
+        kept = torch.zeros(MIB // 2)  # 2 MiB
+        view = kept[5:].view(-1)
+        view.add_(1.0)
+        del kept
+        torch.zeros(MIB // 4)
+
+    before = torch.zeros(MIB)
+    assert peak_bytes(work, CPU) == peak_bytes(lambda: [work() for _ in range(3)], CPU) == 3 * MIB
+    assert peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
+
+
+def test_a_gpu_s_allocator_says_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
+    assert peak_bytes(lambda: None, torch.device("cuda")) == 300
+
+
+# What is set aside.
+
+
+def test_by_default_it_is_a_share_of_all_memory_less_the_model(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh()
+    of_model = sum(one.numel() * one.element_size() for one in model.parameters())
+    monkeypatch.setattr(machine, "_memory_bytes", lambda: 8 * 2**30)
+    assert step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
+    assert step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
+    assert step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
+    gpu = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
+    assert step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
+
+
+def test_a_container_s_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
+
+    def read(path: Any) -> str:
+        return files[str(path)]
+
+    monkeypatch.setattr(machine.Path, "read_text", read)
+    assert machine._memory_bytes() == 9000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine._memory_bytes() == 16 * 1024
+
+
+# What fits.
+
+
+@kinds
+def test_every_micro_batch_stays_within_it(fresh: Any, path: str, task: str) -> None:
+    model = fresh(path, task)
+    whole = within(model, 1e12)
+    assert rows_of(whole) == rows_of(SHAPES), "with room for all, tokens decide"
+    most = max(a_step_on(model, SHAPES, *full_of(model, SHAPES, length)) for length in SHAPES.lengths)
+    for share in (2, 5):
+        less = within(model, most / share)
+        assert sum(rows_of(less)) < sum(rows_of(whole))
+        for length in less.lengths:
+            dataset, part = full_of(model, less, length)
+            assert a_step_on(model, less, dataset, part) <= most / share, (share, length)
+
+
+def full_of(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset, Part]:
+    rows = shapes.rows(length)[0]
+    return of_length(model, length, rows), Part(np.arange(rows), rows, length)
+
+
+@kinds
+def test_a_record_that_fails_or_is_no_number_takes_no_more(
+    fresh: Any, path: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh(path, task)
+    # The least room in which the largest micro-batch is said to fit.
+    length = SHAPES.lengths[-1]
+    one_length = replace(SHAPES, lengths=(length,))
+    too_few, needed = MIB // 2, 10 * MIB
+    while needed > 1.01 * too_few:
+        middle = (needed + too_few) // 2
+        fits = rows_of(within_memory(model, one_length, most_bytes=middle, keeps_states=False)) == rows_of(one_length)
+        too_few, needed = (too_few, middle) if fits else (middle, needed)
+    dataset, part = full_of(model, SHAPES, length)
+    ordinary = a_step_on(model, SHAPES, dataset, part)
+    of_all, calls = PerExampleGradients.of_all, []
+
+    def fails_first(self: PerExampleGradients, batch: Any) -> Any:
+        calls.append(len(batch))
+        if len(calls) == 1:
+            raise RuntimeError("a record that nobody can compute")
+        found = of_all(self, batch)
+        if len(calls) == 3:
+            next(iter(found.values()))[0] = torch.nan
+        return found
+
+    monkeypatch.setattr(PerExampleGradients, "of_all", fails_first)
+    # What pytest keeps of a log keeps the frames of the exception, and all tensors in them.
+    monkeypatch.setattr(per_example.log, "exception", lambda *_: None)
+    with_failure = a_step_on(model, SHAPES, dataset, part)
+    assert len(calls) > 3
+    assert ordinary < with_failure <= needed
+
+
+def test_where_nothing_fits_the_setting_is_named(fresh: Any) -> None:
+    model = fresh()
+    with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
+        within(model, 1000)
+    least = within(model, 1.5 * a_step_on(model, SHAPES, of_length(model, 24, 1), Part(np.arange(1), 1, 24)))
+    assert min(rows_of(least)) >= 1
+
+
+def test_a_length_without_padding_keeps_its_empty_row(fresh: Any) -> None:
+    full = replace(SHAPES, full=SHAPES.lengths[-1])
+    with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
+    assert with_room.rows(full.full)[-1] == 2
+    assert with_room.room(full.full, 2) == 1
+
+
+def test_a_model_that_cannot_be_measured_is_a_mistake_in_its_path(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: TaskModel, batch: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(TaskModel, "losses", fails)
+    with pytest.raises(ConfigError, match=r"model\.path = 'random:bert': cannot be trained on examples of 24 tokens"):
+        within(fresh(), 1e9)
+
+
+# No bit.
+
+
+@pytest.mark.parametrize("unit", ["record", "user"])
+@pytest.mark.parametrize(("path", "task"), KINDS[:2])
+def test_a_round_is_the_same_to_the_bit_in_whatever_memory(
+    trained: Callable[..., TaskModel],
+    examples: Callable[..., TextDataset],
+    plan: Callable[..., Any],
+    path: str,
+    task: str,
+    unit: str,
+) -> None:
+    model, dataset = trained(path, task), examples(task, 40)
+    start = Adapter.of(model)
+    planned = plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
+    work = RoundOfTraining(
+        site="a", round=1, attempt=1, plan=planned, training=TrainingSpec(), declared_size=30, max_adapter_value=50.0
+    )
+    rows, released = set(), set()
+    for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
+        shapes = within(model, num_bytes)
+        units: Any = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        if unit == "user":
+            units = UserExamples(
+                units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
+            )
+        rows.add(tuple(rows_of(shapes)))
+        released.add(train_round(model, start, units, work, randomness=SeededRandomness(5)).digest())
+    assert len(rows) == 3
+    assert len(released) == 1
