@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import os
 import subprocess
@@ -11,6 +13,7 @@ import click
 import pytest
 
 from fedtune import __version__
+from fedtune.cli.command import importing
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 
@@ -160,3 +163,16 @@ def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:
             check=True,
         )
         assert done.stdout == expected
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with contextlib.suppress(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() is was_on
+    finally:
+        (gc.enable if before else gc.disable)()
