@@ -292,6 +292,16 @@ def test_nothing_reaches_a_site_s_pod() -> None:
     assert not [argument for argument in container["args"] if "anywhere" in argument]
 
 
+def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:
+    stateful = only(DEPLOYMENT / "kubernetes/site/site.yaml", "StatefulSet")
+    (container,) = pods(stateful)["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert "--site=/site/site.toml" in container["args"]
+    policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
+    assert mounts["/site/site.toml"] == policy
+    assert mounts["/records"]["readOnly"] is True
+
+
 def start_script(manifest: str, **folders: Path) -> str:
     """The script of the first container, with folders of this test for those of the pod."""
     (container,) = pods(only(DEPLOYMENT / "kubernetes" / manifest, "StatefulSet"))["initContainers"]
