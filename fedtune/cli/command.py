@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,14 +29,20 @@ class InterruptTold(KeyboardInterrupt):
     """Ctrl-C, of which the person at the keyboard was told already, with how to go on."""
 
 
+_LARGE = 100
+"""Modules: so many new ones were a large library, whose objects stay for good."""
+
+
 @contextmanager
 def importing() -> Iterator[None]:
-    """While large libraries are imported: no search for garbage among what they make, a fifth of the time."""
-    was_on = gc.isenabled()
+    """While large libraries are imported, and ever after: no search for garbage among what they make."""
+    was_on, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
+        if len(sys.modules) - known > _LARGE:
+            gc.freeze()
         if was_on:
             gc.enable()
 

@@ -176,3 +176,15 @@ def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> No
         assert gc.isenabled() is was_on
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(("new", "frozen"), [(0, False), (200, True)])
+def test_what_large_libraries_made_is_never_looked_through(
+    new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen_at: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
+    with importing():
+        for number in range(new):
+            monkeypatch.setitem(sys.modules, f"a_part_of_a_library_{number}", sys)
+    assert bool(frozen_at) is frozen
