@@ -122,7 +122,7 @@ def compared(trees: dict[str, Path], overrides: list[str], *, runs: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--before", metavar="COMMIT", default="e6a9e03", help="the commit to compare with")
+    parser.add_argument("--before", metavar="COMMIT", default="d21e1bb", help="the commit to compare with")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     asked = parser.parse_args()
