@@ -109,6 +109,7 @@ _NO_RESULT_CHANGES = [
     {"runtime__step_mib": 77},
     {"runtime__gradient_checkpointing": True},
     {"runtime__sites_dir": "sites"},
+    {"runtime__kind": "ray", "runtime__num_threads": 2, "runtime__ray_address": "auto", "runtime__sites_per_gpu": 2},
     {"tracking__progress": False},
     {"tracking__output_dir": "elsewhere"},
     {"tracking__log_level": "debug"},

@@ -7,8 +7,11 @@ same, loses the help of arguments with click 8.5.  Nothing slow is imported here
 
 from __future__ import annotations
 
+import gc
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,6 +27,24 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 class InterruptTold(KeyboardInterrupt):
     """Ctrl-C, of which the person at the keyboard was told already, with how to go on."""
+
+
+_LARGE = 100
+"""Modules: so many new ones were a large library, whose objects stay for good."""
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While large libraries are imported, and ever after: no search for garbage among what they make."""
+    was_on, known = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) - known > _LARGE:
+            gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)

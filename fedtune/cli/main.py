@@ -19,7 +19,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import click
 
 from fedtune import __version__
-from fedtune.cli.command import SETTINGS, InterruptTold
+from fedtune.cli.command import SETTINGS, InterruptTold, importing
 from fedtune.spec import FedtuneError
 
 COMMANDS: Mapping[str, str] = {
@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
 }
 """Each is the module of its name, which holds the command as `app` and is imported when it is called."""
-_WITH_ACCOUNTANTS = ("plan", "search", "ledger", "report")
+_WITH_ACCOUNTANTS = ("simulate", "plan", "audit", "compare", "search", "ledger", "report", "run")
 
 
 @contextmanager
@@ -75,7 +75,7 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        with _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext():
+        with importing(), _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext():
             found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
         return found
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedtune.cli.command import InterruptTold
+from fedtune.cli.command import InterruptTold, importing
 from fedtune.cli.compose import write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
@@ -98,8 +98,9 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: 
     """
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    from fedtune.flower.simulation import simulate
-    from fedtune.sites.virtual_site import fitted
+    with importing():
+        from fedtune.flower.simulation import simulate
+        from fedtune.sites.virtual_site import fitted
 
     if config.resume is None:
         config = told(console, config, fitted(config, folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
@@ -160,6 +161,9 @@ class RuntimeSpec:
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
             makes new ones in its run folder.
+        ray_address: of a Ray cluster that runs and has a node on this machine, "HOST:PORT" or "auto"; null: with
+            runtime=ray one is started for the run, on this machine alone.
+        sites_per_gpu: how many sites share a GPU of a Ray cluster; null: as few as it takes for all to train at a time.
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
@@ -174,6 +178,8 @@ class RuntimeSpec:
     gradient_checkpointing: bool = False
     seeded_noise: bool = False
     sites_dir: str | None = None
+    ray_address: str | None = None
+    sites_per_gpu: int | None = None
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
@@ -189,3 +195,19 @@ class RuntimeSpec:
             check_at_least("step_mib", self.step_mib, 1)
         if self.kept_states_mib is not None:
             check_at_least("kept_states_mib", self.kept_states_mib, 0)
+        self._check_ray()
+
+    def _check_ray(self) -> None:
+        for key in ("ray_address", "sites_per_gpu"):
+            if getattr(self, key) is not None and self.kind != "ray":
+                raise ConfigError(key, getattr(self, key), "needs runtime=ray")
+        if self.ray_address is not None:
+            if not re.fullmatch(r"auto|[^\s/]+:\d+", self.ray_address):
+                raise ConfigError("ray_address", self.ray_address, "must be HOST:PORT, or auto")
+            if self.num_threads is None:
+                bound = "must be a number with runtime.ray_address: the CPUs of its node that each site takes"
+                raise ConfigError("num_threads", None, bound)
+        if self.sites_per_gpu is not None:
+            check_at_least("sites_per_gpu", self.sites_per_gpu, 1)
+            if self.device == "cpu":
+                raise ConfigError("sites_per_gpu", self.sites_per_gpu, "must be null with runtime.device=cpu")

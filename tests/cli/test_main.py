@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import os
 import subprocess
@@ -11,6 +13,7 @@ import click
 import pytest
 
 from fedtune import __version__
+from fedtune.cli.command import importing
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 
@@ -160,3 +163,28 @@ def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:
             check=True,
         )
         assert done.stdout == expected
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if was_on else gc.disable)()
+    try:
+        with contextlib.suppress(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() is was_on
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(("new", "frozen"), [(0, False), (200, True)])
+def test_what_large_libraries_made_is_never_looked_through(
+    new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen_at: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
+    with importing():
+        for number in range(new):
+            monkeypatch.setitem(sys.modules, f"a_part_of_a_library_{number}", sys)
+    assert bool(frozen_at) is frozen

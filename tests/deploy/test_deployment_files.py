@@ -17,6 +17,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from fedtune import __version__
 from fedtune.deploy.health import READY, Health, State
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
 MANIFESTS = [DEPLOYMENT / "kubernetes" / name for name in ("server/server.yaml", "site/site.yaml")]
 POLICIES = sorted((DEPLOYMENT / "kubernetes").glob("*/network_policy.yaml"))
 OVERLAYS = sorted(path.parent for path in (DEPLOYMENT / "kubernetes").glob("*/kustomization.yaml"))
+CHART = DEPLOYMENT / "helm" / "site"
 SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
 EXECUTABLE = "/opt/fedtune/bin/fedtune"
 
@@ -290,6 +292,16 @@ def test_nothing_reaches_a_site_s_pod() -> None:
     assert not [argument for argument in container["args"] if "anywhere" in argument]
 
 
+def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:
+    stateful = only(DEPLOYMENT / "kubernetes/site/site.yaml", "StatefulSet")
+    (container,) = pods(stateful)["containers"]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert "--site=/site/site.toml" in container["args"]
+    policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
+    assert mounts["/site/site.toml"] == policy
+    assert mounts["/records"]["readOnly"] is True
+
+
 def start_script(manifest: str, **folders: Path) -> str:
     """The script of the first container, with folders of this test for those of the pod."""
     (container,) = pods(only(DEPLOYMENT / "kubernetes" / manifest, "StatefulSet"))["initContainers"]
@@ -353,7 +365,131 @@ def test_the_server_s_first_container_leaves_the_roster_a_link(tmp_path: Path) -
     assert (kit / "roster.json").read_text() == "a new site"
 
 
+# Helm
+
+
+CHANGES = {
+    "image.repository": "mirror.example.org/fedtune",
+    "image.tag": "9.9",
+    "image.pullSecrets[0]": "mirror",
+    "resources.cpu": "4",
+    "resources.memory": "20Gi",
+    "resources.memoryLimit": "40Gi",
+    "gpus": "1",
+    "site.storage": "90Gi",
+    "site.storageClassName": "block",
+    "anchor.storage": "2Gi",
+    "anchor.storageClassName": "other",
+    "recordsClaim": "wards",
+    "stopWithin": "1200",
+    "server.cidr": "192.0.2.7/32",
+    "server.port": "443",
+    "nodeSelector.disk": "local",
+    "tolerations[0].key": "gpu",
+    "disruption.maxUnavailable": "1",
+}
+"""Every value of the chart."""
+
+
+def rendered(folder: Path, values: dict[str, str]) -> Path:
+    """What Helm makes of the chart with these values."""
+    # Helm takes digits for a number unless it is told.
+    settings = [
+        word
+        for key, value in values.items()
+        for word in ("--set-string" if key in ("image.tag", "resources.cpu") else "--set", f"{key}={value}")
+    ]
+    done = run(tool("helm"), "template", "fedtune-site", CHART, "--namespace", "fedtune-site", *settings)
+    assert done.returncode == 0, done.stderr
+    made = folder / "rendered.yaml"
+    made.write_text(done.stdout)
+    return made
+
+
+def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) -> None:
+    checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
+    done = run(checker, "--check-metaschema", schema)
+    assert done.returncode == 0, done.stdout
+    plain = (CHART / "values.yaml").read_text()
+    done = run(checker, "--schemafile", schema, CHART / "values.yaml")
+    assert done.returncode == 0, done.stdout
+    for old, new in (
+        ("gpus: 0", "gpus: -1"),
+        ("memoryLimit: 16Gi", "memoryLimit: 16G"),
+        ("storage: 50Gi", "storages: 50Gi"),
+        ("maxUnavailable: 0", "maxUnavailable: 2"),
+        ("recordsClaim: fedtune-records", 'recordsClaim: ""'),
+    ):
+        assert plain.count(old) == 1, old
+        (tmp_path / "values.yaml").write_text(plain.replace(old, new))
+        assert run(checker, "--schemafile", schema, tmp_path / "values.yaml").returncode != 0, new
+
+
+def test_the_chart_has_no_manifests_of_its_own_for_what_lies_in_kubernetes() -> None:
+    manifests = CHART / "manifests"
+    assert manifests.is_symlink()
+    assert manifests.resolve() == DEPLOYMENT / "kubernetes" / "site"
+    for template in CHART.glob("templates/*.yaml"):
+        for file in re.findall(r'"manifests/([^"]+)"', template.read_text()):
+            assert (manifests / file).is_file(), template
+    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert about["version"] == about["appVersion"] == __version__
+
+
+def test_the_chart_changes_nothing_of_the_manifests_by_itself(put_together: dict[Path, Path], tmp_path: Path) -> None:
+    def by_kind(path: Path) -> dict[str, Any]:
+        return {document["kind"]: document for document in documents(path)}
+
+    plain, made = by_kind(put_together[DEPLOYMENT / "kubernetes" / "site"]), by_kind(rendered(tmp_path, {}))
+    budget = made.pop("PodDisruptionBudget")
+    assert made == plain
+    assert budget["spec"]["maxUnavailable"] == 0
+    assert budget["spec"]["selector"] == plain["StatefulSet"]["spec"]["selector"]
+
+
+def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(tmp_path: Path) -> None:
+    made = rendered(tmp_path, CHANGES)
+    done = run(tool("kubernetes-validate"), "--strict", "--kubernetes-version", "1.32", made)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stateful = only(made, "StatefulSet")["spec"]
+    pod, (container,) = stateful["template"]["spec"], pods(only(made, "StatefulSet"))["containers"]
+    assert {one["image"] for one in (*pod["initContainers"], container)} == {"mirror.example.org/fedtune:9.9"}
+    assert pod["imagePullSecrets"] == [{"name": "mirror"}]
+    limits = {"memory": "40Gi", "nvidia.com/gpu": "1"}
+    assert container["resources"] == {"requests": {"cpu": "4", "memory": "20Gi"}, "limits": limits}
+    claims = {claim["metadata"]["name"]: claim["spec"] for claim in stateful["volumeClaimTemplates"]}
+    assert {name: (spec["storageClassName"], spec["resources"]) for name, spec in claims.items()} == {
+        "site": ("block", {"requests": {"storage": "90Gi"}}),
+        "anchor": ("other", {"requests": {"storage": "2Gi"}}),
+    }
+    (records,) = (volume["persistentVolumeClaim"] for volume in pod["volumes"] if volume["name"] == "records")
+    assert records == {"claimName": "wards", "readOnly": True}
+    assert pod["terminationGracePeriodSeconds"] == 1200
+    assert (pod["nodeSelector"], pod["tolerations"]) == ({"disk": "local"}, [{"key": "gpu"}])
+    dns, server = only(made, "NetworkPolicy")["spec"]["egress"]
+    assert server == {"to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}], "ports": [{"protocol": "TCP", "port": 443}]}
+    assert {port["port"] for port in dns["ports"]} == {53}
+    assert only(made, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
 # SLURM
+
+
+def test_sbatch_takes_every_option_of_the_batch_script(tmp_path: Path) -> None:
+    """As far as sbatch goes without a controller: it reads the options, then finds nobody at port 1."""
+    settings = ("ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "AuthType=auth/none", "GresTypes=gpu")
+    (tmp_path / "slurm.conf").write_text("\n".join((*settings, "MessageTimeout=2\n")))
+    environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+
+    def said(text: str) -> str:
+        (tmp_path / "job").write_text(text)
+        return run(tool("sbatch"), "--test-only", tmp_path / "job", env=environment).stderr
+
+    text = SBATCH.read_text()
+    assert "Unable to contact slurm controller" in said(text)
+    assert "unrecognized option" in said(text.replace("--requeue", "--requeues"))
+    assert "Invalid --signal" in said(text.replace("TERM@120", "TERM@soon"))
+    assert "Invalid --time" in said(text.replace("--time=24:00:00", "--time=a day"))
 
 
 def test_bash_and_shellcheck_take_the_batch_script(tmp_path: Path) -> None:

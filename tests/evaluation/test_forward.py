@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+import fedtune.evaluation.scoring as scoring_module
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import batches_by_length, scoring
+from fedtune.evaluation.scoring import KeptBatches, batches_by_length, batches_to_score, figures_of, scoring
 from fedtune.spec import DataError
 from fedtune.tasks import TaskModel
 
@@ -49,6 +53,26 @@ def test_batches_hold_every_example_once_within_the_budget(labelled: TextDataset
         seen.extend(indices.tolist())
     assert sorted(seen) == list(range(len(labelled)))
     assert labelled.lengths[seen].tolist() == sorted(labelled.lengths.tolist())
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_cpu_scores_few_tokens_at_a_time_and_as_it_would_many(
+    classifier: TaskModel, labelled: TextDataset, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(most: int) -> tuple[dict[str, Any], list[int]]:
+        monkeypatch.setattr(scoring_module, "_MOST_ON_CPU", most)
+        kept: KeptBatches | None = {} if keeps else None
+        with scoring(classifier):
+            batches = batches_to_score(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept)
+            sizes = [batch.input_ids.numel() for _, batch in batches]
+        return figures_of(classifier, labelled, pad_id=0, max_tokens=10**6, kept=kept), sizes
+
+    (many, one), (few, several) = scored(10**6), scored(30)
+    assert len(one) == 1
+    assert max(several) <= 30
+    assert many.keys() == few.keys()
+    for name, values in many.items():
+        np.testing.assert_allclose(few[name], values, atol=1e-5)
 
 
 def test_nothing_to_score_is_a_data_error(labelled: TextDataset) -> None:

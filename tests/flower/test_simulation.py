@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flwr.simulation
@@ -14,9 +19,11 @@ import fedtune.flower.simulation as simulation
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.flower.simulation import InProcessGrid
+from fedtune.flower.simulation import InProcessGrid, RayNode, gpu_share, looker
 from fedtune.model import Adapter
+from fedtune.sites.virtual_site import LEAD_KEY
 from fedtune.spec import ConfigError, RunError
+from fedtune.training.spec import RuntimeSpec
 
 
 def test_each_message_reaches_its_node_and_its_reply_is_handed_out_once() -> None:
@@ -52,13 +59,71 @@ def test_each_message_reaches_its_node_and_its_reply_is_handed_out_once() -> Non
 
 
 @pytest.fixture
-def config(tiny: Any, tmp_path: Path) -> RunConfig:
+def composed(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
     settings = tiny("runtime=ray", "federation.num_sites=3", "federation.participants=[site-1,site-3]", into=tmp_path)
-    return compose_run([*settings, "runtime.num_threads=2"])
+    return lambda *more: compose_run([*settings, "runtime.num_threads=2", *more])
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def config(composed: Callable[..., RunConfig]) -> RunConfig:
+    return composed()
+
+
+class Ray(ModuleType):
+    """Stands in for Ray, with a cluster that holds what it is told and runs what it is given here and now."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.resources = {"a": {"CPU": 4.0}, "b": {"CPU": 2.0, "GPU": 2.0}, "head": {"memory": 1.0}}
+        self.free: dict[str, float] = {"CPU": 6.0, "GPU": 2.0}
+        self.joined: list[Any] = []
+        self.ended = 0
+        self.elsewhere: dict[str, str] = {}
+        exceptions, strategies = ModuleType("ray.exceptions"), ModuleType("ray.util.scheduling_strategies")
+        exceptions.RayError = OSError  # type: ignore[attr-defined]
+        strategies.NodeAffinitySchedulingStrategy = lambda node_id, soft: node_id  # type: ignore[attr-defined]
+        self.parts = {"ray": self, "ray.exceptions": exceptions, "ray.util.scheduling_strategies": strategies}
+
+    def init(self, **arguments: Any) -> None:
+        self.joined.append(arguments)
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"NodeID": "4", "NodeManagerHostname": "gone", "Alive": False, "Resources": {"CPU": 64.0}}
+        named = [
+            {"NodeID": name, "NodeManagerHostname": name, "Resources": has} for name, has in self.resources.items()
+        ]
+        return [gone, *({**node, "Alive": True} for node in named)]
+
+    def available_resources(self) -> dict[str, float]:
+        return self.free
+
+    def remote(self, *, num_cpus: int) -> Callable[[Callable[[], dict[str, str]]], Any]:
+        return lambda look: SimpleNamespace(
+            options=lambda scheduling_strategy: SimpleNamespace(
+                remote=lambda: look() | (self.elsewhere if scheduling_strategy == "b" else {})
+            )
+        )
+
+    def get(self, found: Any, timeout: float) -> Any:
+        return found
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    ray = Ray()
+    for name, part in ray.parts.items():
+        monkeypatch.setitem(sys.modules, name, part)
+    monkeypatch.setattr(simulation.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(simulation.socket, "create_connection", lambda *_, **__: socket.socket())
+    monkeypatch.setattr(simulation, "_FREE_WITHIN_S", 0.0)
+    return ray
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, ray: Ray) -> dict[str, Any]:
     """Stands in for Flower's engine: calls the server app here, and wraps what it raises as Flower does."""
     arguments: dict[str, Any] = {}
 
@@ -70,31 +135,164 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise RuntimeError("Exception in ServerApp thread") from error
 
     monkeypatch.setattr(flwr.simulation, "run_simulation", run_simulation)
-    monkeypatch.setattr(simulation.importlib.util, "find_spec", lambda name: object())
     return arguments
 
 
-def test_without_the_extra_it_says_how_to_install_it(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+STATE = LeadState(round=1, adapter=Adapter({}))
+CLUSTER = "runtime.ray_address=10.1.2.3:6379"
+
+
+def on_ray(config: RunConfig, sites: Path, run: Callable[[Any], LeadState] = lambda grid: STATE) -> LeadState:
+    return simulation.on_ray(run, None, config, sites)  # type: ignore[arg-type]
+
+
+def test_without_the_extra_it_says_how_to_install_it(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(simulation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the extra: pip install 'fedtune\[ray\]'"):
-        simulation.on_ray(lambda grid: LeadState(round=0, adapter=Adapter({})), None, config)  # type: ignore[arg-type]
+        on_ray(config, tmp_path)
 
 
 def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
-    config: RunConfig, started: dict[str, Any]
+    config: RunConfig, started: dict[str, Any], ray: Ray, tmp_path: Path
 ) -> None:
-    state = LeadState(round=1, adapter=Adapter({}))
-    assert simulation.on_ray(lambda grid: state, None, config) is state  # type: ignore[arg-type]
+    assert on_ray(config, tmp_path) is STATE
     assert started["num_supernodes"] == 2
     assert started["backend_config"]["client_resources"]["num_cpus"] == 2
-    assert started["backend_config"]["init_args"]["num_cpus"] >= 2
+    (joined,) = ray.joined
+    assert joined["address"] == "local"
+    assert joined["num_cpus"] >= 2
+    assert ray.ended == 1
 
 
 @pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt()])
-def test_an_error_of_the_run_keeps_its_type(config: RunConfig, started: dict[str, Any], error: BaseException) -> None:
+def test_an_error_of_the_run_keeps_its_type(
+    config: RunConfig, started: dict[str, Any], error: BaseException, ray: Ray, tmp_path: Path
+) -> None:
     def fails(grid: object) -> LeadState:
         raise error
 
     with pytest.raises(type(error)) as raised:
-        simulation.on_ray(fails, None, config)  # type: ignore[arg-type]
+        on_ray(config, tmp_path, fails)
     assert raised.value is error
+    assert ray.ended == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "sites_per_gpu", "num_sites", "gpus", "share"),
+    [
+        ("auto", None, 8, (0.0, 0.0), 0.0),
+        ("cpu", None, 8, (1.0, 1.0), 0.0),
+        ("auto", None, 8, (1.0, 1.0), 1 / 4),
+        ("cuda", None, 8, (2.0, 1.0), 1 / 3),
+        ("auto", None, 2, (4.0, 0.0), 1.0),
+        ("auto", 2, 8, (1.0, 1.0), 1 / 2),
+    ],
+)
+def test_sites_share_the_gpus_of_the_cluster_so_that_all_can_train_at_a_time(
+    device: Any, sites_per_gpu: int | None, num_sites: int, gpus: tuple[float, ...], share: float
+) -> None:
+    nodes = [RayNode(str(number), "", 64.0, count) for number, count in enumerate(gpus)]
+    runtime = RuntimeSpec(kind="ray", device=device, sites_per_gpu=sites_per_gpu)
+    assert gpu_share(runtime, num_sites, nodes) == share
+    if share and sites_per_gpu is None:
+        assert sum(node.room(threads=1, share=share) for node in nodes) >= num_sites
+
+
+def test_room_is_counted_by_node() -> None:
+    assert RayNode("1", "", 7.0, 0.0).room(threads=2, share=0.0) == 3
+    assert RayNode("1", "", 7.0, 1.0).room(threads=2, share=0.5) == 2
+    assert RayNode("1", "", 7.0, 0.0).room(threads=2, share=0.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("runtime.num_threads=5",), r"num_threads = 5: must be at most .*a: 4 and 0; b: 2 and 2; head: 0 and 0"),
+        (
+            ("runtime.device=auto", "runtime.num_threads=3", "runtime.sites_per_gpu=4"),
+            r"sites_per_gpu = 4: .* a GPU beside 3 CPUs",
+        ),
+    ],
+)
+def test_a_part_that_no_node_has_is_refused(
+    composed: Any, started: dict[str, Any], settings: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        on_ray(composed(*settings), tmp_path)
+    assert not started
+
+
+def test_a_cluster_that_others_use_is_refused(composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path) -> None:
+    ray.free = {"CPU": 5.0}
+    with pytest.raises(RunError, match="others use 1 of 6 CPUs and 2 of 2 GPUs of the Ray cluster"):
+        on_ray(composed(CLUSTER), tmp_path)
+    assert not started
+    ray.free = {"CPU": 6.0, "GPU": 2.0}
+    assert on_ray(composed(CLUSTER), tmp_path) is STATE
+    assert ray.joined[-1]["address"] == "10.1.2.3:6379"
+    assert "num_cpus" not in ray.joined[-1], "Ray would refuse it"
+
+
+@pytest.mark.parametrize("key", ["working folder", "tracking.output_dir", "data.train_file", "model.path", "fedtune"])
+def test_what_a_node_does_not_see_is_named(
+    composed: Any, started: dict[str, Any], ray: Ray, key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / LEAD_KEY).touch()
+    config = composed(CLUSTER)
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
+    assert on_ray(config, tmp_path) is STATE
+    started.clear()
+    ray.elsewhere = {key: ""}
+    with pytest.raises(ConfigError, match=f"{key} = .* must be the same on every node of the Ray cluster; node b has"):
+        on_ray(config, tmp_path)
+    assert not started
+
+
+def test_a_node_looks_from_the_working_folder_and_tells_other_files_of_the_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    key, records = tmp_path / "key", tmp_path / "here" / "records"
+    key.write_text("one")
+    look = looker({"working folder": str(tmp_path / "here"), "file": "records", "key": str(key)}, sealed="key")
+    first = look()
+    records.write_text("")
+    monkeypatch.chdir("/")
+    assert (first["file"], look()["file"]) == ("", "there")
+    assert look()["key"] == first["key"] != ""
+    key.write_text("another")
+    assert look()["key"] != first["key"]
+    key.unlink()
+    assert look()["key"] == ""
+
+
+def test_nobody_knocks_for_long_where_there_is_no_cluster(composed: Any, ray: Ray, tmp_path: Path) -> None:
+    ray.init = lambda **_: (_ for _ in ()).throw(ConnectionError("nobody\nAdvice"))  # type: ignore[method-assign]
+    for address in ("10.1.2.3:6379", "auto"):
+        with pytest.raises(ConfigError, match=rf"ray_address = '{address}': must be a Ray cluster .* \(nobody\)$"):
+            on_ray(composed(f"runtime.ray_address={address}"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("runtime=simulation", CLUSTER), "runtime.ray_address = '10.1.2.3:6379': needs runtime=ray"),
+        (("runtime=simulation", "runtime.sites_per_gpu=2"), "runtime.sites_per_gpu = 2: needs runtime=ray"),
+        (("runtime.ray_address=ray://a:1",), "runtime.ray_address = .*: must be HOST:PORT, or auto"),
+        ((CLUSTER, "runtime.num_threads=null"), "runtime.num_threads = .*must be a number with runtime.ray_address"),
+        (
+            ("runtime.device=auto", "runtime.sites_per_gpu=0"),
+            "runtime.sites_per_gpu = 0: must be a finite number of at least 1",
+        ),
+        (("runtime.sites_per_gpu=2",), "runtime.sites_per_gpu = 2: must be null with runtime.device=cpu"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_cluster_that_contradict_each_other_are_refused(
+    composed: Any, settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        composed(*settings)

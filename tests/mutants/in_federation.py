@@ -207,4 +207,13 @@ FEDERATION_FAULTS = (
         new="",
         tests=("tests/sites/test_shared_settings.py",),
     ),
+    Mutant(
+        name="a-ledger-on-each-node",
+        fault="A cluster's nodes need a folder of the run's name, not the same one: a site that trains on two of them "
+        "has two ledgers, and neither knows what the other has spent.",
+        file="fedtune/flower/simulation.py",
+        old="                    found[key] = hashlib.sha256(file.read()).hexdigest()\n",
+        new='                    found[key] = "there"\n',
+        tests=("tests/flower/test_simulation.py",),
+    ),
 )
