@@ -72,8 +72,10 @@ def seconds_of(asked: dict[str, int]) -> float:
     wanted = _USUAL | asked
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "records.jsonl")
-        words = " ".join(["card"] * (wanted["tokens"] - 2))  # with one token before and one behind them
-        lines = (json.dumps({"text": words, "label": str(row % _LABELS)}) for row in range(_rows(wanted)))
+        # As many tokens as are read; each text once, since equal ones go to one site.
+        words = " ".join(["card"] * wanted["tokens"])
+        count = wanted["sites"] * wanted["records"]
+        lines = (json.dumps({"text": f"{row} {words}", "label": str(row % _LABELS)}) for row in range(count))
         file.write_text("\n".join(lines) + "\n")
         config = compose_run(
             [
@@ -96,10 +98,6 @@ def seconds_of(asked: dict[str, int]) -> float:
         result = simulate(config, Path(scratch, "run"), Silent())
     seconds = [one.seconds for one in result.rounds]
     return sum(seconds) if "rounds" in asked else statistics.median(seconds)
-
-
-def _rows(wanted: dict[str, int]) -> int:
-    return wanted["sites"] * wanted["records"]
 
 
 def measured(quantity: Quantity, *, times: int) -> dict[str, Any]:
