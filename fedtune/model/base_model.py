@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
-from fedtune.model.layers import compute_by_row
+from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
+from fedtune.model.products import round_products
 from fedtune.model.quiet import first_line, quiet
 from fedtune.model.refusals import config_refusal
 from fedtune.model.source import cache_folder, model_folder
@@ -43,7 +44,7 @@ from fedtune.model.spec import RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -97,6 +98,8 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
     model.requires_grad_(False)
+    if spec.dtype == "mixed":
+        round_products(layer_stack(model)[1])
     return model.eval().to(torch.device(device))
 
 

@@ -3,9 +3,11 @@
     python simulations/benchmarks/step.py                    every case, into step.json and the README's table
     python simulations/benchmarks/step.py --only MiniLM      cases whose names hold this; others are kept
 
-Three kinds of step take turns in one process, so that whatever else the machine does meets all alike: a plain one, the
-private one, and a private one whose gradients by example come from Opacus's own hooks.  Medians are written down.  The
-most memory of each is that of a process that takes no other.
+Four kinds of step take turns in one process, so that whatever else the machine does meets all alike: a plain one, the
+private one, a private one whose gradients by example come from Opacus's own hooks, and the private one with a frozen
+base that multiplies in bfloat16 (`model.dtype=mixed`).  So do all products of a base's layers with 1,024 rows, there
+and back, by torch, by oneDNN and in bfloat16.  Medians are written down.  The most memory of each kind of step is that
+of a process that takes no other.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from opacus.grad_sample import GradSampleHooks
 
 from fedtune.cli.compose import compose_run
 from fedtune.data import Batch
+from fedtune.model.layers import layer_stack
 from fedtune.privacy.durable import write_durably
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import SharedModel
@@ -48,14 +51,17 @@ CASES = {
     "SmolLM2-135M, all linear modules, rank 16": (16, [*_E2E, "lora.target_modules=all-linear"]),
 }
 """Records in a step, and settings."""
+MIXED = "private, mixed"
+ROWS = 1024
 Step = Callable[[], dict[str, float]]
 """Takes one, and says how many seconds each part of it took."""
 
 
-def prepared(case: str, *, onednn: bool) -> tuple[TaskModel, list[Batch], float]:
+def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple[TaskModel, list[Batch], float]:
     """The model, one step's micro-batches, and the clip norm."""
     count, settings = CASES[case]
-    config = compose_run([*settings, "privacy.epsilon=8", f"runtime.onednn={str(onednn).lower()}"])
+    ours = ["privacy.epsilon=8", f"runtime.onednn={str(onednn).lower()}", f"model.dtype={dtype}"]
+    config = compose_run([*settings, *ours])
     with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
         shared = SharedModel(config)
     examples = shared.examples_of(shared.tokenised(shared.records.dealt.sites[0].training[:count], lenient=True))
@@ -130,14 +136,46 @@ def timed(parts: dict[str, float], name: str) -> Iterator[None]:
     parts[name] += time.perf_counter() - began
 
 
-def steps(case: str, *, onednn: bool) -> dict[str, Step]:
-    """The kinds of step, by name."""
+def steps(case: str, *, onednn: bool = True) -> dict[str, Step]:
+    """The kinds of step on a float32 base, by name."""
     model, batches, clip_norm = prepared(case, onednn=onednn)
     return {
         "plain": partial(plain, model, batches),
         "private": partial(private, model, batches, clip_norm),
         "private, Opacus's hooks": partial(by_hooks, model, batches, clip_norm),
     }
+
+
+def mixed_step(case: str) -> dict[str, Step]:
+    """The private step on a base that multiplies in bfloat16."""
+    return {MIXED: partial(private, *prepared(case, dtype="mixed"))}
+
+
+def products(case: str) -> dict[str, Step]:
+    """All products of a base's layers with `ROWS` rows, there and back, by who multiplies."""
+    found = {"torch": prepared(case, onednn=False)[0], "oneDNN": prepared(case)[0]}
+    found["bfloat16"] = prepared(case, dtype="mixed")[0]
+    return {name: partial(multiplied, _linear(model)) for name, model in found.items()}
+
+
+def _linear(model: TaskModel) -> list[torch.nn.Module]:
+    _, layers = layer_stack(model.base.get_base_model())
+    frozen = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    return [module for module in frozen if not any(one.requires_grad for one in module.parameters())]
+
+
+def multiplied(modules: list[torch.nn.Module]) -> dict[str, float]:
+    """Multiply by every module, and take the gradient back through it."""
+    parts = {"forward": 0.0, "backward": 0.0}
+    for module in modules:
+        weight = module.get_parameter("weight")
+        values = torch.ones(ROWS, weight.shape[1], requires_grad=True)
+        with timed(parts, "forward"):
+            output = module(values)
+        direction = torch.ones_like(output)
+        with timed(parts, "backward"):
+            output.backward(direction)
+    return parts
 
 
 def medians(kinds: dict[str, Step], *, runs: int) -> dict[str, dict[str, float]]:
@@ -161,7 +199,7 @@ def peak_bytes(case: str, kind: str) -> int:
 
 
 def _peak(case: str, kind: str) -> int:
-    step = steps(case, onednn=True)[kind]
+    step = (mixed_step(case) if kind == MIXED else steps(case))[kind]
     step()
     step()
     # Not by getrusage, which begins with what the parent had.
@@ -171,16 +209,20 @@ def _peak(case: str, kind: str) -> int:
 
 def measured(case: str, *, runs: int) -> dict[str, object]:
     """All there is to say of a case."""
-    kinds = medians(steps(case, onednn=True), runs=runs)
+    kinds = medians(steps(case) | mixed_step(case), runs=runs)
     torchs = medians(steps(case, onednn=False), runs=runs)
-    memory = {kind: peak_bytes(case, kind) for kind in ("plain", "private")}
+    alone = medians(products(case), runs=runs)
+    memory = {kind: peak_bytes(case, kind) for kind in ("plain", "private", MIXED)}
     return {
         "records": CASES[case][0],
         "seconds": kinds,
         "seconds_without_onednn": torchs,
+        "seconds_of_products": alone,
         "private_over_plain": round(kinds["private"]["step"] / kinds["plain"]["step"], 3),
         "hooks_over_plain": round(kinds["private, Opacus's hooks"]["step"] / kinds["plain"]["step"], 3),
         "torch_over_onednn": round(torchs["private"]["step"] / kinds["private"]["step"], 2),
+        "mixed_over_private": round(kinds[MIXED]["step"] / kinds["private"]["step"], 2),
+        "products_bfloat16_over_onednn": round(alone["bfloat16"]["step"] / alone["oneDNN"]["step"], 2),
         "peak_bytes": memory,
         "memory_private_over_plain": round(memory["private"] / memory["plain"], 3),
     }
@@ -188,10 +230,16 @@ def measured(case: str, *, runs: int) -> dict[str, object]:
 
 def table(cases: dict[str, dict[str, object]]) -> str:
     """The Markdown table."""
-    heads = ["", "private / plain", "by Opacus's hooks / plain", "torch's products / oneDNN", "memory, private / plain"]
-    keys = ("private_over_plain", "hooks_over_plain", "torch_over_onednn", "memory_private_over_plain")
-    rows = [heads, ["---"] + ["---:"] * len(keys)]
-    rows += [[name, *(f"{case[key]:.2f}" for key in keys)] for name, case in cases.items()]
+    heads = {
+        "private_over_plain": "private / plain",
+        "hooks_over_plain": "by Opacus's hooks / plain",
+        "torch_over_onednn": "torch's products / oneDNN",
+        "mixed_over_private": "mixed / private",
+        "products_bfloat16_over_onednn": "products alone, bfloat16 / oneDNN",
+        "memory_private_over_plain": "memory, private / plain",
+    }
+    rows = [["", *heads.values()], ["---"] + ["---:"] * len(heads)]
+    rows += [[name, *(f"{case[key]:.2f}" if key in case else "" for key in heads)] for name, case in cases.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -206,13 +254,17 @@ def main() -> None:
         if asked.only in name:
             cases[name] = measured(name, runs=asked.runs)
             print(name, json.dumps(cases[name], indent=1), flush=True)
-    cases = {name: cases[name] for name in CASES if name in cases}
+            write({name: cases[name] for name in CASES if name in cases}, path, runs=asked.runs)
+
+
+def write(cases: dict[str, dict[str, object]], path: Path, *, runs: int) -> None:
+    """Write what is there so far into the file, and the table into the README."""
     machine = f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
-    result = {"runs": asked.runs, "hardware": machine, "cases": cases}
+    result = {"runs": runs, "hardware": machine, "cases": cases}
     write_durably(path, json.dumps(result, indent=1).encode() + b"\n")
     readme = FOLDER / "README.md"
     before, rest = readme.read_text().split(BEGIN)
-    body = f"{BEGIN}\n{table(cases)}\n\nMedians of {asked.runs} steps, {machine}.\n{END}"
+    body = f"{BEGIN}\n{table(cases)}\n\nMedians of {runs} steps, {machine}.\n{END}"
     write_durably(readme, (before + body + rest.split(END)[1]).encode())
 
 

@@ -1,15 +1,28 @@
-"""Products with frozen weights by oneDNN: what torch computes but for rounding, and the same beside any other rows."""
+"""Products with frozen weights: what torch computes but for rounding, and the same beside any other rows."""
 
 from __future__ import annotations
 
 import platform
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.products import FrozenConv1D, FrozenLinear, multiply_by_onednn, product
+from fedtune.model.base_model import load_base
+from fedtune.model.layers import layer_stack
+from fedtune.model.products import (
+    FrozenConv1D,
+    FrozenLinear,
+    RoundedConv1D,
+    RoundedLinear,
+    multiply_by_onednn,
+    product,
+    round_products,
+    rounded_product,
+)
+from fedtune.model.spec import ModelSpec
 
 needs_onednn = pytest.mark.skipif(
     not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"),
@@ -91,3 +104,62 @@ def test_other_number_formats_are_left_to_torch() -> None:
     weight, values = torch.randn(4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
     assert torch.equal(product(values, weight, None), nn.functional.linear(values, weight))
     assert product(torch.zeros(0, 6), weight.float(), None).shape == (0, 4)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(96, 80), nn.Linear(96, 96, bias=False), Conv1D(80, 96)])
+@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
+    module: nn.Module, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not instructions:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    base = frozen(nn.Sequential(deepcopy(module)))
+    round_products(base)
+    assert isinstance(base[0], RoundedLinear | RoundedConv1D)
+    assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
+    values = torch.randn(3, 5, 96, requires_grad=True)
+    exact = values.detach().bfloat16().double().requires_grad_()
+    weight = base[0].weight.double() if isinstance(module, nn.Linear) else base[0].weight.double().t()
+    wanted = nn.functional.linear(exact, weight, None if module.bias is None else base[0].bias.double())
+    found = base(values)
+    direction = torch.randn_like(found)
+    found.backward(direction)
+    wanted.backward(direction.bfloat16().double())
+    assert values.grad is not None
+    assert exact.grad is not None
+    assert found.dtype == values.grad.dtype == torch.float32
+    for one, other in ((found, wanted), (values.grad, exact.grad)):
+        # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
+        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
+        assert torch.equal(one, one.bfloat16().float())
+
+
+def test_rounding_leaves_alone_what_is_not_a_layer_s_own_product() -> None:
+    for path, predicts_tokens in (("random:bert", False), ("random:llama", True)):
+        base = load_base(ModelSpec(path=path, dtype="mixed"), predicts_tokens=predicts_tokens)
+        layers = {id(one) for module in layer_stack(base)[1].modules() for one in module.parameters(recurse=False)}
+        rounded = [m for m in base.modules() if isinstance(m, RoundedLinear)]
+        inside = {id(one) for module in rounded for one in module.parameters()}
+        assert rounded
+        assert inside < layers
+        assert {one.dtype for one in base.parameters() if id(one) in inside} == {torch.bfloat16}
+        assert {one.dtype for one in base.parameters() if id(one) not in inside} == {torch.float32}
+        assert base.dtype == torch.float32, "as are the states between layers"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
+def test_a_rows_rounded_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight, bias = torch.randn(*shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+        values, back = torch.randn(512, shape[1]), torch.randn(512, shape[0])
+        for given, factor, plus in ((values, weight, bias), (back, weight.t(), None)):
+            whole = rounded_product(given, factor, plus)
+            for rows in (2, 12, 31, 48, 200, 511):
+                part = rounded_product(given[1 : 1 + rows].clone(), factor, plus)
+                assert torch.equal(part, whole[1 : 1 + rows]), rows
+    finally:
+        torch.set_num_threads(before)

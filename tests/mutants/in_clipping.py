@@ -145,6 +145,23 @@ CLIPPING = (
         tests=("tests/model/test_products.py",),
     ),
     Mutant(
+        name="coarse-products-of-exact-numbers",
+        fault="Where a CPU has no instructions for bfloat16, a mixed model multiplies what it was given, unrounded: "
+        "sites of one run train different models.",
+        file="fedtune/model/products.py",
+        old="linear(rounded.float(), weight.float(), exact)",
+        new="linear(values, weight.float(), exact)",
+        tests=("tests/model/test_products.py",),
+    ),
+    Mutant(
+        name="scores-in-bfloat16",
+        fault="A mixed model multiplies everywhere in bfloat16, also in the layer whose scores the loss reads.",
+        file="fedtune/model/base_model.py",
+        old="round_products(layer_stack(model)[1])",
+        new="round_products(model)",
+        tests=("tests/model/test_products.py",),
+    ),
+    Mutant(
         name="a-module-used-twice-counts-once",
         fault="Of a module that a forward pass uses twice the later gradient stands in place of both.",
         file="fedtune/training/per_example.py",

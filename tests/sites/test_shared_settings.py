@@ -30,7 +30,7 @@ DECISIVE: dict[str, Any] = {
     "model.path": "random:llama",
     "model.sha256": HASH,
     "model.gguf_file": "small.gguf",
-    "model.dtype": "bfloat16",
+    "model.dtype": "mixed",
     "model.licence": "MIT",
     "model.adapter_sha256": HASH,
     "data.dataset": "notes",

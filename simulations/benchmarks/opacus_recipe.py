@@ -1,0 +1,198 @@
+"""The peers' side of the benchmarks: a fedtune experiment's model and records, for code that knows Opacus alone.
+
+`prepare` writes what an experiment trains, in a process of its own.  The rest uses torch, transformers, PEFT and Opacus
+as their users do: a base with LoRA, a mean over the batch as loss, `PrivacyEngine.make_private`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForCausalLM
+
+Row = tuple[torch.Tensor, torch.Tensor]
+"""Token ids (t,), and the class () or the next tokens to learn (t,)."""
+NOISE, CLIP, RATE = 1.5, 1.0, 0.1
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an experiment trains.
+
+    Attributes:
+        base: the folder of its base model.
+        sites: the records of each.
+        classes: 0: a language model.
+        lora: arguments of PEFT's own settings.
+        sampling_rate: of each step.
+    """
+
+    base: str
+    sites: tuple[tuple[Row, ...], ...]
+    classes: int
+    lora: dict[str, Any]
+    sampling_rate: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Work:
+        """What `prepare` wrote."""
+        found = pickle.loads((folder / "work.pickle").read_bytes())
+        assert isinstance(found, cls)
+        return found
+
+
+def prepare(settings: list[str], folder: Path) -> None:
+    """Write what an experiment trains into `folder`, from a process that ends: the benchmark's own stays small."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(_prepare, (settings, folder))
+
+
+def _prepare(settings: list[str], folder: Path) -> None:
+    from unittest.mock import patch
+
+    from fedtune.cli.compose import compose_run
+    from fedtune.model.base_model import load_base, save_plain
+    from fedtune.sites import shared_model
+
+    config = compose_run([*settings, "privacy.epsilon=8"])
+    with patch.object(shared_model, "moved_by_others", lambda *_, **__: 0.0):
+        shared = shared_model.SharedModel(config)
+    sites = []
+    for site in shared.records.dealt.sites:
+        dataset = shared.tokenised(site.training, lenient=True)
+        ids = (torch.as_tensor(one, dtype=torch.long) for one in dataset.input_ids)
+        sites.append(tuple((one, torch.as_tensor(target)) for one, target in zip(ids, dataset.targets, strict=True)))
+    lora = shared.model.base.peft_config["default"]
+    work = Work(
+        base=str(folder / "base"),
+        sites=tuple(sites),
+        classes=len(config.data.labels),
+        lora={
+            key: getattr(lora, key)
+            for key in ("r", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out")
+        },
+        sampling_rate=config.privacy.sampling_rate,
+    )
+    save_plain(load_base(config.model, predicts_tokens=not work.classes), folder / "base")
+    (folder / "work.pickle").write_bytes(pickle.dumps(work))
+
+
+class Peer(nn.Module):
+    """The frozen base with LoRA, and for classes a layer on the mean of its last states."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        kind = AutoModel if work.classes else AutoModelForCausalLM
+        base = kind.from_pretrained(work.base)
+        for module in base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # fedtune has none either
+        task = TaskType.FEATURE_EXTRACTION if work.classes else TaskType.CAUSAL_LM
+        self.base = get_peft_model(base, LoraConfig(task_type=task, **work.lora))
+        hidden = base.config.hidden_size
+        self.head = nn.Linear(hidden, work.classes, bias=False) if work.classes else None
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits (n, classes) or (n, t, vocabulary) of token ids (n, t)."""
+        output = self.base(input_ids=ids, attention_mask=mask)
+        if self.head is None:
+            return output.logits  # type: ignore[no-any-return]
+        states, weights = output.last_hidden_state, mask[..., None].float()
+        pooled = (states * weights).sum(dim=1) / weights.sum(dim=1)
+        return self.head(10 * nn.functional.normalize(pooled, dim=-1))  # type: ignore[no-any-return]
+
+
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean over the batch of each record's own mean."""
+    if targets.dim() == 1:
+        return nn.functional.cross_entropy(logits, targets)
+    wanted = targets[:, 1:]
+    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return (each.sum(dim=1) / (wanted != IGNORED).sum(dim=1).clamp(min=1)).mean()
+
+
+def together(rows: Iterable[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows padded to their longest: token ids, mask, targets."""
+    ids, targets = zip(*rows, strict=True)
+    masks = [torch.ones_like(one) for one in ids]
+    padded = (
+        nn.utils.rnn.pad_sequence(list(targets), batch_first=True, padding_value=IGNORED)
+        if targets[0].dim()
+        else torch.stack(targets)
+    )
+    return (
+        nn.utils.rnn.pad_sequence(list(ids), batch_first=True),
+        nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        padded,
+    )
+
+
+@dataclass
+class Private:
+    """What `make_private` gives back."""
+
+    model: nn.Module
+    optimizer: Any
+    loader: Any
+
+
+def made_private(peer: Peer, rows: tuple[Row, ...], sampling_rate: float) -> Private:
+    """Opacus's recipe: the model, SGD, and a loader of Poisson samples of so much of the rows."""
+    peer.train()
+    trained = [one for one in peer.parameters() if one.requires_grad]
+    loader = DataLoader(rows, batch_size=round(sampling_rate * len(rows)), collate_fn=together)  # type: ignore[arg-type]
+    model, optimizer, private = PrivacyEngine(secure_mode=False).make_private(
+        module=peer,
+        optimizer=torch.optim.SGD(trained, lr=RATE),
+        data_loader=loader,
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+    )
+    return Private(model, optimizer, private)
+
+
+def take_steps(private: Private, *, steps: int, most_rows: int) -> int:
+    """That many steps of the recipe, at most an epoch, in physical batches of at most so many rows; how many rows."""
+    taken = rows = 0
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=most_rows, optimizer=private.optimizer
+    ) as loader:
+        for ids, mask, targets in loader:
+            private.optimizer.zero_grad()
+            loss_of(private.model(ids, mask), targets).backward()
+            private.optimizer.step()
+            rows += len(ids)
+            taken += not private.optimizer._is_last_step_skipped
+            if taken == steps:
+                break
+    return rows
+
+
+def take_sorted_steps(
+    private: Private, rows: tuple[Row, ...], *, sampling_rate: float, steps: int, most_rows: int
+) -> int:
+    """The same with each sample sorted by length before it is cut into physical batches, in a loop of one's own."""
+    count = 0
+    for _ in range(steps):
+        chosen = [rows[place] for place in (torch.rand(len(rows)) < sampling_rate).nonzero().flatten().tolist()]
+        chosen.sort(key=lambda row: len(row[0]))
+        for begin in range(0, len(chosen), most_rows):
+            private.optimizer.signal_skip_step(do_skip=begin + most_rows < len(chosen))
+            ids, mask, targets = together(chosen[begin : begin + most_rows])
+            private.optimizer.zero_grad()
+            loss_of(private.model(ids, mask), targets).backward()
+            private.optimizer.step()
+        count += len(chosen)
+    return count
