@@ -456,6 +456,7 @@ MADE_UP = {
     # tried at: none is secret, and nothing of it is released.
     "preflight.py": {
         "moved_by_others": {"random", "default_rng"},
+        "within_memory": {"random", "default_rng"},
         "_Trial": {"random", "Generator"},  # the type of an argument
         "_made_up": {"random", "Generator"},
         "lengths_of_texts": {"random", "Generator"},
@@ -483,17 +484,20 @@ def test_no_generator_of_torch_or_numpy_is_near_privacy(path: Path) -> None:
 def test_what_draws_made_up_examples_is_handed_to_no_private_step() -> None:
     """`training.preflight`, which may draw them, is imported by what readies a model and by nothing that trains.
 
-    And by the audit of sums over made-up records, of which no site knows.
+    And by the audit of sums over made-up records, of which no site knows; and by the devices of a site, which are tried
+    as the first one is, and know nothing else of it.
     """
     package = Path(str(fedtune.privacy.__file__)).parents[1]
     users = {
-        str(path.relative_to(package))
+        (str(path.relative_to(package)), *(name.name for name in node.names))
         for path in package.rglob("*.py")
         if "preflight" in path.read_text() and path.name != "preflight.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and "preflight" in (node.module or "")
     }
-    assert users == {"sites/shared_model.py", "audit/sensitivity.py"}
+    tried = {name for path, *names in users for name in names if path == "training/devices.py"}
+    assert tried == {"moved_by_others"}
+    assert {path for path, *_ in users} == {"sites/shared_model.py", "audit/sensitivity.py", "training/devices.py"}
 
 
 @pytest.mark.parametrize(
