@@ -458,6 +458,7 @@ MADE_UP = {
         "moved_by_others": {"random", "default_rng"},
         "within_memory": {"random", "default_rng"},
         "_Trial": {"random", "Generator"},  # the type of an argument
+        "_longest": {"random", "Generator"},
         "_made_up": {"random", "Generator"},
         "lengths_of_texts": {"random", "Generator"},
         "_fill": {"random", "Generator", "randn"},
