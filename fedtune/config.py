@@ -55,6 +55,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("lora", "kind"): "lora",
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
+    ("federation", "bits"): 32,
     ("privacy", "metrics_groups"): (),
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""

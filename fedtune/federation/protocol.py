@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json
@@ -143,6 +145,37 @@ class RoundRequest:
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing."""
         return hashlib.sha256(json.dumps(self._asked(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Brought:
+    """The adapter that travels with a request, unchecked: whole, or as what is added to the run's reference.
+
+    The reference is the adapter that the run began in.  It travels until a site has taken part in a round, and is
+    kept there for the run.
+
+    Attributes:
+        adapter: where there is a difference, the reference; None: the site has it.
+        difference: None where the adapter is whole.
+    """
+
+    adapter: Adapter | None
+    difference: Difference | None = None
+
+    def made_of(self, kept: Adapter | None) -> Adapter:
+        """The adapter itself, given the reference that the site keeps.
+
+        Raises:
+            Refused: there is no reference, or it has other names or shapes.
+        """
+        begin = kept if self.adapter is None else self.adapter
+        if begin is None:
+            raise Refused(Reason.REFERENCE_MISSING)
+        if self.difference is None:
+            return begin
+        if not self.difference.fits(begin.tensors):
+            raise Refused(Reason.ADAPTER_SHAPE)
+        return Adapter(self.difference.added_to(begin.tensors))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

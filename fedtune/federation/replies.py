@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference, Tensors
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Answer, Refusal, Update
 
@@ -83,6 +84,7 @@ class RoundReplies:
         sent: the adapter that each site was sent.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
+        bits: of each value of an update.
     """
 
     proposal: Proposal
@@ -90,15 +92,16 @@ class RoundReplies:
     sent: Adapter
     reaches: Mapping[str, Reach]
     arrived: Arrived
+    bits: int = 32
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
     def take(self, site: str, reply: Reply) -> None:
         """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
         if site not in self.reaches:
             return
-        outcome = self._judge(site, reply)
-        if not outcome.failure and isinstance(reply.body, Update):
-            self.arrived.put(site, reply.body.tensors)
+        outcome, tensors = self._judge(site, reply)
+        if tensors is not None:
+            self.arrived.put(site, tensors)
         self._outcomes[site] = outcome
 
     @property
@@ -124,7 +127,8 @@ class RoundReplies:
     def _in_order(self) -> list[tuple[str, _Outcome]]:
         return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
 
-    def _judge(self, site: str, reply: Reply) -> _Outcome:
+    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | None]:
+        """What a reply came to, and the adapter that a valid update is."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
@@ -132,16 +136,18 @@ class RoundReplies:
             # shown, and it counts as no answer.
             own = own and about_this
             shown = own or not reply.receipt
-            return _Outcome(failure=body.reason.value if shown else UNSIGNED_REPLY, refusal=body if own else None)
+            return _Outcome(failure=body.reason.value if shown else UNSIGNED_REPLY, refusal=body if own else None), None
         if not own:
-            return _Outcome(failure=UNSIGNED_REPLY)
+            return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
         num_scores = METRICS[plan.metrics].num_values * plan.num_groups
-        if not (about_this and fits(body, self.sent) and _are_statistics(body.scores, num_scores)):
-            return _Outcome(failure=INVALID_UPDATE)
-        if not self.reaches[site].includes(body.tensors, sent=self.sent):
-            return _Outcome(failure=BEYOND_PLAN)
-        return _Outcome(scores=body.scores)
+        tensors = tensors_of(body, self.sent, bits=self.bits) if about_this else None
+        if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
+            return _Outcome(failure=INVALID_UPDATE), None
+        steps = body.tensors.steps if isinstance(body.tensors, Difference) else {}
+        if not self.reaches[site].includes(tensors, sent=self.sent, steps=steps):
+            return _Outcome(failure=BEYOND_PLAN), None
+        return _Outcome(scores=body.scores), tensors
 
 
 def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
@@ -149,11 +155,22 @@ def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
     return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def fits(body: Answer, sent: Adapter) -> TypeGuard[Update]:
-    """Whether this is an update with the sent adapter's names, order, shapes and type, and finite values."""
-    if not isinstance(body, Update) or list(body.tensors) != list(sent.tensors):
-        return False
-    return all(
+def tensors_of(body: Answer, sent: Adapter, *, bits: int) -> Tensors | None:
+    """An update's adapter with the sent one's names, order, shapes and type, and finite values; None: it is none.
+
+    A difference is added to `sent` itself, whose rounding for the way to the sites so stays out of the average.
+    """
+    if not isinstance(body, Update):
+        return None
+    tensors = body.tensors
+    if isinstance(tensors, Difference):
+        if tensors.bits != bits or not tensors.fits(sent.tensors):
+            return None
+        tensors = tensors.added_to(sent.tensors)
+    elif bits != 32 or list(tensors) != list(sent.tensors):
+        return None
+    is_sound = all(
         value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
-        for name, value in body.tensors.items()
+        for name, value in tensors.items()
     )
+    return tensors if is_sound else None

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
+from fedtune.federation.protocol import Brought, EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
 from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Offer, Reason, Receipt, Refusal, Refused, Update
@@ -53,13 +54,18 @@ class Prepared:
         declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
         train: trains on the records.
         store: writes what the site keeps of the run, before the round is charged: if it cannot, nothing is charged.
+            Given the run's reference adapter, where that came with the request.
+        bits: of each value of an update that leaves.
+        reference: the run's reference adapter, as far as the site has kept it.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
     train: Train
-    store: Callable[[], None] = lambda: None
+    store: Callable[[Adapter | None], None] = lambda reference: None
+    bits: int = 32
+    reference: Callable[[], Adapter | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ class Site:
             it needs.  It opens no record, or a request that is refused in the end would tell of them.
         paused: whether a person at the site wants it to pause.
         keep: stores a run's final adapter, given the run's name.
+        forget: removes what only a run that goes on needs, given its name.
         awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """
 
@@ -82,17 +89,18 @@ class Site:
     understand: Callable[[Proposal], object] = lambda _: None
     paused: Callable[[], bool] = lambda: False
     keep: Callable[[str, Adapter], None] = lambda run, adapter: None
+    forget: Callable[[str], None] = lambda run: None
     awaits: Callable[[Proposal], None] = lambda _: None
 
 
-def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
+def answer(site: Site, signed: Signed, brought: Brought) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
     Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
     leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  Who is not an allowed lead
     learns nothing of the ledger.
     """
-    return _reply(site, signed, RoundRequest.of, lambda request: Update.from_bytes(_update(site, request, adapter)))
+    return _reply(site, signed, RoundRequest.of, lambda request: Update.from_bytes(_update(site, request, brought)))
 
 
 def consider(site: Site, signed: Signed) -> Reply:
@@ -144,6 +152,7 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     # The first notice counts, so that what is kept is what the ledger names.
     if adapter is not None and known.adapter == notice.adapter_digest and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
+    site.forget(notice.run)
     return _receipt(site, notice.run)
 
 
@@ -203,12 +212,13 @@ def _prepared(site: Site, request: Request) -> Prepared:
     return run
 
 
-def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
+def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
+    adapter = brought.made_of(run.reference() if brought.adapter is None else None)
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
-    run.store()
+    run.store(brought.adapter if brought.difference is not None else None)
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
     if isinstance(granted, bytes):
         return granted
@@ -218,11 +228,18 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> bytes:
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=trained.adapter.tensors,
+            tensors=_as_it_leaves(trained.adapter, adapter, request, run.bits),
             scores=trained.scores,
         ).to_bytes()
         site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
     return reply
+
+
+def _as_it_leaves(trained: Adapter, begun: Adapter, request: RoundRequest, bits: int) -> Tensors | Difference:
+    if bits == 32:
+        return trained.tensors
+    # Of released values alone, as the request is: which way they are rounded tells nothing more of a record.
+    return Difference.between(begun.tensors, trained.tensors, bits=bits, about=request.digest())
 
 
 def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from fedtune.privacy.difference import BITS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
@@ -28,6 +29,8 @@ class FederationSpec:
         stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
+        bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
+            rounded at random after the noise; or 32, whole.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
             "fedmedian"); the weights are declared sizes.
         server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
@@ -50,6 +53,7 @@ class FederationSpec:
     if_over_budget: Literal["stop", "fewer_rounds", "more_noise"] = "stop"
     stop_after: int | None = None
     keep_round: Literal["last", "best"] = "last"
+    bits: int = 32
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -84,6 +88,7 @@ class FederationSpec:
         if self.stop_after is not None:
             check_at_least("stop_after", self.stop_after, 1)
         check_one_of("keep_round", self.keep_round, ("last", "best"))
+        check_one_of("bits", self.bits, BITS)
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
         check_positive("server_learning_rate", self.server_learning_rate)

@@ -50,9 +50,8 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
         try:
             with panics_as_errors():
                 signed = flower_records.to_signed(message.content)
-                adapter = (
-                    flower_records.to_adapter(message.content) if flower_records.ADAPTER in message.content else None
-                )
+                given = flower_records.ADAPTER in message.content
+                adapter = flower_records.to_brought(message.content).adapter if given else None
                 receipt = end_run(site_of(context, ""), signed, adapter)
         except Exception:
             log.exception("%s could not end a run", name_of(context))
@@ -75,8 +74,8 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
 
 
 def _to_round(content: RecordDict) -> _Answer:
-    signed, adapter = flower_records.to_signed(content), flower_records.to_adapter(content)
-    return lambda site: answer(site, signed, adapter)
+    signed, brought = flower_records.to_signed(content), flower_records.to_brought(content)
+    return lambda site: answer(site, signed, brought)
 
 
 def _to_invitation(content: RecordDict) -> _Answer:

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -21,13 +21,14 @@ from flwr.serverapp.strategy import FedAvg
 from fedtune.federation.arrived import Arrived
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult, Scores, newest_of
-from fedtune.federation.protocol import PROTOCOL, EndOfRun, Invitation, Reply, RoundRequest
+from fedtune.federation.protocol import PROTOCOL, Brought, EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
 from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
@@ -209,9 +210,13 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         # So that no site is charged for a run that the others' policies end.
         answers, rounds = invite(grid, lead), lead.plan.num_rounds
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+    if state.round == 0 and lead.federation.bits != 32:
+        lead.checkpoints.keep_reference(state.adapter)
+    holders: Collection[str] = ()  # a site may have lost it, and this lead been started again for that
     try:
         while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
-            state = _run_round(grid, lead, state)
+            state = _run_round(grid, lead, state, holders=holders)
+            holders = state.rounds[-1].sites
             lead.checkpoints.save(state)
             lead.finished(state)
     except RefusedError:
@@ -224,11 +229,14 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     return state
 
 
-def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
+def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[str]) -> LeadState:
+    """The state after one more round; `holders` are the sites that keep the run's reference adapter."""
     round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    messages = _requests(grid, lead, state)
+    brought = _brought(lead, state)
+    sent = brought.made_of(None)
+    messages = _requests(grid, lead, state, brought, digest=sent.digest(), holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
@@ -237,10 +245,11 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
             round=round,
             sent=state.adapter,
             reaches={
-                site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter)
+                site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
                 for site, size in lead.declared_sizes.items()
             },
             arrived=arrived,
+            bits=lead.federation.bits,
         )
         received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
         for site, reply, message in readable(received, lead):
@@ -307,9 +316,21 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
+def _brought(lead: Lead, state: LeadState) -> Brought:
+    """The adapter that a round begins in, as it travels: each time it is the exact one that is rounded."""
+    if lead.federation.bits == 32:
+        return Brought(adapter=state.adapter)
+    reference, about = lead.checkpoints.reference(), f"{lead.run} {state.round}"
+    begin, end = reference.tensors, state.adapter.tensors
+    return Brought(adapter=reference, difference=Difference.between(begin, end, bits=lead.federation.bits, about=about))
+
+
+def _requests(
+    grid: Grid, lead: Lead, state: LeadState, brought: Brought, *, digest: str, holders: Collection[str]
+) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    adapter, digest, round = flower_records.from_adapter(state.adapter), state.adapter.digest(), state.round + 1
+    whole, round = flower_records.from_brought(brought), state.round + 1
+    less = whole if brought.difference is None else flower_records.from_brought(replace(brought, adapter=None))
     arrays = flower_records.to_arrays(state.adapter.tensors)
     messages = {
         lead.nodes[message.metadata.dst_node_id]: message
@@ -325,6 +346,7 @@ def _requests(grid: Grid, lead: Lead, state: LeadState) -> list[Message]:
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
+        adapter = less if site in holders else whole
         message.content = flower_records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 
@@ -351,9 +373,8 @@ def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[st
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    content = flower_records.from_signed(
-        notice.signed(lead.key), adapter=flower_records.from_adapter(given) if given else None
-    )
+    brought = flower_records.from_brought(Brought(adapter=given))
+    content = flower_records.from_signed(notice.signed(lead.key), adapter=brought)
     messages = [Message(content, node_id, f"query.{flower_records.END}") for node_id in lead.nodes]
     receipts = {}
     for message in receive(grid, messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):

@@ -15,19 +15,15 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from fedtune.privacy.difference import MOST_HEADER_BYTES, Difference, Tensors
 from fedtune.privacy.keys import is_signed
 from fedtune.spec import ConfigError, RefusedError, check_whole
-
-Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 RECEIPT = "receipt"
 """Purpose of a receipt's signature."""
 
 _MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedtune-offer-1\n"
-_MOST_HEADER_BYTES = 1 << 20
-"""Names and shapes become Python objects, which are many times as large."""
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
@@ -112,6 +108,7 @@ class Reason(StrEnum):
     WRONG_SIGNATURE = "wrong_signature"
     REQUEST_EXPIRED = "request_expired"
     ADAPTER_DIFFERS = "adapter_differs"
+    REFERENCE_MISSING = "reference_missing"
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
@@ -158,6 +155,7 @@ _ABOUT_ONE_REQUEST = {
     Reason.WRONG_SIGNATURE,
     Reason.REQUEST_EXPIRED,
     Reason.ADAPTER_DIFFERS,
+    Reason.REFERENCE_MISSING,
     Reason.ADAPTER_SHAPE,
     Reason.MAX_ADAPTER_VALUE,
     Reason.MALFORMED_REQUEST,
@@ -170,6 +168,7 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
+        tensors: the adapter's; or, where values travel in few bits, what was added to the adapter that was sent.
         scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
             `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
 
@@ -179,17 +178,23 @@ class Update:
     site: str
     run: str
     round: int
-    tensors: Tensors
+    tensors: Tensors | Difference
     scores: tuple[float, ...] | None = None
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: magic, header length, JSON header, then each tensor as little-endian float32."""
+        """Canonical bytes: magic, header length, JSON header, then a difference, or each tensor as float32.
+
+        Numbers are little-endian.
+        """
         header = self._header()
-        values = [np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values()]
-        return b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *values])
+        start = [_MAGIC, struct.pack("<Q", len(header)), header]
+        if isinstance(self.tensors, Difference):
+            return b"".join([*start, self.tensors.to_bytes()])
+        return b"".join([*start, *(np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values())])
 
     def _header(self) -> bytes:
-        shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
+        whole = None if isinstance(self.tensors, Difference) else self.tensors
+        shapes = None if whole is None else [[name, list(value.shape)] for name, value in whole.items()]
         scores = None if self.scores is None else list(self.scores)
         fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": scores}
         return json.dumps(fields).encode()
@@ -212,29 +217,36 @@ class Update:
             raise ValueError("magic")
         start = len(_MAGIC) + 8
         (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
-        if size > _MOST_HEADER_BYTES:
+        if size > MOST_HEADER_BYTES:
             raise ValueError("header size")
         header = json.loads(data[start : start + size])
-        offset, tensors = start + size, {}
-        for name, shape in header["tensors"]:
-            if not all(isinstance(length, int) and length >= 0 for length in shape):
-                raise ValueError("shape")
-            count = int(np.prod(shape, dtype=object))
-            tensors[str(name)] = np.frombuffer(data, dtype="<f4", count=count, offset=offset).reshape(shape)
-            offset += 4 * count
-        if offset != len(data) or len(tensors) != len(header["tensors"]):
-            raise ValueError("length")
         update = cls(
             site=str(header["site"]),
             run=str(header["run"]),
             round=int(header["round"]),
-            tensors=tensors,
+            tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
             scores=_scores(header["scores"]),
         )
         # One update has one encoding: no field beside these, no other type or spacing carries anything.
         if update._header() != data[start : start + size]:
             raise ValueError("header")
         return update
+
+
+def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference:
+    """What follows an update's header; raises ValueError or TypeError for anything but what the header says."""
+    if shapes is None:
+        return Difference.from_bytes(data)
+    offset, tensors = 0, {}
+    for name, shape in shapes:
+        if not all(isinstance(length, int) and length >= 0 for length in shape):
+            raise ValueError("shape")
+        count = math.prod(shape)
+        tensors[str(name)] = np.frombuffer(data, dtype="<f4", count=count, offset=offset).reshape(shape)
+        offset += 4 * count
+    if offset != len(data) or len(tensors) != len(shapes):
+        raise ValueError("length")
+    return tensors
 
 
 def _scores(data: object) -> tuple[float, ...] | None:

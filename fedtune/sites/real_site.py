@@ -78,6 +78,7 @@ class RealSite:
             prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
+            forget=lambda run: self._reference_file(run).unlink(missing_ok=True),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
 
@@ -110,8 +111,22 @@ class RealSite:
             template=shared.initial_adapter,
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,
-            store=lambda: write_durably(self._places.runs / f"{proposal.run}.json", settings.encode()),
+            store=lambda reference: self._store(proposal.run, settings, reference),
+            bits=config.federation.bits,
+            reference=lambda: self._reference(proposal.run),
         )
+
+    def _store(self, run: str, settings: str, reference: Adapter | None) -> None:
+        write_durably(self._places.runs / f"{run}.json", settings.encode())
+        if reference is not None:
+            write_durably(self._reference_file(run), reference.to_bytes())
+
+    def _reference(self, run: str) -> Adapter | None:
+        file = self._reference_file(run)
+        return Adapter.from_bytes(file.read_bytes()) if file.exists() else None
+
+    def _reference_file(self, run: str) -> Path:
+        return self._places.runs / f"{run}.safetensors"
 
     def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""

@@ -22,7 +22,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig, parse
-from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site_round import Prepared, Site, Trained
@@ -337,7 +337,7 @@ class Participants:
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config = config
+        self.config, self._folder = config, folder
         self.sites = VirtualSites.of(config, folder, config.plan())
         self.records = RunRecords(config)
         self.progress: Progress = silent
@@ -399,6 +399,8 @@ class Participants:
             template=self.shared.initial_adapter,
             declared_size=work.declared_size,
             train=train,
+            bits=self.config.federation.bits,
+            reference=lambda: Checkpoints(RunFolder(self._folder).checkpoints, self.config.digest()).reference(),
         )
         return Site(name=name, ledger=ledger, prepare=lambda _: prepared)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -70,19 +71,23 @@ class Reach:
     value: Mapping[str, float]
     norm: float
 
-    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter) -> bool:
+    def includes(
+        self, update: Mapping[str, np.ndarray], *, sent: Adapter, steps: Mapping[str, float] = MappingProxyType({})
+    ) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
+        `steps` says how far rounding took each value of a tensor at most; a value stayed within its tensor's largest.
         A move towards 0 is free: a site brings values into a bound of its own, which the lead does not know.
         """
-        square = 0.0
+        square = rounding = 0.0
         for name, start in sent.tensors.items():
             end, begin = update[name].astype(np.float64), start.astype(np.float64)
             moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
             if np.abs(moved).max(initial=0.0) > self.value[name]:
                 return False
             square += float(np.square(moved).sum())
-        return math.sqrt(square) <= self.norm
+            rounding += end.size * steps.get(name, 0.0) ** 2
+        return math.sqrt(square) <= self.norm + math.sqrt(rounding)
 
 
 def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter) -> Reach:

@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.data.spec import DataSpec
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
+from fedtune.federation.protocol import Brought, EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
@@ -201,7 +201,7 @@ class Station:
         adapter = adapter or self.first
         request = self.request(config, round=round, adapter_digest=adapter.digest(), **about)
         text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
-        return answer(self.real.site(text), request.signed(key or self.lead), adapter)
+        return answer(self.real.site(text), request.signed(key or self.lead), Brought(adapter=adapter))
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
         """The update that must be the answer."""
