@@ -65,7 +65,9 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return flower_records.from_signed(request.signed(lead_key), adapter=flower_records.from_brought(Brought(adapter=adapter)))
+    return flower_records.from_signed(
+        request.signed(lead_key), adapter=flower_records.from_brought(Brought(adapter=adapter))
+    )
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
