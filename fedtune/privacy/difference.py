@@ -66,7 +66,7 @@ class Difference:
 
     def added_to(self, begin: Tensors) -> dict[str, npt.NDArray[np.float32]]:
         """What it makes of `begin`, which must have the same names and shapes: the same bits on every machine."""
-        with np.errstate(invalid="ignore"):  # of a step that is not finite
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever sent it; what comes out is looked at
             # A product and a sum, each rounded to float32: in one instruction they would come to other bits.
             moved = {name: np.float32(self.steps[name]) * self.levels[name].astype(np.float32) for name in begin}
             return {name: start + moved[name] for name, start in begin.items()}

@@ -29,7 +29,9 @@ def test_ray_and_one_process_give_the_same_bytes(
     simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
     # All cores for each site: so one worker process does all of it, and only one waits for its imports.
-    settings = ("runtime.seeded_noise=true", f"runtime.num_threads={os.cpu_count()}", "federation.num_rounds=1")
+    # In few bits, so that an actor needs what the run keeps from round to round.
+    rounds = ("federation.num_rounds=2", "federation.bits=8")
+    settings = ("runtime.seeded_noise=true", f"runtime.num_threads={os.cpu_count()}", *rounds)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
     assert done.returncode == 0, done.stderr + done.stdout

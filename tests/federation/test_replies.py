@@ -19,6 +19,7 @@ from fedtune.federation.replies import (
     RoundReplies,
 )
 from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.training.optimizer import Reach
@@ -60,12 +61,18 @@ def sort(
         sites: str = "a",
         noise: float = 0.0,
         groups: tuple[str, ...] = (),
+        bits: int = 32,
     ) -> RoundReplies:
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise, metrics_groups=groups)
         proposal = run_proposal(plan=plan)
         replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
         found = RoundReplies(
-            proposal=proposal, round=1, sent=adapter, reaches=dict.fromkeys(sites, reach), arrived=arrived
+            proposal=proposal,
+            round=1,
+            sent=adapter,
+            reaches=dict.fromkeys(sites, reach),
+            arrived=arrived,
+            bits=bits,
         )
         for site, reply in replies.items():
             found.take(site, reply)
@@ -219,3 +226,53 @@ def test_who_was_not_asked_is_not_heard(sort: Sort, update: Make, signed: Callab
     replies = {"stranger": signed(update(site="stranger"))}
     sorted_out = sort(replies)
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": NO_REPLY})
+
+
+def doubled(adapter: Adapter, *, bits: int = 8) -> Difference:
+    end = {name: 2 * value for name, value in adapter.tensors.items()}
+    return Difference.between(adapter.tensors, end, bits=bits, about="")
+
+
+def test_a_difference_is_added_to_the_exact_adapter(adapter: Adapter, update: Make, sort: Sort) -> None:
+    sorted_out = sort(update(tensors=doubled(adapter)), bits=8)
+    assert sorted_out.sites == ("a",)
+    wanted = doubled(adapter).added_to(adapter.tensors)
+    kept = sorted_out.arrived.values("a", start=0, count=sorted_out.arrived.num_values)
+    np.testing.assert_array_equal(kept, np.concatenate([value.ravel() for value in wanted.values()]))
+
+
+@pytest.mark.parametrize(("sent", "asked"), [(4, 8), (8, 4), (8, 32), (32, 8)])
+def test_updates_in_other_bits_than_the_run_s_are_none(
+    adapter: Adapter, update: Make, sort: Sort, sent: int, asked: int
+) -> None:
+    tensors = dict(adapter.tensors) if sent == 32 else doubled(adapter, bits=sent)
+    assert sort(update(tensors=tensors), bits=asked).failures == {"a": INVALID_UPDATE}
+
+
+def test_a_difference_that_is_not_finite_or_fits_nothing_is_none(adapter: Adapter, update: Make, sort: Sort) -> None:
+    found = doubled(adapter)
+    beyond = Difference(bits=8, steps=dict.fromkeys(found.steps, 3e38), levels=found.levels)
+    less = Difference(bits=8, steps=found.steps, levels={"head": found.levels["head"]})
+    for wrong in (beyond, less):
+        assert sort(update(tensors=wrong), bits=8).failures == {"a": INVALID_UPDATE}
+
+
+def test_rounding_takes_no_honest_update_beyond_the_plan_and_frees_no_other(
+    adapter: Adapter, update: Make, sort: Sort
+) -> None:
+    """A move of 1 in every value is at the plan's edge; rounded to few levels it may be longer by its roundings."""
+    ends = {name: value + np.sign(value + 0.5) for name, value in adapter.tensors.items()}
+    ends["b.lora_A"] = adapter.tensors["b.lora_A"] + np.array([[1, 0.07, 0.07], [0.07, 0.07, 0.07]], np.float32)
+    moves = np.concatenate([(ends[name] - value).ravel() for name, value in adapter.tensors.items()])
+    reach = Reach(value=defaultdict(lambda: 1 + 1e-6), norm=float(np.linalg.norm(moves)) + 1e-6)
+    longest = 0.0
+    for number in range(50):
+        found = Difference.between(adapter.tensors, ends, bits=4, about=str(number))
+        got = found.added_to(adapter.tensors)
+        length = math.sqrt(sum(float(np.square(got[n] - v).sum()) for n, v in adapter.tensors.items()))
+        longest = max(longest, length)
+        assert sort(update(tensors=found), reach, bits=4).sites == ("a",)
+    assert longest > reach.norm, "some were rounded beyond the norm"
+    # Steps as large as they like do not make up for values.
+    far = Difference(bits=4, steps=dict.fromkeys(found.steps, 1.0), levels=found.levels)
+    assert sort(update(tensors=far), reach, bits=4).failures == {"a": BEYOND_PLAN}

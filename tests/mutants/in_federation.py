@@ -6,7 +6,74 @@ EARLY = ("tests/federation/test_kept_round.py", "tests/end_to_end/test_early_end
 SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
+BITS = ("tests/flower/test_bits.py",)
+DIFFERENCE = ("tests/privacy/test_difference.py",)
+
 FEDERATION_FAULTS = (
+    Mutant(
+        name="few-bits-cut-off",
+        fault="Values are cut off to the next level and not rounded at random: small moves of all sites are lost.",
+        file="fedtune/privacy/difference.py",
+        old="np.floor(moved / step + drawn)",
+        new="np.trunc(moved / step)",
+        tests=DIFFERENCE,
+    ),
+    Mutant(
+        name="few-bits-always-alike",
+        fault="All updates of all rounds are rounded by the same draws, so that roundings add up in place of averaging out.",
+        file="fedtune/privacy/difference.py",
+        old="RandomStream(_key(end, about))",
+        new="RandomStream(bytes(32))",
+        tests=DIFFERENCE,
+    ),
+    Mutant(
+        name="a-second-encoding",
+        fault="A level that no rounding gives is taken: two encodings have one meaning, and a site can say more with them.",
+        file="fedtune/privacy/difference.py",
+        old="levels.min(initial=0) < -most_level(bits) or ",
+        new="",
+        tests=DIFFERENCE,
+    ),
+    Mutant(
+        name="added-to-what-was-rounded",
+        fault="Updates are added to the adapter as it travelled, so that each round keeps the rounding of the one before.",
+        file="fedtune/flower/server_app.py",
+        old="            sent=state.adapter,\n",
+        new="            sent=sent,\n",
+        tests=BITS,
+    ),
+    Mutant(
+        name="reference-kept-unchecked",
+        fault="A site keeps whatever reference a server sends, before its digest shows whether it is the run's.",
+        file="fedtune/federation/site_round.py",
+        old="    _check_adapter(site, request, adapter, template=run.template)\n",
+        new="    run.store(brought.adapter)\n    _check_adapter(site, request, adapter, template=run.template)\n",
+        tests=BITS,
+    ),
+    Mutant(
+        name="reference-sent-once",
+        fault="Who ever took part is taken to have the reference: a site that lost it is out of the run for good.",
+        file="fedtune/flower/server_app.py",
+        old="holders = state.rounds[-1].sites",
+        new="holders = {*holders, *state.rounds[-1].sites}",
+        tests=BITS,
+    ),
+    Mutant(
+        name="rounding-beyond-the-plan",
+        fault="An honest update whose rounding made it longer than training can is thrown away.",
+        file="fedtune/training/optimizer.py",
+        old="self.norm + math.sqrt(rounding)",
+        new="self.norm",
+        tests=SORTING,
+    ),
+    Mutant(
+        name="update-in-any-bits",
+        fault="A site sends coarser updates than the run asks for, and may so go further than the plan.",
+        file="fedtune/federation/replies.py",
+        old="if tensors.bits != bits or not",
+        new="if not",
+        tests=SORTING,
+    ),
     Mutant(
         name="scores-of-any-size",
         fault="A site's noised scores are taken whatever they are: 1e200 ends the lead's command when the run is over.",

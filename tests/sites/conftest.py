@@ -194,14 +194,18 @@ class Station:
         round: int = 1,
         settings: str | None = None,
         adapter: Adapter | None = None,
+        brought: Brought | None = None,
         key: SigningKey | None = None,
         **about: Any,
     ) -> Reply:
-        """The answer to a round's request; `settings` travel with it in place of the configuration's own."""
+        """The answer to a round's request; `settings` travel with it in place of the configuration's own.
+
+        `brought` is how `adapter` travels, where that is not whole.
+        """
         adapter = adapter or self.first
         request = self.request(config, round=round, adapter_digest=adapter.digest(), **about)
         text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
-        return answer(self.real.site(text), request.signed(key or self.lead), Brought(adapter=adapter))
+        return answer(self.real.site(text), request.signed(key or self.lead), brought or Brought(adapter=adapter))
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
         """The update that must be the answer."""

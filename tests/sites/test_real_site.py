@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig, parse
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import Brought, Reply
 from fedtune.model import Adapter
+from fedtune.privacy.difference import Difference
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
@@ -87,6 +89,31 @@ def test_a_site_that_cannot_keep_the_settings_charges_nothing(site: Any, monkeyp
     monkeypatch.setattr(real_site, "write_durably", fail)
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
+
+
+# Adapters in few bits.
+
+
+def test_the_reference_adapter_is_kept_for_the_run_and_no_longer(station: MakeStation, first_adapter: Adapter) -> None:
+    site = station(federation={"site_names": ("north", "south"), "bits": 8})
+    end = {name: value + np.float32(0.01) for name, value in first_adapter.tensors.items()}
+    difference = Difference.between(first_adapter.tensors, end, bits=8, about="")
+    second = Adapter(difference.added_to(first_adapter.tensors))
+    alone = Brought(adapter=None, difference=difference)
+    assert site.refusal(adapter=second, brought=alone) is Reason.REFERENCE_MISSING
+    assert site.ledger().history.runs == {}
+    other = Brought(adapter=second, difference=difference)
+    assert site.refusal(adapter=second, brought=other) is Reason.ADAPTER_DIFFERS
+    assert not list((site.folder / "runs").glob("*.safetensors"))
+
+    update = site.update(adapter=second, brought=replace(alone, adapter=first_adapter))
+    assert isinstance(update.tensors, Difference)
+    assert update.tensors.fits(first_adapter.tensors)
+    (kept,) = (site.folder / "runs").glob("*.safetensors")
+    assert Adapter.from_bytes(kept.read_bytes()).digest() == first_adapter.digest()
+    assert isinstance(site.ask(round=2, adapter=second, brought=alone).body, Update)
+    site.end(second)
+    assert not list((site.folder / "runs").glob("*.safetensors"))
 
 
 # Whose run it is.

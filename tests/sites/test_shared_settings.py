@@ -84,6 +84,7 @@ DECISIVE: dict[str, Any] = {
     "federation.min_sites": 2,
     "federation.spare_rounds": 1,
     "federation.if_over_budget": "fewer_rounds",
+    "federation.bits": 8,
     "federation.strategy": "fedadam",
     "federation.server_learning_rate": 0.5,
     "federation.server_momentum": 0.5,
