@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedtune.federation.protocol import Brought
+from fedtune.federation.protocol import Brought, RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.difference import Difference, most_level
 from fedtune.privacy.ledger.chain import Kind
 
 from .conftest import STEPS
@@ -39,15 +39,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Brought]]:
     return found
 
 
-def moving(made: Any) -> list[tuple[Adapter, Adapter]]:
-    """Let sites move each value differently; what each began in, and where it came to."""
-    moves: list[tuple[Adapter, Adapter]] = []
+def moving(made: Any) -> list[tuple[Adapter, Difference]]:
+    """Let sites move each value differently; what each began in, and what it answers."""
+    moves: list[tuple[Adapter, Difference]] = []
 
-    def train(request: Any, adapter: Adapter, attempt: int) -> Trained:
+    def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         draws = np.random.default_rng([len(moves), attempt])
         end = {n: v + draws.normal(0, 0.1, v.shape).astype(np.float32) for n, v in adapter.tensors.items()}
-        moves.append((adapter, Adapter(end)))
-        return Trained(adapter=moves[-1][1])
+        answered = Difference.between(adapter.tensors, end, bits=made.spec.bits, about=request.digest())
+        moves.append((adapter, answered))
+        return Trained(adapter=Adapter(end))
 
     made._train = train
     return moves
@@ -60,22 +61,16 @@ def test_rounding_on_the_way_to_the_sites_stays_out_of_the_average(federation: C
     run_rounds(made.grid, made.lead, made.start)
     before = made.adapter
     for number, state in enumerate(made.finished):
-        of_round = moves[3 * number : 3 * number + 3]
-        begun = of_round[0][0]
-        assert {start.digest() for start, _ in of_round} == {begun.digest()}, "every site begins alike"
+        (begun, *same), answered = zip(*moves[3 * number : 3 * number + 3], strict=True)
+        assert {start.digest() for start in same} == {begun.digest()}, "every site begins alike"
+        ends = [difference.added_to(before.tensors) for difference in answered]
         for name, value in state.adapter.tensors.items():
-            exact = np.average(
-                [end.tensors[name] - begun.tensors[name] for _, end in of_round], axis=0, weights=[1, 2, 1]
-            )
-            largest = max(np.abs(end.tensors[name] - start.tensors[name]).max() for start, end in of_round)
-            step = largest / (127 if bits == 8 else 7)
-            assert np.abs(value - before.tensors[name] - exact).max() < 1.001 * step
-            if number:  # in the first round nothing is to be added to the reference
-                total = np.abs(before.tensors[name] - made.adapter.tensors[name]).max()
-                off = np.abs(begun.tensors[name] - before.tensors[name]).max()
-                assert 0 < off < 1.001 * total / (127 if bits == 8 else 7)
+            exact = np.average([end[name] for end in ends], axis=0, weights=[1, 2, 1])
+            np.testing.assert_allclose(value, exact, rtol=0, atol=1e-6)
+            off = np.abs(begun.tensors[name] - before.tensors[name]).max()
+            step = np.abs(before.tensors[name] - made.adapter.tensors[name]).max() / most_level(bits)
+            assert 1e-5 < off < 1.001 * step if number else off == 0, "at first nothing is to be added to the reference"
         before = state.adapter
-    assert before.digest() == made.finished[-1].adapter.digest()
 
 
 def test_the_reference_travels_once(federation: Callable[..., Any], asked: list[tuple[int, Brought]]) -> None:

@@ -20,7 +20,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="few-bits-always-alike",
-        fault="All updates of all rounds are rounded by the same draws, so that roundings add up in place of averaging out.",
+        fault="All updates of all rounds are rounded by the same draws: roundings add up in place of averaging out.",
         file="fedtune/privacy/difference.py",
         old="RandomStream(_key(end, about))",
         new="RandomStream(bytes(32))",
@@ -28,7 +28,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="a-second-encoding",
-        fault="A level that no rounding gives is taken: two encodings have one meaning, and a site can say more with them.",
+        fault="A level that no rounding gives is taken: with two encodings of one meaning a site can say more.",
         file="fedtune/privacy/difference.py",
         old="levels.min(initial=0) < -most_level(bits) or ",
         new="",
@@ -36,7 +36,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="added-to-what-was-rounded",
-        fault="Updates are added to the adapter as it travelled, so that each round keeps the rounding of the one before.",
+        fault="Updates are added to the adapter as it travelled, and each round keeps the rounding of the one before.",
         file="fedtune/flower/server_app.py",
         old="            sent=state.adapter,\n",
         new="            sent=sent,\n",

@@ -127,32 +127,32 @@ STEP = 0.1
 TENSORS = [["a", [7], STEP], ["b", [2, 3], STEP]]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        difference().to_bytes()[:-1],
-        difference().to_bytes() + b"\0",
-        struct.pack("<Q", 1 << 60) + b"{}",
-        edited(bits=8),
-        edited(bits=5),
-        edited(bits=32),
-        edited(bits=4.0),
-        edited(bits=True),
-        edited(more=1),
-        edited(tensors=[["a", [7], STEP], ["a", [2, 3], STEP]]),
-        edited(tensors=[["a", [7], STEP]]),
-        edited(tensors=[["a", [-7], STEP], ["b", [2, 3], STEP]]),
-        edited(tensors=[["a", [1 << 62], STEP], ["b", [2, 3], STEP]]),
-        edited(tensors=[["a", [7.0], STEP], ["b", [2, 3], STEP]]),
-        edited(tensors=[["a", [7], "0.1"], ["b", [2, 3], STEP]]),
-        edited(tensors=[["a", [7], None], ["b", [2, 3], STEP]]),
-        edited(tensors=[["a", [7], STEP, 1], ["b", [2, 3], STEP]]),
-        edited(tensors=TENSORS)[:-4] + b"\x08" + edited(tensors=TENSORS)[-3:],  # a level of -8
-        edited(tensors=TENSORS)[:-4] + b"\x11" + edited(tensors=TENSORS)[-3:],  # behind the odd seventh
-        edited(8)[:-1] + b"\x80",  # a level of -128
-    ],
-)
+DAMAGED = [
+    b"",
+    difference().to_bytes()[:-1],
+    difference().to_bytes() + b"\0",
+    struct.pack("<Q", 1 << 60) + b"{}",
+    edited(bits=8),
+    edited(bits=5),
+    edited(bits=32),
+    edited(bits=4.0),
+    edited(bits=True),
+    edited(more=1),
+    edited(tensors=[["a", [7], STEP], ["a", [2, 3], STEP]]),
+    edited(tensors=[["a", [7], STEP]]),
+    edited(tensors=[["a", [-7], STEP], ["b", [2, 3], STEP]]),
+    edited(tensors=[["a", [1 << 62], STEP], ["b", [2, 3], STEP]]),
+    edited(tensors=[["a", [7.0], STEP], ["b", [2, 3], STEP]]),
+    edited(tensors=[["a", [7], "0.1"], ["b", [2, 3], STEP]]),
+    edited(tensors=[["a", [7], None], ["b", [2, 3], STEP]]),
+    edited(tensors=[["a", [7], STEP, 1], ["b", [2, 3], STEP]]),
+    edited(tensors=TENSORS)[:-4] + b"\x08" + edited(tensors=TENSORS)[-3:],  # a level of -8
+    edited(tensors=TENSORS)[:-4] + b"\x11" + edited(tensors=TENSORS)[-3:],  # behind the odd seventh
+    edited(8)[:-1] + b"\x80",  # a level of -128
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=range(len(DAMAGED)))
 def test_anything_else_is_no_update(data: bytes) -> None:
     update = Update(site="a", run="r", round=1, tensors=difference())
     assert Update.from_bytes(update.to_bytes()).to_bytes() == update.to_bytes()
