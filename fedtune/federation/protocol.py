@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json

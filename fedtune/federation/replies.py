@@ -13,7 +13,7 @@ from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference, Tensors
+from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Answer, Refusal, Update
 

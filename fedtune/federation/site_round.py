@@ -14,7 +14,7 @@ import numpy as np
 
 from fedtune.federation.protocol import Brought, EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference, Tensors
+from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Offer, Reason, Receipt, Refusal, Refused, Update
@@ -238,8 +238,9 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
 def _as_it_leaves(trained: Adapter, begun: Adapter, request: RoundRequest, bits: int) -> Tensors | Difference:
     if bits == 32:
         return trained.tensors
-    # Of released values alone, as the request is: which way they are rounded tells nothing more of a record.
-    return Difference.between(begun.tensors, trained.tensors, bits=bits, about=request.digest())
+    # Drawn from what is released alone: which way a value is rounded tells nothing more of a record.
+    about = f"{request.site} {request.round}"
+    return Difference.between(begun.tensors, trained.tensors, bits=bits, about=about)
 
 
 def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from fedtune.privacy.difference import BITS
+from fedtune.privacy.few_bits import BITS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")

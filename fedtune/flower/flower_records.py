@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Brought, Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.release import AS_JSON, Answer, Receipt, Update, receipt_from_json
 from fedtune.spec import ConfigError
 

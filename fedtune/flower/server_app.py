@@ -28,7 +28,7 @@ from fedtune.flower import flower_records
 from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
@@ -320,9 +320,9 @@ def _brought(lead: Lead, state: LeadState) -> Brought:
     """The adapter that a round begins in, as it travels: each time it is the exact one that is rounded."""
     if lead.federation.bits == 32:
         return Brought(adapter=state.adapter)
-    reference, about = lead.checkpoints.reference(), f"{lead.run} {state.round}"
-    begin, end = reference.tensors, state.adapter.tensors
-    return Brought(adapter=reference, difference=Difference.between(begin, end, bits=lead.federation.bits, about=about))
+    reference, bits = lead.checkpoints.reference(), lead.federation.bits
+    difference = Difference.between(reference.tensors, state.adapter.tensors, bits=bits, about=f"{state.round}")
+    return Brought(adapter=reference, difference=difference)
 
 
 def _requests(

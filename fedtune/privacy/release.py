@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedtune.privacy.difference import MOST_HEADER_BYTES, Difference, Tensors
+from fedtune.privacy.few_bits import MOST_HEADER_BYTES, Difference, Tensors
 from fedtune.privacy.keys import is_signed
 from fedtune.spec import ConfigError, RefusedError, check_whole
 

@@ -19,7 +19,7 @@ from fedtune.federation.replies import (
     RoundReplies,
 )
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.training.optimizer import Reach

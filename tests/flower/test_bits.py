@@ -16,7 +16,7 @@ from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference, most_level
+from fedtune.privacy.few_bits import Difference, most_level
 from fedtune.privacy.ledger.chain import Kind
 
 from .conftest import STEPS
@@ -46,7 +46,9 @@ def moving(made: Any) -> list[tuple[Adapter, Difference]]:
     def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         draws = np.random.default_rng([len(moves), attempt])
         end = {n: v + draws.normal(0, 0.1, v.shape).astype(np.float32) for n, v in adapter.tensors.items()}
-        answered = Difference.between(adapter.tensors, end, bits=made.spec.bits, about=request.digest())
+        answered = Difference.between(
+            adapter.tensors, end, bits=made.spec.bits, about=f"{request.site} {request.round}"
+        )
         moves.append((adapter, answered))
         return Trained(adapter=Adapter(end))
 

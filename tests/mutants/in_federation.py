@@ -7,13 +7,13 @@ SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
 BITS = ("tests/flower/test_bits.py",)
-DIFFERENCE = ("tests/privacy/test_difference.py",)
+DIFFERENCE = ("tests/privacy/test_few_bits.py",)
 
 FEDERATION_FAULTS = (
     Mutant(
         name="few-bits-cut-off",
         fault="Values are cut off to the next level and not rounded at random: small moves of all sites are lost.",
-        file="fedtune/privacy/difference.py",
+        file="fedtune/privacy/few_bits.py",
         old="np.floor(moved / step + drawn)",
         new="np.trunc(moved / step)",
         tests=DIFFERENCE,
@@ -21,7 +21,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="few-bits-always-alike",
         fault="All updates of all rounds are rounded by the same draws: roundings add up in place of averaging out.",
-        file="fedtune/privacy/difference.py",
+        file="fedtune/privacy/few_bits.py",
         old="RandomStream(_key(end, about))",
         new="RandomStream(bytes(32))",
         tests=DIFFERENCE,
@@ -29,7 +29,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="a-second-encoding",
         fault="A level that no rounding gives is taken: with two encodings of one meaning a site can say more.",
-        file="fedtune/privacy/difference.py",
+        file="fedtune/privacy/few_bits.py",
         old="levels.min(initial=0) < -most_level(bits) or ",
         new="",
         tests=DIFFERENCE,
@@ -118,7 +118,7 @@ FEDERATION_FAULTS = (
         name="update-of-any-size",
         fault="An update of any finite value enters the average: one site's 1e30 ends the run, as in 0.1.0.",
         file="fedtune/federation/replies.py",
-        old="        if not self.reaches[site].includes(body.tensors, sent=self.sent):",
+        old="        if not self.reaches[site].includes(tensors, sent=self.sent, steps=steps):",
         new="        if False:",
         tests=SORTING,
     ),

@@ -18,7 +18,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Brought, Reply
 from fedtune.model import Adapter
-from fedtune.privacy.difference import Difference
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.privacy.difference import Difference, Tensors, most_level
+from fedtune.privacy.few_bits import Difference, Tensors, most_level
 from fedtune.privacy.release import Update
 from fedtune.spec import ConfigError
 
