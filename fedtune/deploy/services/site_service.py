@@ -23,6 +23,7 @@ from fedtune.deploy.kits.models import installed_model
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
+from fedtune.flower.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
 _POLL_S, _MOST_POLL_S = 0.3, 1.0
 """How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
+_RUNG_POLL_S = 30.0
+"""The same where the server says when there is a question."""
+_LOOK_S = 0.25
+"""How soon a stop, a leave or a pause is seen meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +73,12 @@ class SiteService:
             app = SiteApp(RealSite(places).site, name=files.policy.site)
             fleet = Fleet(self.kit.server, self.kit.tls())
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
+            bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
             try:
-                _Loop(fleet, app, state, self.health, stop, ends=certificate.not_after).run()
+                _Loop(fleet, bell, app, state, self.health, stop, ends=certificate.not_after).run()
             finally:
                 self.health.update(state="stopping")
+                bell.close()
                 fleet.close()
             log.info("the site is down", extra={"site": files.policy.site})
 
@@ -98,10 +105,18 @@ class _Loop:
     """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
 
     def __init__(
-        self, fleet: Fleet, app: SiteApp, state: SiteState, health: Health, stop: threading.Event, *, ends: datetime
+        self,
+        fleet: Fleet,
+        bell: Bell,
+        app: SiteApp,
+        state: SiteState,
+        health: Health,
+        stop: threading.Event,
+        *,
+        ends: datetime,
     ) -> None:
-        self._fleet, self._app, self._state, self._health, self._stop = fleet, app, state, health, stop
-        self._ends = ends
+        self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
+        self._health, self._stop, self._ends = health, stop, ends
         self._active = False
         self._wait_s, self._poll_s = 1.0, _POLL_S
         self._rounds = 0
@@ -109,6 +124,7 @@ class _Loop:
 
     def run(self) -> None:
         while not self._stop.is_set() and not self._state.left.exists():
+            self._bell.rung.clear()
             exchange = self._next()
             if exchange is not None:
                 self._poll_s = _POLL_S
@@ -117,10 +133,19 @@ class _Loop:
                 except Exception:  # of a kind that Flower can address no answer to
                     log.exception("a message was dropped: there is no answer to its kind")
             elif self._active:
-                self._stop.wait(self._poll_s)
-                self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
+                self._rest()
         # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
         time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
+
+    def _rest(self) -> None:
+        """Until there may be a question, or the site is to stop or to leave."""
+        until = time.monotonic() + (_RUNG_POLL_S if self._bell.works else self._poll_s)
+        self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
+        while not (self._stop.is_set() or self._state.left.exists() or self._bell.rung.is_set()):
+            if (left := until - time.monotonic()) <= 0:
+                return
+            self._health.update(state=self._online())
+            self._bell.rung.wait(min(left, _LOOK_S))
 
     def _next(self) -> Exchange | None:
         try:
@@ -149,8 +174,10 @@ class _Loop:
             )
 
     def _connected(self) -> None:
-        state: State = "paused" if self._state.paused.exists() else "connected"
-        self._health.update(state=state, last_contact=datetime.now(UTC))
+        self._health.update(state=self._online(), last_contact=datetime.now(UTC))
+
+    def _online(self) -> State:
+        return "paused" if self._state.paused.exists() else "connected"
 
     def _answer(self, exchange: Exchange) -> None:
         self._health.update(state="training")

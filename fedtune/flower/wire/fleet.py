@@ -257,13 +257,7 @@ def hello(server: str, tls: Tls) -> str:
         Foreign: the answer is no fedtune server's.
         Unreachable: no connection.
     """
-    private, public = node_key(tls.key)
-    timestamp = now().isoformat()
-    headers = {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
-        TIMESTAMP_HEADER: timestamp,
-        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, timestamp.encode())).decode(),
-    }
+    headers = signed_headers(tls)
     with _in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
         bounded(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
@@ -277,6 +271,17 @@ def hello(server: str, tls: Tls) -> str:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
     raise Unauthorised(f"the server refused this site: {reason}")
+
+
+def signed_headers(tls: Tls) -> dict[str, str]:
+    """What says in a call of fedtune's own which site makes it, as in Flower's."""
+    private, public = node_key(tls.key)
+    timestamp = now().isoformat()
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, timestamp.encode())).decode(),
+    }
 
 
 @contextmanager

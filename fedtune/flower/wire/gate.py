@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -22,6 +23,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from fedtune.flower.wire.audit_log import AuditLog, Event
 from fedtune.flower.wire.fleet import HELLO
 from fedtune.flower.wire.identity import NotAllowed, SeenCalls, body_of_lead
+from fedtune.flower.wire.waiting import WAIT, Questions
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ _OF_RUNS: dict[str, Event] = {
 _LEAD_BYTES = 1 << 30
 """Of one call's body of the lead."""
 _UNSIGNED = "not signed by the lead, or its clock is wrong"
+_MOST_DIGITS = 18
 PEER = "fedtune peer"
 """Where in a scope's state the other end of the connection is."""
 
@@ -114,7 +117,9 @@ class Rules(Protocol):
 
     def check(self, path: str, key: bytes, body: bytes) -> None: ...
 
-    def asked(self, body: bytes) -> None: ...
+    def asked(self, body: bytes) -> list[int]: ...
+
+    def node_of(self, key: bytes) -> int | None: ...
 
     def finished(self, body: bytes) -> bytes: ...
 
@@ -133,7 +138,7 @@ class Gate:
 
     def __init__(self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
-        self._seen = SeenCalls()
+        self._seen, self._questions = SeenCalls(), Questions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -146,6 +151,8 @@ class Gate:
                 await self._site_call(scope, receive, send)
             elif path in _LEAD_CALLS:
                 await self._lead_call(scope, receive, send)
+            elif path == WAIT:
+                await self._wait_call(scope, send)
             elif path == HELLO:
                 site = self._member(headers_of(scope), _peer(scope)).site
                 await answer(send, 200, {"site": site, "time": time.time()})  # sites of 0.1.0 read the time, too
@@ -154,6 +161,25 @@ class Gate:
         except NotAllowed as refusal:
             self._note(scope, refusal)
             await answer(send, refusal.status, {"reason": refusal.reason})
+
+    async def _wait_call(self, scope: Scope, send: Send) -> None:
+        """Hold a site's call until the lead asks it something; see `fedtune.flower.wire.waiting`."""
+        member = self._member(headers_of(scope), _peer(scope))
+        try:
+            ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
+            number = int(heard[:_MOST_DIGITS])
+        except ValueError:
+            name, number = "", 0
+        if name != "heard":
+            raise NotAllowed(400, "malformed")
+        node = await asyncio.to_thread(self._rules.node_of, member.node_key)
+        if node is None:
+            raise NotAllowed(403, "unknown")
+        await answer(send, 200, {"questions": await self._questions.count(node, heard=number)})
+
+    def close(self) -> None:
+        """Answer whoever is held; the server ends."""
+        self._questions.close()
 
     async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
@@ -182,11 +208,13 @@ class Gate:
         check_form(scope, headers)
         if path in _OF_RUNS:
             self._audit.note(_OF_RUNS[path], **self._about(peer))
+        nodes: list[int] = []
         if path == _PUSH_QUESTIONS:
-            await asyncio.to_thread(self._rules.asked, body)
+            nodes = await asyncio.to_thread(self._rules.asked, body)
         if path == _PULL_ANSWERS:
             body = await asyncio.to_thread(self._rules.finished, body)
         await self._app(as_read(scope, headers), again(body, receive), send)
+        self._questions.asked(nodes)
 
     def _member(self, headers: dict[str, str], peer: Peer | None) -> Registered:
         """The member that makes a call, over its own connection.
@@ -234,7 +262,7 @@ class Gate:
             event = "message refused"
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
         # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
-        known = path if path in _SITE_CALLS | _LEAD_CALLS or path == HELLO else ""
+        known = path if path in {HELLO, WAIT} | _SITE_CALLS | _LEAD_CALLS else ""
         about = {"path": known, "reason": reason, **self._about(_peer(scope))}
         if self._audit.note(event, **about):
             log.warning("%s: %s", event, reason, extra=about)

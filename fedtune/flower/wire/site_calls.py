@@ -105,7 +105,7 @@ class SiteCalls:
             request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
         except Exception:  # protobuf's own, which mypy does not know
             raise NotAllowed(400, "not a message of this call") from None
-        node = self._state.get_node_id_by_public_key(key)
+        node = self.node_of(key)
         call = path.removeprefix(FLEET)
         if call == "activate-node":
             own = request.public_key == key
@@ -122,23 +122,28 @@ class SiteCalls:
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
-    def asked(self, body: bytes) -> None:
-        """The lead's questions: what they are made of, which no site may say otherwise.
+    def node_of(self, key: bytes) -> int | None:
+        """The node with this connection key; None: there is none."""
+        return self._state.get_node_id_by_public_key(key)
+
+    def asked(self, body: bytes) -> list[int]:
+        """The lead's questions: what they are made of, which no site may say otherwise; the nodes that are asked.
 
         Flower names objects by their content, for all runs and nodes, and believes who names one first: with other
         parts announced for it, the lead could ask nobody any more.
         """
         try:
-            trees = PushAppMessagesRequest.FromString(body).message_object_trees
+            request = PushAppMessagesRequest.FromString(body)
         except Exception:  # protobuf's own; Flower refuses it
-            return
+            return []
         with self._lock:
-            for tree in trees:
+            for tree in request.message_object_trees:
                 for part in islice(_parts(tree), _MOST_OBJECTS):
                     self._asked.pop(part.object_id, None)
                     self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
             while len(self._asked) > _REMEMBERED_OBJECTS:
                 del self._asked[next(iter(self._asked))]
+        return [message.metadata.dst_node_id for message in request.messages_list]
 
     def finished(self, body: bytes) -> bytes:
         """The lead's call for answers, less those that are not there, or not whole yet.

@@ -105,6 +105,7 @@ def serve(
         ),
         door,
         listens,
+        gate.close,
     )
     stop = threading.Event()
     watching = threading.Thread(target=_watch, args=(roster, stop, works), name="roster", daemon=True)
@@ -187,9 +188,9 @@ def _watch(roster: _KeptRoster, stop: threading.Event, works: Callable[[bool], N
 class _Server(uvicorn.Server):
     """Lets connections in by its own door, and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None], ends: Callable[[], None]) -> None:
         super().__init__(config)
-        self._door, self._ready = door, ready
+        self._door, self._ready, self._ends = door, ready, ends
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         await super().startup(sockets=[])  # all but listening
@@ -208,6 +209,7 @@ class _Server(uvicorn.Server):
         self._ready()
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        self._ends()
         await self._door.close()
         await super().shutdown(sockets)
 
