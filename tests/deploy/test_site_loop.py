@@ -7,6 +7,7 @@ import os
 import signal
 import ssl
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Fleet
 from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole
+
+
+class Quiet:
+    """A bell that never rings."""
+
+    def __init__(self) -> None:
+        self.rung, self.works = threading.Event(), False
 
 
 class Told(Health):
@@ -47,7 +55,7 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     stop = threading.Event()
     health = Told(stop, until)
     ends = ends or datetime.now(UTC) + timedelta(days=1)
-    loop = _Loop(fleet, object(), SiteState.of(folder), health, stop, ends=ends)  # type: ignore[arg-type]
+    loop = _Loop(fleet, Quiet(), object(), SiteState.of(folder), health, stop, ends=ends)  # type: ignore[arg-type]
     loop.run()
     return health
 
@@ -139,7 +147,7 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
         patch.setattr(site_service, "Exchange", Exchanged)
         patch.setattr(site_service, "_FETCHED_S", 0.0)
         state = SiteState.of(tmp_path)
-        _Loop(Asked(), App(), state, Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+        _Loop(Asked(), Quiet(), App(), state, Health(), stop, ends=ends).run()  # type: ignore[arg-type]
     assert done == ["came", "answered", "sent"]
 
 
@@ -168,6 +176,27 @@ def test_a_message_of_no_kind_ends_no_site(
 
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
     ends = datetime.now(UTC) + timedelta(days=1)
-    _Loop(Asked(), app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    _Loop(Asked(), Quiet(), app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
     assert not waiting, "it went on"
     assert "a message was dropped" in caught.text
+
+
+def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
+    stop, bell, asked = threading.Event(), Quiet(), []
+    bell.works = True
+
+    class Asked:
+        def activate(self) -> None:
+            pass
+
+        def receive(self) -> None:
+            asked.append(time.monotonic())
+            if len(asked) == 1:
+                threading.Timer(0.5, bell.rung.set).start()
+            else:
+                stop.set()
+
+    ends = datetime.now(UTC) + timedelta(days=1)
+    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    _Loop(Asked(), bell, app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"
