@@ -20,7 +20,8 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 49_390
+MOST_LINES = 49_631
+MOST_FILES = 236
 MOST_FILES = 235
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 

@@ -42,6 +42,29 @@ def share(shared: SharedNoise = FOUR, *purpose: str | int, sums: Whole | None = 
 
 # The theorem.
 
+parts = st.fractions(-50, 50, max_denominator=1000)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(parts, min_size=1, max_size=6), st.fractions(0, 2, max_denominator=64))
+def test_a_sum_of_rounded_values_follows_from_their_sum_and_all_but_one_remainder(
+    values: list[Fraction], shift: Fraction
+) -> None:
+    """The identity, in exact numbers and for every shift, whichever site comes last."""
+    rounded = sum(math.floor(value + shift) for value in values)
+    for last in range(len(values)):
+        others = values[:last] + values[last + 1 :]
+        remainders = sum((one + shift) % 1 for one in others)
+        assert rounded == math.floor(sum(values) + len(values) * shift - remainders)
+
+
+@pytest.mark.parametrize("deviation", [0.2, 0.3, 0.5, 0.7])
+def test_a_normal_value_around_a_circle_is_uniform_but_for_the_stated_part(deviation: float) -> None:
+    """Of length 1, by adding up the turns: no Fourier series."""
+    places, turns = np.linspace(0, 1, 2000, endpoint=False), np.arange(-12, 13)
+    density = stats.norm.pdf(places[:, None] + turns, scale=deviation).sum(axis=1)
+    assert np.abs(density - 1).mean() / 2 <= math.exp(-2 * (math.pi * deviation) ** 2)
+
 
 @pytest.mark.parametrize("deviation", [0.45, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, -1.7), (0.1, 0.25, 7.5), (0.5, 0.5, 0.0, 0.9, -3.1)])
