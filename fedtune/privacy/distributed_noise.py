@@ -69,6 +69,8 @@ class SharedNoise:
     def __post_init__(self) -> None:
         # Parts of a plan, which comes from a server's request: nothing is taken on trust.
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
+        for name in ("num_sites", "threshold", "colluders", "bits", "bound"):
+            check_whole(name, getattr(self, name))
         for name, least, most in (
             ("num_sites", 2, MOST_SITES),
             ("threshold", 2, self.num_sites),
@@ -77,7 +79,6 @@ class SharedNoise:
             ("bound", 1, MOST_BOUND),
         ):
             value = getattr(self, name)
-            check_whole(name, value)
             check_at_least(name, value, least)
             if value > most:
                 raise ConfigError(name, value, f"must be at most {most}")
@@ -123,8 +124,8 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
 
     Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells for
     so many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit still
-    moves a sum by the clip norm at most.  To round half up on one grid and then on a coarser one, both with an even
-    number of cells in one, is to shift and round once: the theorem's R, but for a shift that is the same for all.
+    moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even number of
+    these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
     """
     most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.bits
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}

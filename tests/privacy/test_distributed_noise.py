@@ -245,6 +245,7 @@ def test_each_value_of_each_tensor_gets_a_word_of_noise_of_its_own() -> None:
         ({"threshold": 1}, "threshold"),
         ({"threshold": 5}, "threshold"),
         ({"threshold": 3.0}, "threshold"),
+        ({"threshold": "4"}, "threshold"),
         ({"colluders": -1}, "colluders"),
         ({"colluders": 4}, "colluders"),
         ({"colluders": True}, "colluders"),
