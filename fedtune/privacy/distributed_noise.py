@@ -55,7 +55,7 @@ class SharedNoise:
         threshold: the fewest sites that a sum may be of, t; a sum of fewer is never unmasked.
         colluders: sites whose noise the server may know, c; what is promised has the noise of t - c sites.
         noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
-        bits: values are sent in cells of 2**-bits of the clip norm.
+        cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
         bound: largest value of a site's sum, in clip norms; what is beyond is cut off before the noise.
     """
 
@@ -63,28 +63,28 @@ class SharedNoise:
     threshold: int
     colluders: int
     noise_multiplier: float
-    bits: int
+    cell_bits: int
     bound: int
 
     def __post_init__(self) -> None:
         # Parts of a plan, which comes from a server's request: nothing is taken on trust.
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
-        for name in ("num_sites", "threshold", "colluders", "bits", "bound"):
+        for name in ("num_sites", "threshold", "colluders", "cell_bits", "bound"):
             check_whole(name, getattr(self, name))
         for name, least, most in (
             ("num_sites", 2, MOST_SITES),
             ("threshold", 2, self.num_sites),
             ("colluders", 0, self.threshold - 1),
-            ("bits", 0, GRID_BITS),
+            ("cell_bits", 0, GRID_BITS),
             ("bound", 1, MOST_BOUND),
         ):
             value = getattr(self, name)
             check_at_least(name, value, least)
             if value > most:
                 raise ConfigError(name, value, f"must be at most {most}")
-        if _cells(self.noise_multiplier, self.bits) < LEAST_CELLS:
-            enough = least_bits(self.noise_multiplier)
-            raise ConfigError("bits", self.bits, f"must be at least {enough}, or rounding undoes the shares of noise")
+        if _cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
+            bound = f"must be at least {least_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
+            raise ConfigError("cell_bits", self.cell_bits, bound)
 
     @property
     def largest_value(self) -> int:
@@ -92,7 +92,7 @@ class SharedNoise:
 
         A modulus above 2 * num_sites * largest_value holds each sum; privacy does not depend on it.
         """
-        return (self.bound << self.bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.bits)) + 1
+        return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
 
     def honest(self, *, survivors: int, colluders: int) -> int:
         """How many shares of noise hide a site's records in a sum of `survivors` sites: its own at least."""
@@ -100,8 +100,8 @@ class SharedNoise:
         return max(1, survivors - colluders)
 
 
-def least_bits(noise_multiplier: float) -> int:
-    """The fewest `SharedNoise.bits` for shares of this noise.  The rounding then adds a thousandth to its variance."""
+def least_cell_bits(noise_multiplier: float) -> int:
+    """The fewest `cell_bits` for shares of this noise.  The rounding then adds a thousandth to its variance."""
     return next(bits for bits in range(GRID_BITS + 1) if _cells(noise_multiplier, bits) >= LEAST_CELLS)
 
 
@@ -120,14 +120,14 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
         stream: a fresh one for each release, repeated ones too; drawn from once for each value, in the order of `sums`.
 
     Returns:
-        The same tensors in cells of 2**-bits of the clip norm.
+        The same tensors in cells of 2**-cell_bits of the clip norm.
 
     Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells for
     so many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit still
     moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even number of
     these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
     """
-    most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.bits
+    most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.cell_bits
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
     noisy = add_gaussian_noise(bounded, noise_multiplier=shared.noise_multiplier, stream=stream)
     return {name: (total + (1 << coarser >> 1)) >> coarser for name, total in noisy.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
-from fedtune.privacy.distributed_noise import SharedNoise, epsilons, least_bits, share_of, together
+from fedtune.privacy.distributed_noise import SharedNoise, epsilons, least_cell_bits, share_of, together
 from fedtune.privacy.durable import write_durably
 
 FOLDER = Path(__file__).parent
@@ -39,9 +39,9 @@ def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
     share = share_of(total, threshold=threshold, colluders=colluders)
-    bits = least_bits(share)
+    bits = least_cell_bits(share)
     shared = SharedNoise(
-        num_sites=SITES, threshold=threshold, colluders=colluders, noise_multiplier=share, bits=bits, bound=BOUND
+        num_sites=SITES, threshold=threshold, colluders=colluders, noise_multiplier=share, cell_bits=bits, bound=BOUND
     )
     found = epsilons(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
     # Each share's own rounding adds a twelfth of a squared cell to what is accounted.
@@ -52,7 +52,7 @@ def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
         "colluders": colluders,
         "noise_alone": total,
         "share": share,
-        "bits": bits,
+        "cell_bits": bits,
         "server_alone": found.server_alone,
         "with_colluders": found.with_colluders,
         "with_all_others": found.with_all_others,
@@ -70,7 +70,7 @@ def table(rows: list[dict[str, float]]) -> str:
     for one in rows:
         lines.append(
             f"| {one['target']:g} | {one['threshold']} | {one['colluders']} | {one['noise_alone']:.4f} | "
-            f"{one['share']:.4f} | C/{2 ** int(one['bits'])} | {one['server_alone']:.2f} | "
+            f"{one['share']:.4f} | C/{2 ** int(one['cell_bits'])} | {one['server_alone']:.2f} | "
             f"{one['with_colluders']:.2f} | {one['with_all_others']:.2f} | {one['above_ideal_percent']:.2f} % |"
         )
     return "\n".join(lines)

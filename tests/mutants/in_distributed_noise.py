@@ -84,8 +84,8 @@ DISTRIBUTED_NOISE = (
         fault="Values are sent in any cells, also such that each site's rounding takes its noise away (continuous "
         "noise that each site rounds by itself).",
         file=NOISE,
-        old="        if _cells(self.noise_multiplier, self.bits) < LEAST_CELLS:\n",
-        new="        if _cells(self.noise_multiplier, self.bits) < 0:\n",
+        old="        if _cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:\n",
+        new="        if _cells(self.noise_multiplier, self.cell_bits) < 0:\n",
         tests=OF_EPSILON,
     ),
     Mutant(

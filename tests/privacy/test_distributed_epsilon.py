@@ -25,7 +25,7 @@ from fedtune.privacy.distributed_noise import (
     SharedNoise,
     add_share,
     epsilons,
-    least_bits,
+    least_cell_bits,
     release,
     share_of,
     together,
@@ -46,7 +46,7 @@ def shared(noise: float, sites: int, *, threshold: int | None = None, colluders:
         threshold=threshold or sites,
         colluders=colluders,
         noise_multiplier=noise,
-        bits=least_bits(noise),
+        cell_bits=least_cell_bits(noise),
         bound=1000,
     )
 
@@ -127,7 +127,9 @@ def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
         once = [exact_sums.sent_by_one(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
         assert exact_sums.delta(1.0, *once) <= claimed_delta(event, 1.0)
         with pytest.raises(ValueError, match="rounding undoes the shares of noise"):
-            SharedNoise(num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, bits=0, bound=10)
+            SharedNoise(
+                num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
+            )
 
 
 # Known figures.
@@ -248,7 +250,7 @@ def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float
     The unit adds one clip norm to its site's first sum; the site's other records add a hundred to the second, up or
     down, by which side of a half the site's hidden state came to lie on.
     """
-    plan = dataclasses.replace(shared(1 / math.sqrt(sites), sites), bits=GRID_BITS)
+    plan = dataclasses.replace(shared(1 / math.sqrt(sites), sites), cell_bits=GRID_BITS)
     randomness = SeededRandomness(3)
 
     def step(site: int, number: int, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

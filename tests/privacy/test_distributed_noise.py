@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, add_share, least_bits, share_of, together
+from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, add_share, least_cell_bits, share_of, together
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -26,7 +26,7 @@ COUNT = 100_000
 ONCE_IN_A_MILLION = 1e-6
 CLIP_NORM = 2**GRID_BITS
 
-FOUR = SharedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, bits=4, bound=100)
+FOUR = SharedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, cell_bits=4, bound=100)
 """With the widest cells that are allowed: a share has a standard deviation of 8."""
 
 
@@ -116,7 +116,7 @@ def fits(values: Whole, deviation: float, *, mean: float = 0.0, shift: float = H
 
 @pytest.mark.parametrize(("noise", "bits"), [(0.5, 4), (0.75635, 4), (0.01, 10), (4.05, 1), (10.0, 0)])
 def test_a_share_has_the_exact_probability_of_every_cell(noise: float, bits: int) -> None:
-    shared = dataclasses.replace(FOUR, noise_multiplier=noise, bits=bits)
+    shared = dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits)
     values = share(shared, "cells", str(noise))
     assert values.dtype == np.int64
     deviation = noise * 2**bits
@@ -129,7 +129,7 @@ def test_a_share_has_the_exact_probability_of_every_cell(noise: float, bits: int
 
 @pytest.mark.parametrize("bits", [4, 11, 24])
 def test_variance_and_tails_of_shares_are_those_of_a_normal_value(bits: int) -> None:
-    values = share(dataclasses.replace(FOUR, bits=bits), "tails", bits) / (0.5 * 2**bits)
+    values = share(dataclasses.replace(FOUR, cell_bits=bits), "tails", bits) / (0.5 * 2**bits)
     # Of cells an eighth of the deviation wide, rounding adds 1/12 to 64.
     variance = 1 + 1 / 12 / (0.5 * 2**bits) ** 2
     below = stats.chi2.cdf(np.sum(values**2) / variance, df=COUNT)
@@ -151,7 +151,7 @@ def test_the_sum_of_all_shares_is_what_is_accounted(sites: int) -> None:
 
 def test_the_noise_of_a_sum_is_that_of_pooled_training() -> None:
     """Four shares of half a clip norm and one of a clip norm, on the finest grid: by Kolmogorov and Smirnov."""
-    fine = dataclasses.replace(FOUR, bits=GRID_BITS)
+    fine = dataclasses.replace(FOUR, cell_bits=GRID_BITS)
     total = sum((share(fine, "pooled", site) for site in range(4)), start=np.zeros(COUNT, dtype=np.int64))
     pooled = add_gaussian_noise({"a": np.zeros(COUNT, dtype=np.int64)}, noise_multiplier=1.0, stream=stream("one"))
     assert stats.ks_2samp(total, pooled["a"]).pvalue > ONCE_IN_A_MILLION
@@ -168,7 +168,7 @@ def test_values_of_a_share_and_shares_of_sites_and_releases_are_independent() ->
 
 def test_on_the_finest_grid_a_share_is_the_gaussian_mechanism_of_one_site() -> None:
     sums = {"a": np.arange(12, dtype=np.int64).reshape(3, 4), "b": np.array([-5], dtype=np.int64)}
-    fine = dataclasses.replace(FOUR, bits=GRID_BITS)
+    fine = dataclasses.replace(FOUR, cell_bits=GRID_BITS)
     sent = add_share(sums, fine, stream("fine"))
     plain = add_gaussian_noise(sums, noise_multiplier=0.5, stream=stream("fine"))
     assert list(sent) == list(sums)
@@ -180,7 +180,7 @@ def test_on_the_finest_grid_a_share_is_the_gaussian_mechanism_of_one_site() -> N
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(4, GRID_BITS), st.lists(st.integers(-(2**31), 2**31), min_size=1, max_size=40))
 def test_what_is_sent_is_sum_and_noise_to_the_nearest_cell(bits: int, sums: list[int]) -> None:
-    shared, width = dataclasses.replace(FOUR, bits=bits, bound=1000), 2 ** (GRID_BITS - bits)
+    shared, width = dataclasses.replace(FOUR, cell_bits=bits, bound=1000), 2 ** (GRID_BITS - bits)
     values = {"a": np.array(sums, dtype=np.int64)}
     exact = add_gaussian_noise(values, noise_multiplier=0.5, stream=stream("nearest"))["a"]
     sent = add_share(values, shared, stream("nearest"))["a"]
@@ -230,7 +230,7 @@ def test_each_value_of_each_tensor_gets_a_word_of_noise_of_its_own() -> None:
     one, other = (add_share(sums, FOUR, made) for made in (stream("again"), stream("again")))
     for name in sums:
         np.testing.assert_array_equal(one[name], other[name])
-    fine = add_share(sums, dataclasses.replace(FOUR, bits=GRID_BITS), stream("again"))
+    fine = add_share(sums, dataclasses.replace(FOUR, cell_bits=GRID_BITS), stream("again"))
     assert len({*fine["a"].ravel().tolist(), *fine["b"].tolist()}) == 10
 
 
@@ -251,9 +251,9 @@ def test_each_value_of_each_tensor_gets_a_word_of_noise_of_its_own() -> None:
         ({"colluders": True}, "colluders"),
         ({"noise_multiplier": 0.0}, "noise_multiplier"),
         ({"noise_multiplier": math.nan}, "noise_multiplier"),
-        ({"bits": 25}, "bits"),
-        ({"bits": 3}, "bits"),
-        ({"bits": -1}, "bits"),
+        ({"cell_bits": 25}, "cell_bits"),
+        ({"cell_bits": 3}, "cell_bits"),
+        ({"cell_bits": -1}, "cell_bits"),
         ({"bound": 0}, "bound"),
         ({"bound": 2**32 + 1}, "bound"),
     ],
@@ -266,20 +266,20 @@ def test_a_plan_outside_what_is_proved_is_refused(changes: dict[str, object], ke
 
 def test_cells_wider_than_an_eighth_of_a_share_are_refused_by_name_of_what_would_do() -> None:
     with pytest.raises(ConfigError, match="at least 4"):
-        dataclasses.replace(FOUR, bits=3)
+        dataclasses.replace(FOUR, cell_bits=3)
     just_below = math.nextafter(0.5, 0)
-    assert least_bits(just_below) == 5
+    assert least_cell_bits(just_below) == 5
     with pytest.raises(ConfigError, match="at least 5"):
         dataclasses.replace(FOUR, noise_multiplier=just_below)
 
 
 @given(st.floats(0.01, 1e4))
 def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
-    bits = least_bits(noise)
-    assert dataclasses.replace(FOUR, noise_multiplier=noise, bits=bits).bits == bits
+    bits = least_cell_bits(noise)
+    assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
         with pytest.raises(ConfigError):
-            dataclasses.replace(FOUR, noise_multiplier=noise, bits=bits - 1)
+            dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits - 1)
 
 
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
