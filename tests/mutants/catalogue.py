@@ -6,6 +6,7 @@ from .in_cli import CLI_FAULTS
 from .in_clipping import CLIPPING
 from .in_data import DATA_FAULTS
 from .in_deploy import DEPLOY_FAULTS
+from .in_distributed_noise import DISTRIBUTED_NOISE
 from .in_federation import FEDERATION_FAULTS
 from .in_ledger import LEDGER_FAULTS
 from .in_models import MODEL_FAULTS
@@ -19,7 +20,7 @@ from .mutant import Mutant
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
     for mutant in (
-        *(*NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
+        *(*NOISE, *DISTRIBUTED_NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
         *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *DATA_FAULTS, *MODEL_FAULTS),
         *(*TASK_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS, *REPORT_FAULTS),
     )

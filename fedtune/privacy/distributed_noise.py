@@ -1,0 +1,243 @@
+"""Noise that several sites make together, where a secure sum shows the server nothing but their sum.
+
+Each site adds its share of the noise to its own sum, in whole numbers, before it masks the result.  Who learns only the
+total of h honest sites sees the Gaussian mechanism with the noise of all h shares, though each share was rounded by
+itself.  Theorem: let site k have y_k = g_k + Z_k, Z_k normal with a standard deviation of s cells, and send
+R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
+
+    R(y_1) + ... + R(y_h) = floor(Y + h/2 - V_1 - ... - V_(h-1)),
+
+since R(y_h) is what is left of Y once the others' whole numbers are taken away.  Given Y and y_1, ..., y_(k-1), the
+value y_k is normal with a variance of (1 - 1/n) s^2, n = h - k + 1 sites being left: at least s^2 / 2.  A normal value
+of variance v, wrapped around a circle of length 1, is uniform but for a total variation of exp(-2 pi^2 v), by its
+Fourier series.  So V_1, ..., V_(h-1) are uniform and independent of Y, whatever the g_k are, but for a total variation
+of
+
+    (h - 1) exp(-pi^2 s^2)
+
+a value.  If they were so exactly, the total would be computed from Y, the Gaussian mechanism with variance h s^2 on the
+sum of the g_k, and from random numbers that read no record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60 values of
+2^10 sites all gaps together stay below 1e-250, a part of eta in docs/guarantee.md.  Hence a release is an event of the
+plain kind, with the noise of the honest shares, and all that is proved of those events holds for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+from dp_accounting import DpEvent, SelfComposedDpEvent
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
+from fedtune.privacy.randomness import RandomStream
+from fedtune.spec import ConfigError, check_at_least, check_whole, spec
+
+LEAST_CELLS = 8.0
+"""Least standard deviation of a share, in cells of what is sent: the theorem's s."""
+MOST_SITES = 2**10
+MOST_BOUND = 2**32
+"""Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
+_TAIL = 16
+"""Standard deviations that a value of a share passes with a probability below 1e-56."""
+
+
+@spec
+class SharedNoise:
+    """How the sites of a run make the noise of each sum together.
+
+    Attributes:
+        num_sites: sites of the run, K.
+        threshold: the fewest sites that a sum may be of, t; a sum of fewer is never unmasked.
+        colluders: sites whose noise the server may know, c; what is promised has the noise of t - c sites.
+        noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
+        cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
+        bound: largest value of a site's sum, in clip norms; what is beyond is cut off before the noise.
+    """
+
+    num_sites: int
+    threshold: int
+    colluders: int
+    noise_multiplier: float
+    cell_bits: int
+    bound: int
+
+    def __post_init__(self) -> None:
+        # Parts of a plan, which comes from a server's request: nothing is taken on trust.
+        accountant.check_noise("noise_multiplier", self.noise_multiplier)
+        for name in ("num_sites", "threshold", "colluders", "cell_bits", "bound"):
+            check_whole(name, getattr(self, name))
+        for name, least, most in (
+            ("num_sites", 2, MOST_SITES),
+            ("threshold", 2, self.num_sites),
+            ("colluders", 0, self.threshold - 1),
+            ("cell_bits", 0, GRID_BITS),
+            ("bound", 1, MOST_BOUND),
+        ):
+            value = getattr(self, name)
+            check_at_least(name, value, least)
+            if value > most:
+                raise ConfigError(name, value, f"must be at most {most}")
+        if _cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
+            bound = f"must be at least {least_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
+            raise ConfigError("cell_bits", self.cell_bits, bound)
+
+    @property
+    def largest_value(self) -> int:
+        """What no value of one site's vector passes but for a chance of 1e-56, in cells as sent.
+
+        A modulus above 2 * num_sites * largest_value holds each sum; privacy does not depend on it.
+        """
+        return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
+
+    def honest(self, *, survivors: int, colluders: int) -> int:
+        """How many shares of noise hide a site's records in a sum of `survivors` sites: its own at least."""
+        assert 1 <= survivors <= self.num_sites
+        return max(1, survivors - colluders)
+
+
+def least_cell_bits(noise_multiplier: float) -> int:
+    """The fewest `cell_bits` for shares of this noise.  The rounding then adds a thousandth to its variance."""
+    return next(bits for bits in range(GRID_BITS + 1) if _cells(noise_multiplier, bits) >= LEAST_CELLS)
+
+
+def _cells(noise_multiplier: float, bits: int) -> float:
+    """The standard deviation of a share, in cells as sent."""
+    return noise_multiplier * 2.0**bits
+
+
+def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
+    """What a site puts into one secure sum: its own sum, with its share of the noise, in whole numbers as sent.
+
+    Args:
+        sums: tensors in cells of 2**-24 of the clip norm (`mechanism.cell`) that together are the sum, over the sampled
+            units, of vectors of L2 norm at most the clip norm, in exact arithmetic.
+        shared: how the noise is shared.
+        stream: a fresh one for each release, repeated ones too; drawn from once for each value, in the order of `sums`.
+
+    Returns:
+        The same tensors in cells of 2**-cell_bits of the clip norm.
+
+    Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells for
+    so many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit still
+    moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even number of
+    these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
+    """
+    most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.cell_bits
+    bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
+    noisy = add_gaussian_noise(bounded, noise_multiplier=shared.noise_multiplier, stream=stream)
+    return {name: (total + (1 << coarser >> 1)) >> coarser for name, total in noisy.items()}
+
+
+def release(*, sampling_rate: float, noise_multiplier: float, honest: int, local_steps: int = 1) -> DpEvent:
+    """What one secure sum does to the data set of a site, against who knows all but `honest` shares of its noise.
+
+    Args:
+        sampling_rate: probability with which each unit joins a step, by its site's own secret coin.
+        noise_multiplier: of one share.
+        honest: sites of the sum whose noise is secret, the site itself among them.
+        local_steps: noisy steps that each site took before the sum.
+
+    Guarantee: under add-or-remove-one of a unit of one site, the sum of clipped gradients at adapters that follow from
+    earlier releases is as private as this event: given what the other sites added, which does not depend on the unit,
+    it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).
+
+    Sites that step on by themselves have no such sum: what they send hangs on a state that nothing but their own share
+    hides, and a whole batch of other records may be told to show it.  Each step is charged at one share then.
+    """
+    if local_steps > 1:
+        honest = 1
+    return events.dp_sgd(
+        sampling_rate=sampling_rate, noise_multiplier=together(noise_multiplier, honest), steps=local_steps
+    )
+
+
+def together(noise_multiplier: float, shares: int) -> float:
+    """The noise multiplier of the sum of so many equal shares: variances add up.  Rounded down, if at all."""
+    total = noise_multiplier * math.sqrt(shares)
+    while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
+        total = math.nextafter(total, 0.0)
+    return total
+
+
+def share_of(total: float, *, threshold: int, colluders: int) -> float:
+    """The least noise multiplier of a share, to four digits, at which every sum has the noise `total` at least.
+
+    Args:
+        total: noise multiplier that a sum needs (`accountant.calibrate_noise`).
+        threshold: the fewest sites that a sum may be of.
+        colluders: how many of these may tell the server what they added.
+    """
+    honest = threshold - colluders
+    share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
+    while together(share, honest) < total:
+        share = round(share + 1e-4, 4)
+    return share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Epsilons:
+    """What a unit of a site loses, by who looks.
+
+    Attributes:
+        server_alone: against the server, if every site is honest.
+        with_colluders: if so many sites as the site withstands tell the server what they added.
+        with_all_others: if every other site does.
+    """
+
+    server_alone: float
+    with_colluders: float
+    with_all_others: float
+
+
+def epsilons(
+    shared: SharedNoise,
+    *,
+    survivors: Mapping[int, int],
+    sampling_rate: float,
+    delta: float,
+    local_steps: int = 1,
+    colluders: int | None = None,
+    also: Sequence[DpEvent] = (),
+) -> Epsilons:
+    """The three figures of a site's unit, by PLD on the coarse grid.
+
+    Args:
+        shared: how the noise is shared.
+        survivors: number of sites in a sum -> how many sums were of so many.
+        sampling_rate: probability with which each unit joins a step.
+        delta: at which epsilon is stated.
+        local_steps: noisy steps of a site before each sum.
+        colluders: that the site withstands; None: as many as the plan does.
+        also: events that the site releases by itself, and that all three count.
+
+    Guarantee: upper bounds if the survivors of each sum do not hang on what was released.  Those of
+    `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and when: a
+    sum with more noise can be computed from the same sum with less.
+    """
+    assumed = shared.colluders if colluders is None else colluders
+
+    def epsilon(colluding: int) -> float:
+        sums = [
+            SelfComposedDpEvent(
+                release(
+                    sampling_rate=sampling_rate,
+                    noise_multiplier=shared.noise_multiplier,
+                    honest=shared.honest(survivors=number, colluders=colluding),
+                    local_steps=local_steps,
+                ),
+                times,
+            )
+            for number, times in survivors.items()
+        ]
+        return accountant.epsilon_pld([*sums, *also], delta, interval=accountant.COARSE)
+
+    return Epsilons(
+        server_alone=epsilon(0),
+        with_colluders=epsilon(assumed),
+        with_all_others=epsilon(shared.num_sites - 1),
+    )

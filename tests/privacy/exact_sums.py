@@ -1,0 +1,66 @@
+"""Sums of whole-number noise worked out from their distributions, without accountant, sampler or theorem.
+
+All is in cells as sent.  Nothing here uses what `fedtune.privacy.distributed_noise` proves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Values = npt.NDArray[np.float64]
+
+HALF_UP = 0.5
+
+
+def sent_by_one(value: float, deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
+    """Probabilities of floor(value + Z + shift) = -most, ..., most, with Z normal."""
+    ends = (np.arange(-most, most + 2) - shift - value) / deviation
+    # From the side on which both ends are small, so that tails keep their digits.
+    below, above = stats.norm.cdf(ends), stats.norm.sf(ends)
+    probabilities: Values = np.where(ends[:-1] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
+    return probabilities
+
+
+def of_a_sum(values: Sequence[float], deviation: float, *, most: int, shift: float = HALF_UP) -> Values:
+    """Probabilities of a sum, over sites, of what each sends: from -most to most for each site."""
+    return reduce(np.convolve, [sent_by_one(value, deviation, most=most, shift=shift) for value in values])
+
+
+def of_rounded_total(mean: float, deviation: float, count: int, *, most: int, shift: float = HALF_UP) -> Values:
+    """Probabilities of floor(Y + count shift - U_1 - ... - U_(count-1)), Y normal with `count` shares' variance.
+
+    That is the density at whole numbers of Y plus `count` uniform values, by the inverse of its Fourier transform.
+    """
+    frequencies, width = np.linspace(0, 16 / deviation, 20_000, retstep=True)
+    places = np.arange(-most * count, most * count + 1) - (mean + count * (shift - 0.5))
+    transform = np.exp(-count * (deviation * frequencies) ** 2 / 2) * np.sinc(frequencies / 2 / np.pi) ** count
+    transform[0] /= 2
+    density: Values = np.cos(np.outer(places, frequencies)) @ transform * width / np.pi
+    return density
+
+
+def sampled(with_unit: Values, without: Values, rate: float) -> Values:
+    """Outcomes where the unit takes part with probability `rate`."""
+    return rate * with_unit + (1 - rate) * without
+
+
+def delta(epsilon: float, left: Values, right: Values) -> float:
+    """The least delta at `epsilon` for both orders of two distributions: exact, by their hockey-stick divergence."""
+    return max(
+        float(np.maximum(one - np.exp(epsilon) * other, 0).sum()) for one, other in ((left, right), (right, left))
+    )
+
+
+def together(*parts: Values) -> Values:
+    """Joint probabilities of independent parts: tensor values, or releases."""
+    return reduce(lambda one, other: np.outer(one, other).ravel(), parts)
+
+
+def total_variation(left: Values, right: Values) -> float:
+    """Half the sum of the absolute differences."""
+    return float(np.abs(left - right).sum() / 2)

@@ -1,0 +1,320 @@
+"""What a sum with shared noise costs a record.
+
+The figures stand beside exact distributions of what is released, and wrong credits beside attacks that refute them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from scipy import stats
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.accountant import FINE, calibrate_noise, composed_pld, epsilon_pld
+from fedtune.privacy.distributed_noise import (
+    Epsilons,
+    SharedNoise,
+    add_share,
+    epsilons,
+    least_cell_bits,
+    release,
+    share_of,
+    together,
+)
+from fedtune.privacy.mechanism import GRID_BITS
+from fedtune.privacy.randomness import SeededRandomness
+from fedtune.training.dp_step import add_clipped
+
+from . import exact_sums
+
+CLIP_NORM = 2**GRID_BITS
+DELTA = 1e-5
+
+
+def shared(noise: float, sites: int, *, threshold: int | None = None, colluders: int = 0) -> SharedNoise:
+    return SharedNoise(
+        num_sites=sites,
+        threshold=threshold or sites,
+        colluders=colluders,
+        noise_multiplier=noise,
+        cell_bits=least_cell_bits(noise),
+        bound=1000,
+    )
+
+
+def claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
+    """What the accountant says of `event`, `times` times."""
+    return float(composed(event, times).get_delta(epsilon))
+
+
+@lru_cache(maxsize=64)
+def composed(event: DpEvent, times: int) -> PLDAccountant:
+    return composed_pld(tuple(events.grouped({event: times}).items()), FINE)
+
+
+# Exact distributions of what is really released, in one and in two dimensions, beside what is charged.
+
+CELLS = 8.0
+"""Standard deviation of a share: the widest cells that are allowed."""
+
+
+def one_value(contribution: float, others: list[float]) -> exact_sums.Values:
+    """Probabilities of one value of a sum: of a site with this contribution, and of others with anything."""
+    return exact_sums.of_a_sum([contribution, *others], CELLS, most=110)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3, 0.05])
+@pytest.mark.parametrize(("honest", "clip_norm"), [(1, 8.0), (2, 16.0), (4, 16.0), (5, 11.0)])
+def test_the_charge_of_one_release_is_just_above_its_exact_delta(rate: float, honest: int, clip_norm: float) -> None:
+    event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    others = [0.0, 3.0, -7.0, 2.0][: honest - 1]
+    # Rounding happens after the noise, so no sum need be a whole number.
+    without, with_unit = (one_value(contribution, others) for contribution in (0.4, 0.4 + clip_norm))
+    taking_part = exact_sums.sampled(with_unit, without, rate)
+    for epsilon in (0.0, 0.1, 0.5, 1.0, 2.0):
+        exact = exact_sums.delta(epsilon, taking_part, without)
+        claimed = claimed_delta(event, epsilon)
+        assert exact <= claimed + 1e-12
+        # Rounding adds 1/768 to each share's variance.
+        assert exact >= 0.97 * claimed - 1e-9, "the charge is no more than it must be"
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, 0.8), (-math.sqrt(0.5), math.sqrt(0.5))])
+def test_two_values_of_one_unit_cost_what_their_joint_norm_does(rate: float, direction: tuple[float, float]) -> None:
+    honest, clip_norm = 2, 16.0
+    event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    without = exact_sums.together(*(one_value(0.0, [4.0]) for _ in direction))
+    with_unit = exact_sums.together(*(one_value(clip_norm * part, [4.0]) for part in direction))
+    taking_part = exact_sums.sampled(with_unit, without, rate)
+    for epsilon in (0.1, 1.0, 2.0):
+        exact, claimed = exact_sums.delta(epsilon, taking_part, without), claimed_delta(event, epsilon)
+        assert 0.97 * claimed - 1e-9 <= exact <= claimed + 1e-12
+    too_long = exact_sums.together(*(one_value(1.1 * clip_norm * part, [4.0]) for part in direction))
+    assert exact_sums.delta(1.0, exact_sums.sampled(too_long, without, rate), without) > claimed_delta(event, 1.0)
+
+
+def test_two_releases_cost_what_both_together_tell() -> None:
+    rate, honest, clip_norm = 0.3, 3, 16.0
+    event = release(sampling_rate=rate, noise_multiplier=CELLS / clip_norm, honest=honest)
+    without, with_unit = one_value(0.0, [1.0, 2.0]), one_value(clip_norm, [1.0, 2.0])
+    once = exact_sums.sampled(with_unit, without, rate)
+    twice, never = exact_sums.together(once, once), exact_sums.together(without, without)
+    for epsilon in (0.1, 0.5, 1.0):
+        exact, claimed = exact_sums.delta(epsilon, twice, never), claimed_delta(event, epsilon, times=2)
+        assert 0.96 * claimed - 1e-9 <= exact <= claimed + 1e-12
+
+
+def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
+    """Continuous noise that each site rounds: a share of a fifth of a cell is lost, however many sites add theirs."""
+    for sites, deviation in ((25, 0.2), (100, 0.1)):
+        assert deviation * math.sqrt(sites) == pytest.approx(1.0)
+        without, with_unit = (
+            exact_sums.of_a_sum([contribution] + [0.0] * (sites - 1), deviation, most=6) for contribution in (0.0, 1.0)
+        )
+        event = release(sampling_rate=1.0, noise_multiplier=deviation, honest=sites)
+        assert exact_sums.delta(1.0, with_unit, without) > 2.5 * claimed_delta(event, 1.0)
+        # The server alone, which rounds the whole noise once, would keep the claim.
+        once = [exact_sums.sent_by_one(contribution, 1.0, most=30) for contribution in (0.0, 1.0)]
+        assert exact_sums.delta(1.0, *once) <= claimed_delta(event, 1.0)
+        with pytest.raises(ValueError, match="rounding undoes the shares of noise"):
+            SharedNoise(
+                num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
+            )
+
+
+# Known figures.
+
+
+@pytest.mark.parametrize(("honest", "epsilon"), [(5, 1.83), (4, 2.35), (3, 3.44), (2, 6.30), (1, 19.2)])
+def test_fewer_honest_survivors_cost_what_is_known(honest: int, epsilon: float) -> None:
+    """Five sites, each with noise of variance 1/5; rate 0.01, 1000 releases, delta 1e-5."""
+    event = release(sampling_rate=0.01, noise_multiplier=1 / math.sqrt(5), honest=honest)
+    assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.006 if honest > 1 else 0.06)
+
+
+@pytest.mark.parametrize(
+    ("local", "alone", "by_sites"),
+    [
+        (0.6, 7.43, {2: 2.68, 4: 1.30, 8: 0.77, 16: 0.50}),
+        (0.8, 3.14, {2: 1.44, 4: 0.84, 8: 0.53, 16: 0.35}),
+        (1.0, 1.83, {2: 1.00, 4: 0.62, 8: 0.41, 16: 0.28}),
+    ],
+)
+def test_the_noise_of_local_training_costs_less_in_a_sum(
+    local: float, alone: float, by_sites: dict[int, float]
+) -> None:
+    for honest, epsilon in {1: alone, **by_sites}.items():
+        event = release(sampling_rate=0.01, noise_multiplier=local, honest=honest)
+        assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("target", "local_noise_costs", "all_others"), [(8.0, 3.17, 24.7), (3.0, 1.32, 7.5), (1.0, 0.46, 2.2)]
+)
+def test_figures_of_four_banks(target: float, local_noise_costs: float, all_others: float) -> None:
+    """Rate 0.3, 50 releases, nobody drops: the server alone, and all others against one."""
+    total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=0.3, steps=50)
+    share = share_of(total, threshold=4, colluders=0)
+    found = epsilons(shared(share, 4), survivors={4: 50}, sampling_rate=0.3, delta=DELTA)
+    assert 0.998 * target < found.server_alone <= target
+    assert found.with_colluders == found.server_alone, "with no colluders these are the same"
+    assert found.with_all_others == pytest.approx(all_others, abs=0.06)
+    # The noise that each bank adds alone today, at each of four.
+    today = release(sampling_rate=0.3, noise_multiplier=total, honest=4)
+    assert epsilon_pld({today: 50}, DELTA) == pytest.approx(local_noise_costs, abs=0.006)
+
+
+# The three figures, and what a release is charged.
+
+
+def figures(survivors: dict[int, int], **more: object) -> Epsilons:
+    plan = shared(0.7, 6, threshold=4, colluders=1)
+    return epsilons(plan, survivors=survivors, sampling_rate=0.2, delta=DELTA, **more)  # type: ignore[arg-type]
+
+
+def epsilon_of(*honest: int) -> float:
+    """Of one release for each number of honest shares, worked out anew."""
+    each = [PoissonSampledDpEvent(0.2, GaussianDpEvent(math.sqrt(0.7**2 * number))) for number in honest]
+    return epsilon_pld(each, DELTA, interval=accountant.COARSE)
+
+
+def close(first: float, second: float) -> bool:
+    return first == pytest.approx(second, rel=1e-6)
+
+
+def test_each_figure_counts_the_noise_of_those_who_are_honest_in_it() -> None:
+    found = figures({6: 2, 5: 1, 4: 3})
+    assert close(found.server_alone, epsilon_of(6, 6, 5, 4, 4, 4))
+    assert close(found.with_colluders, epsilon_of(5, 5, 4, 3, 3, 3))
+    assert close(found.with_all_others, epsilon_of(1, 1, 1, 1, 1, 1))
+    assert found.server_alone < found.with_colluders < found.with_all_others
+
+
+def test_all_others_leave_a_site_its_own_share_whoever_survived() -> None:
+    assert figures({6: 6}).with_all_others == figures({4: 6}).with_all_others
+    assert figures({6: 6}).with_all_others == pytest.approx(epsilon_of(*[1] * 6))
+
+
+def test_a_site_may_withstand_more_colluders_than_the_plan() -> None:
+    assert close(figures({5: 3}, colluders=3).with_colluders, epsilon_of(2, 2, 2))
+    assert figures({5: 3}, colluders=5).with_colluders == figures({5: 3}).with_all_others
+
+
+def test_a_release_with_fewer_survivors_is_charged_for_what_it_was() -> None:
+    spent = [figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
+    assert spent[:5] == sorted(set(spent[:5]))
+    assert spent[4] == spent[5], "below two, a site's own share is left"
+    # The plan's figure is that of the threshold, and holds for any survivors of at least as many.
+    assert figures({6: 1, 5: 3, 4: 2}).with_colluders < figures({4: 6}).with_colluders
+
+
+def test_what_a_site_releases_by_itself_counts_against_all() -> None:
+    scores = GaussianDpEvent(3.0)
+    with_scores, without = figures({5: 4}, also=[scores, scores]), figures({5: 4})
+    for field in dataclasses.fields(Epsilons):
+        assert getattr(with_scores, field.name) > getattr(without, field.name) + 0.1
+
+
+def test_a_target_is_kept_with_colluders_at_the_threshold() -> None:
+    total = calibrate_noise(epsilon=3.0, delta=DELTA, sampling_rate=0.2, steps=40)
+    plan = shared(share_of(total, threshold=5, colluders=2), 7, threshold=5, colluders=2)
+    found = epsilons(plan, survivors={5: 40}, sampling_rate=0.2, delta=DELTA)
+    assert 0.998 * 3 < found.with_colluders <= 3
+    assert found.server_alone < 3 < found.with_all_others
+
+
+def test_a_release_is_an_event_like_any_other() -> None:
+    event = release(sampling_rate=0.3, noise_multiplier=0.7564, honest=3)
+    assert events.grouped([event]) == {PoissonSampledDpEvent(0.3, GaussianDpEvent(together(0.7564, 3))): 1}
+    read = events.from_json(json.loads(json.dumps(events.to_json(event))))
+    assert read == event
+    assert epsilon_pld([read], DELTA) == epsilon_pld([event], DELTA)
+
+
+# Credits that would be wrong.
+
+
+def attack_of_two_steps(sites: int, trials: int, *, unit: bool, threshold: float) -> float:
+    """How often a sum of two local steps each shows the unit: its site's second step shouts what the first became.
+
+    The unit adds one clip norm to its site's first sum; the site's other records add a hundred to the second, up or
+    down, by which side of a half the site's hidden state came to lie on.
+    """
+    plan = dataclasses.replace(shared(1 / math.sqrt(sites), sites), cell_bits=GRID_BITS)
+    randomness = SeededRandomness(3)
+
+    def step(site: int, number: int, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return add_share({"a": sums}, plan, randomness.stream(site, number, str(unit)))["a"]
+
+    nothing = np.zeros(trials, dtype=np.int64)
+    state = step(0, 1, nothing + CLIP_NORM * unit)
+    total = state + step(0, 2, np.where(state > CLIP_NORM / 2, 100, -100) * CLIP_NORM)
+    for site in range(1, sites):
+        total = total + step(site, 1, nothing) + step(site, 2, nothing)
+    return float((total > threshold * CLIP_NORM).mean())
+
+
+@pytest.mark.parametrize(("sites", "hit", "most"), [(10, 0.943, 0.434), (5, 0.868, 0.617)])
+def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: float, most: float) -> None:
+    trials = 20_000
+    found, false_alarm = (attack_of_two_steps(sites, trials, unit=unit, threshold=0.0) for unit in (True, False))
+    assert found == pytest.approx(hit, abs=0.01)
+    assert false_alarm == pytest.approx(1 - hit, abs=0.01)
+
+    def refuted(event: DpEvent) -> bool:
+        return any(
+            found - math.exp(epsilon) * false_alarm > claimed_delta(event, epsilon) + 0.02
+            for epsilon in np.linspace(0, 3, 13)
+        )
+
+    share = 1 / math.sqrt(sites)
+    credited = release(sampling_rate=1.0, noise_multiplier=share, honest=sites)
+    two_credited = events.dp_sgd(sampling_rate=1.0, noise_multiplier=together(share, sites), steps=2)
+    assert events.grouped([credited, credited]) == events.grouped([two_credited])
+    assert refuted(two_credited), (
+        "two releases of one step each would be as private as this, and two local steps are not"
+    )
+    # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.
+    assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
+    charged = release(sampling_rate=1.0, noise_multiplier=share, honest=sites, local_steps=2)
+    assert not refuted(charged)
+    assert events.grouped([charged]) == {PoissonSampledDpEvent(1.0, GaussianDpEvent(share)): 2}
+
+
+def test_a_site_that_clips_its_whole_sum_has_half_the_noise_for_one_record() -> None:
+    """Silo-level clipping to R: one record turns a site's sum from one end to the other, which are 2 R apart."""
+    records = np.full((9, 2), [0.02, 0.0])
+    joining = np.array([[-1.0, 0.0]])
+
+    def clipped_whole(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        total = 100 * rows.sum(axis=0)  # a site's update, much longer than R
+        return np.trunc(total / max(float(np.linalg.norm(total)), 1.0) * CLIP_NORM).astype(np.int64)
+
+    apart = np.linalg.norm(clipped_whole(np.concatenate([records, joining])) - clipped_whole(records)) / CLIP_NORM
+    assert apart == pytest.approx(2.0, abs=1e-6)
+    # An attacker who looks on which side of the middle the sum lies: noise of 1.5 R, four sites.
+    noise = 1.5
+    found, false_alarm = stats.norm.cdf(apart / 2 / noise), stats.norm.cdf(-apart / 2 / noise)
+    event = release(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
+    half = release(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
+    assert found - false_alarm > claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
+    assert found - false_alarm <= claimed_delta(half, 0.0) + 1e-9, "and half of it does"
+
+    # What a site really sums is clipped unit by unit.
+    def clipped_each(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        sums = {"a": torch.zeros(2, dtype=torch.int64)}
+        add_clipped(sums, {"a": torch.from_numpy(100 * rows)}, 1.0)
+        return sums["a"].numpy()
+
+    moved = clipped_each(np.concatenate([records, joining])) - clipped_each(records)
+    assert np.linalg.norm(moved) <= CLIP_NORM
