@@ -214,7 +214,8 @@ def _prepared(site: Site, request: Request) -> Prepared:
 
 def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
-    adapter = brought.made_of(run.reference() if brought.adapter is None else None)
+    kept = run.reference() if brought.adapter is None else None
+    adapter = brought.made_of(kept, digest=request.reference_digest)
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
@@ -228,15 +229,20 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_as_it_leaves(trained.adapter, adapter, request, run.bits),
+            tensors=_as_it_leaves(site, trained.adapter, adapter, request, run.bits),
             scores=trained.scores,
         ).to_bytes()
         site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
     return reply
 
 
-def _as_it_leaves(trained: Adapter, begun: Adapter, request: RoundRequest, bits: int) -> Tensors | Difference:
-    if bits == 32:
+def _as_it_leaves(
+    site: Site, trained: Adapter, begun: Adapter, request: RoundRequest, bits: int
+) -> Tensors | Difference:
+    # What was brought into the site's bound moved by that, far beyond a step: rounded by it, all else would drown.
+    bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)
+    inside = all(np.abs(value).max(initial=0.0) <= bound for value in begun.tensors.values())
+    if bits == 32 or not inside:
         return trained.tensors
     # Drawn from what is released alone: which way a value is rounded tells nothing more of a record.
     about = f"{request.site} {request.round}"
