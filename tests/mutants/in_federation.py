@@ -68,7 +68,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="steps-make-room",
-        fault="A site names a long step for a tensor that it does not move, and so may move the others as far as it likes.",
+        fault="A site names a long step for a tensor that it does not move, and may so move others as far as it likes.",
         file="fedtune/training/optimizer.py",
         old="if rounding is not None and step * most_level(rounding.bits) > longest:",
         new="if False:",

@@ -282,7 +282,7 @@ def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.Mo
         theirs.send((True, "done"))
 
     with monkeypatch.context() as patched:
-        patched.setitem(crew._members, 0, devices_module._Member(process, ours))
+        patched.setattr(crew, "_members", [devices_module._Member(process, ours), *crew._members[1:]])
         thread = threading.Thread(target=works)
         thread.start()
         assert crew._answer(1) == "done"
