@@ -228,8 +228,8 @@ SECURE_SUM_FAULTS = (
         name="wrong-shares-taken",
         fault="A site's wrong share goes into the sum's masks, and nobody sees that the sum is wrong.",
         file=SUMMATION,
-        old="            if shares.digest(share, *about, place) == digests[place]:",
-        new="            if share < shares.PRIME:",
+        old="            if share is not None and shares.digest(share, *about, place) == digests[place]:",
+        new="            if share is not None:",
         tests=(OF_SUM,),
     ),
     Mutant(

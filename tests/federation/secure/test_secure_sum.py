@@ -93,9 +93,9 @@ def test_too_few_confirmations_or_shares_end_the_release_and_the_next_one_goes_o
     with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
         few.unmask_request("a")
     summation = federation.revealed(federation.confirmed(federation.uploaded(2, "abcd"), by="abc"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites gave right shares") as error:
+    with pytest.raises(Unreadable, match="2 sites gave shares, and 3 must") as error:
         summation.total()
-    assert error.value.site == "a"
+    assert error.value.site is None
     summation = federation.confirmed(federation.uploaded(3, "abc"), by="abd")  # d helps, though it did not upload
     assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
 
@@ -195,6 +195,7 @@ def test_a_site_that_seals_nothing_for_another_costs_that_other_s_share_alone() 
     summation.add_upload("c", bytes(data))
     federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
     assert summation.total().tolist() == federation.sum_of("abc").tolist()
+    assert summation.wrong_shares == {("a", "c")}
 
 
 def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_once() -> None:
