@@ -117,8 +117,8 @@ class Party:
 
         Args:
             release: above all that this party was asked about before.
-            vector: whole numbers, (terms.length,).  Values beyond terms.largest become that: noise can reach beyond
-                any bound, and an error in its place would tell that it did.
+            vector: whole numbers, (terms.length,).  Noise may reach beyond terms.largest: nothing is cut off or
+                refused, since only the sum of whole values, modulo 2**bits, is a function of what its noise protects.
 
         Raises:
             Rejected: the release is over, or has begun.
@@ -131,8 +131,7 @@ class Party:
         self._release, self._promised = release, None
         seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
         seeds[self._site] = os.urandom(SEED_BYTES)
-        bounded = np.clip(vector, -self._terms.largest, self._terms.largest)
-        masked = residues(bounded, self._terms.bits) + masks(self._site, seeds, length=self._terms.length)
+        masked = residues(vector, self._terms.bits) + masks(self._site, seeds, length=self._terms.length)
         # By the site that a mask is shared with: the seed at place 0, and a share for each member at its place.
         dealt = [shares.split(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites]
         return Upload(

@@ -69,13 +69,14 @@ def test_an_upload_takes_the_bytes_that_its_terms_say() -> None:
     assert len(data) - (1001 * 26 + 7) // 8 < 2000
 
 
-def test_a_value_beyond_the_largest_becomes_the_largest() -> None:
+def test_a_value_beyond_the_largest_is_not_cut_off() -> None:
+    """A sum of values that were cut off one by one is no function of the sum, which is all that noise protects."""
     federation = Federation(terms_of(2, 2, length=2))
     summation = Summation(federation.session, release=1)
-    summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, -(2**62)])))
-    summation.add_upload("b", federation.parties["b"].upload(1, np.array([1, 1])))
+    summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, 3 * LARGEST])))
+    summation.add_upload("b", federation.parties["b"].upload(1, np.array([5 - 2**62, -2 * LARGEST])))
     total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
-    assert total.tolist() == [LARGEST + 1, -LARGEST + 1]
+    assert total.tolist() == [5, LARGEST]
 
 
 # Who drops when.
