@@ -116,6 +116,7 @@ def test_no_text_is_left_over() -> None:
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
     whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
     whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    whole |= {("meaning", guess) for guess in ("luck", "more", "wrong")}
     whole |= {("meaning", key + end) for key in ("ceiling", "mechanism") for end in ("", "_note")}
     whole |= {("language", f"month_{number}") for number in range(1, 13)}
     whole |= {("language", key) for key in ("decimal", "group", "day", "moment")}
