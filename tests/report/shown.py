@@ -96,7 +96,9 @@ def filled(report: Report, **changes: Any) -> Report:
         "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
         "leaves_out": rules.LEAVES_OUT,
         "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),
-        "assumptions": supposed,
+        "assumptions": tuple(
+            one for one in supposed if report.randomness != "none" or one.code != "unpredictable_randomness"
+        ),
     }
     return replace(report, **{**fields, **changes})
 

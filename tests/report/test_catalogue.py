@@ -130,7 +130,9 @@ def test_no_text_is_left_over() -> None:
     known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
     whole |= {("value", "unbounded")}  # of `epsilon_text`
-    whole |= {("by_user", f"{section}__{key}") for section, key in KEYS}  # other words for a text that there is
+    # Other words for a text that there is.
+    for of in ("by_user", "where_no_noise", "where_seeded"):
+        whole |= {(of, f"{section}__{key}") for section, key in KEYS}
     assert KEYS - whole == set()
 
 

@@ -21,7 +21,7 @@ from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, recompute, signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
 from fedtune.sites.virtual_site import Participants
 
@@ -46,8 +46,7 @@ def check(name: str, report: Report) -> Report:
 def check_page(report: Report) -> None:
     """The page says the verdict with each of its reasons, and every site's epsilon, rounded up."""
     words = catalogue("en")
-    page = re.sub(r"<(style|svg).*?</\1>", "", render(report, language="en"), flags=re.DOTALL)
-    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    text = shown_text(render(report, language="en"))
     verdict = report.verdict
     for key in (f"verdict.{verdict.state}_{report.kind}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
@@ -56,6 +55,12 @@ def check_page(report: Report) -> None:
         assert words.figure(site.spent.epsilon, "epsilon") in text
     for word in ("anonymous", "compliant", "impossible"):
         assert word not in text.lower()
+
+
+def shown_text(page: str) -> str:
+    """What a page says outside of drawings, in one line."""
+    page = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
 
 
 def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
@@ -96,6 +101,28 @@ def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) ->
     assert (report.epsilon, report.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
+    assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
+    for language in LANGUAGES:
+        said = catalogue(language).texts
+        text = shown_text(render(report, language=language))
+        assert said["where_no_noise"]["released__updates"] in text
+        for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
+            assert said[section][key] not in text
+        assert not re.search("noised|noisy|verrausch", text, re.IGNORECASE)
+
+
+def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    report = from_run.build(folder)
+    charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
+    sites = tuple(
+        replace(
+            site, mechanisms=(), curve=(), steps=(), releases=(), spent=replace(site.spent, **charged), meaning=None,
+        )
+        for site in report.sites
+    )  # fmt: skip
+    found = {problem.where for problem in recompute.problems(replace(report, sites=sites))}
+    assert not any("unpredictable_randomness" in where for where in found)
 
 
 def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
@@ -103,6 +130,10 @@ def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path:
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.seeded_noise, report.randomness) == (True, "seeded")
+    for language in LANGUAGES:
+        assert catalogue(language).texts["where_seeded"]["released__updates"] in shown_text(
+            render(report, language=language)
+        )
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ class RunFacts(_Facts):
             delta=report.delta,
             unit=report.unit,
             target=report.target_epsilon,
-            private=all(row.noise_multiplier > 0 for row in rows),
+            private=report.randomness != "none" and all(row.noise_multiplier > 0 for row in rows),
             seeded=report.seeded_noise,
             sampling="poisson" if "poisson" in sampled or not rows else next(iter(sampled), None),
             randomness=None if report.randomness == NOT_RECORDED else report.randomness,

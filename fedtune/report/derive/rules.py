@@ -80,6 +80,9 @@ CLIPPING = ("clipping_exact", "clipping_but_for_rounding")
 """A report states one of these.  The second is for machines that a site accepts although they round a record by its
 neighbours, and for all reports made before there was the first."""
 
+_ONCE_STATED = ("unpredictable_randomness",)
+"""Earlier versions stated these of runs without noise, too."""
+
 FOUNDATIONS = (
     "configuration_unchanged",
     "receipts_signed",
@@ -284,7 +287,9 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
         yield "poisson_sampling", "asserted", _named(said)
     else:
         yield "poisson_sampling", "assumed", "the sites' fedtune"
-    if facts.seeded:
+    if not facts.private:
+        pass  # there is no noise to say this of
+    elif facts.seeded:
         yield "unpredictable_randomness", "violated", "runtime.seeded_noise=true"
     elif facts.randomness:
         yield "unpredictable_randomness", "verified", "environment.json; tests/privacy/test_randomness.py"
@@ -347,7 +352,7 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     if life and life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
         yield "unpredictable_randomness", "violated", _named(seeded)
-    else:
+    elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
         yield "unpredictable_randomness", "asserted", by_site
     if without:
         yield "clipping_exact", "violated", _named(without)
@@ -431,7 +436,7 @@ def _assumption_problems(report: Report) -> Iterator[Problem]:
     stated = [one.code for one in report.assumptions]
     for code in sorted(derived.keys() - set(stated)):
         yield Problem(f"assumptions.{code}", None, "stated")
-    for code in sorted(set(stated) - derived.keys() - set(CLIPPING)):
+    for code in sorted(set(stated) - derived.keys() - {*CLIPPING, *_ONCE_STATED}):
         yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
     if len(set(stated)) < len(stated) or set(CLIPPING) <= set(stated):
         yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")

@@ -39,11 +39,12 @@ class Catalogue:
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
-    def for_unit(self, unit: str) -> Catalogue:
-        """These texts as they speak of a privacy unit: "by_user" has other words for some, as `section__key`."""
-        if unit != "user":
-            return self
-        others = {tuple(key.split("__")): text for key, text in self.texts["by_user"].items()}
+    def instead(self, of: str) -> Catalogue:
+        """These texts as they speak of what the section `of` is about, which has other words for some.
+
+        A key of it is `section__key`; a section that there is none of changes nothing.
+        """
+        others = {tuple(key.split("__")): text for key, text in self.texts.get(of, {}).items()}
         texts = {
             section: {key: others.get((section, key), text) for key, text in of_section.items()}
             for section, of_section in self.texts.items()

@@ -211,7 +211,8 @@ class PageOne:
     def guesses(self, pointer: str) -> Markup:
         """A picture of 100 guesses: discs are right by luck, diamonds right beyond that, rings wrong."""
         right = min(100, math.ceil(self._words.at(pointer)))
-        guesses = ("wrong" if number >= right else "luck" if number < _COIN_TOSSING else "more" for number in range(100))
+        lucky = min(right, _COIN_TOSSING)
+        guesses = ["luck"] * lucky + ["more"] * (right - lucky) + ["wrong"] * (100 - right)
         marks = (_mark(guess, number % 20 * 10 + 5, number // 20 * 10 + 5) for number, guess in enumerate(guesses))
         label = self._words.text("meaning.picture", number=right)
         return Markup('<svg class="guesses" viewBox="0 0 200 50" role="img" aria-label="{}">{}</svg>').format(
