@@ -129,7 +129,7 @@ def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
 
 
 def expected_failures(delta: float, *, declared_size: int) -> float:
-    """Of `declared_size` records, on how many the bound by epsilon may fail at worst, on average."""
+    """Of `declared_size` records, for how many something may come out that could not without them: a mean, at most."""
     return delta * declared_size
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
@@ -74,13 +74,13 @@ class Catalogue:
     def figure(self, value: Any, kind: str) -> str:
         """`value` as this language writes a figure of a kind.
 
-        Kinds: "epsilon" (up), "cap" (as it was set), "left" (down), "exact" (as it was set), "number" (six digits),
-        "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent" (up), "seconds", "bytes", "day", "moment",
-        "length" (of a list).
+        Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
+        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent"
+        (up), "seconds", "bytes", "day", "moment", "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
-        if kind == "epsilon":
-            text = epsilon_text(value)
+        if kind in ("epsilon", "factor"):
+            text = epsilon_text(value) if kind == "epsilon" else factor_text(value)
             return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
         if value is None:
             return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
