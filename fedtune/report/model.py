@@ -262,10 +262,16 @@ class SiteReport:
 
 @spec
 class Assumption:
-    """Something that the guarantee rests on; `evidence` names a test, a log or who asserts it."""
+    """Something that the guarantee rests on; `evidence` names a version and a test, a file, or who states it.
+
+    Attributes:
+        status: "verified": computed or compared again for this report; "ensured": by the program; "asserted": stated by
+            a person or a site; "assumed": by nobody; "violated": known not to hold.  Versions that had no "ensured"
+            called it "verified".
+    """
 
     code: str
-    status: Literal["violated", "assumed", "asserted", "verified"]
+    status: Literal["violated", "assumed", "asserted", "ensured", "verified"]
     evidence: str
 
 

@@ -82,6 +82,14 @@ REPORT_FAULTS = (
         tests=(f"{CONTRADICTIONS}::test_nothing_can_be_called_verified_that_nobody_checks",),
     ),
     Mutant(
+        name="ensured-called-recomputed",
+        fault='`report verify` accepts "verified" for what the program ensures and nobody computed again.',
+        file=RULES,
+        old='if by_an_earlier_version and best == "ensured"',
+        new='if best == "ensured"',
+        tests=(f"{CONTRADICTIONS}::test_what_the_program_ensures_was_not_recomputed",),
+    ),
+    Mutant(
         name="work-of-a-report-unbounded",
         fault="The size of each mechanism is bounded and their number is not: a report of 300 kB keeps who verifies it "
         "busy for an hour.",

@@ -49,6 +49,11 @@ class _Facts:
     covers: tuple[str, ...] = ()
     provenance: Provenance | None = None
 
+    @property
+    def program(self) -> str:
+        """The fedtune that trained."""
+        return f"fedtune {self.provenance.fedtune_version}" if self.provenance else "fedtune"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts(_Facts):
