@@ -48,6 +48,7 @@ CODES: dict[str, set[str]] = {
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
     "energy": set(get_args(get_type_hints(Energy)["how"])),
+    "banner": {"simulation", "seeded"},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
 """Codes that types and rules list, by the section that has words for them."""

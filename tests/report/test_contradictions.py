@@ -65,6 +65,15 @@ def test_a_cell_says_what_the_figures_say(fact: str, of_run: Report, of_ledger: 
         assert where(replace(report, cells=by_design)) == {f"cells.{cell.code}.{fact}" for cell in having}
 
 
+def test_a_simulation_cannot_be_made_a_run_of_real_sites(of_run: Report) -> None:
+    for other in ("", "deployment"):
+        cells = tuple(
+            replace(cell, facts={name: other if name == "runtime" else fact for name, fact in cell.facts.items()})
+            for cell in of_run.cells
+        )
+        assert "cells.dpia_description.runtime" in where(replace(of_run, cells=cells))
+
+
 def test_an_exceeded_budget_is_not_within_in_a_cell(of_run: Report) -> None:
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     report = replace(

@@ -247,6 +247,21 @@ def test_each_mark_of_the_guesses_is_explained_by_that_very_mark(rendered: Rende
     assert words_of(key) == " ".join(catalogue(language).texts["meaning"][guess] for guess in ("luck", "more", "wrong"))
 
 
+def test_every_page_of_a_study_says_so_first(of_run: Report, of_ledger: Report, language: str) -> None:
+    said = catalogue(language).texts["banner"]
+    for report, banners in (
+        (of_run, ["simulation"]),
+        (replace(of_run, seeded_noise=True), ["simulation", "seeded"]),
+        (replace(of_ledger, seeded_noise=True), ["seeded"]),
+        (of_ledger, []),
+    ):
+        html = render.render(report, language=language)
+        first = [words_of(one) for one in main(html).walk() if one.tag in ("p", "h1")][: len(banners)]
+        assert first == [said[code] for code in banners]
+        on_paper = [str(render.css_string(" ".join(first)))] if banners else []
+        assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
+
+
 UNBOUNDED = {"en": "unbounded", "de": "unbegrenzt"}
 AT_MOST = {"en": "at most", "de": "höchstens"}
 

@@ -95,6 +95,33 @@ def test_a_run_within_its_target(simulate: Callable[..., Path], tmp_path: Path) 
     assert 0 < report.epsilon < report.target_epsilon
 
 
+def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], command: Any, tmp_path: Path) -> None:
+    folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
+    site = folder / "sites/site-1"
+    signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
+    for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
+        assert banner in " ".join(command("report", *of).out.split())
+        report = signing.read((at / "report.json").read_bytes())
+        assert report.banners == ("simulation",)
+        assert recompute.problems(report) == []
+        assert (at / "report.html").read_text().count(banner) == 1
+    # A policy that says nothing of it, as earlier versions wrote them for kept sites.
+    kept = tmp_path / "kept"
+    shutil.copytree(folder / "sites", kept)
+    text = (site / "site.toml").read_text()
+    assert "simulated = true\n" in text
+    (kept / "receipts.json").unlink()
+    for ledger in kept.glob("*/ledger.db"):
+        ledger.unlink()
+        (ledger.parent / "site.toml").write_text(
+            text.replace("simulated = true\n", "").replace("site-1", ledger.parent.name)
+        )
+    simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
+    own = from_ledger.build(kept / "site-1/site.toml")
+    assert own.banners == ("simulation",)
+    assert {one.code: one.status for one in own.assumptions}["policy_noted"] == "verified"
+
+
 def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))

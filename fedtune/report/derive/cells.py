@@ -114,6 +114,7 @@ def of_ledger(record: LedgerRecord, provenance: Provenance | None) -> Facts:
         "declared_sizes": f"{history.opened.site}: {size}",
         "declared_total": size,
         "num_sites": "1",
+        "runtime": "simulation" if record.simulated else None,
         "rank": _listed(_rank(proposal.adapter, proposal.rank) for proposal in proposals),
         "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
         "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),

@@ -1,10 +1,8 @@
 """What follows from facts and sites: a report's assumptions, and the whole of it; and where a report denies itself.
 
-Its builders call these rules, and `report verify` calls them again with the facts of the report itself.  An assumption
-is "verified" where it was computed or compared again for this report, from what is on record.  It is "ensured" where
-the program does it in every run: the evidence names the version and the test that shows it, and this run was not
-watched.  It is "asserted" where a person or a site states it.  "assumed" is said by nobody, and "violated" is known not
-to hold.
+Its builders call these rules; `report verify` calls them again with the facts of the report.  An assumption is "verified"
+where it was computed or compared again for the report, "ensured" where the program does it in every run (by the version
+and the test named), "asserted" where somebody states it, "assumed" where nobody does; "violated" is known not to hold.
 """
 
 from __future__ import annotations
@@ -82,9 +80,6 @@ CLIPPING = ("clipping_exact", "clipping_but_for_rounding")
 """A report states one of these.  The second is for machines that a site accepts although they round a record by its
 neighbours, and for all reports made before there was the first."""
 
-_ONCE_STATED = ("unpredictable_randomness",)
-"""Earlier versions stated these of runs without noise, too."""
-
 FOUNDATIONS = (
     "configuration_unchanged",
     "receipts_signed",
@@ -98,9 +93,11 @@ _Found = tuple[str, _Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
-_ENSURED = {"noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "clipping_exact"}
-_ONCE_VERIFIED = {"run": _ENSURED, "ledger": {"noise_in_every_step", "clipping_exact"}}
-"""What earlier versions called "verified", their one word for what was checked here and what the program ensures."""
+_ONCE_VERIFIED = {
+    "run": {"noise_in_every_step", "clipping_exact", "poisson_sampling", "unpredictable_randomness"},
+    "ledger": {"noise_in_every_step", "clipping_exact"},
+}
+"""What the program ensures, and versions that had no word for that called "verified"."""
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
@@ -294,10 +291,10 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
         yield "poisson_sampling", "asserted", _named(said)
     else:
         yield "poisson_sampling", "assumed", "the sites' fedtune"
-    if not facts.private:
-        pass  # there is no noise to say this of
-    elif facts.seeded:
+    if facts.seeded:
         yield "unpredictable_randomness", "violated", "runtime.seeded_noise=true"
+    elif not facts.private:
+        pass  # there is no noise to say this of
     elif facts.randomness:
         yield "unpredictable_randomness", "ensured", f"{facts.program}: {_UNPREDICTABLE}; environment.json"
     else:
@@ -421,18 +418,10 @@ def contradictions(report: Report) -> Iterator[Problem]:
     if report.kind == "run" and private and report.target_epsilon is None:
         yield Problem("target_epsilon", None, "a number: what the run was given")
     yield from _assumption_problems(report)
-    yield from _kept_problems(report)
-
-
-def _kept_problems(report: Report) -> Iterator[Problem]:
-    """A round that was kept, and is none of the run's or had another score."""
-    if report.utility is None or (kept := report.utility.kept) is None:
-        return
-    scores = {one.round: one.scores.get(kept.judged_by) for one in report.utility.rounds}
-    if kept.round not in scores:
-        yield Problem("utility.kept.round", kept.round, "one of utility.rounds")
-    elif scores[kept.round] != kept.score:
-        yield Problem("utility.kept.score", kept.score, scores[kept.round])
+    simulated = "simulation" in report.banners
+    of_real_sites = any(one.code == "sites_run_their_own_software" for one in report.assumptions)
+    if report.kind == "run" and simulated == of_real_sites:
+        yield Problem("cells.dpia_description.runtime", simulated, not simulated)
 
 
 def _assumption_problems(report: Report) -> Iterator[Problem]:
@@ -441,7 +430,8 @@ def _assumption_problems(report: Report) -> Iterator[Problem]:
     stated = [one.code for one in report.assumptions]
     for code in sorted(derived.keys() - set(stated)):
         yield Problem(f"assumptions.{code}", None, "stated")
-    for code in sorted(set(stated) - derived.keys() - {*CLIPPING, *_ONCE_STATED}):
+    # Earlier versions said of runs without noise, too, that nobody can predict it.
+    for code in sorted(set(stated) - derived.keys() - {*CLIPPING, "unpredictable_randomness"}):
         yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
     if len(set(stated)) < len(stated) or set(CLIPPING) <= set(stated):
         yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")

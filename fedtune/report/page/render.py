@@ -74,6 +74,7 @@ def render(report: Report, *, language: str) -> str:
             short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,
             footer=css_string(footer.unescape()),
+            banner=css_string(" ".join(words.code("banner", code).unescape() for code in report.banners)),
         )
     )
 
@@ -186,10 +187,6 @@ class PageOne:
         rounds = report.utility.rounds if report.utility else ()
         took_part = [len(report.sites), *(len(one.sites) for one in rounds if one.sites)]
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
-
-    def is_simulated(self) -> bool:
-        """Whether the record says that no real sites took part."""
-        return any(cell.facts.get("runtime") in ("simulation", "ray") for cell in self._words.report.cells)
 
     def largest_failures(self) -> str | None:
         """Pointer to the site that expects most failures of the promise."""
