@@ -128,6 +128,8 @@ def build(
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = verdict_line(report)
     say(verdict, style=style)
+    if report.epsilon:
+        say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
         say(f"{written.name + ':':<13}{written}")
 

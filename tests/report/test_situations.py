@@ -105,6 +105,12 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
         assert report.banners == ("simulation",)
         assert recompute.problems(report) == []
         assert (at / "report.html").read_text().count(banner) == 1
+    # Two figures for one training, and page 1 of each says why.
+    ours, theirs = (signing.read((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own"))
+    assert ours < theirs
+    for at in (folder, tmp_path / "own"):
+        first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
+        assert catalogue("en").text("budget.two_figures") in first
     # A policy that says nothing of it, as earlier versions wrote them for kept sites.
     kept = tmp_path / "kept"
     shutil.copytree(folder / "sites", kept)

@@ -1,6 +1,6 @@
 """What follows from facts and sites: a report's assumptions, and the whole of it; and where a report denies itself.
 
-Its builders call these rules; `report verify` calls them again with the facts of the report.  An assumption is "verified"
+Its builders call these rules; `report verify` calls them again with a report's own facts.  An assumption is "verified"
 where it was computed or compared again for the report, "ensured" where the program does it in every run (by the version
 and the test named), "asserted" where somebody states it, "assumed" where nobody does; "violated" is known not to hold.
 """
