@@ -181,7 +181,7 @@ def test_the_reasons_are_a_closed_list() -> None:
     of_a_person_there = {"awaiting_approval", "paused"}
     of_the_request = {
         *("wrong_site", "wrong_run", "wrong_signature", "request_expired", "adapter_differs", "adapter_shape"),
-        *("malformed_request", "site_error"),
+        *("malformed_request", "site_error", "reference_missing"),
     }
     of_the_site = of_the_policy | of_the_ledger | of_what_it_prepares | of_a_person_there
     assert {reason.value for reason in Reason} == of_the_site | of_the_request
