@@ -327,6 +327,7 @@ def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
         {"ledger": "other.db"},
         {"site_key": "other.pem"},
         {"anchor": "anchor.json"},
+        {"simulated": True},
     ]
     assert {key for change in changes for key in change} == {field.name for field in dataclasses.fields(Policy)}
     assert len({policy(**change).digest() for change in [{}, *changes]}) == len(changes) + 1
