@@ -34,7 +34,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
-from fedtune.training.optimizer import reach
+from fedtune.training.optimizer import Reach, reach
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -247,10 +247,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[
             round=round,
             sent=state.adapter,
             travelled=sent,
-            reaches={
-                site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
-                for site, size in lead.declared_sizes.items()
-            },
+            reaches=_reaches(lead, round, sent),
             arrived=arrived,
             bits=lead.federation.bits,
         )
@@ -291,6 +288,11 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[
         rounds=rounds,
         seconds=lead.elapsed(),
     )
+
+
+def _reaches(lead: Lead, round: int, sent: Adapter) -> dict[str, Reach]:
+    sizes = lead.declared_sizes.items()
+    return {site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent) for site, size in sizes}
 
 
 def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
