@@ -20,8 +20,8 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 49_080
-MOST_FILES = 234
+MOST_LINES = 50_290
+MOST_FILES = 242
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 
 
