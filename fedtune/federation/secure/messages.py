@@ -10,8 +10,8 @@ A release takes three questions of the lead to each site:
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +20,7 @@ from typing import Any, Self
 from fedtune.federation.secure.agreement import CONFIRMATION, Announcement, Rejected, Session, Terms, Wrong
 from fedtune.federation.secure.masks import TAG_BYTES
 from fedtune.federation.secure.packing import packed_bytes
-from fedtune.federation.secure.shares import PRIME, SHARE_BYTES
+from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import canonical
 
@@ -30,6 +30,7 @@ MOST_RELEASES = 1 << 31
 _UPLOAD = b"fedtune-secure-upload-1\n"
 _HEAD = struct.Struct(">32sIB")
 _DIGEST_BYTES = 32
+_SHARE = re.compile(f"[0-9a-f]{{{2 * SHARE_BYTES}}}")
 
 
 def read_announcement(data: bytes) -> Announcement:
@@ -42,31 +43,15 @@ def announcement_bytes(announcement: Announcement) -> bytes:
     return canonical(asdict(announcement))
 
 
-class _Json:
-    """A message that travels as the canonical JSON of its fields."""
-
-    __slots__ = ()
-
-    def to_bytes(self) -> bytes:
-        return canonical(asdict(self))  # type: ignore[call-overload]
-
-    @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """The message of these bytes, if it belongs to this session; raises Rejected for any other."""
-        message: Any = cls(**_fields(data, cls))
-        if message.session != session.digest:
-            raise Rejected(Wrong.SESSION_DIFFERS)
-        if not 1 <= message.release < MOST_RELEASES:
-            raise Rejected(Wrong.MALFORMED)
-        message.check(session.terms)
-        return message  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConfirmRequest(_Json):
+class ConfirmRequest:
     """The lead's question whether a site will help to unmask the sum of exactly these survivors.
 
+    Every later message of the release says the same of itself; all travel as the canonical JSON of their fields.
+
     Attributes:
+        session: its digest.
+        release: which sum.
         survivors: sites whose uploads are in the sum, in order.
     """
 
@@ -74,18 +59,44 @@ class ConfirmRequest(_Json):
     release: int
     survivors: list[str]
 
+    def to_bytes(self) -> bytes:
+        """The message as it travels; of a `ConfirmRequest` also what a site signs when it confirms."""
+        return canonical(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, session: Session) -> Self:
+        """The message of these bytes, if it belongs to this session; raises Rejected for any other."""
+        message = cls(**_fields(data, cls))
+        _check_texts(message.survivors)
+        if message.session != session.digest:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        if not 1 <= message.release < MOST_RELEASES:
+            raise Rejected(Wrong.MALFORMED)
+        session.terms.check_survivors(message.survivors)
+        message.check(session.terms)
+        return message
+
     def check(self, terms: Terms) -> None:
-        _check_texts(self.survivors)
-        terms.check_survivors(self.survivors)
+        """Raise Rejected where what a kind of message adds is wrong."""
+
+    @property
+    def asked(self) -> ConfirmRequest:
+        """What is to be confirmed."""
+        return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
+
+    def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
+        """Require each signature, by site, to be a member's on exactly what is asked."""
+        for site, signature in signatures.items():
+            if site not in terms.members:
+                raise Rejected(Wrong.NOT_A_MEMBER)
+            if not is_signed(terms.members[site], CONFIRMATION, self.asked.to_bytes(), signature):
+                raise Rejected(Wrong.WRONG_SIGNATURE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Confirmation(_Json):
+class Confirmation(ConfirmRequest):
     """A site's signed word that it helps to unmask these survivors' sum, and no other one of the release."""
 
-    session: str
-    release: int
-    survivors: list[str]
     site: str
     signature: str
 
@@ -94,27 +105,12 @@ class Confirmation(_Json):
         """The confirmation as its site makes it."""
         return cls(**asdict(asked), site=site, signature=identity.sign(CONFIRMATION, asked.to_bytes()))
 
-    @property
-    def asked(self) -> ConfirmRequest:
-        """What is confirmed."""
-        return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
-
     def check(self, terms: Terms) -> None:
-        self.asked.check(terms)
-        require_confirmed(self.asked, {self.site: self.signature}, terms)
-
-
-def require_confirmed(asked: ConfirmRequest, signatures: Mapping[str, str], terms: Terms) -> None:
-    """Require each signature, by site, to be a member's on exactly what is asked."""
-    for site, signature in signatures.items():
-        if site not in terms.members:
-            raise Rejected(Wrong.NOT_A_MEMBER)
-        if not is_signed(terms.members[site], CONFIRMATION, asked.to_bytes(), signature):
-            raise Rejected(Wrong.WRONG_SIGNATURE)
+        self.require_confirmed({self.site: self.signature}, terms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UnmaskRequest(_Json):
+class UnmaskRequest(ConfirmRequest):
     """The lead's question for a site's shares, with what shows that enough sites confirmed the same survivors.
 
     Attributes:
@@ -122,37 +118,28 @@ class UnmaskRequest(_Json):
         sealed: what each survivor sealed for the site that is asked, in base64, by survivor.
     """
 
-    session: str
-    release: int
-    survivors: list[str]
     confirmations: dict[str, str]
     sealed: dict[str, str]
 
-    @property
-    def asked(self) -> ConfirmRequest:
-        """What must be confirmed."""
-        return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
-
     def check(self, terms: Terms) -> None:
-        """Require survivors, and as many genuine confirmations of exactly them as the threshold."""
-        self.asked.check(terms)
+        """Require as many genuine confirmations of exactly these survivors as the threshold."""
         _check_texts([*self.confirmations.values(), *self.sealed.values()])
-        require_confirmed(self.asked, self.confirmations, terms)
+        self.require_confirmed(self.confirmations, terms)
         if len(self.confirmations) < terms.threshold:
             raise Rejected(Wrong.NOT_CONFIRMED)
         if set(self.sealed) != set(self.survivors):
             raise Rejected(Wrong.MALFORMED)
 
     def sealed_by(self, survivor: str) -> bytes:
-        """What this survivor sealed."""
+        """What this survivor sealed; what is no base64 gives bytes that nobody sealed."""
         try:
             return base64.b64decode(self.sealed[survivor], validate=True)
-        except (binascii.Error, ValueError):
-            raise Rejected(Wrong.MALFORMED) from None
+        except ValueError:
+            return b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Revealed(_Json):
+class Revealed(ConfirmRequest):
     """A site's shares of the seeds that unmask the survivors' sum.
 
     Attributes:
@@ -160,25 +147,18 @@ class Revealed(_Json):
             own name), in hex.  Shares that the survivor did not deal are left out.
     """
 
-    session: str
-    release: int
-    survivors: list[str]
     site: str
     shares: dict[str, dict[str, str]]
 
     def check(self, terms: Terms) -> None:
-        ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors).check(terms)
+        """Require a member, and nothing but shares."""
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
-        for survivor, shares in self.shares.items():
-            if type(shares) is not dict or survivor not in self.survivors:
-                raise Rejected(Wrong.MALFORMED)
-            if not set(shares) <= set(seeds_needed(survivor, self.survivors, terms)):
+        for shares in self.shares.values():
+            if type(shares) is not dict:
                 raise Rejected(Wrong.MALFORMED)
             _check_texts(list(shares.values()))
-            if not all(
-                len(share) == 2 * SHARE_BYTES and set(share) <= set("0123456789abcdef") for share in shares.values()
-            ):
+            if not all(_SHARE.fullmatch(share) for share in shares.values()):
                 raise Rejected(Wrong.MALFORMED)
 
     def share(self, survivor: str, other: str) -> int | None:
@@ -252,17 +232,6 @@ def upload_bytes(terms: Terms) -> int:
     num_sites = len(terms.members)
     shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(terms))
     return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(terms.length, terms.bits)
-
-
-def shares_to_bytes(shares: list[int]) -> bytes:
-    """Shares as they are sealed."""
-    return b"".join(share.to_bytes(SHARE_BYTES) for share in shares)
-
-
-def shares_from_bytes(data: bytes) -> list[int | None]:
-    """Shares as they were sealed; None for what is no number of the field."""
-    pieces, _ = _cut(data, 0, len(data) // SHARE_BYTES, SHARE_BYTES)
-    return [share if share < PRIME else None for share in map(int.from_bytes, pieces)]
 
 
 def _cut(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:

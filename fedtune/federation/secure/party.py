@@ -34,8 +34,6 @@ from fedtune.federation.secure.messages import (
     announcement_bytes,
     read_announcement,
     seeds_needed,
-    shares_from_bytes,
-    shares_to_bytes,
 )
 from fedtune.federation.secure.packing import packed, reduced, residues
 from fedtune.privacy.keys import SigningKey
@@ -149,7 +147,7 @@ class Party:
             ),
             sealed=tuple(
                 pairs.seal(
-                    shares_to_bytes([values[place] for values in dealt]),
+                    b"".join(values[place].to_bytes(shares.SHARE_BYTES) for values in dealt),
                     sender=self._site,
                     receiver=receiver,
                     release=release,
@@ -199,11 +197,11 @@ class Party:
         text = self._pairs.opened(
             asked.sealed_by(survivor), sender=survivor, receiver=self._site, release=asked.release
         )
-        if text is None or len(text) != len(self._terms.sites) * shares.SHARE_BYTES:
+        size, sites = shares.SHARE_BYTES, self._terms.sites
+        if text is None or len(text) != len(sites) * size:
             return {}
-        dealt = dict(zip(self._terms.sites, shares_from_bytes(text), strict=True))
-        needed = {other: dealt[other] for other in seeds_needed(survivor, asked.survivors, self._terms)}
-        return {other: share.to_bytes(shares.SHARE_BYTES).hex() for other, share in needed.items() if share is not None}
+        dealt = {other: text[place * size : (place + 1) * size].hex() for place, other in enumerate(sites)}
+        return {other: dealt[other] for other in seeds_needed(survivor, asked.survivors, self._terms)}
 
     def _note(self, asked: ConfirmRequest, *, confirmed: bool) -> None:
         survivors = tuple(asked.survivors)
