@@ -130,6 +130,27 @@ def test_with_a_colluder_the_threshold_for_none_lets_two_sets_through_and_its_ow
         assert len(server.knowledge.readable()) == sums
 
 
+def test_five_sites_that_are_told_five_sets_would_together_unmask_two_of_them() -> None:
+    """Why sites wait for each other: no set here has enough helpers, and yet their shares add up to a sum of a and b.
+
+    Each of c, d and e is left out of three sets at least, so that three sites reveal its masks with a and with b.
+    """
+    told = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
+    server = Adversary(5, 3)
+    server.upload(1, "abcde")
+    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in told.items()}
+    for site, survivors in told.items():
+        together = server.confirm(1, survivors, by="abcde")
+        assert len(together) < 3
+        assert server.refused(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
+    assert server.knowledge.readable() == []
+    for site, survivors in told.items():  # as if enough others had confirmed the set of each
+        asked = server.federation.asked(1, survivors)
+        forged = {other: identity(other).sign("secure sum survivors", asked.to_bytes()) for other in "abcde"}
+        server.unmask(1, survivors, forged, by=site)
+    assert server.knowledge.readable() == [{0: 1, 1: 1}]
+
+
 @pytest.mark.parametrize("threshold", [2, 3])
 def test_as_many_confirmations_as_the_threshold_and_not_one_fewer(threshold: int) -> None:
     server = Adversary(3, threshold)
