@@ -13,6 +13,7 @@ from .in_models import MODEL_FAULTS
 from .in_noise import NOISE
 from .in_report import REPORT_FAULTS
 from .in_sampling import SAMPLING
+from .in_secure_sum import SECURE_SUM_FAULTS
 from .in_tasks import TASK_FAULTS
 from .in_users import USER_FAULTS
 from .mutant import Mutant
@@ -22,7 +23,7 @@ MUTANTS: dict[str, Mutant] = {
     for mutant in (
         *(*NOISE, *DISTRIBUTED_NOISE, *CLIPPING, *SAMPLING, *ACCOUNTING, *LEDGER_FAULTS),
         *(*AT_SITE, *FEDERATION_FAULTS, *USER_FAULTS, *DATA_FAULTS, *MODEL_FAULTS),
-        *(*TASK_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS, *REPORT_FAULTS),
+        *(*TASK_FAULTS, *DEPLOY_FAULTS, *CLI_FAULTS, *REPORT_FAULTS, *SECURE_SUM_FAULTS),
     )
 }
 QUICK = ("no-noise", "shuffled-instead-of-poisson", "exact-scores")

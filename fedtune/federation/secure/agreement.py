@@ -1,0 +1,256 @@
+"""What the sites of a secure sum agree on before its first release: terms, thresholds, and one key of each site.
+
+Nothing here trusts the lead.  A site takes members by its own roster, terms within its own limits, and keys with
+their owner's signature; all that follows is bound to the digest of exactly these (`Session.digest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Literal
+
+from fedtune.federation.secure.masks import is_mask_key
+from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
+from fedtune.privacy.ledger.chain import canonical
+from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
+
+MOST_SITES = 20
+"""Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
+MOST_BITS = 64
+MOST_LENGTH = 1 << 28
+"""Values of a vector."""
+KEY, CONFIRMATION = "secure sum key", "secure sum survivors"
+"""Purposes of a site's signatures."""
+Server = Literal["curious", "malicious"]
+"""What a lead may do: "curious" keeps to the protocol and looks at all it gets; "malicious" does what it likes."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class Wrong(StrEnum):
+    """Why a message of the other side is not taken.  The list is closed: no text of an exception leaves with it."""
+
+    MALFORMED = "malformed"
+    ROSTER_DIFFERS = "roster_differs"
+    TOO_FEW_SITES = "too_few_sites"
+    THRESHOLD_TOO_LOW = "threshold_too_low"
+    NOT_A_MEMBER = "not_a_member"
+    WRONG_TERMS = "wrong_terms"
+    WRONG_KEY = "wrong_key"
+    WRONG_SIGNATURE = "wrong_signature"
+    KEY_MISSING = "key_missing"
+    SESSION_DIFFERS = "session_differs"
+    RELEASE_OVER = "release_over"
+    TOO_FEW_SURVIVORS = "too_few_survivors"
+    SURVIVORS_CHANGED = "survivors_changed"
+    NOT_PROMISED = "not_promised"
+    NOT_CONFIRMED = "not_confirmed"
+    REPEATED = "repeated"
+
+
+class Rejected(RefusedError):
+    """A message of the other side is not taken, for a reason of the closed list and no other word."""
+
+    def __init__(self, wrong: Wrong) -> None:
+        self.wrong = wrong
+        super().__init__(f"secure sum: {wrong}")
+
+
+def least_threshold(num_sites: int, *, colluders: int, server: Server) -> int:
+    """The least number of sites that must help to unmask a release, so that no two sets of survivors can be unmasked.
+
+    Two sets would need 2t confirmations.  Against a malicious server each colluder confirms both and each other site
+    one, K + c in all, so 2t > K + c keeps the second from coming together.  A curious server asks for one set, and
+    t > c keeps its colluders from reading shares without it; t > K/2 stays, so that sites do not depend on its word
+    where nobody colludes.
+
+    Args:
+        num_sites: K, of the run.
+        colluders: c, sites that tell the server everything and do what it says.
+        server: what it may do.
+
+    Raises:
+        ConfigError: no number of these sites withstands as many colluders.
+    """
+    alone = num_sites // 2 + 1
+    least = max(alone, colluders + 1) if server == "curious" else (num_sites + colluders) // 2 + 1
+    if least > num_sites:
+        raise ConfigError("colluders", colluders, f"must be fewer than the {num_sites} sites of the run")
+    return least
+
+
+def bits_needed(num_sites: int, largest: int) -> int:
+    """Bits of the smallest modulus in which every sum of values from -largest to largest is told from every other."""
+    return (num_sites * largest).bit_length() + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What a run's secure sums are; the same at the lead and at every site, which make it from the run's proposal.
+
+    Attributes:
+        run: name of the run.
+        proposal: SHA-256 of its proposal, in hex.
+        members: public identity key (Ed25519, hex) by site, of all sites that take part.
+        threshold: t, how many sites must help to unmask a release; also the least number of survivors.
+        length: of a vector, in values.
+        largest: no site's value lies outside [-largest, largest].
+        bits: of the modulus, 2**bits.
+
+    Raises:
+        ConfigError: a value that no run can have; the modulus among them, where a sum could pass it.
+    """
+
+    run: str
+    proposal: str
+    members: Mapping[str, str]
+    threshold: int
+    length: int
+    largest: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        if not _SHA256.fullmatch(self.proposal):
+            raise ConfigError("proposal", self.proposal, "must be a SHA-256 in hex")
+        for site, key in self.members.items():
+            check_name("site", site)
+            check_public_key(f"members.{site}", key)
+        if not 2 <= len(self.members) <= MOST_SITES:
+            raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES} sites")
+        if len(set(self.members.values())) < len(self.members):
+            raise ConfigError("members", list(self.members), "must have a key each; two have the same")
+        for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):
+            check_whole(name, getattr(self, name))
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(name, getattr(self, name), f"must be from 1 to {most}")
+        check_at_least("threshold", self.threshold, len(self.members) // 2 + 1)
+        check_whole("largest", self.largest)
+        check_at_least("largest", self.largest, 1)
+        if bits_needed(len(self.members), self.largest) > self.bits:
+            needed = bits_needed(len(self.members), self.largest)
+            largest = f"sum of {len(self.members)} sites' values of up to {self.largest}"
+            raise ConfigError("bits", self.bits, f"must be at least {needed}, or the modulus is passed by a {largest}")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Members in the order in which everything that names them has them."""
+        return tuple(sorted(self.members))
+
+    def digest(self) -> str:
+        """SHA-256, in hex."""
+        return hashlib.sha256(canonical({**asdict(self), "members": dict(self.members)})).hexdigest()
+
+    def check_survivors(self, survivors: Sequence[str]) -> None:
+        """Require a set of survivors as it is written: enough members, each once and in order."""
+        if not set(survivors) <= set(self.members):
+            raise Rejected(Wrong.NOT_A_MEMBER)
+        if list(survivors) != sorted(set(survivors)):
+            raise Rejected(Wrong.MALFORMED)
+        if len(survivors) < self.threshold:
+            raise Rejected(Wrong.TOO_FEW_SURVIVORS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a site demands of the terms that it joins, whatever the lead says.
+
+    Three is the least threshold unless the site says otherwise: of a sum of two, each of the two learns the other's
+    vector by subtraction.
+
+    Attributes:
+        least_sites: that take part in the run.
+        least_threshold: of a release.
+        colluders: other sites that the sum must withstand beside the server.
+        server: what it may do.
+    """
+
+    least_sites: int = 3
+    least_threshold: int = 3
+    colluders: int = 0
+    server: Server = "malicious"
+
+    def __post_init__(self) -> None:
+        for name, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
+            check_whole(name, getattr(self, name))
+            check_at_least(name, getattr(self, name), least)
+        check_one_of("server", self.server, ("curious", "malicious"))
+
+    def require(self, terms: Terms) -> None:
+        """Raise Rejected for terms that ask for less than these limits."""
+        if len(terms.members) < max(self.least_sites, self.colluders + 1):
+            raise Rejected(Wrong.TOO_FEW_SITES)
+        safe = least_threshold(len(terms.members), colluders=self.colluders, server=self.server)
+        if terms.threshold < max(self.least_threshold, safe):
+            raise Rejected(Wrong.THRESHOLD_TOO_LOW)
+
+
+def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:
+    """Require each member's identity key to be the one that this site's own roster has for it."""
+    if not terms.members.items() <= dict(roster).items():
+        raise Rejected(Wrong.ROSTER_DIFFERS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """A site's X25519 key of one session, signed for these terms alone."""
+
+    site: str
+    terms: str
+    key: str
+    signature: str
+
+    @classmethod
+    def made(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
+        """The announcement as its site makes it."""
+        unsigned = cls(site=site, terms=terms.digest(), key=key, signature="")
+        return cls(site=site, terms=terms.digest(), key=key, signature=identity.sign(KEY, unsigned.message()))
+
+    def message(self) -> bytes:
+        """The bytes that are signed."""
+        return canonical({"site": self.site, "terms": self.terms, "key": self.key})
+
+    def require_genuine(self, terms: Terms) -> None:
+        """Require a member's signature, and these terms."""
+        if self.site not in terms.members:
+            raise Rejected(Wrong.NOT_A_MEMBER)
+        if self.terms != terms.digest():
+            raise Rejected(Wrong.WRONG_TERMS)
+        if not is_mask_key(self.key):
+            raise Rejected(Wrong.WRONG_KEY)
+        if not is_signed(terms.members[self.site], KEY, self.message(), self.signature):
+            raise Rejected(Wrong.WRONG_SIGNATURE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """Terms, and the one key that each member announced under them.
+
+    Attributes:
+        digest: SHA-256, in hex, of terms and keys.  Masks, shares and confirmations are bound to it, so that sites to
+            which different keys were shown have nothing in common that could be unmasked.
+    """
+
+    terms: Terms
+    keys: Mapping[str, str]
+    digest: str
+
+    @classmethod
+    def of(cls, terms: Terms, announcements: Collection[Announcement]) -> Session:
+        """The session of these announcements: one of each member, each signed.
+
+        Raises:
+            Rejected: one is missing, there twice, or not genuine.
+        """
+        for one in announcements:
+            one.require_genuine(terms)
+        keys = {one.site: one.key for one in announcements}
+        if len(keys) < len(announcements):
+            raise Rejected(Wrong.REPEATED)
+        if set(keys) != set(terms.members):
+            raise Rejected(Wrong.KEY_MISSING)
+        digest = hashlib.sha256(canonical({"terms": terms.digest(), "keys": keys})).hexdigest()
+        return cls(terms=terms, keys=keys, digest=digest)

@@ -1,0 +1,113 @@
+"""Masks and the keys behind them: X25519 between two sites, HKDF for each release, ChaCha20 for each value.
+
+No seed is used for two releases, and from one nothing of another can be found: each is 32 random bytes of its own, or
+HKDF-SHA256 of a key agreed by two sites, under session, release and purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedtune.privacy.ledger.chain import canonical
+
+SEED_BYTES = 32
+TAG_BYTES = 16
+
+
+class MaskKey:
+    """A site's X25519 key.  It is in memory alone and never written, so that no backup brings it back."""
+
+    def __init__(self) -> None:
+        self._private = X25519PrivateKey.generate()
+
+    @property
+    def public(self) -> str:
+        """64 hex digits."""
+        return self._private.public_key().public_bytes_raw().hex()
+
+    def agreed_in(self, session: str, keys: Mapping[str, str]) -> PairSecrets:
+        """The secrets with every member of the session with this digest, by the keys that `is_mask_key` takes."""
+        return PairSecrets(session, {site: self._private.exchange(_public(key)) for site, key in keys.items()})
+
+
+def is_mask_key(text: str) -> bool:
+    """Whether `text` can be a public key: 64 lower-case hex digits, and no point of small order.
+
+    With a point of small order every secret is zero, and everybody knows it.
+    """
+    try:
+        X25519PrivateKey.generate().exchange(_public(text))
+    except ValueError:
+        return False
+    return text == bytes.fromhex(text).hex()
+
+
+def _public(key: str) -> X25519PublicKey:
+    return X25519PublicKey.from_public_bytes(bytes.fromhex(key))
+
+
+class PairSecrets:
+    """What a site shares with each member of a session, itself among them."""
+
+    def __init__(self, session: str, agreed: Mapping[str, bytes]) -> None:
+        self._session, self._agreed = session, agreed
+
+    def mask_seed(self, site: str, other: str, *, release: int) -> bytes:
+        """The seed of the mask that two sites have in common in one release; the same at both."""
+        return self._derived(other, "mask", release, *sorted((site, other)))
+
+    def seal(self, text: bytes, *, sender: str, receiver: str, release: int) -> bytes:
+        """Encrypt what `sender` tells `receiver` in one release, once: its key has one nonce."""
+        return self._cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
+
+    def opened(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
+        """What `sender` sealed for `receiver` in this release; None for anything else."""
+        try:
+            return self._cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
+        except InvalidTag:
+            return None
+
+    def _cipher(self, other: str, sender: str, receiver: str, release: int) -> ChaCha20Poly1305:
+        return ChaCha20Poly1305(self._derived(other, "shares", release, sender, receiver))
+
+    def _derived(self, other: str, *about: str | int) -> bytes:
+        salt, info = bytes.fromhex(self._session), b"fedtune secure sum\0" + canonical(about)
+        return HKDF(algorithm=SHA256(), length=SEED_BYTES, salt=salt, info=info).derive(self._agreed[other])
+
+
+def masks(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
+    """The sum of masks that `site` adds in a release, (length,), modulo 2**64.
+
+    Of the mask that two sites have in common, the first by name adds it and the other takes it away, so that it is
+    not in the sum of both.  Modulo every smaller power of two this is so, too.
+
+    Args:
+        site: whose masks these are.
+        seeds: by the site that the mask is shared with; its own mask's by its own name.
+        length: of a vector.
+    """
+    total = np.zeros(length, np.uint64)
+    for other, seed in seeds.items():
+        stream = _stream(seed, length)
+        if site <= other:
+            total += stream
+        else:
+            total -= stream
+    return total
+
+
+def _stream(seed: bytes, length: int) -> npt.NDArray[np.uint64]:
+    """ChaCha20's keystream, (length,); the nonce may be constant because a seed has one stream only."""
+    assert len(seed) == SEED_BYTES
+    cipher = Cipher(ChaCha20(seed, bytes(16)), mode=None).encryptor()
+    return np.frombuffer(cipher.update(bytes(8 * length)), dtype="<u8")

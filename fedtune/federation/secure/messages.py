@@ -1,0 +1,261 @@
+"""What travels in a secure sum, with one encoding each: everything else is rejected before it is looked at.
+
+A release takes three questions of the lead to each site:
+
+    upload    (release)                              -> Upload: masked vector, sealed shares, digests of shares
+    confirm   ConfirmRequest: survivors              -> Confirmation: signed
+    unmask    UnmaskRequest: confirmations, shares   -> Revealed: shares of the seeds that the survivors' sum needs
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from fedtune.federation.secure.agreement import CONFIRMATION, Announcement, Rejected, Session, Terms, Wrong
+from fedtune.federation.secure.masks import TAG_BYTES
+from fedtune.federation.secure.packing import packed_bytes
+from fedtune.federation.secure.shares import SHARE_BYTES
+from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.privacy.ledger.chain import canonical
+
+MOST_JSON_BYTES = 1 << 17
+"""Of a message but an upload; the largest that 20 sites need is far smaller."""
+MOST_RELEASES = 1 << 31
+_UPLOAD = b"fedtune-secure-upload-1\n"
+_HEAD = struct.Struct(">32sIB")
+_DIGEST_BYTES = 32
+_SHARE = re.compile(f"[0-9a-f]{{{2 * SHARE_BYTES}}}")
+
+
+def read_announcement(data: bytes) -> Announcement:
+    """The announcement of these bytes; raises Rejected for any others."""
+    return Announcement(**_fields(data, Announcement))
+
+
+def announcement_bytes(announcement: Announcement) -> bytes:
+    """The announcement as it travels."""
+    return canonical(asdict(announcement))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmRequest:
+    """The lead's question whether a site will help to unmask the sum of exactly these survivors.
+
+    Every later message of the release says the same of itself; all travel as the canonical JSON of their fields.
+
+    Attributes:
+        session: its digest.
+        release: which sum.
+        survivors: sites whose uploads are in the sum, in order.
+    """
+
+    session: str
+    release: int
+    survivors: list[str]
+
+    def to_bytes(self) -> bytes:
+        """The message as it travels; of a `ConfirmRequest` also what a site signs when it confirms."""
+        return canonical(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, session: Session) -> Self:
+        """The message of these bytes, if it belongs to this session; raises Rejected for any other."""
+        message = cls(**_fields(data, cls))
+        _check_texts(message.survivors)
+        if message.session != session.digest:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        if not 1 <= message.release < MOST_RELEASES:
+            raise Rejected(Wrong.MALFORMED)
+        session.terms.check_survivors(message.survivors)
+        message.check(session.terms)
+        return message
+
+    def check(self, terms: Terms) -> None:
+        """Raise Rejected where what a kind of message adds is wrong."""
+
+    @property
+    def asked(self) -> ConfirmRequest:
+        """What is to be confirmed."""
+        return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
+
+    def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
+        """Require each signature, by site, to be a member's on exactly what is asked."""
+        for site, signature in signatures.items():
+            if site not in terms.members:
+                raise Rejected(Wrong.NOT_A_MEMBER)
+            if not is_signed(terms.members[site], CONFIRMATION, self.asked.to_bytes(), signature):
+                raise Rejected(Wrong.WRONG_SIGNATURE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Confirmation(ConfirmRequest):
+    """A site's signed word that it helps to unmask these survivors' sum, and no other one of the release."""
+
+    site: str
+    signature: str
+
+    @classmethod
+    def of(cls, asked: ConfirmRequest, site: str, *, identity: SigningKey) -> Confirmation:
+        """The confirmation as its site makes it."""
+        return cls(**asdict(asked), site=site, signature=identity.sign(CONFIRMATION, asked.to_bytes()))
+
+    def check(self, terms: Terms) -> None:
+        self.require_confirmed({self.site: self.signature}, terms)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnmaskRequest(ConfirmRequest):
+    """The lead's question for a site's shares, with what shows that enough sites confirmed the same survivors.
+
+    Attributes:
+        confirmations: signature by site.
+        sealed: what each survivor sealed for the site that is asked, in base64, by survivor.
+    """
+
+    confirmations: dict[str, str]
+    sealed: dict[str, str]
+
+    def check(self, terms: Terms) -> None:
+        """Require as many genuine confirmations of exactly these survivors as the threshold."""
+        _check_texts([*self.confirmations.values(), *self.sealed.values()])
+        self.require_confirmed(self.confirmations, terms)
+        if len(self.confirmations) < terms.threshold:
+            raise Rejected(Wrong.NOT_CONFIRMED)
+        if set(self.sealed) != set(self.survivors):
+            raise Rejected(Wrong.MALFORMED)
+
+    def sealed_by(self, survivor: str) -> bytes:
+        """What this survivor sealed; what is no base64 gives bytes that nobody sealed."""
+        try:
+            return base64.b64decode(self.sealed[survivor], validate=True)
+        except ValueError:
+            return b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revealed(ConfirmRequest):
+    """A site's shares of the seeds that unmask the survivors' sum.
+
+    Attributes:
+        shares: by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its
+            own name), in hex.  Shares that the survivor did not deal are left out.
+    """
+
+    site: str
+    shares: dict[str, dict[str, str]]
+
+    def check(self, terms: Terms) -> None:
+        """Require a member, and nothing but shares."""
+        if self.site not in terms.members:
+            raise Rejected(Wrong.NOT_A_MEMBER)
+        for shares in self.shares.values():
+            if type(shares) is not dict:
+                raise Rejected(Wrong.MALFORMED)
+            _check_texts(list(shares.values()))
+            if not all(_SHARE.fullmatch(share) for share in shares.values()):
+                raise Rejected(Wrong.MALFORMED)
+
+    def share(self, survivor: str, other: str) -> int | None:
+        """One share, if the site gave it."""
+        found = self.shares.get(survivor, {}).get(other)
+        return None if found is None else int(found, 16)
+
+
+def seeds_needed(survivor: str, survivors: list[str], terms: Terms) -> list[str]:
+    """Which of a survivor's masks must be taken from the survivors' sum, by the site that a mask is shared with.
+
+    Its own, and those that it shares with sites that dropped.  The masks that two survivors share are not in the sum,
+    and are never revealed; nor is anything that a dropped site dealt, so that its upload stays masked if it comes
+    late.  Of no site are both its own mask and its masks with survivors revealed: the first only if it survived, the
+    second only if it did not.
+    """
+    return [other for other in terms.sites if other == survivor or other not in survivors]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """A site's masked vector, with what unmasks the sum later.
+
+    Attributes:
+        site: whose it is.
+        release: which sum it belongs to.
+        digests: of the site's seeds and their shares: for each member in order, that the mask is shared with, of the
+            values at 0 (the seed) and at each member's place; (K, K + 1) of 32 bytes.
+        sealed: the shares of all seeds for each member in order, encrypted to it.
+        vector: the masked vector's residues, packed.
+    """
+
+    session: str
+    release: int
+    site: str
+    digests: tuple[tuple[bytes, ...], ...]
+    sealed: tuple[bytes, ...]
+    vector: bytes
+
+    def to_bytes(self, terms: Terms) -> bytes:
+        """Head, digests, sealed shares, vector; each has the length that the terms give it."""
+        head = _HEAD.pack(bytes.fromhex(self.session), self.release, terms.sites.index(self.site))
+        return b"".join([_UPLOAD, head, *(one for row in self.digests for one in row), *self.sealed, self.vector])
+
+    @classmethod
+    def from_bytes(cls, data: bytes, session: Session) -> Upload:
+        """The upload of these bytes, if it belongs to this session; raises Rejected for any other."""
+        terms = session.terms
+        if len(data) != upload_bytes(terms) or not data.startswith(_UPLOAD):
+            raise Rejected(Wrong.MALFORMED)
+        digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
+        if digest.hex() != session.digest:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        if not (index < len(terms.sites) and 1 <= release < MOST_RELEASES):
+            raise Rejected(Wrong.MALFORMED)
+        num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
+        digests, start = _cut(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
+        sealed, start = _cut(data, start, num_sites, sealed_bytes(terms))
+        rows = tuple(digests[row : row + num_sites + 1] for row in range(0, len(digests), num_sites + 1))
+        site, vector = terms.sites[index], data[start:]
+        return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
+
+
+def sealed_bytes(terms: Terms) -> int:
+    """Of what one site seals for another: a share of each of its seeds."""
+    return len(terms.members) * SHARE_BYTES + TAG_BYTES
+
+
+def upload_bytes(terms: Terms) -> int:
+    """Of an upload; all of a run are equally long."""
+    num_sites = len(terms.members)
+    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(terms))
+    return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(terms.length, terms.bits)
+
+
+def _cut(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:
+    """`count` pieces of `size` bytes, and where they end."""
+    end = start + count * size
+    return tuple(data[place : place + size] for place in range(start, end, size)), end
+
+
+def _fields(data: bytes, message: Any) -> dict[str, Any]:
+    """The fields of a message: exactly its own, of their types, in the one way to write them."""
+    if len(data) > MOST_JSON_BYTES:
+        raise Rejected(Wrong.MALFORMED)
+    try:
+        found = json.loads(data)
+        if type(found) is not dict or canonical(found) != data:
+            raise ValueError("not canonical")
+    except (ValueError, RecursionError):
+        raise Rejected(Wrong.MALFORMED) from None
+    types = {field.name: str(field.type).partition("[")[0] for field in fields(message)}
+    if {name: type(value).__name__ for name, value in found.items()} != types:
+        raise Rejected(Wrong.MALFORMED)
+    return found
+
+
+def _check_texts(texts: list[Any]) -> None:
+    if not all(type(text) is str for text in texts):
+        raise Rejected(Wrong.MALFORMED)

@@ -1,0 +1,165 @@
+"""What an adversary can compute from a transcript: every seed that it can get, and every combination that is readable.
+
+The adversary is the server with its colluders.  It has each message that any site ever sent, and what colluders know.
+It reads a combination of uploads if all masks whose seeds it lacks cancel in it.  That is linear algebra over the
+masks that really went into the uploads, as a test watches them being made: a mask that is used twice is one unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.federation.secure import party, shares
+from fedtune.federation.secure.masks import masks
+from fedtune.federation.secure.messages import Upload
+from fedtune.federation.secure.packing import reduced, signed, unpacked
+
+PRIME = 2**61 - 1
+"""Of the field that combinations are sought in: what is readable with small whole coefficients is so in it."""
+
+
+@dataclass
+class Sent:
+    """An upload of an honest site: the bytes, and what a test alone knows of them."""
+
+    site: str
+    upload: Upload
+    vector: npt.NDArray[np.int64]
+    seeds: dict[str, bytes]
+
+
+@dataclass
+class Knowledge:
+    """Of a server with colluders.
+
+    Attributes:
+        sent: all uploads of honest sites.
+        revealed: values of shares by place, by session, release, dealer and the site that the mask is shared with.
+    """
+
+    threshold: int
+    colluders: frozenset[str]
+    sites: tuple[str, ...]
+    bits: int
+    sent: list[Sent] = field(default_factory=list)
+    revealed: dict[tuple[str, int, str, str], dict[int, int]] = field(default_factory=dict)
+
+    def hear(self, answer: bytes) -> None:
+        """A site's shares."""
+        said: dict[str, Any] = json.loads(answer)
+        for dealer, given in said["shares"].items():
+            for other, value in given.items():
+                self.learn(said["session"], said["release"], dealer, other, {said["site"]: int(value, 16)})
+
+    def learn(self, session: str, release: int, dealer: str, other: str, values: Mapping[str, int]) -> None:
+        """Shares by their holders' names."""
+        known = self.revealed.setdefault((session, release, dealer, other), {})
+        known.update({self.sites.index(holder) + 1: value for holder, value in values.items()})
+
+    def seeds(self) -> set[bytes]:
+        """Every seed that the shares give, tried for each degree that the polynomial could have."""
+        found = set()
+        for (session, release, dealer, other), values in self.revealed.items():
+            row = self.sites.index(other)
+            published = [
+                one.upload.digests[row][0]
+                for one in self.sent
+                if (one.site, one.upload.session, one.upload.release) == (dealer, session, release)
+            ]
+            places = sorted(values)
+            for degree in range(len(places)):
+                seed = shares.joined({place: values[place] for place in places[: degree + 1]})
+                if shares.digest(seed, session, release, dealer, other, 0) in published and seed < 2**256:
+                    found.add(seed.to_bytes(32))
+        return found
+
+    def readable(self) -> list[dict[int, int]]:
+        """A basis, in reduced form, of the combinations of uploads whose masks are all known: coefficient by upload."""
+        known, rows = self.seeds(), []
+        for number, one in enumerate(self.sent):
+            unknown = {
+                seed.hex(): _coefficient(one.site, other, seed)
+                for other, seed in one.seeds.items()
+                if seed not in known and other not in self.colluders
+            }
+            rows.append(({mask: sign for mask, sign in unknown.items() if sign}, {number: 1}))
+        return _kernel(rows)
+
+    def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
+        """What the adversary learns of a readable combination: the bytes without the masks that it knows.
+
+        Masks that it does not know are taken away too, and must come to nothing, or this would not be readable.
+        """
+        total: npt.NDArray[np.uint64] = np.zeros(len(self.sent[0].vector), np.uint64)
+        for number, coefficient in combination.items():
+            one, factor = self.sent[number], np.array(coefficient).astype(np.int64).astype(np.uint64)
+            numbers = unpacked(one.upload.vector, len(one.vector), self.bits)
+            known = self.seeds()
+            seeds = {other: seed for other, seed in one.seeds.items() if seed in known or other in self.colluders}
+            total += factor * (numbers - masks(one.site, seeds, length=len(one.vector)))
+        return signed(reduced(total, self.bits), self.bits)
+
+
+def _coefficient(site: str, other: str, seed: bytes) -> int:
+    """+1, -1 or 0: how a mask enters the upload of a site."""
+    alone, stream = masks(site, {other: seed}, length=4), masks("a", {"a": seed}, length=4)
+    if not alone.any():
+        return 0
+    return 1 if np.array_equal(alone, stream) else -1
+
+
+def _kernel(rows: list[tuple[dict[str, int], dict[int, int]]]) -> list[dict[int, int]]:
+    """Combinations of rows whose left sides vanish, in reduced form, by Gauss over a prime field."""
+    done: list[tuple[str, dict[str, int], dict[int, int]]] = []
+    free: list[dict[int, int]] = []
+    for left, right in rows:
+        for pivot, other_left, other_right in done:
+            if factor := left.get(pivot, 0):
+                left, right = _minus(left, other_left, factor), _minus(right, other_right, factor)
+        if left:
+            pivot = next(iter(left))
+            inverse = pow(left[pivot], -1, PRIME)
+            done.append((pivot, _minus({}, left, -inverse), _minus({}, right, -inverse)))
+        else:
+            free.append(right)
+    return _reduced(free)
+
+
+def _reduced(rows: list[dict[int, int]]) -> list[dict[int, int]]:
+    """The reduced row echelon form, with coefficients next to zero."""
+    done: list[tuple[int, dict[int, int]]] = []
+    for row in rows:
+        for pivot, other in done:
+            row = _minus(row, other, row.get(pivot, 0))
+        pivot = min(row)
+        row = _minus({}, row, -pow(row[pivot], -1, PRIME))
+        done = [(at, _minus(other, row, other.get(pivot, 0))) for at, other in done]
+        done.append((pivot, row))
+    return [{at: (value + PRIME // 2) % PRIME - PRIME // 2 for at, value in row.items()} for _, row in done]
+
+
+def _minus(row: dict[Any, int], other: dict[Any, int], factor: int) -> dict[Any, int]:
+    keys = {**row, **other}
+    values = {key: (row.get(key, 0) - factor * other.get(key, 0)) % PRIME for key in keys}
+    return {key: value for key, value in values.items() if value}
+
+
+@contextmanager
+def watched() -> Iterator[list[dict[str, bytes]]]:
+    """The seeds of every mask that a site adds while this lasts."""
+    seen: list[dict[str, bytes]] = []
+
+    def watching(site: str, seeds: Mapping[str, bytes], *, length: int) -> npt.NDArray[np.uint64]:
+        seen.append(dict(seeds))
+        return masks(site, seeds, length=length)
+
+    with patch.object(party, "masks", watching):
+        yield seen

@@ -1,0 +1,124 @@
+"""A run's sites and lead in one process, for tests that take any step of a secure sum in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.federation.secure.agreement import Limits, Session, Terms, Wrong
+from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
+from fedtune.federation.secure.party import Party, Promise
+from fedtune.federation.secure.summation import Summation, session_of
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import canonical
+
+LARGEST, LENGTH = 1 << 20, 4
+ANY = Limits(least_sites=2, least_threshold=2)
+
+
+def identity(site: str) -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest()))
+
+
+def terms_of(num_sites: int, threshold: int, **changes: Any) -> Terms:
+    members = {site: identity(site).public for site in "abcdefghijklmnopqrst"[:num_sites]}
+    fields = {"run": "r", "proposal": "0" * 64, "members": members, "threshold": threshold, "length": LENGTH}
+    return Terms(**{**fields, "largest": LARGEST, "bits": 26, **changes})
+
+
+@dataclass
+class Federation:
+    """Sites that have joined one session, and what they kept."""
+
+    terms: Terms
+    limits: Limits = ANY
+    parties: dict[str, Party] = field(default_factory=dict)
+    kept: dict[str, list[Promise]] = field(default_factory=dict)
+    session: Session = field(init=False)
+
+    def __post_init__(self) -> None:
+        for site in self.terms.sites:
+            self.restart(site)
+        self.set_up()
+
+    def restart(self, site: str) -> Party:
+        """A site's new process: nothing of the old one's memory is left."""
+        kept = self.kept.setdefault(site, [])
+        self.parties[site] = Party(
+            site,
+            identity=identity(site),
+            terms=self.terms,
+            roster=self.terms.members,
+            limits=self.limits,
+            keep=kept.append,
+        )
+        return self.parties[site]
+
+    def set_up(self) -> None:
+        """A new session of all sites as they are now."""
+        announced = {site: party.announce() for site, party in self.parties.items()}
+        self.session = session_of(self.terms, announced)
+        for party in self.parties.values():
+            assert party.join(list(announced.values())) == self.session.digest
+
+    def vector(self, site: str) -> npt.NDArray[np.int64]:
+        """A power of two for each site, so that a sum tells whose vectors are in it."""
+        return np.full(self.terms.length, 1 << self.terms.sites.index(site))
+
+    def uploaded(self, release: int, sites: Collection[str]) -> Summation:
+        """A release to which these sites have uploaded."""
+        summation = Summation(self.session, release=release)
+        for site in sites:
+            summation.add_upload(site, self.parties[site].upload(release, self.vector(site)))
+        return summation
+
+    def confirmed(self, summation: Summation, by: Collection[str]) -> Summation:
+        """The same release, with confirmations of these sites."""
+        request = summation.confirm_request()
+        for site in by:
+            summation.add_confirmation(site, self.parties[site].confirm(request))
+        return summation
+
+    def revealed(self, summation: Summation, by: Collection[str]) -> Summation:
+        """The same release, with shares of these sites."""
+        for site in by:
+            summation.add_revealed(site, self.parties[site].unmask(summation.unmask_request(site)))
+        return summation
+
+    def sum_of(self, sites: Collection[str]) -> npt.NDArray[np.int64]:
+        """What the lead is to learn."""
+        return np.sum([self.vector(site) for site in sites], axis=0)
+
+    def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
+        """A question that a lead makes up."""
+        return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))
+
+    def forged(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
+        """A question for shares with signatures of these sites, whoever made them."""
+        signatures = {site: identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
+        return UnmaskRequest(
+            session=asked.session,
+            release=asked.release,
+            survivors=asked.survivors,
+            confirmations=signatures,
+            sealed=sealed,
+        ).to_bytes()
+
+
+def changed(message: bytes, **fields: Any) -> bytes:
+    """A message with other fields."""
+    return canonical({**json.loads(message), **fields})
+
+
+def wrong(error: Any) -> Wrong:
+    """The reason of a rejection."""
+    found = error.value.wrong
+    assert isinstance(found, Wrong)
+    return found

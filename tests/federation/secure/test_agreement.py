@@ -1,0 +1,254 @@
+"""Terms that a run can have, limits that a site sets, keys that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.federation.secure.agreement import Limits, Rejected, Session, Terms, Wrong, bits_needed, least_threshold
+from fedtune.federation.secure.masks import MaskKey
+from fedtune.federation.secure.messages import read_announcement
+from fedtune.federation.secure.party import Party
+from fedtune.federation.secure.summation import session_of
+from fedtune.spec import ConfigError
+
+from .parties import ANY, Federation, changed, identity, terms_of, wrong
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "colluders", "least"),
+    [(2, 0, 2), (3, 0, 2), (3, 1, 3), (4, 0, 3), (5, 0, 3), (5, 1, 4), (5, 3, 5), (16, 5, 11), (20, 6, 14)],
+)
+def test_a_malicious_server_needs_more_than_half_of_sites_and_colluders(
+    num_sites: int, colluders: int, least: int
+) -> None:
+    assert least_threshold(num_sites, colluders=colluders, server="malicious") == least
+
+
+@given(st.integers(2, 20), st.data())
+def test_no_two_sets_are_confirmed_from_the_least_threshold_on(num_sites: int, data: st.DataObject) -> None:
+    colluders = data.draw(st.integers(0, num_sites - 1))
+    least = least_threshold(num_sites, colluders=colluders, server="malicious")
+    honest = num_sites - colluders
+    for threshold in range(least, num_sites + 1):  # of each set's t confirmations all but c are by honest sites
+        assert 2 * (threshold - colluders) > honest
+    assert 2 * (least - 1 - colluders) <= honest or least - 1 < colluders
+
+
+@given(st.integers(2, 20), st.data())
+def test_colluders_of_a_curious_server_are_fewer_than_the_threshold(num_sites: int, data: st.DataObject) -> None:
+    colluders = data.draw(st.integers(0, num_sites - 1))
+    least = least_threshold(num_sites, colluders=colluders, server="curious")
+    assert least == max(num_sites // 2 + 1, colluders + 1)
+
+
+@pytest.mark.parametrize("server", ["curious", "malicious"])
+def test_not_all_sites_can_collude_with_the_server(server: Any) -> None:
+    with pytest.raises(ConfigError, match="fewer than the 3 sites"):
+        least_threshold(3, colluders=3, server=server)
+
+
+@given(st.integers(2, 20), st.integers(1, 2**50))
+def test_the_modulus_has_room_for_every_sum_and_one_bit_less_has_not(num_sites: int, largest: int) -> None:
+    bits = bits_needed(num_sites, largest)
+    assert 2 ** (bits - 2) <= num_sites * largest < 2 ** (bits - 1)
+
+
+def test_a_modulus_that_a_sum_can_pass_is_one_clear_error() -> None:
+    assert terms_of(4, 3, largest=8191, bits=16).bits == 16  # 4 * 8191 = 2^15 - 4
+    with pytest.raises(ConfigError) as error:
+        terms_of(4, 3, largest=8192, bits=16)
+    assert (error.value.key, error.value.value) == ("bits", 16)
+    assert "at least 17" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("run", {"run": "a/b"}),
+        ("proposal", {"proposal": "x"}),
+        ("site", {"members": {"a": identity("a").public, "b c": identity("b").public}}),
+        ("members.b", {"members": {"a": identity("a").public, "b": "0" * 64}}),
+        ("members", {"members": {"a": identity("a").public}, "threshold": 1}),
+        ("members", {"members": {site: identity("a").public for site in "abc"}}),
+        ("threshold", {"threshold": 4}),
+        ("threshold", {"threshold": 1}),
+        ("threshold", {"threshold": 2.0}),
+        ("length", {"length": 0}),
+        ("length", {"length": True}),
+        ("largest", {"largest": 0}),
+        ("largest", {"largest": 1.5}),
+        ("bits", {"bits": 65}),
+        ("bits", {"bits": 3}),
+    ],
+)
+def test_terms_that_no_run_can_have(key: str, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        replace(terms_of(3, 2), **change)
+    assert error.value.key == key
+
+
+def test_more_sites_than_messages_have_room_for() -> None:
+    members = {f"s{number}": identity(f"s{number}").public for number in range(21)}
+    with pytest.raises(ConfigError, match="from 2 to 20"):
+        terms_of(3, 11, members=members)
+
+
+@pytest.mark.parametrize(
+    "change", [{"least_sites": 1}, {"least_threshold": 1}, {"colluders": -1}, {"server": "kind"}, {"colluders": 1.0}]
+)
+def test_limits_that_no_site_can_set(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Limits(**change)
+
+
+def joining(terms: Terms, *, limits: Limits = ANY, roster: dict[str, str] | None = None, site: str = "a") -> Party:
+    pinned = dict(terms.members) if roster is None else roster
+    return Party(site, identity=identity(site), terms=terms, roster=pinned, limits=limits, keep=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "threshold", "limits", "reason"),
+    [
+        (2, 2, Limits(), Wrong.TOO_FEW_SITES),
+        (2, 2, ANY, None),
+        (3, 2, Limits(), Wrong.THRESHOLD_TOO_LOW),
+        (3, 3, Limits(), None),
+        (3, 2, ANY, None),
+        (3, 2, replace(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
+        (3, 3, replace(ANY, colluders=1), None),
+        (3, 3, replace(ANY, colluders=3), Wrong.TOO_FEW_SITES),
+        (5, 3, replace(ANY, colluders=1), Wrong.THRESHOLD_TOO_LOW),
+        (5, 3, replace(ANY, colluders=1, server="curious"), None),
+        (5, 3, replace(ANY, colluders=3, server="curious"), Wrong.THRESHOLD_TOO_LOW),
+        (5, 4, replace(ANY, colluders=1), None),
+        (5, 4, replace(ANY, least_sites=6), Wrong.TOO_FEW_SITES),
+        (5, 4, replace(ANY, least_threshold=5), Wrong.THRESHOLD_TOO_LOW),
+    ],
+)
+def test_a_site_joins_within_its_own_limits_alone(
+    num_sites: int, threshold: int, limits: Limits, reason: Wrong | None
+) -> None:
+    if reason is None:
+        joining(terms_of(num_sites, threshold), limits=limits)
+        return
+    with pytest.raises(Rejected) as error:
+        joining(terms_of(num_sites, threshold), limits=limits)
+    assert wrong(error) is reason
+
+
+def test_members_are_those_whom_the_site_s_own_roster_has() -> None:
+    terms = terms_of(3, 3)
+    others = {**terms.members, "d": identity("d").public}
+    joining(terms, roster=others)
+    for roster in ({**others, "b": identity("x").public}, {site: others[site] for site in "acd"}, {}):
+        with pytest.raises(Rejected) as error:
+            joining(terms, roster=roster)
+        assert wrong(error) is Wrong.ROSTER_DIFFERS
+
+
+def test_a_site_is_a_member_with_its_own_key() -> None:
+    with pytest.raises(Rejected) as error:
+        joining(terms_of(3, 3), site="d")
+    assert wrong(error) is Wrong.NOT_A_MEMBER
+
+
+def announced(terms: Terms) -> dict[str, bytes]:
+    return {site: joining(terms, site=site).announce() for site in terms.sites}
+
+
+def test_all_who_take_the_same_keys_have_the_same_session() -> None:
+    terms = terms_of(3, 3)
+    first, second = announced(terms), announced(terms)
+    session = session_of(terms, first)
+    assert session == session_of(terms, dict(reversed(first.items())))
+    assert session.digest != session_of(terms, {**first, "c": second["c"]}).digest
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"run": "s"}, {"proposal": "1" * 64}, {"threshold": 2}, {"length": 5}, {"largest": 7}, {"bits": 27}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_key_is_for_one_run_its_proposal_and_its_terms(other: dict[str, Any]) -> None:
+    terms = terms_of(3, 3)
+    with pytest.raises(Rejected) as error:
+        session_of(terms, announced(replace(terms, **other)))
+    assert wrong(error) is Wrong.WRONG_TERMS
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"key": MaskKey().public}, Wrong.WRONG_SIGNATURE),
+        ({"key": "0" * 64}, Wrong.WRONG_KEY),
+        ({"key": 1}, Wrong.MALFORMED),
+        ({"terms": "1" * 64}, Wrong.WRONG_TERMS),
+        ({"site": "a"}, Wrong.WRONG_SIGNATURE),
+        ({"site": "z"}, Wrong.NOT_A_MEMBER),
+        ({"signature": "0" * 128}, Wrong.WRONG_SIGNATURE),
+        ({"signature": None}, Wrong.MALFORMED),
+        ({"more": "x"}, Wrong.MALFORMED),
+    ],
+)
+def test_a_key_that_a_server_changed_is_nobody_s(change: dict[str, Any], reason: Wrong) -> None:
+    terms = terms_of(3, 3)
+    messages = announced(terms)
+    with pytest.raises(Rejected) as error:
+        joining(terms).join([messages["a"], changed(messages["b"], **change), messages["c"]])
+    assert wrong(error) is reason
+
+
+def test_a_key_s_signature_is_for_nothing_else() -> None:
+    terms = terms_of(3, 3)
+    one = read_announcement(announced(terms)["b"])
+    for purpose in ("receipt", "secure sum survivors"):
+        other = replace(one, signature=identity("b").sign(purpose, one.message()))
+        with pytest.raises(Rejected) as error:
+            Session.of(terms, [other])
+        assert wrong(error) is Wrong.WRONG_SIGNATURE
+
+
+def test_a_site_joins_once_with_a_key_of_each_member_and_its_own() -> None:
+    terms = terms_of(3, 3)
+    a, messages, others = joining(terms), announced(terms), announced(terms)
+    own = {**messages, "a": a.announce()}
+    cases = [
+        (list(messages.values()), Wrong.WRONG_KEY),  # of its former life
+        ([own["a"], own["b"]], Wrong.KEY_MISSING),
+        ([own["a"], own["b"], own["b"]], Wrong.REPEATED),
+        ([own["a"], own["b"], own["c"], others["c"]], Wrong.REPEATED),
+    ]
+    for given_keys, reason in cases:
+        with pytest.raises(Rejected) as error:
+            a.join(given_keys)
+        assert wrong(error) is reason
+    assert a.join(list(own.values())) == a.join(list(own.values()))
+    with pytest.raises(Rejected) as error:
+        a.join([own["a"], own["b"], others["c"]])
+    assert wrong(error) is Wrong.SESSION_DIFFERS
+
+
+def test_the_lead_takes_a_key_from_its_own_site() -> None:
+    terms = terms_of(3, 3)
+    messages = announced(terms)
+    with pytest.raises(Rejected) as error:
+        session_of(terms, {**messages, "a": messages["b"], "b": messages["a"]})
+    assert wrong(error) is Wrong.WRONG_KEY
+
+
+def test_a_site_that_has_not_joined_says_nothing() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.uploaded(1, "abc")
+    party = federation.restart("a")
+    for ask in (
+        lambda: party.upload(2, federation.vector("a")),
+        lambda: party.confirm(summation.confirm_request()),
+    ):
+        with pytest.raises(Rejected) as error:
+            ask()
+        assert wrong(error) is Wrong.SESSION_DIFFERS

@@ -1,0 +1,411 @@
+"""What a server tries at honest sites, one attack at a time; each works where the rule that it is about is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.federation.secure.agreement import Announcement, Rejected, Session, Wrong
+from fedtune.federation.secure.masks import MaskKey
+from fedtune.federation.secure.messages import Upload, announcement_bytes, read_announcement
+from fedtune.federation.secure.summation import Summation
+
+from .knowledge import Knowledge, Sent, watched
+from .parties import Federation, changed, identity, terms_of, wrong
+
+
+class Adversary:
+    """A federation whose server keeps all that it sees, and a test that watches the masks."""
+
+    def __init__(self, num_sites: int, threshold: int, *, colluders: Collection[str] = ()) -> None:
+        self.federation = Federation(terms_of(num_sites, threshold))
+        terms = self.federation.terms
+        self.knowledge = Knowledge(threshold, frozenset(colluders), terms.sites, terms.bits)
+        self.uploads: dict[tuple[int, str], bytes] = {}
+
+    def upload(self, release: int, sites: Collection[str]) -> None:
+        for site in sites:
+            with watched() as seeds:
+                data = self.federation.parties[site].upload(release, self.federation.vector(site))
+            self.uploads[release, site] = data
+            upload = Upload.from_bytes(data, self.federation.session)
+            self.knowledge.sent.append(Sent(site, upload, self.federation.vector(site), seeds[0]))
+
+    def confirm(self, release: int, survivors: Collection[str], by: Collection[str]) -> dict[str, str]:
+        """Signatures, of the sites that give one."""
+        signatures = {}
+        for site in by:
+            try:
+                answer = self.federation.parties[site].confirm(self.federation.asked(release, survivors).to_bytes())
+            except Rejected:
+                continue
+            signatures[site] = json.loads(answer)["signature"]
+        return signatures
+
+    def request(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> bytes:
+        """A question for shares, with what was sealed for the site."""
+        summation = Summation(self.federation.session, release=release)
+        for survivor in survivors:
+            summation.add_upload(survivor, self.uploads[release, survivor])
+        summation._confirmed = dict.fromkeys(self.federation.terms.sites, "")
+        return changed(summation.unmask_request(site), confirmations=signatures)
+
+    def unmask(self, release: int, survivors: Collection[str], signatures: dict[str, str], by: Collection[str]) -> None:
+        for site in by:
+            request = self.request(release, survivors, signatures, site)
+            self.knowledge.hear(self.federation.parties[site].unmask(request))
+
+    def refused(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> Wrong:
+        with pytest.raises(Rejected) as error:
+            self.federation.parties[site].unmask(self.request(release, survivors, signatures, site))
+        return wrong(error)
+
+
+def test_a_late_upload_of_a_site_that_was_counted_as_dropped_stays_masked() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")  # d's upload comes late
+    signatures = server.confirm(1, "abc", by="abcd")
+    server.unmask(1, "abc", signatures, by="abcd")
+    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1}]
+    d = server.knowledge.sent[3]
+    known = server.knowledge.seeds()
+    # All of d's masks but its own are known now: without its own, the vector would be readable.
+    assert {other for other, seed in d.seeds.items() if seed in known} == {"a", "b", "c"}
+    assert server.refused(1, "abcd", signatures, "a") is Wrong.WRONG_SIGNATURE
+
+
+def test_a_site_confirms_one_set_of_a_release() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    signatures = server.confirm(1, "abcd", by="abcd")
+    server.unmask(1, "abcd", signatures, by="abcd")
+    for site in "abcd":
+        with pytest.raises(Rejected) as error:
+            server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
+        assert wrong(error) is Wrong.SURVIVORS_CHANGED
+    assert server.confirm(1, "abcd", by="abcd") == signatures  # the same again is the same
+    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
+
+
+def test_two_sets_told_to_different_sites_never_have_enough_confirmations() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    halves = server.confirm(1, "abcd", by="ab"), server.confirm(1, "abc", by="cd")
+    assert [len(half) for half in halves] == [2, 2]
+    assert server.refused(1, "abcd", halves[0], "a") is Wrong.NOT_CONFIRMED
+    assert server.refused(1, "abcd", halves[0] | halves[1], "a") is Wrong.WRONG_SIGNATURE
+    assert server.refused(1, "abc", halves[1], "c") is Wrong.NOT_CONFIRMED
+    assert server.knowledge.readable() == []
+
+
+def test_with_a_colluder_the_threshold_for_none_lets_two_sets_through_and_its_own_does_not() -> None:
+    """Of four sites and a colluder: with t = 3 each half has its third confirmation from the colluder."""
+    for threshold, sums in ((3, 2), (4, 0)):
+        server = Adversary(5, threshold, colluders="e")
+        server.upload(1, "abcd")
+        terms = server.federation.terms
+        server.uploads[1, "e"] = server.federation.parties["e"].upload(1, server.federation.vector("e"))
+        for one in server.knowledge.sent:  # what was sealed for e
+            text = server.federation.parties["e"]._pairs.opened(
+                one.upload.sealed[4], sender=one.site, receiver="e", release=1
+            )
+            assert text is not None
+            for place, other in enumerate(terms.sites):
+                value = int.from_bytes(text[33 * place : 33 * place + 33])
+                server.knowledge.learn(server.federation.session.digest, 1, one.site, other, {"e": value})
+        for survivors, half in (("abcde", "ab"), ("abce", "cd")):
+            asked = server.federation.asked(1, survivors)
+            signatures = server.confirm(1, survivors, by=half)
+            signatures["e"] = identity("e").sign("secure sum survivors", asked.to_bytes())
+            for site in half:
+                if len(signatures) < threshold:
+                    assert server.refused(1, survivors, signatures, site) is Wrong.NOT_CONFIRMED
+                else:
+                    server.unmask(1, survivors, signatures, by=site)
+        assert len(server.knowledge.readable()) == sums
+
+
+def test_five_sites_that_are_told_five_sets_would_together_unmask_two_of_them() -> None:
+    """Why sites wait for each other: no set here has enough helpers, and yet their shares add up to a sum of a and b.
+
+    Each of c, d and e is left out of three sets at least, so that three sites reveal its masks with a and with b.
+    """
+    told = dict(zip("abcde", ("abc", "abc", "abd", "abd", "abe"), strict=True))
+    server = Adversary(5, 3)
+    server.upload(1, "abcde")
+    genuine = {site: server.confirm(1, survivors, by=site) for site, survivors in told.items()}
+    for site, survivors in told.items():
+        together = server.confirm(1, survivors, by="abcde")
+        assert len(together) < 3
+        assert server.refused(1, survivors, genuine[site], site) is Wrong.NOT_CONFIRMED
+    assert server.knowledge.readable() == []
+    for site, survivors in told.items():  # as if enough others had confirmed the set of each
+        asked = server.federation.asked(1, survivors)
+        forged = {other: identity(other).sign("secure sum survivors", asked.to_bytes()) for other in "abcde"}
+        server.unmask(1, survivors, forged, by=site)
+    assert server.knowledge.readable() == [{0: 1, 1: 1}]
+
+
+@pytest.mark.parametrize("threshold", [2, 3])
+def test_as_many_confirmations_as_the_threshold_and_not_one_fewer(threshold: int) -> None:
+    server = Adversary(3, threshold)
+    server.upload(1, "abc")
+    signatures = server.confirm(1, "abc", by="abc")
+    enough = dict(list(signatures.items())[:threshold])
+    fewer = dict(list(signatures.items())[: threshold - 1])
+    assert server.refused(1, "abc", fewer, "a") is Wrong.NOT_CONFIRMED
+    assert server.refused(1, "abc", {**fewer, "z": signatures["a"]}, "a") is Wrong.NOT_A_MEMBER
+    assert server.refused(1, "abc", {**fewer, "c": signatures["a"]}, "a") is Wrong.WRONG_SIGNATURE
+    assert server.refused(1, "abc", {**fewer, "c": ""}, "a") is Wrong.WRONG_SIGNATURE
+    server.unmask(1, "abc", enough, by="a")
+
+
+def test_a_site_helps_only_with_what_it_promised_itself() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    signatures = server.confirm(1, "abcd", by="bcd")
+    assert server.refused(1, "abcd", signatures, "a") is Wrong.NOT_PROMISED
+
+
+def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
+    server = Adversary(3, 2)
+    server.upload(1, "abc")
+    old = server.confirm(1, "abc", by="abc")
+    server.upload(2, "abc")
+    server.confirm(2, "abc", by="a")
+    assert server.refused(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
+    assert server.refused(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
+    with pytest.raises(Rejected) as error:
+        server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
+    assert wrong(error) is Wrong.RELEASE_OVER
+    for site in "abc":
+        server.federation.restart(site)
+    server.federation.set_up()
+    with pytest.raises(Rejected) as error:
+        server.federation.parties["a"].confirm(
+            changed(server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session)
+        )
+    assert wrong(error) is Wrong.SESSION_DIFFERS
+    server.upload(1, "abc")
+    server.confirm(1, "abc", by="abc")
+    assert server.refused(1, "abc", old, "a") is Wrong.WRONG_SIGNATURE
+
+
+@pytest.mark.parametrize("survivors", ["ab", "a", ""])
+def test_fewer_survivors_than_the_threshold_are_not_helped(survivors: str) -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    with pytest.raises(Rejected) as error:
+        server.federation.parties["a"].confirm(server.federation.asked(1, survivors).to_bytes())
+    assert wrong(error) is Wrong.TOO_FEW_SURVIVORS
+
+
+@pytest.mark.parametrize(
+    ("survivors", "reason"),
+    [
+        (["a", "a", "b"], Wrong.MALFORMED),
+        (["b", "a", "c"], Wrong.MALFORMED),
+        (["a", "b", "z"], Wrong.NOT_A_MEMBER),
+        (["a", "b", 3], Wrong.MALFORMED),
+        (["a", "b", ["c"]], Wrong.MALFORMED),
+        ("abc", Wrong.MALFORMED),
+        (None, Wrong.MALFORMED),
+    ],
+)
+def test_one_set_has_one_spelling(survivors: Any, reason: Wrong) -> None:
+    server = Adversary(4, 3)
+    request = changed(server.federation.asked(1, "abc").to_bytes(), survivors=survivors)
+    with pytest.raises(Rejected) as error:
+        server.federation.parties["a"].confirm(request)
+    assert wrong(error) is reason
+
+
+def test_of_no_site_are_both_kinds_of_share_revealed_and_of_a_dropped_site_none() -> None:
+    server = Adversary(5, 3)
+    server.upload(1, "abcde")
+    signatures = server.confirm(1, "abcd", by="abcde")
+    answer = server.federation.parties["a"].unmask(server.request(1, "abcd", signatures, "a"))
+    given_shares = {dealer: set(shares) for dealer, shares in json.loads(answer)["shares"].items()}
+    # Of each survivor its own mask's seed, and the seed of its mask with the dropped site; no other pair's.
+    assert given_shares == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
+
+
+def test_a_dropped_site_s_shares_are_not_revealed_in_a_survivor_s_place() -> None:
+    """What e sealed for a, given out as if d had sealed it."""
+    server = Adversary(5, 3)
+    server.upload(1, "abcde")
+    signatures = server.confirm(1, "abcd", by="abcde")
+    request = server.request(1, "abcd", signatures, "a")
+    of_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
+    swapped = changed(request, sealed={**json.loads(request)["sealed"], "d": of_e})
+    assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
+
+
+def test_shares_of_an_earlier_release_are_not_revealed_in_a_later_one() -> None:
+    """A dropped site's seeds of release 1, asked for when it has survived release 2."""
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    server.unmask(1, "abc", server.confirm(1, "abc", by="abcd"), by="abc")
+    server.upload(2, "abcd")
+    signatures = server.confirm(2, "abcd", by="abcd")
+    for site in "abcd":
+        old = server.request(1, "abcd", signatures, site)
+        request = changed(server.request(2, "abcd", signatures, site), sealed=json.loads(old)["sealed"])
+        answer = server.federation.parties[site].unmask(request)
+        assert all(given == {} for given in json.loads(answer)["shares"].values())
+    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1}]
+
+
+def test_a_release_has_one_upload_of_a_site_and_a_retry_is_another_release() -> None:
+    server = Adversary(4, 3)
+    server.upload(2, "abcd")
+    for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
+        with pytest.raises(Rejected) as error:
+            server.federation.parties["a"].upload(release, server.federation.vector("a"))
+        assert wrong(error) is Wrong.RELEASE_OVER
+    server.upload(3, "abcd")
+    first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
+    assert not set(first.seeds.values()) & set(retry.seeds.values())
+
+
+def test_who_promised_a_release_s_set_without_an_upload_does_not_upload_to_it_afterwards() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abc")
+    server.confirm(1, "abc", by="d")
+    with pytest.raises(Rejected) as error:
+        server.federation.parties["d"].upload(1, server.federation.vector("d"))
+    assert wrong(error) is Wrong.RELEASE_OVER
+
+
+def test_sites_that_were_shown_different_keys_have_nothing_in_common() -> None:
+    federation = Federation(terms_of(4, 3))
+    parties = {site: federation.restart(site) for site in "abcd"}
+    keys = {site: party.announce() for site, party in parties.items()}
+    other = Announcement.made("d", federation.terms, MaskKey().public, identity=identity("d"))
+    with_other = {**keys, "d": announcement_bytes(other)}
+    sessions = {
+        site: parties[site].join(list((keys if site in "ad" else with_other).values()))
+        for site in "abcd"
+        if site != "d"
+    }
+    assert sessions["b"] == sessions["c"] != sessions["a"]
+    session = Session.of(federation.terms, [read_announcement(one) for one in with_other.values()])
+    summation = Summation(session, release=1)
+    for site in "bc":
+        summation.add_upload(site, parties[site].upload(1, federation.vector(site)))
+    with pytest.raises(Rejected) as error:
+        summation.add_upload("a", parties["a"].upload(1, federation.vector("a")))
+    assert wrong(error) is Wrong.SESSION_DIFFERS
+
+
+def test_keys_are_bound_to_the_run_and_so_is_all_that_follows() -> None:
+    """The same two keys in two runs: another session, other masks, other seals."""
+    first, second = MaskKey(), MaskKey()
+    seen = set()
+    for run in ("r", "s"):
+        terms = terms_of(2, 2, run=run)
+        session = Session.of(
+            terms,
+            [
+                Announcement.made(site, terms, key.public, identity=identity(site))
+                for site, key in (("a", first), ("b", second))
+            ],
+        )
+        seen.add((session.digest, first.agreed_in(session.digest, session.keys).mask_seed("a", "b", release=1)))
+    (one, seed), (other, other_seed) = seen
+    assert one != other
+    assert seed != other_seed
+
+
+def test_the_server_s_sum_is_not_readable_without_the_last_share() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    signatures = server.confirm(1, "abcd", by="abcd")
+    server.unmask(1, "abcd", signatures, by="ab")
+    assert server.knowledge.readable() == []
+    server.unmask(1, "abcd", signatures, by="d")
+    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
+    assert server.knowledge.read({0: 1, 1: 1, 2: 1, 3: 1}).tolist() == server.federation.sum_of("abcd").tolist()
+
+
+# Whatever comes over the wire.
+
+
+def messages(federation: Federation) -> dict[str, bytes]:
+    summation = federation.confirmed(federation.uploaded(1, "ab"), by="ab")
+    return {
+        "join": federation.parties["b"].announce(),
+        "confirm": summation.confirm_request(),
+        "unmask": summation.unmask_request("a"),
+        "add_upload": federation.parties["c"].upload(1, federation.vector("c")),
+        "add_confirmation": federation.parties["b"].confirm(summation.confirm_request()),
+        "add_revealed": federation.parties["b"].unmask(summation.unmask_request("b")),
+    }
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def deliver(federation: Federation, what: str, data: bytes) -> None:
+    summation = federation.uploaded(2, "ab")
+    federation.confirmed(summation, by="a")
+    if what == "join":
+        federation.restart("a").join([data])
+    elif what in ("confirm", "unmask"):
+        getattr(federation.parties["a"], what)(data)
+    else:
+        getattr(summation, what)("b", data)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(["join", "confirm", "unmask", "add_upload", "add_confirmation", "add_revealed"]), st.data())
+def test_whatever_comes_is_taken_or_rejected_with_a_reason_of_the_list(what: str, data: st.DataObject) -> None:
+    federation = Federation(terms_of(3, 2))
+    genuine = messages(federation)[what]
+    kind = data.draw(st.sampled_from(["bytes", "cut", "flipped", "field", "large"]))
+    if kind == "bytes":
+        message = data.draw(st.binary(max_size=200))
+    elif kind == "cut":
+        message = genuine[: data.draw(st.integers(0, len(genuine) - 1))]
+    elif kind == "flipped":
+        place = data.draw(st.integers(0, len(genuine) - 1))
+        message = genuine[:place] + bytes([genuine[place] ^ data.draw(st.integers(1, 255))]) + genuine[place + 1 :]
+    elif kind == "field" and what != "add_upload":
+        fields = json.loads(genuine)
+        name = data.draw(st.sampled_from(sorted(fields)))
+        fields[name] = data.draw(JSON)
+        message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    else:
+        message = genuine + b" " * (1 << 20)
+    rejected = None
+    try:
+        deliver(federation, what, message)
+    except Rejected as error:
+        rejected = error
+    assert rejected is None or str(rejected) == f"secure sum: {Wrong(rejected.wrong)}"
+    assert rejected is not None or kind not in ("cut", "large")
+
+
+@pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
+def test_what_is_no_message_is_malformed(what: str, data: bytes) -> None:
+    with pytest.raises(Rejected) as error:
+        deliver(Federation(terms_of(3, 2)), what, data)
+    assert wrong(error) is Wrong.MALFORMED
+
+
+@pytest.mark.parametrize("release", [0, -1, 1 << 31, True, 1.0, "1", None])
+def test_a_release_is_a_whole_number_from_one(release: Any) -> None:
+    federation = Federation(terms_of(3, 2))
+    with pytest.raises(Rejected) as error:
+        federation.parties["a"].confirm(changed(federation.asked(1, "abc").to_bytes(), release=release))
+    assert wrong(error) is Wrong.MALFORMED

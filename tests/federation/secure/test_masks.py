@@ -1,0 +1,99 @@
+"""Masks: no two alike, none that is seen twice, all of them gone in the sum."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from scipy import stats
+
+from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, masks
+from fedtune.federation.secure.packing import reduced, unpacked
+
+from .parties import Federation, terms_of
+
+SESSION = "ab" * 32
+
+
+def pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecrets, PairSecrets]:
+    a, b = MaskKey(), MaskKey()
+    return (
+        a.agreed_in(session, {"a": a.public, "b": b.public}),
+        b.agreed_in(other_session, {"a": a.public, "b": b.public}),
+    )
+
+
+def test_two_sites_have_one_seed_for_each_release() -> None:
+    at_a, at_b = pair()
+    seeds = [at_a.mask_seed("a", "b", release=release) for release in (1, 2, 3)]
+    assert seeds == [at_b.mask_seed("b", "a", release=release) for release in (1, 2, 3)]
+    assert len(set(seeds)) == 3
+    assert all(len(seed) == 32 for seed in seeds)
+
+
+def test_seeds_are_bound_to_the_session() -> None:
+    at_a, at_b = pair(other_session="cd" * 32)
+    assert at_a.mask_seed("a", "b", release=1) != at_b.mask_seed("b", "a", release=1)
+
+
+def test_what_is_sealed_opens_for_its_receiver_its_sender_its_release_and_its_session_alone() -> None:
+    at_a, at_b = pair()
+    sealed = at_a.seal(b"text", sender="a", receiver="b", release=1)
+    assert at_b.opened(sealed, sender="a", receiver="b", release=1) == b"text"
+    assert at_b.opened(sealed, sender="a", receiver="b", release=2) is None
+    assert at_a.opened(sealed, sender="b", receiver="a", release=1) is None
+    assert at_b.opened(sealed[:-1] + b"\0", sender="a", receiver="b", release=1) is None
+    assert at_b.opened(b"", sender="a", receiver="b", release=1) is None
+    assert sealed not in (at_a.seal(b"text", sender="a", receiver="b", release=2), b"text")
+    assert pair()[1].opened(sealed, sender="a", receiver="b", release=1) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["0" * 64, "01" + "0" * 62, "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800", "AB" * 32, ""],
+)
+def test_a_key_under_which_everybody_knows_the_secret_is_none(key: str) -> None:
+    assert not is_mask_key(key)
+    assert is_mask_key(MaskKey().public)
+
+
+def test_a_mask_is_the_keystream_of_its_whole_seed() -> None:
+    seed = os.urandom(32)
+    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
+    assert masks("a", {"a": seed}, length=5).tobytes() == stream
+    for place in (0, 3, 31):  # a seed that is cut to fewer bits would leave some without effect
+        other = bytes(byte ^ (place == at) for at, byte in enumerate(seed))
+        assert not np.any(masks("a", {"a": other}, length=5) == masks("a", {"a": seed}, length=5))
+
+
+def test_pair_masks_cancel_and_own_masks_do_not() -> None:
+    seed, own = os.urandom(32), os.urandom(32)
+    first, second = masks("a", {"b": seed, "a": own}, length=9), masks("b", {"a": seed}, length=9)
+    assert np.array_equal(first + second, masks("a", {"a": own}, length=9))
+    assert np.any(second != 0)
+
+
+def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
+    data = federation.parties[site].upload(release, federation.vector(site))
+    terms = federation.terms
+    return unpacked(data[-terms.length * terms.bits // 8 :], terms.length, terms.bits)
+
+
+def test_a_masked_upload_is_uniform_and_so_are_differences_of_two() -> None:
+    """By chi-square over 2^8 cells of the lowest and of the highest bits; a false alarm once in 10^7 each."""
+    federation = Federation(terms_of(3, 2, length=1 << 16, largest=1000, bits=16))
+    one, two, other = masked(federation, 1), masked(federation, 2), masked(federation, 2, "b")
+    bits = federation.terms.bits
+    for numbers in (one, two, other, reduced(one - two, bits), reduced(two - other, bits), reduced(two + other, bits)):
+        for byte in (numbers & np.uint64(255), numbers >> np.uint64(8)):
+            counts = np.bincount(byte.astype(np.int64), minlength=256)
+            assert stats.chisquare(counts).pvalue > 1e-7
+
+
+def test_uploads_of_the_same_vector_have_nothing_in_common() -> None:
+    federation = Federation(terms_of(3, 2))
+    uploads = [federation.parties["a"].upload(release, federation.vector("a")) for release in (1, 2)]
+    for start in range(64, len(uploads[0]) - 32, 32):
+        assert uploads[0][start : start + 32] not in uploads[1]

@@ -1,0 +1,343 @@
+"""The lead learns the survivors' sum, exactly, whoever drops and when; or a release fails and says why."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.federation.secure.agreement import Rejected, Wrong, bits_needed
+from fedtune.federation.secure.messages import MOST_JSON_BYTES, upload_bytes
+from fedtune.federation.secure.party import Party, Promise
+from fedtune.federation.secure.shares import PRIME
+from fedtune.federation.secure.summation import Summation, Unreadable
+
+from .parties import LARGEST, Federation, changed, identity, terms_of, wrong
+
+
+@pytest.mark.parametrize(("num_sites", "threshold"), [(2, 2), (3, 2), (3, 3), (4, 3), (5, 3)])
+def test_masks_cancel_for_every_set_of_survivors_and_every_set_of_helpers(num_sites: int, threshold: int) -> None:
+    federation = Federation(terms_of(num_sites, threshold))
+    sites = federation.terms.sites
+    sets = [chosen for size in range(threshold, num_sites + 1) for chosen in itertools.combinations(sites, size)]
+    for release, (survivors, helpers) in enumerate(itertools.product(sets, sets), start=1):
+        summation = federation.confirmed(federation.uploaded(release, survivors), by=helpers)
+        total = federation.revealed(summation, by=helpers).total()
+        assert total.tolist() == federation.sum_of(survivors).tolist()
+        assert not summation.wrong_shares
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 4), st.integers(1, 2**40), st.integers(0, 3), st.data())
+def test_the_sum_is_exact_to_the_largest_value_and_the_last_bit(
+    num_sites: int, largest: int, more: int, data: st.DataObject
+) -> None:
+    bits = bits_needed(num_sites, largest) + more
+    federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest, bits=bits))
+    value = st.one_of(st.sampled_from([-largest, largest]), st.integers(-largest, largest))
+    vectors = [np.array(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in federation.terms.sites]
+    summation = Summation(federation.session, release=1)
+    for site, vector in zip(federation.terms.sites, vectors, strict=True):
+        summation.add_upload(site, federation.parties[site].upload(1, vector))
+    sites = federation.terms.sites
+    total = federation.revealed(federation.confirmed(summation, by=sites), by=sites).total()
+    assert total.tolist() == np.sum(vectors, axis=0).tolist()
+
+
+def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
+    names = [f"{'x' * 98}{number:02}" for number in range(20)]
+    federation = Federation(terms_of(20, 14, members={name: identity(name).public for name in names}))
+    summation = federation.confirmed(federation.uploaded(1, names[:14]), by=names)
+    request = summation.unmask_request(names[0])
+    assert len(request) < MOST_JSON_BYTES / 2
+    assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
+    assert federation.revealed(summation, by=names).total().tolist() == [2**14 - 1] * 4
+
+
+def test_an_upload_takes_the_bytes_that_its_terms_say() -> None:
+    federation = Federation(terms_of(4, 3, length=1001, bits=26))
+    data = federation.parties["a"].upload(1, federation.vector("a"))
+    assert len(data) == upload_bytes(federation.terms)
+    assert len(data) - (1001 * 26 + 7) // 8 < 2000
+
+
+def test_a_value_beyond_the_largest_becomes_the_largest() -> None:
+    federation = Federation(terms_of(2, 2, length=2))
+    summation = Summation(federation.session, release=1)
+    summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, -(2**62)])))
+    summation.add_upload("b", federation.parties["b"].upload(1, np.array([1, 1])))
+    total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
+    assert total.tolist() == [LARGEST + 1, -LARGEST + 1]
+
+
+# Who drops when.
+
+
+def test_too_few_uploads_end_the_release_before_anything_is_asked() -> None:
+    federation = Federation(terms_of(4, 3))
+    with pytest.raises(Unreadable, match=r"release 1 .* 2 sites uploaded, and 3 must"):
+        federation.uploaded(1, "ab").confirm_request()
+
+
+def test_too_few_confirmations_or_shares_end_the_release_and_the_next_one_goes_on() -> None:
+    federation = Federation(terms_of(4, 3))
+    few = federation.confirmed(federation.uploaded(1, "abcd"), by="ab")
+    with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
+        few.unmask_request("a")
+    summation = federation.revealed(federation.confirmed(federation.uploaded(2, "abcd"), by="abc"), by="ab")
+    with pytest.raises(Unreadable, match="2 sites gave right shares") as error:
+        summation.total()
+    assert error.value.site == "a"
+    summation = federation.confirmed(federation.uploaded(3, "abc"), by="abd")  # d helps, though it did not upload
+    assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
+
+
+def test_three_sites_with_a_threshold_of_three_bear_no_dropout() -> None:
+    federation = Federation(terms_of(3, 3))
+    with pytest.raises(Unreadable, match="2 sites uploaded, and 3 must"):
+        federation.uploaded(1, "ab").confirm_request()
+
+
+def test_of_two_sites_each_learns_the_other_s_vector_by_subtraction() -> None:
+    federation = Federation(terms_of(2, 2))
+    total = federation.revealed(federation.confirmed(federation.uploaded(1, "ab"), by="ab"), by="ab").total()
+    assert (total - federation.vector("a")).tolist() == federation.vector("b").tolist()
+
+
+def test_a_lead_that_was_restarted_gets_the_same_sum_from_the_same_messages() -> None:
+    federation = Federation(terms_of(3, 2))
+    uploads = {site: federation.parties[site].upload(1, federation.vector(site)) for site in "ab"}
+
+    def lead() -> Summation:
+        summation = Summation(federation.session, release=1)
+        for site, data in uploads.items():
+            summation.add_upload(site, data)
+        return summation
+
+    federation.revealed(federation.confirmed(lead(), by="ab"), by="ab")
+    again = federation.revealed(federation.confirmed(lead(), by="ab"), by="ab")
+    assert again.total().tolist() == federation.sum_of("ab").tolist()
+
+
+def test_a_site_that_was_restarted_is_out_until_all_join_a_new_session() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.uploaded(1, "abc")
+    party = federation.restart("c")
+    with pytest.raises(Rejected):
+        party.confirm(summation.confirm_request())
+    total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
+    assert total.tolist() == federation.sum_of("abc").tolist()  # it had uploaded; two of three are enough
+    old = federation.session.digest
+    for site in "ab":
+        federation.restart(site)
+    federation.set_up()
+    assert federation.session.digest != old
+    summation = federation.confirmed(federation.uploaded(2, "abc"), by="abc")
+    assert federation.revealed(summation, by="abc").total().tolist() == federation.sum_of("abc").tolist()
+
+
+# A site that says what is wrong.
+
+
+def test_wrong_shares_are_found_named_and_left_out() -> None:
+    federation = Federation(terms_of(5, 3))
+    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcde")
+    federation.revealed(summation, by="abc")
+    for liar in "de":
+        answer = federation.parties[liar].unmask(summation.unmask_request(liar))
+        given_shares = json.loads(answer)["shares"]
+        given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
+        given_shares["b"]["b"] = f"{PRIME - 1:066x}"
+        summation.add_revealed(liar, changed(answer, shares=given_shares))
+    assert summation.total().tolist() == federation.sum_of("abcd").tolist()
+    assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
+
+
+def test_more_wrong_shares_than_can_be_spared_end_the_release() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.confirmed(federation.uploaded(1, "abc"), by="abc")
+    federation.revealed(summation, by="a")
+    for liar in "bc":
+        answer = federation.parties[liar].unmask(summation.unmask_request(liar))
+        summation.add_revealed(liar, changed(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}}))
+    with pytest.raises(Unreadable, match="1 sites gave right shares of what unmasks c, and 2 must") as error:
+        summation.total()
+    assert error.value.site == "c"
+
+
+def test_a_site_that_deals_shares_of_another_secret_is_named() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.uploaded(1, "ab")
+    data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
+    start = len(b"fedtune-secure-upload-1\n") + 37 + 2 * 4 * 32  # the digest of its own mask's seed
+    data[start] ^= 1
+    summation.add_upload("c", bytes(data))
+    federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+    with pytest.raises(Unreadable, match="c dealt shares that do not fit together") as error:
+        summation.total()
+    assert error.value.site == "c"
+
+
+def test_a_site_that_seals_nothing_for_another_costs_that_other_s_share_alone() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.uploaded(1, "ab")
+    data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
+    start = len(b"fedtune-secure-upload-1\n") + 37 + 3 * 4 * 32  # what it sealed for a
+    data[start] ^= 1
+    summation.add_upload("c", bytes(data))
+    federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+    assert summation.total().tolist() == federation.sum_of("abc").tolist()
+
+
+def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_once() -> None:
+    federation = Federation(terms_of(4, 3))
+    late = federation.parties["d"].upload(1, federation.vector("d"))
+    summation = federation.uploaded(1, "abc")
+    upload = federation.parties["a"].upload(2, federation.vector("a"))
+    for site, data, reason in [
+        ("b", upload, Wrong.NOT_A_MEMBER),
+        ("a", upload, Wrong.RELEASE_OVER),
+        ("a", upload[:-1], Wrong.MALFORMED),
+        ("a", b"", Wrong.MALFORMED),
+        ("a", bytes(len(upload)), Wrong.MALFORMED),
+    ]:
+        with pytest.raises(Rejected) as error:
+            summation.add_upload(site, data)
+        assert wrong(error) is reason
+    other = Federation(federation.terms)
+    with pytest.raises(Rejected) as error:
+        summation.add_upload("a", other.parties["a"].upload(1, other.vector("a")))
+    assert wrong(error) is Wrong.SESSION_DIFFERS
+    federation.confirmed(summation, by="bc")
+    with pytest.raises(Rejected) as error:
+        summation.add_upload("d", late)
+    assert wrong(error) is Wrong.RELEASE_OVER
+    own = federation.parties["d"].confirm(summation.confirm_request())
+    with pytest.raises(Rejected) as error:
+        summation.add_confirmation("a", own)
+    assert wrong(error) is Wrong.NOT_A_MEMBER
+    summation.add_confirmation("d", own)
+    answer = federation.parties["d"].unmask(summation.unmask_request("d"))
+    with pytest.raises(Rejected) as error:
+        summation.add_revealed("b", answer)
+    assert wrong(error) is Wrong.NOT_A_MEMBER
+    for change in ({"shares": {"a": []}}, {"shares": {"a": {"a": "xx"}}}, {"shares": {"a": {"a": 1}}}):
+        with pytest.raises(Rejected) as error:
+            summation.add_revealed("d", changed(answer, **change))
+        assert wrong(error) is Wrong.MALFORMED
+
+
+def test_an_upload_comes_once() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = Summation(federation.session, release=1)
+    data = federation.parties["a"].upload(1, federation.vector("a"))
+    summation.add_upload("a", data)
+    with pytest.raises(Rejected) as error:
+        summation.add_upload("a", data)
+    assert wrong(error) is Wrong.REPEATED
+    assert summation.survivors == ["a"]
+
+
+class Faulty:
+    """What goes wrong with a site's messages, at random, and the lead's honest way through a release."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.federation = Federation(terms_of(5, 3))
+        self.sites = list(self.federation.terms.sites)
+        self.faulty = self.chance.sample(self.sites, self.chance.randint(0, 3))
+        self.summation = Summation(self.federation.session, release=1)
+
+    def send(self, add: Callable[[str, bytes], None], site: str, made: Callable[[Party], bytes]) -> None:
+        """One message, or what became of it; what is rejected is as good as lost."""
+        fault = (
+            self.chance.choice(["drops", "restarts", "garbage", "flips", "swaps", ""]) if site in self.faulty else ""
+        )
+        if fault == "restarts":
+            self.federation.restart(site)
+        with contextlib.suppress(Rejected):
+            data = made(self.federation.parties[site])
+            if fault == "flips":
+                place = self.chance.randrange(len(data))
+                data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            elif fault in ("drops", "garbage"):
+                data = fault.encode()
+            add(self.chance.choice(self.sites) if fault == "swaps" else site, data)
+
+    def total(self) -> npt.NDArray[np.int64]:
+        for site in self.sites:
+            vector = self.federation.vector(site)
+            self.send(self.summation.add_upload, site, lambda party, vector=vector: party.upload(1, vector))
+        request = self.summation.confirm_request()
+        for site in self.sites:
+            self.send(self.summation.add_confirmation, site, lambda party: party.confirm(request))
+        for site in self.sites:
+            asked = self.summation.unmask_request(site)
+            self.send(self.summation.add_revealed, site, lambda party, asked=asked: party.unmask(asked))
+        return self.summation.total()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32))
+def test_whatever_sites_do_a_release_has_the_right_sum_or_a_clear_error(seed: int) -> None:
+    """Sites drop in any phase, restart, send garbage, wrong shares or messages in another's name."""
+    run = Faulty(seed)
+    error = None
+    try:
+        total = run.total()
+    except Unreadable as unreadable:
+        error = unreadable
+    honest = set(run.sites) - set(run.faulty)
+    if error is not None:
+        assert str(error).startswith("release 1 of the secure sum cannot be read: ")
+        assert run.faulty
+        assert len(honest) < 3 or error.site in run.faulty  # where three are honest, a faulty one's own seeds are amiss
+        return
+    assert honest <= set(run.summation.survivors)
+    # A faulty site may change its own vector, and nobody can tell; nobody else's.
+    if not set(run.summation.survivors) & set(run.faulty):
+        assert np.array_equal(total, run.federation.sum_of(honest))
+
+
+# What is kept before an answer is given.
+
+
+def test_promises_are_kept_before_they_are_made() -> None:
+    federation = Federation(terms_of(3, 2))
+    summation = federation.confirmed(federation.uploaded(1, "abc"), by="ab")
+    session, survivors = federation.session.digest, ("a", "b", "c")
+    promised = Promise(session=session, release=1, survivors=survivors, confirmed=False)
+    assert federation.kept == {"a": [promised], "b": [promised], "c": []}
+    federation.revealed(summation, by="a")
+    confirmed = Promise(session=session, release=1, survivors=survivors, confirmed=True)
+    assert federation.kept == {"a": [promised, confirmed], "b": [promised], "c": []}
+
+
+def test_what_cannot_be_kept_is_not_answered_and_nothing_else_is_promised_in_its_place() -> None:
+    federation = Federation(terms_of(4, 3))
+    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="bcd")
+    full = federation.kept["a"]
+
+    def fail(_: Promise) -> None:
+        raise OSError("disk full")
+
+    federation.parties["a"]._keep = fail
+    with pytest.raises(OSError, match="disk full"):
+        federation.parties["a"].confirm(summation.confirm_request())
+    federation.parties["a"]._keep = full.append
+    with pytest.raises(Rejected) as error:
+        federation.parties["a"].confirm(federation.asked(1, "abc").to_bytes())
+    assert wrong(error) is Wrong.SURVIVORS_CHANGED
+    federation.confirmed(summation, by="a")
+    assert len(full) == 1
+    federation.parties["a"]._keep = fail
+    with pytest.raises(OSError, match="disk full"):
+        federation.parties["a"].unmask(summation.unmask_request("a"))

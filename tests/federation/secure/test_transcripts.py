@@ -1,0 +1,265 @@
+"""No transcript lets the server learn two sums that differ by one site, whatever it asks and in which order."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+
+import numpy as np
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from fedtune.federation.secure.agreement import Announcement, Rejected, Session, least_threshold
+from fedtune.federation.secure.masks import MaskKey
+from fedtune.federation.secure.messages import (
+    ConfirmRequest,
+    Upload,
+    announcement_bytes,
+    read_announcement,
+)
+from fedtune.federation.secure.shares import SHARE_BYTES
+from fedtune.federation.secure.summation import Summation
+
+from .knowledge import Knowledge, Sent, watched
+from .parties import ANY, Federation, changed, identity, terms_of
+
+CHANCE = st.randoms(use_true_random=True)
+"""Which sites are asked for what: plain draws of hypothesis would seldom get as far as a sum."""
+
+
+class Transcript(RuleBasedStateMachine):
+    """A malicious server with colluders, which asks honest sites whatever it likes."""
+
+    federation: Federation
+    knowledge: Knowledge
+    keys: dict[str, list[bytes]]
+    uploads: dict[tuple[str, int, str], list[Upload]]
+    signatures: dict[bytes, dict[str, str]]
+    sessions: dict[str, Session]
+    asked: list[tuple[str, str, bytes]]
+    release: int
+
+    @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
+    def begin(self, num_sites: int, colluders: int) -> None:
+        threshold = least_threshold(num_sites, colluders=colluders, server="malicious")
+        terms = terms_of(num_sites, threshold, length=2)
+        self.federation = Federation(terms, limits=ANY)
+        self.colluders = frozenset(terms.sites[num_sites - colluders :])
+        self.honest = [site for site in terms.sites if site not in self.colluders]
+        self.knowledge = Knowledge(threshold, self.colluders, terms.sites, terms.bits)
+        self.keys = {site: [party.announce()] for site, party in self.federation.parties.items()}
+        self.uploads, self.signatures, self.asked, self.release = {}, {}, [], 1
+        self.sessions = {self.federation.session.digest: self.federation.session}
+        self.joined = dict.fromkeys(self.honest, self.federation.session.digest)
+        # Of a colluder all keys are the adversary's; its first one is a party's, whose memory it has.
+        self.secrets = {
+            site: {self.federation.session.digest: self.federation.parties[site]._pairs} for site in self.colluders
+        }
+        self.second: dict[str, MaskKey] = {}
+
+    # What the server can do.
+
+    @rule(chance=CHANCE)
+    def restart(self, chance: random.Random) -> None:
+        """A site begins anew, or from a backup: nothing of a session is in either."""
+        site = chance.choice(self.honest)
+        self.keys[site].append(self.federation.restart(site).announce())
+        self.joined.pop(site, None)
+
+    @rule()
+    def equivocate(self) -> None:
+        """A colluder signs another key."""
+        for site in self.colluders:
+            key = self.second.setdefault(site, MaskKey())
+            other = Announcement.made(site, self.federation.terms, key.public, identity=identity(site))
+            self.keys[site].append(announcement_bytes(other))
+
+    @rule(chance=CHANCE)
+    def join(self, chance: random.Random) -> None:
+        """Some sites are shown keys, old and new ones as the server likes."""
+        newest = chance.random() < 0.7
+        chosen = [keys[-1] if newest else chance.choice(keys) for keys in self.keys.values()]
+        for site in self._some(chance):
+            try:
+                digest = self.federation.parties[site].join(chosen)
+            except Rejected:
+                continue
+            self.joined[site] = digest
+            self.sessions[digest] = session = Session.of(
+                self.federation.terms, [read_announcement(one) for one in chosen]
+            )
+            for colluder in self.colluders:
+                key = self.second.get(colluder)
+                if key is not None and session.keys[colluder] == key.public:
+                    self.secrets[colluder][digest] = key.agreed_in(digest, session.keys)
+                else:
+                    own = self.federation.parties[colluder]._key
+                    self.secrets[colluder][digest] = own.agreed_in(digest, session.keys)
+
+    @rule(chance=CHANCE)
+    def play_a_release(self, chance: random.Random) -> None:
+        """All steps of a release, twice, with a set of survivors each: one behind the other, or side by side."""
+        self.release += chance.random() < 0.7
+        first, second = self._a_set(chance, self.release), self._a_set(chance, self.release)
+        self._upload(self.release, self._some(chance), chance)
+        self._confirm(first, self._some(chance))
+        if chance.random() < 0.5:
+            self._unmask(first, self._some(chance), stuffed=chance.random() < 0.3)
+        self._upload(self.release, self._some(chance), chance)
+        self._confirm(second, self._some(chance))
+        for asked in (second, first):
+            self._unmask(asked, self._some(chance), stuffed=chance.random() < 0.3)
+
+    @rule(chance=CHANCE)
+    def ask_for_uploads(self, chance: random.Random) -> None:
+        """Of this release or of one that is over."""
+        self._upload(chance.randint(1, self.release), self._some(chance), chance)
+
+    @rule(chance=CHANCE)
+    def ask_to_confirm(self, chance: random.Random) -> None:
+        """One set to some sites, of this release or of one that is over; and for their shares at once."""
+        asked = self._a_set(chance, chance.randint(1, self.release))
+        self._confirm(asked, self._some(chance))
+        self._unmask(asked, self._some(chance), stuffed=False)
+
+    @rule(chance=CHANCE)
+    def ask_to_unmask(self, chance: random.Random) -> None:
+        """A set that somebody has confirmed, or any."""
+        asked = self._a_set(chance, chance.randint(1, self.release))
+        if self.signatures and chance.random() < 0.7:
+            asked = ConfirmRequest(**json.loads(chance.choice(sorted(self.signatures))))
+        self._unmask(asked, self._some(chance), stuffed=chance.random() < 0.3)
+
+    @rule(chance=CHANCE)
+    def ask_again(self, chance: random.Random) -> None:
+        """Old questions once more."""
+        for _ in range(min(len(self.asked), 5)):
+            self._ask(*chance.choice(self.asked))
+
+    def _upload(self, release: int, sites: list[str], chance: random.Random) -> None:
+        for site in sites:
+            vector = np.array([1 << self.federation.terms.sites.index(site), chance.randint(-50, 50)])
+            try:
+                with watched() as seeds:
+                    sent = self.federation.parties[site].upload(release, vector)
+            except Rejected:
+                continue
+            session = self.sessions[self.joined[site]]
+            upload = Upload.from_bytes(sent, session)
+            self.knowledge.sent.append(Sent(site, upload, vector, seeds[-1]))
+            self.uploads.setdefault((session.digest, release, site), []).append(upload)
+            self._open(upload, session)
+
+    def _open(self, upload: Upload, session: Session) -> None:
+        """Colluders read the shares that are sealed for them."""
+        sites = self.federation.terms.sites
+        for colluder in self.colluders:
+            pairs = self.secrets[colluder][session.digest]
+            text = pairs.opened(
+                upload.sealed[sites.index(colluder)], sender=upload.site, receiver=colluder, release=upload.release
+            )
+            assert text is not None
+            for place, other in enumerate(sites):
+                value = int.from_bytes(text[place * SHARE_BYTES : (place + 1) * SHARE_BYTES])
+                self.knowledge.learn(session.digest, upload.release, upload.site, other, {colluder: value})
+
+    def _confirm(self, asked: ConfirmRequest, sites: list[str]) -> None:
+        for site in sites:
+            self._ask(site, "confirm", asked.to_bytes())
+
+    def _unmask(self, asked: ConfirmRequest, sites: list[str], *, stuffed: bool) -> None:
+        """With all confirmations that there are; stuffed: and for other sites what they signed of something else."""
+        signed = dict(self.signatures.get(asked.to_bytes(), {}))
+        for others in self.signatures.values() if stuffed else ():
+            signed = {**others, **signed}
+        for site in sites:
+            sealed = {}
+            for survivor in asked.survivors:
+                there = self.uploads.get((asked.session, asked.release, survivor), [])
+                place = self.federation.terms.sites.index(site)
+                sealed[survivor] = base64.b64encode(there[-1].sealed[place]).decode() if there else ""
+            request = self.federation.forged(asked, self.colluders, sealed)
+            self._ask(
+                site, "unmask", changed(request, confirmations={**signed, **json.loads(request)["confirmations"]})
+            )
+
+    def _ask(self, site: str, what: str, request: bytes) -> None:
+        self.asked.append((site, what, request))
+        party = self.federation.parties[site]
+        try:
+            answer = party.confirm(request) if what == "confirm" else party.unmask(request)
+        except Rejected:
+            return
+        if what == "confirm":
+            said = json.loads(answer)
+            about = ConfirmRequest(**{key: said[key] for key in ("session", "release", "survivors")}).to_bytes()
+            self.signatures.setdefault(about, {})[site] = said["signature"]
+        else:
+            self.knowledge.hear(answer)
+
+    def _some(self, chance: random.Random) -> list[str]:
+        return self.honest if chance.random() < 0.5 else [site for site in self.honest if chance.random() < 0.7]
+
+    def _a_set(self, chance: random.Random, release: int) -> ConfirmRequest:
+        """Of the session that sites are in, most of the time; often of all sites, or of all but one."""
+        joined = sorted(self.joined.values())
+        session = chance.choice(joined if joined and chance.random() < 0.9 else sorted(self.sessions))
+        sites = self.federation.terms.sites
+        left_out = chance.sample(sites, chance.choice([0, 0, 1, 1, 2]))
+        survivors = [site for site in sites if site not in left_out]
+        return ConfirmRequest(session=session, release=release, survivors=survivors)
+
+    # What must hold, always.
+
+    @invariant()
+    def each_release_has_one_sum_and_each_site_is_in_one(self) -> None:
+        if not hasattr(self, "knowledge"):
+            return
+        seen: set[int] = set()
+        for combination in self.knowledge.readable():
+            uploads = [self.knowledge.sent[number] for number in combination]
+            assert set(combination.values()) == {1}, "a sum, and no other combination"
+            assert len({(one.upload.session, one.upload.release) for one in uploads}) == 1
+            assert len(uploads) >= self.knowledge.threshold - len(self.colluders)
+            assert not seen & set(combination), "no upload is in two sums"
+            seen |= set(combination)
+            vectors = np.sum([one.vector for one in uploads], axis=0)
+            assert self.knowledge.read(combination).tolist() == vectors.tolist()
+
+
+TestTranscript = Transcript.TestCase
+TestTranscript.settings = settings(
+    max_examples=100,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.reuse, Phase.generate],  # what a seed drew cannot be made smaller
+)
+
+
+def test_the_adversary_of_these_tests_reads_what_is_readable() -> None:
+    """Were it blind, it would find nothing wrong with anything."""
+    federation = Federation(terms_of(4, 3))
+    terms, sent = federation.terms, []
+    for site in terms.sites:
+        with watched() as seeds:
+            data = federation.parties[site].upload(1, federation.vector(site))
+        upload = Upload.from_bytes(data, federation.session)
+        sent.append(Sent(site, upload, federation.vector(site), seeds[-1]))
+    adversary = Knowledge(3, frozenset(), terms.sites, terms.bits, sent)
+    assert adversary.readable() == []
+    summation = Summation(federation.session, release=1)
+    for one in sent:
+        summation.add_upload(one.site, one.upload.to_bytes(terms))
+    federation.confirmed(summation, by="abcd")
+    for number, site in enumerate("abc", start=1):
+        adversary.hear(federation.parties[site].unmask(summation.unmask_request(site)))
+        assert len(adversary.readable()) == (number == 3)
+    assert adversary.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
+    assert adversary.read({0: 1, 1: 1, 2: 1, 3: 1}).tolist() == federation.sum_of("abcd").tolist()
+    # And had it the seeds for the sum without d too, there would be two sums that differ by d.
+    known = adversary.seeds() | {sent[3].seeds[other] for other in "abc"}
+    adversary.seeds = lambda: known  # type: ignore[method-assign]
+    assert adversary.readable() == [{0: 1, 1: 1, 2: 1}, {3: 1}]
+    assert adversary.read({3: 1}).tolist() == federation.vector("d").tolist()
