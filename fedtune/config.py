@@ -56,6 +56,9 @@ _LATER: dict[tuple[str, str], object] = {
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
     ("federation", "bits"): 32,
+    ("federation", "aggregation"): "plain",
+    ("federation", "threshold"): None,
+    ("federation", "colluders"): 0,
     ("privacy", "metrics_groups"): (),
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
@@ -188,6 +191,7 @@ class RunConfig:
             local_steps=self.training.local_steps,
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
+            together=self.federation.together,
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:

@@ -89,6 +89,11 @@ class Reason(StrEnum):
     MAX_EPSILON = "max_epsilon"
     MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
     MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
+    SECURE_SUMS = "secure_sums"
+    LEAST_SITES = "least_sites"
+    LEAST_THRESHOLD = "least_threshold"
+    COLLUDERS = "colluders"
+    MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
     # What the ledger knows of the run.
     FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
@@ -112,6 +117,8 @@ class Reason(StrEnum):
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
+    # A step of a secure sum; `asked` says which of the protocol's reasons.
+    SECURE_SUM = "secure_sum"
 
     @property
     def is_final(self) -> bool:
@@ -135,6 +142,7 @@ class Reason(StrEnum):
 
 
 _ABOUT_BUDGET = {
+    Reason.MAX_EPSILON_IF_ALL_COLLUDE,
     Reason.MIN_NOISE_MULTIPLIER,
     Reason.MAX_ROUNDS,
     Reason.MAX_EPSILON,
@@ -160,6 +168,7 @@ _ABOUT_ONE_REQUEST = {
     Reason.MAX_ADAPTER_VALUE,
     Reason.MALFORMED_REQUEST,
     Reason.SITE_ERROR,
+    Reason.SECURE_SUM,
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.proposal import Proposal
@@ -281,6 +282,36 @@ class Machine:
 
 
 @spec
+class Trust:
+    """Whom the site relies on in a secure sum, where noise that several sites share hides its records.
+
+    Attributes:
+        secure: whether it takes part in any.
+        least_sites: that take part in such a run.
+        least_threshold: the fewest sites that a sum may be of.
+        colluders: how many of the others may tell the server what they added, without what was promised being lost.
+        max_epsilon_if_all_collude: cap on what a run costs if all others do; null: none.
+        members: the sites it sums with -> the public keys by which it knows them, from these sites themselves.
+    """
+
+    secure: bool = False
+    least_sites: int = 3
+    least_threshold: int = 3
+    colluders: int = 0
+    max_epsilon_if_all_collude: float | None = None
+    members: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
+            check_at_least(key, getattr(self, key), least)
+        if self.max_epsilon_if_all_collude is not None:
+            check_positive("max_epsilon_if_all_collude", self.max_epsilon_if_all_collude)
+        for site, key in self.members.items():
+            check_name("members", site)
+            check_public_key(f"members.{site}", key)
+
+
+@spec
 class Asserted:
     """What the site states and no software can check; reports show it as asserted.
 
@@ -307,6 +338,7 @@ class Policy:
         approval: "manual": a person at the site approves each run before anything is done for it; "automatic".
         final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
         machine: what the site trains on.
+        trust: whom it relies on in a secure sum.
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
@@ -323,6 +355,7 @@ class Policy:
     approval: Literal["automatic", "manual"] = "automatic"
     final_adapter: Literal["keep", "decline"] = "keep"
     machine: Machine = Machine()
+    trust: Trust = Trust()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
@@ -444,6 +477,20 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
             yield reason, "yes", "no"
     if not policy.releases.takes(plan.metrics):
         yield Reason.METRICS, plan.metrics, policy.releases.metrics
+    if plan.shared is not None:
+        yield from _broken_by_sums(policy.trust, plan.shared)
+
+
+def _broken_by_sums(trust: Trust, shared: SharedNoise) -> Iterator[Broken]:
+    if not trust.secure:
+        yield Reason.SECURE_SUMS, "yes", "no"
+    for reason, asked, least in (
+        (Reason.LEAST_SITES, shared.num_sites, trust.least_sites),
+        (Reason.LEAST_THRESHOLD, shared.threshold, trust.least_threshold),
+        (Reason.COLLUDERS, shared.colluders, trust.colluders),
+    ):
+        if asked < least:
+            yield reason, asked, f"at least {least}"
 
 
 def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
@@ -451,6 +498,11 @@ def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
     most_a_run = policy.budget.max_epsilon_per_run
     if most_a_run is not None and (epsilon := _plan_epsilon_above(plan, most_a_run)) is not None:
         yield Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {most_a_run:g}"
+    most = policy.trust.max_epsilon_if_all_collude
+    if plan.shared is not None and most is not None:
+        epsilon = _plan_epsilon_above(plan.by_own_noise_alone, most)
+        if epsilon is not None:
+            yield Reason.MAX_EPSILON_IF_ALL_COLLUDE, f"{epsilon:.4g}", f"at most {most:g}"
 
 
 @lru_cache(maxsize=256)

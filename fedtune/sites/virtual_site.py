@@ -266,6 +266,17 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         # Nobody is there from whom the time of a reply could be hidden.
         releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
+        trust=_trust_in(plan),
+    )
+
+
+def _trust_in(plan: Plan) -> Trust:
+    """What lets simulated sites take part in this plan's secure sums: their keys are all in one folder anyway."""
+    if plan.shared is None:
+        return Trust()
+    shared = plan.shared
+    return Trust(
+        secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
     )
 
 
@@ -276,7 +287,7 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
         typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
     steps = first.local_steps * first.most_rounds
-    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.noise_multiplier, steps=steps)
+    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.counted_noise, steps=steps)
     return Budget(delta=first.delta, max_epsilon=_cap(plans), reference=typical)
 
 

@@ -226,7 +226,7 @@ def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> floa
     """The least noise multiplier, to four digits and at least the proposal's own, that is accepted; None for none."""
 
     def with_noise(noise: float) -> Proposal:
-        return dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, noise_multiplier=noise))
+        return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
 
     low = high = proposal.plan.noise_multiplier
     while not accepts(with_noise(high)):
