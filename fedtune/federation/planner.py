@@ -276,11 +276,11 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
     What `accountant.calibrate_noise` finds from scratch; the search begins near the answer, at the noise of `plan`.
     """
-    most = dataclasses.replace(plan, noise_multiplier=accountant.MOST_NOISE)
+    most = plan.with_noise(accountant.MOST_NOISE)
     if plan.releases_metrics and coarse_epsilon(most) > epsilon:
         return None  # the released scores alone cost more, and a search would try a thousand noises
     noise = accountant.last_within(
-        lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
+        lambda noise: coarse_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,
         bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),

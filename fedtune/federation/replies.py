@@ -15,7 +15,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, Answer, Refusal, Update
+from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Update
 
 if TYPE_CHECKING:  # it imports torch
     from fedtune.training.optimizer import Reach
@@ -85,6 +85,7 @@ class RoundReplies:
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
         bits: of each value of an update.
+        masked: site -> its upload to a secure sum, which nothing can be said of by itself.
     """
 
     proposal: Proposal
@@ -93,15 +94,18 @@ class RoundReplies:
     reaches: Mapping[str, Reach]
     arrived: Arrived
     bits: int = 32
+    masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
     def take(self, site: str, reply: Reply) -> None:
         """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
         if site not in self.reaches:
             return
-        outcome, tensors = self._judge(site, reply)
-        if tensors is not None:
-            self.arrived.put(site, tensors)
+        outcome, found = self._judge(site, reply)
+        if isinstance(found, Masked):
+            self.masked[site] = found.data
+        elif found is not None:
+            self.arrived.put(site, found)
         self._outcomes[site] = outcome
 
     @property
@@ -127,8 +131,8 @@ class RoundReplies:
     def _in_order(self) -> list[tuple[str, _Outcome]]:
         return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
 
-    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | None]:
-        """What a reply came to, and the adapter that a valid update is."""
+    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
+        """What a reply came to, and the adapter that a valid update is, or the upload to a secure sum."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
@@ -141,6 +145,11 @@ class RoundReplies:
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
         num_scores = METRICS[plan.metrics].num_values * plan.num_groups
+        if plan.shared is not None:
+            right = about_this and isinstance(body, Update) and isinstance(body.tensors, Masked)
+            if not (right and isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
+                return _Outcome(failure=INVALID_UPDATE), None
+            return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
         tensors = tensors_of(body, self.sent, bits=self.bits) if about_this else None
         if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
             return _Outcome(failure=INVALID_UPDATE), None
@@ -163,6 +172,8 @@ def tensors_of(body: Answer, sent: Adapter, *, bits: int) -> Tensors | None:
     if not isinstance(body, Update):
         return None
     tensors = body.tensors
+    if isinstance(tensors, Masked):
+        return None
     if isinstance(tensors, Difference):
         if tensors.bits != bits or not tensors.fits(sent.tensors):
             return None

@@ -32,8 +32,8 @@ class FederationSpec:
         stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
-        aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up one noisy gradient sum
-            of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
+        aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
+            sum of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
         threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
         bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
@@ -131,6 +131,12 @@ class FederationSpec:
         for name, only in (("strategy", "fedavg"), ("bits", 32)):
             if getattr(self, name) != only:
                 raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
+
+    @property
+    def least_sites(self) -> int:
+        """The fewest sites with which a round comes to anything."""
+        together = self.together
+        return self.min_sites if together is None else max(self.min_sites, together.threshold)
 
     @property
     def together(self) -> Together | None:

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.federation.protocol import Reply, Signed
-from fedtune.federation.site_round import Site, answer, consider, end_run
+from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
 from fedtune.flower import flower_records
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
@@ -43,6 +43,21 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
     @app.query(flower_records.INVITE)
     def invite(message: Message, context: Context) -> Message:
         return _reply(message, context, _to_invitation)
+
+    @app.query(flower_records.SUM)
+    def take_part_in_sum(message: Message, context: Context) -> Message:
+        reason = Reason.MALFORMED_REQUEST
+        try:
+            with panics_as_errors():
+                content = message.content
+                signed, parts = flower_records.to_signed(content), flower_records.to_parts(content)
+                settings, reason = flower_records.to_settings(content), Reason.SITE_ERROR
+                step = take_step(site_of(context, settings), signed, parts)
+                return Message(flower_records.from_step(step), reply_to=message)
+        except Exception:
+            log.exception("%s could not answer", name_of(context))
+        refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
+        return Message(flower_records.from_step(refusal), reply_to=message)
 
     @app.query(flower_records.END)
     def end(message: Message, context: Context) -> Message:

@@ -25,6 +25,7 @@ from fedtune.federation.protocol import PROTOCOL, Brought, EndOfRun, Invitation,
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
+from fedtune.flower.secure_rounds import SecureRounds, past_asked, secure_rounds, summed
 from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
@@ -210,12 +211,16 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         # So that no site is charged for a run that the others' policies end.
         answers, rounds = invite(grid, lead), lead.plan.num_rounds
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+    sums = secure_rounds(grid, lead, state)
+    if sums is not None:
+        sums.begin()
+        state = past_asked(lead, state)
     if state.round == 0 and lead.federation.bits != 32:
         lead.checkpoints.keep_reference(state.adapter)
     holders: Collection[str] = ()  # a site may have lost it, and this lead been started again for that
     try:
         while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
-            state = _run_round(grid, lead, state, holders=holders)
+            state = _run_round(grid, lead, state, sums, holders=holders)
             holders = state.rounds[-1].sites
             lead.checkpoints.save(state)
             lead.finished(state)
@@ -229,7 +234,9 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     return state
 
 
-def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[str]) -> LeadState:
+def _run_round(
+    grid: Grid, lead: Lead, state: LeadState, sums: SecureRounds | None, *, holders: Collection[str]
+) -> LeadState:
     """The state after one more round; `holders` are the sites that keep the run's reference adapter."""
     round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
     lead.checkpoints.ask(round, sites)
@@ -260,16 +267,21 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[
             flower_records.drop_arrays(message.content)  # what it brought is on disk
             envelopes[site] = message
         _require_enough(replies, lead, round)
-        weights = {site: lead.declared_sizes[site] for site in replies.sites}
-        adapter = aggregated(lead.strategy, round, arrived, weights=weights, envelopes=envelopes)
+        if sums is None:
+            weights = {site: lead.declared_sizes[site] for site in replies.sites}
+            adapter = aggregated(lead.strategy, round, arrived, weights=weights, envelopes=envelopes)
+            made = Made(adapter, replies.sites, replies.failures, strategy_state(lead.strategy))
+        else:
+            made = summed(sums, lead, state, replies)
+    adapter = made.adapter
     metrics: Scores = lead.evaluate(adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
         round=round,
         seconds=time.monotonic() - started,
-        sites=replies.sites,
-        failed_sites=replies.failures,
+        sites=made.sites,
+        failed_sites=made.failures,
         bytes_down=bytes_down,
         bytes_up=bytes_up,
         metrics=metrics,
@@ -284,7 +296,7 @@ def _run_round(grid: Grid, lead: Lead, state: LeadState, *, holders: Collection[
         round=round,
         adapter=adapter,
         best=None if kept is None or kept.round == round else state.kept,
-        strategy=strategy_state(lead.strategy),
+        strategy=state.strategy if diverged else made.strategy,
         rounds=rounds,
         seconds=lead.elapsed(),
     )
@@ -352,13 +364,14 @@ def _requests(
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
-    if len(replies.sites) >= lead.federation.min_sites:
+    least = lead.federation.least_sites
+    if len(replies.sites) >= least:
         return
     refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
     others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
     too_few = lead.federation.too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
-    if len(lead.declared_sizes) - len(final) < lead.federation.min_sites:
+    if len(lead.declared_sizes) - len(final) < least:
         exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
         hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
         raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")

@@ -71,6 +71,7 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
             key=everyone.sites.lead_key(),
             federation=config.federation,
+            site_keys=everyone.identities if everyone.plan.shared else {},
         ),
         receipts=everyone.sites.receipts(),
         engine=_engine(config, simulated_client_app(config_json, str(folder)), listener, everyone.sites.folder),

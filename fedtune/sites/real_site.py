@@ -14,6 +14,7 @@ from fedtune.data.formats import files_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, limits_of
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
@@ -61,6 +62,7 @@ class RealSite:
         self._places = places
         self._warm: tuple[str, SiteWork] | None = None
         self._shared: SharedModel | None = None
+        self._parties = Parties()
 
     def site(self, settings: str) -> Site:
         """The site, for a run with these settings (JSON as a lead sent it, unchecked).
@@ -78,8 +80,20 @@ class RealSite:
             prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
+            sums=self._sums(files),
             forget=lambda run: self._reference_file(run).unlink(missing_ok=True),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
+        )
+
+    def _sums(self, files: SiteFiles) -> SumsAtSite:
+        trust, identity = files.policy.trust, SigningKey.load_or_make(files.site_key)
+        return SumsAtSite(
+            site=files.policy.site,
+            identity=identity,
+            parties=self._parties,
+            limits=limits_of(trust),
+            roster={**trust.members, files.policy.site: identity.public},
+            keep=kept_in(self._places.runs / "promises.jsonl"),
         )
 
     def _check_settings(self, asked: Proposal, settings: str, policy: Policy) -> RunConfig:
@@ -113,6 +127,7 @@ class RealSite:
             train=train,
             store=lambda reference: self._store(proposal.run, settings, reference),
             bits=config.federation.bits,
+            members=config.federation.active,
             reference=lambda: self._reference(proposal.run),
         )
 

@@ -25,6 +25,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, limits_of
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.verdict import history_of
 from fedtune.model import Adapter
@@ -50,6 +51,7 @@ from fedtune.privacy.site_policy import (
     Population,
     Reference,
     Releases,
+    Trust,
 )
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import Progress, SharedModel, silent
@@ -352,6 +354,13 @@ class Participants:
         self.sites = VirtualSites.of(config, folder, config.plan())
         self.records = RunRecords(config)
         self.progress: Progress = silent
+        self._parties = {name: Parties() for name in config.federation.active}
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """The public key of each active site."""
+        files = {name: self.sites.files(name) for name in self.config.federation.active}
+        return {name: SigningKey.load_or_make(one.site_key).public for name, one in files.items()}
 
     @cached_property
     def shared(self) -> SharedModel:
@@ -405,15 +414,25 @@ class Participants:
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
+        files = self.sites.files(name)
+        sums = SumsAtSite(
+            site=name,
+            identity=SigningKey.load_or_make(files.site_key),
+            parties=self._parties[name],
+            limits=limits_of(files.policy.trust),
+            roster=self.identities,
+            keep=kept_in(files.ledger.with_name("promises.jsonl")),
+        )
         prepared = Prepared(
             proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
             template=self.shared.initial_adapter,
             declared_size=work.declared_size,
             train=train,
             bits=self.config.federation.bits,
+            members=self.config.federation.active,
             reference=lambda: Checkpoints(RunFolder(self._folder).checkpoints, self.config.digest()).reference(),
         )
-        return Site(name=name, ledger=ledger, prepare=lambda _: prepared)
+        return Site(name=name, ledger=ledger, prepare=lambda _: prepared, sums=sums)
 
 
 @lru_cache(maxsize=1)

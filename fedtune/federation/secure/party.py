@@ -108,6 +108,13 @@ class Party:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return session.digest
 
+    def require_open(self, release: int) -> None:
+        """Raise Rejected where no upload to this release can come any more: it is asked before anything is paid."""
+        if self._joined is None:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        if not self._release <= release < MOST_RELEASES:
+            raise Rejected(Wrong.RELEASE_OVER)
+
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
         """Mask a vector, once for each release.
 

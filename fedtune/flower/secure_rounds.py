@@ -1,0 +1,244 @@
+"""The lead's side of secure rounds: a session of all sites, and one sum of their noisy gradient sums in each round."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.federation.lead import Arrays, LeadState, RoundResult
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest
+from fedtune.federation.replies import RoundReplies
+from fedtune.federation.secure.agreement import Rejected, Session, Terms
+from fedtune.federation.secure.at_site import terms_of
+from fedtune.federation.secure.summation import Summation, Unreadable, session_of
+from fedtune.flower import flower_records
+from fedtune.flower.streaming_grid import receive
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refusal
+from fedtune.spec import ConfigError, RunError
+from fedtune.training.lead_step import lead_step
+
+if TYPE_CHECKING:  # it imports this
+    from fedtune.flower.server_app import Lead
+
+log = logging.getLogger(__name__)
+
+_SESSIONS = 3
+"""That are tried one after another, before the lead gives up: a site may be started again in the middle of one."""
+
+
+class SecureRounds:
+    """One run's secure sums, at its lead.
+
+    Args:
+        grid: that reaches the sites.
+        nodes: node id -> site, of all members.
+        proposal: of the run.
+        key: the lead's.
+        terms: that each site makes of the proposal, too.
+        settings: JSON of the run's configuration, for sites that do not have it.
+        timeout_s: for all sites' answers to one step.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        nodes: Mapping[int, str],
+        proposal: Proposal,
+        key: SigningKey,
+        terms: Terms,
+        settings: str,
+        timeout_s: float,
+    ) -> None:
+        self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
+        self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
+        self._session: Session | None = None
+        self.num_bytes = 0
+
+    def begin(self) -> None:
+        """Begin a session with keys of all members, of which none may be missing.
+
+        Raises:
+            RunError: some site does not join; an earlier session goes on where there is one.
+        """
+        missing: Mapping[str, str] = {}
+        for _ in range(_SESSIONS):
+            name = secrets.token_hex(16)
+            announced, missing = self._ask(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
+            if missing:
+                break
+            try:
+                session = session_of(self._terms, announced)
+            except Rejected as rejected:
+                missing = {"a site": str(rejected)}
+                continue
+            joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, tuple(announced.values())))
+            if not missing and set(joined.values()) == {session.digest.encode()}:
+                self._session = session
+                return
+        why = "; ".join(f"{site}: {reason}" for site, reason in missing.items()) or "sites were shown different keys"
+        if self._session is None:
+            raise RunError(f"no session of the secure sum with all {len(self._terms.members)} sites ({why})")
+        log.warning("the secure sum goes on without some sites: %s", why)
+
+    def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """The sum of a round's uploads, (values,), and the sites that are in it.
+
+        Raises:
+            Unreadable: too few sites took the steps that it needs; the next round may go on.
+        """
+        assert self._session is not None, "begun first"
+        release = Summation(self._session, release=round)
+        _take(uploads, release.add_upload)
+        request = release.confirm_request()
+        # Sites that did not upload may help, too.
+        confirmed, _ = self._ask(CONFIRM, "0" * 32, dict.fromkeys(self._terms.sites, (request,)))
+        _take(confirmed, release.add_confirmation)
+        requests = {site: (release.unmask_request(site),) for site in confirmed}
+        revealed, _ = self._ask(UNMASK, "0" * 32, requests)
+        _take(revealed, release.add_revealed)
+        total = release.total()
+        for holder, dealer in release.wrong_shares:
+            log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
+        return total, tuple(release.survivors)
+
+    def _ask(
+        self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
+    ) -> tuple[dict[str, bytes], dict[str, str]]:
+        """The answers by site, in the members' order, and why others gave none."""
+        expires, messages = time.time() + self._timeout_s, []
+        for node, site in self._nodes.items():
+            if site not in parts:
+                continue
+            asked = SumRequest(proposal=self._proposal, site=site, expires=expires, step=step, session=session)
+            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=self._settings)
+            messages.append(Message(content, node, f"query.{flower_records.SUM}"))
+        self.num_bytes += sum(flower_records.num_bytes(message.content) for message in messages)
+        found: dict[str, bytes] = {}
+        missing = dict.fromkeys(parts, "no_reply")
+        for message in receive(self._grid, messages, timeout=self._timeout_s):
+            site = self._nodes[message.metadata.src_node_id]
+            if message.has_error():
+                continue
+            try:
+                answer = flower_records.to_step(message.content)
+            except ConfigError as error:
+                log.warning("%s sent an unreadable step of the secure sum: %s", site, error)
+                continue
+            self.num_bytes += flower_records.num_bytes(message.content)
+            if isinstance(answer, Refusal):
+                missing[site] = answer.in_words
+            else:
+                found[site] = answer
+                del missing[site]
+        return {site: found[site] for site in self._terms.sites if site in found}, missing
+
+
+def _needs_session(refusals: Iterable[Refusal]) -> bool:
+    """Whether a site has no part in the session: it was started again."""
+    return any(refusal.reason is Reason.SECURE_SUM for refusal in refusals)
+
+
+def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> None:
+    for site, data in messages.items():
+        try:
+            add(site, data)
+        except Rejected as rejected:  # a bad message costs its own site's part alone
+            log.warning("%s: %s", site, rejected)
+
+
+def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | None:
+    """The run's secure sums; None for a run without."""
+    shared = lead.plan.shared
+    if shared is None:
+        return None
+    terms = terms_of(
+        run=lead.run,
+        proposal=lead.proposal.digest(),
+        members={site: lead.site_keys[site] for site in lead.declared_sizes},
+        threshold=shared.threshold,
+        length=sum(value.size for value in state.adapter.tensors.values()),
+        largest=shared.largest_value,
+    )
+    return SecureRounds(
+        grid,
+        nodes=lead.nodes,
+        proposal=lead.proposal,
+        key=lead.key,
+        terms=terms,
+        settings=lead.settings,
+        timeout_s=lead.federation.round_timeout_s,
+    )
+
+
+def past_asked(lead: Lead, state: LeadState) -> LeadState:
+    """The state after every round that a lead before this one asked for: no upload to it is in a session any more."""
+    for round in range(state.round + 1, lead.checkpoints.last_asked() + 1):
+        lost = RoundResult(
+            round=round,
+            seconds=0.0,
+            sites=(),
+            failed_sites=dict.fromkeys(lead.declared_sizes, NOT_SUMMED),
+            bytes_down=0,
+            bytes_up=0,
+            metrics=state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter),
+            ended=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        state = replace(state, round=round, rounds=(*state.rounds, lost))
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a round made of its updates.
+
+    Attributes:
+        sites: whose updates are in it.
+        failures: site -> why its update is not.
+        strategy: the optimizer's state, for a checkpoint.
+    """
+
+    adapter: Adapter
+    sites: tuple[str, ...]
+    failures: Mapping[str, str]
+    strategy: Arrays
+
+
+NOT_SUMMED = "not_summed"
+"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
+
+
+def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundReplies) -> Made:
+    """The adapter after a step with the secure sum of a round's uploads; the one before where it cannot be read."""
+    adapter, strategy = state.adapter, state.strategy
+    sites: tuple[str, ...] = ()
+    try:
+        total, sites = sums.total(replies.round, replies.masked)
+        adapter, strategy = lead_step(
+            state.adapter,
+            total,
+            state.strategy,
+            training=lead.training,
+            plan=lead.plan,
+            round=replies.round,
+            declared_size=sum(lead.declared_sizes[site] for site in sites),
+        )
+    except Unreadable as error:
+        log.error("%s; going on with the next round", error)
+    if _needs_session(replies.refusals.values()):
+        sums.begin()
+    failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
+    return Made(adapter, sites=sites, failures={**replies.failures, **failures}, strategy=strategy)
