@@ -14,7 +14,7 @@ from fedtune.data.formats import files_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, limits_of
+from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
@@ -25,6 +25,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
+from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork
@@ -80,20 +81,9 @@ class RealSite:
             prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
-            sums=self._sums(files),
+            sums=sums_of(files, self._parties, members=files.policy.trust.members),
             forget=lambda run: self._reference_file(run).unlink(missing_ok=True),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
-        )
-
-    def _sums(self, files: SiteFiles) -> SumsAtSite:
-        trust, identity = files.policy.trust, SigningKey.load_or_make(files.site_key)
-        return SumsAtSite(
-            site=files.policy.site,
-            identity=identity,
-            parties=self._parties,
-            limits=limits_of(trust),
-            roster={**trust.members, files.policy.site: identity.public},
-            keep=kept_in(self._places.runs / "promises.jsonl"),
         )
 
     def _check_settings(self, asked: Proposal, settings: str, policy: Policy) -> RunConfig:

@@ -25,7 +25,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, limits_of
+from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.verdict import history_of
 from fedtune.model import Adapter
@@ -54,6 +54,7 @@ from fedtune.privacy.site_policy import (
     Trust,
 )
 from fedtune.sites.run_records import RunRecords
+from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
@@ -414,15 +415,7 @@ class Participants:
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
-        files = self.sites.files(name)
-        sums = SumsAtSite(
-            site=name,
-            identity=SigningKey.load_or_make(files.site_key),
-            parties=self._parties[name],
-            limits=limits_of(files.policy.trust),
-            roster=self.identities,
-            keep=kept_in(files.ledger.with_name("promises.jsonl")),
-        )
+        sums = sums_of(self.sites.files(name), self._parties[name], members=self.identities)
         prepared = Prepared(
             proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
             template=self.shared.initial_adapter,

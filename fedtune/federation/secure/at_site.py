@@ -14,12 +14,6 @@ import numpy.typing as npt
 from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, bits_needed
 from fedtune.federation.secure.party import Keep, Party, Promise
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.site_policy import Trust
-
-
-def limits_of(trust: Trust) -> Limits:
-    """What a site's policy demands of a run's terms."""
-    return Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold, colluders=trust.colluders)
 
 
 def kept_in(path: Path) -> Keep:
