@@ -164,7 +164,8 @@ class FederationSpec:
         return tuple(name for name in self.names if name in chosen)
 
     def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
-        """The words for fewer than `min_sites` sites that did something, with the reasons of the others."""
+        """The words for fewer than `least_sites` sites that did something, with the reasons of the others."""
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
-        needed = f"federation.min_sites = {self.min_sites} are needed"
+        key = "min_sites" if self.least_sites == self.min_sites else "threshold"
+        needed = f"federation.{key} = {self.least_sites} are needed"
         return f"{count} of {len(self.active)} sites {did}, and {needed} ({reasons})"

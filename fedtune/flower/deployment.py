@@ -166,6 +166,8 @@ class _Ears:
         kind, site = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
             return Heard(good=True)  # no more than a receipt was asked for
+        if kind == f"query.{flower_records.SUM}":
+            return Heard(good=flower_records.PARTS in answer.content)
         try:
             reply = flower_records.to_reply(answer.content)
         except ConfigError:  # nonsense, which counts as none

@@ -25,6 +25,7 @@ from fedtune.federation.protocol import PROTOCOL, Brought, EndOfRun, Invitation,
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
+from fedtune.flower.secure_rounds import Made, SecureRounds, past_asked, secure_rounds, summed
 from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter

@@ -1,0 +1,198 @@
+"""Runs whose lead learns nothing but the sum of the sites' noisy gradient sums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedtune.flower.secure_rounds as secure_rounds
+import fedtune.sites.work as site_work
+from fedtune.federation.secure.messages import Upload
+from fedtune.federation.secure.packing import unpacked
+from fedtune.model import Adapter
+from fedtune.training.lead_step import lead_step
+
+SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
+THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
+    """What each site put into the sums, in the order in which they did."""
+    found: list[dict[str, np.ndarray]] = []
+    real = site_work.share_of_round
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        found.append(real(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr(site_work, "share_of_round", noted)
+    return found
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
+    """Adapter before, total, and adapter after each of the lead's steps."""
+    found: list[tuple[Adapter, np.ndarray, Adapter]] = []
+
+    def noted(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
+        after = lead_step(adapter, total, state, **named)
+        found.append((adapter, total, after[0]))
+        return after
+
+    monkeypatch.setattr(secure_rounds, "lead_step", noted)
+    return found
+
+
+def test_the_lead_gets_the_sum_to_the_bit(simulate: Any, tmp_path: Path, shares: Any, steps: Any) -> None:
+    simulate(*SECURE, *THREE, into=tmp_path)
+    assert len(steps) == 3
+    for number, (adapter, total, after) in enumerate(steps):
+        of_round = shares[3 * number : 3 * number + 3]
+        exact = sum(np.concatenate([share[name].ravel() for name in adapter.tensors]) for share in of_round)
+        np.testing.assert_array_equal(total, exact)
+        assert after.digest() != adapter.digest()
+
+
+def test_nothing_that_a_site_sends_shows_its_share(
+    simulate: Any, tmp_path: Path, shares: Any, steps: Any, everything_sent: list[bytes]
+) -> None:
+    simulate(*SECURE, *THREE, into=tmp_path)
+    sent = b"".join(everything_sent)
+    assert b'"tensors": "masked"' in sent
+    assert b'"tensors": [' not in sent, "no update in clear"
+    for share in shares:
+        values = np.concatenate([value.ravel() for value in share.values()])
+        for kind in ("<i4", "<i8", "<f4"):
+            assert values[:64].astype(kind).tobytes() not in sent
+
+
+def test_it_is_one_step_of_sgd_on_the_mean(
+    simulate: Any, tmp_path: Path, steps: Any, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = ("training=sgd", "training.learning_rate=0.5", "training.momentum=0", "training.schedule=constant")
+    folder = simulate(*SECURE, *THREE, *rate, into=tmp_path)
+    plan = json.loads((folder / "run.json").read_text())["privacy"]
+    for adapter, total, after in steps:
+        ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
+        for (name, value), part in zip(adapter.tensors.items(), np.split(total, ends), strict=True):
+            assert plan
+            moved = after.tensors[name] - value
+            ratio = moved.ravel()[np.abs(part) > 50] / part[np.abs(part) > 50]
+            assert np.ptp(ratio) < 1e-3 * np.abs(ratio).max(), "every value moves by the same multiple of its sum"
+            assert (ratio < 0).all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(
+    optimizer: str, simulate: Any, tmp_path: Path
+) -> None:
+    """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
+    from fedtune.federation.lead import LeadState
+    from fedtune.federation.lead import Checkpoints
+    from fedtune.privacy.distributed_noise import Together
+    from fedtune.privacy.mechanism import PrivacySpec
+    from fedtune.privacy.run_plan import Plan
+    from fedtune.training.spec import TrainingSpec
+
+    together = Together(num_sites=3, threshold=3, colluders=0)
+    plan = Plan.of(PrivacySpec(), local_steps=1, num_rounds=4, together=together)
+    training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)
+    adapter = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
+    draws = np.random.default_rng(3)
+    state: Any = {}
+    kept = adapter
+    parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
+    from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+
+    whole = make_optimizer(parameters, training)
+    for number in range(1, 5):
+        total = draws.integers(-500, 500, 8)
+        saved = Checkpoints(tmp_path / "checkpoints", "x")
+        saved.save(LeadState(round=number, adapter=kept, strategy=state))
+        state = saved.load().strategy
+        kept, state = lead_step(kept, total, state, training=training, plan=plan, round=number, declared_size=60)
+        set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
+        assert plan.shared
+        scale = plan.max_grad_norm * 2.0**-plan.shared.cell_bits / (plan.sampling_rate * 60)
+        parameters["a"].grad = torch.tensor(total[:6].reshape(2, 3) * scale, dtype=torch.float32)
+        parameters["head"].grad = torch.tensor(total[6:] * scale, dtype=torch.float32)
+        whole.step()
+    for name, value in kept.tensors.items():
+        np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=1e-6)
+
+
+def test_a_site_is_charged_for_the_fewest_shares(simulate: Any, tmp_path: Path, result_of: Any) -> None:
+    spent = {}
+    for threshold in (3, 4):
+        chosen = ("federation.num_sites=4", f"federation.threshold={threshold}", "privacy.noise_multiplier=1.0")
+        folder = simulate(*SECURE, *chosen, into=tmp_path, name=f"t{threshold}")
+        spent[threshold] = result_of(folder)["privacy"]["sites"]["site-1"]["epsilon"]
+    assert spent[3] > spent[4]
+
+
+def test_a_run_goes_on_without_a_site_and_ends_without_two(
+    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failing = site_work.share_of_round, {"bank-2"}
+
+    def fails(model: Any, adapter: Any, units: Any, work: Any, **named: Any) -> Any:
+        if work.site in failing and work.round > 1:
+            raise OSError("its disk is gone")
+        return real(model, adapter, units, work, **named)
+
+    monkeypatch.setattr(site_work, "share_of_round", fails)
+    four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
+    folder = simulate(*SECURE, *four, into=tmp_path)
+    rounds = result_of(folder)["rounds"]
+    assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
+    assert all(entry["failed_sites"] == {"bank-2": "site_error"} for entry in rounds[1:])
+    failing.add("bank-4")
+    done = command("simulate", *tiny(*SECURE, *four, into=tmp_path, name="two"))
+    assert done.code == 1
+    assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
+
+
+def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.federation.secure.party import Party
+
+    real: Callable[..., bytes] = Party.unmask
+
+    def dies(self: Party, request: bytes) -> bytes:
+        if self._release == 2:
+            raise OSError("in the middle of it")
+        return real(self, request)
+
+    monkeypatch.setattr(Party, "unmask", dies)
+    folder = simulate(*SECURE, *THREE, into=tmp_path)
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]][1] == []
+    assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
+    assert len(steps) == 2
+    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
+    assert result["privacy"]["sites"]["site-1"]["steps"] == 3
+
+
+def test_uploads_are_packed(simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: Any) -> None:
+    sizes: list[tuple[int, int]] = []
+    real = Upload.from_bytes
+
+    def noted(data: bytes, session: Any) -> Upload:
+        upload = real(data, session)
+        sizes.append((len(upload.vector), session.terms.bits))
+        assert unpacked(upload.vector, session.terms.length, session.terms.bits).max() < 2**session.terms.bits
+        return upload
+
+    monkeypatch.setattr(Upload, "from_bytes", noted)
+    simulate(*SECURE, *THREE, into=tmp_path)
+    length = sum(value.size for value in shares[0].values())
+    assert {size for size, _ in sizes} == {-(-length * bits // 8) for _, bits in sizes}
+    assert {bits for _, bits in sizes} <= set(range(12, 24))
