@@ -100,6 +100,7 @@ class RoundRequest:
         adapter_digest: of the adapter that travels with the request.
         receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
         expires: seconds since 1970 after which the request is void.
+        reference_digest: of the run's reference adapter, where the adapter travels as a difference to that; else empty.
     """
 
     proposal: Proposal
@@ -108,6 +109,7 @@ class RoundRequest:
     adapter_digest: str
     receipt: Receipt | None
     expires: float
+    reference_digest: str = ""
 
     @property
     def run(self) -> str:
@@ -118,6 +120,8 @@ class RoundRequest:
         """The request as it is sent."""
         receipt = None if self.receipt is None else asdict(self.receipt)
         fields = {"protocol": PROTOCOL, **self._asked(), "receipt": receipt, "expires": self.expires}
+        if self.reference_digest:
+            fields["reference_digest"] = self.reference_digest
         text = json.dumps(fields, sort_keys=True)
         return Signed(text=text, signature=lead.sign(ROUND, text.encode()))
 
@@ -131,7 +135,9 @@ class RoundRequest:
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
             check_name("site", request.site)  # it goes into a site's log
             numbers = type(request.round) is int and _is_moment(request.expires)
-            if not (numbers and 1 <= request.round < _MOST_ROUNDS and _SHA256.fullmatch(request.adapter_digest)):
+            digests = [request.adapter_digest, request.reference_digest or request.adapter_digest]
+            right = numbers and 1 <= request.round < _MOST_ROUNDS and all(map(_SHA256.fullmatch, digests))
+            if not right:
                 raise ValueError("wrong type or out of range")
             return request
 
@@ -217,17 +223,19 @@ class Brought:
     adapter: Adapter | None
     difference: Difference | None = None
 
-    def made_of(self, kept: Adapter | None) -> Adapter:
-        """The adapter itself, given the reference that the site keeps.
+    def made_of(self, kept: Adapter | None, *, digest: str) -> Adapter:
+        """The adapter itself, given the reference that the site keeps, and the reference's digest.
 
         Raises:
-            Refused: there is no reference, or it has other names or shapes.
+            Refused: there is no such reference, or it has other names or shapes.
         """
         begin = kept if self.adapter is None else self.adapter
         if begin is None:
             raise Refused(Reason.REFERENCE_MISSING)
         if self.difference is None:
             return begin
+        if begin.digest() != digest:
+            raise Refused(Reason.REFERENCE_MISSING if self.adapter is None else Reason.ADAPTER_DIFFERS)
         if not self.difference.fits(begin.tensors):
             raise Refused(Reason.ADAPTER_SHAPE)
         return Adapter(self.difference.added_to(begin.tensors))

@@ -81,7 +81,8 @@ class RoundReplies:
     Attributes:
         proposal: of the run.
         round: of the run.
-        sent: the adapter that each site was sent.
+        sent: the adapter that the round began in, to which differences are added.
+        travelled: what each site was sent of it: the same but for rounding, where values travel in few bits.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
         bits: of each value of an update.
@@ -91,6 +92,7 @@ class RoundReplies:
     proposal: Proposal
     round: int
     sent: Adapter
+    travelled: Adapter
     reaches: Mapping[str, Reach]
     arrived: Arrived
     bits: int = 32
@@ -150,13 +152,16 @@ class RoundReplies:
             if not (right and isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
                 return _Outcome(failure=INVALID_UPDATE), None
             return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
-        tensors = tensors_of(body, self.sent, bits=self.bits) if about_this else None
+        tensors = tensors_of(body, self.sent, self.travelled, bits=self.bits) if about_this else None
         if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
             return _Outcome(failure=INVALID_UPDATE), None
-        steps = body.tensors.steps if isinstance(body.tensors, Difference) else {}
-        if not self.reaches[site].includes(tensors, sent=self.sent, steps=steps):
-            return _Outcome(failure=BEYOND_PLAN), None
-        return _Outcome(scores=body.scores), tensors
+        if isinstance(body.tensors, Difference):
+            # From where the site began: what it decayed went by that, too.
+            ends = body.tensors.added_to(self.travelled.tensors)
+            within = self.reaches[site].includes(ends, sent=self.travelled, rounding=body.tensors)
+        else:
+            within = self.reaches[site].includes(body.tensors, sent=self.travelled)
+        return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
 def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
@@ -164,10 +169,10 @@ def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
     return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def tensors_of(body: Answer, sent: Adapter, *, bits: int) -> Tensors | None:
+def tensors_of(body: Answer, sent: Adapter, travelled: Adapter, *, bits: int) -> Tensors | None:
     """An update's adapter with the sent one's names, order, shapes and type, and finite values; None: it is none.
 
-    A difference is added to `sent` itself, whose rounding for the way to the sites so stays out of the average.
+    What a site moved is added to `sent` itself, so that what was rounded on the way to it stays out of the average.
     """
     if not isinstance(body, Update):
         return None
@@ -178,10 +183,12 @@ def tensors_of(body: Answer, sent: Adapter, *, bits: int) -> Tensors | None:
         if tensors.bits != bits or not tensors.fits(sent.tensors):
             return None
         tensors = tensors.added_to(sent.tensors)
-    elif bits != 32 or list(tensors) != list(sent.tensors):
+    elif list(tensors) != list(sent.tensors):
         return None
     is_sound = all(
         value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
         for name, value in tensors.items()
     )
+    if is_sound and bits != 32 and not isinstance(body.tensors, Difference):  # a site may have its reasons
+        return {name: value - travelled.tensors[name] + sent.tensors[name] for name, value in tensors.items()}
     return tensors if is_sound else None

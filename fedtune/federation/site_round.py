@@ -294,7 +294,8 @@ def _check_asker(site: Site, request: Request) -> None:
 
 def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
-    adapter = brought.made_of(run.reference() if brought.adapter is None else None)
+    kept = run.reference() if brought.adapter is None else None
+    adapter = brought.made_of(kept, digest=request.reference_digest)
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
@@ -326,7 +327,10 @@ def _as_it_leaves(
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_sums_of(site, request.proposal).upload(request.run, request.round, trained.share))
     assert trained.adapter is not None
-    if bits == 32:
+    # What was brought into the site's bound moved by that, far beyond a step: rounded by it, all else would drown.
+    bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)
+    inside = all(np.abs(value).max(initial=0.0) <= bound for value in begun.tensors.values())
+    if bits == 32 or not inside:
         return trained.adapter.tensors
     # Drawn from what is released alone: which way a value is rounded tells nothing more of a record.
     about = f"{request.site} {request.round}"

@@ -242,8 +242,10 @@ def _run_round(
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     brought = _brought(lead, state)
-    sent = brought.made_of(None)
-    messages = _requests(grid, lead, state, brought, digest=sent.digest(), holders=holders)
+    reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
+    sent = brought.made_of(None, digest=reference)
+    digests = {"adapter_digest": sent.digest(), "reference_digest": reference}
+    messages = _requests(grid, lead, state, brought, digests=digests, holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
@@ -251,6 +253,7 @@ def _run_round(
             proposal=lead.proposal,
             round=round,
             sent=state.adapter,
+            travelled=sent,
             reaches={
                 site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
                 for site, size in lead.declared_sizes.items()
@@ -338,7 +341,13 @@ def _brought(lead: Lead, state: LeadState) -> Brought:
 
 
 def _requests(
-    grid: Grid, lead: Lead, state: LeadState, brought: Brought, *, digest: str, holders: Collection[str]
+    grid: Grid,
+    lead: Lead,
+    state: LeadState,
+    brought: Brought,
+    *,
+    digests: Mapping[str, str],
+    holders: Collection[str],
 ) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
     whole, round = flower_records.from_brought(brought), state.round + 1
@@ -354,7 +363,7 @@ def _requests(
             proposal=lead.proposal,
             round=round,
             site=site,
-            adapter_digest=digest,
+            **digests,
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import socket
 import sys
 import time
@@ -35,7 +36,7 @@ from fedtune.flower.server_app import Invited
 from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.model.quiet import first_line
 from fedtune.sites.data_notes import site_notes
-from fedtune.sites.virtual_site import LEAD_KEY, participants
+from fedtune.sites.virtual_site import participants
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.machine import usable_cores
 from fedtune.training.spec import RuntimeSpec
@@ -239,6 +240,7 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
     return outcome[0]
 
 
+_SEEN = "seen"
 _KNOCK_S = 10.0
 """For an address to answer at all."""
 
@@ -371,16 +373,26 @@ def _check_seen(ray: Any, nodes: Sequence[RayNode], config: RunConfig, sites: Pa
         ConfigError: one does not.
         RunError: one does not answer.
     """
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     own = "runtime.sites_dir" if config.runtime.sites_dir else "tracking.output_dir"
-    places = {"working folder": os.getcwd(), own: str(sites.resolve() / LEAD_KEY)}
+    # A copy of the folder has the same keys and other ledgers; this file is in no copy.
+    seen = sites.resolve() / f"{_SEEN}-{secrets.token_hex(8)}"
+    places = {"working folder": os.getcwd(), own: str(seen)}
     if config.data.train_file is not None:
         places["data.train_file"] = config.data.train_file
     if Path(config.model.path).expanduser().is_dir():
         places["model.path"] = config.model.path
-    look = looker(places, sealed=own)
+    seen.parent.mkdir(parents=True, exist_ok=True)
+    seen.write_bytes(secrets.token_bytes(32))
+    try:
+        _compare(ray, nodes, places, looker(places, sealed=own))
+    finally:
+        seen.unlink(missing_ok=True)
+
+
+def _compare(ray: Any, nodes: Sequence[RayNode], places: Mapping[str, str], look: Callable[[], dict[str, str]]) -> None:
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     here, task = look(), ray.remote(num_cpus=0)(look)
     for node in nodes:
         placed = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -33,6 +35,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import save_task_model, task_named
 
 log = logging.getLogger(__name__)
+
+_REFERENCE = ".reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +119,18 @@ class RealSite:
             template=shared.initial_adapter,
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,
-            store=lambda reference: self._store(proposal.run, settings, reference),
+            store=lambda reference: self._store(proposal.run, settings, reference, ledger.history),
             bits=config.federation.bits,
             members=config.federation.active,
             reference=lambda: self._reference(proposal.run),
         )
 
-    def _store(self, run: str, settings: str, reference: Adapter | None) -> None:
+    def _store(self, run: str, settings: str, reference: Adapter | None, history: History) -> None:
         write_durably(self._places.runs / f"{run}.json", settings.encode())
-        if reference is not None:
+        for old in self._places.runs.glob(f"*{_REFERENCE}"):  # of runs that were never ended
+            if old not in {self._reference_file(name) for name in _open_runs(history)} | {self._reference_file(run)}:
+                old.unlink(missing_ok=True)
+        if reference is not None and (run not in history.runs or run in _open_runs(history)):
             write_durably(self._reference_file(run), reference.to_bytes())
 
     def _reference(self, run: str) -> Adapter | None:
@@ -131,7 +138,8 @@ class RealSite:
         return Adapter.from_bytes(file.read_bytes()) if file.exists() else None
 
     def _reference_file(self, run: str) -> Path:
-        return self._places.runs / f"{run}.safetensors"
+        # By a digest: a run's name may be as long as a file's.
+        return self._places.runs / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}{_REFERENCE}"
 
     def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
@@ -195,6 +203,11 @@ class RealSite:
         # JSON is YAML, too.
         write_durably(RunFolder(folder).config, json.dumps(config.to_json(), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
+
+
+def _open_runs(history: History) -> set[str]:
+    now = history.now()
+    return {name for name, run in history.runs.items() if run.is_open(now)}
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

@@ -142,6 +142,7 @@ class SharedModel:
             config.data.chat_template,
             config.privacy.private,
             config.privacy.max_grad_norm,
+            config.privacy.unit,
             self._states_place(config, declared_size),
             torch.get_num_threads(),
         )

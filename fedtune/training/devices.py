@@ -22,8 +22,9 @@ import multiprocessing
 import secrets
 import signal
 import tempfile
+import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -53,7 +54,10 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 MOST_WAIT_S = 600.0
-"""For the answer of another device, after this one has done its own part, which takes as long."""
+"""Without a sign of another device: it gives one after each micro-batch.  How long its work takes hangs on where long
+records lie, and must not decide whether a round comes to its end."""
+_SIGN_EVERY_S = 5.0
+_AT_WORK = "at work"
 _LOOPBACK = "127.0.0.1"
 _Examples = SiteExamples | UserExamples
 
@@ -331,8 +335,10 @@ class _Crew:
 
     def _answer(self, rank: int) -> Any:
         process, pipe = self._members[rank - 1]
+        done: bool | str = _AT_WORK
         try:
-            done, answer = pipe.recv() if pipe.poll(MOST_WAIT_S) else (False, f"no answer in {MOST_WAIT_S:g} s")
+            while done == _AT_WORK:
+                done, answer = pipe.recv() if pipe.poll(MOST_WAIT_S) else (False, f"no answer in {MOST_WAIT_S:g} s")
         except (EOFError, OSError):
             process.join(1.0)  # for its exit code
             done, answer = False, f"its process ended with exit code {process.exitcode}"
@@ -379,8 +385,8 @@ def _group(folder: str, rank: int, of: int) -> Any:
 class _Device:
     """What the process of another device does when it is asked to."""
 
-    def __init__(self, model: TaskModel) -> None:
-        self._model = model
+    def __init__(self, model: TaskModel, at_work: Callable[[], None]) -> None:
+        self._model, self._at_work = model, at_work
         self._units: dict[int, _Examples] = {}
         self._sums: Sums = {}
 
@@ -398,7 +404,7 @@ class _Device:
             self._units.pop(number, None)
 
     def keep_frozen_states(self, number: int, folder: Path | None) -> None:
-        self._units[number].keep_frozen_states(self._model, folder=folder)
+        self._units[number].keep_frozen_states(self._model, folder=folder, told=lambda *_: self._at_work())
 
     def keep_reference(self, number: int) -> None:
         self._units[number].keep_reference(self._model)
@@ -411,7 +417,13 @@ class _Device:
         _fill(parameters, values)
         self._sums = zeros(parameters)
         with attached(self._model) as gradients:
-            return add_each(self._sums, units.gradients(gradients), units.cut_drawn(drawn), max_grad_norm)
+            batches = self._with_signs(units.cut_drawn(drawn))
+            return add_each(self._sums, units.gradients(gradients), batches, max_grad_norm)
+
+    def _with_signs(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch
+            self._at_work()
 
     def hand_over(self) -> None:
         """Give the first device what was summed."""
@@ -422,8 +434,16 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
     """The process of another device; it ends with the one that asks it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the first device's process answers
     logging.disable(logging.CRITICAL)  # what a record makes fail is for the site's own log alone, which is not here
+    said = time.monotonic()
+
+    def at_work() -> None:
+        nonlocal said
+        if time.monotonic() - said > _SIGN_EVERY_S:
+            said = time.monotonic()
+            orders.send((_AT_WORK, None))
+
     try:
-        device = _Device(load(place))
+        device = _Device(load(place), at_work)
         orders.send((True, None))
         while True:
             what, about, forgotten = orders.recv()

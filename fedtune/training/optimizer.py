@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from fedtune.model import Adapter
+from fedtune.privacy.few_bits import Difference, most_level
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.spec import TrainingSpec
 
@@ -66,28 +66,33 @@ class Reach:
     Attributes:
         value: name of a tensor -> the furthest that one of its values moves away from 0.
         norm: the same for the L2 norm of all values together.
+        free: name of a tensor -> the furthest that training takes one of its values towards 0 besides.
     """
 
     value: Mapping[str, float]
     norm: float
+    free: Mapping[str, float] = field(default_factory=dict)
 
-    def includes(
-        self, update: Mapping[str, np.ndarray], *, sent: Adapter, steps: Mapping[str, float] = MappingProxyType({})
-    ) -> bool:
+    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: Difference | None = None) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
-        `steps` says how far rounding took each value of a tensor at most; a value stayed within its tensor's largest.
+        In few bits a value may be a step further, and a step is at most the largest honest move's share of the largest
+        level: a site that names longer ones for the room that they would give is outside.
         A move towards 0 is free: a site brings values into a bound of its own, which the lead does not know.
         """
-        square = rounding = 0.0
+        square = rounded = 0.0
         for name, start in sent.tensors.items():
             end, begin = update[name].astype(np.float64), start.astype(np.float64)
             moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
-            if np.abs(moved).max(initial=0.0) > self.value[name]:
+            step = 0.0 if rounding is None else rounding.steps[name]
+            longest = (self.value[name] + self.free.get(name, 0.0)) * (1 + _ROUNDING)
+            if rounding is not None and step * most_level(rounding.bits) > longest:
+                return False
+            if np.abs(moved).max(initial=0.0) > self.value[name] + step:
                 return False
             square += float(np.square(moved).sum())
-            rounding += end.size * steps.get(name, 0.0) ** 2
-        return math.sqrt(square) <= self.norm + math.sqrt(rounding)
+            rounded += end.size * step**2
+        return math.sqrt(square) <= self.norm + math.sqrt(rounded)
 
 
 def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter) -> Reach:
@@ -103,6 +108,7 @@ def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int,
     factors = _factors(training, plan, round)
     signal, noise = _signal(plan, declared_size), _noise(plan, declared_size)
     value: dict[str, float] = {}
+    free: dict[str, float] = {}
     square = 0.0
     for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
         flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
@@ -114,8 +120,11 @@ def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int,
             longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
             norm = min(norm, _moved(training, rates, longest, at=length))
         value |= dict.fromkeys(group, most)
+        if training.optimizer != "sgd":  # whose decay is part of what it moves
+            decay = sum(rates) * training.weight_decay
+            free |= dict.fromkeys(group, decay * (float(np.abs(flat).max()) + most))
         square += norm**2
-    return Reach(value=value, norm=math.sqrt(square))
+    return Reach(value=value, norm=math.sqrt(square), free=free)
 
 
 def _factors(training: TrainingSpec, plan: Plan, round: int) -> list[float]:

@@ -38,7 +38,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
     content = flower_records.from_signed(request_, adapter=flower_records.from_brought(Brought(adapter=adapter)))
     assert flower_records.to_signed(content) == request_
-    assert flower_records.to_brought(content).made_of(None).digest() == adapter.digest()
+    assert flower_records.to_brought(content).made_of(None, digest="").digest() == adapter.digest()
 
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])

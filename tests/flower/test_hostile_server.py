@@ -62,7 +62,7 @@ def sending(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(head: np.ndarray) -> Change:
         def change(message: Message) -> None:
-            sent = flower_records.to_brought(message.content).made_of(None)
+            sent = flower_records.to_brought(message.content).made_of(None, digest="")
             adapter = Adapter({**sent.tensors, "head": head})
             message.content.update(flower_records.from_brought(Brought(adapter=adapter)))
             put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))

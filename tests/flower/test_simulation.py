@@ -21,7 +21,6 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import InProcessGrid, RayNode, gpu_share, looker
 from fedtune.model import Adapter
-from fedtune.sites.virtual_site import LEAD_KEY
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
 
@@ -240,7 +239,6 @@ def test_what_a_node_does_not_see_is_named(
     composed: Any, started: dict[str, Any], ray: Ray, key: str, tmp_path: Path
 ) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / LEAD_KEY).touch()
     config = composed(CLUSTER)
     config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
     assert on_ray(config, tmp_path) is STATE

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -264,6 +266,38 @@ def test_a_process_that_hangs_ends_the_round_in_bounded_time(
         a_round(three, there, plan)
     assert time.monotonic() - began < 30
     assert all(gone(pid) for pid in pids)
+
+
+def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where long records lie decides how long it takes, and no record may decide whether a round succeeds."""
+    crew = three.devices.ready()
+    process, pipe = crew._members[0]
+    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 1.0)
+    ours, theirs = multiprocessing.Pipe()
+
+    def works() -> None:
+        for _ in range(4):
+            time.sleep(0.6)
+            theirs.send((devices_module._AT_WORK, None))
+        theirs.send((True, "done"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(crew, "_members", [devices_module._Member(process, ours), *crew._members[1:]])
+        thread = threading.Thread(target=works)
+        thread.start()
+        assert crew._answer(1) == "done"
+        thread.join()
+    assert crew._members[0] == (process, pipe)
+
+
+def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
+    units, signs = units_of(three.model.spec, 41), []
+    device = _Device(three.model, lambda: signs.append("at work"))
+    assert list(device._with_signs("abc")) == ["a", "b", "c"]
+    assert len(signs) == 3
+    device.hold(0, units)
+    device.keep_frozen_states(0, None)
+    assert len(signs) > 3, "and while it runs the frozen layers"
 
 
 @pytest.mark.parametrize("where", ["before the others begin", "while they work"])
