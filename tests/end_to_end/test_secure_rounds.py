@@ -90,12 +90,9 @@ def test_it_is_one_step_of_sgd_on_the_mean(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(
-    optimizer: str, simulate: Any, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(optimizer: str, simulate: Any, tmp_path: Path) -> None:
     """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
-    from fedtune.federation.lead import LeadState
-    from fedtune.federation.lead import Checkpoints
+    from fedtune.federation.lead import Checkpoints, LeadState
     from fedtune.privacy.distributed_noise import Together
     from fedtune.privacy.mechanism import PrivacySpec
     from fedtune.privacy.run_plan import Plan

@@ -144,6 +144,33 @@ SECURE_SUM_FAULTS = (
         tests=(OF_SUM,),
     ),
     Mutant(
+        name="confirmed-set-not-kept",
+        fault="A site reveals its shares without having written which sum its vector is in: its ledger charges for the "
+        "survivors that it was first told of, or for none.",
+        file=PARTY,
+        old="        self._note(asked.asked, confirmed=True)\n",
+        new="",
+        tests=(OF_SUM,),
+    ),
+    Mutant(
+        name="seals-for-all-releases",
+        fault="What a site sealed in one release opens in every other: shares of a release in which it had dropped are "
+        "revealed in one that it survives.",
+        file=MASKS,
+        old='self._derived(other, "shares", release, sender, receiver)',
+        new='self._derived(other, "shares", sender, receiver)',
+        tests=(f"{HOSTILE}::test_shares_of_an_earlier_release_are_not_revealed_in_a_later_one", OF_MASKS),
+    ),
+    Mutant(
+        name="cut-off-after-the-noise",
+        fault="Each site cuts its noisy values off at the bound of the terms: the sum is then no function of what "
+        "its noise protects.",
+        file=PARTY,
+        old="masked = residues(vector, self._terms.bits)",
+        new="masked = residues(np.clip(vector, -self._terms.largest, self._terms.largest), self._terms.bits)",
+        tests=(OF_SUM,),
+    ),
+    Mutant(
         name="a-sum-of-one",
         fault="The lead may ask for the sum of fewer survivors than the threshold, down to one.",
         file=AGREEMENT,
@@ -228,8 +255,8 @@ SECURE_SUM_FAULTS = (
         name="wrong-shares-taken",
         fault="A site's wrong share goes into the sum's masks, and nobody sees that the sum is wrong.",
         file=SUMMATION,
-        old="            if shares.digest(share, *about, place) == digests[place]:",
-        new="            if share < shares.PRIME:",
+        old="            if share is not None and shares.digest(share, *about, place) == digests[place]:",
+        new="            if share is not None:",
         tests=(OF_SUM,),
     ),
     Mutant(

@@ -18,6 +18,8 @@ from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import canonical
 from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
 
+PROTOCOL = 1
+"""Raised with whatever changes masks or messages: between sites of two versions masks would not cancel."""
 MOST_SITES = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
@@ -97,7 +99,7 @@ class Terms:
         members: public identity key (Ed25519, hex) by site, of all sites that take part.
         threshold: t, how many sites must help to unmask a release; also the least number of survivors.
         length: of a vector, in values.
-        largest: no site's value lies outside [-largest, largest].
+        largest: values from -largest to largest are what a site's vector has, but for a negligible chance.
         bits: of the modulus, 2**bits.
 
     Raises:
@@ -142,7 +144,8 @@ class Terms:
 
     def digest(self) -> str:
         """SHA-256, in hex."""
-        return hashlib.sha256(canonical({**asdict(self), "members": dict(self.members)})).hexdigest()
+        fields = {**asdict(self), "members": dict(self.members), "protocol": PROTOCOL}
+        return hashlib.sha256(canonical(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:
         """Require a set of survivors as it is written: enough members, each once and in order."""

@@ -104,7 +104,7 @@ class Party:
             raise Rejected(Wrong.WRONG_KEY)
         if self._joined is None:
             self._joined = session, self._key.agreed_in(session.digest, session.keys)
-        if self._session.digest != session.digest:
+        if self._joined[0].digest != session.digest:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return session.digest
 
@@ -118,27 +118,27 @@ class Party:
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
         """Mask a vector, once for each release.
 
-        Guarantee: whatever a lead and fewer colluders than the threshold do with this, they learn no more of it than
-        the sum over one set of survivors.  The bytes may be sent again; the vector must not be used for another
-        release: a retry has noise of its own.
+        Guarantee: whatever the lead and as many colluders as the limits allow for do with it, they learn no more of
+        the vector than its sum with those of one set of survivors (docs/secure_aggregation.md).  The bytes may be sent
+        again; the vector must not be used for another release: a retry has noise of its own.
 
         Args:
             release: above all that this party was asked about before.
-            vector: whole numbers, (terms.length,).  Values beyond terms.largest become that: noise can reach beyond
-                any bound, and an error in its place would tell that it did.
+            vector: whole numbers, (terms.length,).  Noise may reach beyond terms.largest: nothing is cut off or
+                refused, since only the sum of whole values, modulo 2**bits, is a function of what its noise protects.
 
         Raises:
             Rejected: the release is over, or has begun.
         """
         assert vector.shape == (self._terms.length,)
+        assert vector.dtype == np.int64
         if not self._release < release < MOST_RELEASES:
             raise Rejected(Wrong.RELEASE_OVER)
-        session, pairs, sites = self._session, self._pairs, self._terms.sites
+        (session, pairs), sites = self._require_joined(), self._terms.sites
         self._release, self._promised = release, None
         seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
         seeds[self._site] = os.urandom(SEED_BYTES)
-        bounded = np.clip(vector, -self._terms.largest, self._terms.largest)
-        masked = residues(bounded, self._terms.bits) + masks(self._site, seeds, length=self._terms.length)
+        masked = residues(vector, self._terms.bits) + masks(self._site, seeds, length=self._terms.length)
         # By the site that a mask is shared with: the seed at place 0, and a share for each member at its place.
         dealt = [shares.split(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites]
         return Upload(
@@ -170,7 +170,8 @@ class Party:
         Raises:
             Rejected: too few survivors, another set than was promised, or a release that is over.
         """
-        asked = ConfirmRequest.from_bytes(request, self._session)
+        session, _ = self._require_joined()
+        asked = ConfirmRequest.from_bytes(request, session)
         if asked.release < self._release:
             raise Rejected(Wrong.RELEASE_OVER)
         if asked.release > self._release:
@@ -187,7 +188,8 @@ class Party:
         Raises:
             Rejected: not what this site promised, or not confirmed by as many sites as the threshold.
         """
-        asked = UnmaskRequest.from_bytes(request, self._session)
+        session, pairs = self._require_joined()
+        asked = UnmaskRequest.from_bytes(request, session)
         if asked.asked != self._promised:
             raise Rejected(Wrong.NOT_PROMISED)
         self._note(asked.asked, confirmed=True)
@@ -196,14 +198,13 @@ class Party:
             release=asked.release,
             survivors=asked.survivors,
             site=self._site,
-            shares={survivor: self._shares_of(survivor, asked) for survivor in asked.survivors},
+            shares={survivor: self._shares_of(survivor, asked, pairs) for survivor in asked.survivors},
         ).to_bytes()
 
-    def _shares_of(self, survivor: str, asked: UnmaskRequest) -> dict[str, str]:
-        """Shares of the seeds that must be taken from a survivor's upload; those that it dealt wrongly are left out."""
-        text = self._pairs.opened(
-            asked.sealed_by(survivor), sender=survivor, receiver=self._site, release=asked.release
-        )
+    def _shares_of(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
+        """Shares of the seeds that must be taken from a survivor's upload; none where it sealed none for this site."""
+        sealed = asked.sealed_by(survivor)
+        text = pairs.opened(sealed, sender=survivor, receiver=self._site, release=asked.release)
         size, sites = shares.SHARE_BYTES, self._terms.sites
         if text is None or len(text) != len(sites) * size:
             return {}
@@ -214,14 +215,7 @@ class Party:
         survivors = tuple(asked.survivors)
         self._keep(Promise(session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed))
 
-    @property
-    def _session(self) -> Session:
+    def _require_joined(self) -> tuple[Session, PairSecrets]:
         if self._joined is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        return self._joined[0]
-
-    @property
-    def _pairs(self) -> PairSecrets:
-        if self._joined is None:
-            raise Rejected(Wrong.SESSION_DIFFERS)
-        return self._joined[1]
+        return self._joined

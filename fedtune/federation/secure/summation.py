@@ -42,7 +42,8 @@ class Unreadable(RunError):
     """A release has no sum; a retry is another release, with other masks and other noise.
 
     Attributes:
-        site: the survivor whose seeds cannot be had, and whom the lead leaves out next time; None: too few sites.
+        site: the survivor whose seeds cannot be had although enough sites helped; the lead had better leave it out
+            of the next release.  None: too few sites helped.
     """
 
     def __init__(self, release: int, what: str, *, site: str | None = None) -> None:
@@ -58,7 +59,7 @@ class Summation:
 
     Attributes:
         survivors: sites whose vectors are in the sum.
-        wrong_shares: (holder, dealer) of each wrong share: one of the two is at fault.
+        wrong_shares: (holder, dealer) of each share that is wrong or was not given: one of the two is at fault.
     """
 
     def __init__(self, session: Session, *, release: int) -> None:
@@ -138,8 +139,10 @@ class Summation:
         """The sum of the survivors' vectors, (terms.length,).
 
         Raises:
-            Unreadable: too few right shares of a survivor's seeds.
+            Unreadable: too few sites helped, or gave right shares of a survivor's seeds.
         """
+        if len(self._revealed) < self._terms.threshold:
+            raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._bound}")
         total = self._masked.copy()
         for survivor in self.survivors:
             needed = seeds_needed(survivor, self.survivors, self._terms)
@@ -153,10 +156,10 @@ class Summation:
         about = (self._session.digest, self._release, survivor, other)
         right: dict[int, int] = {}
         for place, holder in enumerate(self._terms.sites, start=1):
-            share = self._revealed[holder].share(survivor, other) if holder in self._revealed else None
-            if share is None:
+            if holder not in self._revealed:
                 continue
-            if shares.digest(share, *about, place) == digests[place]:
+            share = self._revealed[holder].share(survivor, other)
+            if share is not None and shares.digest(share, *about, place) == digests[place]:
                 right[place] = share
             else:
                 self.wrong_shares.add((holder, survivor))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedtune.federation.secure import agreement
 from fedtune.federation.secure.agreement import Limits, Rejected, Session, Terms, Wrong, bits_needed, least_threshold
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
@@ -178,6 +179,15 @@ def test_a_key_is_for_one_run_its_proposal_and_its_terms(other: dict[str, Any]) 
     terms = terms_of(3, 3)
     with pytest.raises(Rejected) as error:
         session_of(terms, announced(replace(terms, **other)))
+    assert wrong(error) is Wrong.WRONG_TERMS
+
+
+def test_a_key_is_for_one_version_of_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = terms_of(3, 3)
+    messages = announced(terms)
+    monkeypatch.setattr(agreement, "PROTOCOL", 2)
+    with pytest.raises(Rejected) as error:
+        session_of(terms, messages)
     assert wrong(error) is Wrong.WRONG_TERMS
 
 

@@ -111,8 +111,10 @@ def test_with_a_colluder_the_threshold_for_none_lets_two_sets_through_and_its_ow
         terms = server.federation.terms
         server.uploads[1, "e"] = server.federation.parties["e"].upload(1, server.federation.vector("e"))
         for one in server.knowledge.sent:  # what was sealed for e
-            text = server.federation.parties["e"]._pairs.opened(
-                one.upload.sealed[4], sender=one.site, receiver="e", release=1
+            text = (
+                server.federation.parties["e"]
+                ._require_joined()[1]
+                .opened(one.upload.sealed[4], sender=one.site, receiver="e", release=1)
             )
             assert text is not None
             for place, other in enumerate(terms.sites):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
@@ -31,6 +33,17 @@ def test_two_sites_have_one_seed_for_each_release() -> None:
     assert seeds == [at_b.mask_seed("b", "a", release=release) for release in (1, 2, 3)]
     assert len(set(seeds)) == 3
     assert all(len(seed) == 32 for seed in seeds)
+
+
+def test_a_seed_is_what_two_plain_hashes_make_of_the_agreed_key() -> None:
+    """HKDF with the standard library alone (RFC 5869): two sites of one protocol version must derive the same."""
+    private = X25519PrivateKey.from_private_bytes(bytes(range(32)))
+    other = X25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
+    key = MaskKey()
+    key._private = private
+    seed = key.agreed_in(SESSION, {"b": other.public_key().public_bytes_raw().hex()}).mask_seed("b", "b", release=7)
+    extracted = hmac.digest(bytes.fromhex(SESSION), other.exchange(private.public_key()), "sha256")
+    assert seed == hmac.digest(extracted, b'fedtune secure sum\0["mask",7,"b","b"]\x01', "sha256")
 
 
 def test_seeds_are_bound_to_the_session() -> None:

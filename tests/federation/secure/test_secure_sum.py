@@ -69,13 +69,14 @@ def test_an_upload_takes_the_bytes_that_its_terms_say() -> None:
     assert len(data) - (1001 * 26 + 7) // 8 < 2000
 
 
-def test_a_value_beyond_the_largest_becomes_the_largest() -> None:
+def test_a_value_beyond_the_largest_is_not_cut_off() -> None:
+    """A sum of values that were cut off one by one is no function of the sum, which is all that noise protects."""
     federation = Federation(terms_of(2, 2, length=2))
     summation = Summation(federation.session, release=1)
-    summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, -(2**62)])))
-    summation.add_upload("b", federation.parties["b"].upload(1, np.array([1, 1])))
+    summation.add_upload("a", federation.parties["a"].upload(1, np.array([2**62, 3 * LARGEST])))
+    summation.add_upload("b", federation.parties["b"].upload(1, np.array([5 - 2**62, -2 * LARGEST])))
     total = federation.revealed(federation.confirmed(summation, by="ab"), by="ab").total()
-    assert total.tolist() == [LARGEST + 1, -LARGEST + 1]
+    assert total.tolist() == [5, LARGEST]
 
 
 # Who drops when.
@@ -93,9 +94,9 @@ def test_too_few_confirmations_or_shares_end_the_release_and_the_next_one_goes_o
     with pytest.raises(Unreadable, match="2 sites confirmed the survivors, and 3 must"):
         few.unmask_request("a")
     summation = federation.revealed(federation.confirmed(federation.uploaded(2, "abcd"), by="abc"), by="ab")
-    with pytest.raises(Unreadable, match="2 sites gave right shares") as error:
+    with pytest.raises(Unreadable, match="2 sites gave shares, and 3 must") as error:
         summation.total()
-    assert error.value.site == "a"
+    assert error.value.site is None
     summation = federation.confirmed(federation.uploaded(3, "abc"), by="abd")  # d helps, though it did not upload
     assert federation.revealed(summation, by="abd").total().tolist() == federation.sum_of("abc").tolist()
 
@@ -195,6 +196,7 @@ def test_a_site_that_seals_nothing_for_another_costs_that_other_s_share_alone() 
     summation.add_upload("c", bytes(data))
     federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
     assert summation.total().tolist() == federation.sum_of("abc").tolist()
+    assert summation.wrong_shares == {("a", "c")}
 
 
 def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_once() -> None:

@@ -55,7 +55,8 @@ class Transcript(RuleBasedStateMachine):
         self.joined = dict.fromkeys(self.honest, self.federation.session.digest)
         # Of a colluder all keys are the adversary's; its first one is a party's, whose memory it has.
         self.secrets = {
-            site: {self.federation.session.digest: self.federation.parties[site]._pairs} for site in self.colluders
+            site: {self.federation.session.digest: self.federation.parties[site]._require_joined()[1]}
+            for site in self.colluders
         }
         self.second: dict[str, MaskKey] = {}
 
