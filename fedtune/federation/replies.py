@@ -160,6 +160,7 @@ class RoundReplies:
             ends = body.tensors.added_to(self.travelled.tensors)
             within = self.reaches[site].includes(ends, sent=self.travelled, rounding=body.tensors)
         else:
+            assert not isinstance(body.tensors, Masked)
             within = self.reaches[site].includes(body.tensors, sent=self.travelled)
         return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
