@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.privacy.accountant import factor_text
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -84,6 +86,26 @@ def test_tests_that_the_threat_model_names_exist() -> None:
     assert len(named) > 8
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+_TOO_MUCH = re.compile(
+    r"but for a probability|except with a small (probability|chance)|(promise|guarantee)s? (may )?fails?\b"
+    r"|Zusage[^.]{0,40} nicht gilt"
+)
+"""The chance that e to the power of epsilon is exceeded can be many times delta."""
+
+
+def test_nothing_says_that_the_promise_fails_with_a_chance_of_delta() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "conf").glob("*.toml")]
+    pages += [path for ending in ("py", "toml", "j2") for path in (ROOT / "fedtune").rglob(f"*.{ending}")]
+    told = [page for page in pages if page.name not in ("LOG.md", "mutants.md")]
+    assert [page.name for page in told if _TOO_MUCH.search(" ".join(page.read_text().split()))] == []
+
+
+def test_the_table_of_factors_is_computed() -> None:
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.,]+) \|$", (ROOT / "docs" / "epsilon.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    assert [factor_text(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
 
 
 def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> None:

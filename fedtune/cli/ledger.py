@@ -12,7 +12,7 @@ from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, odds_text, printable, rounded_down
+from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, printable, promise_text, rounded_down
 from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
@@ -314,9 +314,8 @@ def _show_verdict(history: History, figures: Spending) -> None:
         text = "Nothing was spent yet: nothing that depends on a record has left this site."
     else:
         text = (
-            f"Whatever anybody concludes from all that left this site, {unit} more or less changed the odds of it at "
-            f"most {odds_text(figures.epsilon)}-fold (e to the power of epsilon {epsilon_text(figures.epsilon)}), but "
-            f"for a probability of delta {figures.delta:g}."
+            f"{promise_text(history.opened.unit, epsilon=figures.epsilon, delta=figures.delta)} "
+            f"This is epsilon {epsilon_text(figures.epsilon)} at delta {figures.delta:g}."
         )
     console = Console()
     console.print()

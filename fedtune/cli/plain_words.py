@@ -27,13 +27,11 @@ def printable(text: object, most: int = 200) -> str:
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
-def odds_text(epsilon: float) -> str:
-    """By what factor odds can change: e to the power of `epsilon`, rounded up to two digits."""
-    if epsilon > 20:
-        return f"10^{math.ceil(epsilon / math.log(10))}"
-    factor = math.exp(epsilon)
-    unit = 10.0 ** (math.floor(math.log10(factor)) - 1)
-    return f"{math.ceil(factor / unit) * unit:,.10g}"
+def promise_text(unit: str, *, epsilon: float, delta: float) -> str:
+    """What (epsilon, delta) promises to one unit, in the sentence that a report's page has for it."""
+    texts = catalogue("en")
+    factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
+    return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
 def rounded_down(epsilon: float) -> str:

@@ -253,7 +253,9 @@ def _about_sites(outlook: Outlook) -> tuple[str, ...]:
         noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
         ratio = price.sites[noisiest].step_noise / price.sites[price.largest[0]].step_noise
         notes.append(f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}.")
-    notes.append(f"delta x size: how many {plan.unit}s the guarantee may fail, at the very worst; keep it far below 1.")
+    notes.append(
+        f"delta x size: how many {plan.unit}s may be exposed outright, at the very worst; keep it far below 1."
+    )
     notes.append(ABOUT_RDP.format(counts="epsilon by PLD"))
     notes.append("Epsilon by the filter is what the plan takes of a lifetime cap in a site's policy.")
     return tuple(notes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import cap_text, odds_text, printable, rounded_down
+from fedtune.cli.plain_words import cap_text, printable, promise_text, rounded_down
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
@@ -186,9 +186,8 @@ def _budget(policy: Policy) -> Iterator[str]:
         yield "For life: no cap. Nothing is promised."
     else:
         yield (
-            f"For life: epsilon {budget.max_epsilon:g} at delta {budget.delta:g}, over all runs and leads. Whatever "
-            f"anybody concludes from all that ever leaves, one {policy.population.unit} more or less changes the odds "
-            f"of it at most {odds_text(budget.max_epsilon)}-fold, but for a probability of delta."
+            f"For life: epsilon {budget.max_epsilon:g} at delta {budget.delta:g}, over all runs and leads. "
+            f"{promise_text(policy.population.unit, epsilon=budget.max_epsilon, delta=budget.delta)}"
         )
     yield f"For one run: epsilon {cap_text(budget.max_epsilon_per_run)}."
     yield f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."
@@ -235,7 +234,7 @@ def _leaves(policy: Policy) -> Iterator[str]:
 
 
 def _stated(policy: Policy) -> Iterator[str]:
-    yield "No software can check this; reports show it as asserted by the site."
+    yield "No software can check this; reports show it as stated by the site."
     yield (
         "Nobody of this population is among another site's records."
         if policy.asserted.no_person_at_another_site

@@ -119,12 +119,17 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
+    from fedtune.report.page.catalogue import catalogue
     from fedtune.report.page.render import write_files
 
     spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)
+    for code in report.banners:
+        say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = verdict_line(report)
     say(verdict, style=style)
+    if report.epsilon:
+        say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
         say(f"{written.name + ':':<13}{written}")
 

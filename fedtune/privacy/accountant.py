@@ -29,6 +29,7 @@ from fedtune.spec import ConfigError
 Counted = tuple[tuple[DpEvent, int], ...]
 """Mechanisms, and how often each ran."""
 _WIDE = Context(prec=330)  # any float to three decimals
+_MOST_AS_FACTOR = 20.0  # its factor has nine digits; beyond, a power of ten says as much
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 """The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
 
@@ -319,6 +320,21 @@ def epsilon_text(epsilon: float | None) -> str:
         return "unbounded"
     shown = Decimal(repr(float(epsilon)))  # the digits that a person would see, so that 1.1 stays 1.100
     return str(shown.quantize(Decimal("0.001"), rounding=ROUND_CEILING, context=_WIDE))
+
+
+def factor_text(epsilon: float | None) -> str:
+    """The largest factor between two chances, e to the power of `epsilon`: three digits or a whole number, rounded up.
+
+    >>> [factor_text(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]
+    ['1.00', '1.11', '20.1', '2,981', '10^22', 'unbounded']
+    """
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    if epsilon > _MOST_AS_FACTOR:
+        return f"10^{math.ceil(epsilon / math.log(10))}"
+    factor = Decimal(repr(float(epsilon))).exp()
+    places = max(0, 2 - factor.adjusted())
+    return f"{factor.quantize(Decimal(1).scaleb(-places), rounding=ROUND_CEILING, context=_WIDE):,}"
 
 
 @contextlib.contextmanager

@@ -342,6 +342,7 @@ class Policy:
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
+        simulated: the site is made up, on the machine of whoever simulates it; its ledger and reports say so.
     """
 
     site: str
@@ -359,6 +360,7 @@ class Policy:
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
+    simulated: bool = False
 
     def __post_init__(self) -> None:
         check_name("site", self.site)
@@ -420,6 +422,8 @@ class Policy:
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
+        if not self.simulated:  # so that a real site's digest stays what it was before there was the mark
+            del fields["simulated"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
         return dict(json.loads(json.dumps(fields)))
 

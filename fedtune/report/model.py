@@ -262,10 +262,13 @@ class SiteReport:
 
 @spec
 class Assumption:
-    """Something that the guarantee rests on; `evidence` names a test, a log or who asserts it."""
+    """Something that the guarantee rests on; `evidence` names a version and a test, a file, or who states it.
+
+    derive/rules.py says what each status means; versions that had no "ensured" called it "verified".
+    """
 
     code: str
-    status: Literal["violated", "assumed", "asserted", "verified"]
+    status: Literal["violated", "assumed", "asserted", "ensured", "verified"]
     evidence: str
 
 
@@ -436,6 +439,12 @@ class Report:
     audit: Audit | None = None
     signature: Signature | None = None
     schema_version: Literal[2] = 2
+
+    @property
+    def banners(self) -> tuple[str, ...]:
+        """Codes of what every page says first: that no real sites took part, or that noise came from a seed."""
+        simulated = any(cell.facts.get("runtime") in ("simulation", "ray") for cell in self.cells)
+        return (*(("simulation",) if simulated else ()), *(("seeded",) if self.seeded_noise else ()))
 
 
 class Problem(NamedTuple):

@@ -197,13 +197,18 @@ def _privacy(words: Words) -> Mapping[str, Any]:
     def text(key: str, **values: object) -> _Verbatim:
         return _Verbatim(words.text(key, **values).unescape())
 
-    figures = {"epsilon": texts.figure(report.epsilon, "epsilon"), "delta": texts.figure(report.delta, "exact")}
+    factor, delta = texts.figure(report.epsilon, "factor"), texts.figure(report.delta, "exact")
+    unit = text(f"unit.{report.unit}")
+    epsilon = texts.figure(report.epsilon, "epsilon")
     return {
-        "unit": text(f"unit.{report.unit}"),
+        "unit": unit,
         "promised": words.promises,
+        "epsilon": text("documentation.privacy_text", epsilon=epsilon, delta=delta, unit=unit),
         "verdict": text(f"verdict.{report.verdict.state}_run"),
         "reasons": [_Verbatim(words.code("reason", code).unescape()) for code in report.verdict.reasons],
-        "promise": text(f"promise.{report.unit}", **figures) if words.promises else text("promise.none"),
+        "promise": text(f"promise.{report.unit}", factor=factor, delta=delta)
+        if words.promises
+        else text("promise.none"),
         "against": text("promise.against"),
         "limits": [_Verbatim(words.code("not_protected", code).unescape()) for code in report.not_protected],
     }

@@ -79,6 +79,7 @@ def problems(report: Report) -> list[Problem]:
         after = [step.epsilon for site in report.sites for step in site.steps if step.round == cost.round]
         found += _compared(f"utility.rounds.{number}.epsilon", cost.epsilon, largest(after)) if after else ()
     found += _selection(report)
+    found += _kept(report)
     try:
         found += rules.contradictions(report)
         found += audit_problems(report)
@@ -199,6 +200,17 @@ def _selection(report: Report) -> list[Problem]:
     except (ValueError, ArithmeticError, RecursionError) as error:
         found = [Problem("charges", "charges", f"that cannot be computed: {error}")]
     return [Problem(f"utility.selection.{key}", said, right) for key, said, right in found]
+
+
+def _kept(report: Report) -> Iterator[Problem]:
+    """A round that was kept, and is none of the run's or had another score."""
+    if report.utility is None or (kept := report.utility.kept) is None:
+        return
+    scores = {one.round: one.scores.get(kept.judged_by) for one in report.utility.rounds}
+    if kept.round not in scores:
+        yield Problem("utility.kept.round", kept.round, "one of utility.rounds")
+    elif scores[kept.round] != kept.score:
+        yield Problem("utility.kept.score", kept.score, scores[kept.round])
 
 
 def _of_selection(report: Report, told: Selection, charged: Charges) -> Iterator[Problem]:

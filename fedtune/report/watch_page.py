@@ -26,7 +26,7 @@ from fedtune.report.derive.verdicts import of_settings, verdict_of
 from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.render import PageOne, environment
+from fedtune.report.page.render import environment
 from fedtune.report.page.tables import MOST_LINES, Tables, Words, pointer, shortened
 from fedtune.report.record.run_record import RunRecord, not_begun, read_run_under_way
 from fedtune.spec import FedtuneError, spec
@@ -329,7 +329,6 @@ class WatchPage:
             "pointer": pointer,
             "tables": tables,
             "charts": Charts(words, tables),
-            "simulated": PageOne(words).is_simulated(),
             "most_lines": MOST_LINES,
         }
         module = environment().get_template("watch_parts.html.j2").make_module(context)

@@ -73,10 +73,12 @@ class RealSite:
         """The site, for a run with these settings (JSON as a lead sent it, unchecked).
 
         Raises:
-            ConfigError: the policy cannot be read.
+            ConfigError: the policy cannot be read, or is of a simulated site.
             RunError: the ledger cannot be trusted or written.
         """
         files = SiteFiles.of(self._places.site_toml)
+        if files.policy.simulated:
+            raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self._places.site_toml)
         ledger = files.open()
         return Site(
             name=files.policy.site,

@@ -121,18 +121,22 @@ class VirtualSites:
         return SigningKey.load_or_make(self.folder / LEAD_KEY)
 
     def files(self, site: str) -> SiteFiles:
-        """The site's files, its policy written for this run where there is none yet.
+        """The site's files, its policy written for this run where there is none yet, and marked as simulated.
 
         Raises:
             ConfigError: `site.toml` is there and is no policy, or is another site's.
         """
         path = self.folder / site / POLICY
         if not path.exists():
-            write_policy(generated_policy(self.config, self.plan, site, lead=self.lead_key().public), path)
+            write_policy(self._policy(site), path)
         files = SiteFiles.of(path)
         if files.policy.site != site:
             raise ConfigError("site", files.policy.site, f"must be {site}").in_file(path)
-        return files
+        return replace(files, policy=replace(files.policy, simulated=True))
+
+    def _policy(self, site: str) -> Policy:
+        policy = generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
+        return replace(policy, simulated=True)
 
     def ledger(self, site: str) -> Ledger:
         """The site's ledger, opened under its policy as both stand now."""
@@ -141,7 +145,7 @@ class VirtualSites:
     def allow(self, *, within: Budget) -> None:
         """Write policies that allow this run and no other, within a budget that several runs share."""
         for site in self.config.federation.active:
-            policy = generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
+            policy = self._policy(site)
             budget = replace(within, max_epsilon_per_run=policy.budget.max_epsilon_per_run)
             write_policy(replace(policy, budget=budget), self.folder / site / POLICY)
 

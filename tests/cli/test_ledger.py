@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.plain_words import odds_text, printable
+from fedtune.cli.plain_words import printable, promise_text
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 
@@ -129,7 +129,9 @@ def test_spent_gives_each_figure_with_what_it_means(lived: Any, command: Any) ->
     assert "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it." in out
     assert "a proof only for what was fixed beforehand" in out
     assert f"{figures['reference_runs_left']} runs like the policy's reference" in out
-    assert f"at most {odds_text(figures['epsilon'])}-fold" in out
+    promise = promise_text("record", epsilon=figures["epsilon"], delta=figures["delta"])
+    assert f"at most {factor_text(figures['epsilon'])}-fold, plus 0.00001." in promise
+    assert promise in " ".join(out.split())
     assert "NO GUARANTEE" not in out
     assert "FROZEN" not in out
 
@@ -407,10 +409,21 @@ def test_epsilon_is_rounded_up(epsilon: float, shown: str) -> None:
     assert epsilon_text(epsilon) == shown
 
 
-@pytest.mark.parametrize(("epsilon", "shown"), [(0.0, "1"), (0.5, "1.7"), (3.0, "21"), (6.0, "410"), (50.0, "10^22")])
-def test_odds_are_rounded_up(epsilon: float, shown: str) -> None:
-    assert odds_text(epsilon) == shown
-    assert epsilon <= math.log(float(shown.replace("10^", "1e"))) + 1e-12
+@pytest.mark.parametrize(
+    ("epsilon", "shown"),
+    [
+        (0.0, "1.00"),
+        (0.5, "1.65"),
+        (2.999, "20.1"),
+        (6.0, "404"),
+        (8.0, "2,981"),
+        (19.0, "178,482,301"),
+        (50.0, "10^22"),
+    ],
+)
+def test_factors_are_rounded_up(epsilon: float, shown: str) -> None:
+    assert factor_text(epsilon) == shown
+    assert epsilon <= math.log(float(shown.replace("10^", "1e").replace(",", ""))) + 1e-12
 
 
 def test_text_from_outside_is_made_harmless_and_short() -> None:

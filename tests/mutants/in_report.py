@@ -82,6 +82,30 @@ REPORT_FAULTS = (
         tests=(f"{CONTRADICTIONS}::test_nothing_can_be_called_verified_that_nobody_checks",),
     ),
     Mutant(
+        name="ensured-called-recomputed",
+        fault='`report verify` accepts "verified" for what the program ensures and nobody computed again.',
+        file=RULES,
+        old='if by_an_earlier_version and best == "ensured"',
+        new='if best == "ensured"',
+        tests=(f"{CONTRADICTIONS}::test_what_the_program_ensures_was_not_recomputed",),
+    ),
+    Mutant(
+        name="simulation-says-nothing",
+        fault="A simulation leaves its sites' policies unmarked: a site's own signed report looks like a real one's.",
+        file="fedtune/sites/virtual_site.py",
+        old="return replace(files, policy=replace(files.policy, simulated=True))",
+        new="return files",
+        tests=("tests/report/test_situations.py::test_a_simulation_says_so_in_every_report",),
+    ),
+    Mutant(
+        name="simulation-called-real",
+        fault="`report verify` accepts a run of a simulation as one of real sites.",
+        file=RULES,
+        old='if report.kind == "run" and simulated == of_real_sites:',
+        new='if report.kind == "run" and simulated and of_real_sites:',
+        tests=(f"{CONTRADICTIONS}::test_a_simulation_cannot_be_made_a_run_of_real_sites",),
+    ),
+    Mutant(
         name="work-of-a-report-unbounded",
         fault="The size of each mechanism is bounded and their number is not: a report of 300 kB keeps who verifies it "
         "busy for an hour.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import fedtune
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
@@ -64,15 +66,31 @@ def test_a_test_that_is_named_as_evidence_exists(
                     assert (REPOSITORY / word).exists(), word
 
 
+def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> None:
+    """The same in the lead's report and in the site's own, about the same training."""
+    of_lead, own = from_run.build(run_folder), from_ledger.build(run_folder / "sites/site-1/site.toml")
+    by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
+    for report in (of_lead, own):
+        found = statuses(report)
+        assert {code for code, status in found.items() if status == "ensured"} == by_program
+        for code, status in found.items():
+            said = evidence(report, code)
+            if status == "ensured":
+                assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
+            if status == "verified":
+                assert "tests/" not in said, "a test of the program is no check of this report"
+    assert [code for code, status in statuses(own).items() if status == "asserted"] == ["units_at_one_site_only"]
+
+
 def test_of_a_simulation_the_process_itself_knows(run_folder: Path) -> None:
     found = statuses(from_run.build(run_folder))
     assert found == {
         "one_record_is_one_unit": "assumed",
         "units_at_one_site_only": "assumed",
-        "clipping_exact": "verified",
-        "noise_in_every_step": "verified",
-        "poisson_sampling": "verified",
-        "unpredictable_randomness": "verified",
+        "clipping_exact": "ensured",
+        "noise_in_every_step": "ensured",
+        "poisson_sampling": "ensured",
+        "unpredictable_randomness": "ensured",
         "delta_below_one_over_size": "verified",
         "accountants_agree": "verified",
         "receipts_signed": "verified",
@@ -92,9 +110,7 @@ def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run_folder
     for count, path in enumerate(policies, start=1):
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
         # One that does not accept them is enough: all train on one machine.
-        expected = (
-            ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "verified")
-        )
+        expected = ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "ensured")
         assert clipping(from_run.build(copy).assumptions) == expected
     policies[0].unlink()
     assert clipping(from_run.build(copy).assumptions) == ("clipping_exact", "assumed")
@@ -194,14 +210,14 @@ def test_of_a_ledger_what_was_checked_and_what_its_site_says(books: Callable[...
     made = books()
     made.charge(run_proposal(), 1)
     assert statuses(from_ledger.build(made.ledger)) == {
-        "clipping_exact": "verified",
+        "clipping_exact": "ensured",
         "one_record_is_one_unit": "assumed",
         "no_event_missing": "assumed",
         "site_key_known": "assumed",
-        "poisson_sampling": "asserted",
-        "unpredictable_randomness": "asserted",
+        "poisson_sampling": "ensured",
+        "unpredictable_randomness": "ensured",
         "units_at_one_site_only": "asserted",
-        "noise_in_every_step": "verified",
+        "noise_in_every_step": "ensured",
         "delta_below_one_over_size": "verified",
         "accountants_agree": "verified",
         "ledger_intact": "verified",

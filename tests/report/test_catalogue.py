@@ -48,6 +48,7 @@ CODES: dict[str, set[str]] = {
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
     "energy": set(get_args(get_type_hints(Energy)["how"])),
+    "banner": {"simulation", "seeded"},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
 """Codes that types and rules list, by the section that has words for them."""
@@ -96,6 +97,58 @@ def test_languages_have_the_same_keys_and_placeholders(language: str) -> None:
         assert found[0] == found[1], (section, key)
 
 
+SAID_IN_BOTH = {
+    "strength": (r"\b(strong|medium|weak|reasonable)\b", r"\b(stark|mittel|schwach|reasonable)\b"),
+    "at most": (r"\b[Aa]t most\b", r"\b[Hh]öchstens\b"),
+    "at least": (r"\b[Aa]t least\b", r"\b[Mm]indestens\b"),
+    "never": (r"\bnever\b", r"\bnie\b"),
+    "nobody": (r"\b[Nn]obody\b|\bno person\b", r"\b[Nn]ie?mand"),
+    "alone": (r"\b(only|alone)\b", r"\b(nur|[Aa]llein)\b"),
+    "must": (r"\b(must|has to|may not)\b", r"\b(muss|müssen)\b|(darf|dürfen) nicht"),
+    "exact": (r"\b[Ee]xact(ly)?\b", r"\b([Ee]xakt|[Gg]enau)(e|er|es)?\b"),
+    "proof": (r"\bprov(es|ed)\b|\bproof\b", r"\b([Bb]eweis|bewiesen)"),
+    "unchanged": (r"\bunchanged\b", r"unverändert"),
+    "worst": (r"\bworst\b", r"ungünstigst"),
+    "malicious": (r"malicious", r"böswillig"),
+    "promise": (r"[Pp]romis|[Gg]uarantee|[Cc]laimed|no claim|or the claim", r"[Zz]usag|[Zz]ugesagt|nichts zu\."),
+}
+"""What makes a text a stronger or a weaker one: no language says it alone."""
+LISTS = {"not_protected", "leaves_out", "covers", "access"}
+SHORTEST = 0.7
+"""Of the other language's letters; German needs more of them than English."""
+
+
+def sentences(text: str) -> int:
+    """Without those dots that end a German abbreviation or a number."""
+    return len(re.findall(r"[.!?](?= [A-ZÄÖÜ“„]|$)", re.sub(r"\b(Abs|Art|lit|Nr)\. (?=\w)", "", text)))
+
+
+def items(text: str) -> int:
+    """Of the list behind a colon."""
+    _, colon, listed = text.partition(": ")
+    return len(re.split(r", | and | und ", listed)) if colon else 0
+
+
+def test_no_language_judges_or_leaves_out_what_the_other_does_not() -> None:
+    differ = []
+    for section, key in sorted(KEYS - {(name, key) for name, key in KEYS if name in ("language", "field", "word")}):
+        english, german = (TEXTS[language][section][key] for language in ("en", "de"))
+        found = [
+            what
+            for what, (en, de) in SAID_IN_BOTH.items()
+            if bool(re.search(en, english)) != bool(re.search(de, german))
+        ]
+        if sentences(english) != sentences(german):
+            found.append("sentences")
+        if (section in LISTS or key == "against") and items(english) != items(german):
+            found.append("items")
+        if len(english) > 25 and not len(german) / len(english) > SHORTEST:
+            found.append("short")
+        if found:
+            differ.append((section, key, found))
+    assert differ == []
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("section", CODES)
 def test_every_code_of_a_report_has_words(language: str, section: str) -> None:
@@ -116,6 +169,7 @@ def test_no_text_is_left_over() -> None:
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
     whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
     whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    whole |= {("meaning", guess) for guess in ("luck", "more", "wrong")}
     whole |= {("meaning", key + end) for key in ("ceiling", "mechanism") for end in ("", "_note")}
     whole |= {("language", f"month_{number}") for number in range(1, 13)}
     whole |= {("language", key) for key in ("decimal", "group", "day", "moment")}
@@ -129,7 +183,9 @@ def test_no_text_is_left_over() -> None:
     known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))
     whole |= {("value", key) for key in re.findall(r'"(\w+)"', known)}
     whole |= {("value", "unbounded")}  # of `epsilon_text`
-    whole |= {("by_user", f"{section}__{key}") for section, key in KEYS}  # other words for a text that there is
+    # Other words for a text that there is.
+    for of in ("by_user", "where_no_noise", "where_seeded"):
+        whole |= {(of, f"{section}__{key}") for section, key in KEYS}
     assert KEYS - whole == set()
 
 

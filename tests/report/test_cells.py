@@ -86,7 +86,7 @@ def test_what_no_record_shows_is_by_design_and_not_from_the_record(which: str, r
 
 def test_a_ledger_fills_in_what_it_knows(of_ledger: Report) -> None:
     auto = facts(of_ledger, "auto")
-    assert auto["dpia_description"]["declared_sizes"] == "patients: 100"
+    assert auto["dpia_description"]["declared_sizes"] == "a: 100"
     assert auto["dpia_risks"]["rollback_excluded"] == "no"
     assert auto["dpia_measures"]["ledger_verified"] == "yes"
     assert "scores_final" in facts(of_ledger, "missing")["ai_act_validation"], "scores are the lead's"

@@ -151,6 +151,20 @@ def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
     assert "limit" in texts(drawn(raised, "epsilon_spent"))
 
 
+@pytest.mark.parametrize("language", ["en", "de"])
+def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Report) -> None:
+    (site,) = ledger.sites
+    last, said = site.steps[-1], catalogue(language).texts["chart"]
+    for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_run_or_round")):
+        steps = tuple(replace(last, run="r" if one else "q", round=one) for one in rounds)
+        report = replace(ledger, sites=(replace(site, steps=steps),))
+        shown = texts(drawn(report, "epsilon_spent", language))
+        named = {one for one in shown if one in [said[key] for key in said if key.startswith("axis_")]}
+        assert named == {said["axis_epsilon"], said[axis]}
+        rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in chart(report, "epsilon_spent").table.rows]
+        assert [row[:2] for row in rows] == [["r", str(one)] if one else ["q", "all"] for one in rounds]
+
+
 def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
     assert any(
         re.fullmatch(r"\d\.\d+", text)

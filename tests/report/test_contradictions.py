@@ -65,6 +65,15 @@ def test_a_cell_says_what_the_figures_say(fact: str, of_run: Report, of_ledger: 
         assert where(replace(report, cells=by_design)) == {f"cells.{cell.code}.{fact}" for cell in having}
 
 
+def test_a_simulation_cannot_be_made_a_run_of_real_sites(of_run: Report) -> None:
+    for other in ("", "deployment"):
+        cells = tuple(
+            replace(cell, facts={name: other if name == "runtime" else fact for name, fact in cell.facts.items()})
+            for cell in of_run.cells
+        )
+        assert "cells.dpia_description.runtime" in where(replace(of_run, cells=cells))
+
+
 def test_an_exceeded_budget_is_not_within_in_a_cell(of_run: Report) -> None:
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     report = replace(
@@ -97,6 +106,15 @@ def test_nothing_can_be_called_verified_that_nobody_checks(of_run: Report, of_le
         ),
     ):
         assert where(verified(report)) == {f"assumptions.{code}.status" for code in codes}
+
+
+@pytest.mark.parametrize(
+    "code", ["noise_in_every_step", "poisson_sampling", "unpredictable_randomness", "clipping_exact"]
+)
+def test_what_the_program_ensures_was_not_recomputed(code: str, of_run: Report, of_ledger: Report) -> None:
+    for report in (of_run, of_ledger):
+        one = tuple(replace(one, status="verified") if one.code == code else one for one in report.assumptions)
+        assert where(replace(report, assumptions=one)) == {f"assumptions.{code}.status"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.report import from_ledger, recompute, signing
 from fedtune.report.derive import profile
 from fedtune.spec import ConfigError, RunError
@@ -51,6 +51,15 @@ def charged(books: Callable[..., Books], run_proposal: Proposals) -> Books:
     made.charge(run_proposal(), 1, 2)
     made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
     return made
+
+
+def test_what_is_declared_by_site_names_the_site(books: Callable[..., Books], run_proposal: Proposals) -> None:
+    both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
+    made = books(dataset=both)
+    made.charge(run_proposal(), 1)
+    facts = {name: fact for cell in from_ledger.build(made.ledger).cells for name, fact in cell.facts.items()}
+    assert facts["declared_sizes"] == "a: 150", "the sites of a ledger are one, whatever its data sets"
+    assert (facts["declared_total"], facts["dataset"]) == ("150", "patients, archive")
 
 
 def test_the_figures_are_the_ledgers_own(charged: Books) -> None:

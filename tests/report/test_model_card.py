@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.report import from_run
 from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
@@ -58,7 +58,8 @@ def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: s
 
 def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
-    assert f"at most a factor of e^{epsilon_text(of_run.epsilon)} " in text
+    assert f"at most {factor_text(of_run.epsilon)}-fold, plus " in text
+    assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
     assert "plus 0.00001." in text
     assert "**Within this run's budget.**" in text
     assert text.count("\n- ") == len(of_run.not_protected)

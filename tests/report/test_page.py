@@ -220,7 +220,7 @@ def as_lines(element: Element) -> str:
 
     def walk(one: Element) -> str:
         if one.tag == "svg":
-            return f"[{one.attributes['aria-label']}]\n"
+            return f"[{one.attributes['aria-label']}]\n" if "aria-label" in one.attributes else ""
         inner = "".join(child if isinstance(child, str) else walk(child) for child in one.children)
         if one.tag in ("td", "th"):
             return " ".join(inner.split()) + " | "
@@ -230,6 +230,36 @@ def as_lines(element: Element) -> str:
 
     lines = (" ".join(line.split()).removesuffix(" |") for line in walk(element).splitlines())
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def test_each_mark_of_the_guesses_is_explained_by_that_very_mark(rendered: Rendered, language: str) -> None:
+    """By a drawing: printing from a browser leaves out backgrounds."""
+    html = main(rendered("within", language))
+    pictures = [one for one in html.all("svg") if one.attributes.get("class") == "guesses"]
+    (key,) = [one for one in html.all("p") if one.attributes.get("class") == "note key"]
+
+    def looks(element: Element) -> set[tuple[str, str, str]]:
+        marks = [one for one in element.walk() if one.tag in ("circle", "path")]
+        return {(one.tag, one.attributes["fill"], one.attributes.get("stroke", "")) for one in marks}
+
+    assert len(looks(key)) == 3
+    assert looks(key) == set().union(*map(looks, pictures))
+    assert words_of(key) == " ".join(catalogue(language).texts["meaning"][guess] for guess in ("luck", "more", "wrong"))
+
+
+def test_every_page_of_a_study_says_so_first(of_run: Report, of_ledger: Report, language: str) -> None:
+    said = catalogue(language).texts["banner"]
+    for report, banners in (
+        (of_run, ["simulation"]),
+        (replace(of_run, seeded_noise=True), ["simulation", "seeded"]),
+        (replace(of_ledger, seeded_noise=True), ["seeded"]),
+        (of_ledger, []),
+    ):
+        html = render.render(report, language=language)
+        first = [words_of(one) for one in main(html).walk() if one.tag in ("p", "h1")][: len(banners)]
+        assert first == [said[code] for code in banners]
+        on_paper = [str(render.css_string(" ".join(first)))] if banners else []
+        assert re.findall(r"@top-center \{ content: (\".*?\");", html) == on_paper
 
 
 UNBOUNDED = {"en": "unbounded", "de": "unbegrenzt"}

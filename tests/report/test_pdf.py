@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import LANGUAGES
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.spec import ConfigError
 
-from .shown import LONG, Make, page_of
+from .shown import LONG, Make, page_of, reports_of
 
 try:
     import weasyprint
@@ -75,6 +75,21 @@ def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
         )
         assert digest in footer.replace(" ", "")
         assert "universi" in footer
+
+
+@needs_weasyprint
+@pytest.mark.parametrize("name", ["within", "no_guarantee"])
+def test_each_page_of_a_study_says_so(name: str, request: pytest.FixtureRequest) -> None:
+    report = reports_of(request)[name]
+    assert report.banners
+    for one in pages(page_of(request, name, "de")):
+        above = "".join(
+            str(box.text)
+            for box in one._page_box.descendants()
+            if type(box).__name__ == "TextBox" and box.position_y < 30
+        )
+        for banner in report.banners:
+            assert catalogue("de").texts["banner"][banner].replace(" ", "") in above.replace(" ", "")
 
 
 def _in_margin(box: Any, one: Any) -> bool:

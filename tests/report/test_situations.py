@@ -21,7 +21,7 @@ from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, recompute, signing
 from fedtune.report.model import Report
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
 from fedtune.sites.virtual_site import Participants
 
@@ -46,8 +46,7 @@ def check(name: str, report: Report) -> Report:
 def check_page(report: Report) -> None:
     """The page says the verdict with each of its reasons, and every site's epsilon, rounded up."""
     words = catalogue("en")
-    page = re.sub(r"<(style|svg).*?</\1>", "", render(report, language="en"), flags=re.DOTALL)
-    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    text = shown_text(render(report, language="en"))
     verdict = report.verdict
     for key in (f"verdict.{verdict.state}_{report.kind}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
@@ -56,6 +55,12 @@ def check_page(report: Report) -> None:
         assert words.figure(site.spent.epsilon, "epsilon") in text
     for word in ("anonymous", "compliant", "impossible"):
         assert word not in text.lower()
+
+
+def shown_text(page: str) -> str:
+    """What a page says outside of drawings, in one line."""
+    page = re.sub(r"<(style|svg).*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
 
 
 def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
@@ -90,12 +95,67 @@ def test_a_run_within_its_target(simulate: Callable[..., Path], tmp_path: Path) 
     assert 0 < report.epsilon < report.target_epsilon
 
 
+def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], command: Any, tmp_path: Path) -> None:
+    folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
+    site = folder / "sites/site-1"
+    signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
+    for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
+        assert banner in " ".join(command("report", *of).out.split())
+        report = signing.read((at / "report.json").read_bytes())
+        assert report.banners == ("simulation",)
+        assert recompute.problems(report) == []
+        assert (at / "report.html").read_text().count(banner) == 1
+    # Two figures for one training, and page 1 of each says why.
+    ours, theirs = (signing.read((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own"))
+    assert ours < theirs
+    for at in (folder, tmp_path / "own"):
+        first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
+        assert catalogue("en").text("budget.two_figures") in first
+    # A policy that says nothing of it, as earlier versions wrote them for kept sites.
+    kept = tmp_path / "kept"
+    shutil.copytree(folder / "sites", kept)
+    text = (site / "site.toml").read_text()
+    assert "simulated = true\n" in text
+    (kept / "receipts.json").unlink()
+    for ledger in kept.glob("*/ledger.db"):
+        ledger.unlink()
+        (ledger.parent / "site.toml").write_text(
+            text.replace("simulated = true\n", "").replace("site-1", ledger.parent.name)
+        )
+    simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
+    own = from_ledger.build(kept / "site-1/site.toml")
+    assert own.banners == ("simulation",)
+    assert {one.code: one.status for one in own.assumptions}["policy_noted"] == "verified"
+
+
 def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
+    assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
+    for language in LANGUAGES:
+        said = catalogue(language).texts
+        text = shown_text(render(report, language=language))
+        assert said["where_no_noise"]["released__updates"] in text
+        for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
+            assert said[section][key] not in text
+        assert not re.search("noised|noisy|verrausch", text, re.IGNORECASE)
+
+
+def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., Path], tmp_path: Path) -> None:
+    folder = simulate("privacy=none", into=tmp_path)
+    report = from_run.build(folder)
+    charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
+    sites = tuple(
+        replace(
+            site, mechanisms=(), curve=(), steps=(), releases=(), spent=replace(site.spent, **charged), meaning=None,
+        )
+        for site in report.sites
+    )  # fmt: skip
+    found = {problem.where for problem in recompute.problems(replace(report, sites=sites))}
+    assert not any("unpredictable_randomness" in where for where in found)
 
 
 def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
@@ -103,6 +163,10 @@ def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path:
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.seeded_noise, report.randomness) == (True, "seeded")
+    for language in LANGUAGES:
+        assert catalogue(language).texts["where_seeded"]["released__updates"] in shown_text(
+            render(report, language=language)
+        )
 
 
 @pytest.fixture

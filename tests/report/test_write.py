@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_run, model, signing
+from fedtune.report.derive.profile import as_stated
+from fedtune.report.model import HitRate, Meaning, Posterior
 from fedtune.report.page import render
 from fedtune.report.page.render import write_report
 from fedtune.spec import ConfigError
 
 from .shown import NAMES, reports_of
+from .site_ledgers import Books
 
 SCHEMA = Path(model.__file__).parent / "schema" / f"report-{model.SCHEMA_VERSION}.json"
 
@@ -33,6 +42,54 @@ def test_writing_it_again_gives_the_same_bytes(run_folder: Path) -> None:
     before = [(run_folder / name).read_bytes() for name in ("report.json", "report.html")]
     write_report(run_folder)
     assert [(run_folder / name).read_bytes() for name in ("report.json", "report.html")] == before
+
+
+_DIGESTS = """
+import hashlib, sys
+from pathlib import Path
+from fedtune.report import from_ledger, signing
+reports = [signing.to_text(from_ledger.build(Path(path))) for path in sys.argv[1:]]
+print(*sorted(hashlib.sha256(text.encode()).hexdigest() for text in reports))
+"""
+
+
+def test_threads_and_the_order_of_two_reports_change_no_byte(
+    tmp_path: Path, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
+) -> None:
+    # At this plan a share of found records differs in its last digit between one thread and two.
+    plan = {"sampling_rate": 0.2, "noise_multiplier": 0.8988, "local_steps": 2, "num_rounds": 10, "spare_rounds": 0}
+    limits = {"min_noise_multiplier": 0.5, "max_rounds": 50, "max_sampling_rate": 0.5}
+    ledgers = []
+    for name, noise in (("one", 0.8988), ("two", 1.5)):
+        books = Books.made(tmp_path / name, site_policy(limits=limits, budget={"max_epsilon": 50.0}))
+        books.charge(run_proposal(**plan | {"noise_multiplier": noise}), *range(1, 11))
+        ledgers.append(str(books.ledger))
+    printed = set()
+    for threads, order in (("1", ledgers), ("2", ledgers), ("1", ledgers[::-1])):
+        several = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        command, environment = [sys.executable, "-c", _DIGESTS, *order], os.environ | several
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+        printed.add(done.stdout)
+    assert len(printed) == 1
+
+
+@pytest.mark.parametrize("last", [-3, -1, 0, 1, 3])
+def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
+    share = 0.04296797538628186
+    rate = HitRate(false_alarms=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
+    posterior = Posterior(prior=0.5, ceiling=0.5)
+    stated = as_stated(
+        Meaning(
+            right_of_100_ceiling=50 * (1 + abs(last) * math.ulp(1.0)),
+            right_of_100_mechanism=None,
+            posterior=(posterior,),
+            hit_rates=(rate,),
+            expected_failures=230 * 1e-05,
+        )
+    )
+    assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
+    assert (stated.right_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
+    assert stated.posterior == (posterior,)
 
 
 def test_an_unknown_language_writes_nothing(run_folder: Path) -> None:

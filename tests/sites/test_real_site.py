@@ -53,6 +53,12 @@ def charged(reply: Reply) -> int:
     return reply.receipt.charged_rounds
 
 
+def test_a_real_site_is_no_simulated_one(site: Any) -> None:
+    site.edit(simulated=True)
+    with pytest.raises(ConfigError, match="simulated = true: must be false: this is a real site"):
+        site.ask()
+
+
 def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, first_adapter: Adapter) -> None:
     reply = site.ask()
     assert isinstance(reply.body, Update)

@@ -106,14 +106,15 @@ def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
 def of_ledger(record: LedgerRecord, provenance: Provenance | None) -> Facts:
     """Those that a ledger has, over all its runs, and the rest of its report has not."""
     policy, history = record.policy, record.history
-    sizes = {dataset.id: dataset.declared_size for dataset in policy.dataset}
+    size = str(policy.population_size)
     proposals = [run.proposal for run in history.runs.values()]
     return _of_every_report(provenance) | {
-        "dataset": _listed(sizes),
+        "dataset": _listed(dataset.id for dataset in policy.dataset),
         "task": _listed(proposal.task for proposal in proposals),
-        "declared_sizes": _pairs(sizes),
-        "declared_total": str(sum(sizes.values())),
+        "declared_sizes": f"{history.opened.site}: {size}",
+        "declared_total": size,
         "num_sites": "1",
+        "runtime": "simulation" if record.simulated else None,
         "rank": _listed(_rank(proposal.adapter, proposal.rank) for proposal in proposals),
         "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
         "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),

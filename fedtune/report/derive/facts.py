@@ -7,7 +7,7 @@ need from the report itself, as favourably as it allows.  The rules are the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +48,11 @@ class _Facts:
     released: tuple[str, ...] = ()
     covers: tuple[str, ...] = ()
     provenance: Provenance | None = None
+
+    @property
+    def program(self) -> str:
+        """The fedtune that trained."""
+        return f"fedtune {self.provenance.fedtune_version}" if self.provenance else "fedtune"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,7 @@ class RunFacts(_Facts):
             delta=report.delta,
             unit=report.unit,
             target=report.target_epsilon,
-            private=all(row.noise_multiplier > 0 for row in rows),
+            private=report.randomness != "none" and all(row.noise_multiplier > 0 for row in rows),
             seeded=report.seeded_noise,
             sampling="poisson" if "poisson" in sampled or not rows else next(iter(sampled), None),
             randomness=None if report.randomness == NOT_RECORDED else report.randomness,
@@ -181,7 +186,9 @@ class LedgerFacts(_Facts):
         restored = [event.sequence for event in events if event.detail.get("what") == "restored"]
         caps = [(event.sequence, finite(policy_of(event.detail["policy"]).budget.max_epsilon)) for event in policies]
         charges = [event.sequence for event in events if event.kind is Kind.RESERVE] + restored
-        own, versions = record.policy_file, list(dict.fromkeys(event.code for event in events))
+        versions = list(dict.fromkeys(event.code for event in events))
+        # A simulation notes that it is one, whatever the file says.
+        own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
         without_noise = plans and not all(plan.private for plan in plans)
         return cls(
             name=f"{history.opened.site} {history.opened.population}",

@@ -15,7 +15,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache
+from typing import overload
 
 from dp_accounting import DpEvent
 
@@ -37,6 +40,8 @@ FALSE_ALARMS = (0.01, 0.001)
 TIERS_SOURCE = "arXiv 2303.00654"
 _TIERS = ((1.0, "strong"), (10.0, "reasonable"))
 _LARGEST_EXPONENT = 700.0  # e to it is still a number
+_THIRTEEN_DIGITS = Context(prec=13, rounding=ROUND_HALF_EVEN)
+_NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
 
 
 def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
@@ -124,7 +129,7 @@ def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
 
 
 def expected_failures(delta: float, *, declared_size: int) -> float:
-    """Of `declared_size` records, on how many the bound by epsilon may fail at worst, on average."""
+    """Of `declared_size` records, for how many something may come out that could not without them: a mean, at most."""
     return delta * declared_size
 
 
@@ -246,6 +251,35 @@ def meaning(
         hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
         expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
     )
+
+
+def as_stated(means: Meaning) -> Meaning:
+    """What a report says of `means`: nine digits of each figure, upwards.
+
+    A figure's last digits depend on how many threads added it up, and equal input has to give equal bytes.
+    """
+    return replace(
+        means,
+        right_of_100_ceiling=_upwards(means.right_of_100_ceiling),
+        right_of_100_mechanism=_upwards(means.right_of_100_mechanism),
+        posterior=tuple(replace(one, ceiling=_upwards(one.ceiling)) for one in means.posterior),
+        hit_rates=tuple(
+            replace(one, ceiling=_upwards(one.ceiling), mechanism=_upwards(one.mechanism)) for one in means.hit_rates
+        ),
+        expected_failures=_upwards(means.expected_failures),
+    )
+
+
+@overload
+def _upwards(value: float) -> float: ...
+@overload
+def _upwards(value: float | None) -> float | None: ...
+def _upwards(value: float | None) -> float | None:
+    """Nine digits, rounded up from thirteen: what floats add to a whole number is not worth a digit."""
+    if value is None:
+        return None
+    shown = _THIRTEEN_DIGITS.create_decimal_from_float(value)
+    return float(_NINE_DIGITS.plus(shown))
 
 
 def _hit_rate(epsilon: float, delta: float, *, false_alarms: float, mechanism: float | None) -> HitRate:

@@ -1,8 +1,8 @@
 """What follows from facts and sites: a report's assumptions, and the whole of it; and where a report denies itself.
 
-Its builders call these rules, and `report verify` calls them again with the facts of the report itself.  Of an
-assumption, "verified" names what checked it: a test of fedtune's, or a check made for this report.  "asserted" names
-who says so.  "assumed" is said by nobody, and "violated" is known not to hold.
+Its builders call these rules; `report verify` calls them again with a report's own facts.  An assumption is "verified"
+where it was computed or compared again for the report, "ensured" where the program does it in every run (by the version
+and the test named), "asserted" where somebody states it, "assumed" where nobody does; "violated" is known not to hold.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ _NOT_OF_A_LEDGER = {
     "bytes",
     "who_took_part",
 }
-_Status = Literal["violated", "assumed", "asserted", "verified"]
-_WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "verified")
+_Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
+_WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "ensured", "verified")
 CLIPPING = ("clipping_exact", "clipping_but_for_rounding")
 """A report states one of these.  The second is for machines that a site accepts although they round a record by its
 neighbours, and for all reports made before there was the first."""
@@ -90,7 +90,14 @@ FOUNDATIONS = (
 """Where one of these is violated, nothing is promised."""
 
 _Found = tuple[str, _Status, str]
-_EXACT = "allow.inexact_gradients=false; tests/training/test_preflight.py; docs/guarantee.md"
+_SAMPLED = "tests/training/test_dp_step.py"
+_UNPREDICTABLE = "tests/privacy/test_randomness.py"
+_EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
+_ONCE_VERIFIED = {
+    "run": {"noise_in_every_step", "clipping_exact", "poisson_sampling", "unpredictable_randomness"},
+    "ledger": {"noise_in_every_step", "clipping_exact"},
+}
+"""What the program ensures, and versions that had no word for that called "verified"."""
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
@@ -274,20 +281,22 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
     if not facts.private:
         yield "noise_in_every_step", "violated", "privacy.mechanism=none"
     elif facts.sampling:
-        yield "noise_in_every_step", "verified", "environment.json; tests/training/test_dp_step.py"
+        yield "noise_in_every_step", "ensured", f"{facts.program}: {_SAMPLED}; environment.json"
     else:
         yield "noise_in_every_step", *by_sites
     sampled = {row.sampling_run for site in sites for row in site.mechanisms}
     if facts.sampling == "poisson" and sampled <= {"poisson"}:
-        yield "poisson_sampling", "verified", "environment.json; tests/training/test_dp_step.py"
+        yield "poisson_sampling", "ensured", f"{facts.program}: {_SAMPLED}; environment.json"
     elif sampled == {"poisson"}:
         yield "poisson_sampling", "asserted", _named(said)
     else:
         yield "poisson_sampling", "assumed", "the sites' fedtune"
     if facts.seeded:
         yield "unpredictable_randomness", "violated", "runtime.seeded_noise=true"
+    elif not facts.private:
+        pass  # there is no noise to say this of
     elif facts.randomness:
-        yield "unpredictable_randomness", "verified", "environment.json; tests/privacy/test_randomness.py"
+        yield "unpredictable_randomness", "ensured", f"{facts.program}: {_UNPREDICTABLE}; environment.json"
     else:
         yield "unpredictable_randomness", *by_sites
     yield _clipping(facts)
@@ -301,7 +310,7 @@ def _clipping(facts: RunFacts) -> _Found:
         return "clipping_exact", "violated", "privacy.mechanism=none"
     if facts.inexact is None or not facts.sampling:
         return "clipping_exact", "assumed", "allow.inexact_gradients; docs/guarantee.md"
-    return "clipping_exact", "verified", _EXACT
+    return "clipping_exact", "ensured", f"{facts.program}: {_EXACT}"
 
 
 def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iterator[_Found]:
@@ -312,7 +321,7 @@ def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iter
     spent = [(site.source, site.spent) for site in sites if site.spent]
     if any(one.epsilon_pld and one.epsilon_rdp for _, one in spent):
         agree = all(profile.accountants_agree(one, width=profile.interval_of(source)) for source, one in spent)
-        yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP; tests/privacy/test_accountant.py"
+        yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP"
     if unit == "record":
         yield "one_record_is_one_unit", "assumed", "unit=record"
     else:
@@ -337,22 +346,20 @@ def _receipts(facts: RunFacts, sites: Sequence[SiteReport]) -> _Found:
 
 
 def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
-    by_site, life = f"{site.site}: {facts.versions}", site.lifetime
+    program, life = facts.versions, site.lifetime
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
-    noise: tuple[_Status, str] = (
-        ("violated", _named(without)) if without else ("verified", "tests/training/test_dp_step.py")
-    )
+    noise: tuple[_Status, str] = ("violated", _named(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
     yield "noise_in_every_step", *noise
-    yield "poisson_sampling", "asserted", by_site
+    yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}"
     if life and life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
         yield "unpredictable_randomness", "violated", _named(seeded)
-    else:
-        yield "unpredictable_randomness", "asserted", by_site
+    elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
+        yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}"
     if without:
         yield "clipping_exact", "violated", _named(without)
     elif facts.inexact == "false":
-        yield "clipping_exact", "verified", _EXACT
+        yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
     else:
         evidence = f"allow.inexact_gradients: {facts.inexact}; docs/guarantee.md"
         yield "clipping_but_for_rounding", "assumed", evidence
@@ -411,18 +418,10 @@ def contradictions(report: Report) -> Iterator[Problem]:
     if report.kind == "run" and private and report.target_epsilon is None:
         yield Problem("target_epsilon", None, "a number: what the run was given")
     yield from _assumption_problems(report)
-    yield from _kept_problems(report)
-
-
-def _kept_problems(report: Report) -> Iterator[Problem]:
-    """A round that was kept, and is none of the run's or had another score."""
-    if report.utility is None or (kept := report.utility.kept) is None:
-        return
-    scores = {one.round: one.scores.get(kept.judged_by) for one in report.utility.rounds}
-    if kept.round not in scores:
-        yield Problem("utility.kept.round", kept.round, "one of utility.rounds")
-    elif scores[kept.round] != kept.score:
-        yield Problem("utility.kept.score", kept.score, scores[kept.round])
+    simulated = "simulation" in report.banners
+    of_real_sites = any(one.code == "sites_run_their_own_software" for one in report.assumptions)
+    if report.kind == "run" and simulated == of_real_sites:
+        yield Problem("cells.dpia_description.runtime", simulated, not simulated)
 
 
 def _assumption_problems(report: Report) -> Iterator[Problem]:
@@ -431,12 +430,16 @@ def _assumption_problems(report: Report) -> Iterator[Problem]:
     stated = [one.code for one in report.assumptions]
     for code in sorted(derived.keys() - set(stated)):
         yield Problem(f"assumptions.{code}", None, "stated")
-    for code in sorted(set(stated) - derived.keys() - set(CLIPPING)):
+    # Earlier versions said of runs without noise, too, that nobody can predict it.
+    for code in sorted(set(stated) - derived.keys() - {*CLIPPING, "unpredictable_randomness"}):
         yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
     if len(set(stated)) < len(stated) or set(CLIPPING) <= set(stated):
         yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")
+    by_an_earlier_version = all(one.status != "ensured" for one in report.assumptions)
     for one in report.assumptions:
         best = derived.get(one.code, one.status)
+        if by_an_earlier_version and best == "ensured" and one.code in _ONCE_VERIFIED[report.kind]:
+            best = "verified"
         if _WORST_FIRST.index(one.status) > _WORST_FIRST.index(best):
             yield Problem(f"assumptions.{one.code}.status", one.status, best)
     violated = {one.code for one in report.assumptions if one.status == "violated"}

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fedtune.privacy.events import Spent
+from fedtune.report.derive import profile
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.derive.profile import accountants_agree, claimed, interval_of, meaning
+from fedtune.report.derive.profile import accountants_agree, claimed, interval_of
 from fedtune.report.model import SiteReport, State, Verdict
 from fedtune.words import unbounded
 
@@ -82,8 +83,8 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     size, fixed = site.declared_size, were_fixed(site)
-    means = meaning(charged, epsilon=claimed(spent), delta=delta, declared_size=size, fixed=fixed)
-    return replace(site, verdict=verdict, meaning=means)
+    means = profile.meaning(charged, epsilon=claimed(spent), delta=delta, declared_size=size, fixed=fixed)
+    return replace(site, verdict=verdict, meaning=profile.as_stated(means))
 
 
 def of_settings(facts: RunFacts) -> Iterator[str]:

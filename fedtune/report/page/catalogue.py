@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
@@ -39,11 +39,12 @@ class Catalogue:
     language: str
     texts: Mapping[str, Mapping[str, str]]
 
-    def for_unit(self, unit: str) -> Catalogue:
-        """These texts as they speak of a privacy unit: "by_user" has other words for some, as `section__key`."""
-        if unit != "user":
-            return self
-        others = {tuple(key.split("__")): text for key, text in self.texts["by_user"].items()}
+    def instead(self, of: str) -> Catalogue:
+        """These texts as they speak of what the section `of` is about, which has other words for some.
+
+        A key of it is `section__key`; a section that there is none of changes nothing.
+        """
+        others = {tuple(key.split("__")): text for key, text in self.texts.get(of, {}).items()}
         texts = {
             section: {key: others.get((section, key), text) for key, text in of_section.items()}
             for section, of_section in self.texts.items()
@@ -73,13 +74,13 @@ class Catalogue:
     def figure(self, value: Any, kind: str) -> str:
         """`value` as this language writes a figure of a kind.
 
-        Kinds: "epsilon" (up), "cap" (as it was set), "left" (down), "exact" (as it was set), "number" (six digits),
-        "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent" (up), "seconds", "bytes", "day", "moment",
-        "length" (of a list).
+        Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
+        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent"
+        (up), "seconds", "bytes", "day", "moment", "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
-        if kind == "epsilon":
-            text = epsilon_text(value)
+        if kind in ("epsilon", "factor"):
+            text = epsilon_text(value) if kind == "epsilon" else factor_text(value)
             return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
         if value is None:
             return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]

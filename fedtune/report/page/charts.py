@@ -32,7 +32,7 @@ class Charts:
         self._words, self._tables = words, tables
 
     def epsilon_spent(self) -> Chart:
-        """By round of a run, or by run of a ledger, with the limit."""
+        """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self._sites() if (points := self._line(site))}
         series = [
             Series(points=points, number=number, label=self._name(site))
@@ -43,7 +43,7 @@ class Charts:
             series += [limit for site in lines if (limit := self._limit(site, lines[site])).points]
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
-        x = self._said("axis_run" if self._is_ledger else "axis_round")
+        x = self._said(self._axis_of_steps(lines))
         panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale="whole")
         return self._chart("epsilon_spent", self._tables.steps(), [panel] if lines else [])
 
@@ -196,10 +196,17 @@ class Charts:
         return [(float(number), value) for number, value in enumerate(self._numbers(pointers), 1)]
 
     def _line(self, site: str) -> list[tuple[float, float]]:
-        """Points of a site that are bounded: a run's by round, a ledger's by run."""
+        """Points of a site that are bounded: a run's by round, a ledger's in their order."""
         steps = self._words.at(f"{site}/steps")
         numbered = list(enumerate(steps, 1)) if self._is_ledger else [(step["round"], step) for step in steps]
         return [(x, step["epsilon"]) for x, step in numbered if x is not None and step["epsilon"] is not None]
+
+    def _axis_of_steps(self, sites: Iterable[str]) -> str:
+        """A ledger has a point for each round of its newest runs, and one for each run before those."""
+        if not self._is_ledger:
+            return "axis_round"
+        rounds = [step["round"] is not None for site in sites for step in self._words.at(f"{site}/steps")]
+        return "axis_charged" if all(rounds) else "axis_run_or_round" if any(rounds) else "axis_run"
 
     def _limit(self, site: str, points: Sequence[tuple[float, float]]) -> Series:
         """The lifetime limit that was in force at each run of a ledger."""

@@ -74,6 +74,7 @@ def render(report: Report, *, language: str) -> str:
             short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,
             footer=css_string(footer.unescape()),
+            banner=css_string(" ".join(words.code("banner", code).unescape() for code in report.banners)),
         )
     )
 
@@ -187,10 +188,6 @@ class PageOne:
         took_part = [len(report.sites), *(len(one.sites) for one in rounds if one.sites)]
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
-    def is_simulated(self) -> bool:
-        """Whether the record says that no real sites took part."""
-        return any(cell.facts.get("runtime") in ("simulation", "ray") for cell in self._words.report.cells)
-
     def largest_failures(self) -> str | None:
         """Pointer to the site that expects most failures of the promise."""
         sites = self._words.report.sites
@@ -211,20 +208,32 @@ class PageOne:
     def guesses(self, pointer: str) -> Markup:
         """A picture of 100 guesses: discs are right by luck, diamonds right beyond that, rings wrong."""
         right = min(100, math.ceil(self._words.at(pointer)))
-        marks = "".join(_mark(number, right) for number in range(100))
+        lucky = min(right, _COIN_TOSSING)
+        guesses = ["luck"] * lucky + ["more"] * (right - lucky) + ["wrong"] * (100 - right)
+        marks = (_mark(guess, number % 20 * 10 + 5, number // 20 * 10 + 5) for number, guess in enumerate(guesses))
         label = self._words.text("meaning.picture", number=right)
         return Markup('<svg class="guesses" viewBox="0 0 200 50" role="img" aria-label="{}">{}</svg>').format(
-            label, Markup(marks)
+            label, Markup("").join(marks)
+        )
+
+    def key(self) -> Markup:
+        """The picture's marks with their meaning; drawn, since browsers print no backgrounds."""
+        mark = Markup('<svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}')
+        return Markup(" ").join(
+            mark.format(_mark(guess, 5, 5), self._words.text(f"meaning.{guess}")) for guess in _MARKS
         )
 
 
-def _mark(number: int, right: int) -> str:
-    x, y = number % 20 * 10 + 5, number // 20 * 10 + 5
-    if number >= right:
-        return f'<circle cx="{x}" cy="{y}" r="3" fill="#fff" stroke="#666"/>'
-    if number < _COIN_TOSSING:
-        return f'<circle cx="{x}" cy="{y}" r="3.2" fill="#767676"/>'
-    return f'<path d="M{x} {y - 4.4}l4.4 4.4-4.4 4.4-4.4-4.4z" fill="#0b3d66"/>'
+_MARKS: Mapping[str, str] = {
+    "luck": '<circle cx="{x}" cy="{y}" r="3.2" fill="#767676"/>',
+    "more": '<path d="M{x} {top}l4.4 4.4-4.4 4.4-4.4-4.4z" fill="#0b3d66"/>',
+    "wrong": '<circle cx="{x}" cy="{y}" r="3" fill="#fff" stroke="#666"/>',
+}
+"""What a guess was -> its mark in the picture and in the picture's key."""
+
+
+def _mark(guess: str, x: float, y: float) -> Markup:
+    return Markup(_MARKS[guess]).format(x=x, y=y, top=y - 4.4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

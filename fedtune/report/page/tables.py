@@ -81,7 +81,8 @@ class Words:
     """
 
     def __init__(self, report: Report, catalogue: Catalogue, *, shown: dict[str, Any] | None = None) -> None:
-        self.report, self.catalogue = report, catalogue.for_unit(report.unit)
+        self.report = report
+        self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
         self.json, self.is_live = shown or model.to_json(report), shown is not None
         places = range(len(report.sites))
         self.order = tuple(places if shown else sorted(places, key=self._favour))

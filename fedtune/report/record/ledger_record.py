@@ -66,6 +66,12 @@ class LedgerRecord:
         )
 
     @property
+    def simulated(self) -> bool:
+        """Whether the site was ever one of a simulation's."""
+        policies = [event.detail["policy"] for event in self.events if event.detail.get("what") == "policy"]
+        return any(policy.get("simulated") for policy in policies)
+
+    @property
     def anchored_to_the_end(self) -> bool:
         """Whether an anchor shows that no event is missing, and not only none up to the anchor's."""
         found = self.verified
