@@ -85,6 +85,9 @@ DECISIVE: dict[str, Any] = {
     "federation.spare_rounds": 1,
     "federation.if_over_budget": "fewer_rounds",
     "federation.bits": 8,
+    "federation.aggregation": "secure",
+    "federation.threshold": 3,
+    "federation.colluders": 1,
     "federation.strategy": "fedadam",
     "federation.server_learning_rate": 0.5,
     "federation.server_momentum": 0.5,
@@ -144,6 +147,11 @@ NEUTRAL: dict[str, Any] = {
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
+SUMS: dict[str, Any] = {
+    "federation": {"aggregation": "secure", "num_sites": 3, "site_names": ("north", "south", "west")},
+    "data": {"declared_sizes": (40,)},
+    "training": {"local_steps": 1},
+}
 WITH: dict[str, Any] = {
     "task": {"data": LANGUAGE},
     "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
@@ -162,6 +170,9 @@ WITH: dict[str, Any] = {
     "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
     "runtime.ray_address": {"runtime": {"kind": "ray", "num_threads": 2}},
     "runtime.sites_per_gpu": {"runtime": {"kind": "ray", "device": "auto"}},
+    "federation.aggregation": {"training": {"local_steps": 1}},
+    "federation.threshold": SUMS,
+    "federation.colluders": SUMS,
     "federation.stop_after": {"data": {"validation_file": "validation.csv"}},
     "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
     "tracking.send_to": {"tracking": {"tracker": "wandb"}},
