@@ -19,7 +19,7 @@ from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
 from fedtune.flower.federation_run import FederationRun, Known, Listener
-from fedtune.flower.server_app import Invited, invite
+from fedtune.flower.invitation import Invited, invite
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey

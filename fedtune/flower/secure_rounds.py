@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from fedtune.federation.secure.agreement import Rejected, Session, Terms
 from fedtune.federation.secure.at_site import terms_of
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.flower import flower_records
+from fedtune.flower.invitation import Lead
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -29,9 +29,6 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.lead_step import lead_step
-
-if TYPE_CHECKING:  # it imports this
-    from fedtune.flower.server_app import Lead
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from fedtune.federation.results import RunResult
 from fedtune.federation.site_round import Site
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
-from fedtune.flower.server_app import Invited
+from fedtune.flower.invitation import Invited
 from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.model.quiet import first_line
 from fedtune.sites.data_notes import site_notes

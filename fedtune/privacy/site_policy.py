@@ -20,12 +20,12 @@ from typing import Any, Literal
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
+from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -282,36 +282,6 @@ class Machine:
 
 
 @spec
-class Trust:
-    """Whom the site relies on in a secure sum, where noise that several sites share hides its records.
-
-    Attributes:
-        secure: whether it takes part in any.
-        least_sites: that take part in such a run.
-        least_threshold: the fewest sites that a sum may be of.
-        colluders: how many of the others may tell the server what they added, without what was promised being lost.
-        max_epsilon_if_all_collude: cap on what a run costs if all others do; null: none.
-        members: the sites it sums with -> the public keys by which it knows them, from these sites themselves.
-    """
-
-    secure: bool = False
-    least_sites: int = 3
-    least_threshold: int = 3
-    colluders: int = 0
-    max_epsilon_if_all_collude: float | None = None
-    members: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for key, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
-            check_at_least(key, getattr(self, key), least)
-        if self.max_epsilon_if_all_collude is not None:
-            check_positive("max_epsilon_if_all_collude", self.max_epsilon_if_all_collude)
-        for site, key in self.members.items():
-            check_name("members", site)
-            check_public_key(f"members.{site}", key)
-
-
-@spec
 class Asserted:
     """What the site states and no software can check; reports show it as asserted.
 
@@ -432,10 +402,6 @@ class Policy:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-Broken = tuple[Reason, object, object]
-"""A rule that a proposal breaks, what it asks for, and what is allowed."""
-
-
 def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     allow, limits, plan = policy.allow, policy.limits, proposal.plan
     if proposal.lead not in allow.leads:
@@ -482,19 +448,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     if not policy.releases.takes(plan.metrics):
         yield Reason.METRICS, plan.metrics, policy.releases.metrics
     if plan.shared is not None:
-        yield from _broken_by_sums(policy.trust, plan.shared)
-
-
-def _broken_by_sums(trust: Trust, shared: SharedNoise) -> Iterator[Broken]:
-    if not trust.secure:
-        yield Reason.SECURE_SUMS, "yes", "no"
-    for reason, asked, least in (
-        (Reason.LEAST_SITES, shared.num_sites, trust.least_sites),
-        (Reason.LEAST_THRESHOLD, shared.threshold, trust.least_threshold),
-        (Reason.COLLUDERS, shared.colluders, trust.colluders),
-    ):
-        if asked < least:
-            yield reason, asked, f"at least {least}"
+        yield from policy.trust.broken_by(plan.shared)
 
 
 def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:

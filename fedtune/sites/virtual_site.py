@@ -51,8 +51,8 @@ from fedtune.privacy.site_policy import (
     Population,
     Reference,
     Releases,
-    Trust,
 )
+from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import Progress, SharedModel, silent

@@ -23,9 +23,9 @@ from fedtune.privacy.site_policy import (
     Population,
     Reference,
     Releases,
-    Trust,
     period_of,
 )
+from fedtune.privacy.trust import Trust
 from fedtune.spec import ConfigError
 
 # The proposal that breaks one rule, the rule, what is asked and what is allowed; the policy is the shared one.
@@ -342,6 +342,7 @@ def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
         {"ledger": "other.db"},
         {"site_key": "other.pem"},
         {"anchor": "anchor.json"},
+        {"simulated": True},
     ]
     assert {key for change in changes for key in change} == {field.name for field in dataclasses.fields(Policy)}
     assert len({policy(**change).digest() for change in [{}, *changes]}) == len(changes) + 1

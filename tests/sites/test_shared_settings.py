@@ -149,7 +149,7 @@ FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
 SUMS: dict[str, Any] = {
     "federation": {"aggregation": "secure", "num_sites": 3, "site_names": ("north", "south", "west")},
-    "data": {"declared_sizes": (40,)},
+    "data": {"declared_sizes": (40, 40, 40)},
     "training": {"local_steps": 1},
 }
 WITH: dict[str, Any] = {
