@@ -62,11 +62,8 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "site_days",
         "unprotected_figures",
     },
-    "rounds with a secure sum will, and until then tests and simulations/aggregation": {
-        "add_share",
-        "largest_value",
+    "reports of secure sums will, and until then tests and simulations/aggregation": {
         "server_alone",
-        "share_of",
         "with_all_others",
         "with_colluders",
     },

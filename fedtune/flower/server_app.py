@@ -30,7 +30,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
-from fedtune.training.optimizer import reach
+from fedtune.training.optimizer import Reach, reach
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,7 @@ def _run_round(
             round=round,
             sent=state.adapter,
             travelled=sent,
-            reaches={
-                site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent)
-                for site, size in lead.declared_sizes.items()
-            },
+            reaches=_reaches(lead, round, sent),
             arrived=arrived,
             bits=lead.federation.bits,
         )
@@ -110,8 +107,7 @@ def _run_round(
             envelopes[site] = message
         _require_enough(replies, lead, round)
         made = _averaged(lead, replies, envelopes) if sums is None else summed(sums, lead, state, replies)
-    adapter = made.adapter
-    metrics: Scores = lead.evaluate(adapter)
+    adapter, metrics = made.adapter, lead.evaluate(made.adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
@@ -137,6 +133,11 @@ def _run_round(
         rounds=rounds,
         seconds=lead.elapsed(),
     )
+
+
+def _reaches(lead: Lead, round: int, sent: Adapter) -> dict[str, Reach]:
+    sizes = lead.declared_sizes.items()
+    return {site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent) for site, size in sizes}
 
 
 def _averaged(lead: Lead, replies: RoundReplies, envelopes: Mapping[str, Message]) -> Made:

@@ -7,9 +7,51 @@ SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
 BITS = ("tests/flower/test_bits.py",)
+TRUST = ("tests/privacy/test_site_policy.py",)
+SECURE = ("tests/end_to_end/test_secure_rounds.py",)
 DIFFERENCE = ("tests/privacy/test_few_bits.py",)
 
 FEDERATION_FAULTS = (
+    Mutant(
+        name="trust-not-asked",
+        fault="A site takes part in secure sums whether or not its policy allows it to rely on others' noise.",
+        file="fedtune/privacy/trust.py",
+        old="if not self.secure:",
+        new="if False:",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="charged-as-if-all-took-part",
+        fault="A secure sum is charged with the noise of all sites, though it may be read when some are missing.",
+        file="fedtune/privacy/distributed_noise.py",
+        old="self.honest(survivors=self.threshold, colluders=self.colluders)",
+        new="self.honest(survivors=self.num_sites, colluders=self.colluders)",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="collusion-without-a-cap",
+        fault="What a run costs if all other sites collude is computed with their noise, so that its cap never holds.",
+        file="fedtune/privacy/run_plan.py",
+        old="return dataclasses.replace(self, shared=None)",
+        new="return self",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="a-charge-without-a-session",
+        fault="A site that was started again is charged for a share that it has no keys to mask.",
+        file="fedtune/federation/site_round.py",
+        old="        _sums_of(site, request.proposal).party(request.run).require_open(request.round)\n",
+        new="        pass\n",
+        tests=SECURE,
+    ),
+    Mutant(
+        name="a-round-asked-twice",
+        fault="A lead that starts again asks for the round that it lost, and gets bytes of a session that is over.",
+        file="fedtune/flower/server_app.py",
+        old="        state = past_asked(lead, state)\n",
+        new="",
+        tests=SECURE,
+    ),
     Mutant(
         name="few-bits-cut-off",
         fault="Values are cut off to the next level and not rounded at random: small moves of all sites are lost.",
@@ -133,7 +175,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="receipt-of-another-key-counts",
         fault="An update whose receipt is signed by a key that the roster does not know enters the average.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old="                reply = replace(reply, receipt=None)",
         new="                pass",
         tests=("tests/flower/test_receipts.py",),
@@ -205,7 +247,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-that-nobody-signed",
         fault="A server can say in a site's name that it takes part.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old="own = reply.is_signed() and reply.about",
         new="own = reply.about",
         tests=ASKING,
@@ -213,7 +255,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-to-an-old-question",
         fault="An offer that a site made before it changed its mind passes again: a server has the others charged.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old=" and reply.body.nonce == nonce",
         new="",
         tests=ASKING,

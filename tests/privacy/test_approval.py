@@ -20,6 +20,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
 Open = Callable[..., Ledger]
@@ -28,7 +29,7 @@ Open = Callable[..., Ledger]
 @pytest.fixture
 def manual(opened: Open, policy: Callable[..., Policy]) -> Open:
     """Open the ledger of a site that approves each run; keywords change its policy further."""
-    return lambda **changes: opened(policy=policy(approval="manual", **changes))
+    return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
 def reason_of(work: Callable[..., object], *arguments: Any, **rest: Any) -> Reason:
@@ -96,7 +97,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "num_rounds": {"plan": {"num_rounds": 4}},
     "spare_rounds": {"plan": {"spare_rounds": 1}},
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
-    "shared": {"plan": {"noise_multiplier": 4.0, "shared": SHARED}},
+    "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
     "metrics_groups": {"plan": {"metrics_noise_multiplier": 9.0, "metrics_groups": ("north",)}},
 }
 _REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user"}
