@@ -107,7 +107,7 @@ def _run_round(
             envelopes[site] = message
         _require_enough(replies, lead, round)
         made = _averaged(lead, replies, envelopes) if sums is None else summed(sums, lead, state, replies)
-    adapter, metrics = made.adapter, lead.evaluate(made.adapter)
+    metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
     result = RoundResult(
