@@ -19,7 +19,7 @@ import fedtune.sites.virtual_site as virtual_site
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.federation.protocol import Reply, RoundRequest, Signed
+from fedtune.federation.protocol import Brought, Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.site_policy import Policy
@@ -111,7 +111,7 @@ def ask_again(setting: Setting, folder: Path, seen: Mapping[str, Seen]) -> Job:
             signed = replace(request, receipt=receipt).signed(setting.everyone.sites.lead_key())
             with contextlib.suppress(RunError):  # the parent was told
                 site = setting.everyone.site(setting.names.index(request.site))
-                outside.reply(signed, answer(site, signed, adapter))
+                outside.reply(signed, answer(site, signed, Brought(adapter=adapter)))
 
     return job
 
@@ -185,12 +185,14 @@ def _watch_replies(setting: Setting, doomed: Doomed, outside: Outside, late: Cal
 
     def seen(site: Site, signed: Signed, adapter: Adapter) -> Reply:
         with doomed.within("answer"):
-            reply = answer(site, signed, adapter)
+            reply = answer(site, signed, Brought(adapter=adapter))
         with doomed.within("reply"):
             outside.reply(signed, reply)
         return reply
 
-    def watched(site: Site, signed: Signed, adapter: Adapter) -> Reply:
+    def watched(site: Site, signed: Signed, brought: Brought) -> Reply:
+        assert brought.adapter is not None, "adapters travel whole here"
+        adapter = brought.adapter
         outside.request(signed, adapter)
         reply = seen(site, signed, adapter)
         if late is not None:

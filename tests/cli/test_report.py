@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.model import Report
+from fedtune.report.page.catalogue import catalogue
 
 from ..conftest import parsed
 
@@ -113,9 +114,11 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
         (run_folder / name).unlink(missing_ok=True)
     outcome = command("report", str(run_folder))
     assert outcome.code == 0
-    first, *others = outcome.out.splitlines()
-    assert first.startswith("WITHIN the approved budget: epsilon 0.")
-    assert "at delta 1e-05 for each record" in first
+    banner, verdict, two_figures, *others = outcome.out.splitlines()
+    assert banner == catalogue("en").texts["banner"]["simulation"]
+    assert verdict.startswith("WITHIN the approved budget: epsilon 0.")
+    assert "at delta 1e-05 for each record" in verdict
+    assert two_figures == catalogue("en").texts["budget"]["two_figures"]
     assert [line.split()[-1] for line in others] == [
         str(run_folder / f"report.{ending}") for ending in ("json", "html")
     ]

@@ -82,6 +82,19 @@ def test_a_site_makes_the_known_calls_and_no_other(wire: Wire) -> None:
         assert call.request is not None  # it is parsed to the last byte
 
 
+def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_else(wire: Wire) -> None:
+    assert wire.waits
+    numbers = []
+    for call in wire.waits:
+        assert (call.method, call.body) == ("GET", b"")
+        assert {name for name, _ in call.headers} <= HEADERS
+        (number,) = re.fullmatch(r"/v1/fedtune/wait\?heard=(-1|\d+)", call.path).groups()  # type: ignore[union-attr]
+        numbers.append(int(number))
+    # They are the server's, which counts its lead's questions.
+    assert numbers[0] == -1
+    assert max(numbers) <= len(messages_of(wire.calls))
+
+
 def test_the_answers_are_fedtune_s_own_types(wire: Wire) -> None:
     found = []
     for request, content in messages_of(wire.calls):

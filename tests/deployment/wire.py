@@ -12,6 +12,7 @@ from fedtune.data import Record
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.flower.wire.identity import Tls
+from fedtune.flower.wire.waiting import WAIT
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .federation import Federation, dealt, settings, write_records
@@ -43,12 +44,15 @@ class Wire:
     """A federation after the run, and what north sent meanwhile.
 
     Attributes:
+        calls: Flower's.
+        waits: fedtune's own, in which the site waits for a question.
         mark: file that a foreign bundle would have written.
     """
 
     federation: Federation
     north: SiteFolder
     calls: list[Call]
+    waits: list[Call]
     mark: Path
 
     def statuses(self, paths: list[str]) -> dict[str, int]:
@@ -73,7 +77,9 @@ def record(federation: Federation, mark: Path) -> Wire:
     for site in (north, south):
         site.up.ask_to_end()
         assert site.up.end(seconds=60) == 0
-    return Wire(federation, north, read_calls(recorded), mark)
+    calls = read_calls(recorded)
+    waits = [call for call in calls if call.path.startswith(f"{WAIT}?")]
+    return Wire(federation, north, [call for call in calls if call not in waits], waits, mark)
 
 
 def _run(federation: Federation, mark: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_run_by_user_says_so_everywhere(command: Any, tmp_path: Path) -> None:
     assert "Records of a person, at most" in page
 
     spent = command("ledger", "spent", str(site / "ledger.db"))
-    assert "one person with all records of theirs" in " ".join(spent.out.split())
+    assert "Adding or removing all records of one person" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
 
 
@@ -141,7 +141,7 @@ def test_the_planner_speaks_of_users(command: Any, tmp_path: Path) -> None:
     shown = " ".join(outcome.out.split())
     assert "for each user, at every site" in shown
     assert "of each user at most 4 records in a step, their mean gradient clipped once; sizes count users" in shown
-    assert "how many users the guarantee may fail" in shown
+    assert "how many users may be exposed outright" in shown
     found = json.loads(command("plan", *arguments(tmp_path), "--no-model", "--json").out)
     assert (found["plan"]["unit"], found["plan"]["records_per_user"]) == ("user", 4)
 
