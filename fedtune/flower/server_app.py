@@ -191,8 +191,10 @@ def _requests(
     holders: Collection[str],
 ) -> list[Message]:
     """One message for each site, in the sites' order; the strategy says which nodes are asked."""
-    whole, round = flower_records.from_brought(brought), state.round + 1
-    less = whole if brought.difference is None else flower_records.from_brought(replace(brought, adapter=None))
+    round, kept = state.round + 1, set(holders) if brought.difference is not None else set()
+    # The reference is as large as an adapter, and most rounds need not bring it to anybody.
+    whole = {} if kept.issuperset(lead.declared_sizes) else flower_records.from_brought(brought)
+    less = flower_records.from_brought(replace(brought, adapter=None)) if kept else {}
     arrays = flower_records.to_arrays(state.adapter.tensors)
     messages = {
         lead.nodes[message.metadata.dst_node_id]: message
@@ -208,7 +210,7 @@ def _requests(
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        adapter = less if site in holders else whole
+        adapter = less if site in kept else whole
         message.content = flower_records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in lead.declared_sizes if site in messages]
 

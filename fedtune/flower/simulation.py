@@ -197,7 +197,7 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
         run: the rounds.
         client_app: that of every site.
         config: of the run; its `runtime` says which cluster.
-        sites: the folder of the sites' ledgers, with the lead's key in it.
+        sites: the folder of the sites' ledgers, which every node must see.
 
     Raises:
         ConfigError: the extra `ray` is not installed, or the cluster is not there, has no room for one site, or a node

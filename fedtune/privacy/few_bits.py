@@ -58,11 +58,8 @@ class Difference:
 
     def fits(self, begin: Tensors) -> bool:
         """Whether it has the names and shapes of `begin`, in their order, and steps by which one can move."""
-        shapes = {name: value.shape for name, value in begin.items()}
-        same = list(self.levels) == list(shapes) and all(
-            value.shape == shapes[name] for name, value in self.levels.items()
-        )
-        return same and all(0 <= step < math.inf for step in self.steps.values())
+        own, others = ([(name, value.shape) for name, value in one.items()] for one in (self.levels, begin))
+        return own == others and all(0 <= step < math.inf for step in self.steps.values())
 
     def added_to(self, begin: Tensors) -> dict[str, npt.NDArray[np.float32]]:
         """What it makes of `begin`, which must have the same names and shapes: the same bits on every machine."""

@@ -129,10 +129,11 @@ class RealSite:
 
     def _store(self, run: str, settings: str, reference: Adapter | None, history: History) -> None:
         write_durably(self._places.runs / f"{run}.json", settings.encode())
-        for old in self._places.runs.glob(f"*{_REFERENCE}"):  # of runs that were never ended
-            if old not in {self._reference_file(name) for name in _open_runs(history)} | {self._reference_file(run)}:
-                old.unlink(missing_ok=True)
-        if reference is not None and (run not in history.runs or run in _open_runs(history)):
+        open_runs = _open_runs(history)
+        needed = set(map(self._reference_file, {*open_runs, run}))
+        for file in set(self._places.runs.glob(f"*{_REFERENCE}")) - needed:  # of runs that were never ended
+            file.unlink(missing_ok=True)
+        if reference is not None and (run not in history.runs or run in open_runs):
             write_durably(self._reference_file(run), reference.to_bytes())
 
     def _reference(self, run: str) -> Adapter | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import readme_table
 
 from fedtune.cli.compose import compose_run
 from fedtune.flower.simulation import simulate
@@ -139,16 +138,13 @@ def table(quantities: dict[str, dict[str, Any]]) -> str:
 
 def write(quantities: dict[str, dict[str, Any]], into: Path, *, times: int) -> None:
     """Write the file and the chart beside it, and the README's table where both lie beside it."""
-    machine = f"{usable_cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    machine = readme_table.machine(usable_cores())
     result = {"runs": times, "hardware": machine, "quantities": quantities}
     write_durably(into, json.dumps(result, indent=1).encode() + b"\n")
     write_durably(into.with_suffix(".svg"), drawn(quantities).encode())
     if into == FOLDER / "growth.json":
-        readme = FOLDER / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
         about = f"Medians of {times} runs, {machine}.\n\n![Time over size](growth.svg)"
-        body = f"{BEGIN}\n{table(quantities)}\n\n{about}\n{END}"
-        write_durably(readme, (before + body + rest.split(END)[1]).encode())
+        readme_table.put(BEGIN, END, f"{table(quantities)}\n\n{about}")
 
 
 def main() -> None:

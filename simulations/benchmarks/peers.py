@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import readme_table
 
 from fedtune.privacy.durable import write_durably
 from fedtune.training.machine import usable_cores
@@ -312,17 +313,13 @@ def table(kinds: dict[str, dict[str, Any]]) -> str:
 
 def write(kinds: dict[str, dict[str, Any]], into: Path, *, steps: int) -> None:
     """Write the file, and the README's table where the file is the one beside it."""
-    import torch
-
     rounds = len(next(iter(kinds.values()))["each"])
-    machine = f"{usable_cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    machine = readme_table.machine(usable_cores())
     result = {"rounds": rounds, "steps": steps, "hardware": machine, "kinds": kinds}
     write_durably(into, json.dumps(result, indent=1).encode() + b"\n")
     if into == FOLDER / "peers.json":
-        readme = FOLDER / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        body = f"{BEGIN}\n{table(kinds)}\n\nMedians of {rounds} rounds of {steps} steps, {machine}.\n{END}"
-        write_durably(readme, (before + body + rest.split(END)[1]).encode())
+        about = f"Medians of {rounds} rounds of {steps} steps, {machine}."
+        readme_table.put(BEGIN, END, f"{table(kinds)}\n\n{about}")
 
 
 def main() -> None:

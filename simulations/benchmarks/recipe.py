@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import readme_table
 import torch
 from opacus_recipe import Peer, Private, Work, made_private, prepare, take_steps
 
@@ -149,13 +149,10 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
 
 def write(cases: dict[str, dict[str, Any]], into: Path, *, times: int) -> None:
     """Write the file, and the README's table where the file is the one beside it."""
-    machine = f"{usable_cores()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    machine = readme_table.machine(usable_cores())
     write_durably(into, json.dumps({"steps": times, "hardware": machine, "cases": cases}, indent=1).encode() + b"\n")
     if into == FOLDER / "recipe.json":
-        readme = FOLDER / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        body = f"{BEGIN}\n{table(cases)}\n\nMedians of {times} steps, {machine}.\n{END}"
-        write_durably(readme, (before + body + rest.split(END)[1]).encode())
+        readme_table.put(BEGIN, END, f"{table(cases)}\n\nMedians of {times} steps, {machine}.")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import readme_table
 import torch
 from opacus.grad_sample import GradSampleHooks
 
@@ -259,13 +259,10 @@ def main() -> None:
 
 def write(cases: dict[str, dict[str, object]], path: Path, *, runs: int) -> None:
     """Write what is there so far into the file, and the table into the README."""
-    machine = f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    machine = readme_table.machine(torch.get_num_threads())
     result = {"runs": runs, "hardware": machine, "cases": cases}
     write_durably(path, json.dumps(result, indent=1).encode() + b"\n")
-    readme = FOLDER / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    body = f"{BEGIN}\n{table(cases)}\n\nMedians of {runs} steps, {machine}.\n{END}"
-    write_durably(readme, (before + body + rest.split(END)[1]).encode())
+    readme_table.put(BEGIN, END, f"{table(cases)}\n\nMedians of {runs} steps, {machine}.")
 
 
 if __name__ == "__main__":

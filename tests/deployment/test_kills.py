@@ -80,7 +80,8 @@ def test_a_killed_lead_resumes_from_its_last_round(federation: Federation) -> No
     lead = federation.lead("lead-killed")
     site.wait_for("lead-killed", "commit", round=1)
     site.hold(True)
-    site.wait_for("lead-killed", "reserve", round=2, lead=lead)
+    for each in federation.sites.values():  # a site hears of its question before the lead has put the next one's
+        each.wait_for("lead-killed", "reserve", round=2, lead=lead)
     lead.kill()
     site.hold(False)
     for each in federation.sites.values():
