@@ -152,6 +152,8 @@ class RunConfig:
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
+        if self.federation.aggregation == "secure":
+            _check_secure(self)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
         if self.federation.chooses and not self.data.lead_validates:
@@ -433,6 +435,19 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
             steps = plan.local_steps * plan.most_rounds
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
+
+
+def _check_secure(config: RunConfig) -> None:
+    """What a run with secure sums cannot have, beside what its federation's settings exclude."""
+    under = "with federation.aggregation = secure"
+    if not config.privacy.private:
+        raise ConfigError("privacy.mechanism", config.privacy.mechanism, f"must be dp_sgd {under}: each adds its share")
+    if config.training.local_steps != 1:
+        bound = f"must be 1 {under}: what a site steps on by itself is hidden by its own noise alone"
+        raise ConfigError("training.local_steps", config.training.local_steps, bound)
+    if config.runtime.ray_address is not None:
+        bound = f"must be null {under}: the sites' keys stay in one process"
+        raise ConfigError("runtime.ray_address", config.runtime.ray_address, bound)
 
 
 def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:

@@ -12,7 +12,15 @@ from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, printable, promise_text, rounded_down
+from fedtune.cli.plain_words import (
+    cap_text,
+    event_text,
+    mechanism_text,
+    printable,
+    promise_text,
+    rounded_down,
+    trust_words,
+)
 from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
@@ -407,7 +415,8 @@ def _runs(runs: Sequence[RunSpending], history: History) -> Section:
             )
         )
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
-    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}))
+    notes = tuple(f"{printable(run.run)}: {trust_words(run.by_trust)}." for run in runs if run.by_trust)
+    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}), notes=notes)
 
 
 def _remarks(history: History) -> Iterator[str]:

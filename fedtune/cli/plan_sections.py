@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune import __version__
-from fedtune.cli.plain_words import ABOUT_RDP, contribution, printable, reason_text, signal_words
+from fedtune.cli.plain_words import (
+    ABOUT_RDP,
+    contribution,
+    noise_words,
+    printable,
+    reason_text,
+    signal_words,
+    trust_words,
+)
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told
@@ -161,7 +169,9 @@ def facts(outlook: Outlook) -> dict[str, str]:
         found["training"] += f"; {counted(plan.spare_rounds, 'spare round')} paid for beforehand"
     if plan.private:
         how = f"the least for epsilon {config.privacy.epsilon:g}" if outlook.calibrated else "given"
-        found["noise"] = f"multiplier {plan.noise_multiplier:g} ({how}), clip norm {plan.max_grad_norm:g}"
+        found["noise"] = f"{noise_words(plan)} ({how}), clip norm {plan.max_grad_norm:g}"
+    if price.by_trust is not None:
+        found["relies on"] = trust_words(price.by_trust)
     if plan.releases_metrics:
         found["scores"] = (
             f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
@@ -353,7 +363,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    each, total = size(found.bytes_each_way), size(found.bytes_total)
+    down, up, total = size(found.bytes_down), size(found.bytes_up), size(found.bytes_total)
     step, one_round = duration(found.step_seconds[slowest]), duration(found.round_seconds[slowest])
     at = f" at {slowest}" if len(sites) > 1 else ""
     return Section(
@@ -361,7 +371,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
         headings=("what", "how much"),
         words=frozenset({0, 1}),
         rows=(
-            ("adapter", f"{found.values:,} trained parameters, {each} each way for each site and round"),
+            ("adapter", f"{found.values:,} trained parameters, {_ways(down, up)} for each site and round"),
             ("whole run", f"{total} both ways for {counted(len(sites), 'site')} and {_rounds(outlook)}"),
             ("a step", f"at most about {step}{at}"),
             ("a round", f"at most about {one_round}{at}"),
@@ -376,6 +386,10 @@ def bytes_and_time(outlook: Outlook) -> Section:
             f"{outlook.config.data.max_length} tokens{_full_users(outlook.plan)}; evaluation and start-up come on top.",
         ),
     )
+
+
+def _ways(down: str, up: str) -> str:
+    return f"{down} each way" if down == up else f"{down} down and {up} up"
 
 
 def _energy_and_money(outlook: Outlook) -> tuple[tuple[str, str], ...]:

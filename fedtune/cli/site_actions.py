@@ -21,7 +21,7 @@ from rich.text import Text
 from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.plain_words import contribution, printable, reason_text
+from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
@@ -185,8 +185,9 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         f"{printable(', '.join(asked.target_modules))}{head}",
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
-        "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
+        "mechanism": f"noise {noise_words(plan)}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
+        **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
         "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
         **({"groups": f"{len(plan.metrics_groups)}: {_quoted(plan.metrics_groups)}"} if plan.metrics_groups else {}),

@@ -231,6 +231,7 @@ def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundRepli
             training=lead.training,
             plan=lead.plan,
             round=replies.round,
+            sites=len(sites),
             declared_size=sum(lead.declared_sizes[site] for site in sites),
         )
     except Unreadable as error:

@@ -223,6 +223,8 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
     with _ray(config.runtime) as ray:
         nodes, threads = RayNode.all_of(ray), config.runtime.num_threads or usable_cores()
         share = gpu_share(config.runtime, num_sites, nodes)
+        if config.federation.aggregation == "secure":
+            threads = int(nodes[0].cpus)  # one actor has room, and it alone has the keys of all sites
         check_room(nodes, config.runtime, threads=threads, share=share)
         if config.runtime.ray_address is not None:
             _wait_until_free(ray, nodes)

@@ -104,7 +104,11 @@ class SharedNoise:
     @property
     def noise_of_fewest(self) -> float:
         """Noise multiplier of the shares that hide a site in the smallest sum that may be read."""
-        return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=self.colluders))
+        return self.noise_against(self.colluders)
+
+    def noise_against(self, colluders: int) -> float:
+        """The same where so many sites of that sum collude; with all others, it is the site's own share."""
+        return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
 
     def honest(self, *, survivors: int, colluders: int) -> int:
         """How many shares of noise hide a site's records in a sum of `survivors` sites: its own at least."""

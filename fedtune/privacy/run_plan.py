@@ -11,7 +11,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
-from fedtune.privacy.distributed_noise import SharedNoise, Together
+from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
@@ -174,6 +174,18 @@ class Plan:
     def by_own_noise_alone(self) -> Plan:
         """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""
         return dataclasses.replace(self, shared=None)
+
+    def by_trust(self, rounds: int) -> Epsilons | None:
+        """Epsilon of so many rounds by who looks, of the smallest sums; None: each site makes its own noise."""
+        if self.shared is None:
+            return None
+        return epsilons(
+            self.shared,
+            survivors={self.shared.threshold: rounds},
+            sampling_rate=self.sampling_rate,
+            delta=self.delta,
+            also=_scores(self.metrics_noise_multiplier, rounds),
+        )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
         """What `rounds` rounds of this plan do to the data set, released scores included; one unit more or less.

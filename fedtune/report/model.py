@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Cost
 from fedtune.federation.kept_round import Kept
+from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.selection import Selection
@@ -114,7 +115,9 @@ class Mechanism:
     """What one run did at one site, and the events from which its epsilon can be computed again.
 
     Attributes:
+        noise_multiplier: that each step counts with.
         records_per_user: most records of one unit in a step; 1 where the unit is a record.
+        shared: how sites made the noise of a secure sum together; None: the site made all of it.
     """
 
     run: str
@@ -128,6 +131,22 @@ class Mechanism:
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
     records_per_user: int = 1
+    shared: SharedNoise | None = None
+
+
+@spec
+class ByTrust:
+    """Epsilon of everything charged, by who looks, where secure sums are part of it; None: unbounded.
+
+    Attributes:
+        server_alone: against the server, if every other site is honest.
+        with_colluders: if so many sites as each run names tell the server what they added: the report's own figure.
+        with_all_others: if every other site does.
+    """
+
+    server_alone: float | None
+    with_colluders: float | None
+    with_all_others: float | None
 
 
 @spec
@@ -240,6 +259,7 @@ class SiteReport:
         reported: day of the site's own report, where the figures over all runs come from one.
         left: epsilon that the lifetime cap leaves for new runs.
         asserted: what the site states and no software can check.
+        by_trust: None where every site made its own noise.
     """
 
     site: str
@@ -258,6 +278,7 @@ class SiteReport:
     releases: tuple[Release, ...] = ()
     asserted: Mapping[str, bool] = field(default_factory=dict)
     reported: str | None = None
+    by_trust: ByTrust | None = None
 
 
 @spec
@@ -467,6 +488,8 @@ def to_json(report: Report) -> dict[str, Any]:
     later = [(fields["provenance"], "start_adapter")]
     later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept", "selection") if report.utility]
     later += [(site["spent"], "ended_by_scores") for site in fields["sites"] if site["spent"]]
+    later += [(site, "by_trust") for site in fields["sites"]]
+    later += [(row, "shared") for site in fields["sites"] for row in site["mechanisms"]]
     for place, key in later:
         if not place[key]:
             del place[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +16,11 @@ from fedtune.training.dp_step import descend
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 
+log = logging.getLogger(__name__)
+
 State = Mapping[str, npt.NDArray[np.float32]]
+_DEVIATIONS = 8
+"""That no sum of honest sites passes but with a chance below 1e-14."""
 
 
 def lead_step(
@@ -25,6 +31,7 @@ def lead_step(
     training: TrainingSpec,
     plan: Plan,
     round: int,
+    sites: int,
     declared_size: int,
 ) -> tuple[Adapter, dict[str, npt.NDArray[np.float32]]]:
     """The adapter after one step, and the optimizer's state for the next.
@@ -36,7 +43,8 @@ def lead_step(
         training: optimizer, rates and their schedule.
         plan: of the run; its rounds are the schedule's steps.
         round: from 1; places the step in the learning-rate schedule.
-        declared_size: of all sites in the sum together, the public denominator.
+        sites: in the sum.
+        declared_size: of these sites together, the public denominator.
     """
     assert plan.shared is not None, "a plan of secure sums"
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
@@ -47,7 +55,8 @@ def lead_step(
     set_learning_rate(optimizer, learning_rate_factor(training, step=round - 1, total_steps=plan.num_rounds))
     cell = plan.max_grad_norm * 2.0**-plan.shared.cell_bits
     ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
-    parts = zip(adapter.tensors.items(), np.split(total, ends), strict=True)
+    values = held_back(total, plan, sites=sites, declared_size=declared_size)
+    parts = zip(adapter.tensors.items(), np.split(values, ends), strict=True)
     sums = {name: part.reshape(value.shape) for (name, value), part in parts}
     descend(sums, parameters, optimizer, denominator=plan.sampling_rate * declared_size / cell)
     after = {
@@ -57,3 +66,22 @@ def lead_step(
         if value is not None
     }
     return Adapter({name: parameter.detach().numpy() for name, parameter in parameters.items()}), after
+
+
+def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int) -> npt.NDArray[np.int64]:
+    """The sum, cut down to the length that one of honest sites can have; such a one as it is.
+
+    Nobody can check a single site's part, so this is what bounds a part that is made up.  The bound is public: as many
+    clipped gradients as are sampled of the declared units, all in one direction, and the noise of all sites.
+    """
+    assert plan.shared is not None
+    sampled = plan.sampling_rate * declared_size
+    units = sampled + _DEVIATIONS * (math.sqrt(sampled) + 1)
+    noise = plan.shared.noise_multiplier * math.sqrt(sites) * (math.sqrt(total.size) + _DEVIATIONS)
+    longest = (units + noise) * 2.0**plan.shared.cell_bits
+    length = float(np.sqrt(np.square(total, dtype=np.float64).sum()))
+    if length <= longest:
+        return total
+    log.warning("a secure sum is %.3g times as long as one of honest sites can be; it is held back", length / longest)
+    shorter: npt.NDArray[np.int64] = np.rint(total * (longest / length)).astype(np.int64)
+    return shorter

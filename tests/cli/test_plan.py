@@ -122,7 +122,7 @@ def test_bytes_and_time_come_from_the_model(plan_json: Run, simulate: Any, resul
     found = plan_json(model=True)["forecast"]
     (first, *_) = result_of(simulate(into=tmp_path))["rounds"]
     # What really travels has a header beside the values.
-    assert 0 <= first["bytes_up"] - 2 * found["bytes_each_way"] < 20_000
+    assert 0 <= first["bytes_up"] - 2 * found["bytes_up"] < 20_000
     assert found["device"] == "cpu"
 
 

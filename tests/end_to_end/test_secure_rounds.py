@@ -111,7 +111,9 @@ def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(optimizer: str, s
         saved = Checkpoints(tmp_path / "checkpoints", "x")
         saved.save(LeadState(round=number, adapter=kept, strategy=state))
         state = saved.load().strategy
-        kept, state = lead_step(kept, total, state, training=training, plan=plan, round=number, declared_size=60)
+        kept, state = lead_step(
+            kept, total, state, training=training, plan=plan, round=number, sites=3, declared_size=60
+        )
         set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
         assert plan.shared
         scale = plan.max_grad_norm * 2.0**-plan.shared.cell_bits / (plan.sampling_rate * 60)

@@ -174,7 +174,9 @@ class PageOne:
     def access(self) -> Mapping[str, Sequence[str]]:
         """Who -> a code for each column of what there is to see."""
         noise = self._words.noise
-        sees = {who: list(codes) for who, codes in {**data()["access"]["noised"], **data()["access"][noise]}.items()}
+        rows = data()["access"]
+        masked = rows["masked"] if self._words.shared and noise == "noised" else {}
+        sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
         if how := self.by_subtraction():
             sees["other_sites"][_RESULT[noise]] = how
         return sees

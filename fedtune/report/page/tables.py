@@ -28,6 +28,7 @@ _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
+_LATER = ("by_trust", "shared")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +119,11 @@ class Words:
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
         return "seeded" if self.report.seeded_noise else "noised"
+
+    @property
+    def shared(self) -> bool:
+        """Whether a secure sum is part of it, whose noise several sites made together."""
+        return any(one.shared for site in self.report.sites for one in site.mechanisms)
 
     @property
     def band(self) -> str:
@@ -227,7 +233,12 @@ def found_at(data: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         if data is None:
             return _ABSENT
-        data = data[int(part)] if isinstance(data, list | tuple) else data[_unescaped(part)]
+        if isinstance(data, list | tuple):
+            data = data[int(part)]
+        elif (name := _unescaped(part)) in _LATER and name not in data:
+            return _ABSENT  # left out of report.json where it says nothing
+        else:
+            data = data[name]
     return data
 
 
