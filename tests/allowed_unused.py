@@ -62,9 +62,5 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "site_days",
         "unprotected_figures",
     },
-    "reports of secure sums will, and until then tests and simulations/aggregation": {
-        "server_alone",
-        "with_all_others",
-        "with_colluders",
-    },
+    "reports of secure sums will, and until then tests and simulations/aggregation": {},
 }

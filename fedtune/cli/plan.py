@@ -14,7 +14,8 @@ from rich.console import Console
 from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
-from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.outlook import Outlook
+from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import price_asked_for, price_section
 from fedtune.cli.sections import Section, as_html, as_page, json_text, pairs, print_json, say, show, write_file
 from fedtune.config import RunConfig

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run
+from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan import chart_svg, page_html
-from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.plan_sections import show_outlook
 from fedtune.federation import planner, verdict
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec

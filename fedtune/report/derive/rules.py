@@ -16,18 +16,10 @@ from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.site_policy import period_of
+from fedtune.report.audit_findings import Audit
 from fedtune.report.derive import cells, profile, verdicts
-from fedtune.report.derive.facts import NOT_RECORDED, UPDATES, LedgerFacts, RunFacts
-from fedtune.report.model import (
-    Assumption,
-    Audit,
-    Lifetime,
-    Problem,
-    Report,
-    SiteReport,
-    Utility,
-    Verification,
-)
+from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts, updates_of
+from fedtune.report.model import Assumption, Lifetime, Problem, Report, SiteReport, Utility, Verification
 
 LEAVES_OUT = (
     "other_runs",
@@ -169,18 +161,14 @@ def _code_problems(report: Report) -> Iterator[Problem]:
     restored = any(site.lifetime.restored for site in report.sites if site.lifetime and not of_run)
     covers = {"rounds_and_steps", "charged_retries", *(() if of_run else ("all_runs", "tuning_trials"))}
     covers |= {"lost_branches"} if restored else set()
-    how = {row.run: UPDATES[row.shared is not None] for site in report.sites for row in site.mechanisms}
-    of_runs = set(how.values()) or set(UPDATES.values())
-    sent = [one for site in report.sites for one in site.releases if one.kind == "update" and not one.reason]
-    released = {"refusals_and_receipts", *(how[one.run] for one in sent if one.run in how)}
-    if of_run:
-        released |= {"aggregates", *how.values()}
+    sent, most_sent = updates_of(report)
+    released = {"refusals_and_receipts", *sent, *(("aggregates",) if of_run else ())}
     noised = {known.name for known in METRICS.values() if known.name}
     of_scores = noised & set(report.covers)
     told = of_scores == noised & set(report.released) and scored <= len(of_scores) <= (1 if of_run else len(noised))
     for key, least, most in (
         ("covers", covers, covers | noised),
-        ("released", released, released | noised | of_runs | ({"final_adapter"} if of_run else set())),
+        ("released", released, released | noised | most_sent | ({"final_adapter"} if of_run else set())),
     ):
         stated = getattr(report, key)
         if len(set(stated)) < len(stated) or not least <= set(stated) <= most or not told:
