@@ -98,7 +98,7 @@ def run_deployed(
         config=config,
         folder=folder,
         # nothing is trained here
-        shared=SharedModel(config, inexact_allowed=True, records=records, progress=listener.preparing),
+        shared=SharedModel(config, trains=False, records=records, progress=listener.preparing),
         asked=asked,
         receipts=receipts,
         engine=over_sites,

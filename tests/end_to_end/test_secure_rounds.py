@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fedtune.flower.secure_rounds as secure_rounds
 import fedtune.sites.work as site_work
@@ -84,44 +83,6 @@ def test_it_is_one_step_of_sgd_on_the_mean(
             multiple = moved @ part / (part @ part)
             assert multiple < 0
             np.testing.assert_allclose(moved, multiple * part, atol=1e-6, err_msg="each moves by the same multiple")
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(optimizer: str, simulate: Any, tmp_path: Path) -> None:
-    """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
-    from fedtune.federation.lead import Checkpoints, LeadState
-    from fedtune.privacy.distributed_noise import Together
-    from fedtune.privacy.mechanism import PrivacySpec
-    from fedtune.privacy.run_plan import Plan
-    from fedtune.training.spec import TrainingSpec
-
-    together = Together(num_sites=3, threshold=3, colluders=0)
-    plan = Plan.of(PrivacySpec(), local_steps=1, num_rounds=4, together=together)
-    training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)
-    adapter = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
-    draws = np.random.default_rng(3)
-    state: Any = {}
-    kept = adapter
-    parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
-    from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
-
-    whole = make_optimizer(parameters, training)
-    for number in range(1, 5):
-        total = draws.integers(-500, 500, 8)
-        saved = Checkpoints(tmp_path / "checkpoints", "x")
-        saved.save(LeadState(round=number, adapter=kept, strategy=state))
-        state = saved.load().strategy
-        kept, state = lead_step(
-            kept, total, state, training=training, plan=plan, round=number, sites=3, declared_size=60
-        )
-        set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
-        assert plan.shared
-        scale = plan.max_grad_norm * 2.0**-plan.shared.cell_bits / (plan.sampling_rate * 60)
-        parameters["a"].grad = torch.tensor(total[:6].reshape(2, 3) * scale, dtype=torch.float32)
-        parameters["head"].grad = torch.tensor(total[6:] * scale, dtype=torch.float32)
-        whole.step()
-    for name, value in kept.tensors.items():
-        np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=1e-6)
 
 
 def test_a_site_is_charged_for_the_fewest_shares(simulate: Any, tmp_path: Path, result_of: Any) -> None:

@@ -21,11 +21,19 @@ FEDERATION_FAULTS = (
         tests=TRUST,
     ),
     Mutant(
+        name="a-sum-of-any-length",
+        fault="A lead takes a secure sum whatever its length, so that one site can move the model as far as it likes.",
+        file="fedtune/training/lead_step.py",
+        old="    if length <= longest:",
+        new="    if True:",
+        tests=("tests/training/test_lead_step.py",),
+    ),
+    Mutant(
         name="charged-as-if-all-took-part",
         fault="A secure sum is charged with the noise of all sites, though it may be read when some are missing.",
         file="fedtune/privacy/distributed_noise.py",
-        old="self.honest(survivors=self.threshold, colluders=self.colluders)",
-        new="self.honest(survivors=self.num_sites, colluders=self.colluders)",
+        old="self.honest(survivors=self.threshold, colluders=colluders)",
+        new="self.honest(survivors=self.num_sites, colluders=colluders)",
         tests=TRUST,
     ),
     Mutant(
