@@ -31,11 +31,11 @@ BEYOND_PLAN = "beyond_plan"
 
 @dataclass
 class Closing:
-    """Whether one exchange with the sites may end before its time is up: a rule that reads who answered, and no answer.
+    """Whether one exchange with the sites may end before its time is up: a rule on who answered, and not what.
 
-    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `min_sites` are,
+    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites` are,
     and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It ends
-    at once when nobody is at work and so many sites have refused that `min_sites` good answers cannot come any more.
+    at once when nobody is at work and so many sites have refused that `least_sites` good answers cannot come any more.
 
     Attributes:
         clock: seconds, of which only differences count.
@@ -54,10 +54,10 @@ class Closing:
                 person is yet to approve it.
             others: sites that are offline, paused or, in a round, not approved yet: an answer may still come.
         """
-        if not at_work and good + others < self.spec.min_sites:
+        if not at_work and good + others < self.spec.least_sites:
             return True
         enough = self.spec.enough_sites or len(self.spec.active)
-        if not (good >= enough or (good >= self.spec.min_sites and not at_work)):
+        if not (good >= enough or (good >= self.spec.least_sites and not at_work)):
             self._since = None
             return False
         if self._since is None:

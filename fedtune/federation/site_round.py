@@ -28,6 +28,7 @@ from fedtune.federation.protocol import (
 )
 from fedtune.federation.secure.agreement import Rejected, Terms, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite, terms_of
+from fedtune.federation.secure.party import Party
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -154,16 +155,23 @@ def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Ref
 
 def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
-    sums = _sums_of(site, request.proposal)
+    sums, proposal = _sums_of(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
         run = _prepared(site, request)
         return sums.announce(request.session, run.members, lambda members: _terms(request.proposal, run, members))
+    # Shares let out what was uploaded, so what has come to be forbidden since is not helped with.
+    site.ledger.policy.check(request.proposal)
+    site.ledger.require_startable(request.proposal)
     if request.step == JOIN:
-        return sums.join(request.run, parts)
-    party, (message, *others) = sums.party(request.run), parts or [b""]
+        return sums.join(proposal, request.session, parts)
+    party, (message, *others) = sums.party(proposal), parts or [b""]
     if others:
         raise Rejected(Wrong.MALFORMED)
     return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
+
+
+def _party(site: Site, request: RoundRequest) -> Party:
+    return _sums_of(site, request.proposal).party(request.proposal.digest())
 
 
 def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:
@@ -299,11 +307,13 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
-    shared = request.proposal.plan.shared is not None
-    if shared:  # a restarted site has no keys, and need not pay for what it could not upload
-        _sums_of(site, request.proposal).party(request.run).require_open(request.round)
+
+    def require_open() -> None:  # a restarted site has no keys, and need not pay for what it could not upload
+        if request.proposal.plan.shared is not None:
+            _party(site, request).require_open(request.round)
+
     run.store(brought.adapter if brought.difference is not None else None)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
@@ -325,7 +335,7 @@ def _as_it_leaves(
     if request.proposal.plan.shared is not None:
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
-        return Masked(_sums_of(site, request.proposal).upload(request.run, request.round, trained.share))
+        return Masked(_party(site, request).upload(request.round, trained.share))
     assert trained.adapter is not None
     # What was brought into the site's bound moved by that, far beyond a step: rounded by it, all else would drown.
     bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)

@@ -109,8 +109,10 @@ class FederationSpec:
         check_positive("server_tau", self.server_tau)
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("grace_s", self.grace_s, 0)
-        if self.enough_sites is not None and not self.min_sites <= self.enough_sites <= len(self.active):
-            bound = f"must be from min_sites = {self.min_sites} to the {len(self.active)} sites that take part"
+        if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
+            bound = (
+                f"must be from the {self.least_sites} that are needed to the {len(self.active)} sites that take part"
+            )
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
@@ -128,7 +130,7 @@ class FederationSpec:
         if self.threshold is not None and not least <= self.threshold <= sites:
             bound = f"must be from {least} to the {sites} sites that take part, or a server could read two sums"
             raise ConfigError("threshold", self.threshold, bound)
-        for name, only in (("strategy", "fedavg"), ("bits", 32)):
+        for name, only in (("strategy", "fedavg"), ("bits", 32), ("spare_rounds", 0)):
             if getattr(self, name) != only:
                 raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
 

@@ -189,8 +189,10 @@ def to_step(content: RecordDict) -> bytes | Refusal:
         body = to_reply(content).body
         if isinstance(body, Refusal):
             return body
-    (answer,) = to_parts(content) or [b""]
-    return answer
+    parts = to_parts(content)
+    if len(parts) != 1:
+        raise ConfigError("message", len(parts), "must hold one message of a secure sum")
+    return parts[0]
 
 
 def from_reply(reply: Reply) -> RecordDict:

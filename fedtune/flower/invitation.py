@@ -64,18 +64,18 @@ class Answers:
     silent: Mapping[str, str]
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
-        """Check that `min_sites` sites make an offer that `takes_part` accepts.
+        """Check that `least_sites` sites make an offer that `takes_part` accepts.
 
         Raises:
             RefusedError: policies and budgets leave fewer sites than that.
             RunError: too few have answered so far.
         """
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
-        if len(ready) >= federation.min_sites:
+        if len(ready) >= federation.least_sites:
             return
         refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
         refused += [site for site in self.offers if site not in ready]
-        error = RefusedError if len(federation.active) - len(refused) < federation.min_sites else RunError
+        error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
         others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
         less = {site: offer for site, offer in self.offers.items() if site not in ready}
         others |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}

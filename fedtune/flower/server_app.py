@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -52,7 +52,6 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     sums = secure_rounds(grid, lead, state)
     if sums is not None:
-        sums.begin()
         state = past_asked(lead, state)
     if state.round == 0 and lead.federation.bits != 32:
         lead.checkpoints.keep_reference(state.adapter)
@@ -67,6 +66,8 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
         _tell_the_end(grid, lead, adapter=None)
         raise
+    if not any(one.sites for one in state.rounds):
+        raise RunError(f"no round of {lead.run} had a result; nothing was trained")
     receipts = _tell_the_end(grid, lead, adapter=state.kept)
     state = state.heard(receipts, run=lead.run, most_rounds=lead.plan.most_rounds)
     lead.checkpoints.save(state)
@@ -77,14 +78,15 @@ def _run_round(
     grid: Grid, lead: Lead, state: LeadState, sums: SecureRounds | None, *, holders: Collection[str]
 ) -> LeadState:
     """The state after one more round; `holders` are the sites that keep the run's reference adapter."""
-    round, started, sites = state.round + 1, time.monotonic(), list(lead.declared_sizes)
+    round, started = state.round + 1, time.monotonic()
+    sites = list(lead.declared_sizes if sums is None else sums.ready())
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     brought = _brought(lead, state)
     reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
     sent = brought.made_of(None, digest=reference)
     digests = {"adapter_digest": sent.digest(), "reference_digest": reference}
-    messages = _requests(grid, lead, state, brought, digests=digests, holders=holders)
+    messages = _requests(grid, lead, state, brought, digests=digests, sites=sites, holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
@@ -107,6 +109,7 @@ def _run_round(
             envelopes[site] = message
         _require_enough(replies, lead, round)
         made = _averaged(lead, replies, envelopes) if sums is None else summed(sums, lead, state, replies)
+    of_sum = (0, 0) if sums is None else sums.traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
@@ -115,8 +118,8 @@ def _run_round(
         seconds=time.monotonic() - started,
         sites=made.sites,
         failed_sites=made.failures,
-        bytes_down=bytes_down,
-        bytes_up=bytes_up,
+        bytes_down=bytes_down + of_sum[0],
+        bytes_up=bytes_up + of_sum[1],
         metrics=metrics,
         site_scores=replies.scores,
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,9 +191,10 @@ def _requests(
     brought: Brought,
     *,
     digests: Mapping[str, str],
+    sites: Sequence[str],
     holders: Collection[str],
 ) -> list[Message]:
-    """One message for each site, in the sites' order; the strategy says which nodes are asked."""
+    """One message for each of these sites, in order; the strategy says which nodes are asked."""
     round, kept = state.round + 1, set(holders) if brought.difference is not None else set()
     # The reference is as large as an adapter, and most rounds need not bring it to anybody.
     whole = {} if kept.issuperset(lead.declared_sizes) else flower_records.from_brought(brought)
@@ -212,7 +216,7 @@ def _requests(
         )
         adapter = less if site in kept else whole
         message.content = flower_records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
-    return [messages[site] for site in lead.declared_sizes if site in messages]
+    return [messages[site] for site in sites if site in messages]
 
 
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:

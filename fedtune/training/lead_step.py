@@ -13,6 +13,7 @@ import torch
 from fedtune.model import Adapter
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.dp_step import descend
+from fedtune.training.local import project
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import TrainingSpec
 
@@ -32,6 +33,7 @@ def lead_step(
     plan: Plan,
     round: int,
     sites: int,
+    most: float,
     declared_size: int,
 ) -> tuple[Adapter, dict[str, npt.NDArray[np.float32]]]:
     """The adapter after one step, and the optimizer's state for the next.
@@ -44,6 +46,7 @@ def lead_step(
         plan: of the run; its rounds are the schedule's steps.
         round: from 1; places the step in the learning-rate schedule.
         sites: in the sum.
+        most: bound on the adapter's values; sites compute at no larger ones either.
         declared_size: of these sites together, the public denominator.
     """
     assert plan.shared is not None, "a plan of secure sums"
@@ -59,6 +62,7 @@ def lead_step(
     parts = zip(adapter.tensors.items(), np.split(values, ends), strict=True)
     sums = {name: part.reshape(value.shape) for (name, value), part in parts}
     descend(sums, parameters, optimizer, denominator=plan.sampling_rate * declared_size / cell)
+    project(parameters, most)
     after = {
         f"{key}/{name}": np.asarray(value, dtype=np.float32)
         for name, parameter in parameters.items()

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, bits_needed
+from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, bits_needed, require_pinned
 from fedtune.federation.secure.party import Keep, Party, Promise
 from fedtune.privacy.keys import SigningKey
 
@@ -29,8 +26,10 @@ def kept_in(path: Path) -> Keep:
     return keep
 
 
-_MOST_RUNS = 4
-"""Whose parties are kept; a run whose party is gone begins a new session."""
+_MOST_RUNS = 16
+"""Whose parties are kept; a run whose parties are gone begins a new session."""
+_MOST_SESSIONS = 3
+"""Of a run: the one that goes on, and others that a lead tries to begin beside it."""
 
 
 def terms_of(
@@ -50,10 +49,37 @@ def terms_of(
 
 
 @dataclass
-class Parties:
-    """By run, with the number of the lead's session; what a restart forgets, and is meant to."""
+class Sessions:
+    """A run's parties by the lead's names of their sessions, the oldest first; `joined` is the one that goes on.
 
-    of_run: dict[str, tuple[str, Party]] = field(default_factory=dict)
+    A party that was there before is kept until all members are in another: a lead that cannot begin a session goes back.
+    """
+
+    parties: dict[str, Party] = field(default_factory=dict)
+    joined: str = ""
+
+    def add(self, name: str, party: Party) -> None:
+        """Keep another one, and drop the oldest that does not go on."""
+        self.parties[name] = party
+        idle = [one for one in self.parties if one not in (name, self.joined)]
+        for one in idle[: max(0, len(self.parties) - _MOST_SESSIONS)]:
+            del self.parties[one]
+
+
+@dataclass
+class Parties:
+    """By digest of the run's proposal; what a restart forgets, and is meant to."""
+
+    of_proposal: dict[str, Sessions] = field(default_factory=dict)
+
+    def sessions(self, proposal: str) -> Sessions:
+        """A run's, new ones where there are none; a run that none has joined goes first where there are too many."""
+        if proposal not in self.of_proposal:
+            while len(self.of_proposal) >= _MOST_RUNS:
+                idle = (one for one, sessions in self.of_proposal.items() if not sessions.joined)
+                del self.of_proposal[next(idle, next(iter(self.of_proposal)))]
+            self.of_proposal[proposal] = Sessions()
+        return self.of_proposal[proposal]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +114,37 @@ class SumsAtSite:
         if not set(members) <= set(self.roster):
             raise Rejected(Wrong.ROSTER_DIFFERS)
         agreed = terms({site: self.roster[site] for site in members})
-        name, party = self.parties.of_run.get(agreed.run, ("", None))
-        if party is None or name != session:
-            party = Party(
+        sessions = self.parties.sessions(agreed.proposal)
+        if session not in sessions.parties:
+            made = Party(
                 self.site, identity=self.identity, terms=agreed, roster=self.roster, limits=self.limits, keep=self.keep
             )
-            self.parties.of_run.pop(agreed.run, None)
-            self.parties.of_run[agreed.run] = session, party
-            while len(self.parties.of_run) > _MOST_RUNS:
-                del self.parties.of_run[next(iter(self.parties.of_run))]
-        return party.announce()
+            sessions.add(session, made)
+        return sessions.parties[session].announce()
 
-    def join(self, run: str, announcements: Sequence[bytes]) -> bytes:
-        """Take all members' keys; the session's digest."""
-        return self.party(run).join(announcements).encode()
+    def join(self, proposal: str, session: str, announcements: Sequence[bytes]) -> bytes:
+        """Take all members' keys, and go on in this session; returns its digest.
 
-    def upload(self, run: str, release: int, vector: npt.NDArray[np.int64]) -> bytes:
-        """The site's vector, masked; see `Party.upload`."""
-        return self.party(run).upload(release, vector)
+        Asked for an earlier one again, the site goes back to it.  That is safe: each session has keys, masks, releases
+        and promises of its own.
+        """
+        digest = self._party(proposal, session).join(announcements)
+        self.parties.sessions(proposal).joined = session
+        return digest.encode()
 
-    def party(self, run: str) -> Party:
-        """The site's part in a run's sums; raises Rejected where it has none."""
-        if run not in self.parties.of_run:
+    def party(self, proposal: str) -> Party:
+        """The site's part in the session that goes on.
+
+        Raises:
+            Rejected: it has none, or trusts its members or terms no more.
+        """
+        found = self.parties.of_proposal.get(proposal, Sessions())
+        return self._party(proposal, found.joined)
+
+    def _party(self, proposal: str, session: str) -> Party:
+        found = self.parties.of_proposal.get(proposal, Sessions()).parties.get(session)
+        if found is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
-        return self.parties.of_run[run][1]
+        require_pinned(found.terms, self.roster)  # the policy may have changed since
+        self.limits.require(found.terms)
+        return found
