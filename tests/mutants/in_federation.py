@@ -9,6 +9,7 @@ ASKING = ("tests/flower/test_invitation.py",)
 BITS = ("tests/flower/test_bits.py",)
 TRUST = ("tests/privacy/test_site_policy.py",)
 SECURE = ("tests/end_to_end/test_secure_rounds.py",)
+OF_SECURE_SITES = ("tests/federation/test_secure_site.py",)
 DIFFERENCE = ("tests/privacy/test_few_bits.py",)
 
 FEDERATION_FAULTS = (
@@ -48,8 +49,56 @@ FEDERATION_FAULTS = (
         name="a-charge-without-a-session",
         fault="A site that was started again is charged for a share that it has no keys to mask.",
         file="fedtune/federation/site_round.py",
-        old="        _sums_of(site, request.proposal).party(request.run).require_open(request.round)\n",
-        new="        pass\n",
+        old="            _party(site, request).require_open(request.round)\n",
+        new="            pass\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="another-lead-s-run",
+        fault="A lead that nobody approved begins sessions of a run that another lead was approved for.",
+        file="fedtune/privacy/ledger/site_ledger.py",
+        old="            _require_same(known, proposal)\n            return",
+        new="            return",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-closed-release-charged",
+        fault="A site trains, and pays, for a release whose survivors it was asked about before: nothing can leave.",
+        file="fedtune/federation/secure/party.py",
+        old="        if not self._release < release < MOST_RELEASES:",
+        new="        if not self._release <= release < MOST_RELEASES:",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-roster-read-once",
+        fault="A member that was taken off a site's roster stays in the sums of a session that has begun.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        require_pinned(found.terms, self.roster)  # the policy may have changed since\n",
+        new="",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="shares-for-what-was-forbidden-since",
+        fault="A site that was frozen, or whose policy allows it no more, lets out what it uploaded before.",
+        file="fedtune/federation/site_round.py",
+        old="    site.ledger.require_startable(request.proposal)\n    if request.step == JOIN:",
+        new="    if request.step == JOIN:",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-session-given-up-too-soon",
+        fault="A site drops its part in a session when another is announced, though that one may never begin.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        self.parties[name] = party\n",
+        new="        self.parties = {name: party}\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="an-accused-dealer-kept",
+        fault="A member whose shares are wrong is asked again, and no round has a sum.",
+        file="fedtune/flower/secure_rounds.py",
+        old="            self._left_out.add(dealer)\n",
+        new="            pass\n",
         tests=SECURE,
     ),
     Mutant(
@@ -57,7 +106,7 @@ FEDERATION_FAULTS = (
         fault="A lead that starts again asks for the round that it lost, and gets bytes of a session that is over.",
         file="fedtune/flower/server_app.py",
         old="        state = past_asked(lead, state)\n",
-        new="",
+        new="        pass\n",
         tests=SECURE,
     ),
     Mutant(
