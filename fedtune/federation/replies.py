@@ -33,9 +33,9 @@ BEYOND_PLAN = "beyond_plan"
 class Closing:
     """Whether one exchange with the sites may end before its time is up: a rule on who answered, and not what.
 
-    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites` are,
-    and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It ends
-    at once when nobody is at work and so many sites have refused that `least_sites` good answers cannot come any more.
+    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
+    are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
+    ends at once when nobody is at work and so many sites have refused that `least_sites` good answers cannot come.
 
     Attributes:
         clock: seconds, of which only differences count.

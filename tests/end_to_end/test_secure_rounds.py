@@ -316,4 +316,5 @@ def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
     rounds = result_of(tmp_path / "run")["rounds"]
     assert [len(entry["sites"]) for entry in rounds] == [3, 0, 3]
     assert set(rounds[1]["failed_sites"].values()) == {"not_summed"}
+    assert rounds[1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"
     assert result_of(tmp_path / "run")["privacy"]["sites"]["site-1"]["steps"] == 3

@@ -185,7 +185,8 @@ AT_SITE = (
         old="""    run.store(brought.adapter if brought.difference is not None else None)
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
 """,
-        new="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+        new="""\
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     run.store(None)
 """,
         tests=("tests/sites/test_real_site.py::test_a_site_that_cannot_keep_the_settings_charges_nothing",),

@@ -18,7 +18,8 @@ LEDGER_FAULTS = (
         name="charged-after-training",
         fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
         file="fedtune/federation/site_round.py",
-        old="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+        old="""\
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):

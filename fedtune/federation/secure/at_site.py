@@ -52,7 +52,7 @@ def terms_of(
 class Sessions:
     """A run's parties by the lead's names of their sessions, the oldest first; `joined` is the one that goes on.
 
-    A party that was there before is kept until all members are in another: a lead that cannot begin a session goes back.
+    One that was there before is kept: a lead that cannot begin another session goes back to it.
     """
 
     parties: dict[str, Party] = field(default_factory=dict)
