@@ -270,12 +270,15 @@ class Made:
         sites: whose updates are in it.
         failures: site -> why its update is not.
         strategy: the optimizer's state, for a checkpoint.
+        bytes_down: to the sites beside the round's own messages, and `bytes_up` from them.
     """
 
     adapter: Adapter
     sites: tuple[str, ...]
     failures: Mapping[str, str]
     strategy: Arrays
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 NOT_SUMMED = "not_summed"
@@ -306,4 +309,5 @@ def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundRepli
             ) from None
         log.error("%s; going on with the next round", error)
     failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
-    return Made(adapter, sites=sites, failures={**replies.failures, **failures}, strategy=strategy)
+    down, up = sums.traffic()
+    return Made(adapter, sites, {**replies.failures, **failures}, strategy, bytes_down=down, bytes_up=up)

@@ -82,10 +82,7 @@ def _run_round(
     sites = list(lead.declared_sizes if sums is None else sums.ready())
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    brought = _brought(lead, state)
-    reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
-    sent = brought.made_of(None, digest=reference)
-    digests = {"adapter_digest": sent.digest(), "reference_digest": reference}
+    brought, sent, digests = _sent(lead, state)
     messages = _requests(grid, lead, state, brought, digests=digests, sites=sites, holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
@@ -109,7 +106,6 @@ def _run_round(
             envelopes[site] = message
         _require_enough(replies, lead, round)
         made = _averaged(lead, replies, envelopes) if sums is None else summed(sums, lead, state, replies)
-    of_sum = (0, 0) if sums is None else sums.traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_sound(adapter, metrics):
         adapter, metrics = _back(lead, state, round, metrics)
@@ -118,8 +114,8 @@ def _run_round(
         seconds=time.monotonic() - started,
         sites=made.sites,
         failed_sites=made.failures,
-        bytes_down=bytes_down + of_sum[0],
-        bytes_up=bytes_up + of_sum[1],
+        bytes_down=bytes_down + made.bytes_down,
+        bytes_up=bytes_up + made.bytes_up,
         metrics=metrics,
         site_scores=replies.scores,
         ended=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,6 +169,14 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     log.error("%s; going back to the adapter that it began with", text)
     restore_strategy(lead.strategy, state.strategy)
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
+
+
+def _sent(lead: Lead, state: LeadState) -> tuple[Brought, Adapter, dict[str, str]]:
+    """How a round's adapter travels, what arrives of it, and the digests by which a site knows that."""
+    brought = _brought(lead, state)
+    reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
+    sent = brought.made_of(None, digest=reference)
+    return brought, sent, {"adapter_digest": sent.digest(), "reference_digest": reference}
 
 
 def _brought(lead: Lead, state: LeadState) -> Brought:
