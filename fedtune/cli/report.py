@@ -21,6 +21,7 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, checks
+from fedtune.report.derive.verdicts import Room, room_of
 from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
@@ -70,6 +71,11 @@ _STATES: Mapping[State, tuple[str, str]] = {
     "within": ("WITHIN the approved budget", "bold"),
     "exceeded": ("EXCEEDED", "bold red"),
     "no_guarantee": ("NO GUARANTEE", "bold yellow"),
+}
+_ROOMS: Mapping[Room, tuple[str, str]] = {
+    "closed": ("CLOSED: these records take part in no further run", "bold yellow"),
+    "used_up": ("USED UP: the approved budget leaves nothing for another run", "bold yellow"),
+    "no_run_fits": ("WITHIN the approved budget, and no further usual run fits it", "bold yellow"),
 }
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
@@ -262,7 +268,8 @@ def _read(name: str) -> tuple[Path, Report]:
 def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
-    state, style = _STATES[report.verdict.state]
+    room = room_of(report)
+    state, style = _ROOMS[room] if room else _STATES[report.verdict.state]
     shown = state + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
 
