@@ -59,6 +59,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "budget_left",
         "epsilon_spent",
         "largest_failures",
+        "triggers",
     },
     "fields of what is written as JSON or taken from arguments": {
         "cohort",

@@ -63,7 +63,8 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
   fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
-report.pdf too. A run's report lies in its folder, a ledger's in a folder beside it that ends in .report.
+report.pdf too, and with --label a privacy label to show around. A run's report lies in its folder, a ledger's in a
+folder beside it that ends in .report.
 """,
     cls=_Report,
 )
@@ -101,6 +102,9 @@ def build(
     ] = None,
     language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
+    label: Annotated[
+        bool, Option(names=("--label",), help="label.svg and label.png too, to show around; the PNG needs fedtune[pdf]")
+    ] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
     ] = None,
@@ -126,10 +130,19 @@ def build(
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
     from fedtune.report.page.catalogue import catalogue
-    from fedtune.report.page.render import write_files
+    from fedtune.report.page.label import PNG, SVG, as_png, as_svg
+    from fedtune.report.page.render import write_all, write_files
 
     spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)
+    missing = None
+    if label:
+        files = {SVG: as_svg(report, language=spoken).encode()}
+        try:
+            files[PNG] = as_png(report, language=spoken)
+        except ConfigError as error:
+            missing = str(error)
+        paths += write_all(output or folder, files)
     for code in report.banners:
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = verdict_line(report)
@@ -138,6 +151,8 @@ def build(
         say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
         say(f"{written.name + ':':<13}{written}")
+    if missing:
+        say(missing, style="bold yellow")
 
 
 def _of_run(folder: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> Report:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,23 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
     assert digest in (run_folder / "report.html").read_text()
     assert report_in(run_folder).kind == "run"
     assert not list(run_folder.glob("*.partial"))
+
+
+def test_a_label_is_drawn_beside_the_report(
+    run_folder: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = command("report", str(run_folder), "--label", "--language", "de", "--output", str(tmp_path))
+    assert told.code == 0, told.err
+    label = (tmp_path / "label.svg").read_text()
+    assert "DATENSCHUTZ-ETIKETT" in label
+    assert hashlib.sha256((tmp_path / "report.json").read_bytes()).hexdigest() in label
+    assert f"label.svg:   {tmp_path / 'label.svg'}" in told.out
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    told = command("report", str(run_folder), "--label", "--output", str(tmp_path / "without"))
+    assert told.code == 0, told.err
+    assert "label.png needs Pillow: pip install 'fedtune[pdf]'" in " ".join(told.out.split())
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"label.svg", "report.html", "report.json"}
 
 
 def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:

@@ -107,6 +107,14 @@ REPORT_FAULTS = (
         tests=(f"{PAGE}::test_a_site_reads_first_whether_its_budget_has_room",),
     ),
     Mutant(
+        name="label-promises-what-the-report-does-not",
+        fault="A privacy label shows the attacker's figure of a run that promises nothing.",
+        file="fedtune/report/page/label.py",
+        old='if not words.promises or worst is None or words.at(f"{worst}/meaning") is None:',
+        new='if worst is None or words.at(f"{worst}/meaning") is None:',
+        tests=("tests/report/test_label.py::test_where_nothing_is_promised_it_shows_no_figure",),
+    ),
+    Mutant(
         name="limit-never-passed-in-the-picture",
         fault="Page 1 draws the limit's end where the used part ends, however far that is above the limit.",
         file="fedtune/report/page/render.py",

@@ -33,7 +33,7 @@ TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
 _MOST_ASSUMPTIONS = 4
-_COIN_TOSSING = 50
+COIN_TOSSING = 50
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
@@ -125,6 +125,15 @@ def write_files(folder: Path, report: Report, *, language: str, pdf: bool = Fals
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
         files["report.pdf"] = as_pdf(html)
+    return write_all(folder, files)
+
+
+def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files, by name, into a folder; each is whole at any moment.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     try:
         for name, data in files.items():
             write_durably(folder / name, data)
@@ -245,8 +254,8 @@ class PageOne:
 
     def guesses(self, pointer: str | None = None) -> Markup:
         """A picture of 100 guesses, or a coin's: discs are right by luck, diamonds right beyond that, rings wrong."""
-        right = _COIN_TOSSING if pointer is None else min(100, math.ceil(self._words.at(pointer)))
-        lucky = min(right, _COIN_TOSSING)
+        right = COIN_TOSSING if pointer is None else min(100, math.ceil(self._words.at(pointer)))
+        lucky = min(right, COIN_TOSSING)
         guesses = ["luck"] * lucky + ["more"] * (right - lucky) + ["wrong"] * (100 - right)
         marks = (_mark(guess, number % 20 * 10 + 5, number // 20 * 10 + 5) for number, guess in enumerate(guesses))
         label = self._words.text("meaning.picture", number=right)
