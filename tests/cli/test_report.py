@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -144,6 +145,22 @@ def test_a_label_is_drawn_beside_the_report(
     assert told.code == 0, told.err
     assert "label.png needs Pillow: pip install 'fedtune[pdf]'" in " ".join(told.out.split())
     assert {path.name for path in (tmp_path / "without").iterdir()} == {"label.svg", "report.html", "report.json"}
+
+
+def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:
+    told = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before"))
+    assert told.code == 0, told.err
+    assert "registry.json lacks what only a person can say: report.about.curator" in " ".join(told.out.split())
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["report"]["about"]["curator"] = "Hospital of the North"
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert command("report", str(folder), "--registry").code == 0
+    entry = json.loads((folder / "registry.json").read_text())
+    assert entry["curator"] == "Hospital of the North"
+    assert "report.about.curator" not in entry["missing"]
+    assert entry["report_sha256"] == hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
+    assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
 
 
 def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:

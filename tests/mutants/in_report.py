@@ -115,6 +115,14 @@ REPORT_FAULTS = (
         tests=("tests/report/test_label.py::test_where_nothing_is_promised_it_shows_no_figure",),
     ),
     Mutant(
+        name="registry-epsilon-that-promises-nothing",
+        fault="An entry for a public registry gives the epsilon of a run that promises nothing.",
+        file="fedtune/report/registry_entry.py",
+        old='"epsilon": report.epsilon if words.promises else None,',
+        new='"epsilon": report.epsilon,',
+        tests=("tests/report/test_registry_entry.py::test_the_figures_are_those_of_the_report",),
+    ),
+    Mutant(
         name="limit-never-passed-in-the-picture",
         fault="Page 1 draws the limit's end where the used part ends, however far that is above the limit.",
         file="fedtune/report/page/render.py",
