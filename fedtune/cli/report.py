@@ -64,9 +64,8 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
   fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
-report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry of such
-runs. A run's report lies in its folder, a ledger's in a
-folder beside it that ends in .report.
+report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry. A run's
+report lies in its folder, a ledger's in a folder beside it that ends in .report.
 """,
     cls=_Report,
 )
