@@ -148,7 +148,7 @@ def build(
     if report.epsilon:
         say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
-        say(f"{written.name + ':':<13}{written}")
+        say(f"{written.name + ':':<12} {written}")
     for remark in remarks:
         say(remark, style="bold yellow")
 

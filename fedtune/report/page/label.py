@@ -217,7 +217,7 @@ def _facts(words: Words) -> Iterator[_Mark]:
         if number:
             yield _box(_RIGHT, y - 30, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
         yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
-        lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")[:2]
+        lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
         for place, line in enumerate(lines):
             yield _Text(x=_RIGHT + 170, y=y + 24 * place, text=line, size=19, font="bold")
         y += 24 * len(lines) + 20
