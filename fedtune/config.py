@@ -25,6 +25,7 @@ from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
@@ -103,6 +104,7 @@ class ReportSpec:
     """
 
     language: Literal["en", "de"] = "en"
+    about: AboutSpec = AboutSpec()
 
 
 @spec

@@ -16,6 +16,7 @@ from fedtune.data.spec import PairsSpec, PreferenceSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
@@ -137,6 +138,7 @@ NEUTRAL: dict[str, Any] = {
     "tracking.progress": False,
     "tracking.output_dir": "/home/ada/canary/runs",
     "report.language": "de",
+    "report.about": AboutSpec(curator="canary"),
     "tracking.log_level": "debug",
     "tracking.tracker": "mlflow",
     "tracking.send_to": "https://canary.example",
@@ -209,7 +211,7 @@ def text_of(sent: RunConfig) -> str:
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
-        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences"):
+        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences", "about"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

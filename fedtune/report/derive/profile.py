@@ -169,6 +169,14 @@ def right_of_100_ceiling(epsilon: float, delta: float) -> float:
     return 100 * (1 + delta * factor) / (1 + factor)
 
 
+def right_of_several(right: float, *, members: int) -> float:
+    """Of 100 guesses about somebody with `members` records, at most so many are right where `right` are for one record.
+
+    What one record shifts, each further one shifts again at most: total variation obeys the triangle inequality.
+    """
+    return min(100.0, 50 + members * (right - 50))
+
+
 def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
     """What (epsilon, delta) for one record comes to for `members` records of one person.
 
