@@ -8,12 +8,13 @@ import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, Option, single
+from fedtune.cli.command import Argument, Metrics, Option, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, is_running, run_in_folder, told
@@ -47,6 +48,7 @@ def run(
         bool, Option(names=("--for-good",), help="with stop: free what the sites had set aside")
     ] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
+    metrics: Metrics = None,
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
 
@@ -62,7 +64,7 @@ def run(
     """
     first, *rest = words or ("",)
     if first not in _ACTIONS:
-        _start(words, kit=_lead_kit(kit))
+        _start(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -73,7 +75,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit))
+            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
 
 
 def _lead_kit(folder: Path | None) -> Kit:
@@ -82,18 +84,23 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _start(words: Sequence[str], *, kit: Kit) -> None:
+def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = composed(words, kit=kit)
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
+    from fedtune.deploy.metrics import LeadMetrics, serve_metrics
 
-    lead, console = LeadService(kit=kit), Console()
-    if config.resume is None:
-        config = told(console, config, lead.fitted(config))
-    again = f"fedtune run resume {folder} --kit {kit.folder}"
-    run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
+    figures, console = LeadMetrics(kit=kit) if metrics else None, Console()
+    with ExitStack() as stack:
+        if metrics and figures:
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+        lead = LeadService(kit=kit, metrics=figures)
+        if config.resume is None:
+            config = told(console, config, lead.fitted(config))
+        again = f"fedtune run resume {folder} --kit {kit.folder}"
+        run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from fedtune.cli.command import Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.cli.command import Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 
 app = group("A federation's server: it keeps messages between lead and sites until they are fetched.")
 
@@ -22,6 +22,7 @@ def start(
     ] = None,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
+    metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
     """A federation's server: it keeps messages between lead and sites until they are fetched.
@@ -35,6 +36,7 @@ def start(
     from fedtune.deploy.health import serve_health
     from fedtune.deploy.kits.kit_file import Kit
     from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.metrics import ServerMetrics, serve_metrics
 
     own = Kit.read(kit, kind="server")
     from fedtune.deploy.services.lead_and_server import ServerService
@@ -45,4 +47,7 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        ServerService(kit=own, host=host, port=port, data=data, health=endpoint).run()
+        figures = ServerMetrics(kit=own) if metrics else None
+        if metrics and figures:
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+        ServerService(kit=own, host=host, port=port, data=data, health=endpoint, metrics=figures).run()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
@@ -115,17 +116,19 @@ def start(
     site: PolicyFile,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
+    metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
     """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
 
-    It opens no port, except with --health. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after its current
-    round; a second one ends it at once, and the round stays charged.
+    It opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it
+    after its current round; a second one ends it at once, and the round stays charged.
     """
     own = _own_kit(kit)
     from fedtune.deploy.health import Health as Endpoint
     from fedtune.deploy.health import serve_health
     from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.metrics import SiteMetrics, serve_metrics
     from fedtune.deploy.services.site_service import SiteService
 
     configure_logs(log_level)
@@ -133,7 +136,12 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        SiteService(kit=own, site_toml=site, health=endpoint).run()
+        service = SiteService(kit=own, site_toml=site, health=endpoint)
+        if metrics:
+            figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+            service = replace(service, answered=figures.answered)
+        service.run()
 
 
 @command(app, "what a run would cost; let it start")

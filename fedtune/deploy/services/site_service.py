@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,11 +43,17 @@ _LOOK_S = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start, by its kit and its policy; `health` is told how it is doing."""
+    """A site that is ready to start, by its kit and its policy.
+
+    Attributes:
+        health: told how the site is doing.
+        answered: told each answer to a round or a question: "update", or the reason for none.
+    """
 
     kit: Kit
     site_toml: Path
     health: Health
+    answered: Callable[[str], None] = lambda _: None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
@@ -71,11 +77,17 @@ class SiteService:
                 awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
             )
             app = SiteApp(RealSite(places).site, name=files.policy.site)
-            fleet = Fleet(self.kit.server, self.kit.tls())
+            fleet = Fleet(
+                self.kit.server,
+                self.kit.tls(),
+                heard=lambda: self.health.update(last_contact=datetime.now(UTC)),
+            )
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
             try:
-                _Loop(fleet, bell, app, state, self.health, stop, ends=certificate.not_after).run()
+                _Loop(
+                    fleet, bell, app, state, self.health, stop, ends=certificate.not_after, answered=self.answered
+                ).run()
             finally:
                 self.health.update(state="stopping")
                 bell.close()
@@ -114,9 +126,10 @@ class _Loop:
         stop: threading.Event,
         *,
         ends: datetime,
+        answered: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
-        self._health, self._stop, self._ends = health, stop, ends
+        self._health, self._stop, self._ends, self._answered = health, stop, ends, answered
         self._active = False
         self._wait_s, self._poll_s = 1.0, _POLL_S
         self._rounds = 0
@@ -215,11 +228,13 @@ class _Loop:
         answered = exchange.answered
         if answered is None or isinstance(answered, Offer):
             log.info("answered", extra={"what": exchange.kind})
+            self._answered("offer" if answered else "other")
             return
         refused = answered.reason if isinstance(answered, Refusal) else None
         self._rounds += refused is None
         self._health.update(rounds_answered=self._rounds)
         what = "update" if refused is None else refused.value
+        self._answered(what)
         about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
         log.info("answered", extra={"what": what, **about})
 
