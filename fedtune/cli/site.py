@@ -27,6 +27,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
+  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
@@ -167,6 +168,25 @@ def approve(
         work.show_waiting(state, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
+
+
+@command(app, "refuse a run that waits, for good")
+def deny(
+    run: Annotated[str, Argument("RUN", help="a run that waits for approval")],
+    kit: KitFolder,
+    site: PolicyFile,
+    reason: Annotated[str, Option(metavar="TEXT", help="why; the ledger keeps it, and nobody else is told")],
+) -> None:
+    """Refuse a run that waits for approval, for good. The ledger notes it, and nothing is charged.
+
+    The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
+    which waits for approval anew.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import site_actions as work
+    from fedtune.deploy.services.site_state import SiteState
+
+    work.deny(SiteState.of(own.folder), run, files=own.site_files(site), reason=reason)
 
 
 @command(app, "score a final adapter on held-out records")

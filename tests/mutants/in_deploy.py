@@ -6,6 +6,23 @@ DOCTOR = "tests/deploy/test_doctor.py"
 
 DEPLOY_FAULTS = (
     Mutant(
+        name="metrics-for-the-network",
+        fault="Figures are read from other machines: an address that is not loopback is taken.",
+        file="fedtune/deploy/health.py",
+        old="    if far is not None and not known.is_loopback:",
+        new="    if False:",
+        tests=("tests/deploy/test_metrics.py::test_no_address_that_other_machines_reach_is_taken",),
+    ),
+    Mutant(
+        name="metrics-of-an-unverified-ledger",
+        fault="Monitoring shows the budget of a ledger that somebody changed.",
+        file="fedtune/deploy/metrics.py",
+        old="                verified = files.verified()",
+        new="                verified = self._read[1] and __import__('types').SimpleNamespace(history=self._read[1])"
+        " or files.verified()",
+        tests=("tests/deploy/test_metrics.py::test_a_ledger_that_cannot_be_trusted_has_no_budget",),
+    ),
+    Mutant(
         name="join-request-unsigned",
         fault="A join request passes without its site's signature: whoever carries it puts a key of their own in it.",
         file="fedtune/deploy/kits/members.py",
