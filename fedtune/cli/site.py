@@ -30,6 +30,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
+  fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
 )
@@ -245,6 +246,43 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
         f"  fedtune provision revoke-site {own.site}\n"
         f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left}.\n"
     )
+
+
+@command(app, "write a backup")
+def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
+    """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left. The site may run.
+
+    No key is in it: keep site_key.pem apart, since whoever has both could go on with the ledger.
+    """
+    _own_kit(kit)
+    from fedtune.deploy.backup import back_up_site
+
+    back_up_site(file, kit=kit, site_toml=site)
+    sys.stdout.write(f"{file} is written. Keep it, and apart from it the site's key.\n")
+
+
+@command(app, "put a backup back")
+def restore(
+    file: Annotated[Path, Argument("FILE", help="what `fedtune site backup` wrote")],
+    kit: KitFolder,
+    site: PolicyFile,
+    anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
+) -> None:
+    """Put back what is missing of a site that does not run; the site's key must be in its place.
+
+    Nothing that exists is replaced but a ledger that is damaged, which is kept beside it. The backup's ledger is
+    charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
+    """
+    _as_owner(kit, *site.absolute().parents)
+    from fedtune.cli.ledger import show_made_up
+    from fedtune.deploy.backup import anchors_at_hand, put_back_site
+
+    files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
+    if made_up is None:
+        sys.stdout.write(f"{files.ledger} is whole, and stays. All else that was missing is put back.\n")
+        return
+    show_made_up(made_up, path=files.ledger, anchors=anchors_at_hand(files, anchor))
+    sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
 
 
 def _set_paused(kit: Path, paused: bool) -> None:

@@ -169,7 +169,8 @@ def test_a_paused_site_takes_part_in_nothing_and_a_run_that_is_stopped_for_good_
 def test_a_site_that_leaves_ends_by_itself(federation: Federation) -> None:
     site = federation.sites["north"]
     site.hold(True)
-    lead = federation.lead("left", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3"))
+    few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3")
+    lead = federation.lead("left", *settings(*few))
     site.wait_for("left", "reserve", round=1, lead=lead)
     leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.own])
     assert leaving.end() == 0, leaving.text
