@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kits.certificates import Certificate, check_private
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.models import installed_model
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
@@ -27,8 +28,10 @@ from fedtune.flower.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fedtune.sites.real_site import RealSite
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +71,8 @@ class SiteService:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
             state.check_ledger(files.open().history.opened.ledger)
-            places = SitePlaces(
-                site_toml=self.site_toml,
-                installed=lambda sha256: installed_model(self.kit.folder, sha256),
-                paused=lambda: state.paused.exists() or state.left.exists(),
-                runs=state.runs,
-                adapters=self.kit.folder / "adapters",
-                awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
-            )
-            app = SiteApp(RealSite(places).site, name=files.policy.site)
+            real = cache(lambda: self._real_site(state))
+            app = SiteApp(lambda settings: real().site(settings), name=files.policy.site)
             fleet = Fleet(
                 self.kit.server,
                 self.kit.tls(),
@@ -93,6 +89,22 @@ class SiteService:
                 bell.close()
                 fleet.close()
             log.info("the site is down", extra={"site": files.policy.site})
+
+    def _real_site(self, state: SiteState) -> RealSite:
+        """What answers.  Made when the first message comes: its libraries take seconds and most of a site's memory."""
+        from fedtune.deploy.kits.models import installed_model
+        from fedtune.sites.real_site import RealSite, SitePlaces
+
+        return RealSite(
+            SitePlaces(
+                site_toml=self.site_toml,
+                installed=lambda sha256: installed_model(self.kit.folder, sha256),
+                paused=lambda: state.paused.exists() or state.left.exists(),
+                runs=state.runs,
+                adapters=self.kit.folder / "adapters",
+                awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
+            )
+        )
 
     def _checked(self, state: SiteState) -> tuple[SiteFiles, Certificate]:
         certificate = self.kit.check_certificate(datetime.now(UTC))
