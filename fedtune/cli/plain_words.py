@@ -179,6 +179,8 @@ def _noted(detail: dict[str, Any]) -> str:
             )
         case "approved":
             return "a person at the site approved the run as it was proposed"
+        case "denied":
+            return f"a person at the site denied the run as it was proposed: {printable(detail['why'])}"
         case "frozen":
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:

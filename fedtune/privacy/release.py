@@ -106,6 +106,7 @@ class Reason(StrEnum):
     SETTINGS = "settings"
     # What a person at the site has decided, or is yet to decide.
     AWAITING_APPROVAL = "awaiting_approval"
+    DENIED = "denied"
     PAUSED = "paused"
     # The request itself.
     WRONG_SITE = "wrong_site"

@@ -6,6 +6,55 @@ DOCTOR = "tests/deploy/test_doctor.py"
 
 DEPLOY_FAULTS = (
     Mutant(
+        name="restored-without-what-it-lacks",
+        fault="A ledger from a backup takes its place without a charge for what came after the backup.",
+        file="fedtune/deploy/backup.py",
+        old="        made_up = make_up_for(copy, files, anchors_at_hand(files, anchor))",
+        new="        made_up = make_up_for(copy, files, [])",
+        tests=("tests/deploy/test_backup.py::test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back",),
+    ),
+    Mutant(
+        name="restored-in-doubt",
+        fault="A ledger that a receipt put in doubt takes its place all the same.",
+        file="fedtune/deploy/backup.py",
+        old="        made_up.require_sure()",
+        new="        pass",
+        tests=("tests/deploy/test_backup.py::test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back",),
+    ),
+    Mutant(
+        name="restored-over-a-newer-ledger",
+        fault="A backup takes the place of another ledger, or of one that the site has gone on with.",
+        file="fedtune/deploy/backup.py",
+        old="                if hashes[last - 1 : last] != [inside.hash]:",
+        new="                if False:",
+        tests=("tests/deploy/test_backup.py::test_another_ledger_is_not_replaced",),
+    ),
+    Mutant(
+        name="restored-under-an-old-journal",
+        fault="A lost ledger's journal stays, and SQLite applies it to the ledger from the backup.",
+        file="fedtune/deploy/backup.py",
+        old='    for ending in ("-journal", "-wal", "-shm", ""):',
+        new='    for ending in ("",):',
+        tests=("tests/deploy/test_backup.py::test_a_damaged_ledger_makes_room_and_so_does_a_journal",),
+    ),
+    Mutant(
+        name="metrics-for-the-network",
+        fault="Figures are read from other machines: an address that is not loopback is taken.",
+        file="fedtune/deploy/health.py",
+        old="    if far is not None and not known.is_loopback:",
+        new="    if False:",
+        tests=("tests/deploy/test_metrics.py::test_no_address_that_other_machines_reach_is_taken",),
+    ),
+    Mutant(
+        name="metrics-of-an-unverified-ledger",
+        fault="Monitoring shows the budget of a ledger that somebody changed.",
+        file="fedtune/deploy/metrics.py",
+        old="                verified = files.verified()",
+        new="                verified = self._read[1] and __import__('types').SimpleNamespace(history=self._read[1])"
+        " or files.verified()",
+        tests=("tests/deploy/test_metrics.py::test_a_ledger_that_cannot_be_trusted_has_no_budget",),
+    ),
+    Mutant(
         name="join-request-unsigned",
         fault="A join request passes without its site's signature: whoever carries it puts a key of their own in it.",
         file="fedtune/deploy/kits/members.py",

@@ -15,6 +15,14 @@ OF_SITE = ("tests/federation/test_site_round.py",)
 
 LEDGER_FAULTS = (
     Mutant(
+        name="denied-and-started",
+        fault="A run that a person denied starts once somebody else approves it, or the policy asks nobody.",
+        file=LEDGER,
+        old="        if proposal.digest() in self.history.denied:",
+        new="        if False:",
+        tests=("tests/federation/test_waiting.py::test_a_denied_run_is_refused_at_once_and_its_reason_stays_here",),
+    ),
+    Mutant(
         name="charged-after-training",
         fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
         file="fedtune/federation/site_round.py",

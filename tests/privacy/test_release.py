@@ -179,7 +179,7 @@ def test_the_reasons_are_a_closed_list() -> None:
         *("reply_no_longer_stored", "ledger_behind_receipt"),
     }
     of_what_it_prepares = {"base_model_missing", "settings"}
-    of_a_person_there = {"awaiting_approval", "paused"}
+    of_a_person_there = {"awaiting_approval", "denied", "paused"}
     of_the_request = {
         *("wrong_site", "wrong_run", "wrong_signature", "request_expired", "adapter_differs", "adapter_shape"),
         *("malformed_request", "site_error", "reference_missing", "secure_sum"),

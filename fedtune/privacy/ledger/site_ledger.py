@@ -159,6 +159,17 @@ class Ledger:
                 self.require_acceptable(proposal)
             self._store.note("approved", run=proposal.run, proposal=proposal.to_json())
 
+    def deny(self, proposal: Proposal, why: str) -> None:
+        """Note that a person at the site denies this proposal, to the letter and for good; `why` leaves with nothing.
+
+        Raises:
+            RunError: the run has begun.
+        """
+        with self._store.transaction():
+            if proposal.run in self.history.runs:
+                raise RunError(f"run {proposal.run} has begun; `fedtune site pause` keeps it from going on")
+            self._store.note("denied", run=proposal.run, proposal=proposal.to_json(), why=why)
+
     def freeze(self, why: str) -> None:
         """End all training on the population, for ever."""
         with self._store.transaction():
@@ -267,6 +278,8 @@ class Ledger:
             spending.require_usable(self.history)
             _require_same(known, proposal)
             return
+        if proposal.digest() in self.history.denied:
+            raise Refused(Reason.DENIED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
