@@ -441,15 +441,14 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 def _check_secure(config: RunConfig) -> None:
     """What a run with secure sums cannot have, beside what its federation's settings exclude."""
-    under = "with federation.aggregation = secure"
-    if not config.privacy.private:
-        raise ConfigError("privacy.mechanism", config.privacy.mechanism, f"must be dp_sgd {under}: each adds its share")
-    if config.training.local_steps != 1:
-        bound = f"must be 1 {under}: what a site steps on by itself is hidden by its own noise alone"
-        raise ConfigError("training.local_steps", config.training.local_steps, bound)
-    if config.runtime.ray_address is not None:
-        bound = f"must be null {under}: the sites' keys stay in one process"
-        raise ConfigError("runtime.ray_address", config.runtime.ray_address, bound)
+    for key, given, only, why in (
+        ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
+        ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
+        ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
+    ):
+        if given != only:
+            bound = f"must be {'null' if only is None else only} with federation.aggregation = secure: {why}"
+            raise ConfigError(key, given, bound)
 
 
 def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:

@@ -186,7 +186,7 @@ DEPLOY_FAULTS = (
         name="health-for-everyone",
         fault="The health address answers other machines unasked: how long it says training tells how many records.",
         file="fedtune/deploy/health.py",
-        old="    if not (known.is_loopback or anywhere):",
+        old="    if far is not None and not known.is_loopback:",
         new="    if False:",
         tests=("tests/deploy/test_health.py::test_an_address_that_others_reach_has_to_be_asked_for",),
     ),
