@@ -16,6 +16,7 @@ from fedtune import config
 from fedtune.cli.compose import compose_run
 from fedtune.cli.experiment_file import config_folder
 from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
+from fedtune.privacy.about import AboutSpec
 
 PAGE = Path(__file__).with_name("configuration.md")
 GROUPS = (
@@ -56,6 +57,8 @@ def page() -> str:
             parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
             for key, spec in (("pairs", PairsSpec), ("preferences", PreferenceSpec)):
                 parts += [_summary(spec), _table(f"data.{key}.", spec, getattr(default.data, key))]
+        if group == "report":
+            parts += [_summary(AboutSpec), _table("report.about.", AboutSpec, default.report.about)]
     return "\n".join(parts)
 
 
@@ -74,7 +77,7 @@ def _table(prefix: str, spec: type, values: object, *, skip: tuple[str, ...] = (
     meanings = _attributes(spec)
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(spec):
-        if field.name in skip or field.name in ("partition", "pairs", "preferences"):
+        if field.name in skip or field.name in ("partition", "pairs", "preferences", "about"):
             continue
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{prefix}{field.name}` | {_shown(getattr(values, field.name))} | {meaning} |")

@@ -25,6 +25,7 @@ from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.federation.spec import FederationSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy import accountant
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
@@ -56,6 +57,9 @@ _LATER: dict[tuple[str, str], object] = {
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
     ("federation", "bits"): 32,
+    ("federation", "aggregation"): "plain",
+    ("federation", "threshold"): None,
+    ("federation", "colluders"): 0,
     ("privacy", "metrics_groups"): (),
 }
 """Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
@@ -100,6 +104,7 @@ class ReportSpec:
     """
 
     language: Literal["en", "de"] = "en"
+    about: AboutSpec = AboutSpec()
 
 
 @spec
@@ -149,6 +154,8 @@ class RunConfig:
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
+        if self.federation.aggregation == "secure":
+            _check_secure(self)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
         if self.federation.chooses and not self.data.lead_validates:
@@ -188,6 +195,7 @@ class RunConfig:
             local_steps=self.training.local_steps,
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
+            together=self.federation.together,
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
@@ -429,6 +437,18 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
             steps = plan.local_steps * plan.most_rounds
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
+
+
+def _check_secure(config: RunConfig) -> None:
+    """What a run with secure sums cannot have, beside what its federation's settings exclude."""
+    for key, given, only, why in (
+        ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
+        ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
+        ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
+    ):
+        if given != only:
+            bound = f"must be {'null' if only is None else only} with federation.aggregation = secure: {why}"
+            raise ConfigError(key, given, bound)
 
 
 def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:

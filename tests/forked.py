@@ -43,6 +43,7 @@ _IMPORTED = (
     "fedtune.deploy.services.site_service",
     "fedtune.flower.deployment",
     "fedtune.flower.wire.superlink",
+    "fedtune.sites.real_site",
     "opacus",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",

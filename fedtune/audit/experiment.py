@@ -20,8 +20,8 @@ from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
-from fedtune.report.model import Audit, AuditBound
 from fedtune.report.one_run import best_possible, epsilon_lower_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import POLICY, Participants, generated_policy, participants

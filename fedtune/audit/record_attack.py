@@ -22,7 +22,7 @@ from fedtune.data import Record
 from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
-from fedtune.report.model import AuditHitRate, AuditMembership
+from fedtune.report.audit_findings import AuditHitRate, AuditMembership
 from fedtune.report.one_run import binomial
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of

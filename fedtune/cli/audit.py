@@ -21,8 +21,8 @@ from fedtune.cli.working_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.audit_findings import Audit, AuditHitRate, AuditMembership
 from fedtune.report.derive.audit_bounds import read_audit, refuted
-from fedtune.report.model import Audit, AuditHitRate, AuditMembership
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds

@@ -71,6 +71,9 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
     str | None, Option("answer GET /health and GET /ready at this loopback address", metavar="HOST:PORT")
 ]
+Metrics = Annotated[
+    str | None, Option("answer GET /metrics, for Prometheus, at this loopback address", metavar="HOST:PORT")
+]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 

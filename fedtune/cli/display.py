@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, signal_words
+from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of
@@ -366,7 +366,7 @@ def _promise(config: RunConfig, plan: Plan) -> str:
     marked = "; [yellow]seeded noise: a study without a guarantee[/yellow]" if config.runtime.seeded_noise else ""
     return (
         f"epsilon at most {config.privacy.epsilon:g} at delta {plan.delta:g} for each {plan.unit}: "
-        f"clip {plan.max_grad_norm:g}, noise multiplier {plan.noise_multiplier:g}{_contribution(plan)}{marked}"
+        f"clip {plan.max_grad_norm:g}, noise {noise_words(plan)}{_contribution(plan)}{marked}"
     )
 
 

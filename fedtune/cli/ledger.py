@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from dp_accounting import DpEvent
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, printable, promise_text, rounded_down
+from fedtune.cli.plain_words import (
+    cap_text,
+    event_text,
+    mechanism_text,
+    printable,
+    promise_text,
+    rounded_down,
+    trust_words,
+)
 from fedtune.cli.sections import Section, json_text, print_json, say, show
+from fedtune.deploy.backup import MadeUp, anchors_at_hand, make_up_for
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy import events, filter
@@ -30,11 +37,10 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.spec import ConfigError
 from fedtune.words import counted
 
 app = group(
@@ -178,30 +184,12 @@ def restore(
     Stop training, copy the backup to the place that the policy names, run this, start again.
     """
     site = _own_site(policy, path)
-    sources = [anchor] if anchor else []
-    if site.anchor is not None and (site.anchor.is_file() or not sources):
-        sources.append(site.anchor)
-    if not sources:
-        raise ConfigError("--anchor", NOT_GIVEN, "is required, since the policy names no anchor")
-    verify(site.ledger)  # an older ledger is what is expected here; one that was changed is not
-    ledger = Ledger(site.ledger, site.policy, SigningKey.load(site.site_key))
-    # The policy's own anchor is the one that knows most, whichever was given.
-    heads = sorted((Head.read(source) for source in sources), key=lambda head: head.sequence, reverse=True)
-    gap: Counter[DpEvent] = Counter()
-    lacking = [head for head in heads if not ledger.history.holds(head)]
-    for head in lacking:
-        gap += ledger.charge_gap(head)
-    if lacking and site.anchor is not None:
-        _write(site.anchor, ledger.head().to_bytes())
-    if (doubt := ledger.history.in_doubt) is not None:
-        raise RunError(
-            f"{site.ledger} is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
-            "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
-        )
-    if lacking:
-        _show_restored(ledger, gap, path=site.ledger, last=max(head.sequence for head in lacking))
-    else:
-        say(f"{site.ledger} lacks nothing that {' and '.join(map(str, sources))} know. Nothing was charged.")
+    anchors = anchors_at_hand(site, anchor)
+    made_up = make_up_for(site.ledger, site, anchors)
+    if made_up.last is not None and site.anchor is not None:
+        _write(site.anchor, made_up.ledger.head().to_bytes())
+    made_up.require_sure()
+    show_made_up(made_up, path=site.ledger, anchors=anchors)
 
 
 @command(app, "end all training on a population")
@@ -407,7 +395,8 @@ def _runs(runs: Sequence[RunSpending], history: History) -> Section:
             )
         )
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
-    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}))
+    notes = tuple(f"{printable(run.run)}: {trust_words(run.by_trust)}." for run in runs if run.by_trust)
+    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}), notes=notes)
 
 
 def _remarks(history: History) -> Iterator[str]:
@@ -450,9 +439,14 @@ def _findings(verified: Verified) -> tuple[list[str], list[str]]:
     return checked, unchecked
 
 
-def _show_restored(ledger: Ledger, gap: Counter[DpEvent], *, path: Path, last: int) -> None:
-    parts = [mechanism_text(event, count) for event, count in events.grouped(gap).items()]
-    say(f"{path} lacked events up to number {last} of the lost ledger. Charged now, as one sum:")
+def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
+    """Print what a ledger that was put back lacked, and what it is charged for that."""
+    if made_up.last is None:
+        say(f"{path} lacks nothing that {' and '.join(map(str, anchors))} know. Nothing was charged.")
+        return
+    ledger = made_up.ledger
+    parts = [mechanism_text(event, count) for event, count in events.grouped(made_up.gap).items()]
+    say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
     for part in parts or ["nothing: no round was charged in what is lost"]:
         say(f"  {part}")
     figures = ledger.spending()

@@ -8,6 +8,8 @@ from typing import Any
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import events as dp_events
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -42,6 +44,26 @@ def rounded_down(epsilon: float) -> str:
 def cap_text(cap: float | None) -> str:
     """A cap as the policy has it."""
     return "no cap" if cap is None or math.isinf(cap) else f"at most {cap:g}"
+
+
+def noise_words(plan: Plan) -> str:
+    """The plan's noise; of secure sums each site's share, and with how many of them a step counts."""
+    if (shared := plan.shared) is None:
+        return f"multiplier {plan.noise_multiplier:g}"
+    less = f", less {shared.colluders} that may collude" if shared.colluders else ""
+    return (
+        f"multiplier {plan.noise_multiplier:g} at each site, {plan.counted_noise:.4g} in a secure sum of at least "
+        f"{shared.threshold} of {counted(shared.num_sites, 'site')}{less}"
+    )
+
+
+def trust_words(by_trust: Epsilons) -> str:
+    """Whom an epsilon relies on, where several sites make the noise together."""
+    return (
+        f"epsilon {epsilon_text(by_trust.server_alone)} against the server alone, "
+        f"{epsilon_text(by_trust.with_colluders)} with as many colluding sites as planned for, "
+        f"{epsilon_text(by_trust.with_all_others)} if all other sites collude"
+    )
 
 
 ABOUT_RDP = (
@@ -157,6 +179,8 @@ def _noted(detail: dict[str, Any]) -> str:
             )
         case "approved":
             return "a person at the site approved the run as it was proposed"
+        case "denied":
+            return f"a person at the site denied the run as it was proposed: {printable(detail['why'])}"
         case "frozen":
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:

@@ -14,7 +14,8 @@ from rich.console import Console
 from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.compose import compose_run
-from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.outlook import Outlook
+from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import price_asked_for, price_section
 from fedtune.cli.sections import Section, as_html, as_page, json_text, pairs, print_json, say, show, write_file
 from fedtune.config import RunConfig
@@ -186,7 +187,8 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     device = device_for(runtime.device, must_exist=False)
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes = config.declared_sizes()
-    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
+    bits = config.federation.bits
+    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, bits=bits), device.type
 
 
 def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any], priced: Sequence[Section]) -> None:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedtune import __version__
-from fedtune.cli.plain_words import ABOUT_RDP, contribution, printable, reason_text, signal_words
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, say, show
+from fedtune.cli.outlook import Outlook
+from fedtune.cli.plain_words import (
+    ABOUT_RDP,
+    contribution,
+    noise_words,
+    printable,
+    reason_text,
+    signal_words,
+    trust_words,
+)
+from fedtune.cli.sections import Section, pairs, say, show
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told
-from fedtune.federation.cost import Energy
-from fedtune.federation.planner import Change, Price, RoundPrice, signal_to_noise
+from fedtune.federation.planner import RoundPrice
 from fedtune.federation.verdict import Verdict
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
-from fedtune.words import counted, duration, jsonable, size
+from fedtune.words import counted, duration, size
 
 if TYPE_CHECKING:
-    from fedtune.federation.forecast import Forecast  # which imports torch
+    pass  # which imports torch
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = (
@@ -32,103 +38,6 @@ SEEDED = (
 )
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MOST_BAR = 60
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outlook:
-    """What is known of a run before any data is touched.
-
-    Attributes:
-        config: the run's settings; where something was solved for, `price.plan` has the answer.
-        solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
-        epsilon: that `changes` keep within.
-        device: that the forecast was timed on.
-        lead_assumed: policies were asked for the first lead that each allows.
-        model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
-        energy: of all training on this one machine; None: it was not asked for.
-    """
-
-    config: RunConfig
-    price: Price
-    solved: str | None
-    epsilon: float
-    changes: tuple[Change, ...]
-    forecast: Forecast | None
-    device: str
-    verdicts: tuple[Verdict, ...]
-    lead_assumed: bool
-    model_sha256: str | None = None
-    energy: Energy | None = None
-
-    @property
-    def money(self) -> float | None:
-        """The price of all training on one machine; None: no price was given, or nothing was timed."""
-        return self.config.cost.money(self.forecast.seconds_one_after_another) if self.forecast else None
-
-    @property
-    def plan(self) -> Plan:
-        """The run's plan."""
-        return self.price.plan
-
-    @property
-    def signal_to_noise(self) -> float | None:
-        """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
-        sizes = {name: site.declared_size for name, site in self.price.sites.items()}
-        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the noise was found from epsilon, and not given."""
-        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
-
-    @property
-    def guaranteed(self) -> bool:
-        """Whether the epsilons promise anything."""
-        return self.plan.private and not self.config.runtime.seeded_noise
-
-    def to_json(self) -> dict[str, Any]:
-        """Every figure as plain JSON; null stands for no bound."""
-        config = self.config
-        fields = {
-            "schema_version": SCHEMA_VERSION,
-            "fedtune_version": __version__,
-            "run": config.name,
-            "config_sha256": config.digest(),
-            "model": config.model.path,
-            "model_sha256": self.model_sha256,
-            "dataset": config.data.dataset,
-            "solved_for": self.solved,
-            "target_epsilon": config.privacy.epsilon if self.plan.private else None,
-            "guaranteed": self.guaranteed,
-            "seeded_noise": config.runtime.seeded_noise,
-            "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
-            "noise_calibrated": self.calibrated,
-            **dataclasses.asdict(self.price),
-            "sites": {name: self._site(name) for name in self.price.sites},
-            "steps": self.price.steps,
-            "signal_to_noise": self.signal_to_noise,
-            "what_if_epsilon": self.epsilon,
-            "what_if": [dataclasses.asdict(change) for change in self.changes],
-            "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
-            "energy": None if self.energy is None else dataclasses.asdict(self.energy),
-            "money": self.money,
-            "currency": None if self.money is None else config.cost.currency,
-            "lead_assumed": self.lead_assumed,
-            "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
-        }
-        return {key: jsonable(value) for key, value in fields.items()}
-
-    def _site(self, name: str) -> dict[str, Any]:
-        """One site's figures, with those that all sites have in common."""
-        price, plan = self.price, self.plan
-        return dataclasses.asdict(price.sites[name]) | {
-            "steps": price.steps,
-            "sampling_rate": plan.sampling_rate,
-            "noise_multiplier": plan.noise_multiplier,
-            "epsilon": price.epsilon,
-            "epsilon_rdp": price.epsilon_rdp,
-            "epsilon_filter": price.epsilon_filter,
-        }
 
 
 def promise(outlook: Outlook) -> str:
@@ -161,7 +70,9 @@ def facts(outlook: Outlook) -> dict[str, str]:
         found["training"] += f"; {counted(plan.spare_rounds, 'spare round')} paid for beforehand"
     if plan.private:
         how = f"the least for epsilon {config.privacy.epsilon:g}" if outlook.calibrated else "given"
-        found["noise"] = f"multiplier {plan.noise_multiplier:g} ({how}), clip norm {plan.max_grad_norm:g}"
+        found["noise"] = f"{noise_words(plan)} ({how}), clip norm {plan.max_grad_norm:g}"
+    if price.by_trust is not None:
+        found["relies on"] = trust_words(price.by_trust)
     if plan.releases_metrics:
         found["scores"] = (
             f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
@@ -353,7 +264,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    each, total = size(found.bytes_each_way), size(found.bytes_total)
+    down, up, total = size(found.bytes_down), size(found.bytes_up), size(found.bytes_total)
     step, one_round = duration(found.step_seconds[slowest]), duration(found.round_seconds[slowest])
     at = f" at {slowest}" if len(sites) > 1 else ""
     return Section(
@@ -361,7 +272,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
         headings=("what", "how much"),
         words=frozenset({0, 1}),
         rows=(
-            ("adapter", f"{found.values:,} trained parameters, {each} each way for each site and round"),
+            ("adapter", f"{found.values:,} trained parameters, {_ways(down, up)} for each site and round"),
             ("whole run", f"{total} both ways for {counted(len(sites), 'site')} and {_rounds(outlook)}"),
             ("a step", f"at most about {step}{at}"),
             ("a round", f"at most about {one_round}{at}"),
@@ -376,6 +287,10 @@ def bytes_and_time(outlook: Outlook) -> Section:
             f"{outlook.config.data.max_length} tokens{_full_users(outlook.plan)}; evaluation and start-up come on top.",
         ),
     )
+
+
+def _ways(down: str, up: str) -> str:
+    return f"{down} each way" if down == up else f"{down} down and {up} up"
 
 
 def _energy_and_money(outlook: Outlook) -> tuple[tuple[str, str], ...]:

@@ -29,6 +29,7 @@ Make a federation of real sites: its authority, the startup kits of server and l
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
   fedtune provision list                                  the members, and when their certificates end
+  fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
 Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
 others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
 renew-site for each site.
@@ -147,6 +148,30 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     show(Console(), [_sites(made, now), _certificates(made, now)])
     for warning in _warnings(made, now):
         say(warning, style="bold yellow")
+
+
+@command(app, "write a backup")
+def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federation: Federation = Path(".")) -> None:
+    """Back up the federation's folder. The file holds every key of authority, lead and server: keep it offline."""
+    from fedtune.deploy.backup import back_up_federation
+
+    back_up_federation(file, federation=federation)
+    say(f"{file} is written. It holds secret keys: keep it offline.")
+
+
+@command(app, "put a backup back")
+def restore(
+    file: Annotated[Path, Argument("FILE", help="what `fedtune provision backup` wrote")],
+    out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
+) -> None:
+    """Write the federation's folder anew from a backup."""
+    from fedtune.deploy.backup import put_back_federation
+
+    put_back_federation(file, out=out)
+    say(
+        f"The federation's folder is {out}. Revoke again whom you revoked after the backup, and let in again whom you "
+        "let in after it."
+    )
 
 
 def _show_admitted(folder: Path, done: Admitted) -> None:

@@ -15,12 +15,14 @@ from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Opti
 from fedtune.cli.ledger import ledger_file
 from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import Section, print_json, say, show
-from fedtune.config import saved_config
+from fedtune.config import ReportSpec, saved_config
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, checks
+from fedtune.report.derive.verdicts import Room, room_of
 from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
@@ -62,7 +64,8 @@ Write the privacy report of a run, or of a site's ledger: what was promised, wha
   fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
-report.pdf too. A run's report lies in its folder, a ledger's in a folder beside it that ends in .report.
+report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry. A run's
+report lies in its folder, a ledger's in a folder beside it that ends in .report.
 """,
     cls=_Report,
 )
@@ -70,6 +73,11 @@ _STATES: Mapping[State, tuple[str, str]] = {
     "within": ("WITHIN the approved budget", "bold"),
     "exceeded": ("EXCEEDED", "bold red"),
     "no_guarantee": ("NO GUARANTEE", "bold yellow"),
+}
+_ROOMS: Mapping[Room, tuple[str, str]] = {
+    "closed": ("CLOSED: these records take part in no further run", "bold yellow"),
+    "used_up": ("USED UP: the approved budget leaves nothing for another run", "bold yellow"),
+    "no_run_fits": ("WITHIN the approved budget, and no further usual run fits it", "bold yellow"),
 }
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
@@ -95,6 +103,12 @@ def build(
     ] = None,
     language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
+    label: Annotated[
+        bool, Option(names=("--label",), help="label.svg and label.png too, to show around; the PNG needs fedtune[pdf]")
+    ] = False,
+    registry: Annotated[
+        bool, Option(names=("--registry",), help="registry.json too: an entry for a public registry of such runs")
+    ] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
     ] = None,
@@ -120,10 +134,13 @@ def build(
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
     from fedtune.report.page.catalogue import catalogue
-    from fedtune.report.page.render import write_files
+    from fedtune.report.page.render import write_all, write_files
 
-    spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
+    chosen = saved_config(path).report if report.kind == "run" else ReportSpec()
+    spoken = language or chosen.language
+    beside, remarks = _beside(report, label=label, registry=registry, language=spoken, about=chosen.about)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)
+    paths += write_all(output or folder, beside)
     for code in report.banners:
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = verdict_line(report)
@@ -131,7 +148,31 @@ def build(
     if report.epsilon:
         say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
-        say(f"{written.name + ':':<13}{written}")
+        say(f"{written.name + ':':<12} {written}")
+    for remark in remarks:
+        say(remark, style="bold yellow")
+
+
+def _beside(
+    report: Report, *, label: bool, registry: bool, language: str, about: AboutSpec
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files that were asked for beside the report, and what is missing of them."""
+    from fedtune.report.page.label import PNG, SVG, as_png, as_svg
+    from fedtune.report.registry_entry import REGISTRY, entry, to_text
+
+    files: dict[str, bytes] = {}
+    remarks: list[str] = []
+    if label:
+        files[SVG] = as_svg(report, language=language).encode()
+        try:
+            files[PNG] = as_png(report, language=language)
+        except ConfigError as error:  # the PNG alone takes more than fedtune needs
+            remarks.append(str(error))
+    if registry:
+        files[REGISTRY] = to_text(report, about).encode()
+        if missing := entry(report, about)["missing"]:
+            remarks.append(f"{REGISTRY} lacks what only a person can say: {', '.join(missing)}")
+    return files, remarks
 
 
 def _of_run(folder: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> Report:
@@ -262,7 +303,8 @@ def _read(name: str) -> tuple[Path, Report]:
 def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
-    state, style = _STATES[report.verdict.state]
+    room = room_of(report)
+    state, style = _ROOMS[room] if room else _STATES[report.verdict.state]
     shown = state + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
 

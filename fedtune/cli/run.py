@@ -8,15 +8,16 @@ import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, Option, single
+from fedtune.cli.command import Argument, Metrics, Option, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
-from fedtune.cli.working_folder import folder_of, is_running, run_in_folder, told
+from fedtune.cli.working_folder import folder_of, has_begun, is_running, run_in_folder, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member
@@ -47,6 +48,10 @@ def run(
         bool, Option(names=("--for-good",), help="with stop: free what the sites had set aside")
     ] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
+    metrics: Metrics = None,
+    or_resume: Annotated[
+        bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
+    ] = False,
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
 
@@ -56,13 +61,18 @@ def run(
       fedtune run stop runs/trial                                              stop; what was charged stays charged
       fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites that it is over
       fedtune run resume runs/trial --kit LEAD                                 go on from its last round
+      fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
 
     Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
     docs/adding_a_site.md says how a site joins.
     """
     first, *rest = words or ("",)
     if first not in _ACTIONS:
-        _start(words, kit=_lead_kit(kit))
+        begun = _begun(words) if or_resume else None
+        if begun is not None and _is_finished(begun):
+            say(f"{begun} is finished.")
+        else:
+            _start([f"resume='{begun}'"] if begun else words, kit=_lead_kit(kit), metrics=metrics)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -73,7 +83,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit))
+            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
 
 
 def _lead_kit(folder: Path | None) -> Kit:
@@ -82,18 +92,46 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _start(words: Sequence[str], *, kit: Kit) -> None:
+def _begun(words: Sequence[str]) -> Path | None:
+    """The folder of the run that these settings name, once it has begun.
+
+    A service starts with the same words each time.  The run's own settings count from its beginning on, and its sites
+    are not looked up again: one of them may have been revoked since.
+    """
+    if not any(word.startswith("name=") for word in words):
+        raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
+    asked = compose_run([word for word in words if not word.startswith("sites=")])
+    folder = Path(asked.tracking.output_dir) / asked.name
+    return folder if has_begun(folder) else None
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether nothing of a run is left to do: its last round is over, and its adapter has its card."""
+    config = saved_config(folder)
+    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
+    from fedtune.report.model_card import CARD  # it draws
+
+    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
+    return over and (RunFolder(folder).adapter / CARD).is_file()
+
+
+def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = composed(words, kit=kit)
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
+    from fedtune.deploy.metrics import LeadMetrics, serve_metrics
 
-    lead, console = LeadService(kit=kit), Console()
-    if config.resume is None:
-        config = told(console, config, lead.fitted(config))
-    again = f"fedtune run resume {folder} --kit {kit.folder}"
-    run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
+    figures, console = LeadMetrics(kit=kit) if metrics else None, Console()
+    with ExitStack() as stack:
+        if metrics and figures:
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+        lead = LeadService(kit=kit, metrics=figures)
+        if config.resume is None:
+            config = told(console, config, lead.fitted(config))
+        again = f"fedtune run resume {folder} --kit {kit.folder}"
+        run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -93,19 +93,22 @@ td {{ font-variant-numeric: tabular-nums; }}
 svg {{ width: 100%; height: auto; max-width: 40rem; }}
 .promise {{ border-left: .4rem solid #0072B2; padding-left: 1rem; font-size: 1.1rem; }}
 .none {{ border-color: #D55E00; }}
+.banner {{ border: 3px solid #8f1d00; color: #8f1d00; font-weight: 700; padding: .4rem 1rem; }}
 .note {{ color: #444; margin: .2rem 0; }}
 @media print {{ body {{ margin: 0; font-size: 11px; }} h2 {{ break-after: avoid; }}
   table, svg {{ break-inside: avoid; }} }}
 </style></head><body>
 <h1>{title}</h1>
-<p class="{kind}"><strong>{promise}</strong></p>
+{banners}<p class="{kind}"><strong>{promise}</strong></p>
 {body}
 <p class="note">{last}</p>
 </body></html>
 """
 
 
-def as_page(title: str, *, promise: str, holds: bool, body: Iterable[Markup], last: str) -> str:
+def as_page(
+    title: str, *, promise: str, holds: bool, body: Iterable[Markup], last: str, banners: Iterable[str] = ()
+) -> str:
     """A page that needs nothing else: no script, no font, no request.
 
     Args:
@@ -114,9 +117,13 @@ def as_page(title: str, *, promise: str, holds: bool, body: Iterable[Markup], la
         holds: whether that is good news.
         body: what follows, such as sections.
         last: its last line.
+        banners: that what it tells of is a simulation or a study.
     """
     kind = "promise" if holds else "promise none"
-    return Markup(_PAGE).format(title=title, kind=kind, promise=promise, body=Markup("").join(body), last=last)
+    first = Markup("").join(Markup('<p class="banner">{}</p>\n').format(banner) for banner in banners)
+    return Markup(_PAGE).format(
+        title=title, kind=kind, promise=promise, body=Markup("").join(body), last=last, banners=first
+    )
 
 
 def write_file(path: Path, text: str, *, option: str) -> None:

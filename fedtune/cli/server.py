@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from fedtune.cli.command import Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.cli.command import Argument, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
+
+KitFolder = Annotated[Path, Option(names=("--kit",), metavar="DIR", help="the server's kit")]
+Data = Annotated[
+    Path | None,
+    Option(names=("--data",), metavar="DIR", help="folder for the database and the audit log (default: the kit)"),
+]
 
 app = group("A federation's server: it keeps messages between lead and sites until they are fetched.")
 
 
 @command(app, "serve, until stopped")
 def start(
-    kit: Annotated[Path, Option(metavar="DIR", help="the server's kit")],
+    kit: KitFolder,
     host: Annotated[str, Option(help="address to listen on; 0.0.0.0: all")] = "0.0.0.0",
     port: Annotated[int | None, Option(help="port to listen on (default: the one in the kit)")] = None,
-    data: Annotated[
-        Path | None, Option(metavar="DIR", help="folder for the database and the audit log (default: the kit)")
-    ] = None,
+    data: Data = None,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
+    metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
     """A federation's server: it keeps messages between lead and sites until they are fetched.
@@ -35,6 +41,7 @@ def start(
     from fedtune.deploy.health import serve_health
     from fedtune.deploy.kits.kit_file import Kit
     from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.metrics import ServerMetrics, serve_metrics
 
     own = Kit.read(kit, kind="server")
     from fedtune.deploy.services.lead_and_server import ServerService
@@ -45,4 +52,33 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        ServerService(kit=own, host=host, port=port, data=data, health=endpoint).run()
+        figures = ServerMetrics(kit=own) if metrics else None
+        if metrics and figures:
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+        ServerService(kit=own, host=host, port=port, data=data, health=endpoint, metrics=figures).run()
+
+
+@command(app, "write a backup")
+def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, data: Data = None) -> None:
+    """Back up the server's messages and its audit log, also while it runs. No key is in it."""
+    from fedtune.deploy.backup import back_up_server
+
+    os.umask(0o077)
+    back_up_server(file, data=data or kit)
+    sys.stdout.write(f"{file} is written.\n")
+
+
+@command(app, "put a backup back")
+def restore(
+    file: Annotated[Path, Argument("FILE", help="what `fedtune server backup` wrote")],
+    kit: KitFolder,
+    data: Data = None,
+) -> None:
+    """Put the messages back where there are none. Messages that came after the backup are lost; sites and lead send
+    again what is still wanted.
+    """
+    from fedtune.deploy.backup import put_back_server
+
+    os.umask(0o077)
+    put_back_server(file, data=data or kit)
+    sys.stdout.write("Put back. Start the server.\n")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
@@ -26,8 +27,10 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
+  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
+  fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
 """
 )
@@ -115,17 +118,19 @@ def start(
     site: PolicyFile,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
+    metrics: Metrics = None,
     log_level: LogLevel = "info",
 ) -> None:
     """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
 
-    It opens no port, except with --health. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it after its current
-    round; a second one ends it at once, and the round stays charged.
+    It opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it
+    after its current round; a second one ends it at once, and the round stays charged.
     """
     own = _own_kit(kit)
     from fedtune.deploy.health import Health as Endpoint
     from fedtune.deploy.health import serve_health
     from fedtune.deploy.logs import configure_logs
+    from fedtune.deploy.metrics import SiteMetrics, serve_metrics
     from fedtune.deploy.services.site_service import SiteService
 
     configure_logs(log_level)
@@ -133,7 +138,12 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        SiteService(kit=own, site_toml=site, health=endpoint).run()
+        service = SiteService(kit=own, site_toml=site, health=endpoint)
+        if metrics:
+            figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
+            stack.enter_context(serve_metrics(metrics, figures.figures))
+            service = replace(service, answered=figures.answered)
+        service.run()
 
 
 @command(app, "what a run would cost; let it start")
@@ -159,6 +169,25 @@ def approve(
         work.show_waiting(state, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
+
+
+@command(app, "refuse a run that waits, for good")
+def deny(
+    run: Annotated[str, Argument("RUN", help="a run that waits for approval")],
+    kit: KitFolder,
+    site: PolicyFile,
+    reason: Annotated[str, Option(metavar="TEXT", help="why; the ledger keeps it, and nobody else is told")],
+) -> None:
+    """Refuse a run that waits for approval, for good. The ledger notes it, and nothing is charged.
+
+    The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
+    which waits for approval anew.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import site_actions as work
+    from fedtune.deploy.services.site_state import SiteState
+
+    work.deny(SiteState.of(own.folder), run, files=own.site_files(site), reason=reason)
 
 
 @command(app, "score a final adapter on held-out records")
@@ -217,6 +246,43 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
         f"  fedtune provision revoke-site {own.site}\n"
         f"Keep {files.ledger} and {files.site_key}: they show what was spent. To come back, remove {state.left}.\n"
     )
+
+
+@command(app, "write a backup")
+def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
+    """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left. The site may run.
+
+    No key is in it: keep site_key.pem apart, since whoever has both could go on with the ledger.
+    """
+    _own_kit(kit)
+    from fedtune.deploy.backup import back_up_site
+
+    back_up_site(file, kit=kit, site_toml=site)
+    sys.stdout.write(f"{file} is written. Keep it, and apart from it the site's key.\n")
+
+
+@command(app, "put a backup back")
+def restore(
+    file: Annotated[Path, Argument("FILE", help="what `fedtune site backup` wrote")],
+    kit: KitFolder,
+    site: PolicyFile,
+    anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
+) -> None:
+    """Put back what is missing of a site that does not run; the site's key must be in its place.
+
+    Nothing that exists is replaced but a ledger that is damaged, which is kept beside it. The backup's ledger is
+    charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
+    """
+    _as_owner(kit, *site.absolute().parents)
+    from fedtune.cli.ledger import show_made_up
+    from fedtune.deploy.backup import anchors_at_hand, put_back_site
+
+    files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
+    if made_up is None:
+        sys.stdout.write(f"{files.ledger} is whole, and stays. All else that was missing is put back.\n")
+        return
+    show_made_up(made_up, path=files.ledger, anchors=anchors_at_hand(files, anchor))
+    sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
 
 
 def _set_paused(kit: Path, paused: bool) -> None:

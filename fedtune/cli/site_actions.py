@@ -1,4 +1,4 @@
-"""The work of `fedtune site approve`, `fedtune site doctor` and `fedtune site score`.
+"""The work of `fedtune site approve`, `deny`, `doctor` and `score`.
 
 Approving shows what a run would do and cost, and takes a person's word that it may start; the doctor prints a line for
 each of its checks; scoring shows what a final adapter does on records that were held out.  Apart from `cli/site.py`,
@@ -21,7 +21,7 @@ from rich.text import Text
 from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.plain_words import contribution, printable, reason_text
+from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
@@ -43,6 +43,7 @@ _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "
 _NAME, _FOUND, _FIX = 8, 28, 11
 """Columns at which a check's name, what was found and what to do about it begin."""
 _MOST_TEXT = 1000
+_MOST_REASON = 300
 
 
 def show_waiting(state: SiteState, *, as_json: bool) -> None:
@@ -77,6 +78,21 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
     files.open().approve(pending.proposal)
     state.forget(pending.proposal)
     say("Approved, and noted in the ledger. It begins with the lead's next request.")
+
+
+def deny(state: SiteState, run: str, *, files: SiteFiles, reason: str) -> None:
+    """Note in the ledger that a waiting run is denied, and why.
+
+    Raises:
+        ConfigError: no such run waits, or the reason is not one line of text.
+        RunError: the ledger cannot be trusted.
+    """
+    if not (reason.strip() and reason.isprintable() and len(reason) <= _MOST_REASON):
+        raise ConfigError("--reason", reason, f"must be one line of at most {_MOST_REASON} characters")
+    pending = _chosen(state.waiting(), run)
+    files.open().deny(pending.proposal, reason)
+    state.forget(pending.proposal)
+    say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
 
 
 def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:
@@ -185,8 +201,9 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         f"{printable(', '.join(asked.target_modules))}{head}",
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
-        "mechanism": f"noise multiplier {plan.noise_multiplier:g}, clip norm {plan.max_grad_norm:g}, "
+        "mechanism": f"noise {noise_words(plan)}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
+        **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
         "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
         **({"groups": f"{len(plan.metrics_groups)}: {_quoted(plan.metrics_groups)}"} if plan.metrics_groups else {}),

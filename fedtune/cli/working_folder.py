@@ -133,6 +133,20 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             yield f"{prefix}{key} was {shown(old[key], 30)}, is {shown(new.get(key), 30)}"
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run has begun in a folder; what one left that was killed before it had is cleared away.
+
+    Raises:
+        ConfigError: a process runs the folder.
+    """
+    if RunFolder(folder).saved_checkpoints:
+        return True
+    if RunFolder(folder).config.is_file():
+        with only_one(folder):
+            shutil.rmtree(folder)  # without a checkpoint no site was asked, so no ledger has begun
+    return False
+
+
 def make(folder: Path, config: RunConfig) -> list[Path]:
     """Make the run folder, with its configuration in it.
 

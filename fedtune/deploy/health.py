@@ -19,10 +19,10 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -35,9 +35,13 @@ READY: frozenset[State] = frozenset({"connected", "training"})
 
 _KEY = "--health"
 _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089"
-_REQUEST_S = 2.0  # for all of a connection, so that whoever dribbles bytes holds a place no longer
+_REQUEST_S = 2.0  # for all of a connection
 _REQUEST_BYTES = 4096
 _PLACES = 4
+_FAR = "could be read by other machines; if you want that, add --health-anywhere"
+
+Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]
+"""Path of a GET -> status, content type and body."""
 
 
 class Snapshot(TypedDict):
@@ -110,16 +114,42 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
     Raises:
         ConfigError: the address is none, is not loopback without `anywhere`, or cannot be had.
     """
-    host, port = _parse(address, anywhere=anywhere)
+
+    async def respond(path: str) -> tuple[int, str, bytes]:
+        if path not in ("/health", "/ready"):
+            return 404, "application/json", b"{}\n"
+        snapshot = health.snapshot()
+        status = 503 if path == "/ready" and snapshot["state"] not in READY else 200
+        return status, "application/json", json.dumps(snapshot).encode() + b"\n"
+
+    with serve_locally(address, respond, key=_KEY, most_s=_REQUEST_S, far=None if anywhere else _FAR) as bound:
+        yield bound
+
+
+@contextmanager
+def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, far: str | None) -> Iterator[str]:
+    """Answer GET at `address` while the block runs; yields the address, with its port where 0 was asked for.
+
+    Args:
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost.
+        respond: what is answered.
+        key: the option that named the address.
+        most_s: that a connection may last, so that whoever dribbles bytes holds a place no longer.
+        far: what an address that other machines reach is refused with; None: it is taken.
+
+    Raises:
+        ConfigError: the address is none, is refused, or cannot be had.
+    """
+    host, port = _parse(address, key=key, far=far)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=16)
     except OSError as error:
-        raise ConfigError(_KEY, address, f"cannot be listened on ({error.strerror})") from None
+        raise ConfigError(key, address, f"cannot be listened on ({error.strerror})") from None
     server = uvicorn.Server(
         uvicorn.Config(
-            _app(health),
-            http=_Brief,
+            _app(respond),
+            http=type("_Timed", (_Brief,), {"most_s": most_s}),
             ws="none",
             loop="asyncio",
             interface="asgi3",
@@ -132,7 +162,7 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
             server_header=False,
         )
     )
-    thread = threading.Thread(target=server.run, args=([listening],), name="health", daemon=True)
+    thread = threading.Thread(target=server.run, args=([listening],), name=key.lstrip("-"), daemon=True)
     thread.start()
     try:
         bound = listening.getsockname()[1]
@@ -143,22 +173,15 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
         listening.close()
 
 
-def _app(health: Health) -> Any:
-    """The two addresses, as an ASGI application."""
+def _app(respond: Respond) -> Any:
+    """An ASGI application that answers GET alone."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        snapshot = health.snapshot()
-        body: Snapshot | dict[str, str] = {}
-        if scope["path"] not in ("/health", "/ready"):
-            status = 404
-        elif scope["method"] != "GET":
-            status = 405
-        else:
-            body = snapshot
-            status = 503 if scope["path"] == "/ready" and snapshot["state"] not in READY else 200
-        content = json.dumps(body).encode() + b"\n"
+        status, kind, content = await respond(scope["path"])
+        if status != 404 and scope["method"] != "GET":
+            status, content = 405, b"{}\n"
         headers = {
-            b"content-type": b"application/json",
+            b"content-type": kind.encode(),
             b"content-length": str(len(content)).encode(),
             b"cache-control": b"no-store",
             b"connection": b"close",
@@ -171,15 +194,17 @@ def _app(health: Health) -> Any:
 
 
 class _Brief(H11Protocol):
-    """A connection that ends after two seconds; who comes on top of a few takes the place of the oldest.
+    """A connection that ends after some seconds; who comes on top of a few takes the place of the oldest.
 
     A probe takes milliseconds: whoever holds a place for longer must not keep it out.
     """
 
+    most_s: ClassVar[float]
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._began = self.loop.time()
-        self._end = self.loop.call_later(_REQUEST_S, transport.abort)
+        self._end = self.loop.call_later(self.most_s, transport.abort)
         if len(self.connections) > _PLACES:
             oldest = min(self.connections, key=lambda one: one._began)  # type: ignore[union-attr]
             self.connections.discard(oldest)
@@ -197,7 +222,7 @@ def ask(address: str, path: str = "/health") -> tuple[int, str]:
         OSError: nobody answers.
         http.client.HTTPException: somebody else does.
     """
-    host, port = _parse(address, anywhere=True)
+    host, port = _parse(address, key=_KEY, far=None)
     connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_S)
     try:
         connection.request("GET", path)
@@ -207,18 +232,18 @@ def ask(address: str, path: str = "/health") -> tuple[int, str]:
         connection.close()
 
 
-def _parse(address: str, *, anywhere: bool) -> tuple[str, int]:
+def _parse(address: str, *, key: str, far: str | None) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = "127.0.0.1" if host == "localhost" else host[1:-1] if bracketed else host
     try:
         known = ipaddress.ip_address(host)
     except ValueError:
-        raise ConfigError(_KEY, address, _BOUND) from None
+        raise ConfigError(key, address, _BOUND) from None
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16) or bracketed != (known.version == 6):
-        raise ConfigError(_KEY, address, _BOUND)
-    if not (known.is_loopback or anywhere):
-        raise ConfigError(_KEY, address, "could be read by other machines; if you want that, add --health-anywhere")
+        raise ConfigError(key, address, _BOUND)
+    if far is not None and not known.is_loopback:
+        raise ConfigError(key, address, far)
     return host, int(port)
 
 

@@ -30,7 +30,7 @@ from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.quiet import quiet
 from fedtune.model.scales import merged
 from fedtune.report import from_run
-from fedtune.report.model_card import CARD, Form, card_text
+from fedtune.report.model_card import Form, card_files
 from fedtune.report.record.run_record import read_run
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import Task, TaskModel, load_task_model, task_named
@@ -157,7 +157,7 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
         RunError: what was written computes something else than the run's model.
     """
     run = adapter.absolute().parent
-    card = card_text(read_run(run), from_run.build(run), _form(format, config))
+    card = card_files(read_run(run), from_run.build(run), _form(format, config))
     with _new(target) as folder:
         source, reference = Source.of(config, adapter)
         source.tokenizer.save_pretrained(folder)
@@ -165,7 +165,8 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
         if config.data.labels:
             lines = (" ".join(label.split()) for label in config.data.labels)
             (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card, encoding="utf-8")
+        for name, data in card.items():
+            (folder / name).write_bytes(data)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 

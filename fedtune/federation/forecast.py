@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from fedtune.data import Batch, TextDataset, collate
+from fedtune.federation.secure.agreement import bits_needed
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.machine import place_for_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
-_BYTES_A_VALUE = 4  # released tensors are float32
 _MOST_TOKENS = 512  # of the micro-batch that is timed
 _ENOUGH_S = 0.7
 
@@ -27,7 +27,8 @@ class Forecast:
 
     Attributes:
         values: trained parameters.
-        bytes_each_way: of one adapter, to a site or back from it, without headers of a few kB.
+        bytes_down: of one adapter to a site, without headers of a few kB; the first one of a run comes whole.
+        bytes_up: of one update, or of one part of a secure sum.
         bytes_total: both ways, all sites and rounds.
         frozen_states_kept: whether the layers below the first adapter run once for each record, and not in each step.
         first_seconds: of that, for all sites.
@@ -41,7 +42,8 @@ class Forecast:
     """
 
     values: int
-    bytes_each_way: int
+    bytes_down: int
+    bytes_up: int
     bytes_total: int
     frozen_states_kept: bool
     first_seconds: float
@@ -51,7 +53,13 @@ class Forecast:
 
 
 def forecast(
-    plan: Plan, model: TaskModel, *, declared_sizes: Mapping[str, int], max_length: int, runtime: RuntimeSpec
+    plan: Plan,
+    model: TaskModel,
+    *,
+    declared_sizes: Mapping[str, int],
+    max_length: int,
+    runtime: RuntimeSpec,
+    bits: int = 32,
 ) -> Forecast:
     """Bytes and time for `plan` at sites of these declared sizes.
 
@@ -61,11 +69,15 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
+        bits: of each value that travels, but for those of secure sums.
 
     Raises:
         ConfigError: for `runtime.kept_states_folder`.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
+    shared = plan.shared
+    bits_up = bits if shared is None else bits_needed(shared.num_sites, shared.largest_value)
+    down, up = (-(-num_values * each // 8) for each in (bits, bits_up))
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
@@ -74,8 +86,9 @@ def forecast(
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
         values=num_values,
-        bytes_each_way=num_values * _BYTES_A_VALUE,
-        bytes_total=2 * num_values * _BYTES_A_VALUE * len(declared_sizes) * plan.num_rounds,
+        bytes_down=down,
+        bytes_up=up,
+        bytes_total=(down + up) * len(declared_sizes) * plan.num_rounds,
         frozen_states_kept=kept and model.skips_layers,
         first_seconds=num_records * below,
         step_seconds=steps,

@@ -217,6 +217,10 @@ class Checkpoints:
         line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
         write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
+    def last_asked(self) -> int:
+        """The newest round that sites were asked for; 0: none."""
+        return max((int(json.loads(line)["round"]) for line in self._whole_lines()), default=0)
+
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""
         tensors = {f"adapter/{name}": value for name, value in state.adapter.tensors.items()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedtune.privacy import accountant, filter
+from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
@@ -75,6 +76,7 @@ class Price:
         epsilon_filter: the least lifetime cap of a new ledger under which the plan fits.
         filter_order: the order at which it does.
         epsilon_of_one_round: what an accountant that starts anew each round would show.  Not a bound on anything.
+        by_trust: epsilon of the whole plan by who looks, where sites make the noise together.
     """
 
     plan: Plan
@@ -86,6 +88,7 @@ class Price:
     epsilon_filter: float = math.inf
     filter_order: float | None = None
     epsilon_of_one_round: float = math.inf
+    by_trust: Epsilons | None = None
 
     @property
     def steps(self) -> int:
@@ -135,6 +138,7 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
+        by_trust=plan.by_trust(plan.most_rounds),
     )
 
 
@@ -277,11 +281,11 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
     What `accountant.calibrate_noise` finds from scratch; the search begins near the answer, at the noise of `plan`.
     """
-    most = dataclasses.replace(plan, noise_multiplier=accountant.MOST_NOISE)
+    most = plan.with_noise(accountant.MOST_NOISE)
     if plan.releases_metrics and coarse_epsilon(most) > epsilon:
         return None  # the released scores alone cost more, and a search would try a thousand noises
     noise = accountant.last_within(
-        lambda noise: coarse_epsilon(dataclasses.replace(plan, noise_multiplier=noise)),
+        lambda noise: coarse_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,
         bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),

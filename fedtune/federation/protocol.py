@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError, check_name
 
 PROTOCOL = 2
 """Raised when lead and site of two versions cannot understand each other.  2: an update travels as it is stored."""
-INVITATION, ROUND, END = "invitation", "round request", "end of run"
+INVITATION, ROUND, END, SUM = "invitation", "round request", "end of run", "step of a secure sum"
 """Purposes of a lead's signatures."""
 _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
@@ -151,6 +151,61 @@ class RoundRequest:
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing."""
         return hashlib.sha256(json.dumps(self._asked(), sort_keys=True).encode()).hexdigest()
+
+
+ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SumRequest:
+    """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
+
+    What a step goes by travels beside it: it is signed by the sites, and no word of the lead's changes what it means.
+
+    Attributes:
+        step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
+        session: 32 random hexadecimal digits, the lead's name for the session that is announced.
+    """
+
+    proposal: Proposal
+    site: str
+    expires: float
+    step: str
+    session: str
+
+    def signed(self, lead: SigningKey) -> Signed:
+        """The question as it is sent."""
+        about = {"site": self.site, "expires": self.expires, "step": self.step, "session": self.session}
+        text = json.dumps({"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()}, sort_keys=True)
+        return Signed(text=text, signature=lead.sign(SUM, text.encode()))
+
+    @classmethod
+    def of(cls, signed: Signed) -> SumRequest:
+        """The question that was signed, by the lead that it names; raises as `_opened` does."""
+
+        def read(fields: dict[str, Any]) -> SumRequest:
+            asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
+            check_name("site", asked.site)
+            known = asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK)
+            if not (known and _is_moment(asked.expires) and _NONCE.fullmatch(asked.session)):
+                raise ValueError("wrong type or out of range")
+            return asked
+
+        return _opened(signed, SUM, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
+
+    @property
+    def run(self) -> str:
+        """The run whose sums these are."""
+        return self.proposal.run
+
+    @property
+    def round(self) -> int:
+        """0: it is charged to none."""
+        return 0
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what is asked."""
+        return self.proposal.digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, Answer, Refusal, Update
+from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Update
 
 if TYPE_CHECKING:  # it imports torch
     from fedtune.training.optimizer import Reach
@@ -31,11 +31,11 @@ BEYOND_PLAN = "beyond_plan"
 
 @dataclass
 class Closing:
-    """Whether one exchange with the sites may end before its time is up: a rule that reads who answered, and no answer.
+    """Whether one exchange with the sites may end before its time is up: a rule on who answered, and not what.
 
-    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `min_sites` are,
-    and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It ends
-    at once when nobody is at work and so many sites have refused that `min_sites` good answers cannot come any more.
+    Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
+    are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
+    ends at once when nobody is at work and so many sites have refused that `least_sites` good answers cannot come.
 
     Attributes:
         clock: seconds, of which only differences count.
@@ -54,10 +54,10 @@ class Closing:
                 person is yet to approve it.
             others: sites that are offline, paused or, in a round, not approved yet: an answer may still come.
         """
-        if not at_work and good + others < self.spec.min_sites:
+        if not at_work and good + others < self.spec.least_sites:
             return True
         enough = self.spec.enough_sites or len(self.spec.active)
-        if not (good >= enough or (good >= self.spec.min_sites and not at_work)):
+        if not (good >= enough or (good >= self.spec.least_sites and not at_work)):
             self._since = None
             return False
         if self._since is None:
@@ -86,6 +86,7 @@ class RoundReplies:
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
         bits: of each value of an update.
+        masked: site -> its upload to a secure sum, which nothing can be said of by itself.
     """
 
     proposal: Proposal
@@ -95,15 +96,18 @@ class RoundReplies:
     reaches: Mapping[str, Reach]
     arrived: Arrived
     bits: int = 32
+    masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
     def take(self, site: str, reply: Reply) -> None:
         """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
         if site not in self.reaches:
             return
-        outcome, tensors = self._judge(site, reply)
-        if tensors is not None:
-            self.arrived.put(site, tensors)
+        outcome, found = self._judge(site, reply)
+        if isinstance(found, Masked):
+            self.masked[site] = found.data
+        elif found is not None:
+            self.arrived.put(site, found)
         self._outcomes[site] = outcome
 
     @property
@@ -129,8 +133,8 @@ class RoundReplies:
     def _in_order(self) -> list[tuple[str, _Outcome]]:
         return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
 
-    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | None]:
-        """What a reply came to, and the adapter that a valid update is."""
+    def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
+        """What a reply came to, and the adapter that a valid update is, or the upload to a secure sum."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):
@@ -143,6 +147,11 @@ class RoundReplies:
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
         num_scores = METRICS[plan.metrics].num_values * plan.num_groups
+        if plan.shared is not None:
+            right = about_this and isinstance(body, Update) and isinstance(body.tensors, Masked)
+            if not (right and isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
+                return _Outcome(failure=INVALID_UPDATE), None
+            return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
         tensors = tensors_of(body, self.sent, self.travelled, bits=self.bits) if about_this else None
         if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
             return _Outcome(failure=INVALID_UPDATE), None
@@ -151,6 +160,7 @@ class RoundReplies:
             ends = body.tensors.added_to(self.travelled.tensors)
             within = self.reaches[site].includes(ends, sent=self.travelled, rounding=body.tensors)
         else:
+            assert not isinstance(body.tensors, Masked)
             within = self.reaches[site].includes(body.tensors, sent=self.travelled)
         return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
@@ -168,6 +178,8 @@ def tensors_of(body: Answer, sent: Adapter, travelled: Adapter, *, bits: int) ->
     if not isinstance(body, Update):
         return None
     tensors = body.tensors
+    if isinstance(tensors, Masked):
+        return None
     if isinstance(tensors, Difference):
         if tensors.bits != bits or not tensors.fits(sent.tensors):
             return None

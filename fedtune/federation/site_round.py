@@ -5,19 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from fedtune.federation.protocol import Brought, EndOfRun, Invitation, Reply, RoundRequest, Signed, digest_of
+from fedtune.federation.protocol import (
+    ANNOUNCE,
+    CONFIRM,
+    JOIN,
+    Brought,
+    EndOfRun,
+    Invitation,
+    Reply,
+    RoundRequest,
+    Signed,
+    SumRequest,
+    digest_of,
+)
+from fedtune.federation.secure.agreement import Rejected, Terms, Wrong
+from fedtune.federation.secure.at_site import SumsAtSite, terms_of
+from fedtune.federation.secure.party import Party
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Offer, Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.release import Answer, Masked, Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -28,18 +44,20 @@ class Trained:
     """What a site makes of a round.
 
     Attributes:
-        adapter: after the plan's noisy steps.
+        adapter: after the plan's noisy steps; None where the plan has secure sums.
+        share: of such a sum: the site's noisy gradient sum in whole numbers, (values,).
         scores: noised statistics of held-out units, where the plan releases them.
         fingerprint: of the records, for the ledger alone.
     """
 
-    adapter: Adapter
+    adapter: Adapter | None = None
+    share: npt.NDArray[np.int64] | None = None
     scores: tuple[float, ...] | None = None
     fingerprint: str = ""
 
 
-Request = RoundRequest | Invitation
-_R = TypeVar("_R", RoundRequest, Invitation)
+Request = RoundRequest | Invitation | SumRequest
+_R = TypeVar("_R", RoundRequest, Invitation, SumRequest)
 Train = Callable[[RoundRequest, Adapter, int], Trained]
 """Trains the adapter for the request's round and the given attempt; the only step that reads records."""
 
@@ -56,6 +74,7 @@ class Prepared:
         store: writes what the site keeps of the run, before the round is charged: if it cannot, nothing is charged.
             Given the run's reference adapter, where that came with the request.
         bits: of each value of an update that leaves.
+        members: the sites of a run with secure sums.
         reference: the run's reference adapter, as far as the site has kept it.
     """
 
@@ -65,6 +84,7 @@ class Prepared:
     train: Train
     store: Callable[[Adapter | None], None] = lambda reference: None
     bits: int = 32
+    members: tuple[str, ...] = ()
     reference: Callable[[], Adapter | None] = lambda: None
 
 
@@ -79,6 +99,7 @@ class Site:
             it needs.  It opens no record, or a request that is refused in the end would tell of them.
         paused: whether a person at the site wants it to pause.
         keep: stores a run's final adapter, given the run's name.
+        sums: its part in secure sums; None: it has none in any.
         forget: removes what only a run that goes on needs, given its name.
         awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """
@@ -89,6 +110,7 @@ class Site:
     understand: Callable[[Proposal], object] = lambda _: None
     paused: Callable[[], bool] = lambda: False
     keep: Callable[[str, Adapter], None] = lambda run, adapter: None
+    sums: SumsAtSite | None = None
     forget: Callable[[str], None] = lambda run: None
     awaits: Callable[[Proposal], None] = lambda _: None
 
@@ -111,6 +133,66 @@ def consider(site: Site, signed: Signed) -> Reply:
     return _reply(site, signed, Invitation.of, lambda asked: _offer(site, asked))
 
 
+def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
+    """A step of a run's secure sums: the protocol's own message, or a reason from the closed list.
+
+    Guarantee: nothing is charged, and no record is read; what is said follows from keys, seeds and the lead's messages
+    (`fedtune.federation.secure`).
+    """
+    request: SumRequest | None = None
+    try:
+        with panics_as_errors():
+            request = _read(signed, SumRequest.of)
+            return _step(site, request, parts)
+    except Refused as refused:
+        return _refuse(site, request, refused)
+    except Rejected as rejected:
+        return _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
+    except Exception:
+        log.exception("%s failed in %s", site.name, _about(request))
+        return _refusal(site, request, Refused(Reason.SITE_ERROR))
+
+
+def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
+    _check_asker(site, request)
+    sums, proposal = _sums_of(site, request.proposal), request.proposal.digest()
+    if request.step == ANNOUNCE:
+        run = _prepared(site, request)
+        return sums.announce(request.session, run.members, lambda members: _terms(request.proposal, run, members))
+    # Shares let out what was uploaded, so what has come to be forbidden since is not helped with.
+    site.ledger.policy.check(request.proposal)
+    site.ledger.require_startable(request.proposal)
+    if request.step == JOIN:
+        return sums.join(proposal, request.session, parts)
+    party, (message, *others) = sums.party(proposal), parts or [b""]
+    if others:
+        raise Rejected(Wrong.MALFORMED)
+    return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
+
+
+def _party(site: Site, request: RoundRequest) -> Party:
+    return _sums_of(site, request.proposal).party(request.proposal.digest())
+
+
+def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:
+    if site.sums is None or proposal.plan.shared is None:
+        raise Refused(Reason.SECURE_SUMS)
+    return site.sums
+
+
+def _terms(proposal: Proposal, run: Prepared, members: Mapping[str, str]) -> Terms:
+    shared = proposal.plan.shared
+    assert shared is not None
+    return terms_of(
+        run=proposal.run,
+        proposal=proposal.digest(),
+        members=members,
+        threshold=shared.threshold,
+        length=sum(value.size for value in run.template.tensors.values()),
+        largest=shared.largest_value,
+    )
+
+
 def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:
     body: Answer
     request: _R | None = None
@@ -122,6 +204,8 @@ def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: C
         body = _refuse(site, request, refused)
         if refused.reason.is_of_a_stranger:
             return Reply(body=body, receipt=None)
+    except Rejected as rejected:
+        body = _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
     except Exception:
         log.exception("%s failed in %s", site.name, _about(request))
         body = _refusal(site, request, Refused(Reason.SITE_ERROR))
@@ -187,13 +271,7 @@ def _offer(site: Site, asked: Invitation) -> Offer:
 
 def _prepared(site: Site, request: Request) -> Prepared:
     """The site, ready for a run that it may take part in; raises Refused for any other.  Charges nothing."""
-    # First, so that a stranger is told nothing else and costs nothing.
-    if request.proposal.lead not in site.ledger.policy.allow.leads:
-        raise Refused(Reason.LEADS, asked=request.proposal.lead)
-    if request.site != site.name:
-        raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
-    if time.time() > request.expires:
-        raise Refused(Reason.REQUEST_EXPIRED)
+    _check_asker(site, request)
     if site.paused():
         raise Refused(Reason.PAUSED)
     # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
@@ -212,6 +290,16 @@ def _prepared(site: Site, request: Request) -> Prepared:
     return run
 
 
+def _check_asker(site: Site, request: Request) -> None:
+    # First, so that a stranger is told nothing else and costs nothing.
+    if request.proposal.lead not in site.ledger.policy.allow.leads:
+        raise Refused(Reason.LEADS, asked=request.proposal.lead)
+    if request.site != site.name:
+        raise Refused(Reason.WRONG_SITE, asked=request.site, allowed=site.name)
+    if time.time() > request.expires:
+        raise Refused(Reason.REQUEST_EXPIRED)
+
+
 def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
     kept = run.reference() if brought.adapter is None else None
@@ -219,8 +307,13 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     _check_adapter(site, request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
+
+    def require_open() -> None:  # a restarted site has no keys, and need not pay for what it could not upload
+        if request.proposal.plan.shared is not None:
+            _party(site, request).require_open(request.round)
+
     run.store(brought.adapter if brought.difference is not None else None)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
@@ -229,7 +322,7 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_as_it_leaves(site, trained.adapter, adapter, request, run.bits),
+            tensors=_as_it_leaves(site, trained, adapter, request, run.bits),
             scores=trained.scores,
         ).to_bytes()
         site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
@@ -237,16 +330,21 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
 
 
 def _as_it_leaves(
-    site: Site, trained: Adapter, begun: Adapter, request: RoundRequest, bits: int
-) -> Tensors | Difference:
+    site: Site, trained: Trained, begun: Adapter, request: RoundRequest, bits: int
+) -> Tensors | Difference | Masked:
+    if request.proposal.plan.shared is not None:
+        assert trained.share is not None
+        assert trained.adapter is None, "a share hides nothing by itself"
+        return Masked(_party(site, request).upload(request.round, trained.share))
+    assert trained.adapter is not None
     # What was brought into the site's bound moved by that, far beyond a step: rounded by it, all else would drown.
     bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)
     inside = all(np.abs(value).max(initial=0.0) <= bound for value in begun.tensors.values())
     if bits == 32 or not inside:
-        return trained.tensors
+        return trained.adapter.tensors
     # Drawn from what is released alone: which way a value is rounded tells nothing more of a record.
     about = f"{request.site} {request.round}"
-    return Difference.between(begun.tensors, trained.tensors, bits=bits, about=about)
+    return Difference.between(begun.tensors, trained.adapter.tensors, bits=bits, about=about)
 
 
 def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
@@ -275,6 +373,8 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
 def _about(request: Request | None) -> str:
     if isinstance(request, Invitation):
         return "to take part"
+    if isinstance(request, SumRequest):
+        return f"a secure sum's step {request.step}"
     return f"round {request.round if request else 0}"
 
 

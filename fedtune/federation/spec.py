@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
+from fedtune.federation.secure.agreement import least_threshold
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.few_bits import BITS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
@@ -29,6 +32,10 @@ class FederationSpec:
         stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
+        aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
+            sum of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
+        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server.
+        colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
         bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
             rounded at random after the noise; or 32, whole.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
@@ -53,6 +60,9 @@ class FederationSpec:
     if_over_budget: Literal["stop", "fewer_rounds", "more_noise"] = "stop"
     stop_after: int | None = None
     keep_round: Literal["last", "best"] = "last"
+    aggregation: Literal["plain", "secure"] = "plain"
+    threshold: int | None = None
+    colluders: int = 0
     bits: int = 32
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
@@ -89,6 +99,8 @@ class FederationSpec:
             check_at_least("stop_after", self.stop_after, 1)
         check_one_of("keep_round", self.keep_round, ("last", "best"))
         check_one_of("bits", self.bits, BITS)
+        check_one_of("aggregation", self.aggregation, ("plain", "secure"))
+        self._check_sums()
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
         check_positive("server_learning_rate", self.server_learning_rate)
@@ -97,9 +109,45 @@ class FederationSpec:
         check_positive("server_tau", self.server_tau)
         check_positive("round_timeout_s", self.round_timeout_s)
         check_at_least("grace_s", self.grace_s, 0)
-        if self.enough_sites is not None and not self.min_sites <= self.enough_sites <= len(self.active):
-            bound = f"must be from min_sites = {self.min_sites} to the {len(self.active)} sites that take part"
+        if self.enough_sites is not None and not self.least_sites <= self.enough_sites <= len(self.active):
+            bound = (
+                f"must be from the {self.least_sites} that are needed to the {len(self.active)} sites that take part"
+            )
             raise ConfigError("enough_sites", self.enough_sites, bound)
+
+    def _check_sums(self) -> None:
+        check_at_least("colluders", self.colluders, 0)
+        if self.aggregation == "plain":
+            for name, none in (("threshold", None), ("colluders", 0)):
+                if getattr(self, name) != none:
+                    raise ConfigError(name, getattr(self, name), "goes with federation.aggregation = secure")
+            return
+        sites = len(self.active)
+        if not 2 <= sites <= MOST_SITES_OF_SUM:
+            bound = f"must be from 2 to {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
+            raise ConfigError("num_sites", sites, bound)
+        least = least_threshold(sites, colluders=self.colluders, server="malicious")
+        if self.threshold is not None and not least <= self.threshold <= sites:
+            bound = f"must be from {least} to the {sites} sites that take part, or a server could read two sums"
+            raise ConfigError("threshold", self.threshold, bound)
+        for name, only in (("strategy", "fedavg"), ("bits", 32), ("spare_rounds", 0)):
+            if getattr(self, name) != only:
+                raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
+
+    @property
+    def least_sites(self) -> int:
+        """The fewest sites with which a round comes to anything."""
+        together = self.together
+        return self.min_sites if together is None else max(self.min_sites, together.threshold)
+
+    @property
+    def together(self) -> Together | None:
+        """Who makes the noise of secure sums together; None: every site has noise of its own."""
+        if self.aggregation == "plain":
+            return None
+        sites = len(self.active)
+        least = least_threshold(sites, colluders=self.colluders, server="malicious")
+        return Together(num_sites=sites, threshold=self.threshold or least, colluders=self.colluders)
 
     @property
     def chooses(self) -> bool:
@@ -118,7 +166,8 @@ class FederationSpec:
         return tuple(name for name in self.names if name in chosen)
 
     def too_few(self, count: int, did: str, *, others: Mapping[str, str]) -> str:
-        """The words for fewer than `min_sites` sites that did something, with the reasons of the others."""
+        """The words for fewer than `least_sites` sites that did something, with the reasons of the others."""
         reasons = ", ".join(f"{site}: {why}" for site, why in others.items())
-        needed = f"federation.min_sites = {self.min_sites} are needed"
+        key = "min_sites" if self.least_sites == self.min_sites else "threshold"
+        needed = f"federation.{key} = {self.least_sites} are needed"
         return f"{count} of {len(self.active)} sites {did}, and {needed} ({reasons})"

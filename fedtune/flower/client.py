@@ -10,14 +10,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.federation.protocol import Reply, Signed
-from fedtune.federation.site_round import Site, answer, consider, end_run
+from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
 from fedtune.flower import flower_records
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
-_Answer = Callable[[Site], Reply]
+_Answer = Callable[[Site], RecordDict]
 
 
 def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[Context], str]) -> ClientApp:
@@ -44,6 +44,10 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
     def invite(message: Message, context: Context) -> Message:
         return _reply(message, context, _to_invitation)
 
+    @app.query(flower_records.SUM)
+    def sum_up(message: Message, context: Context) -> Message:
+        return _reply(message, context, _to_sum)
+
     @app.query(flower_records.END)
     def end(message: Message, context: Context) -> Message:
         receipt = None
@@ -63,8 +67,7 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
             with panics_as_errors():
                 answer, settings = read(message.content), flower_records.to_settings(message.content)
                 reason = Reason.SITE_ERROR
-                content = flower_records.from_reply(answer(site_of(context, settings)))
-                return Message(content, reply_to=message)
+                return Message(answer(site_of(context, settings)), reply_to=message)
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
@@ -75,12 +78,17 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
 
 def _to_round(content: RecordDict) -> _Answer:
     signed, brought = flower_records.to_signed(content), flower_records.to_brought(content)
-    return lambda site: answer(site, signed, brought)
+    return lambda site: flower_records.from_reply(answer(site, signed, brought))
 
 
 def _to_invitation(content: RecordDict) -> _Answer:
     signed = flower_records.to_signed(content)
-    return lambda site: consider(site, signed)
+    return lambda site: flower_records.from_reply(consider(site, signed))
+
+
+def _to_sum(content: RecordDict) -> _Answer:
+    signed, parts = flower_records.to_signed(content), flower_records.to_parts(content)
+    return lambda site: flower_records.from_step(take_step(site, signed, parts))
 
 
 _LONGEST_S = 30 * 86400.0

@@ -19,7 +19,7 @@ from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
 from fedtune.flower.federation_run import FederationRun, Known, Listener
-from fedtune.flower.server_app import Invited, invite
+from fedtune.flower.invitation import Invited, invite
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
@@ -98,7 +98,7 @@ def run_deployed(
         config=config,
         folder=folder,
         # nothing is trained here
-        shared=SharedModel(config, inexact_allowed=True, records=records, progress=listener.preparing),
+        shared=SharedModel(config, trains=False, records=records, progress=listener.preparing),
         asked=asked,
         receipts=receipts,
         engine=over_sites,
@@ -166,6 +166,8 @@ class _Ears:
         kind, site = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
             return Heard(good=True)  # no more than a receipt was asked for
+        if kind == f"query.{flower_records.SUM}":
+            return Heard(good=flower_records.PARTS in answer.content)
         try:
             reply = flower_records.to_reply(answer.content)
         except ConfigError:  # nonsense, which counts as none

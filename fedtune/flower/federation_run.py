@@ -29,7 +29,8 @@ from fedtune.federation.results import (
     findings_of,
 )
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.server_app import Invited, Lead, run_rounds
+from fedtune.flower.invitation import Invited, Lead
+from fedtune.flower.server_app import run_rounds
 from fedtune.flower.strategy import make_strategy, restore_strategy
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal

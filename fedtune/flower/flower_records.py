@@ -8,9 +8,10 @@ several calls of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedtune.federation.protocol import Brought, Reply, Signed
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference
-from fedtune.privacy.release import AS_JSON, Answer, Receipt, Update, receipt_from_json
+from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, receipt_from_json
 from fedtune.spec import ConfigError
 
 ADAPTER, DIFFERENCE, UPDATE = "adapter", "difference", "update"
@@ -28,8 +29,10 @@ ARRAYS = "arrays"
 """What Flower's strategies average, within the lead's process."""
 WEIGHT, SITE = "weight", "site"
 _BYTES = "bytes"
-END, INVITE = "end", "invite"
-"""Flower's actions of the queries that tell a site that a run is over, and ask whether it would take part in one."""
+END, INVITE, SUM = "end", "invite", "sum"
+"""Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
+for a step of a secure sum."""
+PARTS = "parts"
 WEIGHT_KEY = "num-examples"
 """Flower's name for an average's weight.  Here it always holds the declared size."""
 
@@ -153,6 +156,43 @@ def to_signed(content: RecordDict) -> Signed:
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
     except (KeyError, TypeError) as error:
         raise ConfigError("message", sorted(content), "must hold a signed request") from error
+
+
+def from_sum(signed: Signed, parts: Sequence[bytes], *, settings: str) -> RecordDict:
+    """Content of a question for a step of a secure sum, with the sites' messages that it goes by."""
+    content = from_signed(signed, settings=settings)
+    content[PARTS] = ConfigRecord({f"{number:03d}": part for number, part in enumerate(parts)})
+    return content
+
+
+def to_parts(content: RecordDict) -> list[bytes]:
+    """The messages in the question for a step; raises ConfigError where they are none."""
+    try:
+        parts = [part for _, part in sorted(content.config_records[PARTS].items())]
+        if not all(type(part) is bytes for part in parts):
+            raise TypeError("bytes")
+    except (KeyError, TypeError) as error:
+        raise ConfigError("message", sorted(content), "must hold messages of a secure sum") from error
+    return cast(list[bytes], parts)
+
+
+def from_step(answer: bytes | Refusal) -> RecordDict:
+    """Content of the answer to the question for a step."""
+    if isinstance(answer, bytes):
+        return RecordDict({PARTS: ConfigRecord({"000": answer})})
+    return from_reply(Reply(body=answer, receipt=None))
+
+
+def to_step(content: RecordDict) -> bytes | Refusal:
+    """The answer that `from_step` wrote; raises ConfigError for anything else."""
+    if PARTS not in content:
+        body = to_reply(content).body
+        if isinstance(body, Refusal):
+            return body
+    parts = to_parts(content)
+    if len(parts) != 1:
+        raise ConfigError("message", len(parts), "must hold one message of a secure sum")
+    return parts[0]
 
 
 def from_reply(reply: Reply) -> RecordDict:

@@ -32,7 +32,7 @@ from fedtune.federation.results import RunResult
 from fedtune.federation.site_round import Site
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
-from fedtune.flower.server_app import Invited
+from fedtune.flower.invitation import Invited
 from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.model.quiet import first_line
 from fedtune.sites.data_notes import site_notes
@@ -72,6 +72,7 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
             key=everyone.sites.lead_key(),
             federation=config.federation,
+            site_keys=everyone.identities if everyone.plan.shared else {},
         ),
         receipts=everyone.sites.receipts(),
         engine=_engine(config, simulated_client_app(config_json, str(folder)), listener, everyone.sites.folder),
@@ -222,6 +223,8 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
     with _ray(config.runtime) as ray:
         nodes, threads = RayNode.all_of(ray), config.runtime.num_threads or usable_cores()
         share = gpu_share(config.runtime, num_sites, nodes)
+        if config.federation.aggregation == "secure":
+            threads = int(nodes[0].cpus)  # one actor has room, and it alone has the keys of all sites
         check_room(nodes, config.runtime, threads=threads, share=share)
         if config.runtime.ray_address is not None:
             _wait_until_free(ray, nodes)

@@ -42,6 +42,8 @@ LEAST_CELLS = 8.0
 MOST_SITES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
+_USUAL_BOUND = 2**10
+"""Clip norms: more than a thousand units would have to pull one value the same way with all their gradient."""
 _TAIL = 16
 """Standard deviations that a value of a share passes with a probability below 1e-56."""
 
@@ -94,10 +96,51 @@ class SharedNoise:
         """
         return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
 
+    @property
+    def together(self) -> Together:
+        """Who makes the noise."""
+        return Together(num_sites=self.num_sites, threshold=self.threshold, colluders=self.colluders)
+
+    @property
+    def noise_of_fewest(self) -> float:
+        """Noise multiplier of the shares that hide a site in the smallest sum that may be read."""
+        return self.noise_against(self.colluders)
+
+    def noise_against(self, colluders: int) -> float:
+        """The same where so many sites of that sum collude; with all others, it is the site's own share."""
+        return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
+
     def honest(self, *, survivors: int, colluders: int) -> int:
         """How many shares of noise hide a site's records in a sum of `survivors` sites: its own at least."""
         assert 1 <= survivors <= self.num_sites
         return max(1, survivors - colluders)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """Who makes the noise of a run's secure sums, before it is known how much each of them adds.
+
+    Attributes: as of `SharedNoise`.
+    """
+
+    num_sites: int
+    threshold: int
+    colluders: int
+
+    def share_of(self, total: float) -> float:
+        """The least share at which every sum has the noise `total` at least; see `share_of`."""
+        return share_of(total, threshold=self.threshold, colluders=self.colluders)
+
+    def with_share(self, noise_multiplier: float) -> SharedNoise:
+        """The same, each site adding this much."""
+        return SharedNoise(
+            num_sites=self.num_sites,
+            threshold=self.threshold,
+            colluders=self.colluders,
+            noise_multiplier=noise_multiplier,
+            cell_bits=least_cell_bits(noise_multiplier),
+            bound=_USUAL_BOUND,
+        )
 
 
 def least_cell_bits(noise_multiplier: float) -> int:

@@ -89,6 +89,11 @@ class Reason(StrEnum):
     MAX_EPSILON = "max_epsilon"
     MAX_EPSILON_PER_RUN = "max_epsilon_per_run"
     MAX_EPSILON_PER_PERIOD = "max_epsilon_per_period"
+    SECURE_SUMS = "secure_sums"
+    LEAST_SITES = "least_sites"
+    LEAST_THRESHOLD = "least_threshold"
+    COLLUDERS = "colluders"
+    MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
     # What the ledger knows of the run.
     FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
@@ -101,6 +106,7 @@ class Reason(StrEnum):
     SETTINGS = "settings"
     # What a person at the site has decided, or is yet to decide.
     AWAITING_APPROVAL = "awaiting_approval"
+    DENIED = "denied"
     PAUSED = "paused"
     # The request itself.
     WRONG_SITE = "wrong_site"
@@ -112,6 +118,8 @@ class Reason(StrEnum):
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
+    # A step of a secure sum; `asked` says which of the protocol's reasons.
+    SECURE_SUM = "secure_sum"
 
     @property
     def is_final(self) -> bool:
@@ -135,6 +143,7 @@ class Reason(StrEnum):
 
 
 _ABOUT_BUDGET = {
+    Reason.MAX_EPSILON_IF_ALL_COLLUDE,
     Reason.MIN_NOISE_MULTIPLIER,
     Reason.MAX_ROUNDS,
     Reason.MAX_EPSILON,
@@ -160,7 +169,19 @@ _ABOUT_ONE_REQUEST = {
     Reason.MAX_ADAPTER_VALUE,
     Reason.MALFORMED_REQUEST,
     Reason.SITE_ERROR,
+    Reason.SECURE_SUM,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """A site's upload to a secure sum, as bytes of that protocol (`fedtune.federation.secure.messages`)."""
+
+    data: bytes
+
+
+_DIFFERENCE, _MASKED = None, "masked"
+"""In an update's header in the place of tensors: what follows is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,17 +189,20 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
-        tensors: the adapter's; or, where values travel in few bits, what was added to the adapter that was sent.
+        tensors: the adapter's; or, where values travel in few bits, what was added to the adapter that was sent; or
+            what was masked for a secure sum.
         scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
             `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
+    What is masked is so in a sum with as many others as the plan says, and tells nothing else
+    (`fedtune.federation.secure`).
     """
 
     site: str
     run: str
     round: int
-    tensors: Tensors | Difference
+    tensors: Tensors | Difference | Masked
     scores: tuple[float, ...] | None = None
 
     def to_bytes(self) -> bytes:
@@ -188,13 +212,17 @@ class Update:
         """
         header = self._header()
         start = [_MAGIC, struct.pack("<Q", len(header)), header]
-        if isinstance(self.tensors, Difference):
-            return b"".join([*start, self.tensors.to_bytes()])
+        if isinstance(self.tensors, Difference | Masked):
+            following = self.tensors.data if isinstance(self.tensors, Masked) else self.tensors.to_bytes()
+            return b"".join([*start, following])
         return b"".join([*start, *(np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values())])
 
     def _header(self) -> bytes:
-        whole = None if isinstance(self.tensors, Difference) else self.tensors
-        shapes = None if whole is None else [[name, list(value.shape)] for name, value in whole.items()]
+        shapes: Any
+        if isinstance(self.tensors, Difference | Masked):
+            shapes = _MASKED if isinstance(self.tensors, Masked) else _DIFFERENCE
+        else:
+            shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
         scores = None if self.scores is None else list(self.scores)
         fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": scores}
         return json.dumps(fields).encode()
@@ -233,10 +261,12 @@ class Update:
         return update
 
 
-def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference:
+def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
     """What follows an update's header; raises ValueError or TypeError for anything but what the header says."""
-    if shapes is None:
+    if shapes is _DIFFERENCE:
         return Difference.from_bytes(data)
+    if shapes == _MASKED:
+        return Masked(bytes(data))
     offset, tensors = 0, {}
     for name, shape in shapes:
         if not all(isinstance(length, int) and length >= 0 for length in shape):

@@ -11,6 +11,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
+from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
@@ -25,7 +26,7 @@ class Plan:
         unit: the privacy unit.
         delta: at which epsilon is stated.
         sampling_rate: probability with which each unit joins a step.
-        noise_multiplier: noise standard deviation over clip norm; 0 in a run without privacy.
+        noise_multiplier: noise standard deviation over clip norm that the site itself adds; 0 in a run without privacy.
         max_grad_norm: clip norm C.
         local_steps: noisy steps in a round.
         num_rounds: rounds that the run is meant to take.
@@ -36,6 +37,8 @@ class Plan:
             are, so no epsilon depends on it; a site may bound it all the same.
         metrics_groups: names of the groups that released scores tell apart; none: they tell none.  A unit is in one
             group, so no epsilon depends on them.
+        shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
+            sum of each site.  None: each site has noise of its own.
     """
 
     unit: Unit
@@ -49,6 +52,7 @@ class Plan:
     metrics_noise_multiplier: float = 0.0
     records_per_user: int = 1
     metrics_groups: tuple[str, ...] = ()
+    shared: SharedNoise | None = None
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -69,10 +73,28 @@ class Plan:
         check_groups("metrics_groups", self.metrics_groups)
         if self.metrics_groups and self.metrics_noise_multiplier == 0:
             raise ConfigError("metrics_groups", list(self.metrics_groups), "must be empty where no scores are released")
+        if self.shared is not None:
+            if self.noise_multiplier != self.shared.noise_multiplier:
+                bound = f"must be that of a share of the noise, {self.shared.noise_multiplier:g}"
+                raise ConfigError("noise_multiplier", self.noise_multiplier, bound)
+            if self.local_steps != 1:
+                bound = "must be 1 with a secure sum: what a site steps on by itself is hidden by its own noise alone"
+                raise ConfigError("local_steps", self.local_steps, bound)
 
     @classmethod
-    def of(cls, privacy: PrivacySpec, *, local_steps: int, num_rounds: int, spare_rounds: int = 0) -> Plan:
-        """The plan of a run, with noise calibrated once for all its rounds, spare ones included."""
+    def of(
+        cls,
+        privacy: PrivacySpec,
+        *,
+        local_steps: int,
+        num_rounds: int,
+        spare_rounds: int = 0,
+        together: Together | None = None,
+    ) -> Plan:
+        """The plan of a run, with noise calibrated once for all its rounds, spare ones included.
+
+        `together` says who makes the noise of a secure sum; a noise multiplier that is given is then each site's share.
+        """
         steps = local_steps * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
         if not privacy.private:
@@ -85,6 +107,7 @@ class Plan:
                 steps=steps,
                 also=_scores(privacy.metrics_noise, num_rounds + spare_rounds),
             )
+            noise = noise if together is None else together.share_of(noise)
         return cls(
             unit=privacy.unit,
             delta=privacy.delta,
@@ -97,6 +120,7 @@ class Plan:
             metrics_noise_multiplier=privacy.metrics_noise,
             records_per_user=privacy.contribution,
             metrics_groups=privacy.metrics_groups,
+            shared=None if together is None else together.with_share(noise),
         )
 
     @property
@@ -133,14 +157,45 @@ class Plan:
 
     @property
     def noises(self) -> tuple[float, ...]:
-        """Every noise multiplier that the plan uses."""
-        return (self.noise_multiplier, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
+        """Every noise multiplier that the plan counts with."""
+        return (self.counted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
+
+    @property
+    def counted_noise(self) -> float:
+        """Noise multiplier that each step counts with: the site's own; of a secure sum, that of the fewest shares."""
+        return self.noise_multiplier if self.shared is None else self.shared.noise_of_fewest
+
+    def with_noise(self, noise_multiplier: float) -> Plan:
+        """The same with another noise multiplier; of a secure sum, with another share."""
+        shared = None if self.shared is None else self.shared.together.with_share(noise_multiplier)
+        return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
+
+    @property
+    def by_own_noise_alone(self) -> Plan:
+        """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""
+        return dataclasses.replace(self, shared=None)
+
+    def by_trust(self, rounds: int) -> Epsilons | None:
+        """Epsilon of so many rounds by who looks, of the smallest sums; None: each site makes its own noise."""
+        if self.shared is None:
+            return None
+        return epsilons(
+            self.shared,
+            survivors={self.shared.threshold: rounds},
+            sampling_rate=self.sampling_rate,
+            delta=self.delta,
+            also=_scores(self.metrics_noise_multiplier, rounds),
+        )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """What `rounds` rounds of this plan do to the data set, released scores included; one unit more or less."""
+        """What `rounds` rounds of this plan do to the data set, released scores included; one unit more or less.
+
+        A secure sum counts as one of the fewest sites that the plan allows, less its colluders: of more it tells less
+        (`fedtune.privacy.distributed_noise`).
+        """
         training = events.dp_sgd(
             sampling_rate=self.sampling_rate,
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=self.counted_noise,
             steps=self.local_steps * rounds,
         )
         scores = _scores(self.metrics_noise_multiplier, rounds)
@@ -157,6 +212,8 @@ class Plan:
             del fields["records_per_user"]
         if not self.metrics_groups:
             del fields["metrics_groups"]
+        if self.shared is None:
+            del fields["shared"]
         return fields
 
     @classmethod
@@ -170,10 +227,16 @@ class Plan:
             groups = fields.get("metrics_groups", [])
             if not isinstance(groups, list) or ("metrics_groups" in fields and not groups):  # one way to write a plan
                 raise TypeError("metrics_groups")
-            plan = cls(**{**fields, "metrics_groups": tuple(groups)})
+            shared = fields.get("shared")
+            if "shared" in fields and type(shared) is not dict:
+                raise TypeError("shared")
+            given = None if shared is None else SharedNoise(**shared)
+            plan = cls(**{**fields, "metrics_groups": tuple(groups), "shared": given})
         except (TypeError, AttributeError, OverflowError) as error:
             raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
-        if any(type(value) is bool for value in fields.values()):  # equal to 0 or 1, with another digest
+        if any(
+            type(value) is bool for value in (*fields.values(), *(shared or {}).values())
+        ):  # equal to 0 or 1, with another digest
             raise ConfigError(
                 "plan", sorted(fields), "must have exactly the fields of a plan, none of them true or false"
             )

@@ -25,6 +25,7 @@ from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
+from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 PERIODS = ("month", "quarter", "year")
@@ -307,6 +308,7 @@ class Policy:
         approval: "manual": a person at the site approves each run before anything is done for it; "automatic".
         final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
         machine: what the site trains on.
+        trust: whom it relies on in a secure sum.
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
@@ -324,6 +326,7 @@ class Policy:
     approval: Literal["automatic", "manual"] = "automatic"
     final_adapter: Literal["keep", "decline"] = "keep"
     machine: Machine = Machine()
+    trust: Trust = Trust()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
@@ -399,10 +402,6 @@ class Policy:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-Broken = tuple[Reason, object, object]
-"""A rule that a proposal breaks, what it asks for, and what is allowed."""
-
-
 def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     allow, limits, plan = policy.allow, policy.limits, proposal.plan
     if proposal.lead not in allow.leads:
@@ -448,6 +447,8 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
             yield reason, "yes", "no"
     if not policy.releases.takes(plan.metrics):
         yield Reason.METRICS, plan.metrics, policy.releases.metrics
+    if plan.shared is not None:
+        yield from policy.trust.broken_by(plan.shared)
 
 
 def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
@@ -455,6 +456,11 @@ def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
     most_a_run = policy.budget.max_epsilon_per_run
     if most_a_run is not None and (epsilon := _plan_epsilon_above(plan, most_a_run)) is not None:
         yield Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {most_a_run:g}"
+    most = policy.trust.max_epsilon_if_all_collude
+    if plan.shared is not None and most is not None:
+        epsilon = _plan_epsilon_above(plan.by_own_noise_alone, most)
+        if epsilon is not None:
+            yield Reason.MAX_EPSILON_IF_ALL_COLLUDE, f"{epsilon:.4g}", f"at most {most:g}"
 
 
 @lru_cache(maxsize=256)

@@ -99,6 +99,9 @@ def site_report(record: LedgerRecord, figures: Spending) -> tuple[SiteReport, Le
         verification=_verification(record),
         releases=releases(record.events, history),
         asserted=dataclasses.asdict(policy.asserted),
+        by_trust=profile.by_trust(
+            ran, lambda spent: finite(filter.epsilon_filter(spent, order=history.order, delta=history.delta))
+        ),
     )
     facts = LedgerFacts.of_record(record, above_run_cap=any(_plans_above_their_caps(record, figures)))
     return verdicts.judged(site, verdicts.of_ledger(site, facts), charged=charged, delta=history.delta), facts

@@ -209,9 +209,17 @@ def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bo
         return True
     if (report.unit, report.delta, run.most_rounds) != (plan.unit, plan.delta, plan.most_rounds):
         return True
-    keys = ("sampling_rate", "noise_multiplier", "local_steps", "metrics_noise_multiplier", "records_per_user")
+    asked = mechanism_of(plan, run=record.run, rounds=1, sampling=NOT_RECORDED)
+    keys = (
+        "sampling_rate",
+        "noise_multiplier",
+        "local_steps",
+        "metrics_noise_multiplier",
+        "records_per_user",
+        "shared",
+    )
     ran = [mechanism for mechanism in own.mechanisms if mechanism.run == record.run]
-    return any(getattr(mechanism, key) != getattr(plan, key) for mechanism in ran for key in keys)
+    return any(getattr(mechanism, key) != getattr(asked, key) for mechanism in ran for key in keys)
 
 
 def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
@@ -280,8 +288,9 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         facts: of the run.
         sampling: how units really joined its steps, or "not_recorded".
     """
-    plan = record.plan
+    plan, grid = record.plan, profile.interval_of(charged.source)
     mechanisms = charged_events(plan, charged.rounds)
+    rows = [mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling)] if charged.rounds else []
     made = SiteReport(
         site=site,
         source=charged.source,
@@ -291,12 +300,11 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         spent=_spent(plan, charged, ended_by_scores=facts.ended_by_scores),
         left=None,
         meaning=None,
-        mechanisms=(mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling),)
-        if charged.rounds
-        else (),
+        mechanisms=tuple(rows),
         curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
         steps=tuple(_steps(record, site, record.settled(site, charged.rounds))),
         releases=tuple(_releases(record, site)),
+        by_trust=profile.by_trust(rows, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid)),
     )
     return verdicts.judged(made, verdicts.of_run(made, facts), charged=mechanisms, delta=plan.delta)
 

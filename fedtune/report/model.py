@@ -15,9 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Cost
 from fedtune.federation.kept_round import Kept
+from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.selection import Selection
+from fedtune.report.audit_findings import Audit
 from fedtune.spec import ConfigError, spec
 from fedtune.tasks.measures import Detail
 
@@ -114,7 +116,9 @@ class Mechanism:
     """What one run did at one site, and the events from which its epsilon can be computed again.
 
     Attributes:
+        noise_multiplier: that each step counts with.
         records_per_user: most records of one unit in a step; 1 where the unit is a record.
+        shared: how sites made the noise of a secure sum together; None: the site made all of it.
     """
 
     run: str
@@ -128,6 +132,22 @@ class Mechanism:
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
     records_per_user: int = 1
+    shared: SharedNoise | None = None
+
+
+@spec
+class ByTrust:
+    """Epsilon of everything charged, by who looks, where secure sums are part of it; None: unbounded.
+
+    Attributes:
+        server_alone: against the server, if every other site is honest.
+        with_colluders: if so many sites as each run names tell the server what they added: the report's own figure.
+        with_all_others: if every other site does.
+    """
+
+    server_alone: float | None
+    with_colluders: float | None
+    with_all_others: float | None
 
 
 @spec
@@ -240,6 +260,7 @@ class SiteReport:
         reported: day of the site's own report, where the figures over all runs come from one.
         left: epsilon that the lifetime cap leaves for new runs.
         asserted: what the site states and no software can check.
+        by_trust: None where every site made its own noise.
     """
 
     site: str
@@ -258,6 +279,7 @@ class SiteReport:
     releases: tuple[Release, ...] = ()
     asserted: Mapping[str, bool] = field(default_factory=dict)
     reported: str | None = None
+    by_trust: ByTrust | None = None
 
 
 @spec
@@ -356,62 +378,6 @@ class Signature:
 
 
 @spec
-class AuditBound:
-    """An empirical lower bound on epsilon, and what `canaries` planted records could show at most.
-
-    `site` None: on the aggregated model, over all audited sites.
-    """
-
-    site: str | None
-    claimed_epsilon: float
-    lower_bound: float
-    best_possible: float
-    canaries: int
-    guesses: int
-    right: int
-
-
-@spec
-class AuditHitRate:
-    """Share of the records trained on that an attack finds with a share of false alarms; None: too few to say."""
-
-    false_alarms: float
-    found: float | None
-    low: float | None
-    high: float | None
-
-
-@spec
-class AuditMembership:
-    """How well a score tells real records that were trained on from others; `site` as in `AuditBound`."""
-
-    site: str | None
-    score: str
-    trained_on: int
-    never_used: int
-    auroc: float
-    auroc_low: float
-    auroc_high: float
-    hit_rates: tuple[AuditHitRate, ...]
-
-
-@spec
-class Audit:
-    """What an attempt to break the guarantee showed, each figure with `confidence` by itself.
-
-    `exceeded`: a lower bound is above its claim, so that the implementation or the claim is wrong.
-    """
-
-    method: str
-    confidence: float
-    delta: float
-    seeded: bool
-    exceeded: bool
-    bounds: tuple[AuditBound, ...]
-    membership: tuple[AuditMembership, ...]
-
-
-@spec
 class Report:
     """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes."""
 
@@ -467,6 +433,8 @@ def to_json(report: Report) -> dict[str, Any]:
     later = [(fields["provenance"], "start_adapter")]
     later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept", "selection") if report.utility]
     later += [(site["spent"], "ended_by_scores") for site in fields["sites"] if site["spent"]]
+    later += [(site, "by_trust") for site in fields["sites"]]
+    later += [(row, "shared") for site in fields["sites"] for row in site["mechanisms"]]
     for place, key in later:
         if not place[key]:
             del place[key]

@@ -23,6 +23,7 @@ from fedtune.model.spec import ADAPTERS, RANDOM
 from fedtune.privacy.durable import write_durably
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.label import SVG, as_svg
 from fedtune.report.page.render import TEMPLATES
 from fedtune.report.page.tables import Words
 from fedtune.report.record.run_record import RunRecord, read_run
@@ -67,16 +68,22 @@ class Form:
 
 
 def write_card(run: Path, report: Report) -> None:
-    """Write the card of a run's adapter into the adapter's folder.
+    """Write the card of a run's adapter, and the label that it shows, into the adapter's folder.
 
     Raises:
         ConfigError: the folder holds no run, or its files belong to different runs.
         RunError: what it holds is damaged.
     """
     record = read_run(run)
-    files = RunFolder(run)
-    text = card_text(record, report, Form.adapter(record.config, folder=files.adapter.name))
-    write_durably(files.adapter / CARD, text.encode())
+    adapter = RunFolder(run).adapter
+    for name, data in card_files(record, report, Form.adapter(record.config, folder=adapter.name)).items():
+        write_durably(adapter / name, data)
+
+
+def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
+    """The card of a finished run's model, and the privacy label that lies beside it, by the names of their files."""
+    label = as_svg(report, language="en")
+    return {CARD: card_text(record, report, form).encode(), SVG: label.encode()}
 
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
@@ -151,6 +158,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     return templates.get_template(_TEMPLATE).render(
         name=config.name,
+        label=SVG,
         form=form,
         base=model.public_id or model.shown_path,
         public_id=model.public_id,

@@ -24,6 +24,7 @@ from dp_accounting import (
 )
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS, Selection, best_of_poisson
 from fedtune.report.derive import profile, rules, verdicts
@@ -31,7 +32,7 @@ from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
 from fedtune.report.derive.profile import largest
 from fedtune.report.derive.verdicts import WORST_FIRST
-from fedtune.report.model import Lifetime, Mechanism, Report, SiteReport
+from fedtune.report.model import ByTrust, Lifetime, Mechanism, Report, SiteReport
 from fedtune.report.model import Problem as Problem
 from fedtune.spec import ConfigError
 from fedtune.words import finite
@@ -140,12 +141,7 @@ def _widest(charges: Charges) -> float | None:
 
 
 def _charges(row: _Charged) -> Charges:
-    total: Charges = Counter()
-    for charge in row.charges:
-        if charge.count < 1:
-            raise ConfigError("count", charge.count, "must be at least 1")
-        total[events.from_json(charge.event)] += charge.count
-    total = events.grouped(total)
+    total = profile.charges_of(row)
     for event, count in total.items():
         _check_size(event, count)
     return total
@@ -253,6 +249,8 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     yield from _compared("spent.epsilon_pld", spent.epsilon_pld, pld)
     yield from _compared("spent.epsilon_rdp", spent.epsilon_rdp, profile.epsilon_rdp(charged, delta))
     yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
+    trust = [None if one is None else dataclasses.asdict(one) for one in (site.by_trust, _by_trust(site, delta))]
+    yield from _compared("by_trust", *trust)
     planned = largest([pld, _least_planned(report, site)])
     if spent.planned_epsilon is not None and not _at_most(planned, spent.planned_epsilon):
         yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {planned}")
@@ -291,7 +289,7 @@ def _least_planned(report: Report, site: SiteReport) -> float | None:
 
 def _epsilon_of(row: Mechanism, rounds: int, delta: float, *, interval: float) -> float | None:
     """Of so many rounds with a run's settings; 0, which bounds nothing, where it would take too long to say."""
-    charged = _by_settings(dataclasses.replace(row, rounds=rounds))
+    charged = Counter(profile.by_settings(dataclasses.replace(row, rounds=rounds)))
     for event, count in charged.items():
         _check_size(event, count)
     widest = _widest(charged)
@@ -348,6 +346,20 @@ def _least_by_filter(site: SiteReport, rows: Mapping[str, Mechanism], order: flo
             yield Problem(f"steps.{place - 1}.epsilon", said, f"at least {least}")
 
 
+def _by_trust(site: SiteReport, delta: float) -> ByTrust | None:
+    """By who looks, as the site's own figure is computed."""
+    interval = profile.interval_of(site.source)
+
+    def epsilon(charged: Spent) -> float | None:
+        if site.source == "own_ledger":
+            return _by_filter(Counter(events.grouped(charged)), site, delta)
+        for event, count in events.grouped(charged).items():
+            _check_size(event, count)
+        return profile.epsilon_pld(charged, delta, interval=interval)
+
+    return profile.by_trust(site.mechanisms, epsilon)
+
+
 def _by_filter(charged: Charges, site: SiteReport, delta: float) -> float | None:
     if site.lifetime is None:
         return None
@@ -364,19 +376,13 @@ def _sums(site: SiteReport) -> Iterator[Problem]:
     yield from _compared("spent.rounds", spent.rounds, sum(row.rounds for row in site.mechanisms))
     yield from _compared("spent.steps", spent.steps, sum(row.rounds * row.local_steps for row in site.mechanisms))
     for row in site.mechanisms:
-        if row.rounds and (charged := _with_noise(_charges(row))) != (settings := _with_noise(_by_settings(row))):
+        if row.rounds and (charged := _with_noise(_charges(row))) != (
+            settings := _with_noise(Counter(profile.by_settings(row)))
+        ):
             yield Problem(f"mechanisms.{row.run}", _listed(charged), _listed(settings))
-
-
-def _by_settings(row: Mechanism) -> Charges:
-    """The charges that a run's settings come to."""
-    training = events.dp_sgd(
-        sampling_rate=row.sampling_rate, noise_multiplier=row.noise_multiplier, steps=row.local_steps * row.rounds
-    )
-    made: Charges = Counter({training: 1})
-    if row.metrics_noise_multiplier > 0:
-        made[GaussianDpEvent(row.metrics_noise_multiplier)] = row.rounds
-    return events.grouped(made)
+        if row.shared is not None and row.noise_multiplier != row.shared.noise_of_fewest:
+            where = f"mechanisms.{row.run}.noise_multiplier"
+            yield Problem(where, row.noise_multiplier, row.shared.noise_of_fewest)
 
 
 def _with_noise(charged: Charges) -> Charges:

@@ -15,6 +15,7 @@ from fedtune.data.formats import files_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
@@ -26,6 +27,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
+from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork
@@ -65,6 +67,7 @@ class RealSite:
         self._places = places
         self._warm: tuple[str, SiteWork] | None = None
         self._shared: SharedModel | None = None
+        self._parties = Parties()
 
     def site(self, settings: str) -> Site:
         """The site, for a run with these settings (JSON as a lead sent it, unchecked).
@@ -84,6 +87,7 @@ class RealSite:
             prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
+            sums=sums_of(files, self._parties, members=files.policy.trust.members),
             forget=lambda run: self._reference_file(run).unlink(missing_ok=True),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
@@ -119,6 +123,7 @@ class RealSite:
             train=train,
             store=lambda reference: self._store(proposal.run, settings, reference, ledger.history),
             bits=config.federation.bits,
+            members=config.federation.active,
             reference=lambda: self._reference(proposal.run),
         )
 

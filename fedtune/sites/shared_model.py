@@ -63,6 +63,7 @@ class SharedModel:
         config: of the run.
         declared_size: privacy units, as published, that train in this process; None: those of all sites.
         inexact_allowed: take a machine whose kernels let an example's neighbours change how it is rounded.
+        trains: whether records are trained on here; a real lead only scores, and need not try the model.
         records: what was read of the run's records; None: nothing yet.
         progress: told what takes long, also while records are trained on.
 
@@ -84,6 +85,7 @@ class SharedModel:
         *,
         declared_size: int | None = None,
         inexact_allowed: bool = False,
+        trains: bool = True,
         records: RunRecords | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -99,10 +101,11 @@ class SharedModel:
         self._facts = self._facts_of(config, declared_size)
         self._handed_on: HandedOn | None = None
         self.moved = 0.0
-        if config.privacy.private:
+        tried = config.privacy.private and trains
+        if tried:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
-        self.devices = self._devices() if config.privacy.private and config.runtime.num_devices > 1 else None
+        self.devices = self._devices() if tried and config.runtime.num_devices > 1 else None
 
     @classmethod
     def of_simulation(

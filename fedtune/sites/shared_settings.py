@@ -15,6 +15,7 @@ from typing import Any
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.partition import PartitionSpec
 from fedtune.federation.cost import CostSpec
+from fedtune.federation.spec import FederationSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
@@ -108,7 +109,11 @@ def _plan_of(fields: dict[str, Any]) -> Plan:
         raise ValueError("a count that is no whole number")
     if federation["num_sites"] > _MOST_SITES:
         raise ValueError("too many sites")
-    return Plan.of(privacy, **counts)
+    together = None
+    if federation.get("aggregation", "plain") != "plain":
+        names = {key: tuple(federation[key]) for key in ("site_names", "participants")}
+        together = FederationSpec(**{**federation, **names}).together
+    return Plan.of(privacy, **counts, together=together)
 
 
 def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:

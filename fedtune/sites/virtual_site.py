@@ -25,6 +25,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.verdict import history_of
 from fedtune.model import Adapter
@@ -51,7 +52,9 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
+from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
+from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
@@ -270,6 +273,17 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         # Nobody is there from whom the time of a reply could be hidden.
         releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
         asserted=Asserted(no_person_at_another_site=True),
+        trust=_trust_in(plan),
+    )
+
+
+def _trust_in(plan: Plan) -> Trust:
+    """What lets simulated sites take part in this plan's secure sums: their keys are all in one folder anyway."""
+    if plan.shared is None:
+        return Trust()
+    shared = plan.shared
+    return Trust(
+        secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
     )
 
 
@@ -280,7 +294,7 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
         typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
     steps = first.local_steps * first.most_rounds
-    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.noise_multiplier, steps=steps)
+    typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.counted_noise, steps=steps)
     return Budget(delta=first.delta, max_epsilon=_cap(plans), reference=typical)
 
 
@@ -345,6 +359,13 @@ class Participants:
         self.sites = VirtualSites.of(config, folder, config.plan())
         self.records = RunRecords(config)
         self.progress: Progress = silent
+        self._parties = {name: Parties() for name in config.federation.active}
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """The public key of each active site."""
+        files = {name: self.sites.files(name) for name in self.config.federation.active}
+        return {name: SigningKey.load_or_make(one.site_key).public for name, one in files.items()}
 
     @cached_property
     def shared(self) -> SharedModel:
@@ -398,15 +419,17 @@ class Participants:
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
+        sums = sums_of(self.sites.files(name), self._parties[name], members=self.identities)
         prepared = Prepared(
             proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
             template=self.shared.initial_adapter,
             declared_size=work.declared_size,
             train=train,
             bits=self.config.federation.bits,
+            members=self.config.federation.active,
             reference=lambda: Checkpoints(RunFolder(self._folder).checkpoints, self.config.digest()).reference(),
         )
-        return Site(name=name, ledger=ledger, prepare=lambda _: prepared)
+        return Site(name=name, ledger=ledger, prepare=lambda _: prepared, sums=sums)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,8 @@ import hmac
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import numpy as np
+
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
@@ -20,8 +22,8 @@ from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRando
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.devices import DividedUnits
-from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.examples import SiteExamples, Units
+from fedtune.training.local import RoundOfTraining, share_of_round, train_round
 from fedtune.training.users import UserExamples
 
 
@@ -74,17 +76,24 @@ class SiteWork:
     def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
         """Score the adapter that was sent, where the plan says so, and train it; within the site's bound on values.
 
+        Where the plan has secure sums, what comes of it is the site's share of one, and no adapter.
+
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
         plan, randomness = request.proposal.plan, randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
         adapter = adapter.within(self.max_adapter_value)
         scores = self._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
-        trained = self._train(plan, request, adapter, attempt, randomness)
-        return Trained(adapter=trained, scores=scores, fingerprint=self.fingerprint(fingerprint_key))
+        fingerprint = self.fingerprint(fingerprint_key)
+        units, work = self._work_of(plan, request, attempt)
+        if plan.shared is None:
+            trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
+            return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)
+        sums = share_of_round(self.shared.model, adapter, units, work, randomness=randomness)
+        share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
+        return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
-    def _train(
-        self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
-    ) -> Adapter:
+    def _work_of(self, plan: Plan, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
+        """The units, ready for a round, and what the round needs besides the model."""
         units = self.examples if self._divided is None else self._divided
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
@@ -99,7 +108,7 @@ class SiteWork:
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
         )
-        return train_round(self.shared.model, adapter, units, work, randomness=randomness)
+        return units, work
 
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness

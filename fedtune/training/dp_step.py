@@ -85,18 +85,31 @@ def dp_sgd_step(
     adds noise like any other.
     """
     assert_one_tensor_set(parameters, optimizer)
+    sums = sampled_sum(gradients, records, plan, parameters=parameters, sampling=sampling)
+    noisy = add_gaussian_noise(sums, noise_multiplier=plan.noise_multiplier, stream=noise)
+    cells_in_denominator = plan.sampling_rate * records.declared_size / cell(plan.max_grad_norm)
+    descend(noisy, parameters, optimizer, denominator=cells_in_denominator)
+
+
+def sampled_sum(
+    gradients: UnitGradients,
+    records: Records,
+    plan: Plan,
+    *,
+    parameters: Mapping[str, torch.nn.Parameter],
+    sampling: RandomStream,
+) -> dict[str, npt.NDArray[np.int64]]:
+    """The sum of a Poisson sample's clipped gradients, in cells, with no noise yet: it must not leave the caller.
+
+    Guarantee: one unit more or less moves it, in each outcome of the sampling, by a vector of L2 norm at most
+    `plan.max_grad_norm`, or not at all.
+    """
     sampled = poisson_sample(records.count, plan.sampling_rate, sampling)
     sums = zeros(parameters)
     seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
     seen += records.add_others(sums, plan.max_grad_norm)
     assert seen == len(sampled), "each sampled record counts exactly once"
-    noisy = add_gaussian_noise(
-        {name: total.cpu().numpy() for name, total in sums.items()},
-        noise_multiplier=plan.noise_multiplier,
-        stream=noise,
-    )
-    cells_in_denominator = plan.sampling_rate * records.declared_size / cell(plan.max_grad_norm)
-    descend(noisy, parameters, optimizer, denominator=cells_in_denominator)
+    return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
 def zeros(parameters: Mapping[str, torch.nn.Parameter]) -> Sums:

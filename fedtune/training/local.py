@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.model import Adapter
+from fedtune.privacy.distributed_noise import add_share
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.dp_step import Records, dp_sgd_step, sampled_sum
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.per_example import attached
@@ -54,19 +57,9 @@ def train_round(
     Guarantee: with noise, the result is post-processing of `work.plan.event()` on the units of `work.plan.unit`;
     without noise, none.
     """
-    adapter.load_into(model)
-    parameters = model.trainable()
-    project(parameters, work.max_adapter_value)
-    everything = {id(p) for p in model.parameters() if p.requires_grad}
-    assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
+    assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
+    parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
-    purpose = (work.site, work.round, work.attempt)
-    assert units.unit == work.plan.unit, "what is sampled and what the plan counts differ"
-    sampling = randomness.stream(*purpose, "sampling")
-    noise = randomness.stream(*purpose, "noise")
-    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
-    cut = units.cut_with(randomness.stream(*purpose, "records"))
-    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_others)
 
     def take_steps(step: Callable[[], None]) -> None:
         total_steps = work.plan.num_rounds * work.plan.local_steps
@@ -95,6 +88,45 @@ def train_round(
     released = Adapter.of(model)
     assert list(released.tensors) == list(parameters), "released tensors and trained tensors differ"
     return released
+
+
+def share_of_round(
+    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
+) -> dict[str, npt.NDArray[np.int64]]:
+    """A site's part in one secure sum: its clipped gradient sum at `adapter`, with its share of the noise.
+
+    The adapter that came is projected into the site's bound on values, as for `train_round`.
+
+    Returns:
+        Whole numbers in cells of 2**-cell_bits of the clip norm, in the adapter's names and shapes.
+
+    Guarantee: of `work.plan.event()` for who learns it in a sum with as many honest sites' as the plan counts, and
+    nothing else of it; by itself it has the noise of one share alone.
+    """
+    assert work.plan.shared is not None, "a plan of secure sums"
+    parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
+    with attached(model) as gradients:
+        sums = sampled_sum(units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling)
+    return add_share(sums, work.plan.shared, noise)
+
+
+def _begin(
+    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, randomness: Randomness
+) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
+    """The adapter in the model, and what a round draws from: its records, and streams for samples and noise."""
+    adapter.load_into(model)
+    parameters = model.trainable()
+    project(parameters, work.max_adapter_value)
+    everything = {id(p) for p in model.parameters() if p.requires_grad}
+    assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
+    purpose = (work.site, work.round, work.attempt)
+    assert units.unit == work.plan.unit, "what is sampled and what the plan counts differ"
+    sampling = randomness.stream(*purpose, "sampling")
+    noise = randomness.stream(*purpose, "noise")
+    # A stream of its own, drawn from in every step: which of a sampled user's records take part.
+    cut = units.cut_with(randomness.stream(*purpose, "records"))
+    records = Records(count=len(units), declared_size=work.declared_size, cut=cut, add_others=units.add_others)
+    return parameters, records, sampling, noise
 
 
 def project(parameters: Mapping[str, torch.nn.Parameter], most: float) -> None:

@@ -9,7 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-import fedtune.deploy.services.site_service  # noqa: F401  torch, transformers and Flower, which take seconds
+import fedtune.deploy.services.site_service
+import fedtune.sites.real_site  # noqa: F401  torch and transformers, which take seconds
 from fedtune.cli.main import main
 
 

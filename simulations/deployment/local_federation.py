@@ -20,7 +20,7 @@ from typing import Any
 
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Machine
 from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_settings import for_sites
@@ -69,9 +69,20 @@ class LocalFederation:
             commands.append(["site", "init", "--site", f"{name}/site.toml"])
             commands.append(["provision", "add-site", f"{name}/kit/join_request.json", "--federation", "fed"])
         _python(self.folder, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands))
+        if sent.plan().shared is not None:
+            self._make_known()
         for name in self.sites:
             place = self.folder / name
             zipfile.ZipFile(self.folder / f"fed/sites/{name}-kit.zip").extractall(place / "kit")
+
+    def _make_known(self) -> None:
+        """Each site learns the others' keys from these sites themselves, as secure sums need it."""
+        requests = {name: json.loads((self.folder / name / "kit/join_request.json").read_text()) for name in self.sites}
+        for name in self.sites:
+            path = self.folder / name / "site.toml"
+            policy = read_policy(path)
+            members = {other: request["site_key"] for other, request in requests.items() if other != name}
+            write_policy(replace(policy, trust=replace(policy.trust, members=members)), path)
 
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:

@@ -54,6 +54,13 @@ def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: 
     assert json.loads((folder / "both" / "compare.json").read_text()) == told
 
 
+def test_its_page_says_first_that_no_real_site_took_part(told: Any, folder: Path) -> None:
+    page = (folder / "both" / "compare.html").read_text()
+    banner = "SIMULATION: one machine played every site. No real site took part."
+    assert f'<h1>Comparison: federated</h1>\n<p class="banner">{banner}</p>\n<p class="promise' in page
+    assert "STUDY: the noise came from a seed" not in page
+
+
 def test_its_scores_are_those_of_the_runs(told: Any, result_of: Any) -> None:
     models = {model["name"]: model for model in told["models"]}
     for name in (*MODELS[1:], *PLAIN):

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run
+from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan import chart_svg, page_html
-from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.plan_sections import show_outlook
 from fedtune.federation import planner, verdict
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
@@ -122,7 +123,7 @@ def test_bytes_and_time_come_from_the_model(plan_json: Run, simulate: Any, resul
     found = plan_json(model=True)["forecast"]
     (first, *_) = result_of(simulate(into=tmp_path))["rounds"]
     # What really travels has a header beside the values.
-    assert 0 <= first["bytes_up"] - 2 * found["bytes_each_way"] < 20_000
+    assert 0 <= first["bytes_up"] - 2 * found["bytes_up"] < 20_000
     assert found["device"] == "cpu"
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,6 +128,39 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
     assert digest in (run_folder / "report.html").read_text()
     assert report_in(run_folder).kind == "run"
     assert not list(run_folder.glob("*.partial"))
+
+
+def test_a_label_is_drawn_beside_the_report(
+    run_folder: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = command("report", str(run_folder), "--label", "--language", "de", "--output", str(tmp_path))
+    assert told.code == 0, told.err
+    label = (tmp_path / "label.svg").read_text()
+    assert "DATENSCHUTZ-ETIKETT" in label
+    assert hashlib.sha256((tmp_path / "report.json").read_bytes()).hexdigest() in label
+    assert f"label.svg:   {tmp_path / 'label.svg'}" in told.out
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    told = command("report", str(run_folder), "--label", "--output", str(tmp_path / "without"))
+    assert told.code == 0, told.err
+    assert "label.png needs Pillow: pip install 'fedtune[pdf]'" in " ".join(told.out.split())
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"label.svg", "report.html", "report.json"}
+
+
+def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:
+    told = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before"))
+    assert told.code == 0, told.err
+    assert "registry.json lacks what only a person can say: report.about.curator" in " ".join(told.out.split())
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["report"]["about"]["curator"] = "Hospital of the North"
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert command("report", str(folder), "--registry").code == 0
+    entry = json.loads((folder / "registry.json").read_text())
+    assert entry["curator"] == "Hospital of the North"
+    assert "report.about.curator" not in entry["missing"]
+    assert entry["report_sha256"] == hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
+    assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
 
 
 def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:

@@ -204,6 +204,12 @@ def test_an_action_needs_a_folder(command: Any, kit: Kit, action: str) -> None:
     assert outcome.message == f"run folder: is required: fedtune run {action} FOLDER"
 
 
+def test_a_run_that_a_service_starts_needs_a_name(command: Any, kit: Kit) -> None:
+    outcome = command("run", "--kit", str(kit.folder), "--or-resume", "experiment=debug")
+    assert outcome.code == 2
+    assert outcome.message.startswith("name: is required with --or-resume")
+
+
 def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
     outcome = command("run", "--kit", str(kit.folder), *words(*small))

@@ -224,6 +224,43 @@ def test_a_damaged_file_of_a_waiting_run_is_one_line(command: Any, north: Here, 
     assert outcome.message == f"{path} is damaged; remove it, and the lead's next request writes it anew"
 
 
+# Denying.
+
+
+def deny(command: Any, here: Here, *words: str) -> Any:
+    return command("site", "deny", *words, *here.words)
+
+
+def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
+    command: Any, north: Here, run_proposal: Propose
+) -> None:
+    denied, other = run_proposal(run="triage"), run_proposal(run="other")
+    for proposal in (denied, other):
+        north.state.wait_for_approval(proposal, SETTINGS)
+    outcome = deny(command, north, "triage", "--reason", "not [red] in summer")
+    assert (outcome.code, outcome.out[:30]) == (0, "Denied, and noted in the ledge")
+    assert [pending.proposal for pending in north.state.waiting()] == [other]
+    for proposal, reason in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
+        with pytest.raises(Refused) as refused:
+            north.ledger().reserve(proposal, round=1, request="x")
+        assert refused.value.reason is reason
+    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db")).out.split())
+    assert "denied the run as it was proposed: not [red] in summer" in shown
+    assert not north.ledger().history.charged()
+    assert deny(command, north, "triage", "--reason", "again").code == 2
+    assert approve(command, north, "triage", "--yes").code == 2
+
+
+@pytest.mark.parametrize("reason", ["", " ", "two\nlines", "x" * 301])
+def test_a_reason_is_one_line(command: Any, north: Here, run_proposal: Propose, reason: str) -> None:
+    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    outcome = deny(command, north, "r", "--reason", reason)
+    assert outcome.code == 2
+    assert "must be one line of at most 300 characters" in outcome.message
+    assert len(north.state.waiting()) == 1
+    assert deny(command, north, "r").code == 2
+
+
 # Pausing and leaving.
 
 

@@ -20,8 +20,9 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.compose import compose_run
-from fedtune.cli.working_folder import folder_of, is_running, make, only_one, run_in_folder
+from fedtune.cli.working_folder import folder_of, has_begun, is_running, make, only_one, run_in_folder
 from fedtune.config import RunConfig, saved_config
+from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 
@@ -43,6 +44,32 @@ def config(tiny: Callable[..., list[str]], tmp_path: Path) -> RunConfig:
 def folder(config: RunConfig) -> Path:
     """Where the run's folder will be."""
     return folder_of(config)
+
+
+# Begun, or left behind.
+
+
+def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfig, folder: Path) -> None:
+    assert not has_begun(folder)
+    make(folder, config)
+    (folder / "log.txt").touch()
+    with only_one(folder), pytest.raises(ConfigError, match="is running in another process"):
+        has_begun(folder)
+    assert not has_begun(folder)
+    assert not folder.exists()
+    make(folder, config)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "round-0000.safetensors").touch()
+    assert saved_checkpoints(folder / "checkpoints")
+    assert has_begun(folder)
+    assert folder.exists()
+
+
+def test_a_folder_that_is_no_run_s_is_left_alone(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    assert not has_begun(folder)
+    assert (folder / "thesis.txt").exists()
 
 
 # Made, and held by one process.

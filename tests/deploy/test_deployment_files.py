@@ -51,7 +51,7 @@ def name_of(path: Path) -> str:
 
 
 def test_every_kind_of_file_is_there() -> None:
-    assert len(UNITS) == 2
+    assert len(UNITS) == 3
     assert len(COMPOSE) == 2
     assert len(POLICIES) == 2
     assert len(OVERLAYS) == 3
@@ -608,7 +608,7 @@ def test_the_pages_name_what_there_is(page: Path) -> None:
         if place:
             headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.M)
             assert place in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for name in re.findall(r"(?:deployment|docs|tests)/[\w/.-]+\w", text):
+    for name in re.findall(r"(?:deployment|docs|tests)/[\w/.@-]+\w", text):
         assert (ROOT / name).exists(), name
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -100,6 +102,16 @@ def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pyte
     assert health.states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
     assert "trying again" not in caught.text
+
+
+def test_a_site_that_waits_has_loaded_nothing_that_trains() -> None:
+    """They come with the first message: a site starts in a second or two, and waits in a third of the memory."""
+    code = (
+        "import sys, fedtune.deploy.services.site_service, fedtune.deploy.metrics, fedtune.cli.site;"
+        "print([name for name in ('torch', 'transformers', 'peft', 'opacus') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:

@@ -181,10 +181,10 @@ class Federation:
         self._begun.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))
         return self._begun[-1]
 
-    def start_server(self) -> Process:
-        """Start the server, or start it again, and wait until it listens."""
+    def start_server(self, *options: str) -> Process:
+        """Start the server, or start it again, with more options, and wait until it listens."""
         words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
-        self.server = self.run("server", SERVER, words)
+        self.server = self.run("server", SERVER, [*words, *options])
         self.server.wait_for_text("the server listens")
         return self.server
 

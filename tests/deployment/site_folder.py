@@ -51,10 +51,11 @@ class SiteFolder:
         assert self.process is not None
         return self.process
 
-    def start(self, *, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
-        """Start it, or start it again."""
+    def start(self, *options: str, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
+        """Start it, or start it again, with more options."""
         program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
-        self.process = self.federation.run(self.name, self.name, [*program, "site", "start", *self.own], env=env)
+        words = [*program, "site", "start", *self.own, *options]
+        self.process = self.federation.run(self.name, self.name, words, env=env)
         if wait:
             self.wait_until_up()
         return self.process

@@ -79,6 +79,34 @@ def test_a_run_waits_for_approval_and_then_goes_on(
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
+def test_a_run_that_a_person_denies_goes_on_without_the_site_or_ends(
+    federation: Federation, careful: SiteFolder
+) -> None:
+    lead = federation.lead("denied", *settings("federation.num_rounds=1", "federation.min_sites=2"))
+    wait_for(lambda: careful.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
+    (waiting,) = (event.run for event in careful.events("denied", "refusal"))
+    words = [*FEDTUNE, "site", "deny", waiting, "--reason", "no quorum of the board", *careful.own]
+    denial = federation.run("denial", "north", words)
+    assert denial.end() == 0, denial.text
+    # The lead asks again by itself, is told, and asks no more.
+    assert lead.end() == 3, lead.text
+    said = " ".join(lead.text.split())
+    assert "north: denied" in said
+    assert "nothing was charged for this run" in said
+    assert "board" not in lead.text + (federation.run_folder("denied") / "answers.json").read_text()
+    assert careful.answered("denied", "denied") == 1
+    assert careful.notes("denied") == ["denied"]
+    assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
+    # Where fewer sites are enough, the run goes on without it.
+    again = federation.lead("denied-again", *settings("federation.num_rounds=1", "federation.min_sites=1"))
+    wait_for(lambda: careful.answered("awaiting_approval", "denied-again"), seconds=RUN_S, what="a new run to wait")
+    (waiting,) = (event.run for event in careful.events("denied-again", "refusal"))
+    federation.do("site", "deny", waiting, "--reason", "no", *careful.own)
+    assert again.end() == 0, again.text
+    assert federation.result("denied-again")["rounds"][0]["sites"] == ["south"]
+    check_books(federation, "denied-again")
+
+
 def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
@@ -140,9 +168,25 @@ def test_a_paused_site_takes_part_in_nothing_and_a_run_that_is_stopped_for_good_
 
 def test_a_site_that_leaves_ends_by_itself(federation: Federation) -> None:
     site = federation.sites["north"]
-    outcome = federation.do("site", "leave", *site.own)
-    assert "north has left banks" in outcome.out
+    site.hold(True)
+    few = ("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3")
+    lead = federation.lead("left", *settings(*few))
+    site.wait_for("left", "reserve", round=1, lead=lead)
+    leaving = federation.run("leaving", "north", [*FEDTUNE, "site", "leave", *site.own])
+    assert leaving.end() == 0, leaving.text
+    assert "north has left banks; 1 open run ended" in leaving.text
+    site.hold(False)
     assert site.up.end(seconds=60) == 0
     assert site.up.lines("the site is down")
+    # What it had begun is charged, and nothing stays set aside.
+    history = site.verified().history
+    assert history.charged_rounds(next(name for name in history.runs if name.startswith("left-"))) == 1
+    assert not history.set_aside(history.now())
+    assert lead.end() == 0, lead.text
+    assert [round["sites"] for round in federation.result("left")["rounds"]][1] == ["south"]
+    assert site.start(wait=False).end(seconds=60) == 1
+    assert "this site has left the federation; remove" in site.up.text
+    federation.do("provision", "revoke-site", "north", "--federation", str(federation.home))
+    audit = federation.home / "server" / "audit.jsonl"
+    wait_for(lambda: '"member revoked"' in audit.read_text(), seconds=60, what="the server to shut north out")
     assert federation.sites["south"].up.code is None
-    assert site.verified().events

@@ -55,6 +55,7 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
         "adapter_model.safetensors",
         "fedtune.json",
         "README.md",
+        "label.svg",
     }
     template = result["provenance"]["template"]
     assert (template["prompt"], template["chat"]) == (saved_config(folder).data.prompt_template, "none")

@@ -58,7 +58,9 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
         "report.json", "sites"
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == top
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json", "README.md"}
+    adapter = {
+        "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json", "README.md", "label.svg"
+    }  # fmt: skip
     assert {path.name for path in (folder / "adapter").iterdir()} == adapter
     assert {path.name for path in (folder / "sites").iterdir()} == {
         "dealt_out.json", "lead_key.pem", "receipts.json", "site-1", "site-2"

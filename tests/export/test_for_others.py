@@ -117,6 +117,8 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
         assert card.data.library_name == libraries.get(format, format)
         assert card.data.model_name == name
         assert "## Privacy" in card.text
+        assert "](label.svg)" in card.text
+        assert (exports[name, format] / "label.svg").read_text().startswith("<svg ")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
     (run / "adapter" / config).write_text(json.dumps(other))
     told = command("export", str(run), "--to", str(out))
     assert told.code == 0, told.err
-    names = ["README.md", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
+    names = ["README.md", "label.svg", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()

@@ -11,6 +11,7 @@ import pytest
 from fedtune.federation import forecast as forecast_module
 from fedtune.federation.forecast import forecast, seconds_per_example
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
@@ -36,10 +37,19 @@ def test_bytes_are_those_of_the_adapter_both_ways(run_plan: Plan) -> None:
     found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     arrays = Adapter.of(model).tensors.values()
     assert found.values == sum(array.size for array in arrays)
-    assert found.bytes_each_way == sum(array.nbytes for array in arrays)
-    assert found.bytes_total == 2 * found.bytes_each_way * 2 * 3, (
-        "both ways, two sites, three rounds without spare ones"
-    )
+    assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
+    assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
+
+
+def test_few_bits_and_secure_sums_travel_in_fewer_bytes(run_plan: Plan) -> None:
+    few = forecast(run_plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), bits=4)
+    assert few.bytes_down == few.bytes_up == -(-few.values // 2)
+    shared = Together(num_sites=4, threshold=3, colluders=0).with_share(0.7)
+    secure = replace(run_plan, noise_multiplier=0.7, local_steps=1, shared=shared)
+    found = forecast(secure, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    assert found.bytes_down == 4 * found.values
+    largest = shared.num_sites * shared.largest_value
+    assert found.bytes_up == -(-found.values * (2 * largest).bit_length() // 8), "the sum fits, not a bit more"
 
 
 def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:

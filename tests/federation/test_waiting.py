@@ -12,6 +12,7 @@ from fedtune.federation.protocol import Signed
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
+from fedtune.spec import RunError
 
 from .conftest import reason
 
@@ -124,6 +125,37 @@ def test_who_is_to_approve_is_told_what(manual: Any) -> None:
     manual.ledger().approve(manual.request().proposal)
     assert isinstance(manual.ask().body, Update)
     assert len(manual.awaited) == 1
+
+
+def test_a_denied_run_is_refused_at_once_and_its_reason_stays_here(manual: Any) -> None:
+    manual.ask()
+    asked = manual.request().proposal
+    manual.ledger().deny(asked, "the ethics board said no")
+    for _ in range(2):
+        reply = manual.ask()
+        assert reason(reply) is Reason.DENIED
+        assert (reply.body.asked, reply.body.allowed, reply.receipt.charged_rounds) == (None, None, 0)
+        assert b"ethics" not in reply.body.to_bytes()
+    assert Reason.DENIED.is_final, "a lead that is told so asks no more"
+    assert len(manual.awaited) == 1, "nobody is asked about it again"
+    # An approval that comes beside it, or a policy that asks nobody, does not take the word back.
+    manual.ledger().approve(asked)
+    assert reason(manual.ask()) is Reason.DENIED
+    manual.policy = replace(manual.policy, approval="automatic")
+    assert reason(manual.ask()) is Reason.DENIED
+    assert manual.prepared == manual.trained == []
+
+
+def test_another_plan_of_a_denied_run_is_another_run(manual: Any) -> None:
+    manual.ledger().deny(manual.request().proposal, "too many rounds")
+    assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
+
+
+def test_a_run_that_has_begun_is_not_denied(site: Any) -> None:
+    assert isinstance(site.ask().body, Update)
+    with pytest.raises(RunError, match=r"run r has begun; `fedtune site pause`"):
+        site.ledger().deny(site.request().proposal, "too late")
+    assert isinstance(site.ask(2).body, Update)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
-from fedtune.flower.server_app import Lead, run_rounds
+from fedtune.flower.invitation import Lead
+from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.strategy import make_strategy
 from fedtune.flower.wire.superlink import ServerSettings, _superlink_config

@@ -141,8 +141,8 @@ AT_SITE = (
         name="another-plan-than-the-first",
         fault="A lead may change a run's plan after its first round, and the site trains by what it is sent.",
         file="fedtune/privacy/ledger/site_ledger.py",
-        old="        if run.proposal != proposal:",
-        new="        if run.proposal.lead != proposal.lead:",
+        old="    if known.proposal != proposal:",
+        new="    if known.proposal.lead != proposal.lead:",
         tests=("tests/privacy/test_ledger.py::test_a_changed_proposal_is_refused",),
     ),
     Mutant(
@@ -183,9 +183,10 @@ AT_SITE = (
         "charges another round and trains none.",
         file="fedtune/federation/site_round.py",
         old="""    run.store(brought.adapter if brought.difference is not None else None)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
 """,
-        new="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+        new="""\
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     run.store(None)
 """,
         tests=("tests/sites/test_real_site.py::test_a_site_that_cannot_keep_the_settings_charges_nothing",),
@@ -245,8 +246,8 @@ AT_SITE = (
         fault="A site trains a model without having tried whether an example's gradient is the same alone and beside "
         "another.",
         file=SHARED,
-        old="        if config.privacy.private:\n",
-        new="        if config.privacy.private and declared_size is None:\n",
+        old="        tried = config.privacy.private and trains\n",
+        new="        tried = config.privacy.private and declared_size is None\n",
         tests=OF_SHARED,
     ),
     Mutant(

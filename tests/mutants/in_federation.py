@@ -7,9 +7,108 @@ SORTING = ("tests/federation/test_replies.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
 BITS = ("tests/flower/test_bits.py",)
+TRUST = ("tests/privacy/test_site_policy.py",)
+SECURE = ("tests/end_to_end/test_secure_rounds.py",)
+OF_SECURE_SITES = ("tests/federation/test_secure_site.py",)
 DIFFERENCE = ("tests/privacy/test_few_bits.py",)
 
 FEDERATION_FAULTS = (
+    Mutant(
+        name="trust-not-asked",
+        fault="A site takes part in secure sums whether or not its policy allows it to rely on others' noise.",
+        file="fedtune/privacy/trust.py",
+        old="if not self.secure:",
+        new="if False:",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="a-sum-of-any-length",
+        fault="A lead takes a secure sum whatever its length, so that one site can move the model as far as it likes.",
+        file="fedtune/training/lead_step.py",
+        old="    if length <= longest:",
+        new="    if True:",
+        tests=("tests/training/test_lead_step.py",),
+    ),
+    Mutant(
+        name="charged-as-if-all-took-part",
+        fault="A secure sum is charged with the noise of all sites, though it may be read when some are missing.",
+        file="fedtune/privacy/distributed_noise.py",
+        old="self.honest(survivors=self.threshold, colluders=colluders)",
+        new="self.honest(survivors=self.num_sites, colluders=colluders)",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="collusion-without-a-cap",
+        fault="What a run costs if all other sites collude is computed with their noise, so that its cap never holds.",
+        file="fedtune/privacy/run_plan.py",
+        old="return dataclasses.replace(self, shared=None)",
+        new="return self",
+        tests=TRUST,
+    ),
+    Mutant(
+        name="a-charge-without-a-session",
+        fault="A site that was started again is charged for a share that it has no keys to mask.",
+        file="fedtune/federation/site_round.py",
+        old="            _party(site, request).require_open(request.round)\n",
+        new="            pass\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="another-lead-s-run",
+        fault="A lead that nobody approved begins sessions of a run that another lead was approved for.",
+        file="fedtune/privacy/ledger/site_ledger.py",
+        old="            _require_same(known, proposal)\n            return",
+        new="            return",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-closed-release-charged",
+        fault="A site trains, and pays, for a release whose survivors it was asked about before: nothing can leave.",
+        file="fedtune/federation/secure/party.py",
+        old="        if not self._release < release < MOST_RELEASES:",
+        new="        if not self._release <= release < MOST_RELEASES:",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-roster-read-once",
+        fault="A member that was taken off a site's roster stays in the sums of a session that has begun.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        require_pinned(found.terms, self.roster)  # the policy may have changed since\n",
+        new="",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="shares-for-what-was-forbidden-since",
+        fault="A site that was frozen, or whose policy allows it no more, lets out what it uploaded before.",
+        file="fedtune/federation/site_round.py",
+        old="    site.ledger.require_startable(request.proposal)\n    if request.step == JOIN:",
+        new="    if request.step == JOIN:",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-session-given-up-too-soon",
+        fault="A site drops its part in a session when another is announced, though that one may never begin.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        self.parties[name] = party\n",
+        new="        self.parties = {name: party}\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="an-accused-dealer-kept",
+        fault="A member whose shares are wrong is asked again, and no round has a sum.",
+        file="fedtune/flower/secure_rounds.py",
+        old="            self._left_out.add(dealer)\n",
+        new="            pass\n",
+        tests=SECURE,
+    ),
+    Mutant(
+        name="a-round-asked-twice",
+        fault="A lead that starts again asks for the round that it lost, and gets bytes of a session that is over.",
+        file="fedtune/flower/server_app.py",
+        old="        state = past_asked(lead, state)\n",
+        new="        pass\n",
+        tests=SECURE,
+    ),
     Mutant(
         name="few-bits-cut-off",
         fault="Values are cut off to the next level and not rounded at random: small moves of all sites are lost.",
@@ -133,7 +232,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="receipt-of-another-key-counts",
         fault="An update whose receipt is signed by a key that the roster does not know enters the average.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old="                reply = replace(reply, receipt=None)",
         new="                pass",
         tests=("tests/flower/test_receipts.py",),
@@ -205,7 +304,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-that-nobody-signed",
         fault="A server can say in a site's name that it takes part.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old="own = reply.is_signed() and reply.about",
         new="own = reply.about",
         tests=ASKING,
@@ -213,7 +312,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="offer-to-an-old-question",
         fault="An offer that a site made before it changed its mind passes again: a server has the others charged.",
-        file="fedtune/flower/server_app.py",
+        file="fedtune/flower/invitation.py",
         old=" and reply.body.nonce == nonce",
         new="",
         tests=ASKING,

@@ -15,17 +15,26 @@ OF_SITE = ("tests/federation/test_site_round.py",)
 
 LEDGER_FAULTS = (
     Mutant(
+        name="denied-and-started",
+        fault="A run that a person denied starts once somebody else approves it, or the policy asks nobody.",
+        file=LEDGER,
+        old="        if proposal.digest() in self.history.denied:",
+        new="        if False:",
+        tests=("tests/federation/test_waiting.py::test_a_denied_run_is_refused_at_once_and_its_reason_stays_here",),
+    ),
+    Mutant(
         name="charged-after-training",
         fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
         file="fedtune/federation/site_round.py",
-        old="""    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+        old="""\
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
         trained = run.train(request, adapter, granted.attempt)
 """,
         new="""    trained = run.train(request, adapter, 1)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest())
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(0.0):

@@ -61,24 +61,16 @@ NOISE = (
         fault="Noise is added to each micro-batch instead of once to the logical batch, so its amount depends on how "
         "the batch is cut, and an empty batch gets none.",
         file=STEP,
-        old="""    seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
-    seen += records.add_others(sums, plan.max_grad_norm)
-    assert seen == len(sampled), "each sampled record counts exactly once"
-    noisy = add_gaussian_noise(
-        {name: total.cpu().numpy() for name, total in sums.items()},
-        noise_multiplier=plan.noise_multiplier,
-        stream=noise,
-    )
+        old="""    sums = sampled_sum(gradients, records, plan, parameters=parameters, sampling=sampling)
+    noisy = add_gaussian_noise(sums, noise_multiplier=plan.noise_multiplier, stream=noise)
 """,
-        new="""    for batch in records.cut(sampled):
+        new="""    noisy = {name: total.numpy() for name, total in zeros(parameters).items()}
+    for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
+        sums = zeros(parameters)
         add_clipped(sums, gradients.of(batch), plan.max_grad_norm)
-        part = add_gaussian_noise(
-            {name: total.cpu().numpy() for name, total in sums.items()},
-            noise_multiplier=plan.noise_multiplier,
-            stream=noise,
-        )
-        sums = {name: torch.from_numpy(value) for name, value in part.items()}
-    noisy = {name: total.numpy() for name, total in sums.items()}
+        exact = {name: total.cpu().numpy() for name, total in sums.items()}
+        part = add_gaussian_noise(exact, noise_multiplier=plan.noise_multiplier, stream=noise)
+        noisy = {name: total + part[name] for name, total in noisy.items()}
 """,
         tests=OF_STEP,
     ),

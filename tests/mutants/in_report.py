@@ -6,6 +6,7 @@ VERDICTS, FACTS, RULES = (f"fedtune/report/derive/{name}.py" for name in ("verdi
 OF_LEDGER, CONTRADICTIONS, RECOMPUTE = (
     f"tests/report/test_{name}.py" for name in ("from_ledger", "contradictions", "recompute")
 )
+PAGE = "tests/report/test_page.py"
 BOOTSTRAP, OF_BOOTSTRAP = "fedtune/evaluation/bootstrap.py", "tests/evaluation/test_bootstrap.py"
 
 REPORT_FAULTS = (
@@ -88,6 +89,46 @@ REPORT_FAULTS = (
         old='if by_an_earlier_version and best == "ensured"',
         new='if best == "ensured"',
         tests=(f"{CONTRADICTIONS}::test_what_the_program_ensures_was_not_recomputed",),
+    ),
+    Mutant(
+        name="several-records-count-as-one",
+        fault="Page 1 tells a person with ten records that an attacker is right about them as seldom as with one.",
+        file="fedtune/report/derive/profile.py",
+        old="return min(100.0, 50 + members * (right - 50))",
+        new="return min(100.0, right)",
+        tests=(f"{PAGE}::test_a_person_with_several_records_is_told_how_much_less",),
+    ),
+    Mutant(
+        name="no-room-looks-like-room",
+        fault="A site's report says nothing of a budget that is used up.",
+        file=VERDICTS,
+        old="    if life.left is not None and life.left <= 0:\n",
+        new="    if life.left is not None and life.left < 0:\n",
+        tests=(f"{PAGE}::test_a_site_reads_first_whether_its_budget_has_room",),
+    ),
+    Mutant(
+        name="label-promises-what-the-report-does-not",
+        fault="A privacy label shows the attacker's figure of a run that promises nothing.",
+        file="fedtune/report/page/label.py",
+        old='if not words.promises or worst is None or words.at(f"{worst}/meaning") is None:',
+        new='if worst is None or words.at(f"{worst}/meaning") is None:',
+        tests=("tests/report/test_label.py::test_where_nothing_is_promised_it_shows_no_figure",),
+    ),
+    Mutant(
+        name="registry-epsilon-that-promises-nothing",
+        fault="An entry for a public registry gives the epsilon of a run that promises nothing.",
+        file="fedtune/report/registry_entry.py",
+        old='"epsilon": report.epsilon if words.promises else None,',
+        new='"epsilon": report.epsilon,',
+        tests=("tests/report/test_registry_entry.py::test_the_figures_are_those_of_the_report",),
+    ),
+    Mutant(
+        name="limit-never-passed-in-the-picture",
+        fault="Page 1 draws the limit's end where the used part ends, however far that is above the limit.",
+        file="fedtune/report/page/render.py",
+        old="used, held, end = self.used * scale, self.taken * scale, self.limit * scale",
+        new="used, held, end = self.used * scale, self.taken * scale, 100.0",
+        tests=(f"{PAGE}::test_what_was_used_is_drawn_to_the_scale_of_its_limit",),
     ),
     Mutant(
         name="simulation-says-nothing",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
@@ -19,6 +20,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
 Open = Callable[..., Ledger]
@@ -27,7 +29,7 @@ Open = Callable[..., Ledger]
 @pytest.fixture
 def manual(opened: Open, policy: Callable[..., Policy]) -> Open:
     """Open the ledger of a site that approves each run; keywords change its policy further."""
-    return lambda **changes: opened(policy=policy(approval="manual", **changes))
+    return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
 def reason_of(work: Callable[..., object], *arguments: Any, **rest: Any) -> Reason:
@@ -75,6 +77,7 @@ def test_without_manual_approval_nothing_waits(opened: Open, proposal: Any, path
     assert kinds(path) == [(Kind.PLAN, ""), (Kind.RESERVE, "")]
 
 
+SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
 # Within the policy, so that nothing but the approval can stand against it.
 _CHANGES: dict[str, dict[str, Any]] = {
     "run": {"run": "s"},
@@ -94,6 +97,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "num_rounds": {"plan": {"num_rounds": 4}},
     "spare_rounds": {"plan": {"spare_rounds": 1}},
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
+    "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
     "metrics_groups": {"plan": {"metrics_noise_multiplier": 9.0, "metrics_groups": ("north",)}},
 }
 _REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user"}

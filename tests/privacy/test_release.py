@@ -171,17 +171,18 @@ def test_the_reasons_are_a_closed_list() -> None:
         *("updates", "metrics", "unit", "delta", "min_noise_multiplier", "max_sampling_rate", "max_grad_norm"),
         *("min_grad_norm", "max_local_steps", "max_rounds", "max_records_per_user", "max_adapter_value", "dtypes"),
         *("max_lora_scale", "max_head_scale", "adapters"),
-        *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period"),
+        *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "max_epsilon_if_all_collude"),
+        *("secure_sums", "least_sites", "least_threshold", "colluders"),
     }
     of_the_ledger = {
         *("frozen", "plan_changed", "plan_exhausted", "run_ended", "round_requested_differently"),
         *("reply_no_longer_stored", "ledger_behind_receipt"),
     }
     of_what_it_prepares = {"base_model_missing", "settings"}
-    of_a_person_there = {"awaiting_approval", "paused"}
+    of_a_person_there = {"awaiting_approval", "denied", "paused"}
     of_the_request = {
         *("wrong_site", "wrong_run", "wrong_signature", "request_expired", "adapter_differs", "adapter_shape"),
-        *("malformed_request", "site_error", "reference_missing"),
+        *("malformed_request", "site_error", "reference_missing", "secure_sum"),
     }
     of_the_site = of_the_policy | of_the_ledger | of_what_it_prepares | of_a_person_there
     assert {reason.value for reason in Reason} == of_the_site | of_the_request
@@ -212,7 +213,8 @@ def test_nothing_else_is_a_released_type() -> None:
         if isinstance(value, type) and value.__module__ == release.__name__ and dataclasses.is_dataclass(value)
     }
     # Statistics leave with an update; the class only says which there are.
-    assert here - {"Statistics"} == {"Update", "Receipt", "Refusal", "Offer"}
+    # What is masked leaves in an update, too.
+    assert here - {"Statistics", "Masked"} == {"Update", "Receipt", "Refusal", "Offer"}
 
 
 @pytest.mark.parametrize("round", [True, 1.9, 1.0, "1", " 1 ", "\u0661", "0_1", None])

@@ -12,6 +12,7 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
@@ -43,7 +44,22 @@ def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> N
 
 def test_every_field_is_in_its_json(plan: Any) -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0, metrics_groups=("a", "b"))
-    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)}
+    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared"}
+    shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
+    of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
+    assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)
+    assert Plan.from_json(json.loads(json.dumps(of_sums.to_json()))) == of_sums
+    for wrong in (
+        None,
+        {},
+        {**dataclasses.asdict(shared), "threshold": True},
+        {**dataclasses.asdict(shared), "more": 1},
+    ):
+        with pytest.raises(ConfigError):
+            Plan.from_json({**of_sums.to_json(), "shared": wrong})
+    for changes in ({"local_steps": 2}, {"noise_multiplier": 2.0}):
+        with pytest.raises(ConfigError, match="must be"):
+            plan(**{"local_steps": 1, "noise_multiplier": 1.0, "shared": shared} | changes)
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
     for each in (plan(), by_user):
         assert Plan.from_json(each.to_json()) == each

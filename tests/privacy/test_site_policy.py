@@ -5,14 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
+from fedtune.privacy.site_policy import (
+    Budget,
+    Dataset,
+    Machine,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+    period_of,
+)
+from fedtune.privacy.trust import Trust
 from fedtune.spec import ConfigError
 
 # The proposal that breaks one rule, the rule, what is asked and what is allowed; the policy is the shared one.
@@ -173,7 +186,8 @@ def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
-    assert set(rules) == shown | in_the_ledger | of_the_adapter
+    of_secure_sums = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
+    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
 
 
 def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included(policy: Any, proposal: Any) -> None:
@@ -324,6 +338,7 @@ def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
         {"approval": "manual"},
         {"final_adapter": "decline"},
         {"machine": Machine(device="cpu")},
+        {"trust": Trust(secure=True)},
         {"ledger": "other.db"},
         {"site_key": "other.pem"},
         {"anchor": "anchor.json"},
@@ -347,5 +362,48 @@ def test_every_number_of_a_plan_is_bounded_by_a_rule(policy: Any, proposal: Any)
         "spare_rounds": Reason.MAX_ROUNDS,
         "metrics_noise_multiplier": Reason.METRICS,
         "metrics_groups": Reason.METRICS,
+        "shared": Reason.SECURE_SUMS,
     }
     assert set(bounded_by) == {field.name for field in dataclasses.fields(proposal().plan)}
+
+
+SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
+SUMS: tuple[tuple[dict[str, Any], dict[str, Any], Reason], ...] = (
+    ({"secure": False}, {}, Reason.SECURE_SUMS),
+    ({"least_sites": 5}, {"num_sites": 4}, Reason.LEAST_SITES),
+    ({"least_threshold": 4}, {"threshold": 3}, Reason.LEAST_THRESHOLD),
+    ({"colluders": 2}, {"colluders": 1}, Reason.COLLUDERS),
+)
+
+
+def of_sums(proposal: Any, **changes: Any) -> Proposal:
+    return cast(
+        Proposal, proposal(plan={"local_steps": 1, "noise_multiplier": 4.0, "shared": replace(SHARED, **changes)})
+    )
+
+
+@pytest.mark.parametrize(("trust", "shared", "reason"), SUMS)
+def test_secure_sums_are_bounded_by_what_a_site_trusts(
+    policy: Any, proposal: Any, trust: dict[str, Any], shared: dict[str, Any], reason: Reason
+) -> None:
+    allowed = {"secure": True, "least_sites": 4, "least_threshold": 3, "colluders": 1}
+    policy(trust=Trust(**allowed)).check(of_sums(proposal, **shared))
+    assert [found for found, _, _ in broken(policy(trust=Trust(**allowed | trust)), of_sums(proposal))] == [reason]
+
+
+def test_what_a_run_costs_if_all_others_collude_has_a_cap_of_its_own(policy: Any, proposal: Any) -> None:
+    asked = of_sums(proposal)
+    alone = epsilon_pld([asked.plan.by_own_noise_alone.whole], asked.plan.delta)
+    assert alone > epsilon_pld([asked.plan.whole], asked.plan.delta)
+    trust = {"secure": True, "colluders": 1}
+    policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone + 0.01)).check(asked)
+    tight = policy(trust=Trust(**trust, max_epsilon_if_all_collude=alone - 0.01))
+    ((reason, _, _),) = broken(tight, asked)
+    assert reason is Reason.MAX_EPSILON_IF_ALL_COLLUDE
+
+
+def test_the_noise_of_a_secure_sum_counts_as_that_of_its_fewest_honest_sites(proposal: Any) -> None:
+    plan = of_sums(proposal).plan
+    assert plan.counted_noise == pytest.approx(4.0 * math.sqrt(3 - 1))
+    assert plan.with_noise(1.0).counted_noise == pytest.approx(math.sqrt(3 - 1))
+    assert plan.by_own_noise_alone.counted_noise == 4.0

@@ -29,6 +29,9 @@ NAMES = (
     "not_released",
     "ledger",
     "by_user",
+    "used_up",
+    "no_run_fits",
+    "alike",
     "wide_run",
     "wide_ledger",
 )
@@ -135,7 +138,17 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "not_released": filled(run, sites=(north, unreleased)),
         "ledger": filled(a_ledger_report()),
         "by_user": by_user(run),
+        "used_up": filled(without_room(a_ledger_report(), left=0.0)),
+        "no_run_fits": filled(without_room(a_ledger_report(), left=0.3)),
+        "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
     }
+
+
+def without_room(ledger: Report, *, left: float) -> Report:
+    """The same ledger after so much that no run like the policy's reference fits what is left."""
+    (site,) = ledger.sites
+    lifetime = replace(site.lifetime, left=left, reference_runs_left=0, with_set_aside=6.0 - left)
+    return with_site(ledger, left=left, lifetime=lifetime)
 
 
 def by_user(run: Report) -> Report:
@@ -172,7 +185,11 @@ def wide_run(a_report: Make) -> Report:
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
     last = run.sites[0].steps[-1]
     steps = tuple(replace(last, round=number, epsilon=1.105 * number / 60) for number in range(1, 61))
-    sites = tuple(replace(run.sites[0], site=name, steps=steps) for name in names)
+    first = run.sites[0]
+    sites = tuple(
+        replace(first, site=name, steps=steps, spent=replace(first.spent, epsilon=first.spent.epsilon - number / 100))
+        for number, name in enumerate(names)
+    )
     rounds = tuple(
         replace(
             run.utility.rounds[0],

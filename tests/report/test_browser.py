@@ -16,6 +16,7 @@ from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from .shown import NAMES, lookup, page_of, reports_of
 
 DESKTOP, PHONE = 1280, 390
+PHONE_HEIGHT, MOST_SCREENS = 844, 8
 A4 = 703  # pixels between the margins of a printed page, and its height
 A4_HEIGHT = 1039
 
@@ -106,6 +107,10 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
             assert box["width"] > (300 if width == PHONE else 400)
             assert 0.25 < box["height"] / box["width"] < 1.2
         if width == PHONE:
+            fold = "document.querySelectorAll('.part').forEach(one => one.open = {})"
+            tab.evaluate(fold.format("false"))
+            assert tab.evaluate("document.documentElement.scrollHeight") <= MOST_SCREENS * PHONE_HEIGHT
+            tab.evaluate(fold.format("true"))
             sizes = tab.evaluate(SIZES)
             assert len(sizes) > 100
             assert min(sizes)[0] >= 10, min(sizes)
@@ -122,6 +127,20 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     assert all(one.bounding_box()["height"] > 20 for one in tab.locator("details:not([open]) table").all())
     assert page.messages == []
     assert page.requests == [page.tab.url]
+
+
+def test_on_a_phone_what_follows_page_one_is_folded(opened: Open) -> None:
+    """On a wide screen, and on paper, all of it is there without opening anything."""
+    page = opened("within", "en")
+    tables = page.tab.locator("#engineer table").first
+    assert tables.is_visible()
+    tab = page.at(PHONE)
+    assert not tables.is_visible()
+    tab.locator(".part > summary").first.click()
+    assert tables.is_visible()
+    tab.locator(".part > summary").first.click()
+    tab.emulate_media(media="print")
+    assert tables.is_visible()
 
 
 def test_a_page_needs_no_script_and_would_run_none(opened: Open) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.report import from_run
 from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
+from fedtune.report.page.label import as_svg
 from fedtune.report.record.run_record import RunRecord, read_run
 
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
@@ -54,6 +56,16 @@ def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: s
     text = card_text(of_kind, of_run, Form.adapter(of_kind.config, folder="adapter"))
     assert kind in front_of(text)["tags"]
     assert f"{words} adapter" in text
+
+
+def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Report) -> None:
+    text = ModelCard.load(run_folder / "adapter" / "README.md").text
+    epsilon = epsilon_text(of_run.epsilon)
+    assert f"![Privacy label: Within this run's budget, epsilon {epsilon} at delta 0.00001, for one record" in text
+    assert "](label.svg)" in text
+    label = (run_folder / "adapter" / "label.svg").read_text()
+    assert label == as_svg(of_run, language="en")
+    assert hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest() in label
 
 
 def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:

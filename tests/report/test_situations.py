@@ -20,6 +20,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
@@ -48,7 +49,8 @@ def check_page(report: Report) -> None:
     words = catalogue("en")
     text = shown_text(render(report, language="en"))
     verdict = report.verdict
-    for key in (f"verdict.{verdict.state}_{report.kind}", *(f"reason.{reason}" for reason in verdict.reasons)):
+    heading = room_of(report) or f"{verdict.state}_{report.kind}"
+    for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
     for site in report.sites:
         assert site.site in text
@@ -263,6 +265,7 @@ def test_a_frozen_ledger(books: Books, run_proposal: Proposals) -> None:
     report = check("frozen", from_ledger.build(books.site_toml))
     (site,) = report.sites
     assert (site.lifetime.frozen, site.left, site.lifetime.reference_runs_left) == (True, 0.0, 0)
+    assert room_of(report) == "closed"
     assert verdict(report) == ("within", ())
 
 

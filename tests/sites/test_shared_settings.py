@@ -16,6 +16,7 @@ from fedtune.data.spec import PairsSpec, PreferenceSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
@@ -85,6 +86,9 @@ DECISIVE: dict[str, Any] = {
     "federation.spare_rounds": 1,
     "federation.if_over_budget": "fewer_rounds",
     "federation.bits": 8,
+    "federation.aggregation": "secure",
+    "federation.threshold": 3,
+    "federation.colluders": 1,
     "federation.strategy": "fedadam",
     "federation.server_learning_rate": 0.5,
     "federation.server_momentum": 0.5,
@@ -134,6 +138,7 @@ NEUTRAL: dict[str, Any] = {
     "tracking.progress": False,
     "tracking.output_dir": "/home/ada/canary/runs",
     "report.language": "de",
+    "report.about": AboutSpec(curator="canary"),
     "tracking.log_level": "debug",
     "tracking.tracker": "mlflow",
     "tracking.send_to": "https://canary.example",
@@ -144,6 +149,11 @@ NEUTRAL: dict[str, Any] = {
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
+SUMS: dict[str, Any] = {
+    "federation": {"aggregation": "secure", "num_sites": 3, "site_names": ("north", "south", "west")},
+    "data": {"declared_sizes": (40, 40, 40)},
+    "training": {"local_steps": 1},
+}
 WITH: dict[str, Any] = {
     "task": {"data": LANGUAGE},
     "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
@@ -162,6 +172,9 @@ WITH: dict[str, Any] = {
     "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
     "runtime.ray_address": {"runtime": {"kind": "ray", "num_threads": 2}},
     "runtime.sites_per_gpu": {"runtime": {"kind": "ray", "device": "auto"}},
+    "federation.aggregation": {"training": {"local_steps": 1}},
+    "federation.threshold": SUMS,
+    "federation.colluders": SUMS,
     "federation.stop_after": {"data": {"validation_file": "validation.csv"}},
     "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
     "tracking.send_to": {"tracking": {"tracker": "wandb"}},
@@ -198,7 +211,7 @@ def text_of(sent: RunConfig) -> str:
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in fields.items():
-        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences"):
+        if isinstance(value, dict) and key not in ("columns", "partition", "pairs", "preferences", "about"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

@@ -27,9 +27,13 @@ from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
     from fedtune.deploy.health import Health
+    from fedtune.deploy.metrics import LeadMetrics, ServerMetrics
+    from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
     from fedtune.flower.wire.gate import Registered
+    from fedtune.privacy.proposal import Proposal
+    from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
 RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
@@ -57,9 +61,14 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """A lead that is ready to run, by its kit."""
+    """A lead that is ready to run, by its kit.
+
+    Attributes:
+        metrics: told how the run is doing; None: nobody asks.
+    """
 
     kit: Kit
+    metrics: LeadMetrics | None = None
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
         """Run `config` over its sites.
@@ -78,7 +87,7 @@ class LeadService:
                 folder,
                 connection=connection,
                 receipts=ReceiptBook(self.kit.folder / RECEIPTS),
-                listener=_Noted(listener, folder),
+                listener=_Noted(listener, folder, self.metrics),
             )
 
     def fitted(self, config: RunConfig) -> RunConfig:
@@ -117,15 +126,26 @@ class LeadService:
 class _Noted:
     """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
 
-    def __init__(self, listener: DeployedListener, folder: Path) -> None:
-        self._listener, self._path = listener, RunFolder(folder).answers
+    def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics | None = None) -> None:
+        self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
         self._answers: dict[str, dict[str, str]] = {}
-        self.prepared, self.round_finished = listener.prepared, listener.round_finished
         self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        if self._metrics is not None:
+            self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
+        self._listener.prepared(shared, proposal, state)
+
+    def round_finished(self, state: LeadState) -> None:
+        if self._metrics is not None:
+            self._metrics.finished(state)
+        self._listener.round_finished(state)
 
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
+        if self._metrics is not None:
+            self._metrics.answered(site, what)
         self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
 
 
@@ -174,6 +194,7 @@ class ServerService:
         port: to listen on; None: the one that the sites are told.
         data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.
+        metrics: told what comes and goes; None: nobody asks.
     """
 
     kit: Kit
@@ -181,6 +202,7 @@ class ServerService:
     port: int | None
     data: Path | None
     health: Health
+    metrics: ServerMetrics | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -204,6 +226,8 @@ class ServerService:
             roster=self._roster,
             audit=folder / FILE_NAME,
         )
+        if self.metrics is not None:
+            self.metrics.traffic = settings.traffic
 
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
@@ -225,7 +249,10 @@ class ServerService:
     def _roster(self) -> list[Registered]:
         from fedtune.flower.wire.gate import Registered
 
-        return [
+        members = [
             Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
             for member in read_roster(self.kit.roster)
         ]
+        if self.metrics is not None:
+            self.metrics.members = members
+        return members

@@ -10,16 +10,17 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kits.certificates import Certificate, check_private
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.models import installed_model
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
@@ -27,8 +28,10 @@ from fedtune.flower.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fedtune.sites.real_site import RealSite
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,17 @@ _LOOK_S = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start, by its kit and its policy; `health` is told how it is doing."""
+    """A site that is ready to start, by its kit and its policy.
+
+    Attributes:
+        health: told how the site is doing.
+        answered: told each answer to a round or a question: "update", or the reason for none.
+    """
 
     kit: Kit
     site_toml: Path
     health: Health
+    answered: Callable[[str], None] = lambda _: None
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
@@ -62,7 +71,32 @@ class SiteService:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
             state.check_ledger(files.open().history.opened.ledger)
-            places = SitePlaces(
+            real = cache(lambda: self._real_site(state))
+            app = SiteApp(lambda settings: real().site(settings), name=files.policy.site)
+            fleet = Fleet(
+                self.kit.server,
+                self.kit.tls(),
+                heard=lambda: self.health.update(last_contact=datetime.now(UTC)),
+            )
+            log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
+            bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
+            try:
+                _Loop(
+                    fleet, bell, app, state, self.health, stop, ends=certificate.not_after, answered=self.answered
+                ).run()
+            finally:
+                self.health.update(state="stopping")
+                bell.close()
+                fleet.close()
+            log.info("the site is down", extra={"site": files.policy.site})
+
+    def _real_site(self, state: SiteState) -> RealSite:
+        """What answers.  Made when the first message comes: its libraries take seconds and most of a site's memory."""
+        from fedtune.deploy.kits.models import installed_model
+        from fedtune.sites.real_site import RealSite, SitePlaces
+
+        return RealSite(
+            SitePlaces(
                 site_toml=self.site_toml,
                 installed=lambda sha256: installed_model(self.kit.folder, sha256),
                 paused=lambda: state.paused.exists() or state.left.exists(),
@@ -70,17 +104,7 @@ class SiteService:
                 adapters=self.kit.folder / "adapters",
                 awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
             )
-            app = SiteApp(RealSite(places).site, name=files.policy.site)
-            fleet = Fleet(self.kit.server, self.kit.tls())
-            log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
-            bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
-            try:
-                _Loop(fleet, bell, app, state, self.health, stop, ends=certificate.not_after).run()
-            finally:
-                self.health.update(state="stopping")
-                bell.close()
-                fleet.close()
-            log.info("the site is down", extra={"site": files.policy.site})
+        )
 
     def _checked(self, state: SiteState) -> tuple[SiteFiles, Certificate]:
         certificate = self.kit.check_certificate(datetime.now(UTC))
@@ -114,9 +138,10 @@ class _Loop:
         stop: threading.Event,
         *,
         ends: datetime,
+        answered: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
-        self._health, self._stop, self._ends = health, stop, ends
+        self._health, self._stop, self._ends, self._answered = health, stop, ends, answered
         self._active = False
         self._wait_s, self._poll_s = 1.0, _POLL_S
         self._rounds = 0
@@ -215,11 +240,13 @@ class _Loop:
         answered = exchange.answered
         if answered is None or isinstance(answered, Offer):
             log.info("answered", extra={"what": exchange.kind})
+            self._answered("offer" if answered else "other")
             return
         refused = answered.reason if isinstance(answered, Refusal) else None
         self._rounds += refused is None
         self._health.update(rounds_answered=self._rounds)
         what = "update" if refused is None else refused.value
+        self._answered(what)
         about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
         log.info("answered", extra={"what": what, **about})
 

@@ -56,7 +56,7 @@ class Promise:
 
 
 Keep = Callable[[Promise], None]
-"""Writes a promise so that it is on disk when the call returns, or raises; may be told the same one again."""
+"""Writes a promise so that it is on disk when the call returns, or raises."""
 
 
 class Party:
@@ -86,6 +86,12 @@ class Party:
         self._joined: tuple[Session, PairSecrets] | None = None
         self._release = 0
         self._promised: ConfirmRequest | None = None
+        self._noted: set[Promise] = set()
+
+    @property
+    def terms(self) -> Terms:
+        """Of its session."""
+        return self._terms
 
     def announce(self) -> bytes:
         """The site's key for this session, signed."""
@@ -108,6 +114,13 @@ class Party:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return session.digest
 
+    def require_open(self, release: int) -> None:
+        """Raise Rejected where no upload to this release can come any more: it is asked before anything is paid."""
+        if self._joined is None:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        if not self._release < release < MOST_RELEASES:
+            raise Rejected(Wrong.RELEASE_OVER)
+
     def upload(self, release: int, vector: npt.NDArray[np.int64]) -> bytes:
         """Mask a vector, once for each release.
 
@@ -125,8 +138,7 @@ class Party:
         """
         assert vector.shape == (self._terms.length,)
         assert vector.dtype == np.int64
-        if not self._release < release < MOST_RELEASES:
-            raise Rejected(Wrong.RELEASE_OVER)
+        self.require_open(release)
         (session, pairs), sites = self._require_joined(), self._terms.sites
         self._release, self._promised = release, None
         seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
@@ -206,7 +218,10 @@ class Party:
 
     def _note(self, asked: ConfirmRequest, *, confirmed: bool) -> None:
         survivors = tuple(asked.survivors)
-        self._keep(Promise(session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed))
+        promise = Promise(session=asked.session, release=asked.release, survivors=survivors, confirmed=confirmed)
+        if promise not in self._noted:
+            self._keep(promise)
+            self._noted = {promise, *(one for one in self._noted if one.release == asked.release)}
 
     def _require_joined(self) -> tuple[Session, PairSecrets]:
         if self._joined is None:

@@ -42,8 +42,8 @@ class Unreadable(RunError):
     """A release has no sum; a retry is another release, with other masks and other noise.
 
     Attributes:
-        site: the survivor whose seeds cannot be had although enough sites helped; the lead had better leave it out
-            of the next release.  None: too few sites helped.
+        site: the survivor who dealt shares that do not fit together, for certain; None: too few right ones came, and
+            `Summation.wrong_shares` says between whom.
     """
 
     def __init__(self, release: int, what: str, *, site: str | None = None) -> None:
@@ -143,15 +143,21 @@ class Summation:
         """
         if len(self._revealed) < self._terms.threshold:
             raise Unreadable(self._release, f"{len(self._revealed)} sites gave shares{self._bound}")
+        # All of them first, so that every wrong share is known before the first one ends it.
+        right = {
+            survivor: {
+                other: self._right(survivor, other) for other in seeds_needed(survivor, self.survivors, self._terms)
+            }
+            for survivor in self.survivors
+        }
         total = self._masked.copy()
-        for survivor in self.survivors:
-            needed = seeds_needed(survivor, self.survivors, self._terms)
-            seeds = {other: self._seed(survivor, other) for other in needed}
+        for survivor, given in right.items():
+            seeds = {other: self._seed(survivor, other, found) for other, found in given.items()}
             total -= masks(survivor, seeds, length=self._terms.length)
         return signed(reduced(total, self._terms.bits), self._terms.bits)
 
-    def _seed(self, survivor: str, other: str) -> bytes:
-        """A survivor's seed, from right shares alone."""
+    def _right(self, survivor: str, other: str) -> dict[int, int]:
+        """The right shares of a survivor's seed, by their holder's place; wrong ones are noted."""
         digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
         about = (self._session.digest, self._release, survivor, other)
         right: dict[int, int] = {}
@@ -163,9 +169,15 @@ class Summation:
                 right[place] = share
             else:
                 self.wrong_shares.add((holder, survivor))
+        return right
+
+    def _seed(self, survivor: str, other: str, right: dict[int, int]) -> bytes:
+        """A survivor's seed, from right shares of it."""
+        digests = self._uploads[survivor].digests[self._terms.sites.index(other)]
+        about = (self._session.digest, self._release, survivor, other)
         if len(right) < self._terms.threshold:
             what = f"{len(right)} sites gave right shares of what unmasks {survivor}{self._bound}"
-            raise Unreadable(self._release, what, site=survivor)
+            raise Unreadable(self._release, what)
         seed = shares.joined(dict(list(right.items())[: self._terms.threshold]))
         if shares.digest(seed, *about, 0) != digests[0] or seed >> 8 * SEED_BYTES:
             raise Unreadable(self._release, f"{survivor} dealt shares that do not fit together", site=survivor)

@@ -87,13 +87,20 @@ class Door:
     Args:
         context: for TLS.
         member: the name of the member with a connection key; empty: none.
+        of_certificate: where connections are counted, by the key of their certificate.
     """
 
     def __init__(
-        self, context: ssl.SSLContext, limits: Limits, *, member: Callable[[bytes], str], audit: AuditLog
+        self,
+        context: ssl.SSLContext,
+        limits: Limits,
+        *,
+        member: Callable[[bytes], str],
+        audit: AuditLog,
+        of_certificate: Counter[bytes],
     ) -> None:
         self._context, self.limits, self.audit, self.member = context, limits, audit, member
-        self.of_certificate: Counter[bytes] = Counter()
+        self.of_certificate = of_certificate
         self._most = most_connections()
         self._of_address: Counter[str] = Counter()
         self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first

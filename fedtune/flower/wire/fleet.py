@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,10 +91,11 @@ class Fleet:
     Args:
         server: host:port.
         tls: the site's certificates and key.
+        heard: called each time that the server answers a heartbeat, also while a message is being answered.
     """
 
-    def __init__(self, server: str, tls: Tls) -> None:
-        self._server, self._tls = server, tls
+    def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
+        self._server, self._tls, self._heard = server, tls, heard
         private, public = node_key(tls.key)
         self._public = public_key_to_bytes(public)
         self._client = staying(
@@ -232,6 +233,7 @@ class Fleet:
                 self._client.SendNodeHeartbeat(request)
             except Exception:  # who polls meets the same trouble, and reports it
                 continue
+            self._heard()
 
 
 def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
@@ -110,6 +111,41 @@ class Peer:
     key: bytes
 
 
+@dataclass(kw_only=True, slots=True)
+class Traffic:
+    """What has come and gone since the server began.  The server's event loop writes; any thread may read a value.
+
+    Attributes:
+        began: in seconds since 1970, like `heard`.
+        received: bytes of calls' bodies.
+        sent: bytes of answers' bodies.
+        waiting: calls of sites that are held until the lead asks something.
+        heard: site -> when it last made a call that was let in.
+        connections: open ones, by the key of their certificate.
+    """
+
+    began: float = field(default_factory=time.time)
+    received: int = 0
+    sent: int = 0
+    waiting: int = 0
+    heard: dict[str, float] = field(default_factory=dict)
+    connections: Counter[bytes] = field(default_factory=Counter)
+
+    def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """The same two, counting what passes."""
+
+        async def counted_receive() -> MutableMapping[str, Any]:
+            message = await receive()
+            self.received += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: MutableMapping[str, Any]) -> None:
+            self.sent += len(message.get("body", b""))
+            await send(message)
+
+        return counted_receive, counted_send
+
+
 class Rules(Protocol):
     """What a site's call may say; see `fedtune.flower.wire.site_calls`."""
 
@@ -134,10 +170,14 @@ class Gate:
     Args:
         lead: public key of who may start runs.
         rules: that a site's call is held to.
+        traffic: noted there.
     """
 
-    def __init__(self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog) -> None:
+    def __init__(
+        self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog, traffic: Traffic | None = None
+    ) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
+        self._traffic = traffic or Traffic()
         self._seen, self._questions = SeenCalls(), Questions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,6 +186,7 @@ class Gate:
         if scope["type"] != "http":
             return
         path = scope.get("path", "")
+        receive, send = self._traffic.counted(receive, send)
         try:
             if path in _SITE_CALLS:
                 await self._site_call(scope, receive, send)
@@ -175,7 +216,12 @@ class Gate:
         node = await asyncio.to_thread(self._rules.node_of, member.node_key)
         if node is None:
             raise NotAllowed(403, "unknown")
-        await answer(send, 200, {"questions": await self._questions.count(node, heard=number)})
+        self._traffic.waiting += 1
+        try:
+            count = await self._questions.count(node, heard=number)
+        finally:
+            self._traffic.waiting -= 1
+        await answer(send, 200, {"questions": count})
 
     def close(self) -> None:
         """Answer whoever is held; the server ends."""
@@ -242,6 +288,7 @@ class Gate:
         if peer is None or peer.key != key:
             # A site signs the time alone: who has seen that must not use it.
             raise NotAllowed(401, "signed by another than the connection's certificate")
+        self._traffic.heard[known.site] = time.time()
         return known
 
     def _with(self, key: bytes) -> Registered | None:

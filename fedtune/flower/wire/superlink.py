@@ -32,7 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
-from fedtune.flower.wire.gate import Gate, Registered, Roster
+from fedtune.flower.wire.gate import Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
 
@@ -57,6 +57,7 @@ class ServerSettings:
         database: file with messages and nodes, made when missing.
         roster: the sites as they stand now; called every two seconds.
         audit: file that says who came and what was refused; None: none is kept.
+        traffic: where what comes and goes is counted.
     """
 
     tls: Tls
@@ -67,6 +68,7 @@ class ServerSettings:
     roster: Roster
     audit: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 def serve(
@@ -83,30 +85,27 @@ def serve(
     state, audit = app.state.linkstate_factory.state(), AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
-    gate = Gate(app, lead=settings.lead, roster=lambda: roster.members, rules=SiteCalls(state), audit=audit)
-    door = Door(server_context(settings.tls), settings.limits, member=gate.name_of, audit=audit)
+    gate = Gate(
+        app,
+        lead=settings.lead,
+        roster=lambda: roster.members,
+        rules=SiteCalls(state),
+        audit=audit,
+        traffic=settings.traffic,
+    )
+    door = Door(
+        server_context(settings.tls),
+        settings.limits,
+        member=gate.name_of,
+        audit=audit,
+        of_certificate=settings.traffic.connections,
+    )
 
     def listens() -> None:
         audit.note("server started")
         ready()
 
-    server = _Server(
-        uvicorn.Config(
-            gate,
-            host=settings.host,
-            port=settings.port,
-            http="h11",
-            ws="none",
-            h11_max_incomplete_event_size=_HEAD_BYTES,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=10,
-        ),
-        door,
-        listens,
-        gate.close,
-    )
+    server = _Server(_http(gate, settings), door, listens, gate.close)
     stop = threading.Event()
     watching = threading.Thread(target=_watch, args=(roster, stop, works), name="roster", daemon=True)
     watching.start()
@@ -212,6 +211,21 @@ class _Server(uvicorn.Server):
         self._ends()
         await self._door.close()
         await super().shutdown(sockets)
+
+
+def _http(gate: Gate, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        gate,
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
 
 
 def _superlink_config(settings: ServerSettings) -> SuperLinkLifespanConfig:

@@ -263,6 +263,7 @@ class History:
         answers: refusals and offers of each day, and whether a stranger got them.
         refused: (day, run, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
+        denied: digest of each proposal that one denied.
         last_time: of the newest event.
     """
 
@@ -283,6 +284,7 @@ class History:
         self.answers: Counter[tuple[date, bool]] = Counter()
         self.refused: set[tuple[date, str, str]] = set()
         self.approved: dict[str, datetime] = {}
+        self.denied: set[str] = set()
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
 
@@ -361,6 +363,8 @@ class History:
                 self.policies.append((event.time, self.policy.budget.max_epsilon))
             case "approved":
                 self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
+            case "denied":
+                self.denied.add(Proposal.from_json(event.detail["proposal"]).digest())
             case "run_ended":
                 ended = self.runs[event.run]
                 ended.expires, ended.adapter = None, str(event.detail.get("adapter_sha256", ""))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -65,12 +66,20 @@ class Ledger:
         """What the events add up to, as of the last transaction."""
         return self._store.history
 
-    def reserve(self, proposal: Proposal, *, round: int, request: str) -> Reservation | bytes:
+    def reserve(
+        self, proposal: Proposal, *, round: int, request: str, unless: Callable[[], None] = lambda: None
+    ) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
 
         Guarantee: policy, budget and charge are one transaction, and the charge is durable on return; no private
         record needs to have been read before.  After any accepted request, what was charged stays within every cap of
         the policy, and after a new run was accepted so does what is set aside for open runs.
+
+        Args:
+            proposal: of the run.
+            round: of the run.
+            request: digest of what the lead asked.
+            unless: called before anything is charged; what it raises ends the matter.
 
         Raises:
             Refused: names the rule, what was asked and what is allowed; nothing is charged.
@@ -89,6 +98,7 @@ class Ledger:
                 return stored
             else:
                 self._require_another_round(run, now)
+            unless()
             attempt = run.attempts[round] + 1
             detail = {"event": events.to_json(run.plan.event())}
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
@@ -148,6 +158,17 @@ class Ledger:
             if proposal.run not in self.history.runs:
                 self.require_acceptable(proposal)
             self._store.note("approved", run=proposal.run, proposal=proposal.to_json())
+
+    def deny(self, proposal: Proposal, why: str) -> None:
+        """Note that a person at the site denies this proposal, to the letter and for good; `why` leaves with nothing.
+
+        Raises:
+            RunError: the run has begun.
+        """
+        with self._store.transaction():
+            if proposal.run in self.history.runs:
+                raise RunError(f"run {proposal.run} has begun; `fedtune site pause` keeps it from going on")
+            self._store.note("denied", run=proposal.run, proposal=proposal.to_json(), why=why)
 
     def freeze(self, why: str) -> None:
         """End all training on the population, for ever."""
@@ -249,9 +270,16 @@ class Ledger:
         spending.require_acceptable(self.history, self.policy, proposal, self.history.now())
 
     def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
-        """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it."""
-        if proposal.run in self.history.runs:
+        """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it.
+
+        One that was accepted may go on as it was proposed, while anything may be trained here.
+        """
+        if (known := self.history.runs.get(proposal.run)) is not None:
+            spending.require_usable(self.history)
+            _require_same(known, proposal)
             return
+        if proposal.digest() in self.history.denied:
+            raise Refused(Reason.DENIED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
@@ -285,8 +313,7 @@ class Ledger:
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before; None for a round still to be trained."""
         spending.require_usable(self.history)
-        if run.proposal != proposal:
-            raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=run.proposal.digest())
+        _require_same(run, proposal)
         if run.reserved.get(round, request) != request:
             raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
         if request not in run.replies:
@@ -315,3 +342,9 @@ class Ledger:
                     f"ledger {self._store.path} was made for {key} = {made_for}, the policy says {says}; "
                     "to change it, make a new ledger"
                 )
+
+
+def _require_same(known: Run, proposal: Proposal) -> None:
+    """A run's name holds its settings and not its lead: another lead may ask for the same ones."""
+    if known.proposal != proposal:
+        raise Refused(Reason.PLAN_CHANGED, asked=proposal.digest(), allowed=known.proposal.digest())

@@ -13,6 +13,7 @@ from functools import lru_cache
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.ledger.history import History, Run
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -44,6 +45,7 @@ class RunSpending:
     epsilon_rdp: float
     planned_epsilon: float
     num_sites_claimed: int
+    by_trust: Epsilons | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +123,12 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
         rounds=rounds,
         most_rounds=plan.most_rounds,
         steps=rounds * plan.local_steps,
-        noise_multiplier=plan.noise_multiplier,
+        noise_multiplier=plan.counted_noise,
         sampling_rate=plan.sampling_rate,
         epsilon=_epsilon(plan, rounds),
         epsilon_rdp=_epsilon_rdp(plan, rounds),
         planned_epsilon=_epsilon(plan, plan.most_rounds),
+        by_trust=_by_trust(plan, rounds) if rounds else None,
         num_sites_claimed=run.proposal.num_sites,
     )
 
@@ -134,6 +137,11 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
 def _epsilon(plan: Plan, rounds: int) -> float:
     """Of some rounds of a plan, by PLD; a ledger may hold many runs of one plan."""
     return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+
+
+@lru_cache(maxsize=4096)
+def _by_trust(plan: Plan, rounds: int) -> Epsilons | None:
+    return plan.by_trust(rounds)
 
 
 @lru_cache(maxsize=4096)
@@ -226,7 +234,7 @@ def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> floa
     """The least noise multiplier, to four digits and at least the proposal's own, that is accepted; None for none."""
 
     def with_noise(noise: float) -> Proposal:
-        return dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, noise_multiplier=noise))
+        return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
 
     low = high = proposal.plan.noise_multiplier
     while not accepts(with_noise(high)):

@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.report import one_run
+from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
-from fedtune.report.model import Audit, AuditBound, Problem, Report, SiteReport
+from fedtune.report.model import Problem, Report, SiteReport
 from fedtune.spec import RunError
 
 _SCHEMA_VERSION = 1

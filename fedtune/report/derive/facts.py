@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
 
 NOT_RECORDED = "not_recorded"
 """For a fact that was not recorded at the time."""
+_UPDATES = {False: "updates", True: "masked_updates"}
+"""What a site's training releases, by whether it is readable in a secure sum alone."""
 _Place = TypeVar("_Place", int, str)
 
 
@@ -103,7 +105,7 @@ class RunFacts(_Facts):
             delta=plan.delta,
             unit=plan.unit,
             released=(
-                *("updates", *statistics, "aggregates", "refusals_and_receipts"),
+                *(_UPDATES[plan.shared is not None], *statistics, "aggregates", "refusals_and_receipts"),
                 *(("final_adapter",) if record.finished else ()),
             ),
             covers=("rounds_and_steps", "charged_retries", *statistics),
@@ -187,6 +189,7 @@ class LedgerFacts(_Facts):
         caps = [(event.sequence, finite(policy_of(event.detail["policy"]).budget.max_epsilon)) for event in policies]
         charges = [event.sequence for event in events if event.kind is Kind.RESERVE] + restored
         versions = list(dict.fromkeys(event.code for event in events))
+        released = {history.runs[one.run].plan.shared is not None for one in events if one.kind is Kind.COMMIT}
         # A simulation notes that it is one, whatever the file says.
         own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
         without_noise = plans and not all(plan.private for plan in plans)
@@ -198,7 +201,7 @@ class LedgerFacts(_Facts):
             seeded=history.seeded,
             randomness="seeded" if history.seeded else "none" if without_noise else "operating_system",
             released=(
-                *(("updates",) if any(event.kind is Kind.COMMIT for event in events) else ()),
+                *(code for masked, code in _UPDATES.items() if masked in released),
                 *(*statistics, "refusals_and_receipts"),
             ),
             covers=(
@@ -244,6 +247,16 @@ def statistics_of(plans: Iterable[Plan]) -> tuple[str, ...]:
     """What rounds of these plans release beside updates."""
     released = {plan.metrics for plan in plans if plan.releases_metrics}
     return tuple(known.name for kind, known in METRICS.items() if kind in released)
+
+
+def updates_of(report: Report) -> tuple[set[str], set[str]]:
+    """What training released, by the settings of the runs that sent something; and what these settings allow."""
+    how = {row.run: _UPDATES[row.shared is not None] for site in report.sites for row in site.mechanisms}
+    every = set(how.values()) or set(_UPDATES.values())
+    if report.kind == "run":
+        return set(how.values()), every
+    sent = [one.run for site in report.sites for one in site.releases if one.kind == "update" and not one.reason]
+    return {how[run] for run in sent if run in how}, every
 
 
 def _provenance_of_run(record: RunRecord) -> Provenance:

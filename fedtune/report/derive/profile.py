@@ -14,20 +14,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache
 from typing import overload
 
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
+from fedtune.privacy.distributed_noise import MOST_SITES
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
+from fedtune.privacy.selection import Selection
+from fedtune.report.model import ByTrust, Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
 from fedtune.report.model import Spent as Figures
+from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
 
 DELTAS = tuple(10.0**-power for power in range(3, 11))
@@ -64,14 +68,63 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
         sampling_assumed="poisson",
         sampling_run=sampling,
         sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.noise_multiplier,
+        noise_multiplier=plan.counted_noise,
         max_grad_norm=plan.max_grad_norm if plan.private else None,
         local_steps=plan.local_steps,
         rounds=rounds,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
         charges=tuple(Charge(event=event, count=count) for event, count in charges),
         records_per_user=plan.records_per_user,
+        shared=plan.shared,
     )
+
+
+def by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEvent, int]:
+    """The charges that a run's settings come to; of a secure sum, as if so many sites colluded.
+
+    None: as many as it was charged for.
+    """
+    noise = row.noise_multiplier
+    if row.shared is not None and colluders is not None:
+        noise = row.shared.noise_against(colluders)
+    steps = row.local_steps * row.rounds
+    charged = [events.dp_sgd(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
+    if row.metrics_noise_multiplier > 0:
+        charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
+    return events.grouped(charged)
+
+
+def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
+    """What the charges of these runs come to, by who looks; None where no sum was secure.
+
+    Args:
+        rows: of one site.
+        epsilon: of charges, as the site's own figure is computed.
+    """
+    if all(row.shared is None for row in rows):
+        return None
+
+    def against(colluders: int | None) -> float | None:
+        total: Counter[DpEvent] = Counter()
+        for row in rows:
+            # Of a lost run nothing is known but its charges.
+            total.update(by_settings(row, colluders=colluders) if row.shared else charges_of(row))
+        return epsilon(total)
+
+    return ByTrust(server_alone=against(0), with_colluders=against(None), with_all_others=against(MOST_SITES))
+
+
+def charges_of(row: Mechanism | Selection) -> Counter[DpEvent]:
+    """The mechanisms that a row of a report names, counted.
+
+    Raises:
+        ConfigError: one is no event of fedtune's.
+    """
+    total: Counter[DpEvent] = Counter()
+    for charge in row.charges:
+        check_at_least("count", charge.count, 1)
+        total[events.from_json(charge.event)] += charge.count
+    return events.grouped(total)
 
 
 def claimed(spent: Figures) -> float | None:
@@ -114,6 +167,14 @@ def right_of_100_ceiling(epsilon: float, delta: float) -> float:
     """
     factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
+
+
+def right_of_several(right: float, *, members: int) -> float:
+    """Of 100 guesses about somebody with `members` records, at most so many are right where `right` are for one record.
+
+    What one record shifts, each further one shifts again at most: total variation obeys the triangle inequality.
+    """
+    return min(100.0, 50 + members * (right - 50))
 
 
 def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:

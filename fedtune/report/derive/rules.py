@@ -16,18 +16,10 @@ from fedtune.privacy import filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.site_policy import period_of
+from fedtune.report.audit_findings import Audit
 from fedtune.report.derive import cells, profile, verdicts
-from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.model import (
-    Assumption,
-    Audit,
-    Lifetime,
-    Problem,
-    Report,
-    SiteReport,
-    Utility,
-    Verification,
-)
+from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts, updates_of
+from fedtune.report.model import Assumption, Lifetime, Problem, Report, SiteReport, Utility, Verification
 
 LEAVES_OUT = (
     "other_runs",
@@ -169,15 +161,14 @@ def _code_problems(report: Report) -> Iterator[Problem]:
     restored = any(site.lifetime.restored for site in report.sites if site.lifetime and not of_run)
     covers = {"rounds_and_steps", "charged_retries", *(() if of_run else ("all_runs", "tuning_trials"))}
     covers |= {"lost_branches"} if restored else set()
-    updates = any(release.kind == "update" and not release.reason for site in report.sites for release in site.releases)
-    released = {"refusals_and_receipts", *(("updates",) if of_run or updates else ())}
-    released |= {"aggregates"} if of_run else set()
+    sent, most_sent = updates_of(report)
+    released = {"refusals_and_receipts", *sent, *(("aggregates",) if of_run else ())}
     noised = {known.name for known in METRICS.values() if known.name}
     of_scores = noised & set(report.covers)
     told = of_scores == noised & set(report.released) and scored <= len(of_scores) <= (1 if of_run else len(noised))
     for key, least, most in (
         ("covers", covers, covers | noised),
-        ("released", released, released | noised | ({"final_adapter"} if of_run else {"updates"})),
+        ("released", released, released | noised | most_sent | ({"final_adapter"} if of_run else set())),
     ):
         stated = getattr(report, key)
         if len(set(stated)) < len(stated) or not least <= set(stated) <= most or not told:
@@ -322,6 +313,9 @@ def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iter
     if any(one.epsilon_pld and one.epsilon_rdp for _, one in spent):
         agree = all(profile.accountants_agree(one, width=profile.interval_of(source)) for source, one in spent)
         yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP"
+    if shared := [row.shared for site in sites for row in site.mechanisms if row.shared]:
+        honest = sorted({f"{one.threshold - one.colluders} of {one.num_sites}" for one in shared})
+        yield "enough_sites_keep_their_noise", "assumed", ", ".join(honest)
     if unit == "record":
         yield "one_record_is_one_unit", "assumed", "unit=record"
     else:

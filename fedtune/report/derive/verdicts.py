@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
 from fedtune.report.derive.profile import accountants_agree, claimed, interval_of
-from fedtune.report.model import SiteReport, State, Verdict
+from fedtune.report.model import Report, SiteReport, State, Verdict
 from fedtune.words import unbounded
 
 REASONS: Mapping[State, tuple[str, ...]] = {
@@ -42,6 +43,7 @@ REASONS: Mapping[State, tuple[str, ...]] = {
 }
 """State -> the reasons for it, those of "within" being worth saying; the worst state first."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
+Room = Literal["closed", "used_up", "no_run_fits"]
 _LAST_DIGITS = 1e-9
 """Relative; what two ways to compute the same epsilon may differ by."""
 
@@ -65,6 +67,18 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     if not all("nothing_spent" in reasons for reasons in having):
         codes.pop("nothing_spent", None)
     return Verdict(state=state, reasons=tuple(codes))
+
+
+def room_of(report: Report) -> Room | None:
+    """What a site's own report says of a budget that is kept and has no room for more; None: it has, or is not kept."""
+    life = report.sites[0].lifetime if report.kind == "ledger" and report.sites else None
+    if life is None or report.verdict.state != "within":
+        return None
+    if life.frozen:
+        return "closed"
+    if life.left is not None and life.left <= 0:
+        return "used_up"
+    return "no_run_fits" if life.reference_runs_left == 0 else None
 
 
 def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:

@@ -18,6 +18,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
+from fedtune.report.derive.profile import right_of_several
 from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
@@ -75,8 +76,9 @@ class Catalogue:
         """`value` as this language writes a figure of a kind.
 
         Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
-        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole), "of_100_fine" (up), "percent"
-        (up), "seconds", "bytes", "day", "moment", "length" (of a list).
+        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole), "of_100_for_5"
+        (of somebody with five records, where the value is for one; up, whole), "of_100_fine" (up), "percent" (up),
+        "seconds", "bytes", "day", "moment", "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
         if kind in ("epsilon", "factor"):
@@ -102,6 +104,8 @@ class Catalogue:
         return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
 
     def _number(self, value: float, kind: str) -> str:
+        if kind.startswith("of_100_for_"):
+            value, kind = right_of_several(value, members=int(kind.removeprefix("of_100_for_"))), "of_100"
         exact = Decimal(repr(value))
         match kind:
             case "cap" | "exact":

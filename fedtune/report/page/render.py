@@ -22,6 +22,7 @@ from markupsafe import Markup
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.cells import CODES, NUMBERS
+from fedtune.report.derive.verdicts import above, room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
@@ -31,8 +32,8 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
-_MOST_ASSUMPTIONS = 5
-_COIN_TOSSING = 50
+_MOST_ASSUMPTIONS = 4
+COIN_TOSSING = 50
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
@@ -124,6 +125,15 @@ def write_files(folder: Path, report: Report, *, language: str, pdf: bool = Fals
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
         files["report.pdf"] = as_pdf(html)
+    return write_all(folder, files)
+
+
+def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files, by name, into a folder; each is whole at any moment.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     try:
         for name, data in files.items():
             write_durably(folder / name, data)
@@ -174,7 +184,9 @@ class PageOne:
     def access(self) -> Mapping[str, Sequence[str]]:
         """Who -> a code for each column of what there is to see."""
         noise = self._words.noise
-        sees = {who: list(codes) for who, codes in {**data()["access"]["noised"], **data()["access"][noise]}.items()}
+        rows = data()["access"]
+        masked = rows["masked"] if self._words.shared and noise == "noised" else {}
+        sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
         if how := self.by_subtraction():
             sees["other_sites"][_RESULT[noise]] = how
         return sees
@@ -198,17 +210,54 @@ class PageOne:
         }
         return f"/sites/{max(known, key=lambda place: known[place])}" if known else None
 
+    def heading(self) -> Markup:
+        """The result, or that a budget that is kept has no room for more."""
+        report = self._words.report
+        return self._words.code("verdict", room_of(report) or f"{report.verdict.state}_{report.kind}")
+
+    def state(self) -> str:
+        """Code of how the result looks."""
+        return room_of(self._words.report) or self._words.report.verdict.state
+
+    def limit(self) -> str | None:
+        """Pointer to the limit that the result is judged by; None: there is none."""
+        is_run, worst = self._words.report.kind == "run", self._words.worst
+        found = "/target_epsilon" if is_run else f"{worst}/approved/max_epsilon"
+        return found if worst and self._words.at(found) is not None else None
+
+    def bar(self) -> Bar | None:
+        """What was used of the limit; None: there is no limit, or nothing bounds what was used."""
+        at, limit, worst = self._words.at, self.limit(), self._words.worst
+        used = at(f"{worst}/spent/epsilon") if limit else None
+        if limit is None or used is None or not at(limit):
+            return None
+        taken = max(used, (at(f"{worst}/lifetime/with_set_aside") if self._words.report.kind == "ledger" else 0) or 0)
+        return Bar(used=used, taken=taken, limit=at(limit))
+
     def assumptions(self) -> tuple[Assumption, ...]:
-        """All violated ones, and then as many others as page 1 has room for."""
+        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for."""
         found = self._words.report.assumptions
         violated = [one for one in found if one.status == "violated"]
-        others = [one for one in found if one.status != "violated"]
-        return (*violated, *others[: max(0, _MOST_ASSUMPTIONS - len(violated))])
+        asked = [one for one in found if one.status == "assumed" and self._words.catalogue.has("question", one.code)]
+        return (*violated, *asked[: max(0, _MOST_ASSUMPTIONS - len(violated))])
 
-    def guesses(self, pointer: str) -> Markup:
-        """A picture of 100 guesses: discs are right by luck, diamonds right beyond that, rings wrong."""
-        right = min(100, math.ceil(self._words.at(pointer)))
-        lucky = min(right, _COIN_TOSSING)
+    def right(self, site: str) -> str:
+        """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
+        by_mechanism = f"{site}/meaning/right_of_100_mechanism"
+        return "ceiling" if self._words.at(by_mechanism) is None else "mechanism"
+
+    def triggers(self) -> list[Markup]:
+        """When somebody should look at this again."""
+        text, runs = self._words.text, "/sites/0/lifetime/reference_runs_left"
+        if self._words.report.kind == "run":
+            return [text(f"again.{code}") for code in ("next_run", "other_use", "attack", "date")]
+        left = [text("again.runs_left", runs=self._words.figure(runs, "count"))] if self._words.at(runs) else []
+        return [*left, *(text(f"again.{code}") for code in ("limit", "attack", "date"))]
+
+    def guesses(self, pointer: str | None = None) -> Markup:
+        """A picture of 100 guesses, or a coin's: discs are right by luck, diamonds right beyond that, rings wrong."""
+        right = COIN_TOSSING if pointer is None else min(100, math.ceil(self._words.at(pointer)))
+        lucky = min(right, COIN_TOSSING)
         guesses = ["luck"] * lucky + ["more"] * (right - lucky) + ["wrong"] * (100 - right)
         marks = (_mark(guess, number % 20 * 10 + 5, number // 20 * 10 + 5) for number, guess in enumerate(guesses))
         label = self._words.text("meaning.picture", number=right)
@@ -222,6 +271,47 @@ class PageOne:
         return Markup(" ").join(
             mark.format(_mark(guess, 5, 5), self._words.text(f"meaning.{guess}")) for guess in _MARKS
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """What was `used`, what is `taken` with what is held for open runs, and the `limit`: epsilons on one scale."""
+
+    used: float
+    taken: float
+    limit: float
+
+    @property
+    def end(self) -> str:
+        """Where the limit is, as a share of the bar's width."""
+        return f"{100 * self.limit / max(self.limit, self.taken):.4g}%"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anything is held for open runs."""
+        return self.taken > self.used
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more is used than the limit."""
+        return above(self.used, self.limit)
+
+    def svg(self, label: Markup) -> Markup:
+        """The bar, stretched to the width that there is; drawn, since browsers print no backgrounds."""
+        scale = 100 / max(self.limit, self.taken)
+        used, held, end = self.used * scale, self.taken * scale, self.limit * scale
+        parts = [(0.0, end, "#fff", 2, 8), (0.0, min(used, end), "#0b3d66", 2, 8)]
+        parts += [(used, held, "#9db8cf", 2, 8)] if self.is_held else []
+        parts += [(end, used, "#8f1d00", 2, 8)] if self.is_over else []
+        parts += [(max(0, end - 0.8), end, "#1a1a1a", 0, 12)]
+        drawn = (
+            Markup('<rect x="{:.4g}" y="{}" width="{:.4g}" height="{}" fill="{}"/>').format(x, y, to - x, height, fill)
+            for x, to, fill, y, height in parts
+        )
+        frame = Markup('<path d="M0 2H{0:.4g}V10H0z" fill="none" stroke="#666" stroke-width=".3"/>').format(end)
+        return Markup(
+            '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label="{}">{}{}</svg>'
+        ).format(label, Markup("").join(drawn), frame)
 
 
 _MARKS: Mapping[str, str] = {

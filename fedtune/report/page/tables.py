@@ -28,6 +28,9 @@ _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
+_LATER = ("by_trust", "shared")
+_ABSENT_CLASS = Markup('class="absent"')
+"""Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +123,11 @@ class Words:
         return "seeded" if self.report.seeded_noise else "noised"
 
     @property
+    def shared(self) -> bool:
+        """Whether a secure sum is part of it, whose noise several sites made together."""
+        return any(one.shared for site in self.report.sites for one in site.mechanisms)
+
+    @property
     def band(self) -> str:
         """Code of the strength."""
         return strength_band(self.report.epsilon if self.promises else None)
@@ -169,7 +177,7 @@ class Words:
         kind = column.kind.removesuffix("?")
         found = self._find(pointer)
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return self.text(column.absent)
+            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent))
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.is_figure:
@@ -227,7 +235,12 @@ def found_at(data: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         if data is None:
             return _ABSENT
-        data = data[int(part)] if isinstance(data, list | tuple) else data[_unescaped(part)]
+        if isinstance(data, list | tuple):
+            data = data[int(part)]
+        elif (name := _unescaped(part)) in _LATER and name not in data:
+            return _ABSENT  # left out of report.json where it says nothing
+        else:
+            data = data[name]
     return data
 
 
@@ -326,9 +339,24 @@ class Tables:
         return [f"{of}/{place}" for place in range(len(self._words.at(of) or ()))]
 
     def budget(self) -> Table:
-        """Page 1's table of sites."""
-        table = self.named("budget")
-        return replace(table, rows=table.rows[:PAGE_ONE_SITES], all=len(self._sites))
+        """Page 1's table of sites, equal ones in one line, without columns that hold nothing."""
+        columns = layouts()[f"budget_of_{self._words.report.kind}"].columns
+        alike: dict[tuple[str, ...], list[tuple[Markup, ...]]] = {}
+        for site in self._sites:
+            row = tuple(self._words.cell(site, column) for column in columns)
+            alike.setdefault(tuple(cell.striptags() for cell in row[1:]), []).append(row)
+        groups = list(alike.values())
+        used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in group[0][n] for group in groups)]
+        table = self._words.table(self._words.text("budget.heading"), [columns[n] for n in used], [])
+        rows = tuple((self._named(group), *(group[0][n] for n in used[1:])) for group in groups[:PAGE_ONE_SITES])
+        return replace(table, rows=rows, all=len(groups))
+
+    def _named(self, alike: Sequence[tuple[Markup, ...]]) -> Markup:
+        """What a line of sites that are alike is called."""
+        name, others = alike[0][0], len(alike) - 1
+        if not others:
+            return name
+        return self._words.text("budget.alike", name=name, others=Markup('<span class="rows">{}</span>').format(others))
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""

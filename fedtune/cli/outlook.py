@@ -1,0 +1,117 @@
+"""What is known of a run before any data is touched, as a value that `fedtune plan` shows and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedtune import __version__
+from fedtune.cli.sections import SCHEMA_VERSION
+from fedtune.config import RunConfig
+from fedtune.federation.cost import Energy
+from fedtune.federation.planner import Change, Price, signal_to_noise
+from fedtune.federation.verdict import Verdict
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.privacy.run_plan import Plan
+from fedtune.words import jsonable
+
+if TYPE_CHECKING:
+    from fedtune.federation.forecast import Forecast  # which imports torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """What is known of a run before any data is touched.
+
+    Attributes:
+        config: the run's settings; where something was solved for, `price.plan` has the answer.
+        solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
+        epsilon: that `changes` keep within.
+        device: that the forecast was timed on.
+        lead_assumed: policies were asked for the first lead that each allows.
+        model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
+        energy: of all training on this one machine; None: it was not asked for.
+    """
+
+    config: RunConfig
+    price: Price
+    solved: str | None
+    epsilon: float
+    changes: tuple[Change, ...]
+    forecast: Forecast | None
+    device: str
+    verdicts: tuple[Verdict, ...]
+    lead_assumed: bool
+    model_sha256: str | None = None
+    energy: Energy | None = None
+
+    @property
+    def money(self) -> float | None:
+        """The price of all training on one machine; None: no price was given, or nothing was timed."""
+        return self.config.cost.money(self.forecast.seconds_one_after_another) if self.forecast else None
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return self.price.plan
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
+        sizes = {name: site.declared_size for name, site in self.price.sites.items()}
+        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the noise was found from epsilon, and not given."""
+        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether the epsilons promise anything."""
+        return self.plan.private and not self.config.runtime.seeded_noise
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON; null stands for no bound."""
+        config = self.config
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "fedtune_version": __version__,
+            "run": config.name,
+            "config_sha256": config.digest(),
+            "model": config.model.path,
+            "model_sha256": self.model_sha256,
+            "dataset": config.data.dataset,
+            "solved_for": self.solved,
+            "target_epsilon": config.privacy.epsilon if self.plan.private else None,
+            "guaranteed": self.guaranteed,
+            "seeded_noise": config.runtime.seeded_noise,
+            "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+            "noise_calibrated": self.calibrated,
+            **dataclasses.asdict(self.price),
+            "sites": {name: self._site(name) for name in self.price.sites},
+            "steps": self.price.steps,
+            "signal_to_noise": self.signal_to_noise,
+            "what_if_epsilon": self.epsilon,
+            "what_if": [dataclasses.asdict(change) for change in self.changes],
+            "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
+            "energy": None if self.energy is None else dataclasses.asdict(self.energy),
+            "money": self.money,
+            "currency": None if self.money is None else config.cost.currency,
+            "lead_assumed": self.lead_assumed,
+            "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
+        }
+        return {key: jsonable(value) for key, value in fields.items()}
+
+    def _site(self, name: str) -> dict[str, Any]:
+        """One site's figures, with those that all sites have in common."""
+        price, plan = self.price, self.plan
+        return dataclasses.asdict(price.sites[name]) | {
+            "steps": price.steps,
+            "sampling_rate": plan.sampling_rate,
+            "noise_multiplier": plan.noise_multiplier,
+            "epsilon": price.epsilon,
+            "epsilon_rdp": price.epsilon_rdp,
+            "epsilon_filter": price.epsilon_filter,
+        }

@@ -1,0 +1,150 @@
+"""A site's secure sums: one party for each run, in this process's memory alone, and what the site demands of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, bits_needed, require_pinned
+from fedtune.federation.secure.party import Keep, Party, Promise
+from fedtune.privacy.keys import SigningKey
+
+
+def kept_in(path: Path) -> Keep:
+    """Writes each promise as a line of JSON at the end of this file, and waits until it is on disk."""
+
+    def keep(promise: Promise) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(json.dumps(asdict(promise)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    return keep
+
+
+_MOST_RUNS = 16
+"""Whose parties are kept; a run whose parties are gone begins a new session."""
+_MOST_SESSIONS = 3
+"""Of a run: the one that goes on, and others that a lead tries to begin beside it."""
+
+
+def terms_of(
+    *, run: str, proposal: str, members: Mapping[str, str], threshold: int, length: int, largest: int
+) -> Terms:
+    """The terms of a run's sums, in as few bits as they need; lead and sites make the same."""
+    bits = bits_needed(len(members), largest)
+    return Terms(
+        run=run,
+        proposal=proposal,
+        members=members,
+        threshold=threshold,
+        length=length,
+        largest=largest,
+        bits=bits,
+    )
+
+
+@dataclass
+class Sessions:
+    """A run's parties by the lead's names of their sessions, the oldest first; `joined` is the one that goes on.
+
+    One that was there before is kept: a lead that cannot begin another session goes back to it.
+    """
+
+    parties: dict[str, Party] = field(default_factory=dict)
+    joined: str = ""
+
+    def add(self, name: str, party: Party) -> None:
+        """Keep another one, and drop the oldest that does not go on."""
+        self.parties[name] = party
+        idle = [one for one in self.parties if one not in (name, self.joined)]
+        for one in idle[: max(0, len(self.parties) - _MOST_SESSIONS)]:
+            del self.parties[one]
+
+
+@dataclass
+class Parties:
+    """By digest of the run's proposal; what a restart forgets, and is meant to."""
+
+    of_proposal: dict[str, Sessions] = field(default_factory=dict)
+
+    def sessions(self, proposal: str) -> Sessions:
+        """A run's, new ones where there are none; a run that none has joined goes first where there are too many."""
+        if proposal not in self.of_proposal:
+            while len(self.of_proposal) >= _MOST_RUNS:
+                idle = (one for one, sessions in self.of_proposal.items() if not sessions.joined)
+                del self.of_proposal[next(idle, next(iter(self.of_proposal)))]
+            self.of_proposal[proposal] = Sessions()
+        return self.of_proposal[proposal]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumsAtSite:
+    """What a site answers in the steps of a secure sum.
+
+    Attributes:
+        parties: shared by all requests to this process.
+        limits: that it holds every run's terms to.
+        roster: public identity keys by site, itself included, as this site has them from the sites themselves.
+        keep: writes a promise before the answer that makes it.
+    """
+
+    site: str
+    identity: SigningKey
+    parties: Parties
+    limits: Limits
+    roster: Mapping[str, str]
+    keep: Keep
+
+    def announce(self, session: str, members: Sequence[str], terms: Callable[[Mapping[str, str]], Terms]) -> bytes:
+        """A key for a run's session of the lead's; asked again for the same one, the same.
+
+        Args:
+            session: the lead's name for it.
+            members: the run's sites.
+            terms: of the run, given the members' keys as this site knows them.
+
+        Raises:
+            Rejected: a member is unknown here, or the terms are not within the limits.
+        """
+        if not set(members) <= set(self.roster):
+            raise Rejected(Wrong.ROSTER_DIFFERS)
+        agreed = terms({site: self.roster[site] for site in members})
+        sessions = self.parties.sessions(agreed.proposal)
+        if session not in sessions.parties:
+            made = Party(
+                self.site, identity=self.identity, terms=agreed, roster=self.roster, limits=self.limits, keep=self.keep
+            )
+            sessions.add(session, made)
+        return sessions.parties[session].announce()
+
+    def join(self, proposal: str, session: str, announcements: Sequence[bytes]) -> bytes:
+        """Take all members' keys, and go on in this session; returns its digest.
+
+        Asked for an earlier one again, the site goes back to it.  That is safe: each session has keys, masks, releases
+        and promises of its own.
+        """
+        digest = self._party(proposal, session).join(announcements)
+        self.parties.sessions(proposal).joined = session
+        return digest.encode()
+
+    def party(self, proposal: str) -> Party:
+        """The site's part in the session that goes on.
+
+        Raises:
+            Rejected: it has none, or trusts its members or terms no more.
+        """
+        found = self.parties.of_proposal.get(proposal, Sessions())
+        return self._party(proposal, found.joined)
+
+    def _party(self, proposal: str, session: str) -> Party:
+        found = self.parties.of_proposal.get(proposal, Sessions()).parties.get(session)
+        if found is None:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        require_pinned(found.terms, self.roster)  # the policy may have changed since
+        self.limits.require(found.terms)
+        return found

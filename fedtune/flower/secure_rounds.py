@@ -1,0 +1,313 @@
+"""The lead's side of secure rounds: a session of all sites, and one sum of their noisy gradient sums in each round."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.federation.lead import Arrays, LeadState, RoundResult
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest
+from fedtune.federation.replies import NO_REPLY, RoundReplies
+from fedtune.federation.secure.agreement import Rejected, Session, Terms
+from fedtune.federation.secure.at_site import terms_of
+from fedtune.federation.secure.summation import Summation, Unreadable, session_of
+from fedtune.flower import flower_records
+from fedtune.flower.invitation import Lead
+from fedtune.flower.streaming_grid import receive
+from fedtune.model import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refusal
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
+from fedtune.spec import ConfigError, RunError
+from fedtune.training.lead_step import lead_step
+
+log = logging.getLogger(__name__)
+
+_SESSIONS = 3
+"""That are tried before the lead goes on without some site, or gives up: one may be started again in the middle."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A session that all members joined: the lead's name for it, and what each announced."""
+
+    name: str
+    announced: tuple[bytes, ...]
+    session: Session
+
+
+class SecureRounds:
+    """One run's secure sums, at its lead.
+
+    Args:
+        grid: that reaches the sites.
+        nodes: node id -> site, of all members.
+        proposal: of the run.
+        key: the lead's.
+        terms: that each site makes of the proposal, too.
+        settings: JSON of the run's configuration, for sites that do not have it.
+        timeout_s: for all sites' answers to one step.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        nodes: Mapping[int, str],
+        proposal: Proposal,
+        key: SigningKey,
+        terms: Terms,
+        settings: str,
+        timeout_s: float,
+    ) -> None:
+        self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
+        self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
+        self._begun: _Begun | None = None
+        self._ready: tuple[str, ...] = ()
+        self._failed: Counter[frozenset[str]] = Counter()
+        self._left_out: set[str] = set()
+        self._accused: Counter[str] = Counter()
+        self._traffic = [0, 0]
+
+    def ready(self) -> tuple[str, ...]:
+        """The members that a round may be asked of: in one session, before anybody pays.
+
+        A session begins where there is none, or where a member has no part in it any more: it was started again.  Where
+        some member does not come into a new one, the old one goes on without it.
+
+        Raises:
+            RunError: fewer than the threshold are ready.
+        """
+        here, why = self._rejoined()
+        lost = frozenset(why)
+        all_there = NO_REPLY not in why.values()
+        if self._begun is None or (lost and all_there and self._failed[lost] < _SESSIONS):
+            missing = self._begin()
+            self._failed[lost] += bool(missing)
+            here, why = self._rejoined()
+            why |= missing
+        ready = self._ready = tuple(site for site in here if site not in self._left_out)
+        if len(ready) < self._terms.threshold:
+            why |= dict.fromkeys(self._left_out, "deals or gives wrong shares")
+            others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
+            all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
+            raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
+        return ready
+
+    def _rejoined(self) -> tuple[list[str], dict[str, str]]:
+        """Who is in the session, and why others are not: they do not answer, or have lost their part in it."""
+        if self._begun is None:
+            return [], {}
+        begun = self._begun
+        joined, missing = self._ask(JOIN, begun.name, dict.fromkeys(self._terms.sites, begun.announced))
+        right = [site for site, digest in joined.items() if digest == begun.session.digest.encode()]
+        return right, missing
+
+    def _begin(self) -> dict[str, str]:
+        """Begin a session with keys of all members; who is missing, and why: empty where it began."""
+        missing: dict[str, str] = {}
+        for _ in range(_SESSIONS):
+            name = secrets.token_hex(16)
+            announced, missing = self._ask(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
+            if missing:
+                break
+            try:
+                session = session_of(self._terms, announced)
+            except Rejected as rejected:
+                missing = {"a site": str(rejected)}
+                continue
+            begun = _Begun(name, tuple(announced.values()), session)
+            joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
+            if not missing and set(joined.values()) == {session.digest.encode()}:
+                self._begun = begun
+                return {}
+            missing = missing or {"a site": "was shown other keys"}
+        log.warning("no new session of the secure sum: %s", missing)
+        return missing
+
+    def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+        """The sum of a round's uploads, (values,), and the sites that are in it.
+
+        Raises:
+            Unreadable: too few sites took the steps that it needs; the next round may go on.
+        """
+        assert self._begun is not None, "ready first"
+        release = Summation(self._begun.session, release=round)
+        _take(uploads, release.add_upload)
+        request = release.confirm_request()
+        # Sites that did not upload may help, too.
+        confirmed, _ = self._ask(CONFIRM, self._begun.name, dict.fromkeys(self._ready, (request,)))
+        _take(confirmed, release.add_confirmation)
+        requests = {site: (release.unmask_request(site),) for site in confirmed}
+        revealed, _ = self._ask(UNMASK, self._begun.name, requests)
+        _take(revealed, release.add_revealed)
+        try:
+            return release.total(), tuple(release.survivors)
+        except Unreadable as error:
+            self._suspect(error.site, release.wrong_shares)
+            raise
+        finally:
+            for holder, dealer in sorted(release.wrong_shares):
+                log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
+
+    def _suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
+        """Ask the site no more whose doing it is that a sum cannot be read, where that can be told.
+
+        Of a wrong share either the holder or the dealer is at fault.  Who has part in more of them than any other site
+        is left out; a site that accuses one other alone gains nothing.
+        """
+        self._accused.update(site for pair in wrong_shares for site in pair)
+        most = self._accused.most_common(2)
+        if dealer is None and most and (len(most) == 1 or most[0][1] > most[1][1]):
+            dealer = most[0][0]
+        if dealer is not None:
+            log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
+            self._left_out.add(dealer)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes to the sites and from them since the last call."""
+        down, up = self._traffic
+        self._traffic = [0, 0]
+        return down, up
+
+    def _ask(
+        self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
+    ) -> tuple[dict[str, bytes], dict[str, str]]:
+        """The answers by site, in the members' order, and why others gave none."""
+        expires, messages = time.time() + self._timeout_s, []
+        for node, site in self._nodes.items():
+            if site not in parts:
+                continue
+            asked = SumRequest(proposal=self._proposal, site=site, expires=expires, step=step, session=session)
+            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=self._settings)
+            messages.append(Message(content, node, f"query.{flower_records.SUM}"))
+        self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
+        found: dict[str, bytes] = {}
+        missing = dict.fromkeys(parts, NO_REPLY)
+        for message in receive(self._grid, messages, timeout=self._timeout_s):
+            site = self._nodes[message.metadata.src_node_id]
+            if message.has_error():
+                continue
+            try:
+                answer = flower_records.to_step(message.content)
+            except ConfigError as error:
+                log.warning("%s sent an unreadable step of the secure sum: %s", site, error)
+                continue
+            self._traffic[1] += flower_records.num_bytes(message.content)
+            if isinstance(answer, Refusal):
+                missing[site] = answer.in_words
+            else:
+                found[site] = answer
+                del missing[site]
+        return {site: found[site] for site in self._terms.sites if site in found}, missing
+
+
+def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> None:
+    for site, data in messages.items():
+        try:
+            add(site, data)
+        except Rejected as rejected:  # a bad message costs its own site's part alone
+            log.warning("%s: %s", site, rejected)
+
+
+def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | None:
+    """The run's secure sums; None for a run without."""
+    shared = lead.plan.shared
+    if shared is None:
+        return None
+    terms = terms_of(
+        run=lead.run,
+        proposal=lead.proposal.digest(),
+        members={site: lead.site_keys[site] for site in lead.declared_sizes},
+        threshold=shared.threshold,
+        length=sum(value.size for value in state.adapter.tensors.values()),
+        largest=shared.largest_value,
+    )
+    return SecureRounds(
+        grid,
+        nodes=lead.nodes,
+        proposal=lead.proposal,
+        key=lead.key,
+        terms=terms,
+        settings=lead.settings,
+        timeout_s=lead.federation.round_timeout_s,
+    )
+
+
+def past_asked(lead: Lead, state: LeadState) -> LeadState:
+    """The state after every round that a lead before this one asked for: no upload to it is in a session any more."""
+    for round in range(state.round + 1, lead.checkpoints.last_asked() + 1):
+        lost = RoundResult(
+            round=round,
+            seconds=0.0,
+            sites=(),
+            failed_sites=dict.fromkeys(lead.declared_sizes, NOT_SUMMED),
+            bytes_down=0,
+            bytes_up=0,
+            metrics=state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter),
+            ended=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        state = replace(state, round=round, rounds=(*state.rounds, lost))
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a round made of its updates.
+
+    Attributes:
+        sites: whose updates are in it.
+        failures: site -> why its update is not.
+        strategy: the optimizer's state, for a checkpoint.
+        bytes_down: to the sites beside the round's own messages, and `bytes_up` from them.
+    """
+
+    adapter: Adapter
+    sites: tuple[str, ...]
+    failures: Mapping[str, str]
+    strategy: Arrays
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+NOT_SUMMED = "not_summed"
+"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
+
+
+def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundReplies) -> Made:
+    """The adapter after a step with the secure sum of a round's uploads; the one before where it cannot be read."""
+    adapter, strategy = state.adapter, state.strategy
+    sites: tuple[str, ...] = ()
+    try:
+        total, sites = sums.total(replies.round, replies.masked)
+        adapter, strategy = lead_step(
+            state.adapter,
+            total,
+            state.strategy,
+            training=lead.training,
+            plan=lead.plan,
+            round=replies.round,
+            sites=len(sites),
+            most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
+            declared_size=sum(lead.declared_sizes[site] for site in sites),
+        )
+    except Unreadable as error:
+        if state.rounds and not state.rounds[-1].sites:
+            raise RunError(
+                f"{error}, as that of the round before; the checkpoint of round {state.round} can be resumed"
+            ) from None
+        log.error("%s; going on with the next round", error)
+    failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
+    down, up = sums.traffic()
+    return Made(adapter, sites, {**replies.failures, **failures}, strategy, bytes_down=down, bytes_up=up)

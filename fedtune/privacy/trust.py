@@ -1,0 +1,56 @@
+"""Whom a site relies on where several sites make the noise together: the table `[trust]` of its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+
+from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.keys import check_public_key
+from fedtune.privacy.release import Reason
+from fedtune.spec import check_at_least, check_name, check_positive, spec
+
+Broken = tuple[Reason, object, object]
+"""A rule that a proposal breaks, what it asks for, and what is allowed."""
+
+
+@spec
+class Trust:
+    """Whom the site relies on in a secure sum, where noise that several sites share hides its records.
+
+    Attributes:
+        secure: whether it takes part in any.
+        least_sites: that take part in such a run.
+        least_threshold: the fewest sites that a sum may be of.
+        colluders: how many of the others may tell the server what they added, without what was promised being lost.
+        max_epsilon_if_all_collude: cap on what a run costs if all others do; null: none.
+        members: the sites it sums with -> the public keys by which it knows them, from these sites themselves.
+    """
+
+    secure: bool = False
+    least_sites: int = 3
+    least_threshold: int = 3
+    colluders: int = 0
+    max_epsilon_if_all_collude: float | None = None
+    members: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
+            check_at_least(key, getattr(self, key), least)
+        if self.max_epsilon_if_all_collude is not None:
+            check_positive("max_epsilon_if_all_collude", self.max_epsilon_if_all_collude)
+        for site, key in self.members.items():
+            check_name("members", site)
+            check_public_key(f"members.{site}", key)
+
+    def broken_by(self, shared: SharedNoise) -> Iterator[Broken]:
+        """The rules that a plan of secure sums breaks."""
+        if not self.secure:
+            yield Reason.SECURE_SUMS, "yes", "no"
+        for reason, asked, least in (
+            (Reason.LEAST_SITES, shared.num_sites, self.least_sites),
+            (Reason.LEAST_THRESHOLD, shared.threshold, self.least_threshold),
+            (Reason.COLLUDERS, shared.colluders, self.colluders),
+        ):
+            if asked < least:
+                yield reason, asked, f"at least {least}"

@@ -1,0 +1,295 @@
+"""A report on one screen, for a model card, a slide or a web page: as SVG, and as PNG where Pillow is installed.
+
+What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of areas,
+discs and texts in units of 1200 x 675; SVG and PNG are two ways to write that list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import escape
+
+from fedtune.report import signing
+from fedtune.report.model import Report
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.render import COIN_TOSSING, PageOne
+from fedtune.report.page.tables import Words, shortened
+from fedtune.spec import NOT_GIVEN, ConfigError
+
+SVG, PNG = "label.svg", "label.png"
+_WIDTH, _HEIGHT, _MARGIN = 1200, 675, 44
+_INK, _SOFT, _RULE, _BLUE, _RED, _PAPER = "#1a1a1a", "#555555", "#c4c4c4", "#0b3d66", "#8f1d00", "#ffffff"
+_LEFT, _RIGHT = 580, 640
+"""Where the left column ends, and where the right one begins."""
+_NAME_LETTERS, _VALUE_LETTERS = 32, 44
+_FAMILY = "'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans Condensed', sans-serif"
+_MONO = "'Liberation Mono', 'DejaVu Sans Mono', Consolas, monospace"
+_FONTS = {
+    "plain": ("LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf", "DejaVuSansCondensed.ttf", "DejaVuSans.ttf"),
+    "bold": ("LiberationSans-Bold.ttf", "Arial Bold.ttf", "arialbd.ttf", "DejaVuSansCondensed-Bold.ttf"),
+    "mono": ("LiberationMono-Regular.ttf", "DejaVuSansMono.ttf", "Courier New.ttf", "cour.ttf"),
+}
+"""Where a PNG's letters come from: the first that the machine has."""
+_SCALE, _FINER = 2, 2
+"""Pixels of a PNG for each unit, and what areas are drawn larger by before they are smoothed."""
+_NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Text:
+    """A line of text, whose letters stand on `y`."""
+
+    x: float
+    y: float
+    text: str
+    size: float
+    fill: str = _INK
+    font: str = "plain"
+    anchor: str = "start"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Area:
+    """A filled polygon."""
+
+    points: tuple[tuple[float, float], ...]
+    fill: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Disc:
+    """A filled circle, with a ring around it in `ring`."""
+
+    x: float
+    y: float
+    radius: float
+    fill: str
+    ring: str
+
+
+_Mark = _Text | _Area | _Disc
+
+
+def as_svg(report: Report, *, language: str) -> str:
+    """The label as SVG that loads nothing; equal reports give equal labels."""
+    words = Words(report, catalogue(language))
+    marks = list(_marks(words))
+    said = " ".join(mark.text for mark in marks if isinstance(mark, _Text))
+    title = words.text("label.title", name=_shown(report.name, _NAME_LETTERS))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" lang="{language}"'
+        f' aria-labelledby="label-title label-desc" font-family="{_FAMILY}">'
+        f'<title id="label-title">{title}</title><desc id="label-desc">{escape(said)}</desc>\n'
+        + "\n".join(map(_drawn, marks))
+        + "\n</svg>\n"
+    )
+
+
+def _drawn(mark: _Mark) -> str:
+    match mark:
+        case _Area():
+            return f'<path d="M{"L".join(f"{x:g} {y:g}" for x, y in mark.points)}z" fill="{mark.fill}"/>'
+        case _Disc():
+            place = f'cx="{mark.x:g}" cy="{mark.y:g}" r="{mark.radius:g}"'
+            return f'<circle {place} fill="{mark.fill}" stroke="{mark.ring}" stroke-width="1.5"/>'
+    family = f' font-family="{_MONO}"' if mark.font == "mono" else ' font-weight="700"' if mark.font == "bold" else ""
+    anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
+    place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
+    return f"<text {place}{family}{anchor}>{escape(mark.text)}</text>"
+
+
+def as_png(report: Report, *, language: str) -> bytes:
+    """The label as PNG of 2400 x 1350 pixels; equal reports give equal bytes on one machine.
+
+    Raises:
+        ConfigError: Pillow is not installed, or the machine has none of the fonts.
+    """
+    try:
+        image, drawing, fonts = (importlib.import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
+    except ImportError:
+        raise ConfigError("--label", NOT_GIVEN, f"{PNG} needs Pillow: pip install 'fedtune[pdf]'") from None
+    marks = list(_marks(Words(report, catalogue(language))))
+    times = _SCALE * _FINER
+    large = image.new("RGB", (_WIDTH * times, _HEIGHT * times), _PAPER)
+    canvas = drawing.Draw(large)
+    for mark in marks:
+        if isinstance(mark, _Area):
+            canvas.polygon([(x * times, y * times) for x, y in mark.points], fill=mark.fill)
+        elif isinstance(mark, _Disc):
+            ends = [(place + by) * times for by in (-mark.radius, mark.radius) for place in (mark.x, mark.y)]
+            canvas.ellipse(ends, fill=mark.fill, outline=mark.ring, width=round(1.5 * times))
+    shown = large.resize((_WIDTH * _SCALE, _HEIGHT * _SCALE), image.Resampling.LANCZOS)
+    canvas = drawing.Draw(shown)
+    for mark in marks:
+        if isinstance(mark, _Text):
+            font, place = _font(fonts, mark.font, mark.size * _SCALE), (mark.x * _SCALE, mark.y * _SCALE)
+            canvas.text(place, mark.text, fill=mark.fill, anchor="rs" if mark.anchor == "end" else "ls", font=font)
+    written = io.BytesIO()
+    shown.save(written, format="PNG", optimize=True)
+    return written.getvalue()
+
+
+def _font(fonts: Any, kind: str, size: float) -> Any:
+    for name in _FONTS[kind]:
+        try:
+            return fonts.truetype(name, size)
+        except OSError:
+            continue
+    raise ConfigError("--label", NOT_GIVEN, f"{PNG} needs a font (on Debian: apt-get install fonts-liberation)")
+
+
+def _marks(words: Words) -> Iterator[_Mark]:
+    """Everything on the label, from its back to its front."""
+    yield _box(0, 0, _WIDTH, _HEIGHT, _PAPER)
+    yield from _head(words)
+    yield from _promise(words)
+    yield from _facts(words)
+    yield from _foot(words)
+
+
+def _head(words: Words) -> Iterator[_Mark]:
+    report, text = words.report, words.text
+    kept = report.verdict.state == "within"
+    yield _box(0, 0, _WIDTH, 104, _BLUE if kept else _RED)
+    yield _Text(x=_MARGIN, y=40, text=_plain(text("label.heading")), size=19, fill=_PAPER)
+    yield _Text(x=_MARGIN, y=80, text=_shown(report.name, _NAME_LETTERS), size=34, fill=_PAPER, font="bold")
+    verdict = PageOne(words).heading()
+    lines = _wrapped(_plain(verdict), 21, 440, font="bold")
+    for line, said in enumerate(lines):
+        y = 80 - 27 * (len(lines) - 1 - line)
+        yield _Text(x=_WIDTH - _MARGIN, y=y, text=said, size=21, fill=_PAPER, font="bold", anchor="end")
+    if report.banners:
+        yield _box(0, 104, _WIDTH, 42, "#f7e3dc")
+    size = 17 if len(report.banners) == 1 else 13
+    for line, code in enumerate(report.banners):
+        y = 131 if len(report.banners) == 1 else 121 + 18 * line
+        yield _Text(x=_MARGIN, y=y, text=_plain(words.code("banner", code)), size=size, fill=_RED, font="bold")
+
+
+def _promise(words: Words) -> Iterator[_Mark]:
+    """The one figure, as a picture of 100 guesses, and the promise in a sentence."""
+    report, worst, text = words.report, words.worst, words.text
+    top = 172.0
+    if not words.promises or worst is None or words.at(f"{worst}/meaning") is None:
+        reasons = " ".join(_plain(words.code("reason", code)) for code in report.verdict.reasons)
+        for said in _wrapped(_plain(text("promise.none")), 26, _LEFT - _MARGIN, font="bold"):
+            yield _Text(x=_MARGIN, y=top + 14, text=said, size=26, font="bold")
+            top += 34
+        yield from _lines(reasons, x=_MARGIN, y=top + 34, size=19, width=_LEFT - _MARGIN, most=8)
+        return
+    at = f"{worst}/meaning/right_of_100_{PageOne(words).right(worst)}"
+    figure = words.catalogue.figure(words.at(at), "of_100")
+    yield _Text(x=_MARGIN, y=top + 18, text=_plain(text("meaning.at_most_of_100", number=figure)), size=40, font="bold")
+    yield from _lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 46, size=17, width=_LEFT - _MARGIN, most=2)
+    right = min(100, math.ceil(words.at(at)))
+    for number in range(100):
+        x, y = _MARGIN + 11 + number % 20 * 24.6, top + 98 + number // 20 * 24.6
+        yield _guess("luck" if number < min(right, COIN_TOSSING) else "more" if number < right else "wrong", x, y)
+    x = float(_MARGIN)
+    for guess in ("luck", "more", "wrong"):
+        said = _plain(text(f"meaning.{guess}"))
+        yield _guess(guess, x + 11, top + 226)
+        yield _Text(x=x + 26, y=top + 231, text=said, size=14, fill=_SOFT)
+        x += 44 + 14 * _length(said)
+    factor = words.catalogue.figure(report.epsilon, "factor")
+    promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
+    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=_LEFT - _MARGIN, most=5, font="bold")
+
+
+def _guess(guess: str, x: float, y: float) -> _Mark:
+    """One of 100 guesses: right by luck, right through what was released, or wrong."""
+    if guess == "more":
+        return _Area(points=((x, y - 10), (x + 10, y), (x, y + 10), (x - 10, y)), fill=_BLUE)
+    return _Disc(x=x, y=y, radius=7.5, fill="#8a8a8a" if guess == "luck" else _PAPER, ring="#8a8a8a")
+
+
+def _facts(words: Words) -> Iterator[_Mark]:
+    """What was protected, how, and how much of the limit is used, a line each."""
+    y = 172.0
+    for number, (name, value) in enumerate(_rows(words)):
+        if number:
+            yield _box(_RIGHT, y - 30, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
+        yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
+        lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
+        for place, line in enumerate(lines):
+            yield _Text(x=_RIGHT + 170, y=y + 24 * place, text=line, size=19, font="bold")
+        y += 24 * len(lines) + 20
+
+
+def _rows(words: Words) -> Iterator[tuple[str, str]]:
+    report, figure, text = words.report, words.catalogue.figure, words.text
+    known = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
+    limit = PageOne(words).limit()
+    used = figure(report.epsilon, "epsilon") if words.promises else str(text("word.unbounded"))
+    epsilon = text("label.epsilon_of", used=used, limit=figure(words.at(limit), "cap")) if limit else used
+    yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
+    yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
+    yield _plain(text("label.epsilon")), _plain(epsilon)
+    yield _plain(text("setting.delta")), figure(report.delta, "exact")
+    band = text(f"strength.{words.band}_range") if words.promises else ""
+    strength = _plain(words.code("strength", words.band)) + (f" ({_plain(band)})" if band else "")
+    yield _plain(text("label.strength")), strength
+    yield _plain(text("label.mechanism")), _plain(text("label.mechanism_text"))
+    yield _plain(text("label.sites")), figure(len(report.sites), "count")
+    if report.date:
+        yield _plain(text("label.date")), figure(report.date, "day")
+
+
+def _foot(words: Words) -> Iterator[_Mark]:
+    report, top = words.report, 556.0
+    yield _box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
+    yield _Text(x=_MARGIN, y=top, text=_plain(words.text("limits.heading")), size=18, font="bold")
+    limits = "; ".join(_plain(words.code("not_protected", code)) for code in report.not_protected)
+    yield from _lines(limits, x=_MARGIN, y=top + 22, size=14, width=_WIDTH - 2 * _MARGIN, most=4)
+    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    yield _Text(x=_MARGIN, y=_HEIGHT - 16, text=_plain(words.text("label.check")), size=15, fill=_SOFT)
+    yield _Text(x=_WIDTH - _MARGIN, y=_HEIGHT - 16, text=digest, size=15, font="mono", anchor="end")
+
+
+def _box(x: float, y: float, width: float, height: float, fill: str) -> _Area:
+    return _Area(points=((x, y), (x + width, y), (x + width, y + height), (x, y + height)), fill=fill)
+
+
+def _lines(
+    text: str, *, x: float, y: float, size: float, width: float, most: int, font: str = "plain"
+) -> Iterator[_Text]:
+    """A text in lines, below each other; what does not fit ends in dots."""
+    lines = _wrapped(text, size, width, font=font)
+    for place, line in enumerate(lines[:most]):
+        end = " …" if place == most - 1 and len(lines) > most else ""
+        yield _Text(x=x, y=y + place * round(1.3 * size), text=line + end, size=size, font=font)
+
+
+def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
+    """Lines that fit a width."""
+    lines: list[str] = []
+    size *= 1.06 if font == "bold" else 1.0
+    for word in text.split():
+        if lines and _length(f"{lines[-1]} {word}") * size <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _length(text: str) -> float:
+    """How wide a text is, in sizes of its font: about, and rather too wide."""
+    widths = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in text)
+    return sum(widths)
+
+
+def _plain(text: Any) -> str:
+    """A text of the catalogue, or a name in it, as letters that can be drawn in one line."""
+    unescaped = text.unescape() if hasattr(text, "unescape") else str(text)
+    return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")
+
+
+def _shown(name: str, most: int) -> str:
+    return _plain(shortened(name, most))

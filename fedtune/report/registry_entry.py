@@ -1,0 +1,118 @@
+"""A run as an entry of a public registry of differential-privacy deployments: what such registries ask for.
+
+What a person alone can say comes from the run's `report.about`; where nobody has said it, it is null and named as
+missing.  Everything else stands in report.json, whose SHA-256 the entry names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fedtune.privacy.about import AboutSpec
+from fedtune.report import signing
+from fedtune.report.model import Mechanism, Report
+from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.tables import Words
+
+REGISTRY = "registry.json"
+SCHEMA_VERSION = 1
+
+
+def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
+    """The fields of an entry, in English.
+
+    Args:
+        report: of a run, or of a ledger.
+        about: what persons said of it.
+    """
+    words = Words(report, catalogue("en"))
+    said = dataclasses.asdict(about) | {"tuning": about.tuning or _search(report)}
+    facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": report.name,
+        "curator": about.curator,
+        "description": about.description,
+        "intended_use": about.intended_use,
+        "sector": about.sector,
+        "published": about.published,
+        "data_product": {
+            "kind": "fine-tuned model" if report.kind == "run" else "updates to models",
+            "task": facts.get("task"),
+            "base_model": facts.get("base_model"),
+            "released": _said(words, "released", report.released),
+            "release": "one run" if report.kind == "run" else "all runs of one site so far",
+            "access": about.access,
+        },
+        "data": {"name": facts.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
+        "privacy": _privacy(words),
+        "accounting": {
+            "accountant": facts.get("accountant"),
+            "covers": _said(words, "covers", report.covers),
+            "leaves_out": _said(words, "leaves_out", report.leaves_out),
+        },
+        "tuning": said["tuning"],
+        "not_protected": _said(words, "not_protected", report.not_protected),
+        "unprotected_quantities": _said(words, "unprotected_figure", report.unprotected_figures),
+        "implementation": {
+            "software": f"fedtune {report.provenance.fedtune_version}",
+            "libraries": dict(report.provenance.libraries),
+            "randomness": words.code("randomness", report.randomness).unescape(),
+        },
+        "justification": about.justification,
+        "report_sha256": hashlib.sha256(signing.to_text(report).encode()).hexdigest(),
+        "missing": [f"report.about.{name}" for name, value in said.items() if value is None],
+    }
+
+
+def _privacy(words: Words) -> dict[str, Any]:
+    """What is promised, for whom, in which model, by which mechanisms."""
+    report = words.report
+    rows = dict.fromkeys(_settings(row) for site in report.sites for row in site.mechanisms)
+    return {
+        "result": report.verdict.state,
+        "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
+        "flavour": "(epsilon, delta)-differential privacy",
+        "unit": words.code("unit", report.unit).unescape(),
+        "neighbouring_relation": words.code("relation", report.neighbouring_relation).unescape(),
+        "epsilon": report.epsilon if words.promises else None,
+        "delta": report.delta,
+        "sites": len(report.sites),
+        "model": words.text(_MODEL[words.noise]).unescape(),
+        "mechanisms": [_mechanism(row) for row in rows],
+    }
+
+
+def _search(report: Report) -> str | None:
+    """How a search of fedtune's picked the run, where one did."""
+    picked = report.utility.selection if report.utility else None
+    if picked is None:
+        return None
+    return f"picked by {picked.judged_by} out of {picked.trials or 'a random number of'} trials of {picked.search}"
+
+
+def to_text(report: Report, about: AboutSpec) -> str:
+    """The content of registry.json; equal reports give equal bytes."""
+    return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+_Settings = tuple[str, float, float, float | None, int]
+_MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
+
+
+def _said(words: Words, section: str, codes: Sequence[str]) -> list[str]:
+    return [words.code(section, code).unescape() for code in codes]
+
+
+def _settings(row: Mechanism) -> _Settings:
+    return row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps
+
+
+def _mechanism(settings: _Settings) -> dict[str, Any]:
+    """What a step did, at all sites and in all runs that had these settings."""
+    keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
+    return {"name": "DP-SGD" if settings[2] else "none", **dict(zip(keys, settings, strict=True))}

@@ -1,0 +1,66 @@
+"""The lead's systemd unit, as far as it goes without systemd: its own command line, killed and begun again."""
+
+from __future__ import annotations
+
+import configparser
+import shlex
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from .books import check_average, check_books
+from .federation import LEAD, Federation, settings
+from .processes import FEDTUNE, REPOSITORY, Process
+
+UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
+
+
+@pytest.fixture(scope="module")
+def federation(make_federation: Callable[..., Federation]) -> Federation:
+    """Two sites that can be held up, and the lead's folder as the unit expects it."""
+    made = make_federation(names=("north", "south"))
+    (made.folder / "kit").symlink_to(made.lead_kit)
+    shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", made.folder / "served.yaml")
+    made.start(held=True)
+    return made
+
+
+def started(federation: Federation, more: list[str]) -> Process:
+    """What systemd starts for `fedtune-lead@served`, with SETTINGS from a file."""
+    unit = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    unit.read_string(UNIT.read_text())
+    program, *words = shlex.split(unit["Service"]["execstart"].replace("%i", "served"))
+    assert program == "/opt/fedtune/bin/fedtune"
+    assert words[-1] == "$SETTINGS", "an unbraced word of its own, so that systemd splits it"
+    return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *more])
+
+
+def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Federation) -> None:
+    more = [word for word in settings("federation.num_rounds=2") if not word.startswith("experiment=")]
+    held = federation.sites["north"]
+    held.hold(True)
+    lead = started(federation, more)
+    held.wait_for("served", "reserve", round=1, lead=lead)
+    lead.kill()
+    held.hold(False)
+    held.wait_for("served", "commit", round=1)
+    held.hold(True)
+    again = started(federation, more)
+    held.wait_for("served", "reserve", round=2, lead=again)
+    again.kill()
+    held.hold(False)
+    last = started(federation, more)
+    assert last.end() == 0, last.text
+    check_books(federation, "served")
+    check_average(federation, "served")
+    for site in federation.sites.values():
+        assert [event.round for event in site.events("served", "reserve")] == [1, 2], "nothing was charged twice"
+    # Begun again by a machine that starts, a finished run is left as it is.
+    before = [len(site.events("served")) for site in federation.sites.values()]
+    result = (federation.run_folder("served") / "run.json").read_bytes()
+    after = started(federation, more)
+    assert after.end(seconds=120) == 0, after.text
+    assert "served is finished." in after.text
+    assert [len(site.events("served")) for site in federation.sites.values()] == before
+    assert (federation.run_folder("served") / "run.json").read_bytes() == result

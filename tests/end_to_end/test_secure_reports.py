@@ -1,0 +1,154 @@
+"""What plan, ledger and report say of a run with secure sums, and to whom its figures hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, pld
+
+from fedtune.report import from_ledger, from_run, recompute
+from fedtune.report.model import Report, from_json, to_json
+from fedtune.report.page.render import render
+
+ROUNDS, RATE, SHARE, DELTA = 3, 0.2, 1.6, 1e-5
+SECURE = (
+    *("federation.aggregation=secure", "training.local_steps=1", f"federation.num_rounds={ROUNDS}"),
+    *("federation.num_sites=5", "federation.threshold=4", "federation.colluders=1"),
+    *(f"privacy.sampling_rate={RATE}", f"privacy.noise_multiplier={SHARE}", f"privacy.delta={DELTA}"),
+)
+
+
+@pytest.fixture(scope="module")
+def ran(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(*SECURE, into=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def report(ran: Path) -> Report:
+    return from_run.build(ran)
+
+
+def by_hand(shares: int) -> float:
+    """Epsilon of the rounds where so many sites' noise is secret, by dp-accounting alone."""
+    event: DpEvent = PoissonSampledDpEvent(RATE, GaussianDpEvent(SHARE * math.sqrt(shares)))
+    accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
+    accountant.compose(SelfComposedDpEvent(event, ROUNDS))
+    return float(accountant.get_epsilon(DELTA))
+
+
+def test_a_report_has_three_figures_for_each_site_and_the_middle_one_is_its_own(report: Report) -> None:
+    assert len(report.sites) == 5
+    for site in report.sites:
+        assert site.by_trust is not None
+        assert site.spent is not None
+        assert site.by_trust.with_colluders == site.spent.epsilon
+        said = (site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others)
+        assert said == pytest.approx([by_hand(4), by_hand(3), by_hand(1)], rel=2e-3)
+        (row,) = site.mechanisms
+        assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
+    assert recompute.problems(report) == []
+    assert from_json(json.dumps(to_json(report))) == report
+
+
+def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
+    fields = to_json(report)
+    for site in fields["sites"]:
+        place = site
+        for key in at[:-1]:
+            place = place[int(key)] if key.isdigit() else place[key]
+        place[at[-1]] = value
+    return from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("by_trust", "server_alone"), 0.1),
+        (("by_trust", "with_colluders"), 0.1),
+        (("by_trust", "with_all_others"), 0.1),
+        (("by_trust",), None),
+        (("mechanisms", "0", "shared", "threshold"), 5),
+        (("mechanisms", "0", "shared", "colluders"), 0),
+        (("mechanisms", "0", "shared", "noise_multiplier"), 2.0),
+        (("mechanisms", "0", "shared"), None),
+    ],
+)
+def test_a_report_that_says_something_else_is_found_out(report: Report, at: tuple[str, ...], value: object) -> None:
+    assert recompute.problems(changed(report, at, value)) != []
+
+
+def test_updates_that_only_a_sum_shows_are_named_so(report: Report) -> None:
+    assert "masked_updates" in report.released
+    assert "updates" not in report.released
+    claimed = replace(report, released=tuple("updates" if one == "masked_updates" else one for one in report.released))
+    assert "released" in {problem.where for problem in recompute.problems(claimed)}
+
+
+def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> None:
+    page = (ran / "report.html").read_text()
+    assert "this figure relies on them as well" in page
+    assert "only in the sum" in page
+    assert "verlässt sich deshalb auch auf sie" in render(report, language="de")
+    (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
+    assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
+    for number in (by_hand(4), by_hand(3), by_hand(1)):
+        assert f"{math.floor(number * 100) / 100:.2f}" in page, "to the digits that two grids agree in"
+
+
+def test_a_site_s_own_report_counts_likewise_by_its_filter(ran: Path) -> None:
+    report = from_ledger.build(ran / "sites" / "site-2" / "ledger.db")
+    (site,) = report.sites
+    assert site.by_trust is not None
+    assert site.spent is not None
+    alone, own, others = site.by_trust.server_alone, site.by_trust.with_colluders, site.by_trust.with_all_others
+    assert alone is not None
+    assert others is not None
+    assert own == site.spent.epsilon
+    assert alone < site.spent.epsilon < others  # type: ignore[operator]
+    assert recompute.problems(report) == []
+    assert "masked_updates" in report.released
+
+
+def test_plan_and_ledger_show_the_three_figures(command: Any, tiny: Any, ran: Path, tmp_path: Path) -> None:
+    planned = command("plan", "--no-model", "--json", *tiny(*SECURE, into=tmp_path))
+    assert planned.code == 0, planned.err
+    said = json.loads(planned.out)
+    assert list(said["by_trust"].values()) == pytest.approx([by_hand(4), by_hand(3), by_hand(1)], rel=2e-3)
+    ledger = str(ran / "sites" / "site-1" / "ledger.db")
+    spent = json.loads(command("ledger", "spent", ledger, "--json").out)
+    (run,) = spent["runs"]
+    assert list(run["by_trust"].values()) == pytest.approx([by_hand(4), by_hand(3), by_hand(1)], rel=2e-3)
+    words = " ".join(command("ledger", "spent", ledger).out.split())
+    assert "against the server alone" in words
+    assert "if all other sites collude" in words
+    words = " ".join(command("plan", "--no-model", *tiny(*SECURE, into=tmp_path)).out.split())
+    assert (
+        "multiplier 1.6 at each site, 2.771 in a secure sum of at least 4 of 5 sites, less 1 that may collude" in words
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("training.local_steps=2",), "training.local_steps = 2"),
+        (("privacy=none",), "privacy.mechanism = 'none'"),
+        (("federation.strategy=fedmedian",), "federation.strategy = 'fedmedian'"),
+        (("federation.bits=8",), "federation.bits = 8"),
+        (("federation.threshold=2",), "federation.threshold = 2"),
+        (("federation.num_sites=21", "federation.threshold=null"), "federation.num_sites = 21"),
+        (("runtime=ray", "runtime.ray_address=127.0.0.1:6379"), "runtime.ray_address"),
+    ],
+)
+def test_what_a_secure_run_cannot_have_is_refused(
+    command: Any, tiny: Any, tmp_path: Path, settings: tuple[str, ...], says: str
+) -> None:
+    outcome = command("simulate", *tiny(*SECURE, *settings, into=tmp_path))
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1

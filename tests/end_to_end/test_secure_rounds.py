@@ -1,0 +1,320 @@
+"""Runs whose lead learns nothing but the sum of the sites' noisy gradient sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedtune.federation.secure.shares as shamir
+import fedtune.flower.secure_rounds as secure_rounds
+import fedtune.flower.server_app as server_app
+import fedtune.sites.work as site_work
+from fedtune.federation.secure.at_site import SumsAtSite
+from fedtune.federation.secure.messages import Upload
+from fedtune.federation.secure.packing import unpacked
+from fedtune.federation.secure.party import Party
+from fedtune.flower import flower_records
+from fedtune.model import Adapter
+from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
+from fedtune.training.lead_step import lead_step
+
+SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
+THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
+    """What each site put into the sums, in the order in which they did."""
+    found: list[dict[str, np.ndarray]] = []
+    real = site_work.share_of_round
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        found.append(real(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr(site_work, "share_of_round", noted)
+    return found
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
+    """Adapter before, total, and adapter after each of the lead's steps."""
+    found: list[tuple[Adapter, np.ndarray, Adapter]] = []
+
+    def noted(adapter: Adapter, total: np.ndarray, state: Any, **named: Any) -> Any:
+        after = lead_step(adapter, total, state, **named)
+        found.append((adapter, total, after[0]))
+        return after
+
+    monkeypatch.setattr(secure_rounds, "lead_step", noted)
+    return found
+
+
+def test_the_lead_gets_the_sum_to_the_bit(simulate: Any, tmp_path: Path, shares: Any, steps: Any) -> None:
+    simulate(*SECURE, *THREE, into=tmp_path)
+    assert len(steps) == 3
+    for number, (adapter, total, after) in enumerate(steps):
+        of_round = shares[3 * number : 3 * number + 3]
+        exact = sum(np.concatenate([share[name].ravel() for name in adapter.tensors]) for share in of_round)
+        np.testing.assert_array_equal(total, exact)
+        assert after.digest() != adapter.digest()
+
+
+def test_nothing_that_a_site_sends_shows_its_share(
+    simulate: Any, tmp_path: Path, shares: Any, steps: Any, everything_sent: list[bytes]
+) -> None:
+    simulate(*SECURE, *THREE, into=tmp_path)
+    sent = b"".join(everything_sent)
+    assert b'"tensors": "masked"' in sent
+    assert b'"tensors": [' not in sent, "no update in clear"
+    for share in shares:
+        values = np.concatenate([value.ravel() for value in share.values()])
+        for kind in ("<i4", "<i8", "<f4"):
+            assert values[:64].astype(kind).tobytes() not in sent
+
+
+def test_it_is_one_step_of_sgd_on_the_mean(
+    simulate: Any, tmp_path: Path, steps: Any, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = (
+        "training=sgd",
+        "training.learning_rate=0.02",
+        "training.head_learning_rate=0.02",
+        "training.momentum=0",
+        "training.schedule=constant",
+    )
+    simulate(*SECURE, *THREE, *rate, into=tmp_path)
+    for adapter, total, after in steps:
+        ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
+        for (name, value), part in zip(adapter.tensors.items(), np.split(total, ends), strict=True):
+            moved = (after.tensors[name].astype(np.float64) - value).ravel()
+            multiple = moved @ part / (part @ part)
+            assert multiple < 0
+            np.testing.assert_allclose(moved, multiple * part, atol=1e-6, err_msg="each moves by the same multiple")
+
+
+def test_a_site_is_charged_for_the_fewest_shares(simulate: Any, tmp_path: Path, result_of: Any) -> None:
+    spent = {}
+    for threshold in (3, 4):
+        chosen = ("federation.num_sites=4", f"federation.threshold={threshold}", "privacy.noise_multiplier=1.0")
+        folder = simulate(*SECURE, *chosen, into=tmp_path, name=f"t{threshold}")
+        spent[threshold] = result_of(folder)["privacy"]["sites"]["site-1"]["epsilon"]
+    assert spent[3] > spent[4]
+
+
+def test_a_run_goes_on_without_a_site_and_ends_without_two(
+    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failing = site_work.share_of_round, {"bank-2"}
+
+    def fails(model: Any, adapter: Any, units: Any, work: Any, **named: Any) -> Any:
+        if work.site in failing and work.round > 1:
+            raise OSError("its disk is gone")
+        return real(model, adapter, units, work, **named)
+
+    monkeypatch.setattr(site_work, "share_of_round", fails)
+    four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
+    folder = simulate(*SECURE, *four, into=tmp_path)
+    rounds = result_of(folder)["rounds"]
+    assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
+    assert all(entry["failed_sites"] == {"bank-2": "site_error"} for entry in rounds[1:])
+    failing.add("bank-4")
+    done = command("simulate", *tiny(*SECURE, *four, into=tmp_path, name="two"))
+    assert done.code == 1
+    assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
+
+
+def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Callable[..., bytes] = Party.unmask
+
+    def dies(self: Party, request: bytes) -> bytes:
+        if self._release == 2:
+            raise OSError("in the middle of it")
+        return real(self, request)
+
+    monkeypatch.setattr(Party, "unmask", dies)
+    folder = simulate(*SECURE, *THREE, into=tmp_path)
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]][1] == []
+    assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
+    assert len(steps) == 2
+    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
+    assert result["privacy"]["sites"]["site-1"]["steps"] == 3
+
+
+def test_uploads_are_packed(simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: Any) -> None:
+    sizes: list[tuple[int, int]] = []
+    real = Upload.from_bytes
+
+    def noted(data: bytes, session: Any) -> Upload:
+        upload = real(data, session)
+        sizes.append((len(upload.vector), session.terms.bits))
+        assert unpacked(upload.vector, session.terms.length, session.terms.bits).max() < 2**session.terms.bits
+        return upload
+
+    monkeypatch.setattr(Upload, "from_bytes", noted)
+    simulate(*SECURE, *THREE, into=tmp_path)
+    length = sum(value.size for value in shares[0].values())
+    assert {size for size, _ in sizes} == {-(-length * bits // 8) for _, bits in sizes}
+    assert {bits for _, bits in sizes} <= set(range(12, 24))
+
+
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Site-2 is started again after the second session's or round's question, and has lost its keys; once."""
+    times: list[str] = []
+    real = SumsAtSite.join
+
+    def forgets(self: SumsAtSite, proposal: str, session: str, announcements: Any) -> bytes:
+        if self.site == "site-2":
+            times.append(session)
+            if len(times) == 3:  # it joined, was asked before round 1, and is asked before round 2
+                self.parties.of_proposal.clear()
+        return real(self, proposal, session, announcements)
+
+    monkeypatch.setattr(SumsAtSite, "join", forgets)
+    return times
+
+
+@pytest.mark.parametrize("sites", [3, 4])
+def test_a_site_that_was_started_again_costs_nobody_a_round(
+    sites: int, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any
+) -> None:
+    """Also where all sites are needed: it is noticed before a round is asked for."""
+    folder = simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path)
+    result = result_of(folder)
+    assert len(set(restarts)) == 2, "two sessions"
+    assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}, {}]
+    assert {site["steps"] for site in result["privacy"]["sites"].values()} == {3}
+
+
+def away_at(site: str, number: int) -> Callable[..., bytes]:
+    """That this site cannot announce when it is asked for the so-manieth time."""
+    real, asked = SumsAtSite.announce, [0]
+
+    def announce(self: SumsAtSite, *given: Any) -> bytes:
+        if self.site == site:
+            asked[0] += 1
+            if asked[0] >= number:
+                raise OSError("away")
+        return real(self, *given)
+
+    return announce
+
+
+@pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
+def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
+    away: str, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No new session begins, and the others go back to the one that they have."""
+    monkeypatch.setattr(SumsAtSite, "announce", away_at(away, 2))
+    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]][1:] == [["site-1", "site-3", "site-4"]] * 2
+    assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
+        **dict.fromkeys(("site-1", "site-3", "site-4"), 3),
+        "site-2": 1,
+    }
+
+
+def test_a_site_that_deals_wrong_shares_is_left_out(
+    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_split, real_upload, wrong = shamir.split, Party.upload, [False]
+
+    def split(secret: int, *, threshold: int, num_shares: int) -> list[int]:
+        dealt = real_split(secret, threshold=threshold, num_shares=num_shares)
+        return [dealt[0], *((value + 1) % shamir.PRIME for value in dealt[1:])] if wrong[0] else dealt
+
+    def upload(self: Party, release: int, vector: Any) -> bytes:
+        wrong[0] = self._site == "site-2"
+        return real_upload(self, release, vector)
+
+    monkeypatch.setattr(shamir, "split", split)
+    monkeypatch.setattr(Party, "upload", upload)
+    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    result = result_of(folder)
+    assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
+    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
+
+
+def test_two_rounds_without_a_sum_end_the_run(
+    simulate: Any, command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Party.unmask
+
+    def refuses(self: Party, request: bytes) -> bytes:
+        if self._site != "site-1":
+            raise OSError("no")
+        return real(self, request)
+
+    monkeypatch.setattr(Party, "unmask", refuses)
+    done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
+    assert done.code == 1
+    assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.err
+    assert "as that of the round before; the checkpoint of round 1 can be resumed" in done.err
+
+
+def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
+    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = flower_records.from_step
+
+    def two_parts(answer: Any) -> Any:
+        content = real(answer)
+        if isinstance(answer, bytes) and b'"survivors"' in answer and b'"site":"site-2"' in answer.replace(b": ", b":"):
+            content.config_records[flower_records.PARTS]["001"] = answer
+        return content
+
+    monkeypatch.setattr(flower_records, "from_step", two_parts)
+    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [4, 4, 4]
+
+
+def test_the_lead_s_adapter_stays_within_the_sites_bound(simulate: Any, tmp_path: Path, steps: Any) -> None:
+    wild = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
+    simulate(*SECURE, *THREE, *wild, into=tmp_path)
+    largest = max(float(np.abs(value).max()) for _, _, after in steps for value in after.tensors.values())
+    assert 1 < largest <= DEFAULT_MAX_ADAPTER_VALUE
+
+
+def test_a_run_that_is_over_ends_without_all_sites(
+    simulate: Any, command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server_app, "_tell_the_end", dies)
+        assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
+    monkeypatch.setattr(SumsAtSite, "announce", away_at("site-3", 1))
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+
+
+def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
+    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = secure_rounds.SecureRounds.total
+
+    def dies(self: Any, round: int, uploads: Any) -> Any:
+        if round == 2:
+            raise KeyboardInterrupt
+        return real(self, round, uploads)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(secure_rounds.SecureRounds, "total", dies)
+        assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    rounds = result_of(tmp_path / "run")["rounds"]
+    assert [len(entry["sites"]) for entry in rounds] == [3, 0, 3]
+    assert set(rounds[1]["failed_sites"].values()) == {"not_summed"}
+    assert rounds[1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"
+    assert result_of(tmp_path / "run")["privacy"]["sites"]["site-1"]["steps"] == 3

@@ -1,0 +1,319 @@
+"""What sites with ledgers answer in the steps of a secure sum, to leads and servers that do what they like."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Brought, Reply, RoundRequest, SumRequest
+from fedtune.federation.secure.agreement import Limits, Session
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, terms_of
+from fedtune.federation.secure.messages import ConfirmRequest
+from fedtune.federation.secure.summation import Summation, session_of
+from fedtune.federation.site_round import Prepared, Site, Trained, answer, take_step
+from fedtune.model import Adapter
+from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Masked, Reason, Refusal, Update
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.trust import Trust
+
+NAMES = ("east", "north", "south")
+VECTOR = np.arange(10, dtype=np.int64) - 5
+
+
+@dataclass
+class SecureSite:
+    """A site that trains by handing out one vector; what a restart forgets is in `parties`."""
+
+    name: str
+    folder: Path
+    policy: Policy
+    asked: Callable[..., Proposal]
+    adapter: Adapter
+    members: dict[str, str] = field(default_factory=dict)
+    parties: Parties = field(default_factory=Parties)
+    trained: int = 0
+
+    @property
+    def key(self) -> SigningKey:
+        return SigningKey.load_or_make(self.folder / "site_key.pem")
+
+    @property
+    def promises(self) -> Path:
+        return self.folder / "promises.jsonl"
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder / "ledger.db", self.policy, self.key)
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        self.trained += 1
+        return Trained(share=VECTOR.copy())
+
+    def open(self) -> Site:
+        trust = self.policy.trust
+        ledger = self.ledger()
+
+        def prepare(proposal: Proposal) -> Prepared:
+            return Prepared(
+                proposal=self.asked(lead=proposal.lead),
+                template=self.adapter,
+                declared_size=100,
+                train=self.train,
+                members=NAMES,
+            )
+
+        return Site(
+            name=self.name,
+            ledger=ledger,
+            prepare=prepare,
+            sums=SumsAtSite(
+                site=self.name,
+                identity=self.key,
+                parties=self.parties,
+                limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold),
+                roster={**self.members, self.name: self.key.public},
+                keep=kept_in(self.promises),
+            ),
+        )
+
+
+@dataclass
+class Federation:
+    """Three sites, their lead's keys, and what it asks of them."""
+
+    sites: dict[str, SecureSite]
+    asked: Callable[..., Proposal]
+    lead: SigningKey
+    other_lead: SigningKey
+    adapter: Adapter
+
+    def step(
+        self, site: str, kind: str, *parts: bytes, name: str = "0" * 32, lead: SigningKey | None = None
+    ) -> bytes | Refusal:
+        key = lead or self.lead
+        request = SumRequest(proposal=self.asked(lead=key.public), site=site, expires=1e12, step=kind, session=name)
+        return take_step(self.sites[site].open(), request.signed(key), list(parts))
+
+    def told(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
+        said = self.step(site, kind, *parts, **more)
+        assert isinstance(said, bytes), said
+        return said
+
+    def refused(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
+        said = self.step(site, kind, *parts, **more)
+        assert isinstance(said, Refusal)
+        return said.reason, said.asked
+
+    def begun(self) -> tuple[Session, str, list[bytes]]:
+        """A session of all, its name, and what was announced in it."""
+        name, proposal = secrets.token_hex(16), self.asked()
+        shared = proposal.plan.shared
+        assert shared is not None
+        terms = terms_of(
+            run=proposal.run,
+            proposal=proposal.digest(),
+            members={site: one.key.public for site, one in self.sites.items()},
+            threshold=3,
+            length=VECTOR.size,
+            largest=shared.largest_value,
+        )
+        announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
+        session = session_of(terms, announced)
+        for site in NAMES:
+            assert self.told(site, JOIN, *announced.values(), name=name) == session.digest.encode()
+        return session, name, list(announced.values())
+
+    def request(self, site: str, round: int = 1, *, expires: float = 1e12) -> RoundRequest:
+        return RoundRequest(
+            proposal=self.asked(),
+            round=round,
+            site=site,
+            adapter_digest=self.adapter.digest(),
+            receipt=None,
+            expires=expires,
+        )
+
+    def upload(self, site: str, round: int = 1) -> Reply:
+        signed = self.request(site, round).signed(self.lead)
+        return answer(self.sites[site].open(), signed, Brought(adapter=self.adapter))
+
+    def summation(self, session: Session, round: int = 1) -> Summation:
+        """Of everybody's uploads."""
+        made = Summation(session, release=round)
+        for site in NAMES:
+            made.add_upload(site, masked(self.upload(site, round)))
+        return made
+
+    def read(self, made: Summation) -> np.ndarray:
+        question = made.confirm_request()
+        for site in NAMES:
+            made.add_confirmation(site, self.told(site, CONFIRM, question))
+        for site in NAMES:
+            made.add_revealed(site, self.told(site, UNMASK, made.unmask_request(site)))
+        return made.total()
+
+    def charged(self, site: str) -> int:
+        return self.sites[site].ledger().history.charged_rounds(self.asked().run)
+
+
+def masked(reply: Reply) -> bytes:
+    assert isinstance(reply.body, Update), reply.body
+    assert isinstance(reply.body.tensors, Masked)
+    return reply.body.tensors.data
+
+
+def wrong(reply: Reply) -> tuple[Reason, object]:
+    assert isinstance(reply.body, Refusal)
+    return reply.body.reason, reply.body.asked
+
+
+@pytest.fixture
+def federation(
+    tmp_path: Path,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    run_plan: Plan,
+    lead_key: SigningKey,
+) -> Federation:
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan.noise_multiplier)
+    plan = replace(run_plan, local_steps=1, spare_rounds=0, shared=shared)
+    other_lead = SigningKey(Ed25519PrivateKey.generate())
+
+    def asked(**changes: Any) -> Proposal:
+        return replace(run_proposal(), plan=plan, num_sites=3, **changes)
+
+    adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
+    sites = {}
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        policy = site_policy(name)
+        both = replace(policy.allow, leads=(lead_key.public, other_lead.public))
+        policy = replace(policy, trust=Trust(secure=True), allow=both)
+        sites[name] = SecureSite(name, tmp_path / name, policy, asked, adapter)
+    for name, site in sites.items():
+        site.members = {other: one.key.public for other, one in sites.items() if other != name}
+    return Federation(sites, asked, lead_key, other_lead, adapter)
+
+
+def test_three_sites_sum(federation: Federation) -> None:
+    session, _, _ = federation.begun()
+    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
+    assert [federation.charged(site) for site in NAMES] == [1, 1, 1]
+
+
+def test_a_lead_whom_nobody_approved_takes_over_no_run(federation: Federation) -> None:
+    """A run's name holds its settings and not its lead, so that another allowed lead can ask for the same one."""
+    for site in federation.sites.values():
+        site.policy = replace(site.policy, approval="manual")
+        site.ledger().approve(federation.asked())
+    session, _, _ = federation.begun()
+    other = {"name": "1" * 32, "lead": federation.other_lead}
+    assert federation.refused("north", ANNOUNCE, **other)[0] is Reason.AWAITING_APPROVAL
+    federation.read(federation.summation(session))
+    assert federation.refused("north", ANNOUNCE, **other)[0] is Reason.PLAN_CHANGED
+    for step in (JOIN, CONFIRM, UNMASK):
+        assert federation.refused("north", step, b"x", **other)[0] is Reason.PLAN_CHANGED
+    np.testing.assert_array_equal(federation.read(federation.summation(session, 2)), 3 * VECTOR)
+
+
+def test_a_party_is_its_lead_s_alone(federation: Federation) -> None:
+    """Also before anything is charged, while the ledger knows of no run."""
+    federation.begun()
+    assert federation.refused("north", CONFIRM, b"x", lead=federation.other_lead) == (
+        Reason.SECURE_SUM,
+        "session_differs",
+    )
+
+
+def test_a_session_that_does_not_begin_leaves_the_one_before(federation: Federation) -> None:
+    session, name, announced = federation.begun()
+    new = secrets.token_hex(16)
+    own = {site: federation.told(site, ANNOUNCE, name=new) for site in ("north", "south")}  # and east is away
+    assert len(set(own.values())) == 2
+    made = federation.summation(session)
+    np.testing.assert_array_equal(federation.read(made), 3 * VECTOR)
+    assert federation.told("north", JOIN, *announced, name=name) == session.digest.encode()
+
+
+def test_sites_go_back_to_a_session_that_others_did_not_leave(federation: Federation) -> None:
+    session, name, announced = federation.begun()
+    later, later_name, _ = federation.begun()
+    assert later.digest != session.digest
+    for site in NAMES:
+        federation.told(site, JOIN, *announced, name=name)
+    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
+    for _ in range(5):
+        federation.begun()
+    assert federation.refused("north", JOIN, *announced, name=later_name) == (Reason.SECURE_SUM, "session_differs")
+
+
+def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federation: Federation) -> None:
+    session, _, _ = federation.begun()
+    early = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES)).to_bytes()
+    federation.told("north", CONFIRM, early)
+    for _ in range(3):
+        assert wrong(federation.upload("north")) == (Reason.SECURE_SUM, "release_over")
+    assert (federation.charged("north"), federation.sites["north"].trained) == (0, 0)
+
+
+def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charged(federation: Federation) -> None:
+    session, _, _ = federation.begun()
+    first = masked(federation.upload("north"))
+    federation.sites["north"].parties = Parties()
+    assert masked(federation.upload("north")) == first
+    assert wrong(federation.upload("north", 2)) == (Reason.SECURE_SUM, "session_differs")
+    assert (federation.charged("north"), federation.sites["north"].trained) == (1, 1)
+    made = Summation(session, release=1)
+    for site in NAMES:
+        made.add_upload(site, masked(federation.upload(site)))
+
+
+CHANGES: dict[str, Callable[[SecureSite], None]] = {
+    "secure=false": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=False))),
+    "frozen": lambda site: site.ledger().freeze("enough"),
+    "a member less": lambda site: site.members.pop("east"),
+    "another key": lambda site: site.members.update(east=SigningKey(Ed25519PrivateKey.generate()).public),
+    "least_sites": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=True, least_sites=4))),
+    "no lead": lambda site: setattr(
+        site, "policy", replace(site.policy, allow=replace(site.policy.allow, leads=("ab" * 32,)))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_person_forbids_meanwhile_ends_a_site_s_part(
+    federation: Federation, change: Callable[[SecureSite], None]
+) -> None:
+    session, _, _ = federation.begun()
+    made = federation.summation(session)
+    question = made.confirm_request()
+    for site in NAMES:
+        made.add_confirmation(site, federation.told(site, CONFIRM, question))
+    change(federation.sites["north"])
+    federation.refused("north", UNMASK, made.unmask_request("north"))
+    federation.refused("north", CONFIRM, question)
+    assert isinstance(federation.upload("north", 2).body, Refusal)
+    assert federation.charged("north") == 1
+
+
+def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Federation) -> None:
+    session, _, _ = federation.begun()
+    made = federation.summation(session)
+    question = made.confirm_request()
+    for _ in range(20):
+        federation.told("north", CONFIRM, question)
+    assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
+    federation.read(made)
+    federation.told("north", UNMASK, made.unmask_request("north"))
+    assert len(federation.sites["north"].promises.read_text().splitlines()) == 2

@@ -1,0 +1,152 @@
+"""The privacy label: it says what the report says, all of it fits, and SVG and PNG are one drawing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import sys
+import xml.etree.ElementTree as Xml
+from dataclasses import replace
+
+import pytest
+
+from fedtune.report import signing
+from fedtune.report.model import Report
+from fedtune.report.page import label
+from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.label import as_png, as_svg
+from fedtune.report.page.tables import Words
+from fedtune.spec import ConfigError
+
+from .shown import HOSTILE, NAMES, reports_of
+
+SPACE = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=NAMES)
+def report(request: pytest.FixtureRequest) -> Report:
+    return reports_of(request)[request.param]
+
+
+def lines(svg: str) -> list[str]:
+    return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
+
+
+def test_every_figure_on_it_is_one_of_the_report(report: Report, language: str) -> None:
+    words = Words(report, catalogue(language))
+    known = [report.name, *(cell.facts.get("dataset", "") for cell in report.cells)]
+    known += [text for section in words.catalogue.texts.values() for text in section.values()]
+    figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (report.delta, "exact"), (report.date, "day")]
+    figures += [(len(report.sites), "count"), (report.target_epsilon, "cap")]
+    for site in report.sites:
+        figures += [(site.approved.max_epsilon, "cap")] if site.approved else []
+        if site.meaning:
+            means = site.meaning
+            figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
+    known += [words.catalogue.figure(value, kind) for value, kind in figures]
+    shown = " ".join(
+        line for line in lines(as_svg(report, language=language)) if not re.fullmatch("[0-9a-f]{64}", line)
+    )
+    assert set(numbers(shown)) <= set(numbers(" ".join(known)))
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, language: str) -> None:
+    said = " ".join(lines(as_svg(report, language=language)))
+    words = Words(report, catalogue(language))
+    assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
+    assert all(words.code("banner", code).unescape() in said for code in report.banners)
+    assert said.endswith(hashlib.sha256(signing.to_text(report).encode()).hexdigest())
+    for value in (words.code("unit", report.unit), words.text("label.mechanism_text")):
+        assert value.unescape() in said
+    assert ("…" in said) == (len(report.name) > 32), "nothing but a long name is cut"
+
+
+def test_where_nothing_is_promised_it_shows_no_figure(request: pytest.FixtureRequest, language: str) -> None:
+    words = catalogue(language)
+    for name in ("no_guarantee", "unbounded"):
+        found = reports_of(request)[name]
+        said = " ".join(lines(as_svg(found, language=language)))
+        assert words.text("promise.none").unescape() in said
+        assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
+        assert words.texts["word"]["unbounded"] in said
+        assert label._RED in as_svg(found, language=language).split("<text")[0], "its head is red"
+        assert "100" not in numbers(said)
+
+
+def test_it_loads_nothing_and_a_name_stays_text(report: Report, language: str) -> None:
+    svg = as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
+    root = Xml.fromstring(svg)
+    assert {one.tag.removeprefix(SPACE) for one in root.iter()} == {
+        "svg",
+        "title",
+        "desc",
+        "path",
+        "circle",
+        "text",
+    } - (set() if "<circle" in svg else {"circle"})
+    assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
+    assert HOSTILE[:31] in " ".join(lines(svg))
+    assert svg == as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
+
+
+def test_every_line_fits_and_none_lies_on_another(report: Report, language: str) -> None:
+    """As wide as the letters of the PNG are."""
+    fonts = pytest.importorskip("PIL.ImageFont", reason="Pillow is not installed")
+    boxes = []
+    for one in Xml.fromstring(as_svg(report, language=language)).iter(f"{SPACE}text"):
+        size, x, y = (float(one.get(key, "")) for key in ("font-size", "x", "y"))
+        kind = "mono" if one.get("font-family") else "bold" if one.get("font-weight") else "plain"
+        width = label._font(fonts, kind, 10 * size).getlength(one.text) / 10
+        left = x - width if one.get("text-anchor") == "end" else x
+        boxes.append((left, y - 0.75 * size, left + width, y + 0.2 * size))
+        column = label._LEFT if x == label._MARGIN and 140 < y < 530 else 1200 - label._MARGIN
+        assert left >= label._MARGIN
+        assert left + width <= column + 1, one.text
+        assert 0 < y < 675
+    for place, (left, top, right, bottom) in enumerate(boxes):
+        for other_left, other_top, other_right, other_bottom in boxes[:place]:
+            assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
+
+
+def test_a_png_is_the_same_drawing(request: pytest.FixtureRequest) -> None:
+    images = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    found = reports_of(request)["within"]
+    data = as_png(found, language="de")
+    assert data == as_png(found, language="de")
+    image = images.open(io.BytesIO(data))
+    assert image.size == (2400, 1350)
+    assert image.getpixel((20, 20)) == (0x0B, 0x3D, 0x66)
+    drawn = Xml.fromstring(as_svg(found, language="de")).iter(f"{SPACE}path")
+    _, *diamonds = [one.get("d", "") for one in drawn if one.get("fill") == label._BLUE]
+    corners = [re.findall(r"[\d.]+", path) for path in diamonds]
+    assert len(corners) == 6, "five guesses, and one that explains them"
+    for x, y, *_ in corners:
+        assert image.getpixel((round(2 * float(x)), round(2 * float(y)) + 12)) == (0x0B, 0x3D, 0x66)
+
+
+def test_without_pillow_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ConfigError, match=re.escape("--label: label.png needs Pillow: pip install 'fedtune[pdf]'")):
+        as_png(reports_of(request)["within"], language="en")
+
+
+def test_without_a_font_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    monkeypatch.setattr(label, "_FONTS", dict.fromkeys(label._FONTS, ("no-such-font.ttf",)))
+    with pytest.raises(ConfigError, match=r"label\.png needs a font"):
+        as_png(reports_of(request)["within"], language="en")

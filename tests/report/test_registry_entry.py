@@ -1,0 +1,88 @@
+"""An entry for a public registry: what the report says, and what a person said, or the name of what nobody did."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.about import AboutSpec
+from fedtune.report import registry_entry as registry
+from fedtune.report import signing
+from fedtune.report.model import Report
+from fedtune.report.page.catalogue import catalogue
+from fedtune.spec import ConfigError
+
+from .shown import NAMES, reports_of
+
+TOLD = AboutSpec(
+    curator="Hospital of the North",
+    description="Sorts letters by subject.",
+    intended_use="sorting",
+    sector="health",
+    published="2026-04",
+    access="restricted",
+    dynamics="static",
+    preprocessing="none",
+    tuning="on public letters",
+    justification="the board's decision of 2026-02",
+)
+ASKED = {field.name for field in dataclasses.fields(AboutSpec)}
+
+
+@pytest.fixture(params=NAMES)
+def report(request: pytest.FixtureRequest) -> Report:
+    return reports_of(request)[request.param]
+
+
+def values(part: Any) -> list[Any]:
+    if isinstance(part, dict):
+        return [value for one in part.values() for value in values(one)]
+    return [value for one in part for value in values(one)] if isinstance(part, list) else [part]
+
+
+def test_what_a_person_said_stands_in_it_and_nothing_is_missing(report: Report) -> None:
+    entry = registry.entry(report, TOLD)
+    assert entry["missing"] == []
+    assert set(dataclasses.asdict(TOLD).values()) <= set(values(entry))
+
+
+def test_what_nobody_said_is_null_and_named(report: Report) -> None:
+    entry = registry.entry(report, AboutSpec())
+    assert set(entry["missing"]) == {f"report.about.{name}" for name in ASKED}
+    whole = registry.entry(report, TOLD)
+    said = [value for value in dataclasses.asdict(TOLD).values() if value != "none"]
+    assert not set(said) & set(values(entry))
+    assert values(entry).count(None) - values(whole).count(None) == len(ASKED)
+
+
+def test_the_figures_are_those_of_the_report(report: Report) -> None:
+    entry = registry.entry(report, AboutSpec())
+    promised = report.verdict.state != "no_guarantee" and report.epsilon is not None
+    assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
+    assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.delta, len(report.sites))
+    rows = [row for site in report.sites for row in site.mechanisms]
+    assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
+        (row.sampling_rate, row.noise_multiplier) for row in rows
+    }
+    words = catalogue("en")
+    assert entry["accounting"]["leaves_out"] == [words.code("leaves_out", one).unescape() for one in report.leaves_out]
+    assert len(entry["not_protected"]) == len(report.not_protected)
+    assert entry["privacy"]["holds_for"].startswith("a simulation") == ("simulation" in report.banners)
+    assert entry["report_sha256"] == hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    text = registry.to_text(report, TOLD)
+    assert json.loads(text) == registry.entry(report, TOLD)
+
+
+def test_a_run_without_noise_names_no_mechanism(request: pytest.FixtureRequest) -> None:
+    entry = registry.entry(reports_of(request)["unbounded"], TOLD)
+    assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
+    assert "adds no noise" in entry["privacy"]["model"]
+
+
+def test_nothing_is_said_by_a_blank() -> None:
+    with pytest.raises(ConfigError, match="curator = ' ': must say something"):
+        AboutSpec(curator=" ")
