@@ -5,8 +5,8 @@
     ... --states FILE    frozen layers run once for all lines, and their output is kept there (`shared_states.py`)
     ... --runs FOLDER    run folders are kept there, and runs that are finished there are not run again
 
-A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, and
-`each_site = true` runs it once for every site alone and averages the scores.
+A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, `seeds` once
+with each of these, and `each_site = true` once for every site alone; scores are averaged.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def run_line(experiment: str, line: dict[str, Any], *, kept: Path | None = None)
     variants: list[list[str]] = [[]]
     if line.get("each_site"):
         variants = [[f"federation.participants=[{site}]"] for site in compose_run(overrides).federation.names]
+    elif seeds := line.get("seeds"):
+        variants = [[f"seed={seed}"] for seed in seeds]
     runs = []
     with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
         for number in range(line.get("repeats", 1)):

@@ -17,7 +17,7 @@ from fedtune.privacy.distributed_noise import SharedNoise, epsilons, least_cell_
 from fedtune.privacy.durable import write_durably
 
 FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- results: written by noise.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: written by noise.py -->", "<!-- end of noise -->"
 SITES, RATE, RELEASES, DELTA = 4, 0.3, 50, 1e-5
 BOUND = 1000  # clip norms; decides no noise
 
