@@ -47,7 +47,7 @@ def keys_of(cls: Any = Policy, prefix: str = "") -> set[str]:
 def keys_in(table: Any, prefix: str = "") -> set[str]:
     if isinstance(table, list) and table and isinstance(table[0], dict):
         return keys_in(table[0], prefix)
-    if not isinstance(table, dict) or prefix == "dataset.columns.":
+    if not isinstance(table, dict) or prefix in ("dataset.columns.", "trust.members."):
         return {prefix.removesuffix(".")}
     return {leaf for name, value in table.items() for leaf in keys_in(value, f"{prefix}{name}.")}
 
