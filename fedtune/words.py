@@ -1,4 +1,4 @@
-"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes and times."""
+"""Figures as every layer writes them: infinity in JSON, counts with their noun, sizes, times, keys to compare."""
 
 from __future__ import annotations
 
@@ -17,6 +17,22 @@ def finite(value: float | None) -> float | None:
 def unbounded(value: float | None) -> float:
     """The figure again that `finite` gave: None is infinity."""
     return math.inf if value is None else value
+
+
+def spoken(digits: str) -> str:
+    """A key or a fingerprint in hex as people compare it, wherever they meet it: in groups of four digits.
+
+    An Ed25519 public key (a lead's, a site's) is its own fingerprint, as policies, ledgers and reports have it.
+
+    >>> spoken("691bee4ac4c3f951")
+    '691b ee4a c4c3 f951'
+    """
+    return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4))
+
+
+def spoken_start(digits: str) -> str:
+    """Its first four groups, where the whole would fill the line."""
+    return f"{spoken(digits[:16])} ..."
 
 
 def finite_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:

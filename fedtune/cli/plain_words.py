@@ -15,7 +15,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.catalogue import catalogue
-from fedtune.words import counted
+from fedtune.words import counted, spoken_start
 
 
 def reason_text(reason: str) -> str:
@@ -129,9 +129,10 @@ def _accepted(detail: dict[str, Any]) -> str:
     seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
     start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
     return (
-        f"run accepted from lead {proposal.lead[:16]}...: {printable(proposal.task)} on {printable(proposal.dataset)}, "
-        f"{counted(plan.num_rounds, 'round')}{spare}, each {_mechanisms(dp_events.to_json(plan.event()))}; the "
-        f"cost of all is set aside until {str(detail['expires'])[:10]}{start}{seeded}"
+        f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
+        f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
+        f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
+        f"{str(detail['expires'])[:10]}{start}{seeded}"
     )
 
 

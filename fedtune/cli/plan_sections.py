@@ -26,7 +26,7 @@ from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
-from fedtune.words import counted, duration, size
+from fedtune.words import counted, duration, size, spoken_start
 
 if TYPE_CHECKING:
     pass  # which imports torch
@@ -332,7 +332,7 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
         for one in verdict.broken
     )
     answer = "would accept the run" if verdict.allowed else "would refuse the run"
-    lead = f"Asked by lead {verdict.lead[:16]}..."
+    lead = f"Asked by lead {spoken_start(verdict.lead)}"
     notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else f"{lead}"]
     if verdict.taken is not None and verdict.would_be is not None:
         notes.append(_budget(verdict))

@@ -13,11 +13,11 @@ from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of, key_fingerprint, spoken
+from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.members import Member
 from fedtune.deploy.kits.provisioning import Admitted
-from fedtune.words import counted
+from fedtune.words import counted, spoken
 
 app = group(
     """\
@@ -184,7 +184,7 @@ def _show_admitted(folder: Path, done: Admitted) -> None:
     if done.requested:
         _compare(
             "Let the site read out these. If one differs, somebody else made the request: send nothing, and revoke it.",
-            {"connection key": certificate.fingerprint, "site key": key_fingerprint(member.site_key)},
+            {"connection key": certificate.fingerprint, "site key": member.site_key},
         )
         _compare(
             "Read out these; the site compares them with its kit's README.md.",
@@ -304,7 +304,6 @@ def _member_json(member: Member, now: datetime) -> dict[str, Any]:
         "certificate": _certificate_json(Certificate.of(member.issued), now),
         "connection_key_sha256": fingerprint_of(member.node_key),
         "site_key": member.site_key,
-        "site_key_sha256": key_fingerprint(member.site_key),
         "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
     }
 

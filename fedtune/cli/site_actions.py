@@ -35,7 +35,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
-from fedtune.words import counted
+from fedtune.words import counted, spoken, spoken_start
 
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
@@ -130,7 +130,7 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
         names = ", ".join(printable(pending.proposal.run) for pending in waiting) or "none"
         raise ConfigError("RUN", run, f"must be a run that waits for approval: {names}")
     if len(found) > 1:
-        digests = ", ".join(f"{p.proposal.digest()[:12]} (lead {p.proposal.lead[:16]}...)" for p in found)
+        digests = ", ".join(f"{p.proposal.digest()[:12]} (lead {spoken_start(p.proposal.lead)})" for p in found)
         raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
     return found[0]
 
@@ -146,7 +146,7 @@ def _waiting_runs(waiting: list[Pending]) -> Section:
     for pending in waiting:
         asked = pending.proposal
         rows.append(
-            (printable(asked.run), pending.since, printable(asked.dataset), _price(pending), f"{asked.lead[:16]}...")
+            (printable(asked.run), pending.since, printable(asked.dataset), _price(pending), spoken_start(asked.lead))
         )
     headings = ("run", "since", "data set", "epsilon", "asked by lead")
     return Section(headings=headings, rows=rows, words=frozenset(range(5)), whole=frozenset({0}))
@@ -194,7 +194,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
         f"by the filter; {cap}",
         "run": printable(asked.run),
-        "asked by": f"{asked.lead}, for {counted(asked.num_sites, 'site')} as it says",
+        "asked by": f"{spoken(asked.lead)}, for {counted(asked.num_sites, 'site')} as it says",
         "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
         "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
         "adapter": f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "

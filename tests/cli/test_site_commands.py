@@ -20,6 +20,7 @@ from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.words import spoken, spoken_start
 
 from ..conftest import own_logging
 from .conftest import Here
@@ -69,7 +70,7 @@ def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_prop
     price = epsilon_text(epsilon_pld([plan.whole], plan.delta))
     for run in ("triage", "follow-up"):
         (line,) = [line for line in outcome.out.splitlines() if run in line]
-        for word in ("patients", price, f"{run_proposal().lead[:16]}...", f"{datetime.now(UTC):%Y-%m}"):
+        for word in ("patients", price, spoken_start(run_proposal().lead), f"{datetime.now(UTC):%Y-%m}"):
             assert word in line
     listed = json.loads(approve(command, north, "--json").out)["waiting"]
     assert {one["run"] for one in listed} == {"triage", "follow-up"}
@@ -107,7 +108,7 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
     assert 0 < before < after < 5
     price = epsilon_text(epsilon_pld([asked.plan.whole], delta))
     for words in (
-        f"{asked.lead}, for 3 sites as it says",
+        f"{spoken(asked.lead)}, for 3 sites as it says",
         "classification on patients",
         asked.base_model,
         "up to 3, of 2 noisy steps each",
@@ -200,7 +201,7 @@ def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
     assert outcome.code == 2
     assert "was proposed in 2 ways" in outcome.message
     for proposal in (one, other):
-        assert f"{proposal.digest()[:12]} (lead {proposal.lead[:16]}...)" in outcome.message
+        assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in outcome.message
     assert approve(command, north, other.digest()[:12], "--yes").code == 0
     assert set(north.ledger().history.approved) == {other.digest()}
     assert [pending.proposal for pending in north.state.waiting()] == [one]

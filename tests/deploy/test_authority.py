@@ -28,9 +28,9 @@ from fedtune.deploy.kits.certificates import (
     private_pem,
     public_pem,
     read_connection_key,
-    spoken,
 )
 from fedtune.spec import ConfigError
+from fedtune.words import spoken
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
 

@@ -484,7 +484,8 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
             lines += [f"{check.status:<8}{name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
     lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
-    masks = {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", r"\b[0-9a-f]{16}\.\.\.": "HEX..."}
+    short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
+    masks = {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", short: "HEX..."}
     for pattern, mask in masks.items():
         text = re.sub(pattern, mask, text)
     return text

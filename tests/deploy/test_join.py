@@ -15,13 +15,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from fedtune.deploy.kits import members
-from fedtune.deploy.kits.certificates import fingerprint_of, key_fingerprint, public_pem, read_connection_key, spoken
+from fedtune.deploy.kits.certificates import fingerprint_of, public_pem, read_connection_key
 from fedtune.deploy.kits.members import JoinRequest, next_steps, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
+from fedtune.words import spoken
 
 
 def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) -> None:
@@ -76,7 +77,7 @@ def test_the_next_steps_name_file_and_fingerprints(request_of: Callable[..., Pat
     for words in (
         str(path),
         spoken(fingerprint_of(request.node_key)),
-        spoken(key_fingerprint(request.site_key)),
+        spoken(request.site_key),
         f"unzip north-kit.zip -d {path.parent}",
         "patients (8,000 declared)",
         "connection_key.pem is secret",

@@ -22,6 +22,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
+from fedtune.words import spoken_start
 
 COLUMNS = (
     *("sequence", "kind", "time", "run", "round", "request", "attempt", "dataset", "cohort", "code", "detail"),
@@ -342,7 +343,10 @@ def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tam
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
         replace_rows(victim, changed, tamper)
-        assert found(victim) == f"event {number + 1} is not signed by the site's key {verify(whole).site_key[:16]}..."
+        assert (
+            found(victim)
+            == f"event {number + 1} is not signed by the site's key {spoken_start(verify(whole).site_key)}"
+        )
 
 
 # Rollback.

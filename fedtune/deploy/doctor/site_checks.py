@@ -43,6 +43,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks import TASKS
+from fedtune.words import spoken_start
 
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
@@ -76,9 +77,9 @@ def lead(kit: Kit, policy: Policy) -> Check:
     """Whether the policy lets the federation's lead ask for anything."""
     name = "lead"
     if kit.lead in policy.allow.leads:
-        return ok(name, f"the kit's lead {kit.lead[:16]}... is one of the policy's leads")
+        return ok(name, f"the kit's lead {spoken_start(kit.lead)} is one of the policy's leads")
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
-    found = f"the policy does not allow the kit's lead {kit.lead[:16]}...: all of its requests are refused"
+    found = f"the policy does not allow the kit's lead {spoken_start(kit.lead)}: all of its requests are refused"
     return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
 
 
@@ -308,7 +309,7 @@ def site_key(files: SiteFiles, history: History | None) -> Check:
     if history is not None and history.length and history.opened.site_key != public:
         fix = "Restore the key that the ledger was made with from its backup."
         return failed(name, f"{path} is not the key that the ledger was made with", fix=fix)
-    return ok(name, f"{public[:16]}..., readable by its owner alone")
+    return ok(name, f"{spoken_start(public)}, readable by its owner alone")
 
 
 def serving(files: SiteFiles, *, state: Path) -> Check:

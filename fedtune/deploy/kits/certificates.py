@@ -178,16 +178,6 @@ def fingerprint_of(public: bytes) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
-def key_fingerprint(site_key: str) -> str:
-    """SHA-256, in hex, of an Ed25519 public key that is given as 64 hex digits."""
-    return hashlib.sha256(bytes.fromhex(site_key)).hexdigest()
-
-
-def spoken(fingerprint: str) -> str:
-    """Hex digits in groups of four, to be read out over a telephone."""
-    return " ".join(fingerprint[start : start + 4] for start in range(0, len(fingerprint), 4))
-
-
 def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The IP address that `text` spells, or None: then it is a name.  A zone (fe80::1%eth0) has no place here."""
     try:

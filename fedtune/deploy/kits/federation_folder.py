@@ -25,7 +25,6 @@ from fedtune.deploy.kits.certificates import (
     fingerprint_of,
     names_of,
     read_certificate,
-    spoken,
 )
 from fedtune.deploy.kits.kit_file import (
     VERSION,
@@ -40,6 +39,7 @@ from fedtune.deploy.kits.kit_file import (
 from fedtune.deploy.kits.members import Member, read_roster, write_roster
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, check_one_of, spec
+from fedtune.words import spoken
 
 SETTINGS = "federation.toml"
 Kind = Literal["server", "lead", "site"]

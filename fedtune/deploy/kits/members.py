@@ -25,18 +25,17 @@ from fedtune.deploy.kits.certificates import (
     common_name,
     fingerprint_of,
     is_p384,
-    key_fingerprint,
     make_key,
     p384_of,
     private_pem,
     public_pem,
-    spoken,
 )
 from fedtune.deploy.kits.kit_file import VERSION, read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, check_name, check_one_of, spec
+from fedtune.words import spoken
 
 PURPOSE = "join request"
 """Of the site's signature."""
@@ -287,7 +286,7 @@ Site {request.site}: data sets {declared}.
      {folder / REQUEST}
 2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours:
      connection key  {spoken(fingerprint_of(request.node_key))}
-     site key        {spoken(key_fingerprint(request.site_key))}
+     site key        {spoken(request.site_key)}
 3. Unzip the kit that the lead sends back into the same folder, and follow its README.md:
      unzip {request.site}-kit.zip -d {folder}
 

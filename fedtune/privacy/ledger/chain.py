@@ -17,6 +17,7 @@ from typing import Any
 
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import spoken_start
 
 START = "0" * 64
 """What stands in the place of the hash before the first event."""
@@ -180,4 +181,4 @@ def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1)
 def check_signature(event: Event, site_key: str) -> None:
     """Raise RunError unless `event` is signed by `site_key`; its hash covers everything before it."""
     if not is_signed(site_key, EVENT, event.hash.encode(), event.signature):
-        raise RunError(f"event {event.sequence} is not signed by the site's key {site_key[:16]}...")
+        raise RunError(f"event {event.sequence} is not signed by the site's key {spoken_start(site_key)}")
