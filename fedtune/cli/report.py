@@ -15,10 +15,11 @@ from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Opti
 from fedtune.cli.ledger import ledger_file
 from fedtune.cli.plain_words import printable
 from fedtune.cli.sections import Section, print_json, say, show
-from fedtune.config import ReportSpec, saved_config
+from fedtune.config import saved_config
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, checks
@@ -136,9 +137,9 @@ def build(
     from fedtune.report.page.catalogue import catalogue
     from fedtune.report.page.render import write_all, write_files
 
-    chosen = saved_config(path).report if report.kind == "run" else ReportSpec()
-    spoken = language or chosen.language
-    beside, remarks = _beside(report, label=label, registry=registry, language=spoken, about=chosen.about)
+    spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
+    about = _about(path, report) if registry else None
+    beside, remarks = _beside(report, label=label, language=spoken, about=about)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)
     paths += write_all(output or folder, beside)
     for code in report.banners:
@@ -153,10 +154,17 @@ def build(
         say(remark, style="bold yellow")
 
 
+def _about(path: Path, report: Report) -> AboutSpec:
+    """What persons said of a run in its settings, or of a site's records in its policy; a ledger alone holds none."""
+    if report.kind == "run":
+        return saved_config(path).report.about
+    return read_policy(path).about if path.suffix == ".toml" else AboutSpec()
+
+
 def _beside(
-    report: Report, *, label: bool, registry: bool, language: str, about: AboutSpec
+    report: Report, *, label: bool, language: str, about: AboutSpec | None
 ) -> tuple[dict[str, bytes], list[str]]:
-    """The files that were asked for beside the report, and what is missing of them."""
+    """The label and the registry's entry, where they were asked for, and what is missing of them."""
     from fedtune.report.page.label import PNG, SVG, as_png, as_svg
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
@@ -168,10 +176,11 @@ def _beside(
             files[PNG] = as_png(report, language=language)
         except ConfigError as error:  # the PNG alone takes more than fedtune needs
             remarks.append(str(error))
-    if registry:
+    if about is not None:
         files[REGISTRY] = to_text(report, about).encode()
         if missing := entry(report, about)["missing"]:
-            remarks.append(f"{REGISTRY} lacks what only a person can say: {', '.join(missing)}")
+            place = "report.about" if report.kind == "run" else "[about] of site.toml"
+            remarks.append(f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}")
     return files, remarks
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
-
-from fedtune.spec import ConfigError, spec
+from fedtune.spec import spec
 
 
 @spec
 class AboutSpec:
-    """What only a person can say of a run, for an entry in a public registry of such runs; null: not said.
+    """What only a person can say, for an entry in a public registry of such runs; "": not said.  No run depends on it.
 
     Attributes:
         curator: the organisation that answers for the release.
@@ -18,25 +15,20 @@ class AboutSpec:
         intended_use: what the model is for.
         sector: such as health, banking, public administration.
         published: when the model was or will be released.
-        access: who gets the model: "public", "restricted" (on request, by contract) or "internal".
-        dynamics: whether the records are "static", or "dynamic": added to or changed between runs.
+        access: who gets what is released: everybody, some by contract, or nobody outside.
+        dynamics: whether the records are static, or dynamic: added to or changed between runs.
         preprocessing: what was done to the records before fedtune read them.
         tuning: how the settings were chosen, and on which records, where no search of fedtune's did it.
         justification: why this unit, this epsilon and this delta.
     """
 
-    curator: str | None = None
-    description: str | None = None
-    intended_use: str | None = None
-    sector: str | None = None
-    published: str | None = None
-    access: Literal["public", "restricted", "internal"] | None = None
-    dynamics: Literal["static", "dynamic"] | None = None
-    preprocessing: str | None = None
-    tuning: str | None = None
-    justification: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, said in dataclasses.asdict(self).items():
-            if said is not None and not said.strip():
-                raise ConfigError(name, said, "must say something; null is for what nobody has said")
+    curator: str = ""
+    description: str = ""
+    intended_use: str = ""
+    sector: str = ""
+    published: str = ""
+    access: str = ""
+    dynamics: str = ""
+    preprocessing: str = ""
+    tuning: str = ""
+    justification: str = ""

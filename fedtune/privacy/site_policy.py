@@ -20,6 +20,7 @@ from typing import Any, Literal
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.proposal import Proposal
@@ -313,6 +314,7 @@ class Policy:
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
         simulated: the site is made up, on the machine of whoever simulates it; its ledger and reports say so.
+        about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
     """
 
     site: str
@@ -331,6 +333,7 @@ class Policy:
     site_key: str = "site_key.pem"
     anchor: str = ""
     simulated: bool = False
+    about: AboutSpec = AboutSpec()
 
     def __post_init__(self) -> None:
         check_name("site", self.site)
@@ -394,6 +397,7 @@ class Policy:
             fields["budget"]["max_epsilon"] = None
         if not self.simulated:  # so that a real site's digest stays what it was before there was the mark
             del fields["simulated"]
+        del fields["about"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
         return dict(json.loads(json.dumps(fields)))
 

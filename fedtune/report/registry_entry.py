@@ -1,7 +1,7 @@
 """A run as an entry of a public registry of differential-privacy deployments: what such registries ask for.
 
-What a person alone can say comes from the run's `report.about`; where nobody has said it, it is null and named as
-missing.  Everything else stands in report.json, whose SHA-256 the entry names.
+What a person alone can say comes from the run's `report.about`, or from `[about]` of a site's `site.toml`; where nobody
+has said it, it is empty and named as missing.  Everything else stands in report.json, whose SHA-256 the entry names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """
     words = Words(report, catalogue("en"))
     said = dataclasses.asdict(about) | {"tuning": about.tuning or _search(report)}
+    missing = [name for name, value in said.items() if not value.strip()]
     facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -65,7 +66,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         },
         "justification": about.justification,
         "report_sha256": hashlib.sha256(signing.to_text(report).encode()).hexdigest(),
-        "missing": [f"report.about.{name}" for name, value in said.items() if value is None],
+        "missing": missing,
     }
 
 
@@ -87,11 +88,11 @@ def _privacy(words: Words) -> dict[str, Any]:
     }
 
 
-def _search(report: Report) -> str | None:
+def _search(report: Report) -> str:
     """How a search of fedtune's picked the run, where one did."""
     picked = report.utility.selection if report.utility else None
     if picked is None:
-        return None
+        return ""
     return f"picked by {picked.judged_by} out of {picked.trials or 'a random number of'} trials of {picked.search}"
 
 

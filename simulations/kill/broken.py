@@ -39,7 +39,7 @@ def _charge_in_commit() -> None:
     reserve, commit = Ledger.reserve, Ledger.commit
     asked: dict[str, Proposal] = {}
 
-    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str) -> Reservation:
+    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str, unless: object) -> Reservation:
         asked[request] = proposal
         return Reservation(run=proposal.run, round=round, request=request, attempt=1)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
@@ -150,7 +153,7 @@ def test_a_label_is_drawn_beside_the_report(
 def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:
     told = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before"))
     assert told.code == 0, told.err
-    assert "registry.json lacks what only a person can say: report.about.curator" in " ".join(told.out.split())
+    assert "lacks what only a person can say, in report.about: curator" in " ".join(told.out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["report"]["about"]["curator"] = "Hospital of the North"
@@ -158,9 +161,25 @@ def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp
     assert command("report", str(folder), "--registry").code == 0
     entry = json.loads((folder / "registry.json").read_text())
     assert entry["curator"] == "Hospital of the North"
-    assert "report.about.curator" not in entry["missing"]
+    assert "curator" not in entry["missing"]
     assert entry["report_sha256"] == hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
     assert entry["privacy"]["result"] == "within", "the configuration is still the one that ran"
+
+
+def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path: Path, command: Any) -> None:
+    policy = read_policy(lived.policy)
+    write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.policy)
+    assert read_policy(lived.policy).digest() == policy.digest()
+    told = command("report", str(lived.policy), "--registry", "--output", str(tmp_path))
+    assert told.code == 0, told.err
+    entry = json.loads((tmp_path / "registry.json").read_text())
+    assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
+    assert "in [about] of site.toml: description" in " ".join(told.out.split())
+    assert not any(one["code"] == "policy_noted" and one["status"] == "violated" for one in _assumptions(tmp_path))
+
+
+def _assumptions(folder: Path) -> Any:
+    return json.loads((folder / "report.json").read_text())["assumptions"]
 
 
 def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:

@@ -195,7 +195,7 @@ def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(follow
     assert named == {key for key in ours if ours[key] != template[key]}
 
 
-TABLES = ("budget", "limits", "allow", "releases", "machine", "asserted")
+TABLES = ("budget", "limits", "allow", "releases", "machine", "trust", "asserted")
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
