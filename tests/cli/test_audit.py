@@ -13,8 +13,8 @@ from rich.console import Console
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.audit import app, audit_spec, show_findings
 from fedtune.report import one_run
+from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import refuted
-from fedtune.report.model import Audit, AuditBound
 from fedtune.spec import ConfigError
 
 

@@ -94,7 +94,7 @@ def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> 
     page = (ran / "report.html").read_text()
     assert "this figure relies on them as well" in page
     assert "only in the sum" in page
-    assert "verlässt sich deshalb auch auf sie" in render(report, language="de")
+    assert "verlässt sich die Zahl auch auf sie" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in (by_hand(4), by_hand(3), by_hand(1)):

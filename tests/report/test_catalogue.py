@@ -29,7 +29,10 @@ KEYS = {(section, key) for section, texts in TEXTS["en"].items() for key in text
 STATES = get_args(get_type_hints(Verdict)["state"])
 ACCESS = data()["access"]
 SEEN = {
-    code for noise in ("noised", "seeded", "no_noise") for who, sees in ACCESS[noise].items() for code in (who, *sees)
+    code
+    for noise in ("noised", "seeded", "no_noise", "masked")
+    for who, sees in ACCESS[noise].items()
+    for code in (who, *sees)
 } | {"by_subtraction", "if_two_sites"}
 CODES: dict[str, set[str]] = {
     "kind": set(get_args(get_type_hints(Report)["kind"])),

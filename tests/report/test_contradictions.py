@@ -11,8 +11,9 @@ import pytest
 
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, one_run, recompute
+from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive import profile, rules
-from fedtune.report.model import Assumption, Audit, AuditBound, Cap, Report, Spent, Verdict
+from fedtune.report.model import Assumption, Cap, Report, Spent, Verdict
 
 from .shown import where, with_site
 from .site_ledgers import Books

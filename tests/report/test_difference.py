@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.difference import Change, differences
-from fedtune.report.model import Audit, AuditBound, Report
+from fedtune.report.model import Report
 from fedtune.spec import ConfigError
 
 Make = Callable[..., Report]

@@ -171,7 +171,7 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
     (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
     assert (found.status, found.evidence) == ("assumed", f"site-1: {own.date}")
     html = render.render(report, language="en")
-    first = html[html.index('id="budget"') : html.index('id="limits"')]
+    first = html[html.index('id="budget"') : html.index('id="sign-off"')]
     assert "As of" in first
     assert 'data-at="/sites/0/reported"' in first
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
