@@ -83,7 +83,7 @@ def _privacy(words: Words) -> dict[str, Any]:
         "epsilon": report.epsilon if words.promises else None,
         "delta": report.delta,
         "sites": len(report.sites),
-        "model": words.text(_MODEL[words.noise]).unescape(),
+        "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
         "mechanisms": [_mechanism(row) for row in rows],
     }
 
@@ -101,6 +101,7 @@ def to_text(report: Report, about: AboutSpec) -> str:
     return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+_TOGETHER = "The sites make the noise together: each relies on others not to tell the lead what noise they added."
 _Settings = tuple[str, float, float, float | None, int]
 _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.report import signing
+from fedtune.privacy.about import AboutSpec
+from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
 from fedtune.report.page import label
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
@@ -69,6 +71,21 @@ def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, lang
     for value in (words.code("unit", report.unit), words.text("label.mechanism_text")):
         assert value.unescape() in said
     assert ("…" in said) == (len(report.name) > 32), "nothing but a long name is cut"
+
+
+def test_who_relies_on_other_sites_is_told_so(request: pytest.FixtureRequest, language: str) -> None:
+    """In the label and in a registry's entry: where sites make their noise together."""
+    found = reports_of(request)["within"]
+    first, *others = found.sites
+    together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
+    rows = tuple(replace(row, shared=together) for row in first.mechanisms)
+    shared = replace(found, sites=(replace(first, mechanisms=rows), *others))
+    said = " ".join(lines(as_svg(shared, language=language)))
+    assert catalogue(language).texts["label"]["shared"] in said
+    assert catalogue(language).texts["label"]["shared"] not in " ".join(lines(as_svg(found, language=language)))
+    assert "…" not in said
+    model = registry_entry.entry(shared, AboutSpec())["privacy"]["model"]
+    assert model.startswith("The sites make the noise together")
 
 
 def test_where_nothing_is_promised_it_shows_no_figure(request: pytest.FixtureRequest, language: str) -> None:

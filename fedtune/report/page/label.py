@@ -246,8 +246,11 @@ def _foot(words: Words) -> Iterator[_Mark]:
     report, top = words.report, 556.0
     yield _box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
     yield _Text(x=_MARGIN, y=top, text=_plain(words.text("limits.heading")), size=18, font="bold")
-    limits = "; ".join(_plain(words.code("not_protected", code)) for code in report.not_protected)
-    yield from _lines(limits, x=_MARGIN, y=top + 22, size=14, width=_WIDTH - 2 * _MARGIN, most=4)
+    limits = [words.text("label.shared")] if words.shared and words.promises else []
+    limits += [words.code("not_protected", code) for code in report.not_protected]
+    yield from _lines(
+        "; ".join(map(_plain, limits)), x=_MARGIN, y=top + 21, size=13.5, width=_WIDTH - 2 * _MARGIN, most=4
+    )
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
     yield _Text(x=_MARGIN, y=_HEIGHT - 16, text=_plain(words.text("label.check")), size=15, fill=_SOFT)
     yield _Text(x=_WIDTH - _MARGIN, y=_HEIGHT - 16, text=digest, size=15, font="mono", anchor="end")
