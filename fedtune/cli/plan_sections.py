@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -28,8 +27,6 @@ from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
 from fedtune.words import counted, duration, size, spoken_start
 
-if TYPE_CHECKING:
-    pass  # which imports torch
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = (
