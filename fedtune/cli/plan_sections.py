@@ -27,7 +27,6 @@ from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
 from fedtune.words import counted, duration, size, spoken_start
 
-
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
 SEEDED = (
     "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
