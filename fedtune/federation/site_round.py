@@ -162,7 +162,10 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     # Shares let out what was uploaded, so what has come to be forbidden since is not helped with.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
-    if request.step == JOIN:
+    if request.step == JOIN:  # before each round: who would refuse it is not counted on, so that nobody pays in vain
+        if site.paused():
+            raise Refused(Reason.PAUSED)
+        site.ledger.require_another_round(request.proposal)
         return sums.join(proposal, request.session, parts)
     party, (message, *others) = sums.party(proposal), parts or [b""]
     if others:

@@ -27,7 +27,7 @@ from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Refusal
+from fedtune.privacy.release import Reason, Refusal
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.lead_step import lead_step
@@ -77,7 +77,7 @@ class SecureRounds:
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self._left_out: set[str] = set()
-        self._accused: Counter[str] = Counter()
+        self._accused: set[frozenset[str]] = set()
         self._traffic = [0, 0]
 
     def ready(self) -> tuple[str, ...]:
@@ -89,23 +89,22 @@ class SecureRounds:
         Raises:
             RunError: fewer than the threshold are ready.
         """
-        here, why = self._rejoined()
-        lost = frozenset(why)
-        all_there = NO_REPLY not in why.values()
-        if self._begun is None or (lost and all_there and self._failed[lost] < _SESSIONS):
-            missing = self._begin()
-            self._failed[lost] += bool(missing)
-            here, why = self._rejoined()
-            why |= missing
+        here, missing = self._rejoined()
+        lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
+        if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
+            failed = self._begin()
+            self._failed[lost] += bool(failed)
+            here, missing = self._rejoined()
+            missing |= failed
         ready = self._ready = tuple(site for site in here if site not in self._left_out)
         if len(ready) < self._terms.threshold:
-            why |= dict.fromkeys(self._left_out, "deals or gives wrong shares")
+            why = _in_words(missing) | dict.fromkeys(self._left_out, "deals or gives wrong shares")
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
             all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
         return ready
 
-    def _rejoined(self) -> tuple[list[str], dict[str, str]]:
+    def _rejoined(self) -> tuple[list[str], dict[str, Refusal | None]]:
         """Who is in the session, and why others are not: they do not answer, or have lost their part in it."""
         if self._begun is None:
             return [], {}
@@ -114,9 +113,9 @@ class SecureRounds:
         right = [site for site, digest in joined.items() if digest == begun.session.digest.encode()]
         return right, missing
 
-    def _begin(self) -> dict[str, str]:
+    def _begin(self) -> dict[str, Refusal | None]:
         """Begin a session with keys of all members; who is missing, and why: empty where it began."""
-        missing: dict[str, str] = {}
+        missing: dict[str, Refusal | None] = {}
         for _ in range(_SESSIONS):
             name = secrets.token_hex(16)
             announced, missing = self._ask(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
@@ -125,15 +124,17 @@ class SecureRounds:
             try:
                 session = session_of(self._terms, announced)
             except Rejected as rejected:
-                missing = {"a site": str(rejected)}
+                missing = {f"a site's key ({rejected})": None}
                 continue
             begun = _Begun(name, tuple(announced.values()), session)
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
             if not missing and set(joined.values()) == {session.digest.encode()}:
                 self._begun = begun
                 return {}
-            missing = missing or {"a site": "was shown other keys"}
-        log.warning("no new session of the secure sum: %s", missing)
+            if missing:  # each further try would take the others from the session that they came from
+                break
+            missing = {"a site that was shown other keys": None}
+        log.warning("no new session of the secure sum: %s", _in_words(missing))
         return missing
 
     def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
@@ -164,12 +165,15 @@ class SecureRounds:
     def _suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
         """Ask the site no more whose doing it is that a sum cannot be read, where that can be told.
 
-        Of a wrong share either the holder or the dealer is at fault.  Who has part in more of them than any other site
-        is left out; a site that accuses one other alone gains nothing.
+        Of a wrong share either the holder or the dealer is at fault.  Who has part in some with more others than can
+        collude, and with more than any other site, is left out; who was left out before counts no more.
         """
-        self._accused.update(site for pair in wrong_shares for site in pair)
-        most = self._accused.most_common(2)
-        if dealer is None and most and (len(most) == 1 or most[0][1] > most[1][1]):
+        self._accused |= {frozenset(pair) for pair in wrong_shares}
+        pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self._left_out]
+        most = Counter(site for pair in pairs for site in pair).most_common(2)
+        shared = self._proposal.plan.shared
+        enough = 1 if shared is None else max(1, shared.colluders)
+        if dealer is None and most and most[0][1] > max(enough, *(count for _, count in most[1:]), 0):
             dealer = most[0][0]
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
@@ -183,8 +187,8 @@ class SecureRounds:
 
     def _ask(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
-    ) -> tuple[dict[str, bytes], dict[str, str]]:
-        """The answers by site, in the members' order, and why others gave none."""
+    ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
+        """The answers by site, in the members' order, and why others gave none; None: they did not answer."""
         expires, messages = time.time() + self._timeout_s, []
         for node, site in self._nodes.items():
             if site not in parts:
@@ -194,7 +198,7 @@ class SecureRounds:
             messages.append(Message(content, node, f"query.{flower_records.SUM}"))
         self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
         found: dict[str, bytes] = {}
-        missing = dict.fromkeys(parts, NO_REPLY)
+        missing: dict[str, Refusal | None] = dict.fromkeys(parts)
         for message in receive(self._grid, messages, timeout=self._timeout_s):
             site = self._nodes[message.metadata.src_node_id]
             if message.has_error():
@@ -206,11 +210,15 @@ class SecureRounds:
                 continue
             self._traffic[1] += flower_records.num_bytes(message.content)
             if isinstance(answer, Refusal):
-                missing[site] = answer.in_words
+                missing[site] = answer
             else:
                 found[site] = answer
                 del missing[site]
         return {site: found[site] for site in self._terms.sites if site in found}, missing
+
+
+def _in_words(missing: Mapping[str, Refusal | None]) -> dict[str, str]:
+    return {site: NO_REPLY if why is None else why.in_words for site, why in missing.items()}
 
 
 def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> None:

@@ -19,7 +19,7 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending, divergence_left, runs_left, spending
 from fedtune.privacy.policy_file import policy_of
-from fedtune.report.derive import cells, profile, verdicts
+from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.derive.profile import mechanism_of
 from fedtune.report.derive.rules import report_of
@@ -99,7 +99,7 @@ def site_report(record: LedgerRecord, figures: Spending) -> tuple[SiteReport, Le
         verification=_verification(record),
         releases=releases(record.events, history),
         asserted=dataclasses.asdict(policy.asserted),
-        by_trust=profile.by_trust(
+        by_trust=reliance.by_trust(
             ran, lambda spent: finite(filter.epsilon_filter(spent, order=history.order, delta=history.delta))
         ),
     )

@@ -21,7 +21,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.run_plan import Plan
 from fedtune.report import recompute, signing
-from fedtune.report.derive import cells, profile, verdicts
+from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit
 from fedtune.report.derive.facts import NOT_RECORDED, RunFacts
 from fedtune.report.derive.profile import charged_events, largest, mechanism_of
@@ -304,7 +304,11 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
         steps=tuple(_steps(record, site, record.settled(site, charged.rounds))),
         releases=tuple(_releases(record, site)),
-        by_trust=profile.by_trust(rows, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid)),
+        by_trust=reliance.by_trust(
+            # What scores ended claims its whole plan.
+            [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
+            lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
+        ),
     )
     return verdicts.judged(made, verdicts.of_run(made, facts), charged=mechanisms, delta=plan.delta)
 

@@ -27,12 +27,12 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS, Selection, best_of_poisson
-from fedtune.report.derive import profile, rules, verdicts
+from fedtune.report.derive import profile, reliance, rules, verdicts
 from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
 from fedtune.report.derive.profile import largest
 from fedtune.report.derive.verdicts import WORST_FIRST
-from fedtune.report.model import ByTrust, Lifetime, Mechanism, Report, SiteReport
+from fedtune.report.model import Lifetime, Mechanism, Report, SiteReport
 from fedtune.report.model import Problem as Problem
 from fedtune.spec import ConfigError
 from fedtune.words import finite
@@ -249,8 +249,7 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
     yield from _compared("spent.epsilon_pld", spent.epsilon_pld, pld)
     yield from _compared("spent.epsilon_rdp", spent.epsilon_rdp, profile.epsilon_rdp(charged, delta))
     yield from _compared("spent.epsilon", spent.epsilon, by_filter if site.source == "own_ledger" else pld)
-    trust = [None if one is None else dataclasses.asdict(one) for one in (site.by_trust, _by_trust(site, delta))]
-    yield from _compared("by_trust", *trust)
+    yield from _trust(site, delta)
     planned = largest([pld, _least_planned(report, site)])
     if spent.planned_epsilon is not None and not _at_most(planned, spent.planned_epsilon):
         yield Problem("spent.planned_epsilon", spent.planned_epsilon, f"at least {planned}")
@@ -346,9 +345,9 @@ def _least_by_filter(site: SiteReport, rows: Mapping[str, Mechanism], order: flo
             yield Problem(f"steps.{place - 1}.epsilon", said, f"at least {least}")
 
 
-def _by_trust(site: SiteReport, delta: float) -> ByTrust | None:
-    """By who looks, as the site's own figure is computed."""
-    interval = profile.interval_of(site.source)
+def _trust(site: SiteReport, delta: float) -> Iterator[Problem]:
+    """By who looks, as the site's own figure is computed; of a run that scores ended, for its whole plan."""
+    interval, spent, said = profile.interval_of(site.source), site.spent, site.by_trust
 
     def epsilon(charged: Spent) -> float | None:
         if site.source == "own_ledger":
@@ -357,7 +356,13 @@ def _by_trust(site: SiteReport, delta: float) -> ByTrust | None:
             _check_size(event, count)
         return profile.epsilon_pld(charged, delta, interval=interval)
 
-    return profile.by_trust(site.mechanisms, epsilon)
+    found = reliance.by_trust(site.mechanisms, epsilon)
+    if said is None or found is None or spent is None or not spent.ended_by_scores:
+        return (yield from _compared("by_trust", *(one and dataclasses.asdict(one) for one in (said, found))))
+    yield from _compared("by_trust.with_colluders", said.with_colluders, spent.planned_epsilon)
+    for key in ("server_alone", "with_all_others"):
+        if not _at_most(least := getattr(found, key), getattr(said, key)):
+            yield Problem(f"by_trust.{key}", getattr(said, key), f"at least {least}")
 
 
 def _by_filter(charged: Charges, site: SiteReport, delta: float) -> float | None:
@@ -380,9 +385,6 @@ def _sums(site: SiteReport) -> Iterator[Problem]:
             settings := _with_noise(Counter(profile.by_settings(row)))
         ):
             yield Problem(f"mechanisms.{row.run}", _listed(charged), _listed(settings))
-        if row.shared is not None and row.noise_multiplier != row.shared.noise_of_fewest:
-            where = f"mechanisms.{row.run}.noise_multiplier"
-            yield Problem(where, row.noise_multiplier, row.shared.noise_of_fewest)
 
 
 def _with_noise(charged: Charges) -> Charges:

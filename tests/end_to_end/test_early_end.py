@@ -18,8 +18,8 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run, recompute
 from fedtune.tasks.saved import StartAdapter
 
-TINY_RATES = ("training.learning_rate=1e-9", "training.head_learning_rate=1e-9")
-"""So small that no round can be better than the first."""
+TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-30")
+"""So small that no round can be better than the first, whatever the noise."""
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, pld
 
+from fedtune.privacy.run_plan import Plan
 from fedtune.report import from_ledger, from_run, recompute
+from fedtune.report.derive import reliance
+from fedtune.report.derive.profile import epsilon_pld, mechanism_of
 from fedtune.report.model import Report, from_json, to_json
 from fedtune.report.page.render import render
 
@@ -81,6 +84,64 @@ def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
 )
 def test_a_report_that_says_something_else_is_found_out(report: Report, at: tuple[str, ...], value: object) -> None:
     assert recompute.problems(changed(report, at, value)) != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"num_sites": 20, "threshold": 20}, "num_sites"),
+        ({"threshold": 3}, "threshold"),
+        ({"colluders": 3}, "threshold"),
+    ],
+)
+def test_settings_that_no_secure_sum_can_have_are_found(report: Report, changes: dict[str, Any], where: str) -> None:
+    """Though all of the report was changed alike, so that each figure follows from its events."""
+    plan = saved_config_plan(report, **changes)
+    rows = [mechanism_of(plan, run=site.mechanisms[0].run, rounds=ROUNDS, sampling="poisson") for site in report.sites]
+    sites = tuple(replace(site, mechanisms=(row,)) for site, row in zip(report.sites, rows, strict=True))
+    found = {problem.where.rpartition(".")[2] for problem in reliance.contradictions(replace(report, sites=sites))}
+    assert found == {where}
+    assert not [*reliance.contradictions(report)]
+
+
+def saved_config_plan(report: Report, **changes: Any) -> Plan:
+    """The plan of the run, with other settings of its sums."""
+    shared = report.sites[0].mechanisms[0].shared
+    assert shared is not None
+    return Plan(
+        unit="record",
+        delta=DELTA,
+        sampling_rate=RATE,
+        noise_multiplier=SHARE,
+        max_grad_norm=1.0,
+        local_steps=1,
+        num_rounds=ROUNDS,
+        shared=replace(shared, **changes),
+    )
+
+
+def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_plan(
+    simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-30")
+    folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
+    report = from_run.build(folder)
+    (site, *_) = report.sites
+    assert site.spent is not None
+    assert site.by_trust is not None
+    assert site.spent.ended_by_scores
+    assert site.by_trust.with_colluders == report.epsilon == site.spent.planned_epsilon
+    assert site.by_trust.server_alone < report.epsilon < site.by_trust.with_all_others  # type: ignore[operator]
+    assert recompute.problems(report) == []
+    low = replace(site.by_trust, with_colluders=site.spent.epsilon)
+    assert recompute.problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
+
+
+def test_of_lost_runs_nobody_knows_what_all_others_together_see(report: Report) -> None:
+    (row,) = report.sites[0].mechanisms
+    found = reliance.by_trust([row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA))
+    assert found is not None
+    assert found.with_all_others is None
 
 
 def test_updates_that_only_a_sum_shows_are_named_so(report: Report) -> None:

@@ -13,6 +13,7 @@ import fedtune.federation.secure.shares as shamir
 import fedtune.flower.secure_rounds as secure_rounds
 import fedtune.flower.server_app as server_app
 import fedtune.sites.work as site_work
+from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import unpacked
@@ -221,6 +222,26 @@ def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
         **dict.fromkeys(("site-1", "site-3", "site-4"), 3),
         "site-2": 1,
     }
+
+
+def test_a_member_that_joins_nothing_takes_the_session_from_nobody(
+    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has lost its keys each time that it is asked to join, and announces new ones."""
+    real, asked = SumsAtSite.join, [0]
+
+    def refuses(self: SumsAtSite, proposal: str, session: str, announcements: Any) -> bytes:
+        if self.site == "site-2":
+            asked[0] += 1
+            if asked[0] > 2:
+                raise Rejected(Wrong.SESSION_DIFFERS)
+        return real(self, proposal, session, announcements)
+
+    monkeypatch.setattr(SumsAtSite, "join", refuses)
+    more = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=5")
+    folder = simulate(*SECURE, *more, into=tmp_path)
+    rounds = result_of(folder)["rounds"]
+    assert [len(entry["sites"]) for entry in rounds] == [4, 3, 3, 3, 3]
 
 
 def test_a_site_that_deals_wrong_shares_is_left_out(

@@ -44,6 +44,7 @@ class SecureSite:
     members: dict[str, str] = field(default_factory=dict)
     parties: Parties = field(default_factory=Parties)
     trained: int = 0
+    paused: bool = False
 
     @property
     def key(self) -> SigningKey:
@@ -77,6 +78,7 @@ class SecureSite:
             name=self.name,
             ledger=ledger,
             prepare=prepare,
+            paused=lambda: self.paused,
             sums=SumsAtSite(
                 site=self.name,
                 identity=self.key,
@@ -305,6 +307,17 @@ def test_what_a_person_forbids_meanwhile_ends_a_site_s_part(
     federation.refused("north", CONFIRM, question)
     assert isinstance(federation.upload("north", 2).body, Refusal)
     assert federation.charged("north") == 1
+
+
+def test_who_would_refuse_the_round_joins_no_session(federation: Federation) -> None:
+    """Else the others would pay for a round that it takes no part in."""
+    session, name, announced = federation.begun()
+    plan = federation.asked().plan
+    for round in range(1, plan.num_rounds + 1):
+        federation.read(federation.summation(session, round))
+    assert federation.refused("north", JOIN, *announced, name=name)[0] is Reason.PLAN_EXHAUSTED
+    federation.sites["south"].paused = True
+    assert federation.refused("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
 
 
 def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Federation) -> None:

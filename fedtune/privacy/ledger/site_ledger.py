@@ -287,6 +287,11 @@ class Ledger:
             if since is None or self.history.now() - since > good_for:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
+    def require_another_round(self, proposal: Proposal) -> None:
+        """Raise the reason to refuse one more round of a run that was accepted, as of the last transaction."""
+        if (known := self.history.runs.get(proposal.run)) is not None:
+            self._require_another_round(known, self.history.now())
+
     def fingerprint_key(self) -> bytes:
         """Secret key of the records' HMAC; a plain hash would let anyone test a candidate data set."""
         return self._key.secret("data fingerprint")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache
@@ -25,11 +25,10 @@ from dp_accounting import DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
-from fedtune.privacy.distributed_noise import MOST_SITES
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
-from fedtune.report.model import ByTrust, Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
+from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
@@ -92,26 +91,6 @@ def by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEv
     if row.metrics_noise_multiplier > 0:
         charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
     return events.grouped(charged)
-
-
-def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
-    """What the charges of these runs come to, by who looks; None where no sum was secure.
-
-    Args:
-        rows: of one site.
-        epsilon: of charges, as the site's own figure is computed.
-    """
-    if all(row.shared is None for row in rows):
-        return None
-
-    def against(colluders: int | None) -> float | None:
-        total: Counter[DpEvent] = Counter()
-        for row in rows:
-            # Of a lost run nothing is known but its charges.
-            total.update(by_settings(row, colluders=colluders) if row.shared else charges_of(row))
-        return epsilon(total)
-
-    return ByTrust(server_alone=against(0), with_colluders=against(None), with_all_others=against(MOST_SITES))
 
 
 def charges_of(row: Mechanism | Selection) -> Counter[DpEvent]:

@@ -17,7 +17,7 @@ from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.site_policy import period_of
 from fedtune.report.audit_findings import Audit
-from fedtune.report.derive import cells, profile, verdicts
+from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts, updates_of
 from fedtune.report.model import Assumption, Lifetime, Problem, Report, SiteReport, Utility, Verification
 
@@ -398,6 +398,7 @@ def _named(names: Iterable[str]) -> str:
 def contradictions(report: Report) -> Iterator[Problem]:
     """What one part of the report says and another denies: found without computing any epsilon."""
     yield from _identity(report)
+    yield from reliance.contradictions(report)
     for site in report.sites:
         for where, said, found in _between_parts(report, site):
             yield Problem(f"sites.{site.site}.{where}", said, found)
