@@ -323,7 +323,7 @@ def _finding(code: str, config: RunConfig) -> str:
 
 def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    trained = sum(value.size for value in shared.initial_adapter.tensors.values())
+    trained = shared.initial_adapter.num_values
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {
         "model": f"{config.model.path}, {trained:,} trained parameters, on {shared.device}",

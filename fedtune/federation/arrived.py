@@ -38,7 +38,7 @@ class Arrived:
     @property
     def num_values(self) -> int:
         """Of one update."""
-        return sum(value.size for value in self._sent.tensors.values())
+        return self._sent.num_values
 
     def put(self, site: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Keep a site's update.

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from fedtune.federation.secure.agreement import Terms, bits_needed
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey, is_signed
@@ -36,6 +37,12 @@ class Signed:
     text: str
     signature: str
 
+    @classmethod
+    def by(cls, lead: SigningKey, purpose: str, fields: Mapping[str, Any]) -> Signed:
+        """These fields, as a lead signs them for this purpose."""
+        text = json.dumps(fields, sort_keys=True)
+        return cls(text=text, signature=lead.sign(purpose, text.encode()))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invitation:
@@ -58,22 +65,16 @@ class Invitation:
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
         about = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
-        fields = {"protocol": PROTOCOL, **about}
-        text = json.dumps({**fields, "proposal": self.proposal.to_json()}, sort_keys=True)
-        return Signed(text=text, signature=lead.sign(INVITATION, text.encode()))
+        return Signed.by(lead, INVITATION, {"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()})
 
     @classmethod
     def of(cls, signed: Signed) -> Invitation:
         """The question that was signed, by the lead that it names; raises as `_opened` does."""
 
-        def read(fields: dict[str, Any]) -> Invitation:
-            asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
-            check_name("site", asked.site)  # it goes into a site's log
-            if not (_is_moment(asked.expires) and type(asked.less) is bool and _NONCE.fullmatch(asked.nonce)):
-                raise ValueError("wrong type or out of range")
-            return asked
+        def is_right(asked: Invitation) -> bool:
+            return type(asked.less) is bool and _NONCE.fullmatch(asked.nonce) is not None
 
-        return _opened(signed, INVITATION, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
+        return _question(cls, signed, INVITATION, is_right)
 
     @property
     def run(self) -> str:
@@ -122,8 +123,7 @@ class RoundRequest:
         fields = {"protocol": PROTOCOL, **self._asked(), "receipt": receipt, "expires": self.expires}
         if self.reference_digest:
             fields["reference_digest"] = self.reference_digest
-        text = json.dumps(fields, sort_keys=True)
-        return Signed(text=text, signature=lead.sign(ROUND, text.encode()))
+        return Signed.by(lead, ROUND, fields)
 
     @classmethod
     def of(cls, signed: Signed) -> RoundRequest:
@@ -156,6 +156,27 @@ class RoundRequest:
 ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
 
 
+def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
+    """The terms of a run's secure sums, in as few bits as they need; its lead and each of its sites make the same.
+
+    Args:
+        proposal: of the run.
+        members: site -> public identity key.
+        length: values of an adapter.
+    """
+    shared = proposal.plan.shared
+    assert shared is not None, "a plan of secure sums"
+    return Terms(
+        run=proposal.run,
+        proposal=proposal.digest(),
+        members=members,
+        threshold=shared.threshold,
+        length=length,
+        largest=shared.largest_value,
+        bits=bits_needed(len(members), shared.largest_value),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumRequest:
     """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
@@ -176,22 +197,16 @@ class SumRequest:
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
         about = {"site": self.site, "expires": self.expires, "step": self.step, "session": self.session}
-        text = json.dumps({"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()}, sort_keys=True)
-        return Signed(text=text, signature=lead.sign(SUM, text.encode()))
+        return Signed.by(lead, SUM, {"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()})
 
     @classmethod
     def of(cls, signed: Signed) -> SumRequest:
         """The question that was signed, by the lead that it names; raises as `_opened` does."""
 
-        def read(fields: dict[str, Any]) -> SumRequest:
-            asked = cls(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
-            check_name("site", asked.site)
-            known = asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK)
-            if not (known and _is_moment(asked.expires) and _NONCE.fullmatch(asked.session)):
-                raise ValueError("wrong type or out of range")
-            return asked
+        def is_right(asked: SumRequest) -> bool:
+            return asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK) and _NONCE.fullmatch(asked.session) is not None
 
-        return _opened(signed, SUM, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
+        return _question(cls, signed, SUM, is_right)
 
     @property
     def run(self) -> str:
@@ -255,8 +270,7 @@ class EndOfRun:
 
     def signed(self, lead: SigningKey) -> Signed:
         """The notice as it is sent."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return Signed(text=text, signature=lead.sign(END, text.encode()))
+        return Signed.by(lead, END, asdict(self))
 
     @classmethod
     def of(cls, signed: Signed) -> EndOfRun:
@@ -269,6 +283,22 @@ class EndOfRun:
             return notice
 
         return _opened(signed, END, read, lead=lambda notice: notice.lead)
+
+
+_Q = TypeVar("_Q", Invitation, SumRequest)
+
+
+def _question(kind: type[_Q], signed: Signed, purpose: str, is_right: Callable[[_Q], bool]) -> _Q:
+    """A question about a run, by the lead that it names; raises as `_opened` does."""
+
+    def read(fields: dict[str, Any]) -> _Q:
+        asked = kind(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
+        check_name("site", asked.site)  # it goes into a site's log
+        if not (_is_moment(asked.expires) and is_right(asked)):
+            raise ValueError("wrong type or out of range")
+        return asked
+
+    return _opened(signed, purpose, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
 
 
 def _opened(signed: Signed, purpose: str, read: Callable[[dict[str, Any]], _T], *, lead: Callable[[_T], str]) -> _T:

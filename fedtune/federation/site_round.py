@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -25,9 +25,10 @@ from fedtune.federation.protocol import (
     Signed,
     SumRequest,
     digest_of,
+    terms_of,
 )
-from fedtune.federation.secure.agreement import Rejected, Terms, Wrong
-from fedtune.federation.secure.at_site import SumsAtSite, terms_of
+from fedtune.federation.secure.agreement import Rejected, Wrong
+from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, Tensors
@@ -158,7 +159,10 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     sums, proposal = _sums_of(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
         run = _prepared(site, request)
-        return sums.announce(request.session, run.members, lambda members: _terms(request.proposal, run, members))
+        asked, length = request.proposal, run.template.num_values
+        return sums.announce(
+            request.session, run.members, lambda members: terms_of(asked, members=members, length=length)
+        )
     # Shares let out what was uploaded, so what has come to be forbidden since is not helped with.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
@@ -181,19 +185,6 @@ def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:
     if site.sums is None or proposal.plan.shared is None:
         raise Refused(Reason.SECURE_SUMS)
     return site.sums
-
-
-def _terms(proposal: Proposal, run: Prepared, members: Mapping[str, str]) -> Terms:
-    shared = proposal.plan.shared
-    assert shared is not None
-    return terms_of(
-        run=proposal.run,
-        proposal=proposal.digest(),
-        members=members,
-        threshold=shared.threshold,
-        length=sum(value.size for value in run.template.tensors.values()),
-        largest=shared.largest_value,
-    )
 
 
 def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:

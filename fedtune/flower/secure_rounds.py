@@ -16,10 +16,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.federation.lead import Arrays, LeadState, RoundResult
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, terms_of
 from fedtune.federation.replies import NO_REPLY, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
-from fedtune.federation.secure.at_site import terms_of
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.flower import flower_records
 from fedtune.flower.invitation import Lead
@@ -172,9 +171,10 @@ class SecureRounds:
         pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self._left_out]
         most = Counter(site for pair in pairs for site in pair).most_common(2)
         shared = self._proposal.plan.shared
-        enough = 1 if shared is None else max(1, shared.colluders)
-        if dealer is None and most and most[0][1] > max(enough, *(count for _, count in most[1:]), 0):
-            dealer = most[0][0]
+        assert shared is not None, "a plan of secure sums"
+        if dealer is None and most:
+            (first, count), (_, next_count) = most  # a pair has two ends
+            dealer = first if count > max(1, shared.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self._left_out.add(dealer)
@@ -231,17 +231,10 @@ def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> N
 
 def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | None:
     """The run's secure sums; None for a run without."""
-    shared = lead.plan.shared
-    if shared is None:
+    if lead.plan.shared is None:
         return None
-    terms = terms_of(
-        run=lead.run,
-        proposal=lead.proposal.digest(),
-        members={site: lead.site_keys[site] for site in lead.declared_sizes},
-        threshold=shared.threshold,
-        length=sum(value.size for value in state.adapter.tensors.values()),
-        largest=shared.largest_value,
-    )
+    members = {site: lead.site_keys[site] for site in lead.declared_sizes}
+    terms = terms_of(lead.proposal, members=members, length=state.adapter.num_values)
     return SecureRounds(
         grid,
         nodes=lead.nodes,

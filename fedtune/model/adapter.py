@@ -52,6 +52,11 @@ class Adapter:
         """The model's trainable tensors as they are now."""
         return cls({name: parameter.detach().cpu().numpy() for name, parameter in model.trainable().items()})
 
+    @property
+    def num_values(self) -> int:
+        """In all tensors together."""
+        return sum(value.size for value in self.tensors.values())
+
     def load_into(self, model: _Trained) -> None:
         """Copy into the model's trainable tensors; the base stays in memory as it is.
 

@@ -201,3 +201,12 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+@pytest.fixture
+def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
+    """The folder of a site that has joined, with its anchor on another disk."""
+    folder = joined("north").parent
+    (folder / "other disk").mkdir()
+    write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
+    return folder

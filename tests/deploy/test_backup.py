@@ -27,15 +27,6 @@ from fedtune.privacy.site_policy import Policy
 Propose = Callable[..., Proposal]
 
 
-@pytest.fixture
-def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
-    """The folder of a site that has joined, with its anchor on another disk."""
-    folder = joined("north").parent
-    (folder / "other disk").mkdir()
-    write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
-    return folder
-
-
 def words(folder: Path) -> tuple[str, ...]:
     return ("--kit", str(folder / "kit"), "--site", str(folder / "site.toml"))
 

@@ -22,21 +22,10 @@ from fedtune.deploy.kits.members import REQUEST, read_roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
-from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
-
-
-@pytest.fixture
-def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
-    """The folder of a site that has joined, with its anchor on another disk."""
-    folder = joined("north").parent
-    (folder / "other disk").mkdir()
-    write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
-    return folder
 
 
 def ledger_of(folder: Path) -> Ledger:

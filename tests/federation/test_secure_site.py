@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Brought, Reply, RoundRequest, SumRequest
+from fedtune.federation.protocol import (
+    ANNOUNCE,
+    CONFIRM,
+    JOIN,
+    UNMASK,
+    Brought,
+    Reply,
+    RoundRequest,
+    SumRequest,
+    terms_of,
+)
 from fedtune.federation.secure.agreement import Limits, Session
-from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in, terms_of
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, session_of
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, take_step
@@ -120,16 +130,8 @@ class Federation:
     def begun(self) -> tuple[Session, str, list[bytes]]:
         """A session of all, its name, and what was announced in it."""
         name, proposal = secrets.token_hex(16), self.asked()
-        shared = proposal.plan.shared
-        assert shared is not None
-        terms = terms_of(
-            run=proposal.run,
-            proposal=proposal.digest(),
-            members={site: one.key.public for site, one in self.sites.items()},
-            threshold=3,
-            length=VECTOR.size,
-            largest=shared.largest_value,
-        )
+        keys = {site: one.key.public for site, one in self.sites.items()}
+        terms = terms_of(proposal, members=keys, length=VECTOR.size)
         announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
         session = session_of(terms, announced)
         for site in NAMES:

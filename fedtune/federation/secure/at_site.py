@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, bits_needed, require_pinned
+from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, require_pinned
 from fedtune.federation.secure.party import Keep, Party, Promise
 from fedtune.privacy.keys import SigningKey
 
@@ -30,22 +30,6 @@ _MOST_RUNS = 16
 """Whose parties are kept; a run whose parties are gone begins a new session."""
 _MOST_SESSIONS = 3
 """Of a run: the one that goes on, and others that a lead tries to begin beside it."""
-
-
-def terms_of(
-    *, run: str, proposal: str, members: Mapping[str, str], threshold: int, length: int, largest: int
-) -> Terms:
-    """The terms of a run's sums, in as few bits as they need; lead and sites make the same."""
-    bits = bits_needed(len(members), largest)
-    return Terms(
-        run=run,
-        proposal=proposal,
-        members=members,
-        threshold=threshold,
-        length=length,
-        largest=largest,
-        bits=bits,
-    )
 
 
 @dataclass

@@ -74,7 +74,7 @@ def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
     sizes = config.declared_sizes()
     final = record.result.final if record.result else FinalResult(metrics={})
     targets = config.lora.target_modules
-    parameters = sum(value.size for value in record.state.adapter.tensors.values()) if record.state else None
+    parameters = record.state.adapter.num_values if record.state else None
     return _of_every_report(provenance) | {
         "dataset": data.dataset,
         "task": config.task,

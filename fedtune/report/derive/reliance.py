@@ -38,6 +38,7 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
 
 def contradictions(report: Report) -> Iterator[Problem]:
     """Settings of secure sums that no run can have, or that the rest of the report denies."""
+    survivors = [len(one.sites) for one in report.utility.rounds if one.sites] if report.utility else []
     for site in report.sites:
         for row in site.mechanisms:
             if (shared := row.shared) is None:
@@ -56,7 +57,6 @@ def contradictions(report: Report) -> Iterator[Problem]:
             except ConfigError as error:
                 yield Problem(f"{where}.colluders", shared.colluders, error.bound)
                 continue
-            survivors = [len(one.sites) for one in report.utility.rounds if one.sites] if report.utility else []
-            if not least <= shared.threshold <= min(survivors, default=shared.num_sites):
-                most = min(survivors, default=shared.num_sites)
+            most = min(survivors, default=shared.num_sites)
+            if not least <= shared.threshold <= most:
                 yield Problem(f"{where}.threshold", shared.threshold, f"from {least} to {most}")
