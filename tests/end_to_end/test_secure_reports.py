@@ -123,7 +123,7 @@ def saved_config_plan(report: Report, **changes: Any) -> Plan:
 def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_plan(
     simulate: Callable[..., Path], tmp_path: Path
 ) -> None:
-    still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-30")
+    still = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
     folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
     report = from_run.build(folder)
     (site, *_) = report.sites
