@@ -24,11 +24,15 @@ def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (steps,) = json.loads(into.read_text()).values()
     checks = ["equal", "repeats", "alone", "moved-by-one", "several-devices"]
-    assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b"]
+    assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b", "four-bit"]
     assert steps["several-devices"]["devices"] == 2
     assert steps["moved-by-one"]["exceeded"] == 0
     assert set(steps["alone"].values()) - {steps["alone"]["step_seconds"]} == {0.0}
     assert steps["speed-8b"]["private_tokens_a_second"] > 0
+    four = steps["four-bit"]
+    assert four["random:llama causal_lm"]["gradients"] < 0.05
+    assert four["private_tokens_a_second"] > 0
+    assert four["model_bytes"] < steps["speed-8b"]["model_bytes"]
 
 
 def test_a_step_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:

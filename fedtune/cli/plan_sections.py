@@ -269,6 +269,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
         words=frozenset({0, 1}),
         rows=(
             ("adapter", f"{found.values:,} trained parameters, {_ways(down, up)} for each site and round"),
+            ("the model", f"{size(found.model_bytes)} of memory"),
             ("whole run", f"{total} both ways for {counted(len(sites), 'site')} and {_rounds(outlook)}"),
             ("a step", f"at most about {step}{at}"),
             ("a round", f"at most about {one_round}{at}"),

@@ -187,13 +187,14 @@ def _new(target: Path) -> Iterator[Path]:
 
 def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
     # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
-    model = load_task_model(source.adapter, model=source.config.model)
+    # Beside the base as others load it: where DoRA starts follows from the weights.
+    model = load_task_model(source.adapter, model=replace(source.config.model, dtype="float32"))
     write_task_model(model, folder)
     if not (source.readout or source.task.predicts_tokens):
         return  # a head of the task's own, which no other library has
-    exact = replace(model.spec.model, dtype="float32")
     with quiet(), torch.no_grad():
-        loaded = PeftModel.from_pretrained(load_base(exact, predicts_tokens=source.task.predicts_tokens), folder)
+        base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
+        loaded = PeftModel.from_pretrained(base, folder)
         scores = Scores(loaded, source.readout)(reference.input_ids, reference.attention_mask)
     reference.require(scores, form="peft")
 

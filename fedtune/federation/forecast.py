@@ -13,7 +13,7 @@ from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training.machine import place_for_states
+from fedtune.training.machine import model_bytes, place_for_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
@@ -27,6 +27,7 @@ class Forecast:
 
     Attributes:
         values: trained parameters.
+        model_bytes: of memory that base, adapter and head take where they lie, in the run's number format.
         bytes_down: of one adapter to a site, without headers of a few kB; the first one of a run comes whole.
         bytes_up: of one update, or of one part of a secure sum.
         bytes_total: both ways, all sites and rounds.
@@ -42,6 +43,7 @@ class Forecast:
     """
 
     values: int
+    model_bytes: int
     bytes_down: int
     bytes_up: int
     bytes_total: int
@@ -86,6 +88,7 @@ def forecast(
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}
     return Forecast(
         values=num_values,
+        model_bytes=model_bytes(model),
         bytes_down=down,
         bytes_up=up,
         bytes_total=(down + up) * len(declared_sizes) * plan.num_rounds,

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
+from fedtune.model.four_bit import keep_in_four_bits
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
@@ -44,7 +45,7 @@ from fedtune.model.spec import RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32, "nf4": torch.bfloat16}
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -84,7 +85,7 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
         device: where it goes before any adapter is attached (opacus#820).
 
     Raises:
-        ConfigError: for `model.path` or `model.sha256`.
+        ConfigError: for `model.path`, `model.sha256` or `model.dtype`.
     """
     if spec.path.startswith(RANDOM):
         if spec.sha256 is not None and spec.sha256 != (found := model_sha256(spec)):
@@ -100,6 +101,8 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
     model.requires_grad_(False)
     if spec.dtype == "mixed":
         round_products(layer_stack(model)[1])
+    if spec.dtype == "nf4":
+        keep_in_four_bits(layer_stack(model)[1], device=device)
     return model.eval().to(torch.device(device))
 
 

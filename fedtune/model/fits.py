@@ -103,8 +103,10 @@ def usable_positions(base: nn.Module) -> int | None:
     text = config.get_text_config() if config is not None else None
     bounds = [getattr(text, "max_position_embeddings", None)]
     for name, module in base.named_modules():
+        if name.rpartition(".")[2] not in _POSITION_TABLES:
+            continue
         weight = getattr(module, "weight", None)
-        if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2:
             padding, offset = getattr(module, "padding_idx", None), getattr(module, "offset", 0)
             bounds.append(len(weight) - (padding + 1 if padding is not None else offset))
     return min((bound for bound in bounds if isinstance(bound, int)), default=None)

@@ -119,7 +119,7 @@ def _layer_indices(spec: LoraSpec, count: int) -> list[int]:
 
 def _check_rank(spec: LoraSpec, adapted: Sequence[nn.Module]) -> None:
     """Refuse a rank above every module's own before memory is taken: the product of both matrices gains nothing."""
-    most = max((min(module.get_parameter("weight").shape) for module in adapted), default=spec.rank)
+    most = max((min(cast(torch.Tensor, module.weight).shape) for module in adapted), default=spec.rank)
     if spec.rank > most:
         raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
 

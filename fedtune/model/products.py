@@ -71,15 +71,15 @@ class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
 
 
 def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Float32 `values` (..., k) times bfloat16 `weight` (n, k) transposed, plus bfloat16 `bias` (n,), in float32.
+    """`values` (..., k) times bfloat16 `weight` (n, k) transposed, plus bfloat16 `bias` (n,), in the values' format.
 
     Each of the values is rounded by itself, so that none of a row depends on another row.
     """
     rounded = values.bfloat16()
     if values.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         exact = None if bias is None else bias.float()
-        return nn.functional.linear(rounded.float(), weight.float(), exact).bfloat16().float()
-    return nn.functional.linear(rounded, weight, bias).float()
+        return nn.functional.linear(rounded.float(), weight.float(), exact).bfloat16().to(values.dtype)
+    return nn.functional.linear(rounded, weight, bias).to(values.dtype)
 
 
 def round_products(layers: nn.Module) -> None:

@@ -36,8 +36,9 @@ class ModelSpec:
         sha256: the hash that the model must have, as `fedtune model-hash` prints it; null accepts any model.
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
-        dtype: the number format of the frozen base: "float32", "bfloat16", or "mixed", which multiplies in bfloat16
-            inside its layers and leaves all else in float32; adapter, head and losses are always float32.
+        dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
+            inside its layers and leaves all else in float32; or "nf4", bfloat16 with the weights of its layers kept in
+            four bits (not for a GGUF file); adapter, head and losses are always float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.
@@ -52,7 +53,7 @@ class ModelSpec:
     sha256: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    dtype: Literal["float32", "bfloat16", "mixed", "nf4"] = "float32"
     cache_dir: str | None = None
     licence: str | None = None
     public_id: str | None = None
@@ -74,7 +75,9 @@ class ModelSpec:
             raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
         if self.public_id is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.public_id, re.ASCII):
             raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
-        check_one_of("dtype", self.dtype, ("float32", "bfloat16", "mixed"))
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16", "mixed", "nf4"))
+        if self.dtype == "nf4" and self.gguf_file is not None:
+            raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
 
     @property
     def shown_path(self) -> str:

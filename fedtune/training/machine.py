@@ -7,10 +7,12 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -85,11 +87,16 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     """
     if runtime.step_mib is not None:
         return runtime.step_mib * 2**20
-    of_model = sum(one.numel() * one.element_size() for one in model.parameters())
+    of_model = model_bytes(model)
     if model.device.type == "cuda":
         whole = int(torch.cuda.get_device_properties(model.device).total_memory)
         return max(0, int(_SHARE_OF_GPU * (whole - of_model)))
     return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.num_devices - of_model)))
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The memory of a model as it lies there: weights, whatever their number format, adapter and constants."""
+    return sum(one.numel() * one.element_size() for one in chain(model.parameters(), model.buffers()))
 
 
 def _memory_bytes() -> int:

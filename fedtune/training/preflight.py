@@ -23,6 +23,7 @@ import torch
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import alone
 from fedtune.model import Adapter
+from fedtune.model.four_bit import FourBit
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
@@ -353,7 +354,9 @@ def _generator(draws: np.random.Generator, device: torch.device | str) -> torch.
 def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Weights as of a new model in place of its own, which are put back."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
-    own = {name: one.detach().to("cpu", copy=True) for name, one in frozen.items()}
+    in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
+    own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
+    kept = [one.detach().to("cpu", copy=True) for one in own]
     generators = {one.device: _generator(draws, one.device) for one in frozen.values()}
     try:
         with torch.no_grad():
@@ -363,8 +366,11 @@ def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[No
                     one.mul_(one.shape[-1] ** -0.5)
                 else:
                     one.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
+            for layer in in_four_bits:
+                drawn = torch.empty(layer.shape, device=layer.codes.device)
+                layer.keep(drawn.normal_(generator=generators[drawn.device]).mul_(layer.shape[-1] ** -0.5))
         yield
     finally:
         with torch.no_grad():
-            for name, one in frozen.items():
-                one.copy_(own[name])
+            for tensor, before in zip(own, kept, strict=True):
+                tensor.copy_(before)

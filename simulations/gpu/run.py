@@ -26,14 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedtune.audit import sensitivity
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.compose import compose_run
 from fedtune.data import Batch, Shapes
 from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.model.layers import attach_adapters, compute_by_row
+from fedtune.model.four_bit import FourBit, keep_in_four_bits
+from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import SeededRandomness
@@ -43,12 +44,13 @@ from fedtune.training import preflight
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
-from fedtune.training.machine import device_for
+from fedtune.training.machine import device_for, model_bytes
 from fedtune.training.per_example import attached
 
 RESULTS = Path(__file__).parent / "results.json"
 ROOT = Path(__file__).parents[2]
 _LONGEST_S = 570
+_MOST_FOUR_BIT_BYTES = 24 * 2**30
 Result = dict[str, Any]
 
 SIZES = {
@@ -160,7 +162,7 @@ def alone(machine: Machine) -> Result:
     """How far a contribution moves with what else is in its micro-batch, as a run tries it; 0: not by a bit."""
     found = {}
     for path, task in models(machine):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "nf4"):
             model = built(path, task, device=machine.device, dtype=dtype)
             for rows, shares in (("any number of rows", (1, 2, 4, 8)), ("one number of rows", (1,))):
                 length, tokens = (15, 64) if machine.tiny else (127, 1024)
@@ -233,21 +235,23 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     }
 
 
-def speed(machine: Machine, size: str) -> Result:
-    """Tokens a second and peak memory of plain and private steps: bfloat16 base, LoRA on q and v, rank 16."""
+def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: int = 8) -> Result:
+    """Tokens a second and peak memory of plain and private steps: LoRA on q and v, rank 16."""
     shape = SIZES["tiny" if machine.tiny else size]
-    rows, length, runs = (4, 16, 2) if machine.tiny else (8, 512, 7)
+    rows, length, runs = (4, 16, 2) if machine.tiny else (rows, 512, 7)
     config = LlamaConfig(**shape, vocab_size=512 if machine.tiny else 32000, max_position_embeddings=1024)  # type: ignore[arg-type]
     with torch.device(machine.device):
-        base = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     compute_by_row(base)
+    if dtype == "nf4":
+        keep_in_four_bits(layer_stack(base)[1], device=machine.device)
     lora = LoraSpec(rank=16 if not machine.tiny else 2, target_modules=("q_proj", "v_proj"))
-    spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="bfloat16"), task="causal_lm", lora=lora)
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype=dtype), task="causal_lm", lora=lora)
     model = TaskModel(spec, task_named("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
     filled(model)
     batch = one_batch(model, rows=rows, length=length)
     tokens = int(batch.attention_mask.sum())
-    found: Result = {"parameters": sum(one.numel() for one in base.parameters()), "tokens": tokens}
+    found: Result = {"model_bytes": model_bytes(model), "tokens": tokens}
     for kind, step in (("plain", _plain), ("private", _private)):
         step(model, batch)
         if machine.device.type == "cuda":
@@ -263,6 +267,31 @@ def speed(machine: Machine, size: str) -> Result:
         if machine.device.type == "cuda":
             found[f"{kind}_peak_bytes"] = torch.cuda.max_memory_allocated(machine.device)
     found["private_over_plain"] = round(found["private_tokens_a_second"] / found["plain_tokens_a_second"], 3)
+    return found
+
+
+def four_bit(machine: Machine) -> Result:
+    """Layers in four bits: codes beside the CPU's, gradients beside the same weights in bfloat16, 8B within 24 GiB."""
+    found: Result = {}
+    for path, task in models(machine):
+        model, coarse = (built(path, task, device=machine.device, dtype=dtype) for dtype in ("nf4", "bfloat16"))
+        on_cpu = dict(built(path, task, device=torch.device("cpu"), dtype="nf4").named_modules())
+        for name, layer in model.named_modules():
+            if isinstance(layer, FourBit):
+                same = on_cpu[name]
+                assert isinstance(same, FourBit)
+                assert torch.equal(layer.codes.cpu(), same.codes), f"{path}: {name} has other codes than on a CPU"
+                assert torch.equal(layer.scales.cpu(), same.scales), f"{path}: {name} has other scales than on a CPU"
+                with torch.no_grad():
+                    coarse.get_parameter(f"{name}.weight").copy_(layer.weight)
+        batch = one_batch(model, rows=8, length=32)
+        with attached(model) as one, attached(coarse) as other:
+            mine, theirs = one.of_all(batch), other.of_all(batch)
+        apart = max(_apart(mine[name], theirs[name]) for name in theirs)
+        assert apart < 0.05, f"{path}: gradients differ by {apart} from those of the same weights in bfloat16"
+        found[f"{path} {task}"] = {"gradients": apart}
+    found |= speed(machine, "8b", dtype="nf4", rows=2)
+    assert found.get("private_peak_bytes", 0) < _MOST_FOUR_BIT_BYTES, "a step of the 8B model needs more than 24 GiB"
     return found
 
 
@@ -310,6 +339,7 @@ STEPS: dict[str, Callable[[Machine], Result]] = {
     "speed-135m": lambda machine: speed(machine, "135m"),
     "speed-1b": lambda machine: speed(machine, "1b"),
     "speed-8b": lambda machine: speed(machine, "8b"),
+    "four-bit": four_bit,
     "banks": banks,
     "tests": tests,
 }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from fedtune.config import saved_config
 from fedtune.data.batching import Batch, collate
@@ -147,6 +148,25 @@ def test_the_lines_of_its_card_load_it(
 
 def saved_config_labels(folder: Path) -> list[str]:
     return (folder / "labels.txt").read_text().splitlines()
+
+
+def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
+    simulate: Any, command: Any, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = saved_config(runs["bert"]).model.path
+    settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
+    run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
+    told = command("export", str(run), "--to", str(tmp_path / "out"))
+    assert told.code == 0, told.err
+    assert "beside the base's layers in four bits (nf4)" in (tmp_path / "out" / "README.md").read_text()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    offsets, weights = load_file(tmp_path / "out" / "offsets.safetensors"), load_file(Path(base, "model.safetensors"))
+    for name, offset in offsets.items():
+        module = name.removesuffix(".scales.offset")
+        # PEFT's scale is the length of a row of the whole weights, not of those in four bits.
+        length = weights[f"{module.removeprefix('base_model.model.')}.weight"].norm(dim=1)
+        torch.testing.assert_close(saved[f"{module}.lora_magnitude_vector"], length * (1 + offset), rtol=1e-5, atol=0)
+    assert offsets
 
 
 def test_a_task_names_only_formats_that_can_be_written() -> None:

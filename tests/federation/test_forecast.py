@@ -19,10 +19,12 @@ from fedtune.training.spec import RuntimeSpec
 SIZES = {"a": 100, "b": 50}
 
 
-def tiny_model(task: str = "classification", *, layers: tuple[int, ...] | None = None) -> TaskModel:
+def tiny_model(
+    task: str = "classification", *, layers: tuple[int, ...] | None = None, dtype: Any = "float32"
+) -> TaskModel:
     classes = task == "classification"
     spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert" if classes else "random:llama"),
+        model=ModelSpec(path="random:bert" if classes else "random:llama", dtype=dtype),
         lora=LoraSpec(rank=2, layers=layers),
         head=HeadSpec(init="zero", centre=False),
         task=task,  # type: ignore[arg-type]
@@ -39,6 +41,18 @@ def test_bytes_are_those_of_the_adapter_both_ways(run_plan: Plan) -> None:
     assert found.values == sum(array.size for array in arrays)
     assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
     assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
+
+
+def test_memory_of_the_model_is_that_of_its_number_format(run_plan: Plan) -> None:
+    found = {
+        dtype: forecast(
+            run_plan, tiny_model("causal_lm", dtype=dtype), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec()
+        ).model_bytes
+        for dtype in ("float32", "bfloat16", "nf4")
+    }
+    adapter = 4 * sum(one.numel() for one in tiny_model("causal_lm").trainable().values())
+    assert found["float32"] - found["bfloat16"] == pytest.approx(found["bfloat16"] - adapter, rel=0.01)
+    assert adapter < found["nf4"] < found["bfloat16"]
 
 
 def test_few_bits_and_secure_sums_travel_in_fewer_bytes(run_plan: Plan) -> None:

@@ -162,6 +162,40 @@ CLIPPING = (
         tests=("tests/model/test_products.py",),
     ),
     Mutant(
+        name="four-bit-layers-hand-no-gradient-back",
+        fault="A layer in four bits gives its input no gradient, as a library's product for evaluation does: what "
+        "trains below it learns from the wrong gradients, which a loop over single records confirms.",
+        file="fedtune/model/four_bit.py",
+        old="        if not ctx.needs_input_grad[0]:\n",
+        new="        if True:\n",
+        tests=("tests/training/test_four_bit.py",),
+    ),
+    Mutant(
+        name="four-bit-layers-not-tried-at-random",
+        fault="The trial before a run draws random weights, but layers in four bits keep their own, which "
+        "somebody chose.",
+        file="fedtune/training/preflight.py",
+        old="            for layer in in_four_bits:\n",
+        new="            for layer in in_four_bits[:0]:\n",
+        tests=("tests/training/test_four_bit.py",),
+    ),
+    Mutant(
+        name="four-bit-layers-stay-random",
+        fault="After the trial before a run, layers in four bits keep the random weights that it put there.",
+        file="fedtune/training/preflight.py",
+        old="*(each for layer in in_four_bits for each in layer.buffers())",
+        new="*[each for layer in in_four_bits for each in layer.buffers()][:0]",
+        tests=("tests/training/test_four_bit.py",),
+    ),
+    Mutant(
+        name="four-bit-scores",
+        fault="Four bits also for the output layer, whose scores the loss reads.",
+        file="fedtune/model/base_model.py",
+        old="keep_in_four_bits(layer_stack(model)[1], device=device)",
+        new="keep_in_four_bits(model, device=device)",
+        tests=("tests/model/test_four_bit.py",),
+    ),
+    Mutant(
         name="a-module-used-twice-counts-once",
         fault="Of a module that a forward pass uses twice the later gradient stands in place of both.",
         file="fedtune/training/per_example.py",

@@ -55,6 +55,7 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"plan": {"noise_multiplier": 0.0}}, Reason.MIN_NOISE_MULTIPLIER, "0.0", "at least 0.6"),
     ({"adapter": "ia3"}, Reason.ADAPTERS, "ia3", "lora"),
     ({"dtype": "bfloat16"}, Reason.DTYPES, "bfloat16", "float32"),
+    ({"dtype": "nf4"}, Reason.DTYPES, "nf4", "float32"),
     ({"lora_scale": 32.5}, Reason.MAX_LORA_SCALE, "32.5", "at most 32"),
     ({"head_scale": 101.0}, Reason.MAX_HEAD_SCALE, "101.0", "at most 100"),
     ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),

@@ -1,4 +1,4 @@
-"""A frozen base in bfloat16, or one that multiplies in it: what is trained and released stays in float32 or better."""
+"""A frozen base in bfloat16 or four bits, or one that multiplies in bfloat16: adapters and updates are float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
 @kinds
 def test_adapters_gradients_sums_and_updates_keep_their_precision(
     trained: Any,
@@ -30,7 +30,7 @@ def test_adapters_gradients_sums_and_updates_keep_their_precision(
     dtype: str,
 ) -> None:
     model = trained(path, task, dtype=dtype)
-    formats = {torch.bfloat16} if dtype == "bfloat16" else {torch.bfloat16, torch.float32}
+    formats = {torch.bfloat16, torch.float32} if dtype == "mixed" else {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == formats
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
     with attached(model) as gradients:

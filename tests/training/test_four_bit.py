@@ -1,0 +1,138 @@
+"""A frozen base in four bits: gradients by example are those of the weights it stands for, each record's its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedtune.data import Batch, Part, Shapes, TextDataset
+from fedtune.data.batching import alone
+from fedtune.model import LoraSpec
+from fedtune.model.four_bit import FourBit
+from fedtune.model.products import FrozenLinear, RoundedLinear
+from fedtune.tasks import TaskModel
+from fedtune.training.examples import SiteExamples
+from fedtune.training.machine import model_bytes
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import moved_by_others
+
+kinds = pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
+
+
+def dequantised(model: TaskModel, coarse: TaskModel) -> TaskModel:
+    """The bfloat16 model `coarse` with the weights that `model` stands for, and torch's own gradient of products."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            coarse.get_parameter(name).copy_(parameter)  # also where DoRA starts, which follows from the weights
+        for name, module in model.named_modules():
+            if isinstance(module, FourBit):
+                coarse.get_parameter(f"{name}.weight").copy_(module.weight)
+                coarse.get_submodule(name).__class__ = RoundedLinear
+    assert not any(isinstance(module, FourBit) for module in coarse.modules())
+    return coarse
+
+
+def by_torch(model: TaskModel) -> TaskModel:
+    """The same without oneDNN, by which a watched model would multiply and another one would not."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.__class__ = nn.Linear
+    return model
+
+
+def micro_batch(dataset: TextDataset) -> Batch:
+    """All of a data set in the shape that a step gives them, for shapes decide how sums are rounded."""
+    shapes = Shapes.of(max_length=15, max_tokens=16 * len(dataset))
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    length = shapes.lengths[-1]
+    return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
+
+
+def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+    with attached(model) as gradients:
+        return {name: one.clone() for name, one in gradients.of_all(batch).items()}
+
+
+@pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+@kinds
+def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_weights_it_stands_for(
+    trained: Any,
+    examples: Any,
+    path: str,
+    task: str,
+    kind: str,
+    instructions: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not instructions:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    lora = LoraSpec(kind=kind, rank=2, alpha=4.0)
+    formats = ("nf4", "bfloat16", "float32")
+    model, coarse, exact = (by_torch(trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
+    batch = micro_batch(examples(task, 8))
+    found, rounded = gradients_of(model, batch), gradients_of(exact, batch)
+    assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "four bits are not many"
+    # A loop alone would prove nothing: layers that give their input no gradient agree with themselves.
+    same = gradients_of(dequantised(model, coarse), batch)
+    assert all(torch.equal(found[name], same[name]) for name in found)
+    for one in (model, coarse):
+        parameters = one.trainable()
+        for row in range(8):
+            losses = one.losses(alone(batch, row))
+            wanted = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, wanted, strict=True):
+                assert gradient is not None, name
+                assert (found[name][row] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@kinds
+def test_recomputed_layers_and_kept_states_change_nothing(trained: Any, examples: Any, path: str, task: str) -> None:
+    last = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
+    batch = micro_batch(examples(task, 8))
+    plain, recomputed = (trained(path, task, dtype="nf4", lora=last) for _ in range(2))
+    recomputed.enable_gradient_checkpointing()
+    first, second = gradients_of(plain, batch), gradients_of(recomputed, batch)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    states = plain.frozen_states(batch)
+    assert states is not None
+    assert states.dtype == torch.bfloat16
+
+
+@kinds
+def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(trained: Any, path: str, task: str) -> None:
+    model = trained(path, task, dtype="nf4")
+    layers = [module for module in model.modules() if isinstance(module, FourBit)]
+
+    def kept() -> Iterator[torch.Tensor]:
+        return (one.clone() for layer in layers for one in (layer.codes, layer.scales))
+
+    own, changed = list(kept()), []
+
+    def see(_: Any) -> None:
+        changed.append([not torch.equal(one, before) for one, before in zip(kept(), own, strict=True)])
+
+    shapes = Shapes.of(max_length=12, max_tokens=48)
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
+    assert not any(changed[0]), "first with its own"
+    assert all(changed[-1]), "then with random ones, in every layer"
+    assert all(map(torch.equal, kept(), own))
+
+
+def test_a_trial_finds_four_bit_layers_that_mix_records(trained: Any) -> None:
+    model = trained("random:llama", "causal_lm", dtype="nf4")
+    layer = next(module for module in model.modules() if isinstance(module, FourBit))
+    layer.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
+    shapes = Shapes.of(max_length=12, max_tokens=48)
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1) > 0.01
+
+
+def test_memory_is_counted_by_what_is_there(trained: Any) -> None:
+    model, coarse = (trained("random:llama", "causal_lm", dtype=dtype) for dtype in ("nf4", "bfloat16"))
+    weights = sum(module.shape.numel() for module in model.modules() if isinstance(module, FourBit))
+    assert model_bytes(coarse) - model_bytes(model) == 2 * weights - weights // 2 - 4 * weights // 64
