@@ -95,7 +95,7 @@ def test_a_gpu_s_allocator_says_it_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_by_default_it_is_a_share_of_all_memory_less_the_model(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
-    of_model = sum(one.numel() * one.element_size() for one in model.parameters())
+    of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr(machine, "_memory_bytes", lambda: 8 * 2**30)
     assert step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
     assert step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
