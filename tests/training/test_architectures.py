@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 from fedtune.data import Shapes
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.base_model import tiny_tokenizer
+from fedtune.model.four_bit import FourBit
 from fedtune.model.refusals import ARCHITECTURES
 from fedtune.tasks import build_task_model
 from fedtune.training.preflight import moved_by_others
@@ -35,8 +37,9 @@ TARGETS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> None:
+def test_an_example_s_company_moves_it_by_no_bit(name: str, dtype: Any, tmp_path: Path) -> None:
     encoder = name in ENCODERS
     shape = SHAPE.get(name) or (TINY if encoder else {**TINY, "num_key_value_heads": 1, "head_dim": 16})
     kind = CONFIG_MAPPING[name]
@@ -48,7 +51,7 @@ def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> N
     tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
     model = build_task_model(
         TaskModelSpec(
-            model=ModelSpec(path=str(tmp_path)),
+            model=ModelSpec(path=str(tmp_path), dtype=dtype),
             task="classification" if encoder else "causal_lm",
             labels=("a", "b") if encoder else (),
             lora=LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",))),
@@ -57,10 +60,13 @@ def test_an_example_s_company_moves_it_by_no_bit(name: str, tmp_path: Path) -> N
         )
     )
     base = model.base.get_base_model()
-    weights = {one.data_ptr() for one in base.parameters()}
+    in_four_bits = [module for module in base.modules() if isinstance(module, FourBit)]
+    assert bool(in_four_bits) == (dtype == "nf4")
+    drawn = [*base.parameters(), *(one for module in in_four_bits for one in module.buffers())]
+    weights = {one.data_ptr() for one in drawn}
     beside = [
         key for key, one in base.state_dict().items() if one.is_floating_point() and one.data_ptr() not in weights
     ]
-    assert beside == [], "the try puts random weights in place of parameters alone"
+    assert beside == [], "the try puts random weights in place of parameters and codes alone"
     shapes = Shapes.of(max_length=12, max_tokens=64, positions=60)
     assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0) == 0.0
