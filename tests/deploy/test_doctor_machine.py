@@ -150,6 +150,12 @@ def test_how_much_memory_a_model_needs(tmp_path: Path, model_bytes: int | None, 
     assert limited.found.startswith("2.0 GiB of 3.0 GiB available")
 
 
+def test_a_base_in_four_bits_needs_its_files_once(tmp_path: Path) -> None:
+    (meminfo := tmp_path / "meminfo").write_text(f"MemTotal: {8 * MIB} kB\nMemAvailable: {4 * MIB} kB\n")
+    for size, status in ((3 * GIB, Status.OK), (int(3.01 * GIB), Status.WARNING)):
+        assert machine.memory(size, in_four_bits=True, meminfo=meminfo, cgroup=tmp_path).status is status
+
+
 def test_this_machine_s_memory() -> None:
     assert " GiB available" in machine.memory(1).found
 

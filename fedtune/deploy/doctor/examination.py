@@ -174,7 +174,9 @@ class _Examination:
 
     def _memory(self) -> Iterator[Check]:
         both = {_KIT, _POLICY} <= self._read
-        yield machine_checks.memory(site_checks.largest_model_bytes(self.kit, self.policy) if both else None)
+        model_bytes = site_checks.largest_model_bytes(self.kit, self.policy) if both else None
+        in_four_bits = both and self.policy.allow.dtypes == ("nf4",)
+        yield machine_checks.memory(model_bytes, in_four_bits=in_four_bits)
 
     def _gpu(self) -> Iterator[Check]:
         yield machine_checks.gpu(self.policy.machine.device, ask=machine_checks.this_gpu)

@@ -99,12 +99,17 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
 
 
 def memory(
-    model_bytes: int | None, *, meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+    model_bytes: int | None,
+    *,
+    in_four_bits: bool = False,
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroup: Path = Path("/sys/fs/cgroup"),
 ) -> Check:
     """Memory beside a rough need: three times the largest model's files (weights, activations, gradients), and 1 GiB.
 
     Args:
         model_bytes: size of the largest installed base model's weights; None: none is installed.
+        in_four_bits: a run keeps no other base than that, of which the files are in memory once, while it is loaded.
         meminfo: Linux's own account.
         cgroup: that of the container, where this runs in one that is limited.
     """
@@ -119,7 +124,7 @@ def memory(
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
     if model_bytes is None:
         return ok(name, f"{found}; the need is known when a base model is installed")
-    needed = _MODEL_COPIES * model_bytes + _BESIDE_MODEL_BYTES
+    needed = (1 if in_four_bits else _MODEL_COPIES) * model_bytes + _BESIDE_MODEL_BYTES
     found += f", about {needed / _GIB:.1f} GiB needed"
     if available < needed:
         return warning(name, found, fix="End other processes, or run the site on a machine with more memory.")
