@@ -45,6 +45,8 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     if config.runtime.num_devices > 1:
         bound = "must be 1: an audit watches each step in one process"
         raise ConfigError("runtime.num_devices", config.runtime.num_devices, bound)
+    if config.lora.alternate:
+        raise ConfigError("lora.alternate", True, "must be false: an audit watches all tensors in each step")
     if config.resume is not None:
         raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
     if config.federation.stop_after is not None:

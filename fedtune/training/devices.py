@@ -196,7 +196,7 @@ class DividedUnits:
             crew, (mine, *others) = self._crew, self._by_rank(sampled, self._units.drawn(sampled, stream))
             assert crew is not None, "nothing was handed out"
             for rank, theirs in enumerate(others, start=1):
-                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm)
+                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm, self._devices.model.round)
             crew.tell(_flat(self._devices.model.trainable()))
             return self._own.cut_drawn(mine)
 
@@ -409,14 +409,14 @@ class _Device:
     def keep_reference(self, number: int) -> None:
         self._units[number].keep_reference(self._model)
 
-    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float) -> int:
+    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int) -> int:
         """Sum what these units contribute to a step, at the values that the first device has; how many they are."""
         parameters, units = self._model.trainable(), self._units[number]
         values = _flat(parameters)
         self._group.broadcast(values, 0).wait()
         _fill(parameters, values)
-        self._sums = zeros(parameters)
-        with attached(self._model) as gradients:
+        with self._model.in_round(round), attached(self._model) as gradients:
+            self._sums = zeros(self._model.trained_now())
             batches = self._with_signs(units.cut_drawn(drawn))
             return add_each(self._sums, units.gradients(gradients), batches, max_grad_norm)
 

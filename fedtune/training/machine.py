@@ -65,10 +65,14 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has, where it is bound to some of them."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use: fewer than the machine has, where it is bound to some of them.
+
+    Or where OMP_NUM_THREADS says so: threads that wait for each other on busy cores take several times as long.
+    """
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
 
 
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:

@@ -144,7 +144,8 @@ class RuntimeSpec:
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
             processes.  The result is the same, bit for bit.  A run without privacy uses one.
-        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes.
+        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
+            as many as OMP_NUM_THREADS says, if those are fewer.
         micro_batch_tokens: the most padded tokens in a micro-batch.
         step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
             the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the

@@ -323,6 +323,15 @@ CLIPPING = (
         tests=OF_STEP,
     ),
     Mutant(
+        name="what-rests-is-trained",
+        fault="Where A and B take turns, both are clipped and noised in each round: the average is not exact, and "
+        "noise is added to twice the values.",
+        file="fedtune/tasks/task_model.py",
+        old="                parameter.requires_grad_(False)\n",
+        new="                parameter.requires_grad_(True)\n",
+        tests=("tests/training/test_local.py::test_a_and_b_take_turns",),
+    ),
+    Mutant(
         name="a-device-s-sum-added-twice",
         fault="The first device's sum is added to the total of all devices, of which it is a part: each of its records "
         "moves the step by two clip norms.",

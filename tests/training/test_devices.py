@@ -39,7 +39,7 @@ MAX_GRAD_NORM = 0.5
 KINDS = {
     "kept states": TaskModelSpec(
         model=ModelSpec(path="random:bert"),
-        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)),
+        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,), alternate=True),
         task="classification",
         labels=("a", "b", "c"),
         seed=3,

@@ -147,3 +147,12 @@ def test_a_process_bound_to_one_core_takes_one_thread() -> None:
         assert torch.get_num_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
+def test_fewer_threads_are_taken_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, asked: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert usable_cores() == cores
