@@ -344,8 +344,8 @@ CLIPPING = (
         name="devices-not-compared",
         fault="Devices that round in other ways share a step, so that a record's contribution follows from its device.",
         file=DEVICES,
-        old="        if set(crew.answers()) != {own}:\n",
-        new="        if not crew.answers():\n",
+        old="        if expected is not None and set(self._crew.answers()) != {expected}:\n",
+        new="        if expected is not None and not self._crew.answers():\n",
         tests=(f"{OF_DEVICES}::test_a_device_that_computes_other_bits_is_refused",),
     ),
     Mutant(
