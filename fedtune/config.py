@@ -54,6 +54,7 @@ _LATER: dict[tuple[str, str], object] = {
     ("data", "target_range"): None,
     ("model", "adapter_sha256"): None,
     ("lora", "kind"): "lora",
+    ("lora", "alternate"): False,
     ("federation", "stop_after"): None,
     ("federation", "keep_round"): "last",
     ("federation", "bits"): 32,
@@ -164,9 +165,8 @@ class RunConfig:
             bound = "needs data.validation_file: records of the lead's own, since what sites release must not decide"
             raise ConfigError(f"federation.{name}", given, bound)
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
-            raise ConfigError(
-                "data.heldout_fraction", 0, f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
-            )
+            bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
+            raise ConfigError("data.heldout_fraction", 0, bound)
         if self.privacy.metrics_groups and GROUP not in self.data.columns:
             bound = "must name the column for role 'group' with privacy.metrics = noised_by_group"
             raise ConfigError("data.columns", dict(self.data.columns), bound)
@@ -239,10 +239,8 @@ class RunConfig:
             num_sites=len(sizes),
         )
         lora, head = (float(f"{share * rate:.3g}") for share in task.rate_shares)
-        chosen = dataclasses.replace(
-            self.training, learning_rate=lora, head_learning_rate=head if task.has_head else None
-        )
-        return dataclasses.replace(self, training=chosen)
+        chosen: dict[str, Any] = {"learning_rate": lora, "head_learning_rate": head if task.has_head else None}
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 
     @property
     def judged_by(self) -> str:
@@ -444,11 +442,12 @@ def _check_secure(config: RunConfig) -> None:
     for key, given, only, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
+        ("lora.alternate", config.lora.alternate, False, "all tensors of a sum take the same step anyway"),
         ("runtime.ray_address", config.runtime.ray_address, None, "the sites' keys stay in one process"),
     ):
         if given != only:
-            bound = f"must be {'null' if only is None else only} with federation.aggregation = secure: {why}"
-            raise ConfigError(key, given, bound)
+            shown = json.dumps(only).strip('"')
+            raise ConfigError(key, given, f"must be {shown} with federation.aggregation = secure: {why}")
 
 
 def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:

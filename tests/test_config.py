@@ -97,6 +97,16 @@ def test_json_round_trip(changes: dict[str, Any]) -> None:
     assert again.run_id() == config.run_id()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "only"),
+    [("training.local_steps", 2, "1"), ("lora.alternate", "true", "false"), ("privacy.mechanism", "none", "dp_sgd")],
+)
+def test_secure_sums_exclude_settings(key: str, value: object, only: str) -> None:
+    secure = ["experiment=debug", "name=x", "federation.aggregation=secure", "training.local_steps=1"]
+    with pytest.raises(ConfigError, match=f"{key} = .*: must be {only} with federation.aggregation = secure"):
+        compose_run([*secure, f"{key}={value}"])
+
+
 _NO_RESULT_CHANGES = [
     {"name": "other"},
     {"resume": "runs/x"},
@@ -137,6 +147,7 @@ _RESULT_CHANGES = [
     {"model__path": "random:llama"},
     {"lora__rank": 5},
     {"lora__kind": "dora"},
+    {"lora__alternate": True},
     {"head__scale": 11.0},
     {"evaluation__max_new_tokens": 33},
     {"federation__if_over_budget": "fewer_rounds"},

@@ -42,9 +42,11 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)
     if config.runtime.kind != "simulation":
         raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
-    if config.runtime.num_devices > 1:
+    if (config.runtime.num_devices or 1) > 1:
         bound = "must be 1: an audit watches each step in one process"
         raise ConfigError("runtime.num_devices", config.runtime.num_devices, bound)
+    if config.lora.alternate:
+        raise ConfigError("lora.alternate", True, "must be false: an audit watches all tensors in each step")
     if config.resume is not None:
         raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
     if config.federation.stop_after is not None:
@@ -58,10 +60,10 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     for site in audited_sites(config, spec):
         if site not in config.federation.active:
             raise ConfigError("audit.sites", site, f"must be one of {', '.join(config.federation.active)}")
-    if spec.kind == "gradient" or config.data.heldout_fraction > 0:
-        return config
     settings = config.to_json()
-    settings["data"]["heldout_fraction"] = spec.never_used
+    settings["runtime"]["num_devices"] = 1
+    if spec.kind != "gradient" and config.data.heldout_fraction == 0:
+        settings["data"]["heldout_fraction"] = spec.never_used
     return parse(settings)
 
 

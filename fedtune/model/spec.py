@@ -102,6 +102,8 @@ class LoraSpec:
         rslora: true scales by alpha / sqrt(rank), Kalajdzievski 2023, arXiv 2312.03732.
         train_a: false freezes every A at its random start (FFA-LoRA, Sun et al. 2024,
             arXiv 2403.12313): averaging over sites is then exact, and noise enters B only.
+        alternate: true trains every B in odd rounds and every A in even ones (Chen et al. 2025, arXiv 2502.01755):
+            averaging is exact in each, and each has half of the noise.
     """
 
     kind: str = "lora"
@@ -111,6 +113,14 @@ class LoraSpec:
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     train_a: bool = True
+    alternate: bool = False
+
+    def rests_in(self, round: int) -> str | None:
+        """What the names of tensors contain that a round, from 1, leaves as they are; None: all are trained.
+
+        B comes first: as long as it is zero, A has no gradient.
+        """
+        return (".lora_B.", ".lora_A.")[round % 2] if self.alternate else None
 
     @property
     def scale(self) -> float:
@@ -135,6 +145,8 @@ class LoraSpec:
             raise ConfigError("target_modules", self.target_modules, "must name at least one module")
         if self.layers is not None and not self.layers:
             raise ConfigError("layers", self.layers, "must name at least one layer; leave it out for all of them")
+        if self.alternate and (self.kind != "lora" or not self.train_a):
+            raise ConfigError("alternate", True, "needs lora.kind=lora and lora.train_a=true")
 
 
 @spec

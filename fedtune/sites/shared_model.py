@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
+import secrets
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,11 +28,11 @@ from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
 from fedtune.sites.from_run_to_run import HandedOn, handed_on
 from fedtune.sites.run_records import LeadRecords, RunRecords
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import StartAdapter
-from fedtune.training.devices import Devices, Trial
+from fedtune.training.devices import Devices, Outcome, Trial
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
     device_for,
@@ -37,11 +40,15 @@ from fedtune.training.machine import (
     frozen_states_mib,
     keeps_frozen_states,
     place_for_states,
+    processes_that_pay,
     ready_model,
     shapes_for,
     step_bytes,
 )
 from fedtune.training.preflight import moved_by_others, require_alone, within_memory
+from fedtune.training.spec import RuntimeSpec
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much of it is; of 0: nobody knows how much there is."""
@@ -72,12 +79,14 @@ class SharedModel:
         keeps_states: whether what the frozen layers make of the records fits the memory or the folder set aside for it.
         states_folder: that folder, where memory has no room.
         states_mib: what that takes, in MiB.
-        devices: those that share each step with the first one; None: there is one, or no privacy.
         moved: the most that an example's clipped contribution moved in other company, in clip norms; 0.0: not by a bit.
 
     Raises:
         ConfigError: the model cannot be loaded, or not be trained with per-example clipping.
     """
+
+    _outcome: Outcome | None = None
+    _may_be_one = False
 
     def __init__(
         self,
@@ -89,7 +98,10 @@ class SharedModel:
         records: RunRecords | None = None,
         progress: Progress = silent,
     ) -> None:
-        self.config, self.progress = config, progress
+        tried = config.privacy.private and trains
+        given = config
+        self.config = config = replace(config, runtime=_with_processes(config) if tried else config.runtime)
+        self.progress = progress
         self.records = RunRecords(config) if records is None else records
         progress("loading the model", 0, 0)
         self.device = device_for(config.runtime.device)
@@ -98,14 +110,19 @@ class SharedModel:
         self.shapes = shapes_for(self.model, config.runtime, max_length=config.data.max_length)
         self.keeps_states, self.states_folder = self._states_place(config, declared_size)
         self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
-        self._facts = self._facts_of(config, declared_size)
+        self._facts = self._facts_of(given, declared_size)
         self._handed_on: HandedOn | None = None
         self.moved = 0.0
-        tried = config.privacy.private and trains
+        self._devices = self._begun() if tried and (config.runtime.num_devices or 1) > 1 else None
         if tried:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
-        self.devices = self._devices() if tried and config.runtime.num_devices > 1 else None
+        if self._devices is not None:
+            trial = self._trial(self.shapes)
+            self._devices.try_others(trial, self._outcome or trial.outcome(self.model, secrets.randbits(63)))
+            self._may_be_one = given.runtime.num_devices is None
+            if not self._may_be_one:
+                self._devices.ready()  # the error is the run's, before it begins
 
     @classmethod
     def of_simulation(
@@ -131,10 +148,28 @@ class SharedModel:
     def for_run(self, config: RunConfig) -> SharedModel:
         """The same loaded model for another run that trains it."""
         other = copy.copy(self)
-        other.config, other.records = config, RunRecords(config)
+        other.config, other.records = replace(config, runtime=self.config.runtime), RunRecords(config)
         for name in ("validation", "test"):
             other.__dict__.pop(name, None)
         return other
+
+    @cached_property
+    def devices(self) -> Devices | None:
+        """Those that share each step with the first one; None: there is one, or no privacy.
+
+        Raises:
+            ConfigError: those that were asked for cannot be used.
+            RunError: the process of one failed.
+        """
+        try:
+            if self._devices is not None:
+                self._devices.ready()
+        except (ConfigError, RunError) as error:
+            if not self._may_be_one:
+                raise
+            log.warning("the run goes on in one process: %s", error)
+            return None
+        return self._devices
 
     def _facts_of(self, config: RunConfig, declared_size: int | None) -> _Facts:
         """All that decides what a run's model is, and what comes of trying it."""
@@ -186,9 +221,11 @@ class SharedModel:
         return min(_MEANS_BYTES, step_bytes(self.model, self.config.runtime) // 4) if by_user else 0
 
     def _moved(self, shapes: Shapes) -> float:
-        return moved_by_others(
-            self.model, **self._trial(shapes)._asdict(), told=partial(self.progress, "trying the model")
-        )
+        trial, told = self._trial(shapes), partial(self.progress, "trying the model")
+        if self._devices is None:
+            return moved_by_others(self.model, **trial._asdict(), told=told)
+        self._outcome = trial.outcome(self.model, secrets.randbits(63), told)
+        return self._outcome.moved
 
     def _trial(self, shapes: Shapes) -> Trial:
         return Trial(
@@ -199,10 +236,9 @@ class SharedModel:
             weights_chosen=not self.config.model.path.startswith(RANDOM),
         )
 
-    def _devices(self) -> Devices:
-        self.progress("starting the other devices", 0, 0)
-        config, trial = self.config, self._trial(self.shapes)
-        return Devices(self.model, config.task_model(), config.runtime, max_length=config.data.max_length, trial=trial)
+    def _begun(self) -> Devices:
+        config = self.config
+        return Devices(self.model, config.task_model(), config.runtime, max_length=config.data.max_length)
 
     def first_adapter(self) -> Adapter:
         """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.
@@ -282,6 +318,18 @@ class SharedModel:
             return make()
         references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
         return self._handed_on.before(test.examples, f"{references} {self.config.evaluation}", make)
+
+
+def _with_processes(config: RunConfig) -> RuntimeSpec:
+    """The run's runtime with a number of devices, chosen where it names none."""
+    steps = config.federation.num_rounds * config.training.local_steps
+    sampled = config.privacy.sampling_rate * config.privacy.contribution * sum(config.declared_sizes().values())
+    # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.  Runs
+    # that hand on what frozen layers made of the records would not find it there.
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    alone = handed_on() is not None or (main.name != "fedtune" and main.parts[-2:] != ("fedtune", "__main__.py"))
+    chosen = processes_that_pay(config.runtime, gradients=0.0 if alone else steps * sampled)
+    return replace(config.runtime, num_devices=chosen)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -36,9 +38,12 @@ class TaskModel(nn.Module):
         base: PEFT's wrapper around the base; call it for the base's own output.
         head: tensors of the task's own; None where it has none.
         output: the base's output layer, where it predicts tokens.
+        round: that is trained now (`in_round`); 0 otherwise.
     """
 
     head: nn.Module | None
+    round: int = 0
+    _resting: frozenset[str] = frozenset()
 
     def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
         super().__init__()
@@ -136,8 +141,28 @@ class TaskModel(nn.Module):
         return dict(sorted(named.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors that are clipped, noised, stepped and released, in the order of their names."""
-        return {name: parameter for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}
+        """The tensors that are trained and released, in the order of their names."""
+        parameters = self.adapter_parameters().items()
+        return {name: one for name, one in parameters if one.requires_grad or name in self._resting}
+
+    def trained_now(self) -> dict[str, nn.Parameter]:
+        """Those of them that are clipped, noised and stepped: all, unless A and B take turns."""
+        return {name: one for name, one in self.adapter_parameters().items() if one.requires_grad}
+
+    @contextmanager
+    def in_round(self, round: int) -> Iterator[None]:
+        """Inside, what rests in this round, from 1, is as frozen as the base."""
+        rests = self.spec.lora.rests_in(round)
+        resting = {name: one for name, one in self.trainable().items() if rests is not None and rests in name}
+        self.round, self._resting = round, frozenset(resting)
+        try:
+            for parameter in resting.values():
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in resting.values():
+                parameter.requires_grad_(True)
+            self.round, self._resting = 0, frozenset()
 
     def enable_gradient_checkpointing(self) -> None:
         """Store only the layers' inputs in the forward pass: less memory, about a third more time.

@@ -71,63 +71,79 @@ class Trial(NamedTuple):
     pad_id: int
     weights_chosen: bool
 
-    def bits(self, model: TaskModel, seed: int) -> str:
-        """SHA-256, in hex, of all gradients of examples made up from `seed`, with weights made up from it, too."""
+    def outcome(self, model: TaskModel, seed: int, told: Told = nobody) -> Outcome:
+        """What comes of it with examples and weights made up from `seed`."""
         seen = hashlib.sha256()
 
         def see(gradients: Mapping[str, torch.Tensor]) -> None:
             for one in gradients.values():
                 seen.update(one.contiguous().numpy().tobytes())
 
-        moved_by_others(model, seed=seed, see=see, **self._asdict())
-        return seen.hexdigest()
+        moved = moved_by_others(model, seed=seed, see=see, told=told, **self._asdict())
+        return Outcome(seed, moved, seen.hexdigest())
+
+
+class Outcome(NamedTuple):
+    """What came of trying a device: how far others moved an example, and the SHA-256, in hex, of all gradients seen."""
+
+    seed: int
+    moved: float
+    bits: str
 
 
 class Devices:
-    """The devices of a site behind its first one, at work as long as this object lives.
+    """The devices of a site behind its first one, whose processes begin at once and end with this object.
 
     Args:
         model: on the first device, in this process.
         spec: from which the others load the same.
         runtime: says how many devices there are, with the first.
         max_length: of an example.
-        trial: how they are tried, each time that their processes begin.
 
     Raises:
-        ConfigError: there are fewer devices, or they do not compute the same bits.
-        RunError: the process of one failed.
+        ConfigError: there are fewer devices.
     """
 
-    def __init__(
-        self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int, trial: Trial
-    ) -> None:
-        self.model, self.trial = model, trial
+    def __init__(self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int) -> None:
+        self.model = model
         self._places = places_for(runtime)
         self._load = partial(_loaded, spec, runtime, max_length)
         self._numbers = count()
-        self._crew = self._begin()
+        self._crew = _Crew(self._places[1:], self._load)
+        self._trial: Trial | None = None
+        self._expected: str | None = None
 
     def __len__(self) -> int:
         """How many there are, with the first."""
         return len(self._places)
 
-    def ready(self) -> _Crew:
-        """The others' processes, begun anew after a failure."""
-        if self._crew.broken:
-            self._crew.end()
-            self._crew = self._begin()
-        return self._crew
+    def try_others(self, trial: Trial, first: Outcome) -> None:
+        """Have the others tried as the first one was, each time that they begin; `ready` hears what comes of it.
 
-    def _begin(self) -> _Crew:
-        crew = _Crew(self._places[1:], self._load)
-        seed = secrets.randbits(63)
-        crew.ask_all(_Device.bits, self.trial, seed)
-        own = self.trial.bits(self.model, seed)
-        if set(crew.answers()) != {own}:
-            crew.end()
+        Raises:
+            RunError: the process of one failed.
+        """
+        self._trial, self._expected = trial, first.bits
+        self._crew.ask_all(_Device.bits, trial, first.seed)
+
+    def ready(self) -> _Crew:
+        """The others' processes, begun anew after a failure.
+
+        Raises:
+            ConfigError: they do not compute the same bits.
+            RunError: the process of one failed.
+        """
+        assert self._trial is not None, "devices are tried before they are used"
+        if self._expected is None and self._crew.broken:
+            self._crew.end()
+            self._crew = _Crew(self._places[1:], self._load)
+            self.try_others(self._trial, self._trial.outcome(self.model, secrets.randbits(63)))
+        expected, self._expected = self._expected, None
+        if expected is not None and set(self._crew.answers()) != {expected}:
+            self._crew.end()
             bound = "needs devices that compute the same gradients, bit for bit; those of this machine do not: use 1"
             raise ConfigError("runtime.num_devices", len(self), bound)
-        return crew
+        return self._crew
 
     def divided(self, units: _Examples, *, max_grad_norm: float) -> DividedUnits:
         """A site's units, each on one of the devices, for steps that clip to this norm."""
@@ -196,7 +212,7 @@ class DividedUnits:
             crew, (mine, *others) = self._crew, self._by_rank(sampled, self._units.drawn(sampled, stream))
             assert crew is not None, "nothing was handed out"
             for rank, theirs in enumerate(others, start=1):
-                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm)
+                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm, self._devices.model.round)
             crew.tell(_flat(self._devices.model.trainable()))
             return self._own.cut_drawn(mine)
 
@@ -240,13 +256,12 @@ def places_for(runtime: RuntimeSpec) -> list[torch.device]:
     Raises:
         ConfigError: there are fewer GPUs.
     """
-    first = device_for(runtime.device)
+    first, count = device_for(runtime.device), runtime.num_devices or 1
     if first.type == "cpu":
-        return [first] * runtime.num_devices
-    if runtime.num_devices > (there := torch.cuda.device_count()):
-        bound = f"must be at most {there}: more GPUs are not there"
-        raise ConfigError("runtime.num_devices", runtime.num_devices, bound)
-    return [first, *(torch.device("cuda", number) for number in range(1, runtime.num_devices))]
+        return [first] * count
+    if count > (there := torch.cuda.device_count()):
+        raise ConfigError("runtime.num_devices", count, f"must be at most {there}: more GPUs are not there")
+    return [first, *(torch.device("cuda", number) for number in range(1, count))]
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -292,11 +307,16 @@ class _Crew:
             theirs.close()  # the process has the only other one, so that its end is seen here
             self._members.append(_Member(process, ours))
         self._asked = list(range(1, 1 + len(places)))
-        self.answers()  # the models are loaded
-        for rank in range(1, 1 + len(places)):
-            self.ask(rank, _Device.join, self._folder.name, rank, 1 + len(places))
+        self._group: Any = None
+
+    def _meet(self) -> None:
+        """Wait until the others have loaded their models, and open the way for tensors."""
+        self.answers()
+        others = range(1, 1 + len(self._members))
+        for rank in others:
+            self._send(rank, _Device.join, self._folder.name, rank, 1 + len(others))
         with self._no_failure():
-            self._group = _group(self._folder.name, 0, 1 + len(places))
+            self._group = _group(self._folder.name, 0, 1 + len(others))
         self.answers()
 
     @property
@@ -306,6 +326,11 @@ class _Crew:
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
         """Have one device do something, a method of `_Device`."""
+        if self._group is None:
+            self._meet()
+        self._send(rank, what, *about)
+
+    def _send(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
         with self._no_failure():
             self._members[rank - 1].pipe.send((what, about, tuple(self.forgotten)))
         self._asked.append(rank)
@@ -394,7 +419,7 @@ class _Device:
         self._group = _group(folder, rank, of)
 
     def bits(self, trial: Trial, seed: int) -> str:
-        return trial.bits(self._model, seed)
+        return trial.outcome(self._model, seed).bits
 
     def hold(self, number: int, units: _Examples) -> None:
         self._units[number] = units
@@ -409,14 +434,14 @@ class _Device:
     def keep_reference(self, number: int) -> None:
         self._units[number].keep_reference(self._model)
 
-    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float) -> int:
+    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int) -> int:
         """Sum what these units contribute to a step, at the values that the first device has; how many they are."""
         parameters, units = self._model.trainable(), self._units[number]
         values = _flat(parameters)
         self._group.broadcast(values, 0).wait()
         _fill(parameters, values)
-        self._sums = zeros(parameters)
-        with attached(self._model) as gradients:
+        with self._model.in_round(round), attached(self._model) as gradients:
+            self._sums = zeros(self._model.trained_now())
             batches = self._with_signs(units.cut_drawn(drawn))
             return add_each(self._sums, units.gradients(gradients), batches, max_grad_norm)
 

@@ -58,6 +58,12 @@ def train_round(
     without noise, none.
     """
     assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
+    with model.in_round(work.round):
+        _train(model, adapter, units, work, randomness=randomness)
+    return Adapter.of(model)
+
+
+def _train(model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness) -> None:
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
 
@@ -85,10 +91,6 @@ def train_round(
     else:
         take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
 
-    released = Adapter.of(model)
-    assert list(released.tensors) == list(parameters), "released tensors and trained tensors differ"
-    return released
-
 
 def share_of_round(
     model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
@@ -115,8 +117,8 @@ def _begin(
 ) -> tuple[dict[str, torch.nn.Parameter], Records, RandomStream, RandomStream]:
     """The adapter in the model, and what a round draws from: its records, and streams for samples and noise."""
     adapter.load_into(model)
-    parameters = model.trainable()
-    project(parameters, work.max_adapter_value)
+    project(model.trainable(), work.max_adapter_value)
+    parameters = model.trained_now()
     everything = {id(p) for p in model.parameters() if p.requires_grad}
     assert everything == {id(p) for p in parameters.values()}, "a tensor trains outside the clipped set"
     purpose = (work.site, work.round, work.attempt)
@@ -152,7 +154,7 @@ def plain_step(
     optimizer.zero_grad(set_to_none=True)
     for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
         units.add_plain_gradient(model, batch)
-    for parameter in model.trainable().values():
+    for parameter in model.trained_now().values():
         if parameter.grad is not None:
             parameter.grad /= plan.sampling_rate * records.declared_size
     optimizer.step()

@@ -27,6 +27,7 @@ _ELSEWHERE_MIB = 1024.0
 """For kept states where the system does not say how much memory is available."""
 _ELSEWHERE_BYTES = 4 * 2**30
 """Of all memory, likewise."""
+_GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
 """Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
 
@@ -54,7 +55,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.num_devices))
+    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // (runtime.num_devices or 1)))
     model = build()
     if runtime.onednn:
         multiply_by_onednn(model.base)
@@ -67,10 +68,32 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than the machine has, where it is bound to some of them."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The cores that this process may use: fewer than the machine has, where it is bound to some of them.
+
+    Or where OMP_NUM_THREADS says so: threads that wait for each other on busy cores take several times as long.
+    """
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
+
+def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
+    """How many processes share each step on a CPU where `runtime.num_devices` leaves that open.
+
+    Two threads hardly work faster on a micro-batch than one, and two processes on two of them do; but to begin one
+    takes as long as some thousand gradients.
+
+    Args:
+        runtime: of a simulation.
+        gradients: of single examples that the run computes, in expectation; a public number.
+    """
+    if runtime.num_devices is not None:
+        return runtime.num_devices
+    alone = runtime.kind != "simulation" or runtime.num_threads is not None or device_for(runtime.device).type != "cpu"
+    if alone or gradients < _GRADIENTS_THAT_PAY:
+        return 1
+    return max(1, min(usable_cores(), _MOST_PROCESSES, _memory_bytes() // _BYTES_OF_A_PROCESS))
 
 
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
@@ -91,7 +114,7 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     if model.device.type == "cuda":
         whole = int(torch.cuda.get_device_properties(model.device).total_memory)
         return max(0, int(_SHARE_OF_GPU * (whole - of_model)))
-    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.num_devices - of_model)))
+    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / (runtime.num_devices or 1) - of_model)))
 
 
 def model_bytes(model: nn.Module) -> int:

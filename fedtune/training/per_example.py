@@ -38,7 +38,7 @@ class PerExampleGradients:
 
     def __init__(self, model: TaskModel) -> None:
         self._model = model
-        self._parameters = model.trainable()
+        self._parameters = model.trained_now()
         self.found: Found = {}
 
     def of(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -126,9 +126,9 @@ def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[s
 
 @contextmanager
 def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
-    """Watch every module of `model` that trains, and let go of them at the end, whatever happens."""
+    """Watch every module of `model` that trains now, and let go of them at the end, whatever happens."""
     gradients = PerExampleGradients(model)
-    trained = {id(parameter) for parameter in model.trainable().values()}
+    trained = {id(parameter) for parameter in model.trained_now().values()}
     watched = [module for module in model.modules() if any(id(one) in trained for one in module._parameters.values())]
     for module in watched:
         assert type(module) in GradSampleHooks.GRAD_SAMPLERS, f"{type(module).__name__} has no per-example gradient"

@@ -143,8 +143,10 @@ class RuntimeSpec:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
-            processes.  The result is the same, bit for bit.  A run without privacy uses one.
-        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes.
+            processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
+            `fedtune simulate` on a CPU one for each core, at most 4, where the run has so many gradients that it pays.
+        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
+            as many as OMP_NUM_THREADS says, if those are fewer.
         micro_batch_tokens: the most padded tokens in a micro-batch.
         step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
             the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
@@ -168,7 +170,7 @@ class RuntimeSpec:
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_devices: int = 1
+    num_devices: int | None = None
     num_threads: int | None = None
     micro_batch_tokens: int = 1024
     step_mib: int | None = None
@@ -183,9 +185,10 @@ class RuntimeSpec:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        check_at_least("num_devices", self.num_devices, 1)
-        if self.num_devices > MOST_DEVICES:
-            raise ConfigError("num_devices", self.num_devices, f"must be at most {MOST_DEVICES}")
+        if self.num_devices is not None:
+            check_at_least("num_devices", self.num_devices, 1)
+            if self.num_devices > MOST_DEVICES:
+                raise ConfigError("num_devices", self.num_devices, f"must be at most {MOST_DEVICES}")
         if self.num_threads is not None:
             check_at_least("num_threads", self.num_threads, 1)
             if self.num_threads > _MOST_THREADS:

@@ -3,6 +3,7 @@
 Each is a process of its own, with its own log (NAME.log) and number (NAME.pid) in the folder where this is started.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -24,9 +25,16 @@ def start(name: str) -> int:
     os._exit(main(["site", "start", "--kit", f"{name}/kit", "--site", f"{name}/site.toml"]))
 
 
+def stop(pids: list[int]) -> None:
+    """Ask all to end; some may have been killed."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
 if __name__ == "__main__":
     gc.freeze()  # so that no collection writes to what is shared
     pids = [start(name) for name in sys.argv[1:]]
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in pids])
+    signal.signal(signal.SIGTERM, lambda *_: stop(pids))
     for pid in pids:
         os.waitpid(pid, 0)

@@ -36,6 +36,7 @@ from fedtune.spec import ConfigError
         ("audit.sites=[nowhere]", "audit.sites = 'nowhere': must be one of site-1, site-2"),
         ("audit.sites=[site-1,site-1]", "audit.sites"),
         ("privacy=none", "privacy = 'none': claims nothing that could be audited"),
+        ("lora.alternate=true", "lora.alternate = true: must be false: an audit watches all tensors"),
         ("runtime=deployment", "runtime"),
         ("runtime=ray", "runtime = 'ray': must be simulation"),
         ("runtime.sites_dir=kept", "runtime.sites_dir = 'kept': must be null: an audit plants made-up records"),

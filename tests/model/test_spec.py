@@ -31,6 +31,8 @@ from fedtune.spec import ConfigError
         (LoraSpec, {"target_modules": "q_proj"}, "target_modules"),
         (LoraSpec, {"target_modules": ()}, "target_modules"),
         (LoraSpec, {"layers": ()}, "layers"),
+        (LoraSpec, {"alternate": True, "train_a": False}, "alternate"),
+        (LoraSpec, {"alternate": True, "kind": "dora"}, "alternate"),
         (HeadSpec, {"scale": 0}, "scale"),
         (HeadSpec, {"init": "ones"}, "init"),
     ],

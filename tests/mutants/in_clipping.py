@@ -357,6 +357,15 @@ CLIPPING = (
         tests=OF_STEP,
     ),
     Mutant(
+        name="what-rests-is-trained",
+        fault="Where A and B take turns, both are clipped and noised in each round: the average is not exact, and "
+        "noise is added to twice the values.",
+        file="fedtune/tasks/task_model.py",
+        old="                parameter.requires_grad_(False)\n",
+        new="                parameter.requires_grad_(True)\n",
+        tests=("tests/training/test_local.py::test_a_and_b_take_turns",),
+    ),
+    Mutant(
         name="a-device-s-sum-added-twice",
         fault="The first device's sum is added to the total of all devices, of which it is a part: each of its records "
         "moves the step by two clip norms.",
@@ -369,8 +378,8 @@ CLIPPING = (
         name="devices-not-compared",
         fault="Devices that round in other ways share a step, so that a record's contribution follows from its device.",
         file=DEVICES,
-        old="        if set(crew.answers()) != {own}:\n",
-        new="        if not crew.answers():\n",
+        old="        if expected is not None and set(self._crew.answers()) != {expected}:\n",
+        new="        if expected is not None and not self._crew.answers():\n",
         tests=(f"{OF_DEVICES}::test_a_device_that_computes_other_bits_is_refused",),
     ),
     Mutant(

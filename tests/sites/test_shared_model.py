@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Shapes
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
+from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
 from fedtune.tasks import save_task_model
@@ -156,3 +159,50 @@ def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one
     assert len(tries) == before
     site.update(letters(name="second"))
     assert len(tries) == before + 1
+
+
+class Others:
+    """Stands in for the processes of other devices, which turn out to be of no use."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.tried = 0
+
+    def try_others(self, *_: Any) -> None:
+        self.tried += 1
+
+    def ready(self) -> None:
+        raise ConfigError("runtime.num_devices", 2, "needs devices that compute the same gradients")
+
+
+def test_devices_that_nobody_asked_for_need_not_be_of_use(
+    letters: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared_model, "Devices", Others)
+    with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
+        SharedModel(letters(runtime={"num_devices": 2}))
+    monkeypatch.setattr(shared_model, "processes_that_pay", lambda *_, **__: 2)
+    shared = SharedModel(letters())
+    assert isinstance(shared._devices, Others)
+    assert shared._devices.tried == 1
+    assert shared.devices is None
+    assert "the run goes on in one process" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("main", "counts"),
+    [("/venv/bin/fedtune", True), ("/x/fedtune/__main__.py", True), ("/home/me/study.py", False), (None, False)],
+)
+def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
+    letters: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, main: str | None, counts: bool
+) -> None:
+    # Each runs the main program's file again, and a script would begin its runs once more.
+    asked: list[float] = []
+    monkeypatch.setattr(shared_model, "processes_that_pay", lambda _, *, gradients: asked.append(gradients) or 1)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
+    config = letters()
+    SharedModel(config)
+    with from_run_to_run():
+        SharedModel(config)
+    steps = config.federation.num_rounds * config.training.local_steps
+    expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
+    assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]

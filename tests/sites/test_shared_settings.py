@@ -52,6 +52,7 @@ DECISIVE: dict[str, Any] = {
     "lora.layers": (0,),
     "lora.rslora": True,
     "lora.train_a": False,
+    "lora.alternate": True,
     "head.scale": 5.0,
     "head.centre": True,
     "head.init": "label_names",

@@ -39,7 +39,7 @@ MAX_GRAD_NORM = 0.5
 KINDS = {
     "kept states": TaskModelSpec(
         model=ModelSpec(path="random:bert"),
-        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)),
+        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,), alternate=True),
         task="classification",
         labels=("a", "b", "c"),
         seed=3,
@@ -73,7 +73,10 @@ def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = Non
         pad_id=0,
         weights_chosen=True,
     )
-    return Room(model, Devices(model, others or spec, runtime, max_length=15, trial=trial))
+    devices = Devices(model, others or spec, runtime, max_length=15)
+    devices.try_others(trial, trial.outcome(model, 7))
+    devices.ready()
+    return Room(model, devices)
 
 
 @pytest.fixture(scope="module", params=[("kept states", 3), ("a reference", 2)], ids=lambda param: param[0])

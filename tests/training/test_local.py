@@ -14,7 +14,7 @@ from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.tasks import TaskModel
-from fedtune.training import local
+from fedtune.training import dp_step, local
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.spec import TrainingSpec
@@ -223,6 +223,45 @@ def test_the_optimizer_starts_anew_each_round(fresh: Any, examples: Any, work: A
         released(model, dataset, work(round=2), adapter=first).digest()
         == released(fresh(), dataset, work(round=2), adapter=first).digest()
     )
+
+
+TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
+
+
+@pytest.mark.parametrize("noise", [0.5, 0.0])
+def test_a_and_b_take_turns(fresh: Any, examples: Any, work: Any, plan: Any, noise: float) -> None:
+    planned = plan(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
+    model, dataset = fresh(lora=TURNS), examples("classification")
+    before = Adapter.of(model)
+    for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
+        after = released(model, dataset, work(plan=planned, round=round), adapter=before)
+        same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
+        assert same == {name for name in after.tensors if rests in name}
+        before = after
+
+
+def test_a_round_of_b_s_is_the_one_in_which_every_a_is_frozen(fresh: Any, examples: Any, work: Any) -> None:
+    # Clip norm and noise are of what is trained alone.  Up to rounding: a frozen weight has other kernels.
+    sgd = work(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
+    frozen_a = dataclasses.replace(TURNS, alternate=False, train_a=False)
+    turns, frozen = (released(fresh(lora=lora), examples("classification"), sgd) for lora in (TURNS, frozen_a))
+    assert any(".lora_B." in name for name in frozen.tensors)
+    for name, value in frozen.tensors.items():
+        np.testing.assert_allclose(turns.tensors[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_of_a_s_clips_them_and_the_head_alone(
+    fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: sums)
+    one_record = plan(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
+    dataset = examples("classification", 1)
+    model = fresh(lora=TURNS)
+    before = released(model, dataset, work(round=1))  # else no A has a gradient
+    sgd = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=1e3)
+    after = released(model, dataset, work(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before)
+    moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
+    assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_without_noise_a_round_is_plain_training(fresh: Any, examples: Any, work: Any, plan: Any) -> None:

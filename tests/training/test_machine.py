@@ -16,11 +16,13 @@ from fedtune.model.products import uses_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
+from fedtune.training import machine
 from fedtune.training.machine import (
     device_for,
     folder_for_states,
     frozen_states_mib,
     keeps_frozen_states,
+    processes_that_pay,
     ready_model,
     room_for_states,
     shapes_for,
@@ -147,3 +149,35 @@ def test_a_process_bound_to_one_core_takes_one_thread() -> None:
         assert torch.get_num_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
+def test_fewer_threads_are_taken_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, asked: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("runtime", "gradients", "gib", "processes"),
+    [
+        ({}, 1e6, 64, 4),
+        ({}, 1e6, 5, 2),
+        ({}, 1e6, 1, 1),
+        ({}, 1e3, 64, 1),
+        ({"num_threads": 2}, 1e6, 64, 1),
+        ({"kind": "ray"}, 1e6, 64, 1),
+        ({"kind": "deployment"}, 1e6, 64, 1),
+        ({"num_devices": 7}, 0.0, 1, 7),
+    ],
+    ids=str,
+)
+def test_a_long_simulation_on_a_cpu_takes_a_process_for_each_core(
+    monkeypatch: pytest.MonkeyPatch, runtime: dict[str, object], gradients: float, gib: int, processes: int
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "_memory_bytes", lambda: gib * 2**30)
+    spec = RuntimeSpec(**({"device": "cpu"} | runtime))  # type: ignore[arg-type]
+    assert processes_that_pay(spec, gradients=gradients) == processes
