@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from .shown import NAMES, lookup, page_of, reports_of
 DESKTOP, PHONE = 1280, 390
 PHONE_HEIGHT, MOST_SCREENS = 844, 8
 A4 = 703  # pixels between the margins of a printed page, and its height
-A4_HEIGHT = 1039
+A4_HEIGHT = 1028
+SMALLEST_IN_PRINT = 12  # pixels; 9 pt
 
 
 @dataclass
@@ -121,6 +123,11 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     assert tab.evaluate("document.documentElement.scrollWidth") <= A4
     assert tab.evaluate(TOO_WIDE) == []
     assert tab.locator("#page-1").bounding_box()["height"] <= A4_HEIGHT
+    sizes = [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01]
+    assert sizes == []
+    margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", page_of(request, name, language))
+    assert len(margins) == 3, "the banner, the foot and the number of each page"
+    assert min(map(float, margins)) >= 9
     assert not tab.locator("nav").is_visible()
     # A table that is folded on the screen is open on paper.
     assert tab.locator("details:not([open]) table").count() > 0

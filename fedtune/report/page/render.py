@@ -241,6 +241,11 @@ class PageOne:
         asked = [one for one in found if one.status == "assumed" and self._words.catalogue.has("question", one.code)]
         return (*violated, *asked[: max(0, _MOST_ASSUMPTIONS - len(violated))])
 
+    def limits(self, *, several: bool) -> list[str]:
+        """What is not protected that an officer must know; `several`: figures tell of several records already."""
+        first = set(data()["limits"]["first"]) - ({"several_records"} if several else set())
+        return [limit for limit in self._words.report.not_protected if limit in first]
+
     def right(self, site: str) -> str:
         """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
