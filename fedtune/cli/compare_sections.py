@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from fedtune import __version__
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page
+from fedtune.cli.sections import SCHEMA_VERSION, Section, as_figure, as_html, as_page
 from fedtune.config import saved_config
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
@@ -117,7 +117,11 @@ class Compared:
         """A page that needs nothing else."""
         first, *rest = self.verdict()
         verdict, *others = self.sections()
-        body = [as_html(dataclasses.replace(verdict, title="", notes=rest)), self.chart(), *map(as_html, others)]
+        body = [
+            as_html(dataclasses.replace(verdict, title="", notes=rest)),
+            as_figure(f"{_words(self.score)} of each model, with 95 % intervals", self.chart()),
+            *map(as_html, others),
+        ]
         better = self.sides.comparison(self._base, self.main).verdict == "better"
         last = "Scores are exact, of the lead's own test records, which no guarantee covers."
         title = f"Comparison: {self.main}"

@@ -17,7 +17,18 @@ from fedtune.cli.compose import compose_run
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import price_asked_for, price_section
-from fedtune.cli.sections import Section, as_html, as_page, json_text, pairs, print_json, say, show, write_file
+from fedtune.cli.sections import (
+    Section,
+    as_figure,
+    as_html,
+    as_page,
+    json_text,
+    pairs,
+    print_json,
+    say,
+    show,
+    write_file,
+)
 from fedtune.config import RunConfig
 from fedtune.federation import planner, verdict
 from fedtune.federation.cost import CostSpec, Meter
@@ -217,9 +228,18 @@ def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
         f"Plan of {outlook.config.name}",
         promise=words.promise(outlook),
         holds=outlook.guaranteed,
-        body=(as_html(pairs(words.facts(outlook))), chart_svg(outlook), *map(as_html, sections)),
+        body=(
+            as_html(pairs(words.facts(outlook))),
+            as_figure(_seen(outlook), chart_svg(outlook)),
+            *map(as_html, sections),
+        ),
         last="Worked out from settings and declared sizes alone; no record was read.",
     )
+
+
+def _seen(outlook: Outlook) -> str:
+    """What there is to see in the chart."""
+    return f"Epsilon would rise to {epsilon_text(outlook.price.epsilon)}" if outlook.price.rounds else "No epsilon"
 
 
 def chart_svg(outlook: Outlook) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,42 +68,20 @@ def as_html(section: Section) -> Markup:
     if not section.rows and not section.notes:
         return Markup("")
     heading = Markup("<h2>{}</h2>").format(section.title) if section.title else Markup("")
-    rows = [_html_row("th", section.headings, words=section.words)] if section.headings and section.rows else []
-    rows += [_html_row("td", row, words=section.words) for row in section.rows]
-    table = Markup("<table>{}</table>").format(Markup("").join(rows)) if rows else Markup("")
+    head = Markup("<thead>{}</thead>").format(_html_row(section, section.headings)) if section.headings else Markup("")
+    rows = Markup("").join(_html_row(section, row, is_head=False) for row in section.rows)
+    table = Markup(
+        '<div class="scroll" tabindex="0" role="group" aria-label="{}"><table>{}<tbody>{}</tbody></table></div>'
+    )
+    said = table.format(section.title or "Facts", head, rows) if rows else Markup("")
     notes = Markup("").join(Markup('<p class="note">{}</p>').format(note) for note in section.notes)
-    return Markup("{}{}{}\n").format(heading, table, notes)
+    return Markup("{}{}{}\n").format(heading, said, notes)
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", "Noto Sans", sans-serif;
-  max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }}
-h1 {{ font-size: 1.7rem; }}
-h2 {{ margin: 2rem 0 .5rem; font-size: 1.2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top; }}
-th {{ border-bottom: 2px solid #666; font-weight: 600; white-space: pre-line; vertical-align: bottom; }}
-th.word, td.word {{ text-align: left; }}
-td {{ font-variant-numeric: tabular-nums; }}
-svg {{ width: 100%; height: auto; max-width: 40rem; }}
-.promise {{ border-left: .4rem solid #0072B2; padding-left: 1rem; font-size: 1.1rem; }}
-.none {{ border-color: #D55E00; }}
-.banner {{ border: 3px solid #8f1d00; color: #8f1d00; font-weight: 700; padding: .4rem 1rem; }}
-.note {{ color: #444; margin: .2rem 0; }}
-@media print {{ body {{ margin: 0; font-size: 11px; }} h2 {{ break-after: avoid; }}
-  table, svg {{ break-inside: avoid; }} }}
-</style></head><body>
-<h1>{title}</h1>
-{banners}<p class="{kind}"><strong>{promise}</strong></p>
-{body}
-<p class="note">{last}</p>
-</body></html>
-"""
+def as_figure(title: str, svg: Markup) -> Markup:
+    """A chart for a page, with a title that says what there is to see; nothing without a chart."""
+    figure = Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>\n')
+    return figure.format(title, svg) if svg else svg
 
 
 def as_page(
@@ -119,10 +97,11 @@ def as_page(
         last: its last line.
         banners: that what it tells of is a simulation or a study.
     """
-    kind = "promise" if holds else "promise none"
-    first = Markup("").join(Markup('<p class="banner">{}</p>\n').format(banner) for banner in banners)
-    return Markup(_PAGE).format(
-        title=title, kind=kind, promise=promise, body=Markup("").join(body), last=last, banners=first
+    from fedtune.report.page.render import environment  # loads what a command without a page can do without
+
+    template = environment().get_template("plain.html.j2")
+    return template.render(
+        title=title, promise=promise, holds=holds, body=Markup("").join(body), last=last, banners=list(banners)
     )
 
 
@@ -138,9 +117,14 @@ def write_file(path: Path, text: str, *, option: str) -> None:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 
 
-def _html_row(cell: str, texts: Iterable[str], *, words: Collection[int]) -> Markup:
+def _html_row(section: Section, texts: Iterable[str], *, is_head: bool = True) -> Markup:
     cells = (
-        Markup("<{0}{1}>{2}</{0}>").format(cell, Markup(" class=word") if number in words else "", text)
+        Markup("<{0}{1}>{2}</{0}>").format(
+            "th" if is_head or number == 0 else "td",
+            Markup(' scope="col"' if is_head else ' scope="row"' if number == 0 else "")
+            + Markup("" if number in section.words else ' class="n"'),
+            text,
+        )
         for number, text in enumerate(texts)
     )
     return Markup("<tr>{}</tr>").format(Markup("").join(cells))

@@ -350,6 +350,15 @@ def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
         )
 
 
+def planned_path(plan: Plan, *, most: int) -> Iterator[tuple[int, float]]:
+    """(round, epsilon) of up to `most` rounds of a plan and its last; nothing where nothing bounds it."""
+    every = math.ceil(plan.num_rounds / most)
+    for number in sorted({1, *range(every, plan.num_rounds, every), plan.num_rounds}):
+        epsilon = _epsilon_after(plan, number, plan.num_rounds) if plan.private else None
+        if epsilon is not None:
+            yield number, epsilon
+
+
 def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
     every = math.ceil(charged / _MOST_FIGURES) or 1
     shown = min(charged, math.ceil(rounds / every) * every)

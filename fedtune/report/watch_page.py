@@ -33,8 +33,9 @@ from fedtune.spec import FedtuneError, spec
 
 Phase = Literal["waiting", "preparing", "running", "finished", "stopped", "unreadable"]
 ASKED, UPDATE, NOTHING = "asked", "update", "nothing"
-PARTS = ("marks", "phase", "progress", "privacy", "sites", "epsilon", "scores", "traffic", "failures")
+PARTS = ("marks", "failures", "phase", "progress", "privacy", "sites", "epsilon", "scores", "traffic")
 """What the script puts in place anew where it changed; each is a macro of the template, and an element of the page."""
+_MOST_PLANNED = 12  # points of the planned path, each of which takes a moment once
 _AGAIN_S = 0.1
 _LONGEST_TITLE = 60
 _Stamps = tuple[tuple[str, int, int, int], ...]
@@ -66,6 +67,14 @@ class Failure:
 
 
 @spec
+class Planned:
+    """Epsilon after a round, if the run goes on as planned."""
+
+    round: int
+    epsilon: float
+
+
+@spec
 class Left:
     """Time until the last round is done, at the pace so far; rounded up."""
 
@@ -83,6 +92,7 @@ class Progress:
         under_way: number of the round that was asked for and is not finished.
         ended: when the newest round was finished, in ISO form.
         sites: in the report's order.
+        path: what the plan would spend, to its end; empty without a promise.
         seconds: of all finished rounds, and `bytes_down` and `bytes_up` likewise.
     """
 
@@ -96,6 +106,7 @@ class Progress:
     left: Left | None
     sites: tuple[SiteProgress, ...]
     failures: tuple[Failure, ...]
+    path: tuple[Planned, ...]
     seconds: float
     bytes_down: int
     bytes_up: int
@@ -140,6 +151,10 @@ def progress_of(record: RunRecord, report: Report, *, running: bool, problem: st
             Failure(round=result.round, site=site, reason=reason)
             for result in reversed(rounds)
             for site, reason in result.failed_sites.items()
+        ),
+        path=tuple(
+            Planned(round=number, epsilon=epsilon)
+            for number, epsilon in from_run.planned_path(record.plan, most=_MOST_PLANNED)
         ),
         seconds=sum(result.seconds for result in rounds),
         bytes_down=sum(result.bytes_down for result in rounds),

@@ -57,7 +57,7 @@ def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: 
 def test_its_page_says_first_that_no_real_site_took_part(told: Any, folder: Path) -> None:
     page = (folder / "both" / "compare.html").read_text()
     banner = "SIMULATION: one machine played every site. No real site took part."
-    assert f'<h1>Comparison: federated</h1>\n<p class="banner">{banner}</p>\n<p class="promise' in page
+    assert f'<p class="banner">{banner}</p>\n<h1>Comparison: federated</h1>\n<div class="verdict' in page
     assert "STUDY: the noise came from a seed" not in page
 
 

@@ -184,10 +184,14 @@ def wide_run(a_report: Make) -> Report:
     run = a_report()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
     last = run.sites[0].steps[-1]
-    steps = tuple(replace(last, round=number, epsilon=1.105 * number / 60) for number in range(1, 61))
     first = run.sites[0]
     sites = tuple(
-        replace(first, site=name, steps=steps, spent=replace(first.spent, epsilon=first.spent.epsilon - number / 100))
+        replace(
+            first,
+            site=name,
+            steps=tuple(replace(last, round=n, epsilon=(1.105 - number / 100) * n / 60) for n in range(1, 61)),
+            spent=replace(first.spent, epsilon=first.spent.epsilon - number / 100),
+        )
         for number, name in enumerate(names)
     )
     rounds = tuple(
@@ -195,6 +199,7 @@ def wide_run(a_report: Make) -> Report:
             run.utility.rounds[0],
             round=number,
             sites=names,
+            seconds=1.5 + number % 5,
             failed_sites={HOSTILE: "max_epsilon"} if number % 7 == 0 else {},
         )
         for number in range(1, 61)

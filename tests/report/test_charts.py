@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from fedtune.report.page.charts import Chart, Charts
 from fedtune.report.page.drawing import Panel, Series
 from fedtune.report.page.tables import Tables, Words
 
-from .shown import HOSTILE, Make, detail_of, filled, wide_ledger, wide_run
+from .shown import HOSTILE, Make, detail_of, filled, wide_ledger, wide_run, with_site
 
 CODES = ("epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,7 +45,16 @@ def texts(svg: ElementTree.Element) -> list[str]:
 
 @pytest.fixture
 def run(a_report: Make) -> Report:
-    return filled(a_report())
+    """A run in which noise, times and traffic differ: what never changes is not drawn."""
+    report = a_report()
+    north, south = report.sites
+    south = replace(
+        south, mechanisms=tuple(replace(one, noise_multiplier=one.noise_multiplier + 0.3) for one in south.mechanisms)
+    )
+    rounds = tuple(
+        replace(one, seconds=1.5 + n, bytes_down=one.bytes_down + n) for n, one in enumerate(report.utility.rounds)
+    )
+    return filled(replace(report, sites=(north, south), utility=replace(report.utility, rounds=rounds)))
 
 
 @pytest.fixture
@@ -124,7 +134,7 @@ def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any,
 
 
 def test_colours_are_told_apart_in_grey_or_by_their_dashes() -> None:
-    # Okabe and Ito's, of which yellow and sky blue are too light for a line on white.
+    # Okabe and Ito's, of which yellow and sky blue are too light for a line on white, and orange is darkened.
     for colour in drawing.COLOURS:
         red, green, blue = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))
         assert 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.5
@@ -156,7 +166,9 @@ def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Re
     (site,) = ledger.sites
     last, said = site.steps[-1], catalogue(language).texts["chart"]
     for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_run_or_round")):
-        steps = tuple(replace(last, run="r" if one else "q", round=one) for one in rounds)
+        steps = tuple(
+            replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
+        )
         report = replace(ledger, sites=(replace(site, steps=steps),))
         shown = texts(drawn(report, "epsilon_spent", language))
         named = {one for one in shown if one in [said[key] for key in said if key.startswith("axis_")]}
@@ -216,7 +228,66 @@ def test_what_nothing_bounds_is_not_drawn(a_report_without_privacy: Make) -> Non
     assert chart(report, "epsilon_spent").svg is None
     assert chart(report, "profile").svg is None
     assert chart(report, "utility").svg is None
-    assert chart(report, "mechanism").svg is not None
+
+    last = report.sites[0].mechanisms[-1]
+    mechanisms = (last, replace(last, noise_multiplier=1.0))
+    assert chart(with_site(report, mechanisms=mechanisms), "mechanism").svg is not None
+
+
+def test_what_never_changes_is_said_and_not_drawn(a_report: Make, run: Report) -> None:
+    same = filled(a_report())
+    assert chart(same, "mechanism").svg is None
+    assert chart(same, "mechanism").seen == catalogue("en").text("chart.same")
+    said = re.sub("<[^>]*>", "", chart(same, "cost").seen)
+    first = same.utility.rounds[0]
+    assert len({one.bytes_down for one in same.utility.rounds}) == 1
+    assert chart(same, "cost").svg is None
+    assert said.startswith(f"The longest round took {first.seconds:.1f} s. Each moved ")
+    assert "sampling" not in " ".join(texts(drawn(run, "mechanism"))), "one panel: the rate is that of all"
+    assert catalogue("en").texts["chart"]["axis_rate"] not in texts(drawn(run, "mechanism"))
+    assert catalogue("en").texts["chart"]["axis_noise"] in texts(drawn(run, "mechanism"))
+
+
+@pytest.mark.parametrize(("language", "said"), [("en", "all 3 sites alike"), ("de", "alle 3 Standorte gleich")])
+def test_equal_lines_are_drawn_once(run: Report, language: str, said: str) -> None:
+    north, south = run.sites
+    three = tuple(replace(north, site=f"clinic-{n}") for n in range(3))
+    alone = drawn(replace(run, sites=three), "epsilon_spent", language)
+    assert said in texts(alone)
+    both = drawn(replace(run, sites=(*three, south)), "epsilon_spent", language)
+    assert {"clinic-0 (+2)", "south-hospital"} <= set(texts(both))
+
+    def lines(svg: ElementTree.Element) -> int:
+        return sum(one.attrib.get("stroke-width") == "1.4" and "L" in one.attrib["d"] for one in svg.iter(f"{SVG}path"))
+
+    assert (lines(alone), lines(both)) == (1, 2)
+
+
+def test_lines_are_named_beside_their_ends_and_names_do_not_touch() -> None:
+    series = [Series(points=[(1, 0), (2, 5 + n / 100)], number=n, label=f"site-{n}") for n in range(drawing.MOST_LINES)]
+    panel = Panel(series=series, levels=[(5.0, "limit", "1 2")])
+    root = ElementTree.fromstring(str(drawing.chart("x", [panel], named=("t", "d"), number=str)))
+    places = {}
+    for group in root.iter(f"{SVG}g"):
+        x, y = map(float, re.fullmatch(r"translate\(([\d.]+) ([\d.]+)\)", group.attrib["transform"]).groups())
+        places["".join(group.itertext())] = y
+        assert x > 150
+    assert set(places) == {"limit", *(one.label for one in series)}
+    heights = sorted(places.values())
+    assert all(below - above >= 9 for above, below in itertools.pairwise(heights))
+    assert sorted(places, key=places.get)[0] == f"site-{drawing.MOST_LINES - 1}", "the highest line's is on top"
+
+
+def test_a_title_says_what_is_seen(run: Report, ledger: Report) -> None:
+    def title(report: Report, code: str) -> str:
+        return re.sub("<[^>]*>", "", chart(report, code).seen)
+
+    assert title(run, "epsilon_spent") == "Epsilon rose to 1.104 of 2"
+    assert title(replace(run, target_epsilon=None), "epsilon_spent") == "Epsilon rose to 1.104"
+    first, last = (run.utility.rounds[n].scores["accuracy"] for n in (0, -1))
+    assert title(run, "utility") == f"accuracy: {first:.4f} after the first round, {last:.4f} after the last"
+    assert title(ledger, "budget_left") == "4.381 of 6 is left"
+    assert title(run, "cost").startswith(f"The longest round took {run.utility.rounds[-1].seconds:.1f} s.")
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -245,7 +316,8 @@ def test_ids_of_charts_do_not_meet(run: Report) -> None:
 
 def test_only_as_many_sites_as_can_be_told_apart_are_drawn(a_report: Make) -> None:
     report = wide_run(a_report)
-    legend = [text for text in texts(drawn(report, "epsilon_spent")) if not re.fullmatch(r"[\d.]*|round|epsilon", text)]
+    others = r"[\d.]*|round|epsilon used"
+    legend = [text for text in texts(drawn(report, "epsilon_spent")) if not re.fullmatch(others, text)]
     assert len(legend) == drawing.MOST_LINES + 1
     assert HOSTILE not in legend
 

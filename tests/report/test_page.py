@@ -278,7 +278,7 @@ def test_a_site_reads_first_whether_its_budget_has_room(
     assert verdict.attributes["class"] == f"verdict {state}"
     assert words_of(verdict.all("h2")[0]).endswith(texts["within_ledger" if state == "within" else state])
     # What is held for open runs is drawn, and named, where there is any.
-    assert bool(verdict.all("rect", fill="#9db8cf")) == (texts["held"] in words_of(verdict)) == (state != "within")
+    assert bool(verdict.all("rect", fill="#6b93b8")) == (texts["held"] in words_of(verdict)) == (state != "within")
 
 
 def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Make) -> None:

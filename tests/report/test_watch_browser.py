@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.cli.working_folder import only_one
 
-from .test_browser import DESKTOP, OPEN_ALL, PHONE, TOO_WIDE, tabbed
+from .test_browser import DESKTOP, FAINT, OPEN_ALL, PHONE, TOO_WIDE, tabbed
 from .watched import MadeRun, Served, served
 
 NORTH = ("federation.num_sites=3", "federation.num_rounds=10", "federation.site_names=[north-hospital,south,west]")
@@ -94,7 +94,7 @@ def test_the_page_follows_the_run_quietly(opened: Open) -> None:
     run.finish_round({"south": "paused"})
     page.updated("document.title.startsWith('4 of 10')")
     assert "4 of 10 rounds are done." in tab.locator("[data-part=phase]").inner_text()
-    newest = tab.locator("[data-part=failures] tbody tr").first.inner_text()
+    newest = tab.locator("[data-part=failures] tbody tr").first.text_content()
     assert newest.split() == ["4", "south", "the", "site", "is", "paused"]
     assert tab.evaluate(line) != before, "the chart has one more point"
     tab.evaluate("document.querySelector('[data-part=failures]').firstElementChild.dataset.mine = 'yes'")
@@ -111,13 +111,13 @@ def test_the_page_follows_the_run_quietly(opened: Open) -> None:
 
 def test_what_somebody_opened_and_focused_stays_so(opened: Open) -> None:
     page = opened("running")
-    summary = page.tab.locator("[data-part=epsilon] summary")
+    summary = page.tab.locator("[data-part=epsilon] summary").first
     summary.focus()
     page.tab.keyboard.press("Enter")
     page.run.finish_round()
     page.updated("document.title.startsWith('4 of 10')")
-    assert page.tab.locator("[data-part=epsilon] table").is_visible()
-    assert page.tab.locator("[data-part=epsilon] tbody tr").count() == 4
+    assert page.tab.locator("[data-part=epsilon] table").first.is_visible()
+    assert page.tab.locator("[data-part=epsilon] figure tbody tr").count() == 4
     assert page.tab.evaluate("document.activeElement.tagName") == "SUMMARY"
     assert page.tab.evaluate("document.activeElement.closest('[data-part]').dataset.part") == "epsilon"
 
@@ -168,6 +168,7 @@ def test_no_other_script_or_style_would_run_and_problems_are_text(opened: Open) 
     [("wide", "en"), ("wide", "de"), ("deployed", "de"), ("no_privacy", "en"), ("preparing", "de")],
 )
 def test_nothing_is_cut_off_and_everybody_can_use_it(name: str, language: str, opened: Open) -> None:
+    """On a light screen and on a dark one."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     tab = opened(name, language, bypass_csp=True).tab
     assert tab.evaluate("document.documentElement.lang") == language
@@ -183,6 +184,8 @@ def test_nothing_is_cut_off_and_everybody_can_use_it(name: str, language: str, o
         assert tab.evaluate(TOO_WIDE) == []
         for chart in tab.locator("figure svg").all():
             assert chart.bounding_box()["width"] > (300 if width == PHONE else 340)
-        if width != 800:
+        for scheme in ("light", "dark") if width != 800 else ():
+            tab.emulate_media(color_scheme=scheme)
+            assert tab.evaluate(FAINT) == []
             found = axe.Axe().run(tab)
             assert found.violations_count == 0, found.generate_report()

@@ -222,6 +222,7 @@ def test_a_run_that_was_interrupted_or_killed(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     run = MadeRun.at(tmp_path / "run").begin()
     run.finish_round(metrics={"accuracy": 0.1, "loss": float("nan")})
+    run.finish_round(metrics={"accuracy": 0.2, "loss": float("nan")})
     live = seen(run.folder)
     assert live.report.utility.rounds[0].scores == {"accuracy": 0.1, "loss": None}
     assert WatchPage("en").shown(live).parts["scores"].count("<svg") == 1
@@ -388,3 +389,40 @@ def test_a_page_is_drawn_again_only_where_something_changed(now: Live) -> None:
     found = [one.attributes["data-part"] for one in root.walk() if "data-part" in one.attributes]
     assert sorted(found) == sorted(PARTS)
     assert len(set(re.findall(r'\bid="([^"]+)"', whole))) == len(re.findall(r'\bid="([^"]+)"', whole))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_planned_path_leads_to_the_plans_epsilon_with_todays_point_on_it(language: str, now: Live) -> None:
+    path, rounds = now.progress.path, now.progress.rounds_planned
+    assert [point.round for point in path] == list(range(1, rounds + 1))
+    assert path[-1].epsilon == now.report.sites[0].spent.planned_epsilon
+    assert path[0].epsilon > path[-1].epsilon / rounds, "the first round costs more than its share"
+    spent = now.report.sites[0].steps
+    assert all(step.epsilon <= path[step.round - 1].epsilon <= 1.01 * step.epsilon for step in spent)
+    texts, page = catalogue(language).texts, WatchPage(language)
+    drawing = page.shown(now).parts["epsilon"]
+    labels = re.findall(r">([^<]+)</text>", drawing)
+    assert {texts["chart"]["planned"], texts["chart"]["now"]} <= set(labels)
+    assert html.unescape(texts["watch"]["steep"]) in html.unescape(drawing)
+
+
+def test_before_the_first_round_the_path_is_there_already(tmp_path: Path) -> None:
+    live = seen(MadeRun.at(tmp_path / "run", *NORTH).folder)
+    drawing = WatchPage("en").shown(live).parts["epsilon"]
+    assert drawing.count("<svg") == 1
+    assert ">now<" not in drawing
+    plain = seen(MadeRun.at(tmp_path / "plain", "privacy=none", "privacy.noise_multiplier=null").folder)
+    assert plain.progress.path == ()
+    assert "<svg" not in WatchPage("en").shown(plain).parts["epsilon"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_failures_come_first(language: str, now: Live) -> None:
+    page, texts = WatchPage(language), catalogue(language).texts
+    whole = page.html(page.shown(now), nonce="n")
+    assert whole.index('data-part="failures"') < whole.index('data-part="phase"')
+    part = html.unescape(re.sub(r"<[^>]+>", "", page.shown(now).parts["failures"]))
+    assert texts["refusal"]["paused"] in part
+    healthy = with_progress(now, failures=())
+    assert page.shown(healthy).parts["failures"] == ""
+    assert texts["watch"]["no_failures"] in page.shown(healthy).parts["sites"]

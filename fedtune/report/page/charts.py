@@ -18,9 +18,15 @@ _LONGEST_NAME = 18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A drawing with the table that holds the same figures; no drawing: there is nothing to draw."""
+    """A drawing with the table that holds the same figures.
+
+    Attributes:
+        seen: what there is to see, as the drawing's title; without a drawing, why there is none.
+        svg: None: there is nothing to draw, or it is the same throughout.
+    """
 
     code: str
+    seen: Markup
     svg: Markup | None
     table: Table
 
@@ -34,9 +40,12 @@ class Charts:
     def epsilon_spent(self) -> Chart:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self._sites() if (points := self._line(site))}
+        alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
+        for site, points in lines.items():
+            alike.setdefault(tuple(points), []).append(site)
         series = [
-            Series(points=points, number=number, label=self._name(site))
-            for number, (site, points) in enumerate(list(lines.items())[:MOST_LINES])
+            Series(points=points, number=number, label=self._named_together(sites, of=len(lines)))
+            for number, (points, sites) in enumerate(list(alike.items())[:MOST_LINES])
         ]
         target, levels = self._words.report.target_epsilon, []
         if self._is_ledger:
@@ -44,8 +53,35 @@ class Charts:
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
         x = self._said(self._axis_of_steps(lines))
-        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale="whole")
-        return self._chart("epsilon_spent", self._tables.steps(), [panel] if lines else [])
+        if path := self._planned():
+            series.insert(0, Series(points=path, number=0, label=self._said("planned"), kind="path"))
+        panel = Panel(
+            series=series, levels=levels, notes=self._now(lines), x=x, y=self._said("axis_epsilon"), scale="whole"
+        )
+        return self._chart("epsilon_spent", self._tables.steps(), [panel] if series else [], seen=self._rose(lines))
+
+    def _planned(self) -> list[tuple[float, float]]:
+        """Of a live page: what the plan would spend, to its end."""
+        path = self._words.at("/progress/path") if self._words.is_live else []
+        return [(point["round"], point["epsilon"]) for point in path]
+
+    def _now(self, lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float, str]]:
+        """Of a live page: where on its path the run is."""
+        worst = self._words.worst
+        return [(*lines[worst][-1], self._said("now"))] if self._words.is_live and worst in lines else []
+
+    def _rose(self, lines: Iterable[str]) -> Markup | None:
+        """How high the line of the site that spent most rises."""
+        worst, limit = self._words.worst, "/target_epsilon"
+        if worst is None or worst not in lines:
+            return None
+        steps = self._words.at(f"{worst}/steps")
+        last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
+        reached = self._words.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
+        limit = f"{worst}/approved/max_epsilon" if self._is_ledger else limit
+        if self._words.at(limit) is None:
+            return self._words.text("chart.rose", reached=reached)
+        return self._words.text("chart.rose_of", reached=reached, limit=self._words.figure(limit, "cap"))
 
     def budget_left(self) -> Chart:
         """Spent, held and left at each site that has a limit."""
@@ -59,7 +95,7 @@ class Charts:
             rows.append((self._name(site), (spent, max(0.0, taken - spent), left)))
         table, labels = self._tables.named("budget_left"), [self._said(key) for key in ("spent", "held", "left")]
         if not rows:
-            return Chart(code="budget_left", svg=None, table=table)
+            return self._chart("budget_left", table, [])
         svg = stacked(
             "budget_left",
             rows,
@@ -68,7 +104,12 @@ class Charts:
             named=self._named("budget_left"),
             number=self._words.catalogue.on_axis,
         )
-        return Chart(code="budget_left", svg=svg, table=table)
+        seen = self._words.text("chart.budget_left")
+        if len(bars) == 1 and self._words.at(f"{bars[0]}/approved/max_epsilon") is not None:
+            free = self._words.figure(f"{bars[0]}/left", "left")
+            limit = self._words.figure(f"{bars[0]}/approved/max_epsilon", "cap")
+            seen = self._words.text("chart.left_of", left=free, limit=limit)
+        return Chart(code="budget_left", seen=seen, svg=svg, table=table)
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
@@ -110,7 +151,15 @@ class Charts:
             y=shortened(name, 30),
             from_zero=False,
         )
-        return self._chart("utility", self._tables.utility(), [panel] if found else [])
+        return self._chart("utility", self._tables.utility(), [panel] if found else [], seen=self._moved(name))
+
+    def _moved(self, name: str) -> Markup | None:
+        """What a score was after the first round, and after the last."""
+        rows = [row for row in self._tables.rounds() if self._words.at(row + pointer("scores", name)) is not None]
+        if len(rows) < 2:
+            return None
+        first, last = (self._words.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
+        return self._words.text("chart.moved", name=shortened(name, 30), first=first, last=last)
 
     def reliability(self) -> Chart:
         """How often answers are right that the model was about equally sure of."""
@@ -135,7 +184,8 @@ class Charts:
             y = shortened(group[0], _LONGEST_NAME) if len(group) == 1 else self._words.text("utility.score").unescape()
             if lines:
                 panels.append(Panel(series=lines, x=self._said("axis_round"), y=y, scale="whole", from_zero=False))
-        return self._chart("scores", self._tables.utility(), panels)
+        main = next((name for name in names if name not in losses), names[0] if names else "")
+        return self._chart("scores", self._tables.utility(), panels, seen=self._moved(main) if main else None)
 
     def _by_round(self, at: str) -> list[tuple[float, float]]:
         found = [(self._words.at(f"{row}/round"), self._words.at(row + at)) for row in self._tables.rounds()]
@@ -168,10 +218,23 @@ class Charts:
 
         traffic = [series(f"bytes_{key}", n, self._said(key), 1e6) for n, key in enumerate(("down", "up"))]
         panels = [
-            Panel(series=[series("seconds", 0)], y=self._said("axis_seconds"), scale="whole"),
+            Panel(
+                series=[series("seconds", 0)], x=self._said("axis_round"), y=self._said("axis_seconds"), scale="whole"
+            ),
             Panel(series=traffic, x=self._said("axis_round"), y=self._said("axis_megabytes"), scale="whole"),
         ]
-        return self._chart("cost", self._tables.named("cost"), panels if rows else [])
+        return self._chart("cost", self._tables.named("cost"), panels if rows else [], seen=self._longest(rows))
+
+    def _longest(self, rows: Sequence[str]) -> Markup | None:
+        """How long the longest round took, and what each moved where that never changes."""
+        if not rows:
+            return None
+        longest = max(rows, key=lambda row: self._words.at(f"{row}/seconds") or 0.0)
+        seen = self._words.text("chart.longest", seconds=self._words.figure(f"{longest}/seconds", "seconds"))
+        if any(len(set(self._numbers(f"{row}/bytes_{key}" for row in rows))) > 1 for key in ("down", "up")):
+            return seen
+        sizes = {key: self._words.figure(f"{rows[0]}/bytes_{key}", "bytes") for key in ("down", "up")}
+        return seen + " " + self._words.text("chart.each_moved", **sizes)
 
     @property
     def _is_ledger(self) -> bool:
@@ -182,6 +245,13 @@ class Charts:
 
     def _name(self, site: str) -> str:
         return shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
+
+    def _named_together(self, sites: Sequence[str], *, of: int) -> str:
+        """What one line of several sites is called; `of` so many in all."""
+        if len(sites) == 1:
+            return self._name(sites[0])
+        key, values = ("all_alike", {"sites": of}) if len(sites) == of else ("some_alike", {"others": len(sites) - 1})
+        return self._words.text(f"chart.{key}", name=self._name(sites[0]), **values).unescape()
 
     def _said(self, key: str) -> str:
         return self._words.text(f"chart.{key}").unescape()
@@ -215,11 +285,14 @@ class Charts:
         known = [(x, cap) for x, cap in limits if cap is not None]
         return Series(points=known, number=0, label=self._said("limit"), kind="limit")
 
-    def _chart(self, code: str, table: Table, panels: Sequence[Panel]) -> Chart:
-        if not panels:
-            return Chart(code=code, svg=None, table=table)
-        svg = chart(code, panels, named=self._named(code), number=self._words.catalogue.on_axis)
-        return Chart(code=code, svg=svg, table=table)
+    def _chart(self, code: str, table: Table, panels: Sequence[Panel], *, seen: Markup | None = None) -> Chart:
+        """A chart of the panels in which something changes."""
+        moving = [panel for panel in panels if any(len({y for _, y in one.points}) > 1 for one in panel.series)]
+        if not moving:
+            why = (seen or self._words.text("chart.same")) if panels else self._words.text(f"chart.{code}_none")
+            return Chart(code=code, seen=why, svg=None, table=table)
+        svg = chart(code, moving, named=self._named(code), number=self._words.catalogue.on_axis)
+        return Chart(code=code, seen=seen or self._words.text(f"chart.{code}"), svg=svg, table=table)
 
 
 def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:

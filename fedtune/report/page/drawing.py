@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from fedtune.report.page.catalogue import power_of_ten
 from fedtune.report.page.tables import MOST_LINES, shortened
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
 MARKERS = (
     "M-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0z",
@@ -25,8 +25,10 @@ MARKERS = (
 )
 LIMIT, BEFORE, WITHOUT_PRIVACY = "5 4", "1 2", "7 4"
 """Dashes of levels that lines are compared with."""
+_PATH = "#767676"
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
 _LETTER = 5.6  # about the width of one
+_SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
 _MOST_MARKERS = 40  # so many that they touch say nothing
 _FILLS = ("#56B4E9", "#ffffff", "#ffffff")
 _HATCHES = ("", "M0 6l6-6", "M0 0l6 6M0 6l6-6")
@@ -41,7 +43,7 @@ class Series:
     points: Points
     number: int
     label: str = ""
-    kind: Literal["line", "points", "bars", "limit"] = "line"
+    kind: Literal["line", "points", "bars", "limit", "path"] = "line"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,15 +96,17 @@ def chart(
     spans = [_span(panel) for panel in panels]
     ticks = [_ticks(*span) for span in spans]
     left = 22 + _LETTER * max(len(number(tick)) for tick in chain(*ticks))
+    ends = [list(_ends(panel)) for panel in panels]
+    right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in chain(*ends)], default=0.0)
     places = [x for panel in panels for one in panel.series for x, _ in one.points]
     half = 0.6 if any(one.kind == "bars" for panel in panels for one in panel.series) else 0.0
     low, high = _x_span(places, scale, half)
-    across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - 8)
+    across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
     keys = [list(_keys(panel)) for panel in panels]
     room = [13 * math.ceil(len(key) / 2) + 8 for key in keys]
     each = (height - 32 - sum(room) - 8 * (len(panels) - 1)) / len(panels)
     parts, top = [_hatching(code)], 0.0
-    for panel, span, marks, key, above in zip(panels, spans, ticks, keys, room, strict=True):
+    for panel, span, marks, key, named_ends, above in zip(panels, spans, ticks, keys, ends, room, strict=True):
         parts += _legend(key, code=code, left=left, top=top + 9)
         top += above
         down = _Axis(low=span[0], high=span[1], start=top + each, length=-each)
@@ -110,6 +114,7 @@ def chart(
         for one in panel.series:
             parts += _drawn(one, panel, across, down, code=code)
         parts += _levels(panel, across, down)
+        parts += _end_labels(named_ends, across, down)
         top += each + 8
     labels = [
         (tick, power_of_ten(round(tick)) if scale == "powers" else number(tick)) for tick in _x_ticks(low, high, scale)
@@ -270,6 +275,8 @@ def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis, *, code: str) 
     elif one.kind == "limit":
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
         yield _line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
+    elif one.kind == "path":
+        yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), _PATH, "3 3")
     else:
         colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
         if one.kind == "line":
@@ -291,25 +298,42 @@ def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
     for height, _, dashes in panel.levels:
         yield _line(f"M{across.start:g} {down.at(height):g}h{across.length:g}", "#000000", dashes)
     for x, y, text in panel.notes:
-        anchor = "start" if across.at(x) < across.start + across.length / 2 else "end"
-        yield _text(across.at(x), down.at(y) + 14, text, anchor=anchor)
+        # A line that rises leaves room below its beginning, and above its end.
+        is_early, has_room = across.at(x) < across.start + across.length / 2, down.at(y) + 16 < down.start
+        anchor, aside = "start" if is_early else "end", 14 if is_early and has_room else -6
+        yield _text(across.at(x), down.at(y) + aside, text, anchor=anchor)
+
+
+def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
+    """Height, label and mark of what is named beside its right end; nothing where there is one thing alone."""
+    lines = [one for one in panel.series if one.kind in ("line", "limit", "path")]
+    if len(lines) + len(panel.levels) < 2:
+        return
+    for one in lines:
+        colour, marker = (values[one.number % MOST_LINES] for values in (COLOURS, MARKERS))
+        yield max(one.points)[1], one.label, _marker(4, -3, colour, marker) if one.kind == "line" else ""
+    for height, label, _ in panel.levels:
+        yield height, label, ""
+
+
+def _end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Axis) -> Iterator[str]:
+    """The labels at the right, moved apart where they would touch."""
+    sorted_ends = sorted((down.at(height) + 3, label, mark) for height, label, mark in ends)
+    below = down.start + 3 - _LINE_HEIGHT * len(sorted_ends)  # so high that all fit above the axis
+    y = -math.inf
+    for place, (wanted, label, mark) in enumerate(sorted_ends, 1):
+        y = max(min(wanted, below + _LINE_HEIGHT * place), y + _LINE_HEIGHT)
+        said = mark + _text(9 if mark else 2, 0, label)
+        yield f'<g transform="translate({across.start + across.length + 3:g} {y:g})" font-size="9">{said}</g>'
 
 
 def _keys(panel: Panel) -> Iterator[tuple[str, str]]:
-    """What the legend has: label and sample; nothing where there is one thing alone."""
-    found: dict[str, str] = {}
-    for one in panel.series:
-        if one.kind == "bars":
-            found[one.label] = (
-                f'<rect width="14" height="8" y="-7" fill="url(#CODE-hatch-{one.number})" stroke="#000000"/>'
-            )
-        elif one.kind == "limit":
-            found[one.label] = _line("M0-3h18", "#000000", LIMIT)
-        else:
-            colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
-            found[one.label] = _line("M0-3h18", colour, dashes) + _marker(9, -3, colour, marker)
-    for _, label, dashes in panel.levels:
-        found[label] = _line("M0-3h18", "#000000", dashes)
+    """What the legend has, the bars: label and sample; nothing where there is one thing alone."""
+    found = {
+        one.label: f'<rect width="14" height="8" y="-7" fill="url(#CODE-hatch-{one.number})" stroke="#000000"/>'
+        for one in panel.series
+        if one.kind == "bars"
+    }
     if len(found) > 1:
         yield from found.items()
 

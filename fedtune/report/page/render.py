@@ -306,7 +306,7 @@ class Bar:
         scale = 100 / max(self.limit, self.taken)
         used, held, end = self.used * scale, self.taken * scale, self.limit * scale
         parts = [(0.0, end, "#fff", 2, 8), (0.0, min(used, end), "#0b3d66", 2, 8)]
-        parts += [(used, held, "#9db8cf", 2, 8)] if self.is_held else []
+        parts += [(used, held, "#6b93b8", 2, 8)] if self.is_held else []
         parts += [(end, used, "#8f1d00", 2, 8)] if self.is_over else []
         parts += [(max(0, end - 0.8), end, "#1a1a1a", 0, 12)]
         drawn = (
