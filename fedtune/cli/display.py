@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -64,9 +64,8 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("left"),
+            TextColumn("elapsed"),
+            TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
             disable=not shown or not console.is_terminal,
@@ -89,16 +88,18 @@ class Display:
         if new:
             self._stage, self._stage_began = what, now
         so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
+        left = _left((total - done) * (now - self._stage_began) / done if done else None)
         if self._console.is_terminal:
             self._remove_bar(new or 0 < total <= done)
             if done < total or not total:
                 if self._preparing is None:
-                    self._preparing = self._progress.add_task(so_far, total=None)
-                self._progress.update(self._preparing, description=so_far, completed=done, total=total or None)
+                    self._preparing = self._progress.add_task(so_far, total=None, left="")
+                self._progress.update(
+                    self._preparing, description=so_far, completed=done, total=total or None, left=left
+                )
                 self._progress.refresh()
         elif self._shown and ((new and self._plan is None) or now - self._told >= self._every_s):
-            left = (total - done) * (now - self._stage_began) / done if done else 0.0
-            self._console.print(f"  {so_far}{f', about {_duration(left)} left' if left else ''}")
+            self._console.print(f"  {so_far}{left and f', {left}'}")
             self._told = now
 
     def _remove_bar(self, over: bool) -> None:
@@ -134,6 +135,7 @@ class Display:
             self._round_text(state.round + 1, 0),
             total=federation.num_rounds * len(federation.active),
             completed=self._done,
+            left=_left(self._left_s(state)),
         )
 
     def site_replied(self, number: int) -> None:
@@ -157,7 +159,8 @@ class Display:
         self._follow(state)
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
-            self._progress.update(self._task, completed=self._done, description=self._round_text(state.round + 1, 0))
+            said = self._round_text(state.round + 1, 0)
+            self._progress.update(self._task, completed=self._done, description=said, left=_left(self._left_s(state)))
         if self._shown:
             self._console.print(self._round_line(state), soft_wrap=True)
 
@@ -179,11 +182,14 @@ class Display:
         if last.diverged:
             parts.append("[red]diverged: back to the adapter before[/red]")
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
-        left = (rounds - last.round) * state.seconds / max(1, last.round)
+        left = _left(self._left_s(state))
         if left and not (kept is not None and kept.ended_early):
-            parts.append(f"about {_duration(left)} left")
+            parts.append(left)
         failed = ", ".join(f"[red]{site}: {reason}[/red]" for site, reason in last.failed_sites.items())
         return " | ".join([*parts, failed] if failed else parts)
+
+    def _left_s(self, state: LeadState) -> float | None:
+        return None if state.pace_s is None else (self._config.federation.num_rounds - state.round) * state.pace_s
 
     def _round_text(self, round: int, replied: int) -> str:
         federation = self._config.federation
@@ -191,6 +197,10 @@ class Display:
         return (
             f"round {min(round, federation.num_rounds)}/{federation.num_rounds}, site {site}/{len(federation.active)}"
         )
+
+
+def _left(seconds: float | None) -> str:
+    return f"about {_duration(seconds)} left" if seconds else ""
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path, *, whole_s: float) -> None:

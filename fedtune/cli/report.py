@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -259,7 +260,8 @@ def diff(
         print_json({"before": str(before_path), "after": str(after_path), "changes": changes})
         return
     for subject in GROUPS:
-        _show_differences(subject, [one for one in changes if one.group == subject], names=(before, after))
+        alike = _alike([one for one in changes if one.group == subject], sites=[site.site for site in first.sites])
+        _show_differences(subject, alike, names=(before, after))
     if not all(settings) and first.kind != "ledger":
         say("The runs' configurations are not beside the reports: only the settings in them are compared.")
 
@@ -331,6 +333,22 @@ def _checked(found: Sequence[Check]) -> Section:
         if len(check.problems) > _MOST_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
     return Section(rows=rows, words=frozenset({0, 1, 2}), whole=frozenset({0, 1}), styles=styles)
+
+
+def _alike(changes: Sequence[Change], *, sites: Sequence[str]) -> list[Change]:
+    """The changes, with one that several sites share told once."""
+    groups: dict[tuple[str, tuple[str, str]], list[tuple[str, Change]]] = {}
+    for change in changes:
+        site = next((one for one in sites if change.key.startswith(f"sites.{one}.")), "")
+        what = change.key.removeprefix(f"sites.{site}.") if site else change.key
+        groups.setdefault((f"{bool(site)} {what}", _both(change)), []).append((site, change))
+    told = []
+    for same in groups.values():
+        site, change = same[0]
+        who = f"all {len(sites)}" if len(same) == len(sites) else f"{site} and {len(same) - 1} more"
+        what = change.key.removeprefix(f"sites.{site}.")
+        told.append(change if len(same) == 1 else replace(change, key=f"sites.{who}.{what}"))
+    return told
 
 
 def _show_differences(subject: ChangeGroup, changes: Sequence[Change], *, names: tuple[str, str]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -86,6 +89,18 @@ class LeadState:
     def kept(self) -> Adapter:
         """The run's adapter, if it ended now."""
         return self.adapter if self.best is None else self.best
+
+    @property
+    def pace_s(self) -> float | None:
+        """Seconds of a further round with its scores; None: too few are known.
+
+        The first round tells nothing, since it has work that is done once.  The median leaves out interruptions.
+        """
+        ends = [datetime.fromisoformat(one.ended) for one in self.rounds if one.ended]
+        if len(ends) < 2:
+            return None if self.round < 2 else self.seconds / self.round
+        between = median((later - end).total_seconds() for end, later in pairwise(ends))
+        return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""

@@ -204,11 +204,11 @@ def _is_after(time: str, other: str) -> bool:
 
 
 def time_left(record: RunRecord, *, at: datetime) -> Left | None:
-    """At the pace of the finished rounds of a running run; None while none is finished, and after the last."""
-    done, missing = len(record.rounds), record.config.federation.num_rounds - len(record.rounds)
-    if not done or record.finished or record.state is None:
+    """At the pace of a running run; None while too few rounds show one, and after the last."""
+    pace, missing = record.state and record.state.pace_s, record.config.federation.num_rounds - len(record.rounds)
+    if pace is None or record.finished:
         return None
-    seconds = missing * record.state.seconds / done
+    seconds = missing * pace
     try:
         since = (at - datetime.fromisoformat(record.rounds[-1].ended)).total_seconds()
     except (ValueError, TypeError):  # a version that did not note it

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -156,3 +157,29 @@ def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadS
         after = state.asked(["a"]).answered(replies, **RUN)
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
         assert state.believed(replies, **RUN)["a"].receipt is None
+
+
+def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:
+    """The first estimate is within half of the truth, however long the first round and the first scores take."""
+
+    def at(done: int, *, first_s: float = 60.0, gap_s: float = 0.0) -> LeadState:
+        ends = [first_s + 20 * n + gap_s * (n > 2) for n in range(done)]
+        began = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
+        results = [
+            RoundResult(
+                round=n, seconds=first_s if n == 1 else 16.0, sites=("a",), failed_sites={}, bytes_down=1, bytes_up=1,
+                metrics={}, ended=(began + timedelta(seconds=end)).isoformat(timespec="seconds"),
+            )
+            for n, end in enumerate(ends, 1)
+        ]  # fmt: skip
+        seconds = 90.0 + ends[-1] if ends else 0.0
+        return LeadState(round=done, adapter=Adapter({}), rounds=results, seconds=seconds)
+
+    assert at(0).pace_s is None
+    assert at(1).pace_s is None, "a first round of 60 s would say three times the truth"
+    for done in range(2, 10):
+        assert at(done).pace_s == 20.0
+    assert at(6, gap_s=3600.0).pace_s == 20.0, "the run was interrupted for an hour"
+    quick = replace(at(3), rounds=[replace(one, seconds=0.4, ended=at(1).rounds[0].ended) for one in at(3).rounds])
+    assert quick.pace_s == 0.4
+    assert replace(at(4), rounds=[replace(one, ended="") for one in at(4).rounds]).pace_s == at(4).seconds / 4

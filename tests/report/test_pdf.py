@@ -57,6 +57,25 @@ def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make) -> None:
     assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
 
 
+@needs_weasyprint
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_a_person_fills_in_are_fields_of_the_pdf(language: str, request: pytest.FixtureRequest) -> None:
+    """On page 1, which stays one side; the page for screens and browsers has none."""
+    for name in ("by_user", "wide_run"):
+        html = render.render(reports_of(request)[name], language=language, fillable=True)
+        data = render.as_pdf(html)
+        objects = data + b"".join(_unpacked(data))
+        asked = html.count('class="asked"')
+        assert asked > 0
+        assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
+        assert objects.count(b"/FT /Tx") == 7, "reasons, name and date of both, and when to look again"
+        assert data == render.as_pdf(html)
+        assert "<input" not in page_of(request, name, language)
+        first, second, *_ = pages(html)
+        assert {"verdict", "sign-off"} <= set(first.anchors), name
+        assert "engineer" in second.anchors, name
+
+
 def _unpacked(data: bytes) -> Iterator[bytes]:
     for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL):
         with contextlib.suppress(zlib.error):

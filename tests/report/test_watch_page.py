@@ -140,17 +140,18 @@ def test_time_left_at_the_pace_of_the_run(tmp_path: Path) -> None:
     run = MadeRun.at(tmp_path / "run", *NORTH).begin()
     assert seen(run.folder).progress.left is None, "no round has shown a pace"
     run.ask().finish_round()
-    run.ask()
+    assert seen(run.ask().folder).progress.left is None, "the first has work that is done once"
+    run.finish_round().ask()
 
     def left(seconds: float) -> tuple[int, str]:
         found = seen(run.folder, seconds=ROUND_S + seconds).progress.left
         return found.value, found.unit
 
-    assert left(0) == (6, "minutes")  # nine rounds of 40 s
-    assert left(39) == (6, "minutes")
-    assert left(41) == left(4000) == (6, "minutes"), "eight rounds are still to come when the second one takes long"
+    assert left(0) == (6, "minutes")  # eight rounds of 40 s, of which the clock says that none has begun
+    assert left(ROUND_S + 39) == (5, "minutes")
+    assert left(ROUND_S + 41) == left(4000) == (5, "minutes"), "seven are still to come when the third takes long"
     assert left(-100) == (6, "minutes"), "a clock that was put back"
-    for _ in range(8):
+    for _ in range(7):
         run.finish_round()
     assert seen(run.folder, seconds=9 * ROUND_S).progress.left == Left(value=int(ROUND_S), unit="seconds")
     run.finish_round()

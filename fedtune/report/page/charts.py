@@ -68,7 +68,9 @@ class Charts:
     def _now(self, lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float, str]]:
         """Of a live page: where on its path the run is."""
         worst = self._words.worst
-        return [(*lines[worst][-1], self._said("now"))] if self._words.is_live and worst in lines else []
+        if worst is None or worst not in lines or not self._words.is_live:
+            return []
+        return [(*lines[worst][-1], self._said("now"))]
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
         """How high the line of the site that spent most rises."""

@@ -42,10 +42,11 @@ _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "docum
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 
 
-def render(report: Report, *, language: str) -> str:
+def render(report: Report, *, language: str, fillable: bool = False) -> str:
     """The page of a report, in "en" or "de"; equal reports give equal pages.
 
-    Every figure on it carries its place in report.json.
+    Every figure on it carries its place in report.json.  Where it is `fillable`, what a person fills in on page 1 are
+    fields, for `as_pdf`; otherwise they are drawn for the pen.
 
     Raises:
         ConfigError: there are no texts in this language.
@@ -59,6 +60,7 @@ def render(report: Report, *, language: str) -> str:
         .get_template("report.html.j2")
         .render(
             language=language,
+            fillable=fillable,
             report=report,
             words=words,
             t=words.text,
@@ -124,7 +126,7 @@ def write_files(folder: Path, report: Report, *, language: str, pdf: bool = Fals
     html = render(report, language=language)
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
-        files["report.pdf"] = as_pdf(html)
+        files["report.pdf"] = as_pdf(render(report, language=language, fillable=True))
     return write_all(folder, files)
 
 
@@ -157,7 +159,7 @@ def as_pdf(html: str) -> bytes:
     refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
     identifier = hashlib.sha256(html.encode()).digest()[:16]
-    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True))
+    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
 
 
 def _weasyprint() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -209,9 +210,17 @@ class Words:
                 return self.code(section, value)
         return Markup("{}").format(value)
 
-    def table(self, caption: Markup, columns: Sequence[Column], rows: Sequence[str], *, last: bool = True) -> Table:
-        """A table of the rows at these pointers; of many the last ones, or the first."""
-        shown = rows[-MOST_ROWS:] if last else rows[:MOST_ROWS]
+    def table(
+        self,
+        caption: Markup,
+        columns: Sequence[Column],
+        rows: Sequence[str],
+        *,
+        last: bool = True,
+        most: int = MOST_ROWS,
+    ) -> Table:
+        """A table of the rows at these pointers; of more than `most` the last ones, or the first."""
+        shown = rows[-most:] if last else rows[:most]
         return Table(
             caption=caption,
             columns=tuple((self._heading(column), column.is_figure) for column in columns),
@@ -318,7 +327,20 @@ class Tables:
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
             columns = tuple(column for column in columns if column.heading != same)
+        if columns[0].at == "@site" and len(self._sites) > 1 and not self._words.is_live:
+            return self._together(self._words.table(caption, columns, rows, most=len(rows)))
         return self._words.table(caption, columns, rows, last=last)
+
+    def _together(self, table: Table) -> Table:
+        """The first lines of a table, with one for what several sites have alike."""
+        groups: dict[tuple[object, ...], list[tuple[Markup, ...]]] = {}
+        counts: Counter[tuple[str, ...]] = Counter()
+        for row in table.rows:
+            said = tuple(cell.striptags() for cell in row)
+            groups.setdefault((counts[said], *said[1:]), []).append(row)  # what one site has twice stays two lines
+            counts[said] += 1
+        rows = tuple((self._named(group), *group[0][1:]) for group in groups.values())
+        return replace(table, rows=rows[:MOST_ROWS], all=len(rows))
 
     def _rows(self, of: str) -> list[str]:
         if of.startswith("/"):
