@@ -205,7 +205,8 @@ def _is_after(time: str, other: str) -> bool:
 
 def time_left(record: RunRecord, *, at: datetime) -> Left | None:
     """At the pace of a running run; None while too few rounds show one, and after the last."""
-    pace, missing = record.state and record.state.pace_s, record.config.federation.num_rounds - len(record.rounds)
+    pace = None if record.state is None else record.state.pace_s
+    missing = record.config.federation.num_rounds - len(record.rounds)
     if pace is None or record.finished:
         return None
     seconds = missing * pace
