@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
-from fedtune.federation.secure.agreement import least_threshold
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.few_bits import BITS
+from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
@@ -28,7 +28,8 @@ class FederationSpec:
         min_sites: the fewest updates that a round needs; with fewer the run ends.
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
-        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried.
+        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried, and
+            a secure sum that could not be read made up for by another release.
         stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
@@ -116,21 +117,16 @@ class FederationSpec:
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
-        check_at_least("colluders", self.colluders, 0)
-        if self.aggregation == "plain":
+        together = self.together  # raises for sites of which a server could read two sums
+        if together is None:
             for name, none in (("threshold", None), ("colluders", 0)):
                 if getattr(self, name) != none:
                     raise ConfigError(name, getattr(self, name), "goes with federation.aggregation = secure")
             return
-        sites = len(self.active)
-        if not 2 <= sites <= MOST_SITES_OF_SUM:
-            bound = f"must be from 2 to {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
-            raise ConfigError("num_sites", sites, bound)
-        least = least_threshold(sites, colluders=self.colluders, server="malicious")
-        if self.threshold is not None and not least <= self.threshold <= sites:
-            bound = f"must be from {least} to the {sites} sites that take part, or a server could read two sums"
-            raise ConfigError("threshold", self.threshold, bound)
-        for name, only in (("strategy", "fedavg"), ("bits", 32), ("spare_rounds", 0)):
+        if together.num_sites > MOST_SITES_OF_SUM:
+            bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
+            raise ConfigError("num_sites", together.num_sites, bound)
+        for name, only in (("strategy", "fedavg"), ("bits", 32)):
             if getattr(self, name) != only:
                 raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
 
@@ -145,9 +141,10 @@ class FederationSpec:
         """Who makes the noise of secure sums together; None: every site has noise of its own."""
         if self.aggregation == "plain":
             return None
-        sites = len(self.active)
-        least = least_threshold(sites, colluders=self.colluders, server="malicious")
-        return Together(num_sites=sites, threshold=self.threshold or least, colluders=self.colluders)
+        sites, threshold = len(self.active), self.threshold
+        if threshold is None:
+            threshold = least_threshold(sites, colluders=self.colluders, server="malicious")
+        return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property
     def chooses(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.federation.lead import Arrays, LeadState, RoundResult
+from fedtune.federation.lead import Arrays, Checkpoints, LeadState, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, terms_of
 from fedtune.federation.replies import NO_REPLY, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
@@ -36,14 +37,33 @@ log = logging.getLogger(__name__)
 _SESSIONS = 3
 """That are tried before the lead goes on without some site, or gives up: one may be started again in the middle."""
 
+MOST_LOST = 5
+"""Releases without a sum that end a run, in all: where two sites accuse each other, nobody can tell who is at fault."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A session that all members joined: the lead's name for it, and what each announced."""
+    """A session that all members joined: the lead's name for it, and what each announced, in the members' order."""
 
     name: str
     announced: tuple[bytes, ...]
     session: Session
+
+    def to_bytes(self) -> bytes:
+        """For the next lead of the run: all of it is public."""
+        return json.dumps({"name": self.name, "announced": [one.decode() for one in self.announced]}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, terms: Terms) -> _Begun | None:
+        """What an earlier lead began; None where that is no session of these terms, so that another has to begin."""
+        try:
+            fields = json.loads(data)
+            announced = tuple(one.encode() for one in fields["announced"])
+            session = session_of(terms, dict(zip(terms.sites, announced, strict=True)))
+            return cls(str(fields["name"]), announced, session)
+        except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("no session of the secure sum to go on in: %s", error)
+            return None
 
 
 class SecureRounds:
@@ -56,6 +76,7 @@ class SecureRounds:
         key: the lead's.
         terms: that each site makes of the proposal, too.
         settings: JSON of the run's configuration, for sites that do not have it.
+        checkpoints: where the session is kept for a lead that is started again.
         timeout_s: for all sites' answers to one step.
     """
 
@@ -68,16 +89,24 @@ class SecureRounds:
         key: SigningKey,
         terms: Terms,
         settings: str,
+        checkpoints: Checkpoints,
         timeout_s: float,
     ) -> None:
         self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
         self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
-        self._begun: _Begun | None = None
+        self._checkpoints, kept = checkpoints, checkpoints.session()
+        self._begun = _Begun.from_bytes(kept, terms) if kept else None
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self._left_out: set[str] = set()
         self._accused: set[frozenset[str]] = set()
         self._traffic = [0, 0]
+
+    @property
+    def session(self) -> str:
+        """The lead's name for the session that goes on."""
+        assert self._begun is not None, "ready first"
+        return self._begun.name
 
     def ready(self) -> tuple[str, ...]:
         """The members that a round may be asked of: in one session, before anybody pays.
@@ -129,6 +158,7 @@ class SecureRounds:
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
             if not missing and set(joined.values()) == {session.digest.encode()}:
                 self._begun = begun
+                self._checkpoints.keep_session(begun.to_bytes())
                 return {}
             if missing:  # each further try would take the others from the session that they came from
                 break
@@ -179,6 +209,12 @@ class SecureRounds:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self._left_out.add(dealer)
 
+    @property
+    def accused(self) -> str:
+        """Of which two sites one is at fault for a wrong share, in words; empty: of none."""
+        pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
+        return f"; wrong shares between {', '.join(pairs)}" if pairs else ""
+
     def traffic(self) -> tuple[int, int]:
         """Bytes to the sites and from them since the last call."""
         down, up = self._traffic
@@ -194,7 +230,9 @@ class SecureRounds:
             if site not in parts:
                 continue
             asked = SumRequest(proposal=self._proposal, site=site, expires=expires, step=step, session=session)
-            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=self._settings)
+            # A site that has a part in the session knows them; one that has lost it says so, and announces again.
+            settings = self._settings if step == ANNOUNCE else ""
+            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=settings)
             messages.append(Message(content, node, f"query.{flower_records.SUM}"))
         self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
         found: dict[str, bytes] = {}
@@ -242,12 +280,16 @@ def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | No
         key=lead.key,
         terms=terms,
         settings=lead.settings,
+        checkpoints=lead.checkpoints,
         timeout_s=lead.federation.round_timeout_s,
     )
 
 
 def past_asked(lead: Lead, state: LeadState) -> LeadState:
-    """The state after every round that a lead before this one asked for: no upload to it is in a session any more."""
+    """The state after every round that a lead before this one asked for: none of these releases is begun again.
+
+    Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
+    """
     for round in range(state.round + 1, lead.checkpoints.last_asked() + 1):
         lost = RoundResult(
             round=round,
@@ -298,16 +340,16 @@ def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundRepli
             state.strategy,
             training=lead.training,
             plan=lead.plan,
-            round=replies.round,
+            step=sum(bool(one.sites) for one in state.rounds),
             sites=len(sites),
             most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
             declared_size=sum(lead.declared_sizes[site] for site in sites),
         )
     except Unreadable as error:
-        if state.rounds and not state.rounds[-1].sites:
-            raise RunError(
-                f"{error}, as that of the round before; the checkpoint of round {state.round} can be resumed"
-            ) from None
+        lost = [one.round for one in state.rounds if not one.sites]
+        if state.round in lost or len(lost) + 1 >= MOST_LOST:
+            before = f"as before in round {', '.join(map(str, lost))}, and each is charged{sums.accused}"
+            raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
         log.error("%s; going on with the next round", error)
     failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
     down, up = sums.traffic()

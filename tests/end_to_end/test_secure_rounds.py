@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import pytest
 import fedtune.federation.secure.shares as shamir
 import fedtune.flower.secure_rounds as secure_rounds
 import fedtune.flower.server_app as server_app
+import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.at_site import SumsAtSite
+from fedtune.federation.secure.at_site import Parties, Sessions, SumsAtSite
 from fedtune.federation.secure.messages import Upload
-from fedtune.federation.secure.packing import unpacked
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
+from fedtune.privacy.packing import unpacked
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
 
@@ -129,9 +132,8 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(
     assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
 
 
-def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
-    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def second_sum_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[..., bytes] = Party.unmask
 
     def dies(self: Party, request: bytes) -> bytes:
@@ -140,6 +142,23 @@ def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
         return real(self, request)
 
     monkeypatch.setattr(Party, "unmask", dies)
+
+
+def test_a_spare_round_makes_up_for_a_sum_that_is_lost(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None, command: Any
+) -> None:
+    more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
+    folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
+    result = result_of(folder)
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "and the other spare round is not needed"
+    assert [after.digest() != before.digest() for before, _, after in steps] == [True, True]
+    assert {site["steps"] for site in result["privacy"]["sites"].values()} == {3}
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+
+
+def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None
+) -> None:
     folder = simulate(*SECURE, *THREE, into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]][1] == []
@@ -279,7 +298,30 @@ def test_two_rounds_without_a_sum_end_the_run(
     done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
     assert done.code == 1
     assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.err
-    assert "as that of the round before; the checkpoint of round 1 can be resumed" in done.err
+    assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.err
+
+
+def test_a_site_that_accuses_another_now_and_then_ends_the_run(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
+    real = Party._shares_of
+
+    def shares_of(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
+        wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
+        return {} if wrong else real(self, survivor, asked, pairs)
+
+    monkeypatch.setattr(Party, "_shares_of", shares_of)
+    all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
+    done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
+    assert done.code == 1
+    lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
+    assert f"release {lost.stop} of the secure sum cannot be read" in done.err
+    assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.err
+    assert "wrong shares between site-1 and site-2; the checkpoint of" in done.err
+    for site in ("site-1", "site-2", "site-3"):
+        spent = json.loads(command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
+        assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
 def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
@@ -319,9 +361,9 @@ def test_a_run_that_is_over_ends_without_all_sites(
     assert done.code == 0, done.err
 
 
-def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
-    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lead_dies_in_round_two(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins a run that ends with the second round's uploads."""
     real = secure_rounds.SecureRounds.total
 
     def dies(self: Any, round: int, uploads: Any) -> Any:
@@ -329,9 +371,107 @@ def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
             raise KeyboardInterrupt
         return real(self, round, uploads)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(secure_rounds.SecureRounds, "total", dies)
-        assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
+    def begin(*settings: str) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(secure_rounds.SecureRounds, "total", dies)
+            assert command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).code == 1
+
+    return begin
+
+
+@pytest.fixture
+def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
+    """What the sites' processes remember outlives the lead's, as on other machines."""
+    remembered: dict[str, Parties] = {}
+    real = virtual_site.sums_of
+
+    def of_process(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
+        return real(files, remembered.setdefault(files.policy.site, parties), **named)
+
+    monkeypatch.setattr(virtual_site, "sums_of", of_process)
+    return remembered
+
+
+def of_run(remembered: dict[str, Parties]) -> list[Sessions]:
+    return [sessions for parties in remembered.values() for sessions in parties.of_proposal.values()]
+
+
+def absent(real: Callable[..., bytes], site: str) -> Callable[..., bytes]:
+    """The same, by this site no more."""
+
+    def asked(self: SumsAtSite, *given: Any) -> bytes:
+        if self.site == site:
+            raise OSError("away")
+        return real(self, *given)
+
+    return asked
+
+
+def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
+    lead_dies_in_round_two: Any,
+    sites_stay: Any,
+    command: Any,
+    tmp_path: Path,
+    result_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lead_dies_in_round_two("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    begun = {session for sessions in of_run(sites_stay) for session in sessions.parties}
+    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
+    monkeypatch.setattr(SumsAtSite, "announce", away_at("site-4", 1))
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    result = result_of(tmp_path / "run")
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
+    assert {sessions.joined for sessions in of_run(sites_stay)} == begun, "the session that the first lead began"
+    assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
+        **dict.fromkeys(("site-1", "site-2", "site-3"), 4),
+        "site-4": 2,
+    }
+
+
+def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
+    sites_stay: Any, simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
+) -> None:
+    """Its folder was put back from a copy that was made after round 1, and now another site is away."""
+    real = secure_rounds.SecureRounds.total
+    read: list[tuple[int, tuple[str, ...]]] = []
+
+    def dies(self: Any, round: int, uploads: Any) -> Any:
+        total, survivors = real(self, round, uploads)
+        read.append((round, survivors))
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return total, survivors
+
+    monkeypatch.setattr(secure_rounds.SecureRounds, "total", dies)
+    four = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    assert command("simulate", *tiny(*SECURE, *four, into=tmp_path)).code == 1
+    asked = tmp_path / "run" / "checkpoints" / "asked.jsonl"
+    asked.write_bytes(asked.read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [4, 0, 3, 3]
+    assert [(round, len(survivors)) for round, survivors in read] == [(1, 4), (2, 4), (3, 3), (4, 3)]
+
+
+@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', None])
+def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(
+    kept: bytes | None, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, sites_stay: Any
+) -> None:
+    lead_dies_in_round_two(*THREE)
+    session = tmp_path / "run" / "checkpoints" / "session.json"
+    session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [3, 0, 3]
+
+
+def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
+    lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    lead_dies_in_round_two(*THREE)
     done = command("simulate", f"resume={tmp_path / 'run'}")
     assert done.code == 0, done.err
     rounds = result_of(tmp_path / "run")["rounds"]

@@ -86,6 +86,58 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="a-session-that-the-lead-forgets",
+        fault="A lead that was started again begins a new session, for which all members have to be there.",
+        file="fedtune/flower/secure_rounds.py",
+        old="        self._begun = _Begun.from_bytes(kept, terms) if kept else None\n",
+        new="        self._begun: _Begun | None = None\n",
+        tests=(f"{SECURE[0]}::test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites",),
+    ),
+    Mutant(
+        name="rounds-lost-for-ever",
+        fault="A member that accuses another in every second round makes half of a run's rounds cost for nothing.",
+        file="fedtune/flower/secure_rounds.py",
+        old="        if state.round in lost or len(lost) + 1 >= MOST_LOST:",
+        new="        if state.round in lost:",
+        tests=(f"{SECURE[0]}::test_a_site_that_accuses_another_now_and_then_ends_the_run",),
+    ),
+    Mutant(
+        name="promises-written-over",
+        fault="A promise is written over the one before it: a crash leaves neither.",
+        file="fedtune/federation/secure/at_site.py",
+        old='        write_durably(path, b"".join(line + b"\\n" for line in kept))\n',
+        new='        path.write_bytes(b"".join(line + b"\\n" for line in kept))\n',
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-schedule-by-lost-rounds",
+        fault="A release without a sum counts as a step of the schedule: the spare one has a learning rate of zero.",
+        file="fedtune/flower/secure_rounds.py",
+        old="            step=sum(bool(one.sites) for one in state.rounds),\n",
+        new="            step=replies.round - 1,\n",
+        tests=(f"{SECURE[0]}::test_a_spare_round_makes_up_for_a_sum_that_is_lost",),
+    ),
+    Mutant(
+        name="a-round-of-any-session",
+        fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
+        "lead cannot sum.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        if self.parties.of_proposal.get(proposal, Sessions()).joined != session:\n"
+        "            raise Rejected(Wrong.SESSION_DIFFERS)\n"
+        "        return self._party(proposal, session)\n",
+        new="        found = self.parties.of_proposal.get(proposal, Sessions())\n"
+        "        return self._party(proposal, found.joined)\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-session-that-is-not-asked-for",
+        fault="The same round in two sessions is one question: what was stored in the first is given in the second.",
+        file="fedtune/federation/protocol.py",
+        old="json.dumps(self._asked(), sort_keys=True)",
+        new='json.dumps({**self._asked(), "session": ""}, sort_keys=True)',
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
         name="a-session-given-up-too-soon",
         fault="A site drops its part in a session when another is announced, though that one may never begin.",
         file="fedtune/federation/secure/at_site.py",
@@ -127,7 +179,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="a-round-asked-twice",
-        fault="A lead that starts again asks for the round that it lost, and gets bytes of a session that is over.",
+        fault="A lead that starts again asks for the release that it lost, whose survivors may be promised already.",
         file="fedtune/flower/server_app.py",
         old="        state = past_asked(lead, state)\n",
         new="        pass\n",
@@ -153,7 +205,7 @@ FEDERATION_FAULTS = (
         name="a-second-encoding",
         fault="A level that no rounding gives is taken: with two encodings of one meaning a site can say more.",
         file="fedtune/privacy/few_bits.py",
-        old="levels.min(initial=0) < -most_level(bits) or ",
+        old='        if levels.min(initial=0) < -most_level(bits):\n            raise ValueError("a level")\n',
         new="",
         tests=DIFFERENCE,
     ),
