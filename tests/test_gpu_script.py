@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .forked import run_forked
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "simulations" / "gpu" / "run.py"
 
@@ -15,7 +17,7 @@ SCRIPT = ROOT / "simulations" / "gpu" / "run.py"
 def call(into: Path, *words: str, script: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *script, "--tiny", "--device", "cpu", "--into", str(into), *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment, cwd=ROOT)
+    return run_forked(command, timeout_s=600, env=environment, cwd=ROOT)
 
 
 def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:

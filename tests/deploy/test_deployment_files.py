@@ -17,44 +17,19 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from fedtune import __version__
 from fedtune.deploy.health import READY, Health, State
 
-ROOT = Path(__file__).parents[2]
-DEPLOYMENT = ROOT / "deployment"
+from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, name_of, pod_of, run, tool
+
 UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
 COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
-MANIFESTS = [DEPLOYMENT / "kubernetes" / name for name in ("server/server.yaml", "site/site.yaml")]
-POLICIES = sorted((DEPLOYMENT / "kubernetes").glob("*/network_policy.yaml"))
-OVERLAYS = sorted(path.parent for path in (DEPLOYMENT / "kubernetes").glob("*/kustomization.yaml"))
-CHART = DEPLOYMENT / "helm" / "site"
 SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
 EXECUTABLE = "/opt/fedtune/bin/fedtune"
-
-
-def tool(name: str) -> str:
-    """Where a tool is, or a skipped test."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
-        pytest.skip(f"{name} is not installed on this machine")
-    return found
-
-
-def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more
-    )
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(DEPLOYMENT))
 
 
 def test_every_kind_of_file_is_there() -> None:
     assert len(UNITS) == 3
     assert len(COMPOSE) == 2
-    assert len(POLICIES) == 2
-    assert len(OVERLAYS) == 3
 
 
 # systemd
@@ -195,283 +170,6 @@ def test_the_services_of_compose_are_closed() -> None:
     assert records["read_only"] is True
 
 
-# Kubernetes
-
-
-def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-def only(path: Path, kind: str) -> dict[str, Any]:
-    (found,) = (document for document in documents(path) if document["kind"] == kind)
-    return found
-
-
-@pytest.fixture(scope="module")
-def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
-    """What kubectl makes of each folder."""
-    into, made = tmp_path_factory.mktemp("made"), {}
-    for folder in OVERLAYS:
-        done = run(tool("kubectl"), "kustomize", folder)
-        assert done.returncode == 0, done.stderr
-        made[folder] = into / f"{folder.name}.yaml"
-        made[folder].write_text(done.stdout)
-    return made
-
-
-def test_the_manifests_fit_kubernetes_own_schema(put_together: dict[Path, Path], tmp_path: Path) -> None:
-    command = (tool("kubernetes-validate"), "--strict", "--kubernetes-version", "1.32")
-    done = run(*command, *MANIFESTS, *POLICIES, *put_together.values())
-    assert done.returncode == 0, done.stdout + done.stderr
-    broken = tmp_path / "broken.yaml"
-    for path in (MANIFESTS[0], POLICIES[0]):
-        broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
-        assert run(*command, broken).returncode != 0
-
-
-@pytest.mark.parametrize("folder", OVERLAYS, ids=name_of)
-def test_kubectl_puts_the_manifests_together(folder: Path, put_together: dict[Path, Path]) -> None:
-    made = put_together[folder]
-    stateful = only(made, "StatefulSet")
-    containers = [*stateful["spec"]["template"]["spec"]["initContainers"], *pods(stateful)["containers"]]
-    assert {container["image"] for container in containers} == {"registry.example.org/fedtune:0.1.0"}
-    gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
-    assert gpus == [None, "1" if folder.name == "site-gpu" else None]
-
-
-def pods(stateful: dict[str, Any]) -> dict[str, Any]:
-    pod: dict[str, Any] = stateful["spec"]["template"]["spec"]
-    return pod
-
-
-@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
-def test_pods_keep_to_the_restricted_standard(path: Path) -> None:
-    stateful = only(path, "StatefulSet")
-    pod = pods(stateful)
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["runAsUser"] > 0
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    for container in [*pod["initContainers"], *pod["containers"]]:
-        context = container["securityContext"]
-        assert context["allowPrivilegeEscalation"] is False
-        assert context["readOnlyRootFilesystem"] is True
-        assert context["capabilities"] == {"drop": ["ALL"]}
-        assert container["resources"]["limits"]["memory"]
-    for volume in pod["volumes"]:
-        assert set(volume) - {"name"} <= {"secret", "emptyDir", "persistentVolumeClaim"}
-        assert volume.get("secret", {}).get("defaultMode", 0o440) == 0o440
-    (container,) = pod["containers"]
-    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
-
-
-@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
-def test_a_ledger_and_a_database_have_one_pod(path: Path) -> None:
-    spec = only(path, "StatefulSet")["spec"]
-    assert spec["replicas"] == 1
-    for claim in spec["volumeClaimTemplates"]:
-        assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
-    assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
-    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
-
-
-def test_nothing_reaches_a_site_s_pod() -> None:
-    policy = only(DEPLOYMENT / "kubernetes/site/network_policy.yaml", "NetworkPolicy")["spec"]
-    site = DEPLOYMENT / "kubernetes/site/site.yaml"
-    assert policy["ingress"] == []
-    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
-    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 9092}
-    stateful, service = only(site, "StatefulSet"), only(site, "Service")["spec"]
-    assert policy["podSelector"]["matchLabels"].items() <= stateful["spec"]["template"]["metadata"]["labels"].items()
-    assert service["clusterIP"] == "None"
-    assert "ports" not in service
-    (container,) = pods(stateful)["containers"]
-    assert "ports" not in container
-    # A round's length tells of the number of records, and so the endpoint stays inside the pod.
-    assert not [argument for argument in container["args"] if "anywhere" in argument]
-
-
-def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:
-    stateful = only(DEPLOYMENT / "kubernetes/site/site.yaml", "StatefulSet")
-    (container,) = pods(stateful)["containers"]
-    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    assert "--site=/site/site.toml" in container["args"]
-    policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
-    assert mounts["/site/site.toml"] == policy
-    assert mounts["/records"]["readOnly"] is True
-
-
-def start_script(manifest: str, **folders: Path) -> str:
-    """The script of the first container, with folders of this test for those of the pod."""
-    (container,) = pods(only(DEPLOYMENT / "kubernetes" / manifest, "StatefulSet"))["initContainers"]
-    assert container["command"][:2] == ["sh", "-euc"]
-    script: str = container["command"][2]
-    for name, folder in folders.items():
-        script = re.sub(rf"(?<![\w/])/{name}(?=/)", str(folder), script)
-    return script
-
-
-def fill(folder: Path, *names: str) -> None:
-    folder.mkdir(parents=True)
-    for name in names:
-        (folder / name).write_text(f"{folder.name} {name}")
-        (folder / name).chmod(0o440)
-
-
-def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tmp_path: Path) -> None:
-    secret, site = tmp_path / "secret", tmp_path / "pvc"
-    fill(secret / "site", "site.toml", "site_key.pem")
-    fill(secret / "kit", "kit.toml", "ca.pem", "site.pem", "connection_key.pem")
-    site.mkdir()
-    script = start_script("site/site.yaml", secret=secret, site=site)
-    for _ in range(2):
-        done = run("sh", "-euc", script)
-        assert done.returncode == 0, done.stderr
-        for name in (
-            "site.toml",
-            "site_key.pem",
-            "kit/connection_key.pem",
-            "kit/kit.toml",
-            "kit/ca.pem",
-            "kit/site.pem",
-        ):
-            assert (site / name).stat().st_mode & 0o777 == 0o600, name
-        (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
-    new_certificate = secret / "kit/site.pem"
-    new_certificate.chmod(0o640)
-    new_certificate.write_text("renewed")
-    assert run("sh", "-euc", script).returncode == 0
-    assert (site / "kit/site.pem").read_text() == "renewed"
-    (secret / "site/site_key.pem").chmod(0o640)
-    (secret / "site/site_key.pem").write_text("another key")
-    refused = run("sh", "-euc", script)
-    assert refused.returncode == 2
-    assert "not the key" in refused.stderr
-    assert (site / "site_key.pem").read_text() == "site site_key.pem"
-
-
-def test_the_server_s_first_container_leaves_the_roster_a_link(tmp_path: Path) -> None:
-    secret, kit = tmp_path / "secret", tmp_path / "kit"
-    fill(secret, "kit.toml", "ca.pem", "server.pem", "server_key.pem", "roster.json")
-    kit.mkdir()
-    script = start_script("server/server.yaml", secret=secret, kit=kit)
-    for _ in range(2):
-        done = run("sh", "-euc", script)
-        assert done.returncode == 0, done.stderr
-    assert (kit / "server_key.pem").stat().st_mode & 0o777 == 0o600
-    (secret / "roster.json").chmod(0o640)
-    (secret / "roster.json").write_text("a new site")
-    assert (kit / "roster.json").read_text() == "a new site"
-
-
-# Helm
-
-
-CHANGES = {
-    "image.repository": "mirror.example.org/fedtune",
-    "image.tag": "9.9",
-    "image.pullSecrets[0]": "mirror",
-    "resources.cpu": "4",
-    "resources.memory": "20Gi",
-    "resources.memoryLimit": "40Gi",
-    "gpus": "1",
-    "site.storage": "90Gi",
-    "site.storageClassName": "block",
-    "anchor.storage": "2Gi",
-    "anchor.storageClassName": "other",
-    "recordsClaim": "wards",
-    "stopWithin": "1200",
-    "server.cidr": "192.0.2.7/32",
-    "server.port": "443",
-    "nodeSelector.disk": "local",
-    "tolerations[0].key": "gpu",
-    "disruption.maxUnavailable": "1",
-}
-"""Every value of the chart."""
-
-
-def rendered(folder: Path, values: dict[str, str]) -> Path:
-    """What Helm makes of the chart with these values."""
-    # Helm takes digits for a number unless it is told.
-    settings = [
-        word
-        for key, value in values.items()
-        for word in ("--set-string" if key in ("image.tag", "resources.cpu") else "--set", f"{key}={value}")
-    ]
-    done = run(tool("helm"), "template", "fedtune-site", CHART, "--namespace", "fedtune-site", *settings)
-    assert done.returncode == 0, done.stderr
-    made = folder / "rendered.yaml"
-    made.write_text(done.stdout)
-    return made
-
-
-def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) -> None:
-    checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
-    done = run(checker, "--check-metaschema", schema)
-    assert done.returncode == 0, done.stdout
-    plain = (CHART / "values.yaml").read_text()
-    done = run(checker, "--schemafile", schema, CHART / "values.yaml")
-    assert done.returncode == 0, done.stdout
-    for old, new in (
-        ("gpus: 0", "gpus: -1"),
-        ("memoryLimit: 16Gi", "memoryLimit: 16G"),
-        ("storage: 50Gi", "storages: 50Gi"),
-        ("maxUnavailable: 0", "maxUnavailable: 2"),
-        ("recordsClaim: fedtune-records", 'recordsClaim: ""'),
-    ):
-        assert plain.count(old) == 1, old
-        (tmp_path / "values.yaml").write_text(plain.replace(old, new))
-        assert run(checker, "--schemafile", schema, tmp_path / "values.yaml").returncode != 0, new
-
-
-def test_the_chart_has_no_manifests_of_its_own_for_what_lies_in_kubernetes() -> None:
-    manifests = CHART / "manifests"
-    assert manifests.is_symlink()
-    assert manifests.resolve() == DEPLOYMENT / "kubernetes" / "site"
-    for template in CHART.glob("templates/*.yaml"):
-        for file in re.findall(r'"manifests/([^"]+)"', template.read_text()):
-            assert (manifests / file).is_file(), template
-    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert about["version"] == about["appVersion"] == __version__
-
-
-def test_the_chart_changes_nothing_of_the_manifests_by_itself(put_together: dict[Path, Path], tmp_path: Path) -> None:
-    def by_kind(path: Path) -> dict[str, Any]:
-        return {document["kind"]: document for document in documents(path)}
-
-    plain, made = by_kind(put_together[DEPLOYMENT / "kubernetes" / "site"]), by_kind(rendered(tmp_path, {}))
-    budget = made.pop("PodDisruptionBudget")
-    assert made == plain
-    assert budget["spec"]["maxUnavailable"] == 0
-    assert budget["spec"]["selector"] == plain["StatefulSet"]["spec"]["selector"]
-
-
-def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(tmp_path: Path) -> None:
-    made = rendered(tmp_path, CHANGES)
-    done = run(tool("kubernetes-validate"), "--strict", "--kubernetes-version", "1.32", made)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stateful = only(made, "StatefulSet")["spec"]
-    pod, (container,) = stateful["template"]["spec"], pods(only(made, "StatefulSet"))["containers"]
-    assert {one["image"] for one in (*pod["initContainers"], container)} == {"mirror.example.org/fedtune:9.9"}
-    assert pod["imagePullSecrets"] == [{"name": "mirror"}]
-    limits = {"memory": "40Gi", "nvidia.com/gpu": "1"}
-    assert container["resources"] == {"requests": {"cpu": "4", "memory": "20Gi"}, "limits": limits}
-    claims = {claim["metadata"]["name"]: claim["spec"] for claim in stateful["volumeClaimTemplates"]}
-    assert {name: (spec["storageClassName"], spec["resources"]) for name, spec in claims.items()} == {
-        "site": ("block", {"requests": {"storage": "90Gi"}}),
-        "anchor": ("other", {"requests": {"storage": "2Gi"}}),
-    }
-    (records,) = (volume["persistentVolumeClaim"] for volume in pod["volumes"] if volume["name"] == "records")
-    assert records == {"claimName": "wards", "readOnly": True}
-    assert pod["terminationGracePeriodSeconds"] == 1200
-    assert (pod["nodeSelector"], pod["tolerations"]) == ({"disk": "local"}, [{"key": "gpu"}])
-    dns, server = only(made, "NetworkPolicy")["spec"]["egress"]
-    assert server == {"to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}], "ports": [{"protocol": "TCP", "port": 443}]}
-    assert {port["port"] for port in dns["ports"]} == {53}
-    assert only(made, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
-
-
 # SLURM
 
 
@@ -581,8 +279,8 @@ def commands() -> list[tuple[str, list[str]]]:
                 found.append((name_of(path), match[1].split()))
     services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
     found += [("docker/compose.yaml", service["command"]) for service in services.values()]
-    for path in MANIFESTS:
-        (container,) = pods(only(path, "StatefulSet"))["containers"]
+    for path in (KUBERNETES / "server/server.yaml", KUBERNETES / "site/site.yaml"):
+        (container,) = pod_of(path)["containers"]
         found.append((name_of(path), container["args"]))
     return found
 

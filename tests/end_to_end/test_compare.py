@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.test_user_level import arguments
+from tests.forked import Forked
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 
@@ -82,7 +83,7 @@ def test_after_ctrl_c_the_command_that_is_named_goes_on(command: Callable[..., A
     words = tickets(tmp_path)
     words[words.index("federation.num_rounds=1")] = "federation.num_rounds=40"
     runs = tmp_path / "runs" / "offices"
-    process = subprocess.Popen(
+    process = Forked(
         [sys.executable, "-m", "fedtune", "compare", *words, "--leave-out", "alone"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

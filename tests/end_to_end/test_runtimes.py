@@ -23,23 +23,17 @@ def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_forked([sys.executable, "-m", "fedtune", *arguments], cwd=REPOSITORY, env=environment, timeout_s=300)
 
 
-# All cores for each site: so one worker process does all of it, and only one waits for its imports.
-# In few bits, so that an actor needs what the run keeps from round to round.
-IN_FEW_BITS = (f"runtime.num_threads={os.cpu_count()}", "federation.bits=8")
 # With room for more actors, of which but one may have the sites' keys.
-IN_SECURE_SUMS = (
-    *("runtime.num_threads=1", "federation.num_sites=3"),
-    *("federation.aggregation=secure", "training.local_steps=1"),
-)
+SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.local_steps=1")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
-@pytest.mark.parametrize("how", [IN_FEW_BITS, IN_SECURE_SUMS], ids=["few bits", "secure sums"])
-def test_ray_and_one_process_give_the_same_bytes(
-    how: tuple[str, ...], simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
+def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
+    simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
-    settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *how)
+    """Plain averages, in few bits: test_ray_cluster.py."""
+    settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
     assert done.returncode == 0, done.stderr + done.stdout

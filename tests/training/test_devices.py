@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import ready_model
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
+
+from ..forked import Forked
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.of(max_length=15, max_tokens=40)
@@ -77,6 +80,19 @@ def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = Non
     devices.try_others(trial, trial.outcome(model, 7))
     devices.ready()
     return Room(model, devices)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_import() -> Iterator[None]:
+    """The devices' processes are forked from one that has imported torch, in place of importing it each anew.
+
+    They are begun as ever where the process that asks them is killed, below, and in tests/sites/test_work.py.
+    """
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([devices_module.__name__, "transformers.models.bert.modeling_bert"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(devices_module, "multiprocessing", SimpleNamespace(get_context=lambda _: forking))
+        yield
 
 
 @pytest.fixture(scope="module", params=[("kept states", 3), ("a reference", 2)], ids=lambda param: param[0])
@@ -352,7 +368,7 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(
+    with Forked(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY, text=True
     ) as process:
         assert process.stdout is not None

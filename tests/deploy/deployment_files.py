@@ -1,0 +1,66 @@
+"""The files in deployment/: where they are, what is in a manifest, and the tools that read them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENT = ROOT / "deployment"
+KUBERNETES = DEPLOYMENT / "kubernetes"
+PROCESSES = {
+    KUBERNETES / "server/server.yaml": "StatefulSet",
+    KUBERNETES / "site/site.yaml": "StatefulSet",
+    KUBERNETES / "lead/lead.yaml": "Job",
+    KUBERNETES / "server-backup/backup.yaml": "CronJob",
+    KUBERNETES / "site-backup/backup.yaml": "CronJob",
+}
+"""Each manifest that has pods, and the kind of what makes them."""
+
+
+def tool(name: str) -> str:
+    """Where a tool is, or a skipped test."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed on this machine")
+    return found
+
+
+def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more
+    )
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(DEPLOYMENT))
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def only(path: Path, kind: str) -> dict[str, Any]:
+    (found,) = (document for document in documents(path) if document["kind"] == kind)
+    return found
+
+
+def template_of(made: dict[str, Any]) -> dict[str, Any]:
+    """That of its pods, with their metadata."""
+    spec: dict[str, Any] = made["spec"]
+    spec = spec["jobTemplate"]["spec"] if made["kind"] == "CronJob" else spec
+    found: dict[str, Any] = spec["template"]
+    return found
+
+
+def pod_of(path: Path) -> dict[str, Any]:
+    """The pod that one of `PROCESSES` makes."""
+    found: dict[str, Any] = template_of(only(path, PROCESSES[path]))["spec"]
+    return found
