@@ -159,7 +159,7 @@ def test_updates_that_only_a_sum_shows_are_named_so(report: Report) -> None:
 
 def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> None:
     page = (ran / "report.html").read_text()
-    assert "this figure relies on them as well" in page
+    assert "It relies on the other sites" in page
     assert "only in the sum" in page
     assert "In secure sums each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
