@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -163,6 +164,9 @@ class CertificateKeeper:
 
     def __init__(self, kit: Kit, *, book: RosterBook, desk: Desk | None) -> None:
         self._kit, self._book, self._desk = kit, book, desk
+        if desk is not None and (seen := book.newest()) is not None:  # the kit may be an older copy than what is kept
+            with suppress(ConfigError, OSError):
+                self._put(seen)
         self._seen = _mark(kit.certificate)
         self.certificate = kit.check_certificate(datetime.now(UTC))
         self._next = float("-inf")
@@ -199,11 +203,15 @@ class CertificateKeeper:
             self._say("a new certificate is asked for", None)
             if roster is None or number > roster.number:
                 roster = self._book.take(desk.roster())
-            issued = issued_to(self._kit, roster, now=now)
-            if issued is not None:
-                write_durably(self._kit.certificate, issued)
+            self._put(roster)
         except (ConfigError, RunError, OSError) as error:
             self._say("no new certificate yet: %s", error)
+
+    def _put(self, roster: Roster) -> None:
+        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
+        issued = issued_to(self._kit, roster, now=datetime.now(UTC))
+        if issued is not None:
+            write_durably(self._kit.certificate, issued)
 
     def _say(self, words: str, error: Exception | None) -> None:
         """Log it, once in a row."""

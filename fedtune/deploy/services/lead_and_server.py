@@ -331,7 +331,6 @@ class ServerService:
         from fedtune.flower.wire.audit_log import FILE_NAME
         from fedtune.flower.wire.superlink import ServerSettings, serve
 
-        certificate = self.kit.check_certificate(datetime.now(UTC))
         folder = self.data or self.kit.folder
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
@@ -354,7 +353,9 @@ class ServerService:
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
             about = {"federation": self.kit.federation, "port": settings.port}
-            log.info("the server listens", extra={**about, "certificate_until": certificate.not_after.isoformat()})
+            log.info(
+                "the server listens", extra={**about, "certificate_until": keeper.certificate.not_after.isoformat()}
+            )
 
         serve(settings, ready=ready, works=self._works, has_new_certificate=keeper.look)
         self.health.update(state="stopping")
