@@ -352,10 +352,9 @@ class ServerService:
 
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
-            about = {"federation": self.kit.federation, "port": settings.port}
-            log.info(
-                "the server listens", extra={**about, "certificate_until": keeper.certificate.not_after.isoformat()}
-            )
+            until = keeper.certificate.not_after.isoformat()
+            about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
+            log.info("the server listens", extra=about)
 
         serve(settings, ready=ready, works=self._works, has_new_certificate=keeper.look)
         self.health.update(state="stopping")

@@ -33,7 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
 from fedtune.flower.wire.desk import Desk
-from fedtune.flower.wire.gate import Gate, Registered, Roster, Traffic
+from fedtune.flower.wire.gate import Asgi, Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
 
@@ -93,15 +93,7 @@ def serve(
     state, audit = app.state.linkstate_factory.state(), AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
-    gate = Gate(
-        app,
-        lead=settings.lead,
-        roster=lambda: roster.members,
-        rules=SiteCalls(state),
-        audit=audit,
-        traffic=settings.traffic,
-        desk=_LookedAt(settings.desk, roster.look) if settings.desk else None,
-    )
+    gate = _gate(app, settings, roster)
     door = Door(
         server_context(settings.tls),
         settings.limits,
@@ -137,6 +129,18 @@ def serve(
             signal.signal(each, handler)
         audit.flush(all_=True)
         audit.note("server stopped")
+
+
+def _gate(app: Asgi, settings: ServerSettings, roster: _KeptRoster) -> Gate:
+    return Gate(
+        app,
+        lead=settings.lead,
+        roster=lambda: roster.members,
+        rules=SiteCalls(roster.state),
+        audit=roster.audit,
+        traffic=settings.traffic,
+        desk=_LookedAt(settings.desk, roster.look) if settings.desk else None,
+    )
 
 
 def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
