@@ -34,6 +34,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "id2label",
         "label2id",
         "num_tickets",
+        "_ssl_context",
         "post_processor",
         "prec",
         "pre_tokenizer",

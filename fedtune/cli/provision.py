@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
@@ -15,9 +15,14 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.members import Member
+from fedtune.deploy.kits.kit_file import Kit
+from fedtune.deploy.kits.members import Member, Roster
 from fedtune.deploy.kits.provisioning import Admitted
+from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted, spoken
+
+if TYPE_CHECKING:  # Flower takes seconds to import
+    from fedtune.flower.wire.desk import DeskLine
 
 app = group(
     """\
@@ -29,6 +34,7 @@ Make a federation of real sites: its authority, the startup kits of server and l
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
   fedtune provision list                                  the members, and when their certificates end
+  fedtune provision sync                                  sign renewals that were asked for; send the server the roster
   fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
 Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
 others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
@@ -39,6 +45,9 @@ _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
+Sync = Annotated[
+    bool, Option("send the new roster to the running server, as fedtune provision sync does", names=("--sync",))
+]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 
 
@@ -71,6 +80,7 @@ def add_site(
     request: Annotated[Path, Argument("REQUEST", help="the site's join_request.json")],
     federation: Federation = Path("."),
     days: Days = None,
+    sync: Sync = False,
 ) -> None:
     """Let a site in, by the join_request.json that `fedtune site init` made there.
 
@@ -78,7 +88,7 @@ def add_site(
     """
     done = provisioning.add_site(federation, request=request, days=days, now=datetime.now(UTC))
     say(f"Site {done.member.site} is in the federation.", style="bold")
-    _show_admitted(federation, done)
+    _show_admitted(federation, done, sync=sync)
 
 
 @command(app, "a new certificate for a site", name="renew-site")
@@ -94,6 +104,7 @@ def renew_site(
             help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
         ),
     ] = False,
+    sync: Sync = False,
 ) -> None:
     """Make a new certificate and kit for a site. Nothing changes at the others.
 
@@ -106,28 +117,27 @@ def renew_site(
     say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
     for change in done.changes:
         say(printable(change, _MOST_TEXT))
-    _show_admitted(federation, done)
+    _show_admitted(federation, done, sync=sync)
 
 
 @command(app, "shut a site out", name="revoke-site")
-def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
+def revoke_site(name: SiteName, federation: Federation = Path("."), sync: Sync = False) -> None:
     """Revoke a site. The server never accepts its connection key again; nothing changes at the others.
 
-    It takes effect when the new roster.json is in the server's kit.
+    It takes effect when the server has the new roster: at once with --sync.
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
-    _steps(
-        f"Copy {federation}/server/roster.json into the server's kit, unless the server runs from this folder. Until "
-        "then the site is still let in; no restart is needed.",
-        f"Copy {federation}/lead/roster.json into the lead's kit, unless runs start from this folder.",
-    )
+    _steps(*_roster_steps(federation, sync=sync))
     say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
-    """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
+    """Make a new certificate for the server's key, for the names that federation.toml now gives it.
+
+    A server that was started with --renew asks for it by itself: fedtune provision sync.
+    """
     _show_renewed("server", federation, provisioning.renew(federation, "server", days=days, now=datetime.now(UTC)))
 
 
@@ -135,6 +145,26 @@ def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the lead's connection key. The key that signs requests stays."""
     _show_renewed("lead", federation, provisioning.renew(federation, "lead", days=days, now=datetime.now(UTC)))
+
+
+@command(app, "sign renewals that were asked for; send the server the roster")
+def sync(federation: Federation = Path(".")) -> None:
+    """Meet the running server: sign the renewals that sites, server and lead have asked for, and send the roster.
+
+    A new certificate is for the key alone that people compared when its holder joined, and no revoked site gets one. It
+    needs the authority's key, and reaches its holder with the roster. Run this as you like, for instance each month.
+    """
+    desk = _desk(federation)
+    answered = provisioning.answer_renewals(federation, desk.requests(), now=datetime.now(UTC))
+    for name, ends in answered.renewed.items():
+        say(f"{name}: a new certificate, valid until {ends:%Y-%m-%d}.")
+    for name, why in answered.refused.items():
+        say(f"{printable(name)}: none. {printable(why, _MOST_TEXT)}", style="bold yellow")
+    if not (answered.renewed or answered.refused):
+        say("Nobody has asked for a new certificate.")
+    _send(federation, desk)
+    if answered.refused:
+        raise RunError(f"{counted(len(answered.refused), 'request')} for a new certificate refused")
 
 
 @command(app, "the members, and when their certificates end", name="list")
@@ -174,7 +204,45 @@ def restore(
     )
 
 
-def _show_admitted(folder: Path, done: Admitted) -> None:
+def _desk(folder: Path) -> DeskLine:
+    """The line to the server, with the lead's keys, which lie in the federation's folder."""
+    from fedtune.deploy.services.lead_and_server import desk_of
+
+    FederationFolder.open(folder)
+    return desk_of(Kit.read(folder / "lead", kind="lead"))
+
+
+def _send(folder: Path, desk: DeskLine) -> None:
+    """Have the server take this folder's roster, unless it has it.
+
+    Raises:
+        ConfigError: the server has a newer one.
+        RunError: it cannot be reached.
+    """
+    own, there = FederationFolder.open(folder).roster, Roster.of(desk.roster())
+    if there.number > own.number:
+        bound = (
+            f"is older than the server's, {there.number}: this folder was put back from a backup. Let in and revoke "
+            "again whom the backup lacks; the next change makes a roster that the server takes"
+        )
+        raise ConfigError("roster.number", own.number, bound)
+    if there != own:
+        desk.send_roster(own.to_bytes())
+    say(f"The server has the newest roster, number {own.number}.")
+
+
+def _roster_steps(folder: Path, *, sync: bool) -> list[str]:
+    """What is left to do so that server and lead know a change of the members."""
+    if sync:
+        _send(folder, _desk(folder))
+        return []
+    return [
+        f"Send the server the new roster: fedtune provision sync --federation {folder}. Until then nothing changes "
+        f"there; no restart is needed. Or copy {folder}/server/roster.json into the server's kit."
+    ]
+
+
+def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
     """What to compare, and what to send to whom."""
     made, member = FederationFolder.open(folder), done.member
     certificate = Certificate.of(member.issued)
@@ -192,9 +260,7 @@ def _show_admitted(folder: Path, done: Admitted) -> None:
         )
     _steps(
         f"Send {done.archive} to the site; nothing in it is secret.",
-        f"Copy {folder}/server/roster.json into the server's kit, unless the server runs from this folder. No restart "
-        "is needed.",
-        f"Copy {folder}/lead/roster.json into the lead's kit, unless runs start from this folder.",
+        *_roster_steps(folder, sync=sync),
     )
 
 
@@ -202,7 +268,7 @@ def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
     _steps(
         f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
-        f"folder, and start the {of} again."
+        "folder. A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
     )
 
 
@@ -227,6 +293,8 @@ def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
 
 
 def _steps(*steps: str) -> None:
+    if not steps:
+        return
     say("\nWhat to do next:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")

@@ -9,12 +9,13 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, Metrics, Option, single
+from fedtune.cli.command import Argument, Metrics, Option, Renew, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, has_begun, is_running, run_in_folder, told
@@ -49,6 +50,7 @@ def run(
     ] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
     metrics: Metrics = None,
+    renew: Renew = False,
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
@@ -72,7 +74,7 @@ def run(
         if begun is not None and _is_finished(begun):
             say(f"{begun} is finished.")
         else:
-            _start([f"resume='{begun}'"] if begun else words, kit=_lead_kit(kit), metrics=metrics)
+            _start([f"resume='{begun}'"] if begun else words, kit=_lead_kit(kit), metrics=metrics, renew=renew)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -83,7 +85,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
+            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics, renew=renew)
 
 
 def _lead_kit(folder: Path | None) -> Kit:
@@ -115,10 +117,17 @@ def _is_finished(folder: Path) -> bool:
     return over and (RunFolder(folder).adapter / CARD).is_file()
 
 
-def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
+def _start(words: Sequence[str], *, kit: Kit, metrics: str | None, renew: bool) -> None:
     began = time.monotonic()
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    config = composed(words, kit=kit)
+    lead = LeadService(kit=kit, renew=renew)
+    try:
+        # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+        config = composed(words, kit=kit)
+        lead.meet()
+    except ConfigError as error:
+        if error.key != "sites" or not lead.meet():  # it may have been let in since the lead's roster was made
+            raise
+        config = composed(words, kit=kit)
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
     from fedtune.deploy.metrics import LeadMetrics, serve_metrics
@@ -127,7 +136,7 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     with ExitStack() as stack:
         if metrics and figures:
             stack.enter_context(serve_metrics(metrics, figures.figures))
-        lead = LeadService(kit=kit, metrics=figures)
+        lead = replace(lead, metrics=figures)
         if config.resume is None:
             config = told(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"

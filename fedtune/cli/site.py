@@ -9,7 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
+from fedtune.cli.command import (
+    Argument,
+    AsJson,
+    Health,
+    HealthAnywhere,
+    LogLevel,
+    Metrics,
+    Option,
+    Renew,
+    command,
+    group,
+)
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
@@ -28,6 +39,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
   fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
+  fedtune site members --kit kit --site site.toml         the federation's sites, beside those that this one sums with
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
   fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
@@ -119,12 +131,16 @@ def start(
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
     metrics: Metrics = None,
+    renew: Renew = False,
     log_level: LogLevel = "info",
 ) -> None:
     """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
 
     It opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it
     after its current round; a second one ends it at once, and the round stays charged.
+
+    With --renew it asks the lead for a new certificate four months before a year's one ends, with the key that it has,
+    and goes on with the new one when it comes.
     """
     own = _own_kit(kit)
     from fedtune.deploy.health import Health as Endpoint
@@ -138,7 +154,7 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        service = SiteService(kit=own, site_toml=site, health=endpoint)
+        service = SiteService(kit=own, site_toml=site, health=endpoint, renew=renew)
         if metrics:
             figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
             stack.enter_context(serve_metrics(metrics, figures.figures))
@@ -188,6 +204,19 @@ def deny(
     from fedtune.deploy.services.site_state import SiteState
 
     work.deny(SiteState.of(own.folder), run, files=own.site_files(site), reason=reason)
+
+
+@command(app, "the federation's sites, beside those that this one sums with")
+def members(kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
+    """Ask the server for the newest roster, signed by the lead, and show its sites beside [trust].members of site.toml.
+
+    Nothing is changed: with whom this site sums is for its people to say, in site.toml, once they have compared the
+    other's key with that site itself.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import site_actions as work
+
+    work.show_members(own, site_toml=site, as_json=as_json)
 
 
 @command(app, "score a final adapter on held-out records")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.deploy.health import Health, serve_locally
-from fedtune.deploy.kits.certificates import Certificate
+from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.privacy import filter
 from fedtune.privacy.amounts import epsilon_left
@@ -105,7 +105,7 @@ class SiteMetrics:
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        self._certificate = kit.check_certificate(self._began)
+        kit.check_certificate(self._began)
         self._answers: Counter[str] = Counter(update=0)
         self._read: tuple[object, History | None] = (None, None)
 
@@ -117,7 +117,7 @@ class SiteMetrics:
         """All of them, now."""
         last = self._health.snapshot()["last_contact"]
         silent = datetime.now(UTC) - (datetime.fromisoformat(last) if last else self._began)
-        yield _of_certificate(self._certificate)
+        yield from _of_certificate(self._kit)
         yield Figure(
             name="fedtune_site_contact_age_seconds",
             says="Since the server last answered; since the start where it never has.",
@@ -180,14 +180,15 @@ class ServerMetrics:
     """A server's figures: its certificate, its sites and its traffic."""
 
     def __init__(self, *, kit: Kit) -> None:
-        self._certificate = kit.check_certificate(datetime.now(UTC))
+        kit.check_certificate(datetime.now(UTC))
+        self._kit = kit
         self.traffic: Traffic | None = None
         self.members: Sequence[Registered] = ()
         """As the roster was read last."""
 
     def figures(self) -> Iterator[Figure]:
         """All of them, now; before the server begins, its certificate's alone."""
-        yield _of_certificate(self._certificate)
+        yield from _of_certificate(self._kit)
         if self.traffic is not None:
             yield from self._of_traffic(self.traffic, time.time())
 
@@ -224,7 +225,8 @@ class LeadMetrics:
     """A lead's figures: its certificate and how far its run is."""
 
     def __init__(self, *, kit: Kit) -> None:
-        self._certificate = kit.check_certificate(datetime.now(UTC))
+        kit.check_certificate(datetime.now(UTC))
+        self._kit = kit
         self._round, self._num_rounds, self._seconds = 0, 0, 0.0
         self._answers: Counter[str] = Counter(update=0)
         self._sites: frozenset[str] = frozenset()
@@ -247,7 +249,7 @@ class LeadMetrics:
 
     def figures(self) -> Iterator[Figure]:
         """All of them, now."""
-        yield _of_certificate(self._certificate)
+        yield from _of_certificate(self._kit)
         yield Figure(
             name="fedtune_lead_rounds",
             says="Of the run: finished, and planned.",
@@ -273,9 +275,14 @@ class LeadMetrics:
         )
 
 
-def _of_certificate(certificate: Certificate) -> Figure:
-    return Figure(
+def _of_certificate(kit: Kit) -> Iterator[Figure]:
+    """None while a new certificate is being copied."""
+    try:
+        certificate = Certificate.of(read_certificate(kit.certificate))
+    except ConfigError:
+        return
+    yield Figure(
         name="fedtune_certificate_days_left",
-        says="Whole days until the certificate that this process began with ends; negative once it has.",
+        says="Whole days until the certificate in the kit ends; negative once it has.",
         values={"": certificate.days_left(datetime.now(UTC))},
     )

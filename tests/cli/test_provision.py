@@ -73,8 +73,8 @@ def test_a_federation_from_its_file_to_a_revoked_site(
         "Data set patients: declared size 100.",
         f"Its certificate is valid until {today(365)}.",
         "Send cardiology/sites/north-kit.zip to the site; nothing in it is secret.",
-        "Copy cardiology/server/roster.json into the server's kit",
-        "Copy cardiology/lead/roster.json into the lead's kit",
+        "Send the server the new roster: fedtune provision sync --federation cardiology.",
+        "Or copy cardiology/server/roster.json into the server's kit.",
     ):
         assert words in out, words
 
@@ -91,7 +91,7 @@ def test_a_federation_from_its_file_to_a_revoked_site(
 
     out = provision("revoke-site", "north", "--federation", "cardiology")
     assert "its connection key can never be used again" in out
-    assert "Copy cardiology/server/roster.json" in out
+    assert "fedtune provision sync --federation cardiology" in out
 
     out = provision("renew-site", "north", str(request_of("north", kit="new")), "--federation", "cardiology")
     assert "The site was revoked, and takes part again." in out

@@ -252,7 +252,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
     """The settings of servers that began to listen, and were stopped at once."""
     seen: list[ServerSettings] = []
 
-    def serve(settings: ServerSettings, *, ready: Callable[[], None], works: Callable[[bool], None]) -> None:
+    def serve(
+        settings: ServerSettings,
+        *,
+        ready: Callable[[], None],
+        works: Callable[[bool], None],
+        has_new_certificate: Callable[[], bool],
+    ) -> None:
+        assert not has_new_certificate()
         seen.append(settings)
         ready()
 

@@ -215,7 +215,7 @@ def test_the_server_s_roster_is_written_last_and_nothing_counts_before(
 
         with monkeypatch.context() as patch:
             patch.setattr("fedtune.deploy.kits.provisioning.write_durably", fail)
-            patch.setattr("fedtune.deploy.kits.members.write_durably", fail)
+            patch.setattr("fedtune.deploy.kits.federation_folder.write_durably", fail)
             with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
                 desk.add(request)
         assert (desk.folder / "server" / "roster.json").read_bytes() == roster

@@ -178,7 +178,8 @@ def test_renewing_keeps_keys_and_everything_else(
     later = now + timedelta(days=300)
     provisioning.renew(federation, kind, days=None, now=later)
     changed = {name for name, data in files_in(federation).items() if data != before[name]}
-    assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md"}  # the README names the new date
+    rosters = {"server/roster.json", "lead/roster.json"}  # which bring it to whoever asked for it
+    assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README names the new date
     assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
     found = Kit.read(federation / kind, kind=kind).check_certificate(later)
     assert found.not_after == later + timedelta(days=365)

@@ -57,7 +57,7 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     stop = threading.Event()
     health = Told(stop, until)
     ends = ends or datetime.now(UTC) + timedelta(days=1)
-    loop = _Loop(fleet, Quiet(), object(), SiteState.of(folder), health, stop, ends=ends)  # type: ignore[arg-type]
+    loop = _Loop(fleet, Quiet(), object(), SiteState.of(folder), health, stop, until=lambda: ends)  # type: ignore[arg-type]
     loop.run()
     return health
 
@@ -159,7 +159,7 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
         patch.setattr(site_service, "Exchange", Exchanged)
         patch.setattr(site_service, "_FETCHED_S", 0.0)
         state = SiteState.of(tmp_path)
-        _Loop(Asked(), Quiet(), App(), state, Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+        _Loop(Asked(), Quiet(), App(), state, Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
     assert done == ["came", "answered", "sent"]
 
 
@@ -188,7 +188,7 @@ def test_a_message_of_no_kind_ends_no_site(
 
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
     ends = datetime.now(UTC) + timedelta(days=1)
-    _Loop(Asked(), Quiet(), app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    _Loop(Asked(), Quiet(), app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
     assert not waiting, "it went on"
     assert "a message was dropped" in caught.text
 
@@ -210,5 +210,5 @@ def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
 
     ends = datetime.now(UTC) + timedelta(days=1)
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
-    _Loop(Asked(), bell, app, SiteState.of(tmp_path), Health(), stop, ends=ends).run()  # type: ignore[arg-type]
+    _Loop(Asked(), bell, app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
     assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"

@@ -15,7 +15,8 @@ from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import REQUEST, JoinRequest, site_init
+from fedtune.deploy.kits.members import REQUEST, JoinRequest, Roster, site_init
+from fedtune.deploy.services.lead_and_server import ServerDesk
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.verify import verify
@@ -67,6 +68,19 @@ def test_its_federation_takes_sites_and_renews_them(left: Path) -> None:
     provisioning.add_site(folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now)
     with FederationFolder.held(folder) as held:
         assert [member.site for member in held.members] == ["north", "south"]
+        held.roster.check_signed(held.lead_key)
+
+
+def test_its_roster_is_served_and_a_signed_one_takes_its_place(left: Path, tmp_path: Path) -> None:
+    kit = Kit.read(left / "federation/server", kind="server")
+    before = kit.roster.read_bytes()
+    assert Roster.of(before).number == 0
+    desk = ServerDesk(kit, tmp_path)
+    assert [one.site for one in desk.look().sites] == ["north"]
+    provisioning.revoke_site(left / "federation", "north", now=datetime.now(UTC))
+    assert [one.revoked is None for one in desk.look().sites] == [False]
+    kit.roster.write_bytes(before)
+    assert [one.revoked is None for one in desk.look().sites] == [False], "the older one lets nobody in again"
 
 
 def test_its_ledger_is_whole_and_goes_on(left: Path, files: SiteFiles) -> None:

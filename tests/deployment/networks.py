@@ -40,6 +40,10 @@ class Network(Protocol):
         """Cut a member off, or connect it again."""
         ...
 
+    def hand_over(self, member: str) -> None:
+        """Give the server's address to the machine of `member`."""
+        ...
+
     def close(self) -> None:
         """Remove what was made."""
         ...
@@ -59,6 +63,9 @@ class Loopback:
 
     def connect(self, member: str, *, up: bool) -> None:
         raise NotImplementedError("nobody can be cut off from this machine's loopback")
+
+    def hand_over(self, member: str) -> None:
+        """All are on one machine, and the port is free once the server has ended."""
 
     def close(self) -> None:
         pass
@@ -103,6 +110,12 @@ class Namespaces:
 
     def connect(self, member: str, *, up: bool) -> None:
         _ip("-n", self._names[member], "link", "set", "out", "up" if up else "down")
+
+    def hand_over(self, member: str) -> None:
+        _ip("-n", self._names[SERVER], "address", "delete", f"{self.address}/24", "dev", "hub")
+        _ip("-n", self._names[member], "address", "add", f"{self.address}/24", "dev", "out")
+        for name in self._names.values():  # as the machine that takes an address over announces it
+            _ip("-n", name, "neighbour", "flush", "all")
 
     def close(self) -> None:
         for name in self._names.values():

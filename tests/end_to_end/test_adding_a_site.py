@@ -56,6 +56,15 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
+def test_a_site_costs_the_lead_one_command_one_call_and_one_file() -> None:
+    """The page counts three steps; of these, only the command can be counted by a machine."""
+    step = PAGE.read_text().split("## 7. ")[1].split("\n## ")[0]
+    commands = [line for _, content in BLOCKS.findall(step) for line in content.splitlines()]
+    assert len(commands) == len(SITES)
+    assert all(line.startswith("fedtune provision add-site ") and line.endswith(" --sync") for line in commands)
+    assert "a site costs the lead three steps: one command, one telephone call, one file to send" in step
+
+
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -155,7 +164,7 @@ def test_each_site_has_the_final_adapter(followed: Followed) -> None:
             np.testing.assert_array_equal(theirs[name], value)
 
 
-def test_in_the_end_one_site_is_renewed_and_the_other_has_left(followed: Followed) -> None:
+def test_in_the_end_one_site_is_left_and_the_other_has_gone(followed: Followed) -> None:
     members = {member.site: member for member in read_roster(followed.folder / "hospitals/server/roster.json")}
     assert members["north-hospital"].revoked is None
     assert members["south-hospital"].revoked is not None

@@ -163,7 +163,7 @@ def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> 
     assert "only in the sum" in page
     assert "In secure sums each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
-    assert "verlässt sich die Zahl auch auf sie" in render(report, language="de")
+    assert "verlässt sich auf die anderen Standorte" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in (by_hand(4), by_hand(3), by_hand(1)):

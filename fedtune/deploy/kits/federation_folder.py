@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ from fedtune.deploy.kits.kit_file import (
     read_json,
     read_spec,
 )
-from fedtune.deploy.kits.members import Member, read_roster, write_roster
+from fedtune.deploy.kits.members import Member, Roster
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, check_one_of, spec
 from fedtune.words import spoken
 
@@ -165,8 +167,8 @@ class FederationFolder:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The sites, revoked ones too.  The server's roster is written last, and so is the one that counts."""
-        return read_roster(self.folder / "server" / "roster.json")
+        """The sites, revoked ones too."""
+        return self.roster.sites
 
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
@@ -187,10 +189,27 @@ class FederationFolder:
             return authority.issue_server(public, hosts=self.settings.hosts, days=days, now=now)
         return authority.issue_client(public, kind=kind, name=name, days=days, now=now)
 
+    @property
+    def roster(self) -> Roster:
+        """The newest one.  The server's is written last, and so is the one that counts."""
+        return Roster.read(self.folder / "server" / "roster.json")
+
     def write_members(self, members: Collection[Member]) -> None:
-        """Write both rosters."""
+        """Write both rosters, signed, with a number that is higher than any that was given out before.
+
+        The number is the time, so that a folder that was put back from a backup does not use one again.
+        """
+        before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
+        roster = Roster(
+            version=VERSION,
+            federation=self.federation,
+            sites=tuple(members),
+            number=max(before + 1, int(time.time())),
+            server=(self.folder / "server" / "server.pem").read_text(),
+            lead=(self.folder / "lead" / "lead.pem").read_text(),
+        ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
         for kind in ("lead", "server"):
-            write_roster(self.folder / kind / "roster.json", members, federation=self.federation)
+            write_durably(self.folder / kind / "roster.json", roster.to_bytes())
 
     def retired(self) -> frozenset[str]:
         """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""

@@ -27,6 +27,8 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_one_of, spec
 
 if TYPE_CHECKING:
+    from cryptography import x509
+
     from fedtune.flower.wire.identity import Tls
 
 T = TypeVar("T")
@@ -286,7 +288,11 @@ class Kit(KitFile):
         Raises:
             ConfigError: it belongs to another key, another authority or another name, or is not in force.
         """
-        certificate, ca = read_certificate(self.certificate), read_certificate(self.ca)
+        return self.check(read_certificate(self.certificate), now=now)
+
+    def check(self, certificate: x509.Certificate, *, now: datetime) -> Certificate:
+        """The same of a certificate that may take the place of this machine's."""
+        ca = read_certificate(self.ca)
         key, found = str(self.certificate), Certificate.of(certificate)
         if public_pem(certificate) != public_pem(read_connection_key(self.key)):
             raise ConfigError(key, found.name, f"must belong to the key in {self.key.name}; it was made for another")

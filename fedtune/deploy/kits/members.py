@@ -37,8 +37,8 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, check_name, check_one_of, spec
 from fedtune.words import spoken
 
-PURPOSE = "join request"
-"""Of the site's signature."""
+PURPOSE, ROSTER = "join request", "roster"
+"""Of the site's signature, and of the lead's."""
 REQUEST = "join_request.json"
 _MOST_BYTES = 1 << 16
 _MOST_UNITS = 1 << 53  # what a float still counts exactly
@@ -107,38 +107,81 @@ class Member:
 
 
 @spec
-class _RosterFile:
-    """What roster.json says."""
+class Roster:
+    """The sites of a federation at one moment, and the certificates of its server and its lead: one roster.json.
+
+    The lead signs it, so that it may come by way of the server; `fedtune.deploy.kits.renewal` says who takes which.
+
+    Attributes:
+        sites: revoked ones too, in the order in which they joined.
+        number: seconds since 1970 at which it was made, and more than that of the one before; 0: made by 0.1.0, which
+            neither numbered nor signed it.
+        server, lead: their certificates in PEM form; empty in one of 0.1.0.
+        signature: the lead's, over the rest.
+    """
 
     version: int
     federation: str
     sites: tuple[Member, ...]
+    number: int = 0
+    server: str = ""
+    lead: str = ""
+    signature: str = ""
 
     def __post_init__(self) -> None:
         check_one_of("version", self.version, (VERSION,))
+        _check_distinct(self.sites)
+
+    @classmethod
+    def read(cls, path: Path) -> Roster:
+        """The roster in the file `path`.
+
+        Raises:
+            ConfigError: the file is missing or no roster; it names what is wrong.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError("roster", str(path), f"must be a readable file ({error.strerror})") from None
+        try:
+            return cls.of(data)
+        except ConfigError as error:
+            raise error.in_file(path) from None
+
+    @classmethod
+    def of(cls, data: bytes) -> Roster:
+        """The roster in `data`, a file's bytes."""
+        return read_json(cls, data, key="roster")
+
+    def signed(self, key: SigningKey) -> Roster:
+        """The same, with the lead's signature."""
+        return dataclasses.replace(self, signature=key.sign(ROSTER, _signed_bytes(_unsigned(self))))
+
+    def check_signed(self, lead: str) -> None:
+        """Require the signature of the lead with this public key."""
+        if not is_signed(lead, ROSTER, _signed_bytes(_unsigned(self)), self.signature):
+            bound = "must be signed by the federation's lead: somebody else made it, or changed it"
+            raise ConfigError("roster.signature", self.signature[:16], bound)
+
+    def to_bytes(self) -> bytes:
+        """What a file holds."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+
+    def certificate_of(self, name: str) -> str | None:
+        """In PEM form, of a site that takes part, of "server" or "lead"; None: there is none."""
+        if name in ("server", "lead"):
+            return getattr(self, name) or None
+        return next((one.certificate for one in self.sites if one.site == name and one.revoked is None), None)
 
 
 def read_roster(path: Path) -> tuple[Member, ...]:
-    """All sites of the federation, revoked ones too, in the order in which they joined.
-
-    Raises:
-        ConfigError: the file is missing or no roster; it names what is wrong.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("roster", str(path), f"must be a readable file ({error.strerror})") from None
-    try:
-        members = read_json(_RosterFile, data, key="roster").sites
-        _check_distinct(members)
-    except ConfigError as error:
-        raise error.in_file(path) from None
-    return members
+    """The sites in the roster at `path`; raises as `Roster.read` does."""
+    return Roster.read(path).sites
 
 
-def write_roster(path: Path, members: Collection[Member], *, federation: str) -> None:
-    """Replace the roster at `path`; a server that reads it meanwhile sees the old one or the new one."""
-    _write(path, dataclasses.asdict(_RosterFile(version=VERSION, federation=federation, sites=tuple(members))))
+def _unsigned(spec: Roster | JoinRequest) -> dict[str, Any]:
+    """All fields but the signature."""
+    return {key: value for key, value in dataclasses.asdict(spec).items() if key != "signature"}
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:
@@ -186,8 +229,7 @@ class JoinRequest:
         check_one_of("version", self.version, (VERSION,))
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
-        signed = {key: value for key, value in dataclasses.asdict(self).items() if key != "signature"}
-        if not is_signed(self.site_key, PURPOSE, _signed_bytes(signed), self.signature):
+        if not is_signed(self.site_key, PURPOSE, _signed_bytes(_unsigned(self)), self.signature):
             bound = "must be the site's: the request was changed after it was made; ask the site for it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
@@ -311,7 +353,7 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
 
 
 def _signed_bytes(fields: Mapping[str, Any]) -> bytes:
-    """What the site signs: all but the signature."""
+    """What is signed: all but the signature."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -5,7 +5,7 @@ A command that fails leaves the federation as it was.  Rosters are written last;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,11 +29,14 @@ from fedtune.deploy.kits.certificates import (
 from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder, write_files
 from fedtune.deploy.kits.kit_file import read_spec
 from fedtune.deploy.kits.members import JoinRequest, Member
+from fedtune.deploy.kits.renewal import RenewalRequest
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 OwnKind = Literal["server", "lead"]
+_OWN: dict[str, OwnKind] = {"server": "server", "lead": "lead"}
+_MOST_NAME = 64
 
 
 def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
@@ -72,6 +75,7 @@ def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Ce
     path = folder / kind / f"{kind}.pem"
     with FederationFolder.held(folder) as federation, writing(folder, key="--federation"):
         _make_kit(federation, kind, p384_of(read_certificate(path), key=path.name), days=days, now=now)
+        federation.write_members(federation.members)
     return Certificate.of(read_certificate(path))
 
 
@@ -149,6 +153,49 @@ def renew_site(
                 federation.retire(old.node_key)
         archive = _admit(federation, member, tuple(member if one is old else one for one in members))
         return Admitted(member=member, archive=archive, requested=asked is not None, changes=_changes(old, member))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """What became of requests for new certificates.
+
+    Attributes:
+        renewed: who has a new one, which the next roster brings; and until when it is valid.
+        refused: who has none, and why.
+    """
+
+    renewed: dict[str, datetime]
+    refused: dict[str, str]
+
+
+def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -> Answered:
+    """Issue new certificates to the holders of the keys that are known here, as far as they asked for it in time.
+
+    Who carried a request counts for nothing: it is signed with the key that people compared when its holder joined.
+    """
+    answered = Answered(renewed={}, refused={})
+    for data in requests:
+        name = "a request"
+        try:
+            request = RenewalRequest.of(data)
+            name = request.name
+            federation = FederationFolder.open(folder)
+            request.check(_holder(federation, name), federation=federation.federation, now=now)
+            if own := _OWN.get(name):
+                answered.renewed[name] = renew(folder, own, days=None, now=now).not_after
+            else:
+                done = renew_site(folder, name, request=None, days=None, new_site_key=False, now=now)
+                answered.renewed[name] = Certificate.of(done.member.issued).not_after
+        except ConfigError as error:
+            answered.refused[name[:_MOST_NAME]] = str(error)
+    return answered
+
+
+def _holder(federation: FederationFolder, name: str) -> x509.Certificate:
+    """The certificate that its holder has now, by this folder alone."""
+    if name in _OWN:
+        return read_certificate(federation.folder / name / f"{name}.pem")
+    return _member_named(name, federation.members).issued
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:

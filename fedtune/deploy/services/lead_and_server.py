@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Member, read_roster
+from fedtune.deploy.kits.members import Member, Roster, read_roster
+from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
     from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
+    from fedtune.flower.wire.desk import DeskLine
     from fedtune.flower.wire.gate import Registered
     from fedtune.privacy.proposal import Proposal
     from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
-RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
+RECEIPTS, RUNNING, DATABASE, NEWEST = "receipts.json", "running.json", "server.db", "newest_roster.json"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
@@ -65,10 +68,31 @@ class LeadService:
 
     Attributes:
         metrics: told how the run is doing; None: nobody asks.
+        renew: whether a person allowed it to ask for new certificates.
     """
 
     kit: Kit
     metrics: LeadMetrics | None = None
+    renew: bool = False
+
+    def meet(self) -> bool:
+        """Give the server the lead's roster or take the server's, whichever is newer; and ask for a new certificate.
+
+        A server that is away, or of an earlier version, changes nothing: the run will say so where it matters.
+
+        Returns:
+            Whether the lead has another roster than before.
+        """
+        self.kit.check_certificate(datetime.now(UTC))
+        book, desk = RosterBook.of(self.kit, self.kit.roster), desk_of(self.kit)
+        before = book.newest()
+        try:
+            exchange(desk, book)
+        except (ConfigError, RunError) as error:
+            log.warning("the server's roster was not compared: %s", error)
+        if self.renew:
+            CertificateKeeper(self.kit, book=book, desk=desk).look()
+        return book.newest() != before
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
         """Run `config` over its sites.
@@ -164,6 +188,28 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
+def desk_of(kit: Kit) -> DeskLine:
+    """The line of a lead with this kit to the server's desk."""
+    from fedtune.flower.wire.desk import DeskLine
+
+    return DeskLine(server=kit.server, tls=kit.tls(), lead=SigningKey.load(kit.lead_key))
+
+
+def exchange(desk: DeskLine, book: RosterBook) -> Roster | None:
+    """Leave both the lead's machine and the server with the newer of their rosters; it, or None: neither is signed.
+
+    Raises:
+        ConfigError: the server's is not the lead's.
+        RunError: the server cannot be reached, or does not know this call.
+    """
+    own, said = book.newest(), desk.roster()
+    at_server = Roster.of(said).number
+    if own is not None and own.number > at_server:
+        desk.send_roster(own.to_bytes())
+        return own
+    return book.take(said) if at_server else None
+
+
 @contextmanager
 def _running(folder: Path) -> Iterator[None]:
     """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
@@ -186,6 +232,76 @@ def running_process(folder: Path) -> int | None:
     return pid
 
 
+class ServerDesk:
+    """What the server knows of the federation's members: the newest roster that was signed, and who asks for what.
+
+    Args:
+        kit: the server's; a newer roster may be copied into it at any time.
+        folder: where the newest one is kept.
+
+    Raises:
+        ConfigError: by `look`, `roster` and `ask`: the roster in the kit is damaged, or not the lead's.
+    """
+
+    def __init__(self, kit: Kit, folder: Path) -> None:
+        self._kit, self._book = kit, RosterBook.of(kit, folder / NEWEST)
+        self._lock = threading.Lock()
+        self._read: tuple[bytes, Roster] | None = None
+        self._requests: dict[str, bytes] = {}
+
+    def look(self) -> Roster:
+        """The newest roster."""
+        with self._lock:
+            try:
+                data = self._kit.roster.read_bytes()
+            except OSError as error:
+                raise ConfigError("roster", str(self._kit.roster), f"cannot be read ({error.strerror})") from None
+            if self._read is None or self._read[0] != data:
+                self._read = data, self._newer(data)
+            return self._read[1]
+
+    def _newer(self, data: bytes) -> Roster:
+        """The kit's roster, or the newest one where that is newer."""
+        copied, newest = Roster.of(data), self._book.newest()
+        if newest is not None and copied.number < newest.number:
+            return newest
+        return self._book.take(data) if copied.number else copied  # one of 0.1.0 is not signed
+
+    def roster(self) -> bytes:
+        """It, as a file's bytes."""
+        return self.look().to_bytes()
+
+    def take_roster(self, data: bytes) -> None:
+        """Keep a newer one; whoever still needs a renewal will ask again."""
+        self.look()
+        with self._lock:
+            assert self._read is not None
+            self._read = self._read[0], self._book.take(data)
+            self._requests.clear()
+
+    def ask(self, name: str, request: bytes) -> int:
+        """Keep the request of a member until the next roster; the number of the newest one."""
+        self._requests[name] = request
+        return self.look().number
+
+    def requests(self) -> list[bytes]:
+        """Those that are kept."""
+        return list(self._requests.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OwnDesk:
+    """The same, for the server's own certificate."""
+
+    desk: ServerDesk
+
+    def roster(self) -> bytes:
+        return self.desk.roster()
+
+    def ask(self, request: bytes) -> int:
+        return self.desk.ask("server", request)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerService:
     """A server that is ready to start.
@@ -195,6 +311,7 @@ class ServerService:
         data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.
         metrics: told what comes and goes; None: nobody asks.
+        renew: whether a person allowed it to ask for new certificates.
     """
 
     kit: Kit
@@ -203,6 +320,7 @@ class ServerService:
     data: Path | None
     health: Health
     metrics: ServerMetrics | None = None
+    renew: bool = False
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -213,17 +331,20 @@ class ServerService:
         from fedtune.flower.wire.audit_log import FILE_NAME
         from fedtune.flower.wire.superlink import ServerSettings, serve
 
-        certificate = self.kit.check_certificate(datetime.now(UTC))
         folder = self.data or self.kit.folder
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
+        desk = ServerDesk(self.kit, folder)
+        book = RosterBook.of(self.kit, folder / NEWEST)
+        keeper = CertificateKeeper(self.kit, book=book, desk=_OwnDesk(desk=desk) if self.renew else None)
         settings = ServerSettings(
             tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
             port=self.port or self.kit.port,
             database=folder / DATABASE,
-            roster=self._roster,
+            roster=lambda: self._registered(desk.look()),
+            desk=desk,
             audit=folder / FILE_NAME,
         )
         if self.metrics is not None:
@@ -231,10 +352,11 @@ class ServerService:
 
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
-            about = {"federation": self.kit.federation, "port": settings.port}
-            log.info("the server listens", extra={**about, "certificate_until": certificate.not_after.isoformat()})
+            until = keeper.certificate.not_after.isoformat()
+            about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
+            log.info("the server listens", extra=about)
 
-        serve(settings, ready=ready, works=self._works)
+        serve(settings, ready=ready, works=self._works, has_new_certificate=keeper.look)
         self.health.update(state="stopping")
         log.info("the server is down")
 
@@ -246,12 +368,12 @@ class ServerService:
         elif not works and state == "connected":
             self.health.update(state="failing")
 
-    def _roster(self) -> list[Registered]:
+    def _registered(self, roster: Roster) -> list[Registered]:
         from fedtune.flower.wire.gate import Registered
 
         members = [
             Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
-            for member in read_roster(self.kit.roster)
+            for member in roster.sites
         ]
         if self.metrics is not None:
             self.metrics.members = members

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.deploy.health import Health, State
-from fedtune.deploy.kits.certificates import Certificate, check_private
+from fedtune.deploy.kits.certificates import check_private
 from fedtune.deploy.kits.kit_file import Kit
+from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp
+from fedtune.flower.wire.desk import DeskLine
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
 from fedtune.flower.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
@@ -51,12 +53,14 @@ class SiteService:
     Attributes:
         health: told how the site is doing.
         answered: told each answer to a round or a question: "update", or the reason for none.
+        renew: whether a person allowed the site to ask for new certificates.
     """
 
     kit: Kit
     site_toml: Path
     health: Health
     answered: Callable[[str], None] = lambda _: None
+    renew: bool = False
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
@@ -66,7 +70,7 @@ class SiteService:
             RunError: the ledger cannot be trusted or written, or the site has left.
         """
         state = SiteState.of(self.kit.folder)
-        files, certificate = self._checked(state)
+        keeper, files = self._keeper(state), self._checked(state)
         with serving(files.ledger), _until_stopped() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
@@ -80,10 +84,15 @@ class SiteService:
             )
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
+
+            def until() -> datetime:
+                if keeper.look():
+                    fleet.show_certificate()
+                    bell.show_certificate()
+                return keeper.certificate.not_after
+
             try:
-                _Loop(
-                    fleet, bell, app, state, self.health, stop, ends=certificate.not_after, answered=self.answered
-                ).run()
+                _Loop(fleet, bell, app, state, self.health, stop, until=until, answered=self.answered).run()
             finally:
                 self.health.update(state="stopping")
                 bell.close()
@@ -106,8 +115,11 @@ class SiteService:
             )
         )
 
-    def _checked(self, state: SiteState) -> tuple[SiteFiles, Certificate]:
-        certificate = self.kit.check_certificate(datetime.now(UTC))
+    def _keeper(self, state: SiteState) -> CertificateKeeper:
+        desk = DeskLine(server=self.kit.server, tls=self.kit.tls()) if self.renew else None
+        return CertificateKeeper(self.kit, book=RosterBook.of(self.kit, state.roster), desk=desk)
+
+    def _checked(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
         if not files.site_key.is_file():
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
@@ -117,7 +129,7 @@ class SiteService:
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
-        return files, certificate
+        return files
 
 
 def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
@@ -137,11 +149,11 @@ class _Loop:
         health: Health,
         stop: threading.Event,
         *,
-        ends: datetime,
+        until: Callable[[], datetime],
         answered: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
-        self._health, self._stop, self._ends, self._answered = health, stop, ends, answered
+        self._health, self._stop, self._until, self._answered = health, stop, until, answered
         self._active = False
         self._wait_s, self._poll_s = 1.0, _POLL_S
         self._rounds = 0
@@ -170,6 +182,7 @@ class _Loop:
             if (left := until - time.monotonic()) <= 0:
                 return
             self._health.update(state=self._online())
+            self._until()
             self._bell.rung.wait(min(left, _LOOK_S))
 
     def _next(self) -> Exchange | None:
@@ -192,10 +205,11 @@ class _Loop:
 
     def _require_certificate(self) -> None:
         """Hold no line to the server with a certificate that has ended: an open one would go on."""
-        if datetime.now(UTC) > self._ends:
+        ends = self._until()
+        if datetime.now(UTC) > ends:
             raise Expired(
-                f"this site's own certificate ended at {self._ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, "
-                "unzip it over this one, and start again"
+                f"this site's own certificate ended at {ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, and "
+                "unzip it over this one"
             )
 
     def _connected(self) -> None:
@@ -223,6 +237,7 @@ class _Loop:
                 return
             except (Unreachable, Unauthorised) as error:
                 self._trouble(error)
+                self._until()
             if self._stop.is_set() or self._state.left.exists():
                 return  # the ledger has the bytes, and the lead will ask again
 

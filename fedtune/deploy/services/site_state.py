@@ -63,6 +63,11 @@ class SiteState:
         made.mkdir(exist_ok=True)
         return made
 
+    @property
+    def roster(self) -> Path:
+        """The newest roster that the site has seen."""
+        return self.folder / "newest_roster.json"
+
     def set_paused(self, paused: bool) -> None:
         """Pause, or go on."""
         if paused:

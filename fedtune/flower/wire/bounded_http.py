@@ -53,10 +53,20 @@ def bounded(client: httpx.Client) -> None:
     client._mounts = {pattern: transport and _Bounded(transport) for pattern, transport in client._mounts.items()}
 
 
+def show(client: httpx.Client, context: ssl.SSLContext) -> None:
+    """Use `context`, with another certificate, for the connections that a bounded client makes from here on.
+
+    A context that connections are made with must not be changed; so it is replaced.
+    """
+    for transport in (client._transport, *client._mounts.values()):
+        if isinstance(transport, _Bounded):
+            transport._inner._pool._ssl_context = context
+
+
 class _Bounded(httpx.BaseTransport):
     def __init__(self, inner: httpx.BaseTransport) -> None:
-        self._inner, self._deadline = inner, _Deadline()
         assert isinstance(inner, httpx.HTTPTransport)
+        self._inner, self._deadline = inner, _Deadline()
         inner._pool._network_backend = _Backend(inner._pool._network_backend, self._deadline)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:

@@ -85,7 +85,7 @@ class Door:
     """Lets connections in, one by one.
 
     Args:
-        context: for TLS.
+        context: for TLS; it may be replaced, for connections that come from then on.
         member: the name of the member with a connection key; empty: none.
         of_certificate: where connections are counted, by the key of their certificate.
     """
@@ -99,7 +99,7 @@ class Door:
         audit: AuditLog,
         of_certificate: Counter[bytes],
     ) -> None:
-        self._context, self.limits, self.audit, self.member = context, limits, audit, member
+        self.context, self.limits, self.audit, self.member = context, limits, audit, member
         self.of_certificate = of_certificate
         self._most = most_connections()
         self._of_address: Counter[str] = Counter()
@@ -184,7 +184,7 @@ class Door:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: http,
                 connection,
-                ssl=self._context,
+                ssl=self.context,
                 ssl_handshake_timeout=self.limits.handshake_s,
                 ssl_shutdown_timeout=_SHUTDOWN_S,
             )

@@ -53,7 +53,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedtune.flower.wire.bounded_http import OutOfBounds, bounded
+from fedtune.flower.wire.bounded_http import OutOfBounds, bounded, show
 from fedtune.flower.wire.identity import Tls, refusal, staying
 from fedtune.flower.wire.message_objects import pull_message
 from fedtune.spec import ConfigError, RunError
@@ -124,7 +124,7 @@ class Fleet:
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
         try:
-            with _in_our_words():
+            with in_our_words():
                 self._node = Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
             hello(self._server, self._tls)  # says whether, and why, the server does not know the key
@@ -152,13 +152,13 @@ class Fleet:
 
     def _come_back(self) -> None:
         """Leave and return: the server gives a message once, and the lead asks again when it sees a site return."""
-        with contextlib.suppress(Unauthorised), _in_our_words():  # the server thinks that it is away already
+        with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._activated.node_id))
         self.activate()
 
     def _next_message(self) -> Message | None:
         node = self._activated
-        with _in_our_words():
+        with in_our_words():
             answer = self._client.PullMessages(PullMessagesRequest(node=node))
             if not answer.messages_list:
                 return None
@@ -184,7 +184,7 @@ class Fleet:
         reply.metadata.__dict__["_message_id"] = id
         in_doubt, self._may_have_lost_one = self._may_have_lost_one, True
         try:
-            with _in_our_words(), no_object_id_recompute():
+            with in_our_words(), no_object_id_recompute():
                 begun = self._begun.get(id)
                 self._begun = {id: begun or self._announce(reply)}
                 send = make_push_object_fn_protobuf(self._client.PushObject, node, run_id, self._begun[id].session_id)
@@ -209,6 +209,10 @@ class Fleet:
             clientapp_runtime_list=[0.0],
         )
         return self._client.PushMessages(request)
+
+    def show_certificate(self) -> None:
+        """Show the certificate that the kit has now, in connections that are made from here on."""
+        show(self._client._client, self._tls.client_context())
 
     def close(self) -> None:
         """Tell the server, if it hears, that the node is gone."""
@@ -260,19 +264,32 @@ def hello(server: str, tls: Tls) -> str:
         Unreachable: no connection.
     """
     headers = signed_headers(tls)
-    with _in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+    with in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
         bounded(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
+    if answer.status_code != httpx.codes.OK:
+        raise Unauthorised(f"the server refused this site: {reason_in(answer, server)}")
+    return said_in(answer, "site", server)
+
+
+def reason_in(answer: httpx.Response, server: str) -> str:
+    """Why fedtune's server refused a call; raises `Foreign` as `said_in` does."""
+    reason = said_in(answer, "reason", server)
+    if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
+        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})")
+    return reason
+
+
+def said_in(answer: httpx.Response, field: str, server: str) -> str:
+    """A field of an answer of fedtune's own.
+
+    Raises:
+        Foreign: it is no answer of fedtune's server.
+    """
     try:
-        fields = answer.json()
-        if answer.status_code == httpx.codes.OK:
-            return str(fields["site"])
-        reason = str(fields["reason"])
-        if not reason.isprintable() or len(reason) > _MOST_REASON:
-            raise ValueError("words that are not for people")
+        return str(answer.json()[field])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
-    raise Unauthorised(f"the server refused this site: {reason}")
 
 
 def signed_headers(tls: Tls) -> dict[str, str]:
@@ -287,7 +304,7 @@ def signed_headers(tls: Tls) -> dict[str, str]:
 
 
 @contextmanager
-def _in_our_words() -> Iterator[None]:
+def in_our_words() -> Iterator[None]:
     """Flower's and httpx's errors as the few that a site can do something about."""
     try:
         yield

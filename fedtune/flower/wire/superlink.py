@@ -32,7 +32,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
-from fedtune.flower.wire.gate import Gate, Registered, Roster, Traffic
+from fedtune.flower.wire.desk import Desk
+from fedtune.flower.wire.gate import Asgi, Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
 
@@ -56,6 +57,7 @@ class ServerSettings:
         host: address to listen on.
         database: file with messages and nodes, made when missing.
         roster: the sites as they stand now; called every two seconds.
+        desk: for calls about members; None: there are none.
         audit: file that says who came and what was refused; None: none is kept.
         traffic: where what comes and goes is counted.
     """
@@ -66,13 +68,18 @@ class ServerSettings:
     port: int
     database: Path
     roster: Roster
+    desk: Desk | None = None
     audit: Path | None = None
     limits: Limits = field(default_factory=Limits)
     traffic: Traffic = field(default_factory=Traffic)
 
 
 def serve(
-    settings: ServerSettings, *, ready: Callable[[], None], works: Callable[[bool], None] = lambda _: None
+    settings: ServerSettings,
+    *,
+    ready: Callable[[], None],
+    works: Callable[[bool], None] = lambda _: None,
+    has_new_certificate: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is being answered and return.
 
@@ -80,19 +87,13 @@ def serve(
         settings: who may connect, and where to.
         ready: called when the server listens.
         works: told every two seconds whether the database takes what is written.
+        has_new_certificate: asked as often whether the server's files have another one since it was asked last.
     """
     app = create_app(_superlink_config(settings), SuperLinkLifespan)
     state, audit = app.state.linkstate_factory.state(), AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
-    gate = Gate(
-        app,
-        lead=settings.lead,
-        roster=lambda: roster.members,
-        rules=SiteCalls(state),
-        audit=audit,
-        traffic=settings.traffic,
-    )
+    gate = _gate(app, settings, roster)
     door = Door(
         server_context(settings.tls),
         settings.limits,
@@ -107,7 +108,15 @@ def serve(
 
     server = _Server(_http(gate, settings), door, listens, gate.close)
     stop = threading.Event()
-    watching = threading.Thread(target=_watch, args=(roster, stop, works), name="roster", daemon=True)
+
+    def look() -> None:
+        works(roster.takes_writes())
+        audit.flush()
+        if has_new_certificate():
+            door.context = server_context(settings.tls)
+        roster.look()
+
+    watching = threading.Thread(target=_watch, args=(look, stop), name="roster", daemon=True)
     watching.start()
     # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -120,6 +129,18 @@ def serve(
             signal.signal(each, handler)
         audit.flush(all_=True)
         audit.note("server stopped")
+
+
+def _gate(app: Asgi, settings: ServerSettings, roster: _KeptRoster) -> Gate:
+    return Gate(
+        app,
+        lead=settings.lead,
+        roster=lambda: roster.members,
+        rules=SiteCalls(roster.state),
+        audit=roster.audit,
+        traffic=settings.traffic,
+        desk=_LookedAt(settings.desk, roster.look) if settings.desk else None,
+    )
 
 
 def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
@@ -161,25 +182,45 @@ class _KeptRoster:
 
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
+        self._looking = threading.Lock()
+        self._took = True
         self.members: Sequence[Registered] = ()
 
     def look(self) -> None:
-        members = self._read()
-        keep_roster(self.state, members, self.audit)
-        self.members = members
+        with self._looking:
+            members = self._read()
+            keep_roster(self.state, members, self.audit)
+            self.members = members
+
+    def takes_writes(self) -> bool:
+        """Whether the database does; says so when that changes."""
+        before, self._took = self._took, takes_writes(self.state)
+        if self._took is not before:
+            what = "takes what is written again" if self._took else "takes nothing that is written"
+            log.error("the database %s", what)
+        return self._took
 
 
-def _watch(roster: _KeptRoster, stop: threading.Event, works: Callable[[bool], None]) -> None:
-    before = True
+class _LookedAt:
+    """The desk of a server that applies a roster before it says that it has it."""
+
+    def __init__(self, desk: Desk, look: Callable[[], None]) -> None:
+        self._desk, self._look = desk, look
+        self.ask, self.requests = desk.ask, desk.requests
+
+    def roster(self) -> bytes:
+        self._look()  # it may have been copied into the kit a moment ago
+        return self._desk.roster()
+
+    def take_roster(self, data: bytes) -> None:
+        self._desk.take_roster(data)
+        self._look()
+
+
+def _watch(look: Callable[[], None], stop: threading.Event) -> None:
     while not stop.wait(_ROSTER_S):
-        taken = takes_writes(roster.state)
-        if taken is not before:
-            log.error("the database %s", "takes what is written again" if taken else "takes nothing that is written")
-        before = taken
-        works(taken)
-        roster.audit.flush()
         try:
-            roster.look()
+            look()
         except Exception:  # a half-copied roster must not end the server: the next look may find a whole one
             log.exception("the roster could not be read; the sites stay as they are")
 

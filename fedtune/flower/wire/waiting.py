@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import httpx
 
-from fedtune.flower.wire.bounded_http import bounded
+from fedtune.flower.wire.bounded_http import bounded, show
 from fedtune.flower.wire.fleet import signed_headers
 from fedtune.flower.wire.identity import Tls
 
@@ -66,6 +66,8 @@ class Bell:
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:
         self.rung = rung
         self._address, self._tls = f"https://{server}{WAIT}", tls
+        self._client = httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S)
+        bounded(self._client)
         self._works, self._stop = False, threading.Event()
         threading.Thread(target=self._listen, name="bell", daemon=True).start()
 
@@ -74,14 +76,17 @@ class Bell:
         """Whether the server is known to ring it; not so one of an earlier version, or one that is away."""
         return self._works
 
+    def show_certificate(self) -> None:
+        """Show the certificate that the kit has now, in connections that are made from here on."""
+        show(self._client, self._tls.client_context())
+
     def close(self) -> None:
         """Wait no longer than the call that is under way."""
         self._stop.set()
 
     def _listen(self) -> None:
         heard = -1  # so that the first answer comes at once
-        with httpx.Client(verify=self._tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
-            bounded(client)
+        with self._client as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 try:

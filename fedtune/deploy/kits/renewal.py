@@ -1,0 +1,247 @@
+"""How a roster, and in it a new certificate, reach those whom they are for: by the server, which can change neither.
+
+A process whose person allowed it (`--renew`) asks for a new certificate in the last third of its own one's time, with
+that one's key.  The machine that holds the authority issues one only to a key that people compared when its holder
+joined, and the certificate comes in the lead's next roster.  No private key travels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.deploy.kits.certificates import Certificate, p384_of, public_pem, read_certificate, read_connection_key
+from fedtune.deploy.kits.kit_file import VERSION, Kit, read_json
+from fedtune.deploy.kits.members import Roster
+from fedtune.privacy.durable import write_durably
+from fedtune.spec import ConfigError, RunError, check_one_of, spec
+
+log = logging.getLogger(__name__)
+_PURPOSE = b"fedtune renewal\0"
+_AGAIN_S, _LEAST_S, _TRIES = 600.0, 5.0, 20
+"""How soon to ask again: in ten minutes, or so that there are still so many tries; but not within seconds."""
+
+
+def is_due(certificate: Certificate, now: datetime) -> bool:
+    """Whether the last third of a certificate's time has begun: of a year's, four months before its end."""
+    return now >= certificate.not_after - (certificate.not_after - certificate.not_before) / 3
+
+
+@spec
+class RenewalRequest:
+    """What the holder of a certificate asks for: another one like it, for the same key.
+
+    Attributes:
+        name: a site's, "server" or "lead".
+        replaces: SHA-256 of the certificate, 64 hex digits, so that an old request is good for nothing.
+        signature: in hex, by the certificate's key over the rest.
+    """
+
+    version: int
+    federation: str
+    name: str
+    replaces: str
+    signature: str = ""
+
+    def __post_init__(self) -> None:
+        check_one_of("version", self.version, (VERSION,))
+
+    @classmethod
+    def of(cls, data: bytes) -> RenewalRequest:
+        """The request in `data`."""
+        return read_json(cls, data, key="renewal")
+
+    @classmethod
+    def make(cls, kit: Kit) -> bytes:
+        """The request for the certificate of `kit`, signed with its key."""
+        certificate, key = read_certificate(kit.certificate), read_connection_key(kit.key)
+        name, replaces = Certificate.of(certificate).name, digest_of(certificate)
+        made = cls(version=VERSION, federation=kit.federation, name=name, replaces=replaces)
+        signature = key.sign(made._signed_bytes(), ec.ECDSA(hashes.SHA384())).hex()
+        return json.dumps(dataclasses.asdict(dataclasses.replace(made, signature=signature))).encode()
+
+    def check(self, current: x509.Certificate, *, federation: str, now: datetime) -> None:
+        """Require a request by the holder of the certificate `current`, which is due to be replaced.
+
+        Raises:
+            ConfigError: somebody else made it, or for another certificate, or too early.
+        """
+        if self.federation != federation or self.replaces != digest_of(current):
+            raise ConfigError("renewal", self.name, "must be for the certificate that its holder has now")
+        try:
+            key = p384_of(current, key="certificate")
+            key.verify(bytes.fromhex(self.signature), self._signed_bytes(), ec.ECDSA(hashes.SHA384()))
+        except (InvalidSignature, ValueError):
+            bound = "must be signed with the key of the certificate that it replaces: somebody else made it"
+            raise ConfigError("renewal", self.name, bound) from None
+        if not is_due(Certificate.of(current), now):
+            raise ConfigError("renewal", self.name, "comes before the last third of the certificate's time")
+
+    def _signed_bytes(self) -> bytes:
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "signature"}
+        return _PURPOSE + json.dumps(fields, sort_keys=True).encode()
+
+
+def digest_of(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate, 64 hex digits."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RosterBook:
+    """The newest roster that a machine has seen; it takes no older one, and none that is not the lead's.
+
+    Attributes:
+        path: where it lies, once there is one.
+        lead: public key of the lead, as the kit has it.
+    """
+
+    path: Path
+    federation: str
+    lead: str
+
+    @classmethod
+    def of(cls, kit: Kit, path: Path) -> RosterBook:
+        """The book at `path` of a machine with this kit."""
+        return cls(path=path, federation=kit.federation, lead=kit.lead)
+
+    def newest(self) -> Roster | None:
+        """The newest roster; None: none was seen yet."""
+        return Roster.read(self.path) if self.path.exists() else None
+
+    def take(self, data: bytes) -> Roster:
+        """Keep the roster in `data`, if it is not known already.
+
+        Raises:
+            ConfigError: it is not the lead's, or another federation's, or not newer than the newest that was seen.
+        """
+        roster, newest = Roster.of(data), self.newest()
+        roster.check_signed(self.lead)
+        if roster.federation != self.federation:
+            raise ConfigError("roster.federation", roster.federation, f"must be {self.federation!r}")
+        if roster == newest:
+            return roster
+        if newest is not None and roster.number <= newest.number:
+            bound = f"must be higher than {newest.number}, that of the newest roster seen here"
+            raise ConfigError("roster.number", roster.number, bound)
+        write_durably(self.path, roster.to_bytes())
+        return roster
+
+
+class Desk(Protocol):
+    """Where rosters are had and renewals are asked for: at the server."""
+
+    def roster(self) -> bytes: ...
+
+    def ask(self, request: bytes) -> int: ...
+
+
+class CertificateKeeper:
+    """Has a running process use its kit's certificate as it is now; and asks for the next one, if a person allowed it.
+
+    A certificate that somebody puts into the kit is used within seconds, too.
+
+    Args:
+        kit: the process's.
+        book: of the rosters that it has seen.
+        desk: where it asks; None: nobody allowed it to.
+
+    Raises:
+        ConfigError: the kit's certificate is not fit for use.
+    """
+
+    def __init__(self, kit: Kit, *, book: RosterBook, desk: Desk | None) -> None:
+        self._kit, self._book, self._desk = kit, book, desk
+        if desk is not None and (seen := book.newest()) is not None:  # the kit may be an older copy than what is kept
+            with suppress(ConfigError, OSError):
+                self._put(seen)
+        self._seen = _mark(kit.certificate)
+        self.certificate = kit.check_certificate(datetime.now(UTC))
+        self._next = float("-inf")
+        self._said = ""
+
+    def look(self) -> bool:
+        """Whether the kit has another certificate than at the last look, fit for use."""
+        if self._desk is not None and time.monotonic() >= self._next:
+            self.ask(self._desk)
+        try:
+            mark = _mark(self._kit.certificate)
+            if mark == self._seen:
+                return False
+            certificate = self._kit.check_certificate(datetime.now(UTC))
+        except (ConfigError, OSError) as error:  # it may be in the middle of being copied
+            self._say("the kit's certificate is not used: %s", error)
+            return False
+        self._seen = mark
+        if certificate == self.certificate:
+            return False
+        self.certificate, self._next = certificate, float("-inf")
+        log.info("a new certificate is used", extra={"certificate_until": self.certificate.not_after.isoformat()})
+        return True
+
+    def ask(self, desk: Desk) -> None:
+        """If a new certificate is due, put it into the kit where the lead has issued it, and else ask for it."""
+        now = datetime.now(UTC)
+        left_s = (self.certificate.not_after - now) / timedelta(seconds=1)
+        self._next = time.monotonic() + max(_LEAST_S, min(_AGAIN_S, left_s / _TRIES))
+        if not is_due(self.certificate, now):
+            return
+        try:
+            roster, number = self._book.newest(), desk.ask(RenewalRequest.make(self._kit))
+            self._say("a new certificate is asked for", None)
+            if roster is None or number > roster.number:
+                roster = self._book.take(desk.roster())
+            self._put(roster)
+        except (ConfigError, RunError, OSError) as error:
+            self._say("no new certificate yet: %s", error)
+
+    def _put(self, roster: Roster) -> None:
+        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
+        issued = issued_to(self._kit, roster, now=datetime.now(UTC))
+        if issued is not None:
+            write_durably(self._kit.certificate, issued)
+
+    def _say(self, words: str, error: Exception | None) -> None:
+        """Log it, once in a row."""
+        said = words % error if error else words
+        if said != self._said:
+            log.warning(words, error) if error else log.info(words)
+        self._said = said
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def issued_to(kit: Kit, roster: Roster, *, now: datetime) -> bytes | None:
+    """The certificate, in PEM form, that a roster has for the key of `kit` and that ends later than the kit's own.
+
+    Raises:
+        ConfigError: it is not fit for use.
+    """
+    own = read_certificate(kit.certificate)
+    pem = roster.certificate_of(Certificate.of(own).name)
+    if pem is None:
+        return None
+    try:
+        issued = x509.load_pem_x509_certificate(pem.encode())
+    except ValueError:
+        raise ConfigError("roster", "unreadable", "must have a certificate in PEM form") from None
+    if issued.not_valid_after_utc <= own.not_valid_after_utc or public_pem(issued) != public_pem(own):
+        return None
+    kit.check(issued, now=now)
+    return pem.encode()

@@ -1,0 +1,341 @@
+"""Rosters and renewals that come by way of the server: who signs what, and what is taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.deploy.kits import provisioning
+from fedtune.deploy.kits.certificates import make_key, read_certificate
+from fedtune.deploy.kits.federation_folder import FederationFolder
+from fedtune.deploy.kits.kit_file import Kit
+from fedtune.deploy.kits.members import Roster
+from fedtune.deploy.kits.renewal import CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
+from fedtune.deploy.services.lead_and_server import NEWEST, ServerDesk, exchange
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError, RunError
+
+from .conftest import FEDERATION_TOML, Desk
+
+YEAR = timedelta(days=365)
+
+
+@pytest.fixture(scope="module")
+def now() -> datetime:
+    """When the federation was made: so long ago that a certificate of a day may be about to end."""
+    return datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
+
+
+@pytest.fixture(scope="module")
+def made_long_ago(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
+    folder = tmp_path_factory.mktemp("long ago")
+    (folder / "federation.toml").write_text(FEDERATION_TOML)
+    return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
+
+
+@pytest.fixture
+def federation(made_long_ago: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_long_ago, tmp_path / "federation")
+
+
+@pytest.fixture
+def north(desk: Desk) -> Kit:
+    return Kit.read(desk.join("north"), kind="site")
+
+
+def book(desk: Desk, path: Path) -> RosterBook:
+    return RosterBook.of(Kit.read(desk.folder / "server", kind="server"), path)
+
+
+def roster(desk: Desk) -> Roster:
+    return FederationFolder.open(desk.folder).roster
+
+
+def test_a_certificate_is_due_in_the_last_third_of_its_time(north: Kit, desk: Desk) -> None:
+    certificate = north.check_certificate(desk.now)
+    begun, life = certificate.not_before, certificate.not_after - certificate.not_before
+    assert not is_due(certificate, begun + 2 / 3 * life - timedelta(seconds=2))
+    assert is_due(certificate, begun + 2 / 3 * life + timedelta(seconds=2))
+
+
+def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk) -> None:
+    lead, seen = FederationFolder.open(desk.folder).lead_key, [roster(desk)]
+    desk.join("north")
+    seen.append(roster(desk))
+    provisioning.renew(desk.folder, "server", days=None, now=desk.now)
+    seen.append(roster(desk))
+    desk.revoke("north")
+    seen.append(roster(desk))
+    numbers = [one.number for one in seen]
+    assert numbers == sorted(set(numbers))
+    for one in seen:
+        one.check_signed(lead)
+    assert seen[-1].certificate_of("server") == (desk.folder / "server/server.pem").read_text()
+    assert seen[2].certificate_of("north") is not None
+    assert seen[-1].certificate_of("north") is None, "a site that was revoked has none"
+
+
+def test_a_folder_from_a_backup_uses_no_number_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = (desk.folder / "server/roster.json").read_bytes()
+    desk.join("north")
+    lost = roster(desk).number
+    (desk.folder / "server/roster.json").write_bytes(kept)
+    monkeypatch.setattr("fedtune.deploy.kits.federation_folder.time.time", lambda: lost + 60.0)
+    desk.join("south")
+    assert roster(desk).number > lost
+
+
+def test_only_the_lead_s_newer_roster_is_taken(desk: Desk, tmp_path: Path) -> None:
+    own = book(desk, tmp_path / "seen.json")
+    first = roster(desk)
+    own.take(first.to_bytes())
+    desk.join("north")
+    newer = roster(desk)
+    forged = replace(newer, number=newer.number + 1)
+    stranger = forged.signed(SigningKey.load_or_make(tmp_path / "stranger.pem"))
+    lead = SigningKey.load(desk.folder / "lead/lead_key.pem")
+    for wrong, why in (
+        (forged, "must be signed by the federation's lead"),
+        (stranger, "must be signed by the federation's lead"),
+        (replace(first, number=0, signature=""), "must be signed by the federation's lead"),
+        (replace(newer, federation="other").signed(lead), "must be 'cardiology-2026'"),
+        (replace(newer, number=first.number).signed(lead), "must be higher than"),
+        (replace(newer, number=first.number - 1).signed(lead), "must be higher than"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            own.take(wrong.to_bytes())
+        assert own.newest() == first
+    assert own.take(newer.to_bytes()) == own.take(newer.to_bytes()) == own.newest() == newer
+    with pytest.raises(ConfigError, match="must be higher than"):
+        own.take(first.to_bytes())
+
+
+def test_the_server_keeps_the_newest_whatever_is_copied_into_its_kit(desk: Desk, tmp_path: Path) -> None:
+    kit = Kit.read(desk.folder / "server", kind="server")
+    old = kit.roster.read_bytes()
+    desk.join("north")
+    desk.revoke("north")
+    assert [one.revoked is None for one in ServerDesk(kit, tmp_path).look().sites] == [False]
+    kit.roster.write_bytes(old)
+    for served in (ServerDesk(kit, tmp_path), ServerDesk(kit, tmp_path)):  # it starts again, too
+        assert [one.site for one in served.look().sites] == ["north"]
+    unsigned = {**json.loads(old), "number": 0, "signature": ""}
+    kit.roster.write_text(json.dumps(unsigned))
+    assert ServerDesk(kit, tmp_path).look().number == RosterBook.of(kit, tmp_path / NEWEST).newest().number  # type: ignore[union-attr]
+    kit.roster.write_text(json.dumps({**json.loads(old), "sites": [], "number": 1 << 40}))
+    with pytest.raises(ConfigError, match="must be signed by the federation's lead"):
+        ServerDesk(kit, tmp_path).look()
+
+
+def test_a_roster_of_0_1_0_is_served_until_a_signed_one_is_there(desk: Desk, tmp_path: Path) -> None:
+    kit = Kit.read(desk.folder / "server", kind="server")
+    old = {key: value for key, value in asdict(roster(desk)).items() if key in ("version", "federation", "sites")}
+    kit.roster.write_text(json.dumps(old))
+    served = ServerDesk(kit, tmp_path)
+    assert (served.look().number, served.look().sites) == (0, ())
+    desk.join("north")
+    assert [one.site for one in served.look().sites] == ["north"]
+    kit.roster.write_text(json.dumps(old))
+    assert [one.site for one in served.look().sites] == ["north"]
+
+
+def asked(desk: Desk, kit: Kit, *, later: timedelta) -> provisioning.Answered:
+    return provisioning.answer_renewals(desk.folder, [RenewalRequest.make(kit)], now=desk.now + later)
+
+
+def test_who_holds_the_key_that_was_compared_gets_a_certificate_for_it(desk: Desk, north: Kit) -> None:
+    later = timedelta(days=300)
+    before = read_certificate(north.certificate)
+    answered = asked(desk, north, later=later)
+    assert answered == provisioning.Answered(renewed={"north": desk.now + later + YEAR}, refused={})
+    issued = issued_to(north, roster(desk), now=desk.now + later)
+    assert issued is not None
+    north.certificate.write_bytes(issued)
+    assert north.check_certificate(desk.now + later).not_after == desk.now + later + YEAR
+    assert read_certificate(north.certificate).public_key() == before.public_key()
+    assert issued_to(north, roster(desk), now=desk.now + later) is None, "it has it"
+
+
+@pytest.mark.parametrize("kind", ["server", "lead"])
+def test_server_and_lead_are_renewed_the_same_way(desk: Desk, kind: str, tmp_path: Path) -> None:
+    kit = Kit.read(desk.folder / kind, kind=kind)
+    request, old = RenewalRequest.make(kit), kit.certificate.read_bytes()
+    later = desk.now + timedelta(days=300)
+    answered = provisioning.answer_renewals(desk.folder, [request], now=later)
+    assert answered.renewed == {kind: later + YEAR}
+    kit.certificate.write_bytes(old)  # the machine that asked is another one than that which signs
+    issued = issued_to(kit, roster(desk), now=later)
+    assert issued is not None
+    kit.certificate.write_bytes(issued)
+    assert kit.check_certificate(later).not_after == later + YEAR
+
+
+def test_nobody_else_gets_one(desk: Desk, north: Kit) -> None:
+    south, late = Kit.read(desk.join("south"), kind="site"), timedelta(days=300)
+    request = RenewalRequest.of(RenewalRequest.make(north))
+
+    def refused(wrong: RenewalRequest, *, later: timedelta = late) -> str:
+        before = roster(desk)
+        data = json.dumps(asdict(wrong)).encode()
+        answered = provisioning.answer_renewals(desk.folder, [data], now=desk.now + later)
+        assert answered.renewed == {}
+        assert roster(desk) == before
+        (why,) = answered.refused.values()
+        return why
+
+    def signed(wrong: RenewalRequest, key: ec.EllipticCurvePrivateKey) -> RenewalRequest:
+        return replace(wrong, signature=key.sign(wrong._signed_bytes(), ec.ECDSA(hashes.SHA384())).hex())
+
+    others = RenewalRequest.of(RenewalRequest.make(south))
+    for wrong in (
+        signed(request, make_key()),
+        replace(request, signature=others.signature),
+        replace(request, signature=""),
+        replace(request, signature="no hex"),
+    ):
+        assert "must be signed with the key of the certificate that it replaces" in refused(wrong)
+    assert "must be for the certificate that its holder has now" in refused(replace(others, name="north"))
+    assert "must be for the certificate" in refused(replace(request, federation="another"))
+    assert "before the last third" in refused(request, later=timedelta(days=200))
+    assert "must be a site of the federation" in refused(replace(request, name="west"))
+    assert provisioning.answer_renewals(desk.folder, [b"{", b""], now=desk.now).renewed == {}
+    asked(desk, north, later=late)
+    assert "must be for the certificate that its holder has now" in refused(request), "an old request is no use"
+    desk.revoke("south")
+    assert "was revoked on" in refused(others)
+
+
+def test_without_the_authority_s_key_nothing_is_issued(desk: Desk, north: Kit) -> None:
+    (desk.folder / "authority/ca_key.pem").rename(desk.folder / "elsewhere.pem")
+    before = roster(desk)
+    answered = asked(desk, north, later=timedelta(days=300))
+    assert "bring the authority's folder back" in answered.refused["north"]
+    assert roster(desk) == before
+
+
+class Served:
+    """A server's desk as a site reaches it, without the network between them."""
+
+    def __init__(self, desk: ServerDesk, name: str) -> None:
+        self._desk, self._name, self.is_away = desk, name, False
+        self.asked = 0
+
+    def roster(self) -> bytes:
+        return self._desk.roster()
+
+    def ask(self, request: bytes) -> int:
+        self.asked += 1
+        if self.is_away:
+            raise RunError("no connection to the server")
+        return self._desk.ask(self._name, request)
+
+    def send_roster(self, data: bytes) -> None:
+        self._desk.take_roster(data)
+
+
+@pytest.fixture
+def served(desk: Desk, tmp_path: Path) -> Served:
+    (tmp_path / "data").mkdir()
+    return Served(ServerDesk(Kit.read(desk.folder / "server", kind="server"), tmp_path / "data"), "north")
+
+
+def nearly_over(desk: Desk, name: str, kit: Kit) -> datetime:
+    """Give a site a certificate that ends in ten minutes; when."""
+    now = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1, minutes=-10)
+    done = provisioning.renew_site(desk.folder, name, request=None, days=1, new_site_key=False, now=now)
+    kit.certificate.write_text(done.member.certificate)
+    return now + timedelta(days=1)
+
+
+def test_a_running_site_asks_and_takes_what_the_lead_signed(
+    desk: Desk, north: Kit, served: Served, tmp_path: Path
+) -> None:
+    ends = nearly_over(desk, "north", north)
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=served)  # type: ignore[arg-type]
+    assert not keeper.look()
+    assert keeper.certificate.not_after == ends
+    assert not keeper.look()
+    assert served.asked == 1, "it asks again in half a minute"
+    answered = provisioning.answer_renewals(desk.folder, served._desk.requests(), now=datetime.now(UTC))
+    assert [*answered.renewed] == ["north"]
+    keeper._next = 0.0
+    assert keeper.look()
+    assert keeper.certificate.not_after > ends + timedelta(days=360)
+    keeper._next = 0.0
+    assert not keeper.look()
+    assert served.asked == 2, "it asks no more"
+
+
+def test_without_a_person_s_word_nothing_is_asked(desk: Desk, north: Kit, tmp_path: Path) -> None:
+    nearly_over(desk, "north", north)
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=None)
+    assert not keeper.look()
+    assert not (tmp_path / "seen.json").exists()
+
+
+def test_a_kit_that_is_being_unzipped_is_waited_for(
+    desk: Desk, north: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=None)
+    before = keeper.certificate
+    done = desk.renew("north")
+    north.certificate.write_text(done.member.certificate[:200])
+    assert not keeper.look()
+    assert keeper.certificate == before
+    assert "the kit's certificate is not used" in caplog.text
+    other = Kit.read(desk.join("south"), kind="site")
+    north.certificate.write_bytes(other.certificate.read_bytes())
+    assert not keeper.look()
+    north.certificate.write_text(done.member.certificate)
+    assert keeper.look() == (done.member.issued.not_valid_after_utc != before.not_after)
+
+
+def test_a_server_that_is_away_is_asked_again(desk: Desk, north: Kit, served: Served, tmp_path: Path) -> None:
+    nearly_over(desk, "north", north)
+    served.is_away = True
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=served)  # type: ignore[arg-type]
+    assert not keeper.look()
+    assert not served._desk.requests()
+    served.is_away, keeper._next = False, 0.0
+    assert not keeper.look()
+    assert len(served._desk.requests()) == 1
+
+
+def test_a_roster_whose_certificate_is_for_another_key_changes_nothing(desk: Desk, north: Kit) -> None:
+    nearly_over(desk, "north", north)
+    desk.renew("north", desk.request("north", kit="another"))
+    assert issued_to(north, roster(desk), now=datetime.now(UTC)) is None
+
+
+def test_a_new_roster_answers_all_requests(desk: Desk, north: Kit, served: Served) -> None:
+    served.ask(RenewalRequest.make(north))
+    desk.join("south")
+    served.send_roster(roster(desk).to_bytes())
+    assert served._desk.requests() == []
+
+
+def test_lead_and_server_leave_with_the_newer_roster(desk: Desk, served: Served, tmp_path: Path) -> None:
+    own = RosterBook.of(Kit.read(desk.folder / "lead", kind="lead"), tmp_path / "a lead elsewhere.json")
+    old = roster(desk)
+    own.take(old.to_bytes())
+    desk.join("north")
+    assert served._desk.look() != old
+    assert exchange(served, own) == own.newest() == roster(desk)  # type: ignore[arg-type]
+    # A standby that was copied long ago hears of what came since.
+    kit = tmp_path / "standby"
+    kit.mkdir()
+    for name in ("kit.toml", "ca.pem", "server.pem", "server_key.pem"):
+        (kit / name).write_bytes((desk.folder / "server" / name).read_bytes())
+    (kit / "server_key.pem").chmod(0o600)
+    (kit / "roster.json").write_bytes(old.to_bytes())
+    standby = Served(ServerDesk(Kit.read(kit, kind="server"), kit), "lead")
+    assert standby._desk.look().sites == ()
+    exchange(standby, own)  # type: ignore[arg-type]
+    assert [one.site for one in standby._desk.look().sites] == ["north"]
