@@ -102,6 +102,7 @@ class RoundRequest:
         receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
         expires: seconds since 1970 after which the request is void.
         reference_digest: of the run's reference adapter, where the adapter travels as a difference to that; else empty.
+        session: the lead's name for the session of the secure sum that the round is a release of; else empty.
     """
 
     proposal: Proposal
@@ -111,6 +112,7 @@ class RoundRequest:
     receipt: Receipt | None
     expires: float
     reference_digest: str = ""
+    session: str = ""
 
     @property
     def run(self) -> str:
@@ -137,7 +139,8 @@ class RoundRequest:
             numbers = type(request.round) is int and _is_moment(request.expires)
             digests = [request.adapter_digest, request.reference_digest or request.adapter_digest]
             right = numbers and 1 <= request.round < _MOST_ROUNDS and all(map(_SHA256.fullmatch, digests))
-            if not right:
+            named = _NONCE.fullmatch(request.session) if proposal.plan.shared else request.session == ""
+            if not (right and named):
                 raise ValueError("wrong type or out of range")
             return request
 
@@ -146,6 +149,8 @@ class RoundRequest:
     def _asked(self) -> dict[str, Any]:
         """What is asked for; receipt and expiry are no part of it, and may differ when the lead asks again."""
         fields = {name: getattr(self, name) for name in ("round", "site", "adapter_digest")}
+        if self.session:
+            fields["session"] = self.session
         return {**fields, "proposal": self.proposal.to_json()}
 
     def digest(self) -> str:

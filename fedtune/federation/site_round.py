@@ -171,14 +171,14 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
         return sums.join(proposal, request.session, parts)
-    party, (message, *others) = sums.party(proposal), parts or [b""]
+    party, (message, *others) = _party(site, request), parts or [b""]
     if others:
         raise Rejected(Wrong.MALFORMED)
     return party.confirm(message) if request.step == CONFIRM else party.unmask(message)
 
 
-def _party(site: Site, request: RoundRequest) -> Party:
-    return _sums_of(site, request.proposal).party(request.proposal.digest())
+def _party(site: Site, request: RoundRequest | SumRequest) -> Party:
+    return _sums_of(site, request.proposal).party(request.proposal.digest(), request.session)
 
 
 def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:

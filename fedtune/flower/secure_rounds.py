@@ -79,6 +79,12 @@ class SecureRounds:
         self._accused: set[frozenset[str]] = set()
         self._traffic = [0, 0]
 
+    @property
+    def session(self) -> str:
+        """The lead's name for the session that goes on."""
+        assert self._begun is not None, "ready first"
+        return self._begun.name
+
     def ready(self) -> tuple[str, ...]:
         """The members that a round may be asked of: in one session, before anybody pays.
 

@@ -82,8 +82,10 @@ def _run_round(
     sites = list(lead.declared_sizes if sums is None else sums.ready())
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    brought, sent, digests = _sent(lead, state)
-    messages = _requests(grid, lead, state, brought, digests=digests, sites=sites, holders=holders)
+    brought, sent, about = _sent(lead, state)
+    if sums is not None:
+        about["session"] = sums.session
+    messages = _requests(grid, lead, state, brought, about=about, sites=sites, holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
@@ -194,7 +196,7 @@ def _requests(
     state: LeadState,
     brought: Brought,
     *,
-    digests: Mapping[str, str],
+    about: Mapping[str, str],
     sites: Sequence[str],
     holders: Collection[str],
 ) -> list[Message]:
@@ -214,7 +216,7 @@ def _requests(
             proposal=lead.proposal,
             round=round,
             site=site,
-            **digests,
+            **about,
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )

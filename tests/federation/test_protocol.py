@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import END, ROUND, EndOfRun, Invitation, RoundRequest, Signed
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refused
@@ -43,6 +44,20 @@ def test_every_field_that_is_asked_for_is_in_the_digest(
     assert RoundRequest.of(request_.signed(lead_key)).digest() == request_.digest()
     again = replace(request_, receipt=None, expires=2e9)
     assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
+
+
+def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(
+    request_: RoundRequest, lead_key: SigningKey
+) -> None:
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(request_.proposal.plan.noise_multiplier)
+    plan = replace(request_.proposal.plan, local_steps=1, shared=shared)
+    secure = replace(request_, proposal=replace(request_.proposal, plan=plan, num_sites=3), session="ab" * 16)
+    assert RoundRequest.of(secure.signed(lead_key)) == secure
+    other = replace(secure, session="cd" * 16)
+    assert RoundRequest.of(other.signed(lead_key)).digest() != secure.digest()
+    for wrong in (replace(request_, session="ab" * 16), replace(secure, session=""), replace(secure, session="x")):
+        with pytest.raises(ConfigError, match="must be a lead's round request"):
+            RoundRequest.of(wrong.signed(lead_key))
 
 
 def resigned(signed: Signed, key: SigningKey, change: Callable[[dict[str, Any]], str]) -> Signed:

@@ -109,12 +109,14 @@ class Federation:
     lead: SigningKey
     other_lead: SigningKey
     adapter: Adapter
+    name: str = "0" * 32
+    """Of the session that the lead is in."""
 
     def step(
-        self, site: str, kind: str, *parts: bytes, name: str = "0" * 32, lead: SigningKey | None = None
+        self, site: str, kind: str, *parts: bytes, name: str | None = None, lead: SigningKey | None = None
     ) -> bytes | Refusal:
-        key = lead or self.lead
-        request = SumRequest(proposal=self.asked(lead=key.public), site=site, expires=1e12, step=kind, session=name)
+        key, about = lead or self.lead, {"expires": 1e12, "step": kind, "session": name or self.name}
+        request = SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
         return take_step(self.sites[site].open(), request.signed(key), list(parts))
 
     def told(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
@@ -130,6 +132,7 @@ class Federation:
     def begun(self) -> tuple[Session, str, list[bytes]]:
         """A session of all, its name, and what was announced in it."""
         name, proposal = secrets.token_hex(16), self.asked()
+        self.name = name
         keys = {site: one.key.public for site, one in self.sites.items()}
         terms = terms_of(proposal, members=keys, length=VECTOR.size)
         announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
@@ -146,6 +149,7 @@ class Federation:
             adapter_digest=self.adapter.digest(),
             receipt=None,
             expires=expires,
+            session=self.name,
         )
 
     def upload(self, site: str, round: int = 1) -> Reply:
@@ -254,12 +258,34 @@ def test_sites_go_back_to_a_session_that_others_did_not_leave(federation: Federa
     session, name, announced = federation.begun()
     later, later_name, _ = federation.begun()
     assert later.digest != session.digest
+    federation.name = name
     for site in NAMES:
-        federation.told(site, JOIN, *announced, name=name)
+        federation.told(site, JOIN, *announced)
     np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
     for _ in range(5):
         federation.begun()
     assert federation.refused("north", JOIN, *announced, name=later_name) == (Reason.SECURE_SUM, "session_differs")
+
+
+def test_a_round_of_another_session_is_charged_to_nobody(federation: Federation) -> None:
+    _, earlier, _ = federation.begun()
+    session, name, _ = federation.begun()
+    for other in (earlier, "f" * 32):
+        federation.name = other
+        assert wrong(federation.upload("north")) == (Reason.SECURE_SUM, "session_differs")
+        assert federation.refused("north", CONFIRM, b"x") == (Reason.SECURE_SUM, "session_differs")
+    assert (federation.charged("north"), federation.sites["north"].trained) == (0, 0)
+    federation.name = name
+    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
+
+
+def test_one_round_is_not_asked_for_in_two_sessions(federation: Federation) -> None:
+    """What a site stored of it is in the first one, and its retry in another would be another question."""
+    federation.begun()
+    federation.upload("north")
+    federation.begun()
+    assert wrong(federation.upload("north"))[0] is Reason.ROUND_REQUESTED_DIFFERENTLY
+    assert (federation.charged("north"), federation.sites["north"].trained) == (1, 1)
 
 
 def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federation: Federation) -> None:

@@ -86,6 +86,26 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="a-round-of-any-session",
+        fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
+        "lead cannot sum.",
+        file="fedtune/federation/secure/at_site.py",
+        old="        if self.parties.of_proposal.get(proposal, Sessions()).joined != session:\n"
+        "            raise Rejected(Wrong.SESSION_DIFFERS)\n"
+        "        return self._party(proposal, session)\n",
+        new="        found = self.parties.of_proposal.get(proposal, Sessions())\n"
+        "        return self._party(proposal, found.joined)\n",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="a-session-that-is-not-asked-for",
+        fault="The same round in two sessions is one question: what was stored in the first is given in the second.",
+        file="fedtune/federation/protocol.py",
+        old='            fields["session"] = self.session\n        return {',
+        new="            pass\n        return {",
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
         name="a-session-given-up-too-soon",
         fault="A site drops its part in a session when another is announced, though that one may never begin.",
         file="fedtune/federation/secure/at_site.py",

@@ -116,14 +116,15 @@ class SumsAtSite:
         self.parties.sessions(proposal).joined = session
         return digest.encode()
 
-    def party(self, proposal: str) -> Party:
+    def party(self, proposal: str, session: str) -> Party:
         """The site's part in the session that goes on.
 
         Raises:
-            Rejected: it has none, or trusts its members or terms no more.
+            Rejected: that is another one, or the site trusts its members or terms no more.
         """
-        found = self.parties.of_proposal.get(proposal, Sessions())
-        return self._party(proposal, found.joined)
+        if self.parties.of_proposal.get(proposal, Sessions()).joined != session:
+            raise Rejected(Wrong.SESSION_DIFFERS)
+        return self._party(proposal, session)
 
     def _party(self, proposal: str, session: str) -> Party:
         found = self.parties.of_proposal.get(proposal, Sessions()).parties.get(session)
