@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
-from fedtune.federation.secure.agreement import least_threshold
-from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.distributed_noise import Together, least_threshold
 from fedtune.privacy.few_bits import BITS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
@@ -116,20 +115,15 @@ class FederationSpec:
             raise ConfigError("enough_sites", self.enough_sites, bound)
 
     def _check_sums(self) -> None:
-        check_at_least("colluders", self.colluders, 0)
-        if self.aggregation == "plain":
+        together = self.together  # raises for sites of which a server could read two sums
+        if together is None:
             for name, none in (("threshold", None), ("colluders", 0)):
                 if getattr(self, name) != none:
                     raise ConfigError(name, getattr(self, name), "goes with federation.aggregation = secure")
             return
-        sites = len(self.active)
-        if not 2 <= sites <= MOST_SITES_OF_SUM:
-            bound = f"must be from 2 to {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
-            raise ConfigError("num_sites", sites, bound)
-        least = least_threshold(sites, colluders=self.colluders, server="malicious")
-        if self.threshold is not None and not least <= self.threshold <= sites:
-            bound = f"must be from {least} to the {sites} sites that take part, or a server could read two sums"
-            raise ConfigError("threshold", self.threshold, bound)
+        if together.num_sites > MOST_SITES_OF_SUM:
+            bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
+            raise ConfigError("num_sites", together.num_sites, bound)
         for name, only in (("strategy", "fedavg"), ("bits", 32), ("spare_rounds", 0)):
             if getattr(self, name) != only:
                 raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
@@ -145,9 +139,10 @@ class FederationSpec:
         """Who makes the noise of secure sums together; None: every site has noise of its own."""
         if self.aggregation == "plain":
             return None
-        sites = len(self.active)
-        least = least_threshold(sites, colluders=self.colluders, server="malicious")
-        return Together(num_sites=sites, threshold=self.threshold or least, colluders=self.colluders)
+        sites, threshold = len(self.active), self.threshold
+        if threshold is None:
+            threshold = least_threshold(sites, colluders=self.colluders, server="malicious")
+        return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property
     def chooses(self) -> bool:

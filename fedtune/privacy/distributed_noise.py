@@ -27,6 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ from dp_accounting import DpEvent, SelfComposedDpEvent
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream
-from fedtune.spec import ConfigError, check_at_least, check_whole, spec
+from fedtune.spec import ConfigError, check_whole, spec
 
 LEAST_CELLS = 8.0
 """Least standard deviation of a share, in cells of what is sent: the theorem's s."""
@@ -46,44 +47,95 @@ _USUAL_BOUND = 2**10
 """Clip norms: more than a thousand units would have to pull one value the same way with all their gradient."""
 _TAIL = 16
 """Standard deviations that a value of a share passes with a probability below 1e-56."""
+Server = Literal["curious", "malicious"]
+"""What a lead may do: "curious" keeps to the protocol and looks at all it gets; "malicious" does what it likes."""
+
+
+def least_threshold(num_sites: int, *, colluders: int, server: Server) -> int:
+    """The least number of sites that must help to unmask a release, so that no two sets of survivors can be unmasked.
+
+    Two sets would need 2t confirmations.  Against a malicious server each colluder confirms both and each other site
+    one, K + c in all, so 2t > K + c keeps the second from coming together.  A curious server asks for one set, and
+    t > c keeps its colluders from reading shares without it; t > K/2 stays, so that sites do not depend on its word
+    where nobody colludes.
+
+    Args:
+        num_sites: K, of the run.
+        colluders: c, sites that tell the server everything and do what it says.
+        server: what it may do.
+
+    Raises:
+        ConfigError: no number of these sites withstands as many colluders.
+    """
+    alone = num_sites // 2 + 1
+    least = max(alone, colluders + 1) if server == "curious" else (num_sites + colluders) // 2 + 1
+    if least > num_sites:
+        raise ConfigError("colluders", colluders, f"must be fewer than the {num_sites} sites of the run")
+    return least
 
 
 @spec
-class SharedNoise:
-    """How the sites of a run make the noise of each sum together.
+class Together:
+    """Who makes the noise of a run's secure sums, before it is known how much each of them adds.
 
     Attributes:
         num_sites: sites of the run, K.
         threshold: the fewest sites that a sum may be of, t; a sum of fewer is never unmasked.
         colluders: sites whose noise the server may know, c; what is promised has the noise of t - c sites.
-        noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
-        cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
-        bound: largest value of a site's sum, in clip norms; what is beyond is cut off before the noise.
+
+    Raises:
+        ConfigError: two sums of one release could be read, which differ by one site's vector: 2t is not above K + c.
     """
 
     num_sites: int
     threshold: int
     colluders: int
+
+    def __post_init__(self) -> None:
+        # Parts of a plan, which comes from a server's request: nothing is taken on trust.
+        _check_within("num_sites", self.num_sites, 2, MOST_SITES)
+        _check_within("colluders", self.colluders, 0, self.num_sites - 1)
+        check_whole("threshold", self.threshold)
+        least = least_threshold(self.num_sites, colluders=self.colluders, server="malicious")
+        if not least <= self.threshold <= self.num_sites:
+            bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
+            raise ConfigError("threshold", self.threshold, bound)
+
+    def share_of(self, total: float) -> float:
+        """The least share at which every sum has the noise `total` at least; see `share_of`."""
+        return share_of(total, threshold=self.threshold, colluders=self.colluders)
+
+    def with_share(self, noise_multiplier: float) -> SharedNoise:
+        """The same, each site adding this much."""
+        return SharedNoise(
+            num_sites=self.num_sites,
+            threshold=self.threshold,
+            colluders=self.colluders,
+            noise_multiplier=noise_multiplier,
+            cell_bits=least_cell_bits(noise_multiplier),
+            bound=_USUAL_BOUND,
+        )
+
+
+@spec
+class SharedNoise(Together):
+    """How the sites of a run make the noise of each sum together.
+
+    Attributes:
+        noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
+        cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
+        bound: largest value of a site's sum, in clip norms; what is beyond is cut off before the noise.
+    """
+
     noise_multiplier: float
     cell_bits: int
     bound: int
 
     def __post_init__(self) -> None:
-        # Parts of a plan, which comes from a server's request: nothing is taken on trust.
+        Together.__post_init__(self)
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
-        for name in ("num_sites", "threshold", "colluders", "cell_bits", "bound"):
-            check_whole(name, getattr(self, name))
-        for name, least, most in (
-            ("num_sites", 2, MOST_SITES),
-            ("threshold", 2, self.num_sites),
-            ("colluders", 0, self.threshold - 1),
-            ("cell_bits", 0, GRID_BITS),
-            ("bound", 1, MOST_BOUND),
-        ):
-            value = getattr(self, name)
-            check_at_least(name, value, least)
-            if value > most:
-                raise ConfigError(name, value, f"must be at most {most}")
+        _check_within("cell_bits", self.cell_bits, 0, GRID_BITS)
+        _check_within("bound", self.bound, 1, MOST_BOUND)
         if _cells(self.noise_multiplier, self.cell_bits) < LEAST_CELLS:
             bound = f"must be at least {least_cell_bits(self.noise_multiplier)}, or rounding undoes the shares of noise"
             raise ConfigError("cell_bits", self.cell_bits, bound)
@@ -95,11 +147,6 @@ class SharedNoise:
         A modulus above 2 * num_sites * largest_value holds each sum; privacy does not depend on it.
         """
         return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
-
-    @property
-    def together(self) -> Together:
-        """Who makes the noise."""
-        return Together(num_sites=self.num_sites, threshold=self.threshold, colluders=self.colluders)
 
     @property
     def noise_of_fewest(self) -> float:
@@ -116,31 +163,10 @@ class SharedNoise:
         return max(1, survivors - colluders)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Together:
-    """Who makes the noise of a run's secure sums, before it is known how much each of them adds.
-
-    Attributes: as of `SharedNoise`.
-    """
-
-    num_sites: int
-    threshold: int
-    colluders: int
-
-    def share_of(self, total: float) -> float:
-        """The least share at which every sum has the noise `total` at least; see `share_of`."""
-        return share_of(total, threshold=self.threshold, colluders=self.colluders)
-
-    def with_share(self, noise_multiplier: float) -> SharedNoise:
-        """The same, each site adding this much."""
-        return SharedNoise(
-            num_sites=self.num_sites,
-            threshold=self.threshold,
-            colluders=self.colluders,
-            noise_multiplier=noise_multiplier,
-            cell_bits=least_cell_bits(noise_multiplier),
-            bound=_USUAL_BOUND,
-        )
+def _check_within(key: str, value: int, least: int, most: int) -> None:
+    check_whole(key, value)
+    if not least <= value <= most:
+        raise ConfigError(key, value, f"must be from {least} to {most}")
 
 
 def least_cell_bits(noise_multiplier: float) -> int:

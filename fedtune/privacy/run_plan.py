@@ -167,7 +167,7 @@ class Plan:
 
     def with_noise(self, noise_multiplier: float) -> Plan:
         """The same with another noise multiplier; of a secure sum, with another share."""
-        shared = None if self.shared is None else self.shared.together.with_share(noise_multiplier)
+        shared = None if self.shared is None else self.shared.with_share(noise_multiplier)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     @property

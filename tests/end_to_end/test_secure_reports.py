@@ -18,6 +18,7 @@ from fedtune.report.derive import reliance
 from fedtune.report.derive.profile import epsilon_pld, mechanism_of
 from fedtune.report.model import Report, from_json, to_json
 from fedtune.report.page.render import render
+from fedtune.spec import ConfigError
 
 ROUNDS, RATE, SHARE, DELTA = 3, 0.2, 1.6, 1e-5
 SECURE = (
@@ -86,16 +87,21 @@ def test_a_report_that_says_something_else_is_found_out(report: Report, at: tupl
     assert recompute.problems(changed(report, at, value)) != []
 
 
+@pytest.mark.parametrize("change", [("threshold", 3), ("colluders", 3)])
+def test_a_report_of_sums_that_a_server_could_read_two_of_is_none(report: Report, change: tuple[str, int]) -> None:
+    key, value = change
+    with pytest.raises(ConfigError, match=r"sites\.0\.mechanisms\.0\.shared"):
+        changed(report, ("mechanisms", "0", "shared", key), value)
+
+
 @pytest.mark.parametrize(
-    ("changes", "where"),
-    [
-        ({"num_sites": 20, "threshold": 20}, "num_sites"),
-        ({"threshold": 3}, "threshold"),
-        ({"colluders": 3}, "threshold"),
-    ],
+    ("changes", "where"), [({"num_sites": 20, "threshold": 20}, "num_sites"), ({"threshold": 5}, "threshold")]
 )
 def test_settings_that_no_secure_sum_can_have_are_found(report: Report, changes: dict[str, Any], where: str) -> None:
     """Though all of the report was changed alike, so that each figure follows from its events."""
+    assert report.utility is not None
+    of_four = tuple(replace(one, sites=one.sites[:4]) for one in report.utility.rounds)
+    report = replace(report, utility=replace(report.utility, rounds=of_four))
     plan = saved_config_plan(report, **changes)
     rows = [mechanism_of(plan, run=site.mechanisms[0].run, rounds=ROUNDS, sampling="poisson") for site in report.sites]
     sites = tuple(replace(site, mechanisms=(row,)) for site, row in zip(report.sites, rows, strict=True))

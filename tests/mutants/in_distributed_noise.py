@@ -23,6 +23,15 @@ DISTRIBUTED_NOISE = (
         tests=OF_EPSILON,
     ),
     Mutant(
+        name="a-plan-of-two-sums",
+        fault="A plan may have a threshold at which a server can have two sets of survivors confirmed: the sums differ "
+        "by one site's vector, and each site is charged for one.",
+        file=NOISE,
+        old="        if not least <= self.threshold <= self.num_sites:",
+        new="        if not self.colluders < self.threshold <= self.num_sites:",
+        tests=OF_SHARES,
+    ),
+    Mutant(
         name="noise-of-colluders-counted",
         fault="Noise that colluding sites know counts as if it hid something.",
         file=NOISE,

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, add_share, least_cell_bits, share_of, together
+from fedtune.privacy.distributed_noise import (
+    LEAST_CELLS,
+    SharedNoise,
+    Together,
+    add_share,
+    least_cell_bits,
+    share_of,
+    together,
+)
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -262,6 +271,22 @@ def test_a_plan_outside_what_is_proved_is_refused(changes: dict[str, object], ke
     with pytest.raises(ConfigError) as raised:
         dataclasses.replace(FOUR, **changes)  # type: ignore[arg-type]
     assert raised.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "threshold", "colluders", "least"),
+    [(4, 2, 0, 3), (5, 3, 1, 4), (20, 10, 0, 11), (20, 13, 6, 14), (3, 2, 1, 3), (4, 5, 0, 3)],
+)
+def test_sites_of_which_a_server_could_read_two_sums_make_no_noise_together(
+    num_sites: int, threshold: int, colluders: int, least: int
+) -> None:
+    sites = {"num_sites": num_sites, "threshold": threshold, "colluders": colluders}
+    for make in (partial(Together, **sites), partial(dataclasses.replace, FOUR, **sites)):
+        with pytest.raises(ConfigError, match=f"from {least} to the {num_sites} sites .*, or .* two sums") as raised:
+            make()
+        assert raised.value.key == "threshold"
+    if least <= num_sites:
+        dataclasses.replace(FOUR, **{**sites, "threshold": least})  # type: ignore[arg-type]
 
 
 def test_cells_wider_than_an_eighth_of_a_share_are_refused_by_name_of_what_would_do() -> None:

@@ -11,9 +11,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Literal
 
 from fedtune.federation.secure.masks import is_mask_key
+from fedtune.privacy.distributed_noise import Server, least_threshold
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import canonical
 from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
@@ -27,8 +27,6 @@ MOST_LENGTH = 1 << 28
 """Values of a vector."""
 KEY, CONFIRMATION = "secure sum key", "secure sum survivors"
 """Purposes of a site's signatures."""
-Server = Literal["curious", "malicious"]
-"""What a lead may do: "curious" keeps to the protocol and looks at all it gets; "malicious" does what it likes."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -59,29 +57,6 @@ class Rejected(RefusedError):
     def __init__(self, wrong: Wrong) -> None:
         self.wrong = wrong
         super().__init__(f"secure sum: {wrong}")
-
-
-def least_threshold(num_sites: int, *, colluders: int, server: Server) -> int:
-    """The least number of sites that must help to unmask a release, so that no two sets of survivors can be unmasked.
-
-    Two sets would need 2t confirmations.  Against a malicious server each colluder confirms both and each other site
-    one, K + c in all, so 2t > K + c keeps the second from coming together.  A curious server asks for one set, and
-    t > c keeps its colluders from reading shares without it; t > K/2 stays, so that sites do not depend on its word
-    where nobody colludes.
-
-    Args:
-        num_sites: K, of the run.
-        colluders: c, sites that tell the server everything and do what it says.
-        server: what it may do.
-
-    Raises:
-        ConfigError: no number of these sites withstands as many colluders.
-    """
-    alone = num_sites // 2 + 1
-    least = max(alone, colluders + 1) if server == "curious" else (num_sites + colluders) // 2 + 1
-    if least > num_sites:
-        raise ConfigError("colluders", colluders, f"must be fewer than the {num_sites} sites of the run")
-    return least
 
 
 def bits_needed(num_sites: int, largest: int) -> int:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dp_accounting import DpEvent
 
-from fedtune.federation.secure.agreement import MOST_SITES, least_threshold
+from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
 from fedtune.report.model import ByTrust, Mechanism, Problem, Report
-from fedtune.spec import ConfigError
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
@@ -52,11 +51,5 @@ def contradictions(report: Report) -> Iterator[Problem]:
             if shared.num_sites != taking_part or shared.num_sites > MOST_SITES:
                 yield Problem(f"{where}.num_sites", shared.num_sites, f"{taking_part}, at most {MOST_SITES}")
                 continue
-            try:
-                least = least_threshold(shared.num_sites, colluders=shared.colluders, server="malicious")
-            except ConfigError as error:
-                yield Problem(f"{where}.colluders", shared.colluders, error.bound)
-                continue
-            most = min(survivors, default=shared.num_sites)
-            if not least <= shared.threshold <= most:
-                yield Problem(f"{where}.threshold", shared.threshold, f"from {least} to {most}")
+            if shared.threshold > (most := min(survivors, default=shared.num_sites)):
+                yield Problem(f"{where}.threshold", shared.threshold, f"at most {most}")

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.federation.secure import agreement
-from fedtune.federation.secure.agreement import Limits, Rejected, Session, Terms, Wrong, bits_needed, least_threshold
+from fedtune.federation.secure.agreement import Limits, Rejected, Session, Terms, Wrong, bits_needed
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
 from fedtune.federation.secure.summation import session_of
+from fedtune.privacy.distributed_noise import least_threshold
 from fedtune.spec import ConfigError
 
 from .parties import ANY, Federation, changed, identity, terms_of, wrong

@@ -11,7 +11,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fedtune.federation.secure.agreement import Announcement, Rejected, Session, least_threshold
+from fedtune.federation.secure.agreement import Announcement, Rejected, Session
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import (
     ConfirmRequest,
@@ -21,6 +21,7 @@ from fedtune.federation.secure.messages import (
 )
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.federation.secure.summation import Summation
+from fedtune.privacy.distributed_noise import least_threshold
 
 from .knowledge import Knowledge, Sent, watched
 from .parties import ANY, Federation, changed, identity, terms_of
