@@ -206,6 +206,7 @@ class Checkpoints:
         self._config = config_sha256
         self._asked = folder / "asked.jsonl"
         self._reference = folder / "reference.safetensors"
+        self._session = folder / "session.json"
 
     @property
     def arrived(self) -> Path:
@@ -226,6 +227,14 @@ class Checkpoints:
             return Adapter.from_bytes(self._reference.read_bytes())
         except (OSError, AdapterError) as error:
             raise RunError(f"{self._reference} is missing or damaged: {error}") from error
+
+    def keep_session(self, session: bytes) -> None:
+        """Keep what the lead knows of the session of secure sums that it has begun: names and public keys."""
+        write_durably(self._session, session)
+
+    def session(self) -> bytes:
+        """What `keep_session` kept last; empty: nothing."""
+        return self._session.read_bytes() if self._session.exists() else b""
 
     def ask(self, round: int, sites: list[str]) -> None:
         """Note, before a request is sent, that `sites` may be charged for `round`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune.federation.lead import Arrays, LeadState, RoundResult
+from fedtune.federation.lead import Arrays, Checkpoints, LeadState, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, terms_of
 from fedtune.federation.replies import NO_REPLY, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
@@ -39,11 +40,27 @@ _SESSIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A session that all members joined: the lead's name for it, and what each announced."""
+    """A session that all members joined: the lead's name for it, and what each announced, in the members' order."""
 
     name: str
     announced: tuple[bytes, ...]
     session: Session
+
+    def to_bytes(self) -> bytes:
+        """For the next lead of the run: all of it is public."""
+        return json.dumps({"name": self.name, "announced": [one.decode() for one in self.announced]}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, terms: Terms) -> _Begun | None:
+        """What an earlier lead began; None where that is no session of these terms, so that another has to begin."""
+        try:
+            fields = json.loads(data)
+            announced = tuple(one.encode() for one in fields["announced"])
+            session = session_of(terms, dict(zip(terms.sites, announced, strict=True)))
+            return cls(str(fields["name"]), announced, session)
+        except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("no session of the secure sum to go on in: %s", error)
+            return None
 
 
 class SecureRounds:
@@ -56,6 +73,7 @@ class SecureRounds:
         key: the lead's.
         terms: that each site makes of the proposal, too.
         settings: JSON of the run's configuration, for sites that do not have it.
+        checkpoints: where the session is kept for a lead that is started again.
         timeout_s: for all sites' answers to one step.
     """
 
@@ -68,11 +86,13 @@ class SecureRounds:
         key: SigningKey,
         terms: Terms,
         settings: str,
+        checkpoints: Checkpoints,
         timeout_s: float,
     ) -> None:
         self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
         self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
-        self._begun: _Begun | None = None
+        self._checkpoints, kept = checkpoints, checkpoints.session()
+        self._begun = _Begun.from_bytes(kept, terms) if kept else None
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
         self._left_out: set[str] = set()
@@ -135,6 +155,7 @@ class SecureRounds:
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
             if not missing and set(joined.values()) == {session.digest.encode()}:
                 self._begun = begun
+                self._checkpoints.keep_session(begun.to_bytes())
                 return {}
             if missing:  # each further try would take the others from the session that they came from
                 break
@@ -248,12 +269,16 @@ def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | No
         key=lead.key,
         terms=terms,
         settings=lead.settings,
+        checkpoints=lead.checkpoints,
         timeout_s=lead.federation.round_timeout_s,
     )
 
 
 def past_asked(lead: Lead, state: LeadState) -> LeadState:
-    """The state after every round that a lead before this one asked for: no upload to it is in a session any more."""
+    """The state after every round that a lead before this one asked for: none of these releases is begun again.
+
+    Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
+    """
     for round in range(state.round + 1, lead.checkpoints.last_asked() + 1):
         lost = RoundResult(
             round=round,

@@ -12,14 +12,16 @@ import pytest
 import fedtune.federation.secure.shares as shamir
 import fedtune.flower.secure_rounds as secure_rounds
 import fedtune.flower.server_app as server_app
+import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.at_site import SumsAtSite
+from fedtune.federation.secure.at_site import Parties, Sessions, SumsAtSite
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import unpacked
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
 
@@ -319,9 +321,9 @@ def test_a_run_that_is_over_ends_without_all_sites(
     assert done.code == 0, done.err
 
 
-def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
-    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lead_dies_in_round_two(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins a run that ends with the second round's uploads."""
     real = secure_rounds.SecureRounds.total
 
     def dies(self: Any, round: int, uploads: Any) -> Any:
@@ -329,9 +331,107 @@ def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
             raise KeyboardInterrupt
         return real(self, round, uploads)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(secure_rounds.SecureRounds, "total", dies)
-        assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
+    def begin(*settings: str) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(secure_rounds.SecureRounds, "total", dies)
+            assert command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).code == 1
+
+    return begin
+
+
+@pytest.fixture
+def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
+    """What the sites' processes remember outlives the lead's, as on other machines."""
+    remembered: dict[str, Parties] = {}
+    real = virtual_site.sums_of
+
+    def of_process(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
+        return real(files, remembered.setdefault(files.policy.site, parties), **named)
+
+    monkeypatch.setattr(virtual_site, "sums_of", of_process)
+    return remembered
+
+
+def of_run(remembered: dict[str, Parties]) -> list[Sessions]:
+    return [sessions for parties in remembered.values() for sessions in parties.of_proposal.values()]
+
+
+def absent(real: Callable[..., bytes], site: str) -> Callable[..., bytes]:
+    """The same, by this site no more."""
+
+    def asked(self: SumsAtSite, *given: Any) -> bytes:
+        if self.site == site:
+            raise OSError("away")
+        return real(self, *given)
+
+    return asked
+
+
+def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
+    lead_dies_in_round_two: Any,
+    sites_stay: Any,
+    command: Any,
+    tmp_path: Path,
+    result_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lead_dies_in_round_two("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    begun = {session for sessions in of_run(sites_stay) for session in sessions.parties}
+    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
+    monkeypatch.setattr(SumsAtSite, "announce", away_at("site-4", 1))
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    result = result_of(tmp_path / "run")
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
+    assert {sessions.joined for sessions in of_run(sites_stay)} == begun, "the session that the first lead began"
+    assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
+        **dict.fromkeys(("site-1", "site-2", "site-3"), 4),
+        "site-4": 2,
+    }
+
+
+def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
+    sites_stay: Any, simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
+) -> None:
+    """Its folder was put back from a copy that was made after round 1, and now another site is away."""
+    real = secure_rounds.SecureRounds.total
+    read: list[tuple[int, tuple[str, ...]]] = []
+
+    def dies(self: Any, round: int, uploads: Any) -> Any:
+        total, survivors = real(self, round, uploads)
+        read.append((round, survivors))
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return total, survivors
+
+    monkeypatch.setattr(secure_rounds.SecureRounds, "total", dies)
+    four = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    assert command("simulate", *tiny(*SECURE, *four, into=tmp_path)).code == 1
+    asked = tmp_path / "run" / "checkpoints" / "asked.jsonl"
+    asked.write_bytes(asked.read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [4, 0, 3, 3]
+    assert [(round, len(survivors)) for round, survivors in read] == [(1, 4), (2, 4), (3, 3), (4, 3)]
+
+
+@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', None])
+def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(
+    kept: bytes | None, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, sites_stay: Any
+) -> None:
+    lead_dies_in_round_two(*THREE)
+    session = tmp_path / "run" / "checkpoints" / "session.json"
+    session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [3, 0, 3]
+
+
+def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
+    lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    lead_dies_in_round_two(*THREE)
     done = command("simulate", f"resume={tmp_path / 'run'}")
     assert done.code == 0, done.err
     rounds = result_of(tmp_path / "run")["rounds"]

@@ -86,6 +86,14 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="a-session-that-the-lead-forgets",
+        fault="A lead that was started again begins a new session, for which all members have to be there.",
+        file="fedtune/flower/secure_rounds.py",
+        old="        self._begun = _Begun.from_bytes(kept, terms) if kept else None\n",
+        new="        self._begun: _Begun | None = None\n",
+        tests=SECURE,
+    ),
+    Mutant(
         name="a-round-of-any-session",
         fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
         "lead cannot sum.",
@@ -147,7 +155,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="a-round-asked-twice",
-        fault="A lead that starts again asks for the round that it lost, and gets bytes of a session that is over.",
+        fault="A lead that starts again asks for the release that it lost, whose survivors may be promised already.",
         file="fedtune/flower/server_app.py",
         old="        state = past_asked(lead, state)\n",
         new="        pass\n",
