@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 _SESSIONS = 3
 """That are tried before the lead goes on without some site, or gives up: one may be started again in the middle."""
 
+MOST_LOST = 5
+"""Releases without a sum that end a run, in all: where two sites accuse each other, nobody can tell who is at fault."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
@@ -206,6 +209,12 @@ class SecureRounds:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self._left_out.add(dealer)
 
+    @property
+    def accused(self) -> str:
+        """Of which two sites one is at fault for a wrong share, in words; empty: of none."""
+        pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
+        return f"; wrong shares between {', '.join(pairs)}" if pairs else ""
+
     def traffic(self) -> tuple[int, int]:
         """Bytes to the sites and from them since the last call."""
         down, up = self._traffic
@@ -335,10 +344,10 @@ def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundRepli
             declared_size=sum(lead.declared_sizes[site] for site in sites),
         )
     except Unreadable as error:
-        if state.rounds and not state.rounds[-1].sites:
-            raise RunError(
-                f"{error}, as that of the round before; the checkpoint of round {state.round} can be resumed"
-            ) from None
+        lost = [one.round for one in state.rounds if not one.sites]
+        if state.round in lost or len(lost) + 1 >= MOST_LOST:
+            before = f"as before in round {', '.join(map(str, lost))}, and each is charged{sums.accused}"
+            raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
         log.error("%s; going on with the next round", error)
     failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
     down, up = sums.traffic()

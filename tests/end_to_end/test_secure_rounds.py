@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,7 +282,30 @@ def test_two_rounds_without_a_sum_end_the_run(
     done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
     assert done.code == 1
     assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.err
-    assert "as that of the round before; the checkpoint of round 1 can be resumed" in done.err
+    assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.err
+
+
+def test_a_site_that_accuses_another_now_and_then_ends_the_run(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
+    real = Party._shares_of
+
+    def shares_of(self: Party, survivor: str, asked: Any, pairs: Any) -> dict[str, str]:
+        wrong = (self._site, survivor, self._release % 2) == ("site-1", "site-2", 0)
+        return {} if wrong else real(self, survivor, asked, pairs)
+
+    monkeypatch.setattr(Party, "_shares_of", shares_of)
+    all_needed = ("federation.num_sites=3", "federation.threshold=3", "federation.num_rounds=20")
+    done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
+    assert done.code == 1
+    lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
+    assert f"release {lost.stop} of the secure sum cannot be read" in done.err
+    assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.err
+    assert "wrong shares between site-1 and site-2; the checkpoint of" in done.err
+    for site in ("site-1", "site-2", "site-3"):
+        spent = json.loads(command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
+        assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
 def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(

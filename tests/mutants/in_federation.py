@@ -94,6 +94,14 @@ FEDERATION_FAULTS = (
         tests=SECURE,
     ),
     Mutant(
+        name="rounds-lost-for-ever",
+        fault="A member that accuses another in every second round makes half of a run's rounds cost for nothing.",
+        file="fedtune/flower/secure_rounds.py",
+        old="        if state.round in lost or len(lost) + 1 >= MOST_LOST:",
+        new="        if state.round in lost:",
+        tests=SECURE,
+    ),
+    Mutant(
         name="a-round-of-any-session",
         fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
         "lead cannot sum.",
