@@ -230,7 +230,9 @@ class SecureRounds:
             if site not in parts:
                 continue
             asked = SumRequest(proposal=self._proposal, site=site, expires=expires, step=step, session=session)
-            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=self._settings)
+            # A site that has a part in the session knows them; one that has lost it says so, and announces again.
+            settings = self._settings if step == ANNOUNCE else ""
+            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=settings)
             messages.append(Message(content, node, f"query.{flower_records.SUM}"))
         self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
         found: dict[str, bytes] = {}

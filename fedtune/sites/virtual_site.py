@@ -419,7 +419,9 @@ class Participants:
         def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
             return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
-        sums = sums_of(self.sites.files(name), self._parties[name], members=self.identities)
+        files = self.sites.files(name)
+        # Kept sites may say themselves whom they sum with, as real ones do.
+        sums = sums_of(files, self._parties[name], members=files.policy.trust.members or self.identities)
         prepared = Prepared(
             proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
             template=self.shared.initial_adapter,

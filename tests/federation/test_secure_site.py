@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import secrets
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +28,14 @@ from fedtune.federation.protocol import (
     SumRequest,
     terms_of,
 )
+from fedtune.federation.secure import at_site
 from fedtune.federation.secure.agreement import Limits, Session
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, session_of
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, take_step
 from fedtune.model import Adapter
+from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -348,6 +355,25 @@ def test_who_would_refuse_the_round_joins_no_session(federation: Federation) -> 
     assert federation.refused("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
 
 
+def test_settings_are_needed_for_the_first_step_of_a_session_alone(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lead sends them with that: whoever has lost its part says so, and is asked to announce again."""
+    session, name, announced = federation.begun()
+    made = federation.summation(session)
+
+    def unread(proposal: Proposal) -> Prepared:
+        raise AssertionError("no settings came with this")
+
+    monkeypatch.setattr(SecureSite, "open", lambda site, real=SecureSite.open: replace(real(site), prepare=unread))
+    federation.read(made)
+    assert federation.told("north", JOIN, *announced) == session.digest.encode()
+    federation.sites["north"].parties = Parties()
+    assert federation.refused("north", JOIN, *announced) == (Reason.SECURE_SUM, "session_differs")
+    assert federation.refused("north", ANNOUNCE, name="1" * 32)[0] is Reason.SITE_ERROR
+    assert name == federation.name
+
+
 def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Federation) -> None:
     session, _, _ = federation.begun()
     made = federation.summation(session)
@@ -356,5 +382,62 @@ def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Fed
         federation.told("north", CONFIRM, question)
     assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
     federation.read(made)
-    federation.told("north", UNMASK, made.unmask_request("north"))
-    assert len(federation.sites["north"].promises.read_text().splitlines()) == 2
+    assert noted(federation.sites["north"]) == [(session.digest, 1, True)]
+    replaced = federation.sites["north"].promises.stat().st_mtime_ns
+    for _ in range(20):
+        federation.told("north", CONFIRM, question)
+        federation.told("north", UNMASK, made.unmask_request("north"))
+    assert federation.sites["north"].promises.stat().st_mtime_ns == replaced
+
+
+def noted(site: SecureSite) -> list[tuple[str, int, bool]]:
+    """Session, release and whether it is confirmed, of each promise on disk."""
+    promises = map(json.loads, site.promises.read_text().splitlines())
+    return [(one["session"], one["release"], one["confirmed"]) for one in promises]
+
+
+def test_of_each_session_the_newest_promise_is_kept(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_site, "_MOST_NOTED", 2)
+    digests = []
+    for start in (1, 2, 3):
+        session, _, _ = federation.begun()
+        digests.append(session.digest)
+        federation.read(federation.summation(session, start))
+        assert noted(federation.sites["north"])[-1] == (session.digest, start, True)
+    assert noted(federation.sites["north"]) == [(digests[at], at + 1, True) for at in (1, 2)]
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
+def test_a_kill_leaves_the_promise_before_or_the_new_one_and_no_answer_without_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, killed_at: int | None
+) -> None:
+    """SIGKILL before each step that makes the new one durable: its bytes, its name, the folder's."""
+    session, _, _ = federation.begun()
+    federation.read(federation.summation(session))
+    question = federation.summation(session, 2).confirm_request()
+    steps = itertools.count()
+
+    def or_killed(step: Callable[..., None]) -> Callable[..., None]:
+        def done(*given: object) -> None:
+            if next(steps) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(*given)
+
+        return done
+
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing may get out of it into the test
+        try:
+            durable.os = SimpleNamespace(**vars(os))  # type: ignore[attr-defined]
+            durable.os.fsync, durable.os.replace = or_killed(os.fsync), or_killed(os.replace)
+            os.write(writer, federation.told("north", CONFIRM, question))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    answer = os.read(reader, 1 << 16)
+    os.close(reader)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    before, new = (session.digest, 1, True), (session.digest, 2, False)
+    assert noted(federation.sites["north"]) == [new if killed_at in (2, None) else before]
+    assert (ended, bool(answer)) == ((0, True) if killed_at is None else (-signal.SIGKILL, False))

@@ -102,6 +102,14 @@ FEDERATION_FAULTS = (
         tests=SECURE,
     ),
     Mutant(
+        name="promises-written-over",
+        fault="A promise is written over the one before it: a crash leaves neither.",
+        file="fedtune/federation/secure/at_site.py",
+        old='        write_durably(path, b"".join(line + b"\\n" for line in kept))\n',
+        new='        path.write_bytes(b"".join(line + b"\\n" for line in kept))\n',
+        tests=OF_SECURE_SITES,
+    ),
+    Mutant(
         name="a-round-of-any-session",
         fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
         "lead cannot sum.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
@@ -15,9 +17,11 @@ from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
 from fedtune.federation.site_round import Trained
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.mechanism import noised_scores
+from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.sites.virtual_site import Participants
+from fedtune.sites.virtual_site import POLICY, Participants
 from fedtune.spec import ConfigError
 
 from .conftest import round_request
@@ -67,6 +71,16 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
     again = everyone.site(0)
     assert again.ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+
+
+def test_simulated_sites_sum_with_whom_their_policies_name(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
+    own = everyone.identities
+    policy = everyone.sites.files("a").policy
+    other = {"b": SigningKey(Ed25519PrivateKey.generate()).public}
+    write_policy(replace(policy, trust=replace(policy.trust, members=other)), tmp_path / "sites" / "a" / POLICY)
+    rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
+    assert rosters == [{"a": own["a"], **other}, own]
 
 
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")

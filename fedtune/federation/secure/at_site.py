@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, require_pinned
 from fedtune.federation.secure.party import Keep, Party, Promise
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+
+_MOST_NOTED = 64
+"""Sessions whose newest promises are on disk; a site has long lost the keys of older ones."""
 
 
 def kept_in(path: Path) -> Keep:
-    """Writes each promise as a line of JSON at the end of this file, and waits until it is on disk."""
+    """Writes each promise in place of the one before it in its session, and waits until it is on disk.
+
+    The file has a line of JSON for each session, the newest last, and is replaced whole: a crash leaves it with the
+    earlier promise or with this one, and this one before any answer that makes it.
+    """
 
     def keep(promise: Promise) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(json.dumps(asdict(promise)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        others = [line for line in lines if promise.session.encode() not in line]
+        kept = [*others[1 - _MOST_NOTED :], json.dumps(asdict(promise)).encode()]
+        write_durably(path, b"".join(line + b"\n" for line in kept))
 
     return keep
 

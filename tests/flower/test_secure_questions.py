@@ -1,0 +1,57 @@
+"""What the lead sends with its questions for the steps of a secure sum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from fedtune.federation.lead import Checkpoints
+from fedtune.federation.protocol import SumRequest
+from fedtune.flower import flower_records
+from fedtune.flower.secure_rounds import SecureRounds
+from fedtune.flower.simulation import InProcessGrid
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.spec import RunError
+from tests.federation.secure.parties import Federation, terms_of
+
+
+class Silent(InProcessGrid):
+    """Sites that answer nothing; what they are asked is kept, by its step."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda message, context: message, 3, replied=lambda number: None)
+        self.settings: list[tuple[str, str]] = []
+
+    def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for message in messages:
+            asked = SumRequest.of(flower_records.to_signed(message.content))
+            self.settings.append((asked.step, flower_records.to_settings(message.content)))
+        return iter(())
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["announce", "join"])
+def test_settings_travel_with_the_first_step_of_a_session_alone(
+    begun: bool, run_proposal: Callable[..., Proposal], lead_key: SigningKey, tmp_path: Path
+) -> None:
+    sites, checkpoints, grid = Federation(terms_of(3, 3)), Checkpoints(tmp_path, "digest"), Silent()
+    if begun:
+        announced = [party.announce().decode() for party in sites.parties.values()]
+        checkpoints.keep_session(json.dumps({"name": "0" * 32, "announced": announced}).encode())
+    rounds = SecureRounds(
+        grid,
+        nodes=dict(enumerate(sites.parties, start=1)),
+        proposal=run_proposal(),
+        key=lead_key,
+        terms=sites.terms,
+        settings="{...}",
+        checkpoints=checkpoints,
+        timeout_s=1.0,
+    )
+    with pytest.raises(RunError, match="0 of 3 sites are in a session"):
+        rounds.ready()
+    assert set(grid.settings) == {("join", "") if begun else ("announce", "{...}")}
