@@ -18,7 +18,7 @@ from rich.text import Text
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told, noised_groups
-from fedtune.federation.kept_round import Kept, is_over, kept_of
+from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
@@ -166,7 +166,7 @@ class Display:
 
     def _round_line(self, state: LeadState) -> str:
         assert self._plan is not None
-        last, rounds = state.rounds[-1], self._config.federation.num_rounds
+        last, rounds = state.rounds[-1], rounds_in_all(state.rounds, self._config.federation)
         charges = [site_charge(state, site, self._plan) for site in self._config.federation.active]
         epsilon = epsilon_text(max(charge.epsilon for charge in charges))
         parts = [
@@ -238,7 +238,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
     _show_noised_scores(console, config, result)
     final = result.final
     if final.kept is not None:
-        console.print(_kept(final.kept, result, planned=config.federation.num_rounds), soft_wrap=True)
+        planned = rounds_in_all(result.rounds, config.federation)
+        console.print(_kept(final.kept, result, planned=planned), soft_wrap=True)
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)

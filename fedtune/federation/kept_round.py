@@ -54,11 +54,16 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
         round=kept.round,
         judged_by=judged_by,
         score=finite(kept.metrics.get(judged_by)),
-        ended_early=stops and len(rounds) < federation.num_rounds,
+        ended_early=stops and len(rounds) < rounds_in_all(rounds, federation),
     )
+
+
+def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
+    """How many rounds a run takes as things stand: its spare ones make up for those of whose updates nothing came."""
+    return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
 
 
 def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
     """Whether a run with these finished rounds has no other to come."""
     kept = kept_of(rounds, federation, judged_by=judged_by)
-    return len(rounds) >= federation.num_rounds or (kept is not None and kept.ended_early)
+    return len(rounds) >= rounds_in_all(rounds, federation) or (kept is not None and kept.ended_early)

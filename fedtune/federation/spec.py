@@ -27,7 +27,8 @@ class FederationSpec:
         min_sites: the fewest updates that a round needs; with fewer the run ends.
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
-        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried.
+        spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried, and
+            a secure sum that could not be read made up for by another release.
         stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
@@ -124,7 +125,7 @@ class FederationSpec:
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
-        for name, only in (("strategy", "fedavg"), ("bits", 32), ("spare_rounds", 0)):
+        for name, only in (("strategy", "fedavg"), ("bits", 32)):
             if getattr(self, name) != only:
                 raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
 

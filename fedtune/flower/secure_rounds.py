@@ -340,7 +340,7 @@ def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundRepli
             state.strategy,
             training=lead.training,
             plan=lead.plan,
-            round=replies.round,
+            step=sum(bool(one.sites) for one in state.rounds),
             sites=len(sites),
             most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
             declared_size=sum(lead.declared_sizes[site] for site in sites),

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from fedtune.config import RunConfig
+from fedtune.federation.kept_round import rounds_in_all
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import from_run, model
 from fedtune.report.derive.facts import RunFacts
@@ -142,7 +143,7 @@ def progress_of(record: RunRecord, report: Report, *, running: bool, problem: st
         problem=problem,
         verdict=verdict_of([*report.verdict.reasons, *of_settings(RunFacts.of_record(record))]),
         rounds_done=len(rounds),
-        rounds_planned=record.config.federation.num_rounds,
+        rounds_planned=rounds_in_all(rounds, record.config.federation),
         under_way=record.under_way if phase == "running" else None,
         ended=(rounds[-1].ended or None) if rounds else None,
         left=None,
@@ -206,7 +207,7 @@ def _is_after(time: str, other: str) -> bool:
 def time_left(record: RunRecord, *, at: datetime) -> Left | None:
     """At the pace of a running run; None while too few rounds show one, and after the last."""
     pace = None if record.state is None else record.state.pace_s
-    missing = record.config.federation.num_rounds - len(record.rounds)
+    missing = rounds_in_all(record.rounds, record.config.federation) - len(record.rounds)
     if pace is None or record.finished:
         return None
     seconds = missing * pace

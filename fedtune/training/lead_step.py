@@ -31,7 +31,7 @@ def lead_step(
     *,
     training: TrainingSpec,
     plan: Plan,
-    round: int,
+    step: int,
     sites: int,
     most: float,
     declared_size: int,
@@ -44,7 +44,7 @@ def lead_step(
         state: as the last step returned it; empty at first.
         training: optimizer, rates and their schedule.
         plan: of the run; its rounds are the schedule's steps.
-        round: from 1; places the step in the learning-rate schedule.
+        step: how many were taken before; places this one in the learning-rate schedule.
         sites: in the sum.
         most: bound on the adapter's values; sites compute at no larger ones either.
         declared_size: of these sites together, the public denominator.
@@ -55,7 +55,7 @@ def lead_step(
     for name, parameter in parameters.items():
         kept = {key.partition("/")[0]: value for key, value in state.items() if key.partition("/")[2] == name}
         optimizer.state[parameter].update({key: torch.tensor(value) for key, value in kept.items()})
-    set_learning_rate(optimizer, learning_rate_factor(training, step=round - 1, total_steps=plan.num_rounds))
+    set_learning_rate(optimizer, learning_rate_factor(training, step=step, total_steps=plan.num_rounds))
     cell = plan.max_grad_norm * 2.0**-plan.shared.cell_bits
     ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
     values = held_back(total, plan, sites=sites, declared_size=declared_size)

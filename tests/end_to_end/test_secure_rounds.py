@@ -132,9 +132,8 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(
     assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
 
 
-def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
-    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def second_sum_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[..., bytes] = Party.unmask
 
     def dies(self: Party, request: bytes) -> bytes:
@@ -143,6 +142,23 @@ def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
         return real(self, request)
 
     monkeypatch.setattr(Party, "unmask", dies)
+
+
+def test_a_spare_round_makes_up_for_a_sum_that_is_lost(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None, command: Any
+) -> None:
+    more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
+    folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
+    result = result_of(folder)
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "and the other spare round is not needed"
+    assert [after.digest() != before.digest() for before, _, after in steps] == [True, True]
+    assert {site["steps"] for site in result["privacy"]["sites"].values()} == {3}
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+
+
+def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
+    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None
+) -> None:
     folder = simulate(*SECURE, *THREE, into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]][1] == []

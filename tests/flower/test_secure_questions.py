@@ -17,7 +17,8 @@ from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import RunError
-from tests.federation.secure.parties import Federation, terms_of
+
+from ..federation.secure.parties import Federation, terms_of
 
 
 class Silent(InProcessGrid):

@@ -110,6 +110,14 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="a-schedule-by-lost-rounds",
+        fault="A release without a sum counts as a step of the schedule: the spare one has a learning rate of zero.",
+        file="fedtune/flower/secure_rounds.py",
+        old="            step=sum(bool(one.sites) for one in state.rounds),\n",
+        new="            step=replies.round - 1,\n",
+        tests=SECURE,
+    ),
+    Mutant(
         name="a-round-of-any-session",
         fault="A site uploads to the session that it is in, whichever one the lead asked about, and pays for what the "
         "lead cannot sum.",

@@ -51,7 +51,7 @@ def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(
         saved.save(LeadState(round=number, adapter=kept, strategy=state))
         state = saved.load().strategy
         kept, state = lead_step(
-            kept, total, state, training=training, plan=plan, round=number, sites=3, most=50.0, declared_size=SIZE
+            kept, total, state, training=training, plan=plan, step=number - 1, sites=3, most=50.0, declared_size=SIZE
         )
         set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
         scale = cell(plan) / (plan.sampling_rate * SIZE)

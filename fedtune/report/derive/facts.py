@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedtune.federation.kept_round import Kept
+from fedtune.federation.kept_round import Kept, rounds_in_all
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
@@ -121,7 +121,7 @@ class RunFacts(_Facts):
             deployed=record.deployed,
             doubtful=record.doubtful,
             kept=record.kept,
-            progress=f"{len(record.rounds)} / {record.config.federation.num_rounds}",
+            progress=f"{len(record.rounds)} / {rounds_in_all(record.rounds, record.config.federation)}",
             digest=record.config.digest(),
             keys=tuple((site, receipt.site_key[:16]) for site, receipt in record.receipts.items()),
         )
