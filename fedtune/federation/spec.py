@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
-from fedtune.privacy.distributed_noise import Together, least_threshold
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.few_bits import BITS
+from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")

@@ -27,7 +27,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +35,7 @@ from dp_accounting import DpEvent, SelfComposedDpEvent
 from fedtune.privacy import accountant, events
 from fedtune.privacy.mechanism import GRID_BITS, Sums, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream
+from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
 LEAST_CELLS = 8.0
@@ -47,31 +47,6 @@ _USUAL_BOUND = 2**10
 """Clip norms: more than a thousand units would have to pull one value the same way with all their gradient."""
 _TAIL = 16
 """Standard deviations that a value of a share passes with a probability below 1e-56."""
-Server = Literal["curious", "malicious"]
-"""What a lead may do: "curious" keeps to the protocol and looks at all it gets; "malicious" does what it likes."""
-
-
-def least_threshold(num_sites: int, *, colluders: int, server: Server) -> int:
-    """The least number of sites that must help to unmask a release, so that no two sets of survivors can be unmasked.
-
-    Two sets would need 2t confirmations.  Against a malicious server each colluder confirms both and each other site
-    one, K + c in all, so 2t > K + c keeps the second from coming together.  A curious server asks for one set, and
-    t > c keeps its colluders from reading shares without it; t > K/2 stays, so that sites do not depend on its word
-    where nobody colludes.
-
-    Args:
-        num_sites: K, of the run.
-        colluders: c, sites that tell the server everything and do what it says.
-        server: what it may do.
-
-    Raises:
-        ConfigError: no number of these sites withstands as many colluders.
-    """
-    alone = num_sites // 2 + 1
-    least = max(alone, colluders + 1) if server == "curious" else (num_sites + colluders) // 2 + 1
-    if least > num_sites:
-        raise ConfigError("colluders", colluders, f"must be fewer than the {num_sites} sites of the run")
-    return least
 
 
 @spec

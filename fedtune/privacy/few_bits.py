@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.privacy.packing import packed, packed_bytes, residues, signed, unpacked
 from fedtune.privacy.randomness import RandomStream
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
@@ -73,10 +74,9 @@ class Difference:
 
         A number takes a byte, or half of one: the first of two lies in the lower half.
         """
-        header = self._header()
-        parts = [np.ascontiguousarray(levels).ravel() for levels in self.levels.values()]
-        packed = [(part if self.bits == 8 else _halves(part)).data for part in parts]
-        return b"".join([struct.pack("<Q", len(header)), header, *packed])
+        header, parts = self._header(), [levels.ravel().astype(np.int64) for levels in self.levels.values()]
+        numbers = [packed(residues(part, self.bits), self.bits) for part in parts]
+        return b"".join([struct.pack("<Q", len(header)), header, *numbers])
 
     def _header(self) -> bytes:
         tensors = [[name, list(value.shape), self.steps[name]] for name, value in self.levels.items()]
@@ -128,28 +128,11 @@ def _key(end: Tensors, about: str) -> bytes:
     return digest.digest()
 
 
-def _halves(levels: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    padded = np.zeros(levels.size + levels.size % 2, dtype=np.uint8)
-    padded[: levels.size] = levels.view(np.uint8) & 15
-    return (padded[0::2] | padded[1::2] << 4).view(np.int8)
-
-
 def _levels(data: memoryview, shape: tuple[int, ...], bits: int) -> tuple[npt.NDArray[np.int8], memoryview]:
     """A tensor's numbers at the beginning of `data`, and what follows them."""
     count = math.prod(shape)
-    size = -(-count * bits // 8)
-    if size > len(data):
-        raise ValueError("length")
-    packed = np.frombuffer(data[:size], dtype=np.int8)
-    levels = packed if bits == 8 else _whole(packed)
-    if levels.min(initial=0) < -most_level(bits) or levels[count:].any():
+    size = packed_bytes(count, bits)
+    levels = signed(unpacked(data[:size], count, bits), bits)
+    if levels.min(initial=0) < -most_level(bits):
         raise ValueError("a level")
-    return levels[:count].reshape(shape), data[size:]
-
-
-def _whole(packed: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
-    levels = np.empty(2 * packed.size, dtype=np.int8)
-    levels[0::2] = packed << 4  # the sign of four bits becomes that of eight
-    levels[0::2] >>= 4
-    levels[1::2] = packed >> 4
-    return levels
+    return levels.astype(np.int8).reshape(shape), data[size:]

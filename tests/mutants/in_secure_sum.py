@@ -6,7 +6,7 @@ FOLDER = "fedtune/federation/secure"
 AGREEMENT, MASKS, SHARES, MESSAGES, PARTY, SUMMATION = (
     f"{FOLDER}/{name}.py" for name in ("agreement", "masks", "shares", "messages", "party", "summation")
 )
-NOISE = "fedtune/privacy/distributed_noise.py"
+THRESHOLD = "fedtune/privacy/threshold.py"
 OF_AGREEMENT, OF_MASKS, OF_SHARES, OF_SUM, HOSTILE, TRANSCRIPTS = (
     f"tests/federation/secure/test_{name}.py"
     for name in ("agreement", "masks", "shares", "secure_sum", "hostile_server", "transcripts")
@@ -182,7 +182,7 @@ SECURE_SUM_FAULTS = (
     Mutant(
         name="threshold-of-half",
         fault="The threshold is half of sites and colluders, not more than half: two sets can be confirmed.",
-        file=NOISE,
+        file=THRESHOLD,
         old="(num_sites + colluders) // 2 + 1",
         new="(num_sites + colluders + 1) // 2",
         tests=(OF_AGREEMENT,),
@@ -190,7 +190,7 @@ SECURE_SUM_FAULTS = (
     Mutant(
         name="colluders-hold-enough-shares",
         fault="Where the server is taken for curious, its colluders may be as many as the threshold: they read all.",
-        file=NOISE,
+        file=THRESHOLD,
         old='max(alone, colluders + 1) if server == "curious"',
         new='alone if server == "curious"',
         tests=(OF_AGREEMENT,),

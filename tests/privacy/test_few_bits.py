@@ -164,3 +164,12 @@ def test_anything_else_is_no_update(data: bytes) -> None:
 def test_the_edits_above_begin_with_a_difference_that_is_one() -> None:
     assert Difference.from_bytes(edited(tensors=TENSORS)).levels["b"].shape == (2, 3)
     assert Difference.from_bytes(edited(8)).bits == 8
+
+
+def test_the_first_of_two_numbers_lies_in_the_lower_half_of_a_byte() -> None:
+    levels = {"a": np.array([[1, -2], [3, -7]], np.int8), "b": np.array([5], np.int8), "c": np.zeros(0, np.int8)}
+    for bits, ends in ((4, b"\xe1\x93\x05"), (8, b"\x01\xfe\x03\xf9\x05")):
+        made = Difference(bits=bits, steps=dict.fromkeys(levels, 0.5), levels=levels)
+        assert made.to_bytes().endswith(b"}" + ends)
+        read = Difference.from_bytes(made.to_bytes())
+        assert all(np.array_equal(read.levels[name], value) for name, value in levels.items())

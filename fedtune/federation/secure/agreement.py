@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from fedtune.federation.secure.masks import is_mask_key
-from fedtune.privacy.distributed_noise import Server, least_threshold
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.threshold import Server, least_threshold
 from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
 
 PROTOCOL = 1

@@ -15,7 +15,7 @@ from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import read_announcement
 from fedtune.federation.secure.party import Party
 from fedtune.federation.secure.summation import session_of
-from fedtune.privacy.distributed_noise import least_threshold
+from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError
 
 from .parties import ANY, Federation, changed, identity, terms_of, wrong

@@ -21,7 +21,7 @@ from fedtune.federation.secure.messages import (
 )
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.federation.secure.summation import Summation
-from fedtune.privacy.distributed_noise import least_threshold
+from fedtune.privacy.threshold import least_threshold
 
 from .knowledge import Knowledge, Sent, watched
 from .parties import ANY, Federation, changed, identity, terms_of

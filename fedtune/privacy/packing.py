@@ -42,7 +42,7 @@ def packed(numbers: Residues, bits: int) -> bytes:
     return b"".join(pieces)
 
 
-def unpacked(data: bytes, count: int, bits: int) -> Residues:
+def unpacked(data: bytes | memoryview, count: int, bits: int) -> Residues:
     """The residues that `packed` wrote, (count,).
 
     Raises:
