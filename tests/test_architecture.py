@@ -20,8 +20,8 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 54_896
-MOST_FILES = 260
+MOST_LINES = 54_952
+MOST_FILES = 261
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 
 
