@@ -205,7 +205,7 @@ FEDERATION_FAULTS = (
         name="a-second-encoding",
         fault="A level that no rounding gives is taken: with two encodings of one meaning a site can say more.",
         file="fedtune/privacy/few_bits.py",
-        old='        if levels.min(initial=0) < -most_level(bits):\n            raise ValueError("a level")\n',
+        old='    if levels.min(initial=0) < -most_level(bits):\n        raise ValueError("a level")\n',
         new="",
         tests=DIFFERENCE,
     ),
