@@ -81,8 +81,8 @@ CLIPPING = (
         name="a-tensor-outside-the-clipped-set",
         fault="A tensor trains that is neither clipped nor noised: it is left out of what the step knows of.",
         file="fedtune/tasks/task_model.py",
-        old="for name, parameter in self.adapter_parameters().items() if parameter.requires_grad}",
-        new='for name, parameter in self.adapter_parameters().items() if "layer.1.output" not in name}',
+        old="for name, one in self.adapter_parameters().items() if one.requires_grad}",
+        new='for name, one in self.adapter_parameters().items() if "layer.1.output" not in name}',
         tests=(f"{OF_STEP[0]}::test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered",),
     ),
     Mutant(
@@ -335,8 +335,8 @@ CLIPPING = (
         name="not-projected-at-the-start",
         fault="An adapter that came with values beyond the site's bound meets the records as it is.",
         file="fedtune/training/local.py",
-        old="    parameters = model.trainable()\n    project(parameters, work.max_adapter_value)\n",
-        new="    parameters = model.trainable()\n",
+        old="    project(model.trainable(), work.max_adapter_value)\n",
+        new="",
         tests=OF_STEP,
     ),
     Mutant(

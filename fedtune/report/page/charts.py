@@ -153,7 +153,9 @@ class Charts:
             y=shortened(name, 30),
             from_zero=False,
         )
-        return self._chart("utility", self._tables.utility(), [panel] if found else [], seen=self._moved(name))
+        return self._chart(
+            "utility", self._tables.utility(), [panel] if found else [], seen=self._moved(name) if found else None
+        )
 
     def _moved(self, name: str) -> Markup | None:
         """What a score was after the first round, and after the last."""
