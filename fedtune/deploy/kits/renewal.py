@@ -182,7 +182,8 @@ class CertificateKeeper:
                 return False
             certificate = self._kit.check_certificate(datetime.now(UTC))
         except (ConfigError, OSError) as error:  # it may be in the middle of being copied
-            self._say("the kit's certificate is not used: %s", error)
+            if self._is_news(str(error)):
+                log.warning("the kit's certificate is not used: %s", error)
             return False
         self._seen = mark
         if certificate == self.certificate:
@@ -200,12 +201,14 @@ class CertificateKeeper:
             return
         try:
             roster, number = self._book.newest(), desk.ask(RenewalRequest.make(self._kit))
-            self._say("a new certificate is asked for", None)
+            if self._is_news("asked"):
+                log.info("a new certificate is asked for")
             if roster is None or number > roster.number:
                 roster = self._book.take(desk.roster())
             self._put(roster)
         except (ConfigError, RunError, OSError) as error:
-            self._say("no new certificate yet: %s", error)
+            if self._is_news(str(error)):
+                log.warning("no new certificate yet: %s", error)
 
     def _put(self, roster: Roster) -> None:
         """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
@@ -213,12 +216,10 @@ class CertificateKeeper:
         if issued is not None:
             write_durably(self._kit.certificate, issued)
 
-    def _say(self, words: str, error: Exception | None) -> None:
-        """Log it, once in a row."""
-        said = words % error if error else words
-        if said != self._said:
-            log.warning(words, error) if error else log.info(words)
-        self._said = said
+    def _is_news(self, said: str) -> bool:
+        """Whether it was not said last."""
+        last, self._said = self._said, said
+        return said != last
 
 
 def _mark(path: Path) -> tuple[int, int, int]:
