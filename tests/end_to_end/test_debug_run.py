@@ -241,7 +241,7 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
         assert "2/2 sites" in line
         assert re.search(r"loss \d\.\d{3}", line)
         assert re.search(r"epsilon \d\.\d{3}", line)
-        assert ("left" in line) == (round == 2), "the first round has work that is done once; after the last nothing is left"
+        assert ("left" in line) == (round == 2), "the first one has work that is done once"
     assert re.search(r"site-1\W+230\W+6\W+\d\.\d{3}", out)
     shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
     assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
