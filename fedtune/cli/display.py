@@ -189,7 +189,8 @@ class Display:
         return " | ".join([*parts, failed] if failed else parts)
 
     def _left_s(self, state: LeadState) -> float | None:
-        return None if state.pace_s is None else (self._config.federation.num_rounds - state.round) * state.pace_s
+        left = rounds_in_all(state.rounds, self._config.federation) - state.round
+        return None if state.pace_s is None else left * state.pace_s
 
     def _round_text(self, round: int, replied: int) -> str:
         federation = self._config.federation
