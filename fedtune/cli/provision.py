@@ -234,7 +234,11 @@ def _send(folder: Path, desk: DeskLine) -> None:
 def _roster_steps(folder: Path, *, sync: bool) -> list[str]:
     """What is left to do so that server and lead know a change of the members."""
     if sync:
-        _send(folder, _desk(folder))
+        try:
+            _send(folder, _desk(folder))
+        except RunError as error:
+            again = f"fedtune provision sync --federation {folder}"
+            raise RunError(f"{error}. The change is made here, and the server does not know it yet: {again}") from None
         return []
     return [
         f"Send the server the new roster: fedtune provision sync --federation {folder}. Until then nothing changes "
@@ -258,10 +262,10 @@ def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
             "Read out these; the site compares them with its kit's README.md.",
             {"lead": made.lead_key, "authority": made.authority.fingerprint},
         )
-    _steps(
-        f"Send {done.archive} to the site; nothing in it is secret.",
-        *_roster_steps(folder, sync=sync),
-    )
+    archive = f"Send {done.archive} to the site; nothing in it is secret."
+    if sync:
+        _steps(archive)
+    _steps(*([] if sync else [archive]), *_roster_steps(folder, sync=sync))
 
 
 def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:

@@ -210,3 +210,18 @@ def test_commands_in_the_readmes_exist(provision: Callable[..., str], request_of
     assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
     for one in found:
         parsed(*one.split())
+
+
+def test_a_change_that_the_server_does_not_know_yet_says_so(
+    provision: Callable[..., str], command: Any, request_of: Callable[..., Path]
+) -> None:
+    Path("federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:1"\n')
+    provision("init", "federation.toml")
+    outcome = command("provision", "add-site", str(request_of("north")), "--federation", "cardiology", "--sync")
+    assert outcome.code == 1
+    assert "Send cardiology/sites/north-kit.zip to the site" in outcome.out
+    assert "the server does not know it yet: fedtune provision sync --federation cardiology" in outcome.message
+    outcome = command("provision", "revoke-site", "north", "--federation", "cardiology", "--sync")
+    assert (outcome.code, "the server does not know it yet" in outcome.message) == (1, True)
+    (member,) = read_roster(Path("cardiology/server/roster.json"))
+    assert member.revoked is not None

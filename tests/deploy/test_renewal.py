@@ -339,3 +339,16 @@ def test_lead_and_server_leave_with_the_newer_roster(desk: Desk, served: Served,
     assert standby._desk.look().sites == ()
     exchange(standby, own)  # type: ignore[arg-type]
     assert [one.site for one in standby._desk.look().sites] == ["north"]
+
+
+def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    kept = roster(desk)
+    desk.revoke("north")
+    seen = book(desk, tmp_path / "seen.json")
+    seen.take(roster(desk).to_bytes())
+    lead = SigningKey.load(desk.folder / "lead/lead_key.pem")
+    restored = replace(kept, number=roster(desk).number + 5).signed(lead)
+    with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
+        seen.take(restored.to_bytes())
+    assert seen.newest() == roster(desk)

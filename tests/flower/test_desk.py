@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import pytest
 
-from fedtune.flower.wire.desk import LEAD, MOST_REQUEST_BYTES, RENEWALS, ROSTER, at_desk
+from fedtune.flower.wire.desk import LEAD, MOST_REQUEST_BYTES, RENEWALS, ROSTER, DeskLine, at_desk
+from fedtune.flower.wire.fleet import Unreachable
 from fedtune.flower.wire.identity import NotAllowed
 
 
@@ -61,3 +63,14 @@ def test_no_other_call_is_one() -> None:
     with pytest.raises(NotAllowed):
         at_desk(desk, ("POST", RENEWALS), site=None, body=b"x" * (MOST_REQUEST_BYTES + 1))
     assert desk.told == []
+
+
+@pytest.mark.parametrize(
+    "answer", [[], {}, None, 7, {"roster": 1, "number": "x", "requests": 5}, {"roster": "é", "number": 1e999}]
+)
+def test_whatever_a_server_answers_ends_nobody(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    monkeypatch.setattr(DeskLine, "_call", lambda *_: answer)
+    line = DeskLine(server="127.0.0.1:9", tls=None)  # type: ignore[arg-type]
+    for call in (line.roster, lambda: line.ask(b""), line.requests):
+        with pytest.raises(Unreachable, match="the server's answer cannot be read"):
+            call()

@@ -16,6 +16,7 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
+from fedtune.flower.wire import superlink
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.fleet import HELLO, Unauthorised, hello
 from fedtune.flower.wire.gate import Registered
@@ -185,3 +186,22 @@ def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, keys: 
     old = state.get_node_id_by_public_key(keys[0])
     keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)], AUDIT)
     assert state.get_node_id_by_public_key(keys[1]) not in (None, old)
+
+
+def test_a_revoked_site_is_out_although_the_database_takes_no_writes(
+    state: LinkState, keys: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def members(revoked: bool) -> list[Registered]:
+        return [Registered(site=name, node_key=key, revoked=revoked) for name, key in zip("ab", keys, strict=True)]
+
+    rosters = [members(revoked=False), members(revoked=True)]
+    kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
+    kept.look()
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(superlink, "keep_roster", fails)
+    with pytest.raises(OSError, match="no space"):
+        kept.look()
+    assert all(one.revoked for one in kept.members)

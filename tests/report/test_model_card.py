@@ -72,7 +72,7 @@ def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
     assert f"at most {factor_text(of_run.epsilon)}-fold, plus " in text
     assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
-    assert "plus 0.00001." in text
+    assert "plus a chance of 0.00001." in text
     assert "**Within this run's budget.**" in text
     assert text.count("\n- ") == len(of_run.not_protected)
     assert "On 10 records of the lead's own test file" in text

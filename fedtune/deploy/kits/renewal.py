@@ -136,6 +136,12 @@ class RosterBook:
         if newest is not None and roster.number <= newest.number:
             bound = f"must be higher than {newest.number}, that of the newest roster seen here"
             raise ConfigError("roster.number", roster.number, bound)
+        revoked = {one.node_key for one in newest.sites if one.revoked is not None} if newest else set()
+        if back := [one.site for one in roster.sites if one.revoked is None and one.node_key in revoked]:
+            bound = (
+                "must stay revoked, as in the newest roster seen here: revoke them again, after a restore from a backup"
+            )
+            raise ConfigError("roster.sites", back, bound)
         write_durably(self.path, roster.to_bytes())
         return roster
 

@@ -88,7 +88,7 @@ class LeadService:
         before = book.newest()
         try:
             exchange(desk, book)
-        except (ConfigError, RunError) as error:
+        except (ConfigError, RunError, OSError) as error:
             log.warning("the server's roster was not compared: %s", error)
         if self.renew:
             CertificateKeeper(self.kit, book=book, desk=desk).look()

@@ -87,7 +87,9 @@ class DeskLine:
 
     def roster(self) -> bytes:
         """The newest roster that the server has."""
-        return base64.b64decode(self._call("GET", ROSTER)["roster"])
+        answer = self._call("GET", ROSTER)
+        with in_our_words():  # which holds for whatever else a server may answer
+            return base64.b64decode(answer["roster"])
 
     def send_roster(self, data: bytes) -> None:
         """Have the server take a newer roster; the lead's call."""
@@ -95,11 +97,15 @@ class DeskLine:
 
     def ask(self, request: bytes) -> int:
         """Leave a request for a new certificate; the number of the newest roster that the server has."""
-        return int(self._call("POST", RENEWALS, request)["number"])
+        answer = self._call("POST", RENEWALS, request)
+        with in_our_words():
+            return int(answer["number"])
 
     def requests(self) -> list[bytes]:
         """The requests that were left; the lead's call."""
-        return [base64.b64decode(one) for one in self._call("GET", RENEWALS)["requests"]]
+        answer = self._call("GET", RENEWALS)
+        with in_our_words():
+            return [base64.b64decode(one) for one in answer["requests"]]
 
     def _call(self, method: str, path: str, body: bytes = b"") -> Any:
         headers = signed_headers(self.tls) if self.lead is None else lead_headers(self.lead, path, body)

@@ -188,9 +188,8 @@ class _KeptRoster:
 
     def look(self) -> None:
         with self._looking:
-            members = self._read()
-            keep_roster(self.state, members, self.audit)
-            self.members = members
+            self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
+            keep_roster(self.state, self.members, self.audit)
 
     def takes_writes(self) -> bool:
         """Whether the database does; says so when that changes."""
