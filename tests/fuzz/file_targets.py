@@ -20,7 +20,7 @@ from fedtune.config import saved_config
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec
-from fedtune.deploy.kits.members import read_roster, write_roster
+from fedtune.deploy.kits.members import VERSION, Roster, read_roster
 from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.lead import Checkpoints, ReceiptBook
@@ -181,7 +181,8 @@ def _federation(folder: Path) -> FederationFolder:
 def _roster_seed() -> Any:
     path = seeds.folder() / "roster.json"
     if not path.exists():
-        write_roster(path, [_member()], federation="clinics")
+        made = Roster(version=VERSION, federation="clinics", sites=(_member(),), number=7, signature="ab")
+        path.write_bytes(made.to_bytes())
     return json.loads(path.read_bytes())
 
 
