@@ -42,7 +42,7 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
         raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)
     if config.runtime.kind != "simulation":
         raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
-    if (config.runtime.num_devices or 1) > 1:
+    if config.runtime.devices > 1:
         bound = "must be 1: an audit watches each step in one process"
         raise ConfigError("runtime.num_devices", config.runtime.num_devices, bound)
     if config.lora.alternate:

@@ -128,7 +128,7 @@ def revoke_site(name: SiteName, federation: Federation = Path("."), sync: Sync =
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
-    _steps(*_roster_steps(federation, sync=sync))
+    _next_steps(federation, sync=sync)
     say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
@@ -231,19 +231,19 @@ def _send(folder: Path, desk: DeskLine) -> None:
     say(f"The server has the newest roster, number {own.number}.")
 
 
-def _roster_steps(folder: Path, *, sync: bool) -> list[str]:
-    """What is left to do so that server and lead know a change of the members."""
-    if sync:
-        try:
+def _next_steps(folder: Path, *steps: str, sync: bool) -> None:
+    """Show what is left to do after a change of the members; with `sync`, tell the server of it, as `_send` does."""
+    again = f"fedtune provision sync --federation {folder}"
+    by_hand = (
+        f"Send the server the new roster: {again}. Until then nothing changes there; no restart is needed. Or copy "
+        f"{folder}/server/roster.json into the server's kit."
+    )
+    _steps(*steps, *([] if sync else [by_hand]))
+    try:
+        if sync:
             _send(folder, _desk(folder))
-        except RunError as error:
-            again = f"fedtune provision sync --federation {folder}"
-            raise RunError(f"{error}. The change is made here, and the server does not know it yet: {again}") from None
-        return []
-    return [
-        f"Send the server the new roster: fedtune provision sync --federation {folder}. Until then nothing changes "
-        f"there; no restart is needed. Or copy {folder}/server/roster.json into the server's kit."
-    ]
+    except RunError as error:
+        raise RunError(f"{error}. The change is made here, and the server does not know it yet: {again}") from None
 
 
 def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
@@ -262,10 +262,7 @@ def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
             "Read out these; the site compares them with its kit's README.md.",
             {"lead": made.lead_key, "authority": made.authority.fingerprint},
         )
-    archive = f"Send {done.archive} to the site; nothing in it is secret."
-    if sync:
-        _steps(archive)
-    _steps(*([] if sync else [archive]), *_roster_steps(folder, sync=sync))
+    _next_steps(folder, f"Send {done.archive} to the site; nothing in it is secret.", sync=sync)
 
 
 def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:

@@ -337,16 +337,15 @@ def _checked(found: Sequence[Check]) -> Section:
 
 def _alike(changes: Sequence[Change], *, sites: Sequence[str]) -> list[Change]:
     """The changes, with one that several sites share told once."""
-    groups: dict[tuple[str, tuple[str, str]], list[tuple[str, Change]]] = {}
+    groups: dict[tuple[bool, str, tuple[str, str]], list[tuple[str, Change]]] = {}
     for change in changes:
         site = next((one for one in sites if change.key.startswith(f"sites.{one}.")), "")
         what = change.key.removeprefix(f"sites.{site}.") if site else change.key
-        groups.setdefault((f"{bool(site)} {what}", _both(change)), []).append((site, change))
+        groups.setdefault((bool(site), what, _both(change)), []).append((site, change))
     told = []
-    for same in groups.values():
+    for (_, what, _), same in groups.items():
         site, change = same[0]
         who = f"all {len(sites)}" if len(same) == len(sites) else f"{site} and {len(same) - 1} more"
-        what = change.key.removeprefix(f"sites.{site}.")
         told.append(change if len(same) == 1 else replace(change, key=f"sites.{who}.{what}"))
     return told
 

@@ -25,7 +25,8 @@ from dp_accounting import DpEvent
 from fedtune import __version__
 from fedtune.deploy.files import new_folder, writing
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.services.lead_and_server import DATABASE, NEWEST
+from fedtune.deploy.kits.renewal import NEWEST
+from fedtune.deploy.services.lead_and_server import DATABASE
 from fedtune.deploy.services.site_state import serving
 from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey

@@ -113,7 +113,10 @@ class SharedModel:
         self._facts = self._facts_of(given, declared_size)
         self._handed_on: HandedOn | None = None
         self.moved = 0.0
-        self._devices = self._begun() if tried and (config.runtime.num_devices or 1) > 1 else None
+        self._devices: Devices | None = None
+        if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
+            length = config.data.max_length
+            self._devices = Devices(self.model, config.task_model(), config.runtime, max_length=length)
         if tried:
             self.shapes, self.moved = self._tried()
             require_alone(self.moved, path=config.model.path, inexact_allowed=inexact_allowed)
@@ -235,10 +238,6 @@ class SharedModel:
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
         )
-
-    def _begun(self) -> Devices:
-        config = self.config
-        return Devices(self.model, config.task_model(), config.runtime, max_length=config.data.max_length)
 
     def first_adapter(self) -> Adapter:
         """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.

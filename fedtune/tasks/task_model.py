@@ -43,7 +43,6 @@ class TaskModel(nn.Module):
 
     head: nn.Module | None
     round: int = 0
-    _resting: frozenset[str] = frozenset()
 
     def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
         super().__init__()
@@ -141,9 +140,10 @@ class TaskModel(nn.Module):
         return dict(sorted(named.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors that are trained and released, in the order of their names."""
+        """The tensors that are trained and released, in the order of their names; also one that rests now."""
+        rests = self.spec.lora.rests_in(self.round) if self.round else None
         parameters = self.adapter_parameters().items()
-        return {name: one for name, one in parameters if one.requires_grad or name in self._resting}
+        return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
 
     def trained_now(self) -> dict[str, nn.Parameter]:
         """Those of them that are clipped, noised and stepped: all, unless A and B take turns."""
@@ -153,16 +153,16 @@ class TaskModel(nn.Module):
     def in_round(self, round: int) -> Iterator[None]:
         """Inside, what rests in this round, from 1, is as frozen as the base."""
         rests = self.spec.lora.rests_in(round)
-        resting = {name: one for name, one in self.trainable().items() if rests is not None and rests in name}
-        self.round, self._resting = round, frozenset(resting)
+        resting = [one for name, one in self.trainable().items() if rests and rests in name]
+        self.round = round
         try:
-            for parameter in resting.values():
+            for parameter in resting:
                 parameter.requires_grad_(False)
             yield
         finally:
-            for parameter in resting.values():
+            for parameter in resting:
                 parameter.requires_grad_(True)
-            self.round, self._resting = 0, frozenset()
+            self.round = 0
 
     def enable_gradient_checkpointing(self) -> None:
         """Store only the layers' inputs in the forward pass: less memory, about a third more time.

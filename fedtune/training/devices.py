@@ -256,7 +256,7 @@ def places_for(runtime: RuntimeSpec) -> list[torch.device]:
     Raises:
         ConfigError: there are fewer GPUs.
     """
-    first, count = device_for(runtime.device), runtime.num_devices or 1
+    first, count = device_for(runtime.device), runtime.devices
     if first.type == "cpu":
         return [first] * count
     if count > (there := torch.cuda.device_count()):

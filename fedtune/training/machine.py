@@ -55,7 +55,7 @@ def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_len
     Raises:
         ConfigError: the model cannot be loaded, or takes no example of `max_length` tokens.
     """
-    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // (runtime.num_devices or 1)))
+    torch.set_num_threads(runtime.num_threads or max(1, usable_cores() // runtime.devices))
     model = build()
     if runtime.onednn:
         multiply_by_onednn(model.base)
@@ -114,7 +114,7 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     if model.device.type == "cuda":
         whole = int(torch.cuda.get_device_properties(model.device).total_memory)
         return max(0, int(_SHARE_OF_GPU * (whole - of_model)))
-    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / (runtime.num_devices or 1) - of_model)))
+    return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.devices - of_model)))
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -200,6 +200,11 @@ class RuntimeSpec:
             check_at_least("kept_states_mib", self.kept_states_mib, 0)
         self._check_ray()
 
+    @property
+    def devices(self) -> int:
+        """How many share each step: one, where nothing else was chosen."""
+        return self.num_devices or 1
+
     def _check_ray(self) -> None:
         for key in ("ray_address", "sites_per_gpu"):
             if getattr(self, key) is not None and self.kind != "ray":

@@ -55,7 +55,11 @@ def federation_toml(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
     """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
-    folder = tmp_path_factory.mktemp("made")
+    return new_federation(tmp_path_factory.mktemp("made"), now=now)
+
+
+def new_federation(folder: Path, *, now: datetime) -> Path:
+    """The folder of a federation that was made at this moment, inside `folder`."""
     (folder / "federation.toml").write_text(FEDERATION_TOML)
     return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
 

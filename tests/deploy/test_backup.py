@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.services.lead_and_server import NEWEST
+from fedtune.deploy.kits.renewal import NEWEST
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify

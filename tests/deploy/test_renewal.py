@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,12 +16,12 @@ from fedtune.deploy.kits.certificates import make_key, read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster
-from fedtune.deploy.kits.renewal import CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
-from fedtune.deploy.services.lead_and_server import NEWEST, ServerDesk, exchange
+from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
+from fedtune.deploy.services.lead_and_server import ServerDesk, exchange
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import FEDERATION_TOML, Desk
+from .conftest import Desk, new_federation
 
 YEAR = timedelta(days=365)
 
@@ -34,15 +33,8 @@ def now() -> datetime:
 
 
 @pytest.fixture(scope="module")
-def made_long_ago(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
-    folder = tmp_path_factory.mktemp("long ago")
-    (folder / "federation.toml").write_text(FEDERATION_TOML)
-    return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
-
-
-@pytest.fixture
-def federation(made_long_ago: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made_long_ago, tmp_path / "federation")
+def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
+    return new_federation(tmp_path_factory.mktemp("long ago"), now=now)
 
 
 @pytest.fixture

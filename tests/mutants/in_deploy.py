@@ -114,7 +114,7 @@ DEPLOY_FAULTS = (
         name="join-request-unsigned",
         fault="A join request passes without its site's signature: whoever carries it puts a key of their own in it.",
         file="fedtune/deploy/kits/members.py",
-        old="        if not is_signed(self.site_key, PURPOSE, _signed_bytes(_unsigned(self)), self.signature):",
+        old="        if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):",
         new="        if False:",
         tests=("tests/deploy/test_join.py::test_a_request_that_was_changed_is_refused",),
     ),

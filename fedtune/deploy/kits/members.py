@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -40,6 +40,7 @@ from fedtune.words import spoken
 PURPOSE, ROSTER = "join request", "roster"
 """Of the site's signature, and of the lead's."""
 REQUEST = "join_request.json"
+_T = TypeVar("_T")
 _MOST_BYTES = 1 << 16
 _MOST_UNITS = 1 << 53  # what a float still counts exactly
 
@@ -139,14 +140,7 @@ class Roster:
         Raises:
             ConfigError: the file is missing or no roster; it names what is wrong.
         """
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError("roster", str(path), f"must be a readable file ({error.strerror})") from None
-        try:
-            return cls.of(data)
-        except ConfigError as error:
-            raise error.in_file(path) from None
+        return _in_file(path, cls.of, key="roster")
 
     @classmethod
     def of(cls, data: bytes) -> Roster:
@@ -155,11 +149,11 @@ class Roster:
 
     def signed(self, key: SigningKey) -> Roster:
         """The same, with the lead's signature."""
-        return dataclasses.replace(self, signature=key.sign(ROSTER, _signed_bytes(_unsigned(self))))
+        return dataclasses.replace(self, signature=key.sign(ROSTER, signed_bytes(dataclasses.asdict(self))))
 
     def check_signed(self, lead: str) -> None:
         """Require the signature of the lead with this public key."""
-        if not is_signed(lead, ROSTER, _signed_bytes(_unsigned(self)), self.signature):
+        if not is_signed(lead, ROSTER, signed_bytes(dataclasses.asdict(self)), self.signature):
             bound = "must be signed by the federation's lead: somebody else made it, or changed it"
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
@@ -179,9 +173,17 @@ def read_roster(path: Path) -> tuple[Member, ...]:
     return Roster.read(path).sites
 
 
-def _unsigned(spec: Roster | JoinRequest) -> dict[str, Any]:
-    """All fields but the signature."""
-    return {key: value for key, value in dataclasses.asdict(spec).items() if key != "signature"}
+def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
+    """What `of` makes of a file's bytes, at most so many of them; a mistake in these names the file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+    try:
+        return of(data)
+    except ConfigError as error:
+        raise error.in_file(path) from None
 
 
 def _write(path: Path, fields: Mapping[str, Any]) -> None:
@@ -229,7 +231,7 @@ class JoinRequest:
         check_one_of("version", self.version, (VERSION,))
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
-        if not is_signed(self.site_key, PURPOSE, _signed_bytes(_unsigned(self)), self.signature):
+        if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):
             bound = "must be the site's: the request was changed after it was made; ask the site for it again"
             raise ConfigError("signature", self.signature, bound)
         _check_csr(self.csr, site=self.site)
@@ -242,15 +244,7 @@ class JoinRequest:
         Raises:
             ConfigError: the file is none, or was changed after the site signed it.
         """
-        try:
-            with path.open("rb") as file:
-                data = file.read(_MOST_BYTES + 1)
-        except OSError as error:
-            raise ConfigError("request", str(path), f"must be a readable file ({error.strerror})") from None
-        try:
-            return cls.of(data)
-        except ConfigError as error:
-            raise error.in_file(path) from None
+        return _in_file(path, cls.of, key="request", most=_MOST_BYTES + 1)
 
     @classmethod
     def of(cls, data: bytes) -> JoinRequest:
@@ -349,12 +343,13 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
         "site_key": site_key.public,
         "datasets": [{"id": one.id, "declared_size": one.declared_size} for one in policy.dataset],
     }
-    return {**fields, "signature": site_key.sign(PURPOSE, _signed_bytes(fields))}
+    return {**fields, "signature": site_key.sign(PURPOSE, signed_bytes(fields))}
 
 
-def _signed_bytes(fields: Mapping[str, Any]) -> bytes:
-    """What is signed: all but the signature."""
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+def signed_bytes(fields: Mapping[str, Any]) -> bytes:
+    """What is signed of these fields: all but the signature."""
+    signed = {key: value for key, value in fields.items() if key != "signature"}
+    return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _site_key(files: SiteFiles) -> SigningKey:

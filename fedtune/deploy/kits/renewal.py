@@ -24,11 +24,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.deploy.kits.certificates import Certificate, p384_of, public_pem, read_certificate, read_connection_key
 from fedtune.deploy.kits.kit_file import VERSION, Kit, read_json
-from fedtune.deploy.kits.members import Roster
+from fedtune.deploy.kits.members import Roster, signed_bytes
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError, check_one_of, spec
 
 log = logging.getLogger(__name__)
+NEWEST = "newest_roster.json"
+"""Where a site and a server keep the newest roster that they have seen, in their own folders."""
 _PURPOSE = b"fedtune renewal\0"
 _AGAIN_S, _LEAST_S, _TRIES = 600.0, 5.0, 20
 """How soon to ask again: in ten minutes, or so that there are still so many tries; but not within seconds."""
@@ -90,8 +92,7 @@ class RenewalRequest:
             raise ConfigError("renewal", self.name, "comes before the last third of the certificate's time")
 
     def _signed_bytes(self) -> bytes:
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "signature"}
-        return _PURPOSE + json.dumps(fields, sort_keys=True).encode()
+        return _PURPOSE + signed_bytes(dataclasses.asdict(self))
 
 
 def digest_of(certificate: x509.Certificate) -> str:
@@ -125,7 +126,7 @@ class RosterBook:
         """Keep the roster in `data`, if it is not known already.
 
         Raises:
-            ConfigError: it is not the lead's, or another federation's, or not newer than the newest that was seen.
+            ConfigError: it is not the lead's, or another federation's, or not newer, or lets a revoked key in again.
         """
         roster, newest = Roster.of(data), self.newest()
         roster.check_signed(self.lead)
@@ -218,8 +219,7 @@ class CertificateKeeper:
 
     def _put(self, roster: Roster) -> None:
         """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
-        issued = issued_to(self._kit, roster, now=datetime.now(UTC))
-        if issued is not None:
+        if (issued := issued_to(self._kit, roster, now=datetime.now(UTC))) is not None:
             write_durably(self._kit.certificate, issued)
 
     def _is_news(self, said: str) -> bool:

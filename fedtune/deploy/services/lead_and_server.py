@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member, Roster, read_roster
-from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
+from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RosterBook
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
-RECEIPTS, RUNNING, DATABASE, NEWEST = "receipts.json", "running.json", "server.db", "newest_roster.json"
+RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
@@ -244,7 +244,7 @@ class ServerDesk:
     """
 
     def __init__(self, kit: Kit, folder: Path) -> None:
-        self._kit, self._book = kit, RosterBook.of(kit, folder / NEWEST)
+        self._kit, self.book = kit, RosterBook.of(kit, folder / NEWEST)
         self._lock = threading.Lock()
         self._read: tuple[bytes, Roster] | None = None
         self._requests: dict[str, bytes] = {}
@@ -262,10 +262,10 @@ class ServerDesk:
 
     def _newer(self, data: bytes) -> Roster:
         """The kit's roster, or the newest one where that is newer."""
-        copied, newest = Roster.of(data), self._book.newest()
+        copied, newest = Roster.of(data), self.book.newest()
         if newest is not None and copied.number < newest.number:
             return newest
-        return self._book.take(data) if copied.number else copied  # one of 0.1.0 is not signed
+        return self.book.take(data) if copied.number else copied  # one of 0.1.0 is not signed
 
     def roster(self) -> bytes:
         """It, as a file's bytes."""
@@ -276,7 +276,7 @@ class ServerDesk:
         self.look()
         with self._lock:
             assert self._read is not None
-            self._read = self._read[0], self._book.take(data)
+            self._read = self._read[0], self.book.take(data)
             self._requests.clear()
 
     def ask(self, name: str, request: bytes) -> int:
@@ -335,8 +335,7 @@ class ServerService:
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
         desk = ServerDesk(self.kit, folder)
-        book = RosterBook.of(self.kit, folder / NEWEST)
-        keeper = CertificateKeeper(self.kit, book=book, desk=_OwnDesk(desk=desk) if self.renew else None)
+        keeper = CertificateKeeper(self.kit, book=desk.book, desk=_OwnDesk(desk=desk) if self.renew else None)
         settings = ServerSettings(
             tls=self.kit.tls(),
             lead=self.kit.lead,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedtune.deploy.kits.renewal import NEWEST
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -66,7 +67,7 @@ class SiteState:
     @property
     def roster(self) -> Path:
         """The newest roster that the site has seen."""
-        return self.folder / "newest_roster.json"
+        return self.folder / NEWEST
 
     def set_paused(self, paused: bool) -> None:
         """Pause, or go on."""

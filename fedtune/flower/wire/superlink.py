@@ -204,12 +204,15 @@ class _LookedAt:
     """The desk of a server that applies a roster before it says that it has it."""
 
     def __init__(self, desk: Desk, look: Callable[[], None]) -> None:
-        self._desk, self._look = desk, look
+        self._desk, self._look, self._applied = desk, look, b""
         self.ask, self.requests = desk.ask, desk.requests
 
     def roster(self) -> bytes:
-        self._look()  # it may have been copied into the kit a moment ago
-        return self._desk.roster()
+        newest = self._desk.roster()
+        if newest != self._applied:  # it may have been copied into the kit a moment ago
+            self._look()
+            self._applied = newest
+        return newest
 
     def take_roster(self, data: bytes) -> None:
         self._desk.take_roster(data)

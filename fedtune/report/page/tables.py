@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -239,6 +239,17 @@ class Words:
         ]
 
 
+def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
+    """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
+    groups: dict[tuple[object, ...], list[tuple[Markup, ...]]] = {}
+    counts: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        said = tuple(cell.striptags() for cell in row)
+        groups.setdefault((counts[said], *said[1:]), []).append(row)
+        counts[said] += 1
+    return list(groups.values())
+
+
 def found_at(data: Any, pointer: str) -> Any:
     """What a JSON pointer names, or `_ABSENT` where one of its parents is null."""
     for part in pointer.split("/")[1:]:
@@ -333,13 +344,7 @@ class Tables:
 
     def _together(self, table: Table) -> Table:
         """The first lines of a table, with one for what several sites have alike."""
-        groups: dict[tuple[object, ...], list[tuple[Markup, ...]]] = {}
-        counts: Counter[tuple[str, ...]] = Counter()
-        for row in table.rows:
-            said = tuple(cell.striptags() for cell in row)
-            groups.setdefault((counts[said], *said[1:]), []).append(row)  # what one site has twice stays two lines
-            counts[said] += 1
-        rows = tuple((self._named(group), *group[0][1:]) for group in groups.values())
+        rows = tuple((self._named(group), *group[0][1:]) for group in _alike(table.rows))
         return replace(table, rows=rows[:MOST_ROWS], all=len(rows))
 
     def _rows(self, of: str) -> list[str]:
@@ -363,11 +368,7 @@ class Tables:
     def budget(self) -> Table:
         """Page 1's table of sites, equal ones in one line, without columns that hold nothing."""
         columns = layouts()[f"budget_of_{self._words.report.kind}"].columns
-        alike: dict[tuple[str, ...], list[tuple[Markup, ...]]] = {}
-        for site in self._sites:
-            row = tuple(self._words.cell(site, column) for column in columns)
-            alike.setdefault(tuple(cell.striptags() for cell in row[1:]), []).append(row)
-        groups = list(alike.values())
+        groups = _alike(tuple(self._words.cell(site, column) for column in columns) for site in self._sites)
         used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in group[0][n] for group in groups)]
         table = self._words.table(self._words.text("budget.heading"), [columns[n] for n in used], [])
         rows = tuple((self._named(group), *(group[0][n] for n in used[1:])) for group in groups[:PAGE_ONE_SITES])
