@@ -229,7 +229,7 @@ class Checkpoints:
             raise RunError(f"{self._reference} is missing or damaged: {error}") from error
 
     def keep_session(self, session: bytes) -> None:
-        """Keep what the lead knows of the session of secure sums that it has begun: names and public keys."""
+        """Keep what the lead knows of the secure sums: the session that goes on, and whose shares were wrong."""
         write_durably(self._session, session)
 
     def session(self) -> bytes:

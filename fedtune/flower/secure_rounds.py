@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -49,21 +49,42 @@ class _Begun:
     announced: tuple[bytes, ...]
     session: Session
 
+
+@dataclass(slots=True)
+class _Known:
+    """What the lead knows of a run's secure sums, and the next lead of the run, too: all of it is public.
+
+    Attributes:
+        begun: the session that goes on; None: another has to begin.
+        accused: two sites each, of which one is at fault for a wrong share.
+        left_out: sites that are asked no more.
+    """
+
+    begun: _Begun | None = None
+    accused: set[frozenset[str]] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
+
     def to_bytes(self) -> bytes:
-        """For the next lead of the run: all of it is public."""
-        return json.dumps({"name": self.name, "announced": [one.decode() for one in self.announced]}).encode()
+        """JSON of all of it."""
+        assert self.begun is not None, "nothing is known before"
+        fields: dict[str, object] = {"left_out": sorted(self.left_out), "accused": sorted(map(sorted, self.accused))}
+        announced = [one.decode() for one in self.begun.announced]
+        return json.dumps(fields | {"name": self.begun.name, "announced": announced}).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, terms: Terms) -> _Begun | None:
-        """What an earlier lead began; None where that is no session of these terms, so that another has to begin."""
+    def from_bytes(cls, data: bytes, terms: Terms) -> _Known:
+        """What an earlier lead knew; without the session where it is none of these terms."""
+        known = cls()
         try:
             fields = json.loads(data)
+            known.left_out = set(map(str, fields["left_out"]))
+            known.accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
             announced = tuple(one.encode() for one in fields["announced"])
             session = session_of(terms, dict(zip(terms.sites, announced, strict=True)))
-            return cls(str(fields["name"]), announced, session)
+            known.begun = _Begun(str(fields["name"]), announced, session)
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("no session of the secure sum to go on in: %s", error)
-            return None
+        return known
 
 
 class SecureRounds:
@@ -95,18 +116,16 @@ class SecureRounds:
         self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
         self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
         self._checkpoints, kept = checkpoints, checkpoints.session()
-        self._begun = _Begun.from_bytes(kept, terms) if kept else None
+        self._known = _Known.from_bytes(kept, terms) if kept else _Known()
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
-        self._left_out: set[str] = set()
-        self._accused: set[frozenset[str]] = set()
         self._traffic = [0, 0]
 
     @property
     def session(self) -> str:
         """The lead's name for the session that goes on."""
-        assert self._begun is not None, "ready first"
-        return self._begun.name
+        assert self._known.begun is not None, "ready first"
+        return self._known.begun.name
 
     def ready(self) -> tuple[str, ...]:
         """The members that a round may be asked of: in one session, before anybody pays.
@@ -119,14 +138,14 @@ class SecureRounds:
         """
         here, missing = self._rejoined()
         lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
-        if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
+        if self._known.begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin()
             self._failed[lost] += bool(failed)
             here, missing = self._rejoined()
             missing |= failed
-        ready = self._ready = tuple(site for site in here if site not in self._left_out)
+        ready = self._ready = tuple(site for site in here if site not in self._known.left_out)
         if len(ready) < self._terms.threshold:
-            why = _in_words(missing) | dict.fromkeys(self._left_out, "deals or gives wrong shares")
+            why = _in_words(missing) | dict.fromkeys(self._known.left_out, "deals or gives wrong shares")
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
             all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
@@ -134,9 +153,9 @@ class SecureRounds:
 
     def _rejoined(self) -> tuple[list[str], dict[str, Refusal | None]]:
         """Who is in the session, and why others are not: they do not answer, or have lost their part in it."""
-        if self._begun is None:
+        if self._known.begun is None:
             return [], {}
-        begun = self._begun
+        begun = self._known.begun
         joined, missing = self._ask(JOIN, begun.name, dict.fromkeys(self._terms.sites, begun.announced))
         right = [site for site, digest in joined.items() if digest == begun.session.digest.encode()]
         return right, missing
@@ -157,8 +176,8 @@ class SecureRounds:
             begun = _Begun(name, tuple(announced.values()), session)
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
             if not missing and set(joined.values()) == {session.digest.encode()}:
-                self._begun = begun
-                self._checkpoints.keep_session(begun.to_bytes())
+                self._known.begun = begun
+                self._checkpoints.keep_session(self._known.to_bytes())
                 return {}
             if missing:  # each further try would take the others from the session that they came from
                 break
@@ -172,15 +191,15 @@ class SecureRounds:
         Raises:
             Unreadable: too few sites took the steps that it needs; the next round may go on.
         """
-        assert self._begun is not None, "ready first"
-        release = Summation(self._begun.session, release=round)
+        assert self._known.begun is not None, "ready first"
+        release = Summation(self._known.begun.session, release=round)
         _take(uploads, release.add_upload)
         request = release.confirm_request()
         # Sites that did not upload may help, too.
-        confirmed, _ = self._ask(CONFIRM, self._begun.name, dict.fromkeys(self._ready, (request,)))
+        confirmed, _ = self._ask(CONFIRM, self._known.begun.name, dict.fromkeys(self._ready, (request,)))
         _take(confirmed, release.add_confirmation)
         requests = {site: (release.unmask_request(site),) for site in confirmed}
-        revealed, _ = self._ask(UNMASK, self._begun.name, requests)
+        revealed, _ = self._ask(UNMASK, self._known.begun.name, requests)
         _take(revealed, release.add_revealed)
         try:
             return release.total(), tuple(release.survivors)
@@ -197,8 +216,8 @@ class SecureRounds:
         Of a wrong share either the holder or the dealer is at fault.  Who has part in some with more others than can
         collude, and with more than any other site, is left out; who was left out before counts no more.
         """
-        self._accused |= {frozenset(pair) for pair in wrong_shares}
-        pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self._left_out]
+        self._known.accused |= {frozenset(pair) for pair in wrong_shares}
+        pairs = [pair for pair in self._known.accused if len(pair) > 1 and not pair & self._known.left_out]
         most = Counter(site for pair in pairs for site in pair).most_common(2)
         shared = self._proposal.plan.shared
         assert shared is not None, "a plan of secure sums"
@@ -207,12 +226,13 @@ class SecureRounds:
             dealer = first if count > max(1, shared.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
-            self._left_out.add(dealer)
+            self._known.left_out.add(dealer)
+        self._checkpoints.keep_session(self._known.to_bytes())
 
     @property
     def accused(self) -> str:
         """Of which two sites one is at fault for a wrong share, in words; empty: of none."""
-        pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
+        pairs = sorted(" and ".join(sorted(pair)) for pair in self._known.accused)
         return f"; wrong shares between {', '.join(pairs)}" if pairs else ""
 
     def traffic(self) -> tuple[int, int]:

@@ -263,9 +263,8 @@ def test_a_member_that_joins_nothing_takes_the_session_from_nobody(
     assert [len(entry["sites"]) for entry in rounds] == [4, 3, 3, 3, 3]
 
 
-def test_a_site_that_deals_wrong_shares_is_left_out(
-    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     real_split, real_upload, wrong = shamir.split, Party.upload, [False]
 
     def split(secret: int, *, threshold: int, num_shares: int) -> list[int]:
@@ -278,9 +277,25 @@ def test_a_site_that_deals_wrong_shares_is_left_out(
 
     monkeypatch.setattr(shamir, "split", split)
     monkeypatch.setattr(Party, "upload", upload)
+
+
+@pytest.mark.usefixtures("site_2_deals_wrong_shares")
+def test_a_site_that_deals_wrong_shares_is_left_out(simulate: Any, tmp_path: Path, result_of: Any) -> None:
     folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
+    assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
+
+
+@pytest.mark.usefixtures("site_2_deals_wrong_shares", "sites_stay")
+def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
+    lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    lead_dies_in_round_two("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    done = command("simulate", f"resume={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    result = result_of(tmp_path / "run")
+    assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 

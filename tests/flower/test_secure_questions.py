@@ -42,7 +42,9 @@ def test_settings_travel_with_the_first_step_of_a_session_alone(
     sites, checkpoints, grid = Federation(terms_of(3, 3)), Checkpoints(tmp_path, "digest"), Silent()
     if begun:
         announced = [party.announce().decode() for party in sites.parties.values()]
-        checkpoints.keep_session(json.dumps({"name": "0" * 32, "announced": announced}).encode())
+        checkpoints.keep_session(
+            json.dumps({"name": "0" * 32, "announced": announced, "left_out": [], "accused": []}).encode()
+        )
     rounds = SecureRounds(
         grid,
         nodes=dict(enumerate(sites.parties, start=1)),
