@@ -66,7 +66,13 @@ def run_line(experiment: str, line: dict[str, Any], *, kept: Path | None = None)
         "validation_by_round": [r["metrics"] for r in first["rounds"]],
         "seconds": statistics.median(run["final"]["seconds"] for run in runs),
         "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in runs),
+        "bytes_of_a_site": [bytes_of_a_site(first, way) for way in ("down", "up")],
     }
+
+
+def bytes_of_a_site(run: dict[str, Any], way: str) -> int:
+    """That a site received ("down") or sent ("up") in the whole run: the mean over its sites."""
+    return round(sum(one[f"bytes_{way}"] for one in run["rounds"]) / len(run["privacy"]["sites"]))
 
 
 def finished(overrides: list[str]) -> dict[str, Any]:
@@ -86,6 +92,8 @@ def table(results: dict[str, Any]) -> str:
     lines = results["lines"].values()
     metrics = list(next(iter(lines))["metrics"])
     heads = ["", "epsilon", "noise", *metrics, "lowest to highest " + metrics[0], "runs", "seconds a run"]
+    sizes = ["MB to a site", "MB from it"] if all("bytes_of_a_site" in line for line in lines) else []
+    heads += sizes
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     before = next(iter(lines))["before"]
     # By rounding alone, unless lines begin in several adapters.
@@ -93,7 +101,8 @@ def table(results: dict[str, Any]) -> str:
         abs(line["before"].get(name, math.inf) - before.get(name, 0.0)) < 1e-3 for line in lines for name in metrics
     )
     if alike:
-        rows.append(["before training", "", "", *(f"{before[name]:.3f}" for name in metrics), "", "", ""])
+        scores = [f"{before[name]:.3f}" for name in metrics]
+        rows.append(["before training", "", "", *scores, *[""] * (len(heads) - len(scores) - 3)])
     for line in lines:
         first = [run[metrics[0]] for run in line["each_run"]]
         rows.append(
@@ -105,6 +114,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{min(first):.3f} to {max(first):.3f}" if len(first) > 1 else "",
                 str(line["runs"]),
                 f"{line['seconds']:.0f}",
+                *(f"{size / 1e6:.1f}" for size in line.get("bytes_of_a_site", ()) if sizes),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
