@@ -80,6 +80,8 @@ class Plan:
             if self.local_steps != 1:
                 bound = "must be 1 with a secure sum: what a site steps on by itself is hidden by its own noise alone"
                 raise ConfigError("local_steps", self.local_steps, bound)
+        for name in ("delta", "sampling_rate", "noise_multiplier", "max_grad_norm", "metrics_noise_multiplier"):
+            object.__setattr__(self, name, float(getattr(self, name)) + 0.0)  # 1 and -0.0 would have other digests
 
     @classmethod
     def of(

@@ -126,9 +126,12 @@ def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[s
 
 @contextmanager
 def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
-    """Watch every module of `model` that trains now, and let go of them at the end, whatever happens."""
+    """Watch every module of `model` that trains, and let go of them at the end, whatever happens.
+
+    What rests in this round multiplies as what trains does: by the kernels that were tried before the run.
+    """
     gradients = PerExampleGradients(model)
-    trained = {id(parameter) for parameter in model.trained_now().values()}
+    trained = {id(parameter) for parameter in model.trainable().values()}
     watched = [module for module in model.modules() if any(id(one) in trained for one in module._parameters.values())]
     for module in watched:
         assert type(module) in GradSampleHooks.GRAD_SAMPLERS, f"{type(module).__name__} has no per-example gradient"
@@ -164,9 +167,10 @@ def _watched(module: nn.Module, constant: nn.Module, found: Found, values: torch
     """The output (n, ..., k) for `values` (n, ..., j); on the way back it finds each example's gradient."""
     vars(constant)["_parameters"] = _values(module)  # as they are now, after a step or whatever else
     output: torch.Tensor = constant.forward(values)
-    if not torch.is_grad_enabled():
+    trained = next(module.parameters())
+    if not (torch.is_grad_enabled() and trained.requires_grad):
         return output
-    return _Watch.apply(output, next(module.parameters()), values.detach(), module, found)  # type: ignore[no-any-return, no-untyped-call]
+    return _Watch.apply(output, trained, values.detach(), module, found)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Watch(torch.autograd.Function):

@@ -29,6 +29,14 @@ ACCOUNTING = (
         tests=("tests/privacy/test_run_plan.py",),
     ),
     Mutant(
+        name="a-plan-with-two-digests",
+        fault="A run that was denied comes back with 1 in place of 1.0, and is another one to the ledger.",
+        file=PLAN,
+        old="float(getattr(self, name)) + 0.0)",
+        new="getattr(self, name))",
+        tests=("tests/privacy/test_run_plan.py::test_a_number_has_one_digest_however_it_is_written",),
+    ),
+    Mutant(
         name="spare-rounds-not-paid-for",
         fault="Noise is calibrated for the planned rounds, and retries come on top.",
         file=PLAN,

@@ -400,6 +400,14 @@ CLIPPING = (
         tests=(f"{OF_DEVICES}::test_a_unit_that_no_device_adds_is_missed",),
     ),
     Mutant(
+        name="a-rest-by-untried-kernels",
+        fault="In a round in which A or B rests, its products are other kernels' than those that were tried.",
+        file="fedtune/training/per_example.py",
+        old="    trained = {id(parameter) for parameter in model.trainable().values()}",
+        new="    trained = {id(parameter) for parameter in model.trained_now().values()}",
+        tests=("tests/training/test_preflight.py::test_no_round_multiplies_by_what_was_not_tried",),
+    ),
+    Mutant(
         name="a-failing-record-needs-more",
         fault="Where a record of a micro-batch fails, what was found for the one before is kept while the next is "
         "computed: a step that just fits in memory ends for want of it, and that tells of the record.",

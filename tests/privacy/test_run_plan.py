@@ -42,6 +42,16 @@ def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> N
     assert plan(**change) != plan()
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
+)
+def test_a_number_has_one_digest_however_it_is_written(plan: Any, name: str, written: float) -> None:
+    """What was denied as 1.0 is denied as 1, too."""
+    asked = plan(**{name: abs(float(written))})
+    assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
+
+
 def test_every_field_is_in_its_json(plan: Any) -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0, metrics_groups=("a", "b"))
     assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared"}

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune.data import Shapes
 from fedtune.model import Adapter, LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
+from fedtune.training.machine import ready_model
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
+from fedtune.training.spec import RuntimeSpec
 
 KINDS = [
     ("random:bert", "classification"),
@@ -53,6 +56,38 @@ def with_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskMode
     layers = base.encoder.layer if hasattr(base, "encoder") else base.model.layers
     layers[number] = Changed(layers[number], change)
     return model
+
+
+class Products(TorchDispatchMode):
+    """Which kernels multiplied, and with tensors of which shapes and strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[Any, ...]]] = set()
+
+    def __torch_dispatch__(self, kernel: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(product in str(kernel) for product in ("mm", "linear")):
+            shapes = tuple((tuple(one.shape), one.stride()) for one in args if isinstance(one, torch.Tensor))
+            self.seen.add((str(kernel), shapes))
+        return kernel(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_no_round_multiplies_by_what_was_not_tried(fresh: Any, onednn: bool) -> None:
+    """Also in rounds in which A or B rests: its product is not left to other kernels then."""
+    lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
+    model = ready_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=20)
+
+    def products() -> set[Any]:
+        with Products() as products:
+            check(model, seed=1)
+        return products.seen
+
+    tried = products()
+    for round in (1, 2):
+        with model.in_round(round):
+            assert (seen := products()) <= tried
+        assert seen
 
 
 @pytest.fixture
