@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -21,7 +23,7 @@ from fedtune.deploy.services.lead_and_server import ServerDesk, exchange
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import Desk, new_federation
+from .conftest import Desk, Killed, killed_at, new_federation
 
 YEAR = timedelta(days=365)
 
@@ -167,6 +169,49 @@ def test_server_and_lead_are_renewed_the_same_way(desk: Desk, kind: str, tmp_pat
     assert issued is not None
     kit.certificate.write_bytes(issued)
     assert kit.check_certificate(later).not_after == later + YEAR
+
+
+@pytest.mark.parametrize("kind", ["server", "lead"])
+def test_a_renewal_that_is_killed_anywhere_needs_no_hand(
+    desk: Desk, kind: Literal["server", "lead"], tmp_path: Path
+) -> None:
+    shutil.copytree(desk.folder, tmp_path / "kept")
+    later, step, done = desk.now + timedelta(days=300), 0, False
+    while not done:
+        shutil.rmtree(desk.folder)
+        shutil.copytree(tmp_path / "kept", desk.folder)
+        shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
+        kit = Kit.read(shutil.copytree(desk.folder / kind, tmp_path / "elsewhere"), kind=kind)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(step, patch)
+            try:
+                provisioning.renew(desk.folder, kind, days=None, now=later)
+            except Killed:
+                pass
+            else:
+                done = True
+        had_one = issued_to(kit, roster(desk), now=later)
+        answered = asked(desk, kit, later=timedelta(days=300))
+        assert answered.renewed.keys() == (set() if had_one else {kind}), (step, answered.refused)
+        issued = issued_to(kit, roster(desk), now=later)
+        assert issued is not None, step
+        assert roster(desk).certificate_of(kind) == (desk.folder / kind / f"{kind}.pem").read_text() == issued.decode()
+        step += 1
+    assert step > 10
+
+
+def test_the_roster_says_which_certificate_a_server_has(desk: Desk, tmp_path: Path) -> None:
+    """As for one whose new certificate lies in the federation's folder alone, since 0.1.0 could be killed there."""
+    kit = Kit.read(shutil.copytree(desk.folder / "server", tmp_path / "elsewhere"), kind="server")
+    before = roster(desk)
+    provisioning.renew(desk.folder, "server", days=None, now=desk.now + timedelta(days=1))
+    for name in ("server", "lead"):
+        (desk.folder / name / "roster.json").write_bytes(before.to_bytes())
+    assert asked(desk, kit, later=timedelta(days=300)).renewed.keys() == {"server"}
+    old = {key: value for key, value in asdict(before).items() if key in ("version", "federation", "sites")}
+    (desk.folder / "server/roster.json").write_text(json.dumps(old))
+    kit.certificate.write_bytes((desk.folder / "server/server.pem").read_bytes())
+    assert asked(desk, kit, later=timedelta(days=600)).renewed.keys() == {"server"}, "0.1.0's roster names none"
 
 
 def test_nobody_else_gets_one(desk: Desk, north: Kit) -> None:
