@@ -111,6 +111,24 @@ def test_only_the_lead_s_newer_roster_is_taken(desk: Desk, tmp_path: Path) -> No
         own.take(first.to_bytes())
 
 
+def test_a_newest_roster_that_somebody_changed_is_not_believed(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    desk.revoke("north")
+    seen = book(desk, tmp_path / "seen.json")
+    seen.take(roster(desk).to_bytes())
+    fields = json.loads(seen.path.read_bytes())
+    again = {**fields, "sites": [{**fields["sites"][0], "revoked": None}]}
+    for changed in (again, {**fields, "number": fields["number"] + 1}, {**fields, "signature": ""}, "no roster"):
+        seen.path.write_text(json.dumps(changed))
+        for call in (seen.newest, lambda: seen.take(roster(desk).to_bytes())):
+            with pytest.raises(
+                ConfigError, match=r"newest roster = '.*seen\.json': must be .*\. Move the file away, and"
+            ):
+                call()
+    seen.path.unlink()
+    assert seen.take(roster(desk).to_bytes()) == seen.newest()
+
+
 def test_the_server_keeps_the_newest_whatever_is_copied_into_its_kit(desk: Desk, tmp_path: Path) -> None:
     kit = Kit.read(desk.folder / "server", kind="server")
     old = kit.roster.read_bytes()
@@ -352,10 +370,49 @@ def test_a_roster_whose_certificate_is_for_another_key_changes_nothing(desk: Des
 
 
 def test_a_new_roster_answers_all_requests(desk: Desk, north: Kit, served: Served) -> None:
+    nearly_over(desk, "north", north)
     served.ask(RenewalRequest.make(north))
+    assert len(served._desk.requests()) == 1
     desk.join("south")
     served.send_roster(roster(desk).to_bytes())
     assert served._desk.requests() == []
+
+
+def test_the_server_keeps_no_request_that_the_lead_would_refuse(desk: Desk, north: Kit, served: Served) -> None:
+    """One that stayed would be refused in each `provision sync`, in a name that its maker chose."""
+    server, south = served._desk, Kit.read(desk.join("south"), kind="site")
+    number = roster(desk).number
+    old = RenewalRequest.make(north)
+    with pytest.raises(ConfigError, match="before the last third"):
+        server.ask("north", old)
+    nearly_over(desk, "north", north)
+    request = RenewalRequest.of(RenewalRequest.make(north))
+    for name, data, why in (
+        ("south", RenewalRequest.make(north), "must be in the name of south, who asks"),
+        ("north", json.dumps(asdict(replace(request, signature="00"))).encode(), "must be signed with the key"),
+        ("north", json.dumps(asdict(replace(request, federation="other"))).encode(), "must be for the certificate"),
+        ("north", b"{}", "is required"),
+        ("north", b"", "must be JSON"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            server.ask(name, data)
+    assert server.ask("north", old) > number, "a certificate that it has no more: the newer one is in that roster"
+    assert server.requests() == []
+    nearly_over(desk, "south", south)
+    for name, kit in (("north", north), ("south", south)):
+        server.ask(name, RenewalRequest.make(kit))
+    answered = provisioning.answer_renewals(desk.folder, [b"{}", *server.requests()], now=datetime.now(UTC))
+    assert (answered.renewed.keys(), answered.refused.keys()) == ({"north", "south"}, {"a request"})
+
+
+def test_what_the_server_last_saw_is_had_without_the_disk(desk: Desk, served: Served) -> None:
+    before = served._desk.roster()
+    desk.join("north")
+    assert served._desk.known() == before
+    served._desk.look()
+    assert served._desk.known() == roster(desk).to_bytes()
+    (desk.folder / "server/roster.json").unlink()
+    assert served._desk.known() == (desk.folder / "lead/roster.json").read_bytes()
 
 
 def test_lead_and_server_leave_with_the_newer_roster(desk: Desk, served: Served, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ DEPLOY_FAULTS = (
         name="roster-of-anybody",
         fault="A roster counts whoever made it: the server's administrator lets a revoked site in again.",
         file="fedtune/deploy/kits/renewal.py",
-        old="        roster.check_signed(self.lead)\n",
-        new="",
+        old="        roster.check_signed(self.lead)\n        if roster.federation",
+        new="        if roster.federation",
         tests=("tests/deploy/test_renewal.py::test_only_the_lead_s_newer_roster_is_taken",),
     ),
     Mutant(
@@ -77,6 +77,41 @@ DEPLOY_FAULTS = (
         old="        if newest is not None and copied.number < newest.number:",
         new="        if False:",
         tests=("tests/deploy/test_renewal.py::test_the_server_keeps_the_newest_whatever_is_copied_into_its_kit",),
+    ),
+    Mutant(
+        name="newest-roster-of-anybody",
+        fault="Who can write a server's newest roster lets a revoked site in again by it.",
+        file="fedtune/deploy/kits/renewal.py",
+        old="            if roster.number:  # one of 0.1.0",
+        new="            if False:  # one of 0.1.0",
+        tests=("tests/deploy/test_renewal.py::test_a_newest_roster_that_somebody_changed_is_not_believed",),
+    ),
+    Mutant(
+        name="half-a-change",
+        fault="A roster is in the lead's kit, and so on its way to the server, before its change is sure to be made.",
+        file="fedtune/deploy/kits/federation_folder.py",
+        old="            write_durably(self.folder / CHANGE,",
+        new="            write_durably(self.folder / 'lead' / 'roster.json', roster.to_bytes())\n"
+        "            write_durably(self.folder / CHANGE,",
+        tests=("tests/deploy/test_membership.py::test_a_change_that_is_killed_anywhere_is_whole_or_not_there",),
+    ),
+    Mutant(
+        name="number-of-anybody",
+        fault="The number of a roster that nobody signed keeps the lead from telling whom it revoked.",
+        file="fedtune/cli/provision.py",
+        old="            there.check_signed(made.lead_key)",
+        new="            pass",
+        tests=(
+            "tests/cli/test_provision.py::test_the_number_of_a_roster_that_the_lead_did_not_sign_is_not_believed",
+        ),
+    ),
+    Mutant(
+        name="request-in-another-s-name",
+        fault="A member's request for a certificate is shown to the lead as another member's.",
+        file="fedtune/deploy/services/lead_and_server.py",
+        old="        if asked.name != name:",
+        new="        if False:",
+        tests=("tests/deploy/test_renewal.py::test_the_server_keeps_no_request_that_the_lead_would_refuse",),
     ),
     Mutant(
         name="renewed-for-anybody",

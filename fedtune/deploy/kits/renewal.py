@@ -119,8 +119,23 @@ class RosterBook:
         return cls(path=path, federation=kit.federation, lead=kit.lead)
 
     def newest(self) -> Roster | None:
-        """The newest roster; None: none was seen yet."""
-        return Roster.read(self.path) if self.path.exists() else None
+        """The newest roster; None: none was seen yet.
+
+        Raises:
+            ConfigError: the file is not as the lead signed it.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            roster = Roster.read(self.path)
+            if roster.number:  # one of 0.1.0 is not signed, and older than all others
+                roster.check_signed(self.lead)
+        except ConfigError as error:
+            bound = f"{error.bound}. Move the file away, and have the lead run `fedtune provision sync`"
+            raise ConfigError(
+                "newest roster", str(self.path), f"{bound}: until then an older one may count here"
+            ) from None
+        return roster
 
     def take(self, data: bytes) -> Roster:
         """Keep the roster in `data`, if it is not known already.
