@@ -101,9 +101,7 @@ DEPLOY_FAULTS = (
         file="fedtune/cli/provision.py",
         old="            there.check_signed(made.lead_key)",
         new="            pass",
-        tests=(
-            "tests/cli/test_provision.py::test_the_number_of_a_roster_that_the_lead_did_not_sign_is_not_believed",
-        ),
+        tests=("tests/cli/test_provision.py::test_the_number_of_a_roster_that_the_lead_did_not_sign_is_not_believed",),
     ),
     Mutant(
         name="request-in-another-s-name",

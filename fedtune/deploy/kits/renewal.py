@@ -233,9 +233,12 @@ class CertificateKeeper:
                 log.warning("no new certificate yet: %s", error)
 
     def _put(self, roster: Roster) -> None:
-        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
+        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit.
+
+        A read-only kit may have a link to where its certificate can be written.
+        """
         if (issued := issued_to(self._kit, roster, now=datetime.now(UTC))) is not None:
-            write_durably(self._kit.certificate, issued)
+            write_durably(self._kit.certificate.resolve(), issued)
 
     def _is_news(self, said: str) -> bool:
         """Whether it was not said last."""
