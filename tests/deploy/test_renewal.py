@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune.deploy.doctor import site_checks
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import make_key, read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
@@ -20,7 +22,9 @@ from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster
 from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
 from fedtune.deploy.services.lead_and_server import ServerDesk, exchange
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
 from .conftest import Desk, Killed, killed_at, new_federation
@@ -446,3 +450,44 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
         seen.take(restored.to_bytes())
     assert seen.newest() == roster(desk)
+
+
+def test_doctor_says_what_it_sees_of_a_renewal(desk: Desk, north: Kit) -> None:
+    for days, status, said in ((200, "ok", ""), (300, "ok", "was started with --renew asks"), (340, "warning", "")):
+        check = site_checks.certificate(north, desk.now + timedelta(days=days))
+        assert (check.status.value, said in check.found) == (status, True)
+        assert f"{365 - days} days from now" in check.found
+        assert ("start the site with --renew" in check.fix) == (status == "warning")
+    assert "--renew" not in site_checks.certificate(north, desk.now + timedelta(days=200)).found
+
+
+def test_doctor_compares_whom_a_site_trusts_with_the_newest_roster(
+    desk: Desk, north: Kit, site_policy: Callable[..., Policy]
+) -> None:
+    for name in ("south", "west"):
+        desk.join(name)
+    keys = {name: desk.member(name).site_key for name in ("south", "west")}
+
+    def doctor_says(**trusted: str) -> list[tuple[str, str]]:
+        policy = site_policy("north", trust={"members": trusted})
+        return [(one.status.value, one.found) for one in site_checks.members(north, policy)]
+
+    assert doctor_says() == []
+    ((status, found),) = doctor_says(**keys)
+    assert (status, "has seen no roster yet" in found) == ("skipped", True)
+    seen = book(desk, SiteState.of(north.folder).roster)
+    seen.take(roster(desk).to_bytes())
+    ((status, found),) = doctor_says(**keys, north="ab" * 32)
+    assert (status, "in the newest roster seen here, with that key" in found) == ("ok", True)
+    desk.revoke("west")
+    seen.take(roster(desk).to_bytes())
+    ((status, found),) = doctor_says(south="cd" * 32, west=keys["west"], east="ef" * 32)
+    assert status == "warning"
+    assert found.split(", ", 1)[1] == (
+        "south is in [trust].members WITH ANOTHER KEY; "
+        f"west is in [trust].members, and revoked {desk.now:%Y-%m-%d}; "
+        "east is in [trust].members, and not in the federation"
+    )
+    seen.path.write_bytes(seen.path.read_bytes().replace(keys["south"].encode(), b"cd" * 32))
+    with pytest.raises(ConfigError, match="newest roster"):  # the examination makes a line of it
+        doctor_says(**keys)
