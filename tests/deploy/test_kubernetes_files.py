@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -285,17 +286,24 @@ def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_
     receipts = ("receipts.json",) if has_receipts else ()
     fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
     lead.mkdir()
+
+    def give(number: int | None, *, to: Path) -> None:
+        (to / "roster.json").chmod(0o640)
+        (to / "roster.json").write_text("{}" if number is None else f'{{"number": {number}}}')
+
+    give(7, to=secret)
     script = start_script("lead/lead.yaml", secret=secret, lead=lead)
     assert run("sh", "-euc", script).returncode == 0
     kit = lead / "kit"
     assert {path.name for path in kit.iterdir()} == {path.name for path in secret.iterdir()}
     assert {path.stat().st_mode & 0o777 for path in kit.iterdir()} == {0o600}
     (kit / "receipts.json").write_text("newer")
-    (secret / "roster.json").chmod(0o640)
-    (secret / "roster.json").write_text("a new site")
-    assert run("sh", "-euc", script).returncode == 0
-    assert (kit / "receipts.json").read_text() == "newer"
-    assert (kit / "roster.json").read_text() == "a new site"
+    for in_secret, on_volume, newest in ((8, 7, 8), (8, 9, 9), (None, 9, 9), (8, None, 8), (9, 9, 9)):
+        give(in_secret, to=secret)
+        give(on_volume, to=kit)
+        assert run("sh", "-euc", script).returncode == 0
+        assert (kit / "receipts.json").read_text() == "newer"
+        assert json.loads((kit / "roster.json").read_text()) == {"number": newest}
 
 
 def test_the_lead_s_job_begins_a_run_or_goes_on_and_ends_where_trying_again_is_no_use() -> None:

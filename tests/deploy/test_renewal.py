@@ -21,7 +21,7 @@ from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster
 from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
-from fedtune.deploy.services.lead_and_server import ServerDesk, exchange
+from fedtune.deploy.services.lead_and_server import LeadService, ServerDesk, exchange
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_policy import Policy
@@ -450,6 +450,18 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
         seen.take(restored.to_bytes())
     assert seen.newest() == roster(desk)
+
+
+def test_a_lead_whose_kit_was_copied_anew_has_its_newest_certificate_from_its_roster(desk: Desk) -> None:
+    provisioning.renew(desk.folder, "lead", days=1, now=desk.now)
+    kit = Kit.read(desk.folder / "lead", kind="lead")
+    ended = kit.certificate.read_bytes()
+    newest = provisioning.renew(desk.folder, "lead", days=None, now=desk.now)
+    kit.certificate.write_bytes(ended)
+    with pytest.raises(ConfigError, match=r"lead\.pem.*expired"):
+        LeadService(kit=kit).meet()
+    assert not LeadService(kit=kit, renew=True).meet()  # its server is away
+    assert kit.check_certificate(desk.now) == newest
 
 
 def test_doctor_says_what_it_sees_of_a_renewal(desk: Desk, north: Kit) -> None:

@@ -85,15 +85,14 @@ class LeadService:
         Returns:
             Whether the lead has another roster than before.
         """
-        self.kit.check_certificate(datetime.now(UTC))
-        book = self._book
+        keeper, book = self._keeper(), self._book
         before = book.newest()
         try:
             exchange(desk_of(self.kit), book)
         except (ConfigError, RunError, OSError) as error:
             log.warning("the server's roster was not compared: %s", error)
         if self.renew:
-            self._keeper().look()
+            keeper.look()
         return book.newest() != before
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
