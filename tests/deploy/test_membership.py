@@ -299,6 +299,16 @@ def test_a_change_for_which_there_is_no_room_is_not_made(desk: Desk, monkeypatch
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
 
 
+def test_a_change_that_somebody_damaged_is_named(desk: Desk) -> None:
+    before = whole(desk.folder)
+    for text in ("nothing", '{"version": 1, "files": {"lead/roster.json": "x"}}', '{"version": 2, "files": {}}'):
+        (desk.folder / CHANGE).write_text(text)
+        with pytest.raises(ConfigError, match=r"change\.json"):
+            FederationFolder.open(desk.folder)
+    (desk.folder / CHANGE).unlink()
+    assert whole(desk.folder) == before
+
+
 def test_commands_wait_for_each_other(desk: Desk) -> None:
     request = desk.request("north")
     thread = threading.Thread(target=desk.add, args=(request,))

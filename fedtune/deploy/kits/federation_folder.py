@@ -294,8 +294,8 @@ def _complete(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        files = read_json(_Change, path.read_bytes(), key="file").files
-        for name, encoded in files.items():
+        change = read_json(_Change, path.read_bytes(), key="file")
+        for name, encoded in change.files.items():
             write_durably(folder / name, base64.b64decode(encoded))
         path.unlink()
         fsync_folder(folder)
@@ -305,6 +305,8 @@ def _complete(folder: Path) -> None:
         raise ConfigError("--federation", str(folder), f"{bound}. Mend that; each command completes it first") from None
     except ConfigError as error:
         raise error.in_file(path) from None
+    except ValueError:
+        raise ConfigError("files", "something else", "must be bytes in base64").in_file(path) from None
 
 
 def _json_of(what: _Change | _RetiredKeys) -> bytes:
