@@ -159,7 +159,8 @@ def sync(federation: Federation = Path(".")) -> None:
     for name, ends in answered.renewed.items():
         say(f"{name}: a new certificate, valid until {ends:%Y-%m-%d}.")
     for name, why in answered.refused.items():
-        say(f"{printable(name)}: none. {printable(why, _MOST_TEXT)}", style="bold yellow")
+        # It may be anybody's.
+        say(f"A request in the name of {printable(name)}: none. {printable(why, _MOST_TEXT)}", style="bold yellow")
     if not (answered.renewed or answered.refused):
         say("Nobody has asked for a new certificate.")
     _send(federation, desk)
@@ -216,11 +217,17 @@ def _send(folder: Path, desk: DeskLine) -> None:
     """Have the server take this folder's roster, unless it has it.
 
     Raises:
-        ConfigError: the server has a newer one.
+        ConfigError: the server has a newer one, or says so.
         RunError: it cannot be reached.
     """
-    own, there = FederationFolder.open(folder).roster, Roster.of(desk.roster())
+    made, there = FederationFolder.open(folder), Roster.of(desk.roster())
+    own = made.roster
     if there.number > own.number:
+        try:
+            there.check_signed(made.lead_key)
+        except ConfigError:
+            bound = "is not signed with this federation's lead key, so that its number says nothing: ask who runs it"
+            raise ConfigError("the server's roster", there.number, bound) from None
         bound = (
             f"is older than the server's, {there.number}: this folder was put back from a backup. Let in and revoke "
             "again whom the backup lacks; the next change makes a roster that the server takes"

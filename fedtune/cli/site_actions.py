@@ -26,6 +26,7 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
+from fedtune.deploy.kits.members import beside
 from fedtune.deploy.kits.renewal import RosterBook
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
@@ -108,33 +109,18 @@ def show_members(kit: Kit, *, site_toml: Path, as_json: bool) -> None:
     trusted = dict(kit.site_files(site_toml).policy.trust.members)
     book = RosterBook.of(kit, SiteState.of(kit.folder).roster)
     roster = book.take(DeskLine(server=kit.server, tls=kit.tls()).roster())
-    found = {one.site: (one.site_key, one.revoked) for one in roster.sites if one.site != kit.site}
-    states = {name: _member_state(*about, trusted.get(name)) for name, about in found.items()}
-    states |= dict.fromkeys(trusted.keys() - found.keys() - {kit.site}, _UNKNOWN_MEMBER)
-    keys = {name: found[name][0] if name in found else trusted[name] for name in states}
+    found = beside(roster, trusted, own=kit.site)
+    states = {name: f"{one.state}{one.to_do and ': '}{one.to_do}" for name, one in found.items()}
     if as_json:
-        members = [{"site": name, "site_key": keys[name], "state": state} for name, state in states.items()]
+        members = [{"site": name, "site_key": one.site_key, "state": states[name]} for name, one in found.items()]
         print_json({"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members})
         return
     say(f"Sites of {roster.federation}, by the lead's roster number {roster.number}:", style="bold")
-    rows = [(name, state, spoken(keys[name])) for name, state in states.items()]
+    rows = [(name, states[name], spoken(one.site_key)) for name, one in found.items()]
     headings = ("site", "here", "site key by the roster")
     show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(3)))])
     say("Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead,")
     say("and write it into [trust].members of site.toml.")
-
-
-_UNKNOWN_MEMBER = "in [trust].members, and not in the federation: take it out"
-
-
-def _member_state(key: str, revoked: str | None, trusted: str | None) -> str:
-    if trusted is None:
-        return "not in [trust].members" if revoked is None else f"revoked {revoked[:10]}"
-    if revoked is not None:
-        return f"in [trust].members, and revoked {revoked[:10]}: take it out"
-    if trusted != key:
-        return "in [trust].members WITH ANOTHER KEY: call that site"
-    return "in [trust].members, with this key"
 
 
 def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:

@@ -20,26 +20,23 @@ from fedtune.spec import ConfigError
 
 
 @contextmanager
-def new_folder(target: Path, *, key: str, replace: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, key: str) -> Iterator[Path]:
     """A folder to fill, readable by its owner alone; it becomes `target` when the block ends without an error.
 
     Args:
         target: the folder to be.
         key: what a person calls it, for an error.
-        replace: whether a `target` that exists is replaced.
 
     Raises:
-        ConfigError: `target` exists and is not to be replaced, or cannot be written.
+        ConfigError: `target` exists, or cannot be written.
     """
-    if not replace and os.path.lexists(target):
+    if os.path.lexists(target):
         raise ConfigError(key, str(target), "exists already: move it away, or name another folder")
     with writing(target, key=key):
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
             yield building
-            if replace and target.exists():
-                shutil.rmtree(target)
             building.rename(target)
             fsync_folder(target.parent)
         finally:

@@ -105,7 +105,6 @@ class SiteMetrics:
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        kit.check_certificate(self._began)
         self._answers: Counter[str] = Counter(update=0)
         self._read: tuple[object, History | None] = (None, None)
 
@@ -180,7 +179,6 @@ class ServerMetrics:
     """A server's figures: its certificate, its sites and its traffic."""
 
     def __init__(self, *, kit: Kit) -> None:
-        kit.check_certificate(datetime.now(UTC))
         self._kit = kit
         self.traffic: Traffic | None = None
         self.members: Sequence[Registered] = ()
@@ -225,7 +223,6 @@ class LeadMetrics:
     """A lead's figures: its certificate and how far its run is."""
 
     def __init__(self, *, kit: Kit) -> None:
-        kit.check_certificate(datetime.now(UTC))
         self._kit = kit
         self._round, self._num_rounds, self._seconds = 0, 0, 0.0
         self._answers: Counter[str] = Counter(update=0)

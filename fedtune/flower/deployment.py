@@ -57,12 +57,14 @@ class LeadConnection:
         server: host:port.
         key: signs requests and calls.
         sites: those that take part, in the order of the run's `federation.site_names`.
+        has_new_certificate: asked again and again whether the files of `tls` have another one than before.
     """
 
     server: str
     tls: Tls
     key: SigningKey
     sites: Sequence[KnownSite]
+    has_new_certificate: Callable[[], bool] = lambda: False
 
 
 class DeployedListener(Listener, Protocol):
@@ -217,4 +219,5 @@ def _grid(
         key=connection.key,
         hear=_Ears(connection.sites, listener, most_rounds=most_rounds),
         closing=lambda: Closing(spec),
+        has_new_certificate=connection.has_new_certificate,
     )

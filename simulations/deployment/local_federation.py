@@ -123,10 +123,11 @@ class LocalFederation:
                 raise RuntimeError(f"{name} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)
 
-    def run(self, name: str, *more: str) -> dict[str, Any]:
-        """`fedtune run` over all three sites; returns run.json."""
+    def run(self, name: str, *more: str, sites: Sequence[str] = ()) -> dict[str, Any]:
+        """`fedtune run` over these sites, or all of them; returns run.json."""
         # The sites' files hold what the simulation would take of the whole file.
-        words = [*self.overrides, "data.train_fraction=1.0", f"sites=[{','.join(self.sites)}]", f"name={name}", *more]
+        taking_part = f"sites=[{','.join(sites or self.sites)}]"
+        words = [*self.overrides, "data.train_fraction=1.0", taking_part, f"name={name}", *more]
         fedtune(self.folder, "run", "--kit", "fed/lead", *words)
         return json.loads((self.folder / "runs" / name / "run.json").read_text())
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.deploy.kits.members import next_steps, read_roster, site_init
+from fedtune.deploy.kits.members import Roster, next_steps, read_roster, site_init
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 
@@ -225,3 +227,41 @@ def test_a_change_that_the_server_does_not_know_yet_says_so(
     assert (outcome.code, "the server does not know it yet" in outcome.message) == (1, True)
     (member,) = read_roster(Path("cardiology/server/roster.json"))
     assert member.revoked is not None
+
+
+class Claimed:
+    """A server's desk that has this roster, and notes which one it is sent."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster, self.sent = roster, list[bytes]()
+
+    def roster(self) -> bytes:
+        return self._roster.to_bytes()
+
+    def requests(self) -> list[bytes]:
+        return [b'{"version": 1, "federation": "cardiology", "name": "north", "replaces": "00", "signature": "00"}']
+
+    def send_roster(self, data: bytes) -> None:
+        self.sent.append(data)
+
+
+def test_the_number_of_a_roster_that_the_lead_did_not_sign_is_not_believed(
+    provision: Callable[..., str], command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:1"\n')
+    provision("init", "federation.toml")
+    own = Roster.read(Path("cardiology/server/roster.json"))
+    lead = SigningKey.load(Path("cardiology/lead/lead_key.pem"))
+    newer = replace(own, number=own.number + 9)
+    for there, code, said in (
+        (newer, 2, "says nothing: ask who runs it"),
+        (newer.signed(SigningKey.load_or_make(Path("stranger.pem"))), 2, "says nothing: ask who runs it"),
+        (newer.signed(lead), 2, f"is older than the server's, {newer.number}"),
+        (replace(own, number=0, signature=""), 1, "1 request for a new certificate refused"),
+    ):
+        desk = Claimed(there)
+        monkeypatch.setattr("fedtune.cli.provision._desk", lambda _, desk=desk: desk)
+        outcome = command("provision", "sync", "--federation", "cardiology")
+        assert (outcome.code, said in outcome.message) == (code, True), outcome.message
+        assert "A request in the name of north: none." in outcome.out
+        assert desk.sent == ([own.to_bytes()] if code == 1 else [])

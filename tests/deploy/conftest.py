@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -128,6 +129,28 @@ class Desk:
 @pytest.fixture
 def desk(federation: Path, now: datetime, request_of: Callable[..., Path], joined: Callable[[str], Path]) -> Desk:
     return Desk(folder=federation, now=now, request=request_of, join=joined)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Kill what runs next at this step on the disk, from 0, before it takes place; the steps that were begun."""
+    begun: list[str] = []
+
+    def counted(call: Callable[..., None], name: str) -> Callable[..., None]:
+        def made(*arguments: Any, **options: Any) -> None:
+            begun.append(name)
+            if len(begun) > step:
+                raise Killed
+            call(*arguments, **options)
+
+        return made
+
+    for name in ("fsync", "replace", "unlink"):
+        patch.setattr(os, name, counted(getattr(os, name), name))
+    return begun
 
 
 def unpack(archive: Path, folder: Path) -> None:

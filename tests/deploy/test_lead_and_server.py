@@ -119,6 +119,17 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: R
     assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
 
 
+def test_a_run_sees_a_certificate_that_is_put_into_its_kit(
+    three: Kit, config: RunConfig, federation: Path, now: datetime
+) -> None:
+    connection = LeadService(kit=three)._connection(config)
+    assert not connection.has_new_certificate()
+    provisioning.renew(federation, "lead", days=300, now=now)
+    three.certificate.write_bytes((federation / "lead/lead.pem").read_bytes())
+    assert connection.has_new_certificate()
+    assert not connection.has_new_certificate()
+
+
 def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
     federation_toml: Path,
     config: RunConfig,

@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy.files import locked, zip_of
-from fedtune.deploy.kits import members, provisioning
+from fedtune.deploy.kits import federation_folder, members, provisioning
 from fedtune.deploy.kits.certificates import read_connection_key
-from fedtune.deploy.kits.federation_folder import FederationFolder
+from fedtune.deploy.kits.federation_folder import CHANGE, FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import JoinRequest, read_roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
-from .conftest import Desk, files_in, unpack
+from .conftest import Desk, Killed, files_in, killed_at, unpack
 
 KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
 
@@ -200,30 +201,112 @@ def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(desk: Desk, tm
     assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
 
 
-def test_the_server_s_roster_is_written_last_and_nothing_counts_before(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = desk.request("north")
-    roster = (desk.folder / "server" / "roster.json").read_bytes()
-    real = provisioning.write_durably
-    for stop in ("north-kit.zip", "server/roster.json"):
+def changes(desk: Desk) -> list[tuple[str, Callable[[], object]]]:
+    """Each command that changes a federation."""
+    moved, new = desk.request("north", kit="moved"), desk.request("south")
+    return [
+        ("renew-site", lambda: desk.renew("north", later=300)),
+        ("renew-site with another key", lambda: desk.renew("north", moved)),
+        ("add-site", lambda: desk.add(new)),
+        ("renew-server", lambda: provisioning.renew(desk.folder, "server", days=None, now=desk.now)),
+        ("renew-lead", lambda: provisioning.renew(desk.folder, "lead", days=None, now=desk.now)),
+        ("revoke-site", lambda: desk.revoke("north")),
+    ]
 
-        def fail(path: Path, data: bytes, stop: str = stop) -> None:
-            if str(path).endswith(stop):
-                raise OSError(28, "No space left on device")
-            real(path, data)
 
-        with monkeypatch.context() as patch:
-            patch.setattr("fedtune.deploy.kits.provisioning.write_durably", fail)
-            patch.setattr("fedtune.deploy.kits.federation_folder.write_durably", fail)
-            with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-                desk.add(request)
-        assert (desk.folder / "server" / "roster.json").read_bytes() == roster
-    assert len(read_roster(desk.folder / "lead" / "roster.json")) == 1  # was written before, and does not count
+def whole(folder: Path) -> dict[str, bytes]:
+    """What is in a federation's folder, once a command has opened it, which must be of one change."""
+    FederationFolder.open(folder)
+    files = {name: data for name, data in files_in(folder).items() if not name.endswith(".partial")}
+    roster = FederationFolder.open(folder).roster
+    assert CHANGE not in files
+    assert files["lead/roster.json"] == files["server/roster.json"] == roster.to_bytes()
+    assert [files["server/server.pem"].decode(), files["lead/lead.pem"].decode()] == [roster.server, roster.lead]
+    for one in roster.sites:
+        assert files[f"sites/{one.site}/site.pem"].decode() == one.certificate
+        with zipfile.ZipFile(folder / f"sites/{one.site}-kit.zip") as archive:
+            assert {name: archive.read(name) for name in archive.namelist()} == {
+                name: files[f"sites/{one.site}/{name}"] for name in KIT
+            }
+    return files
+
+
+def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    kept, ends = tmp_path / "kept", set()
+    shutil.copytree(desk.folder, kept)
+    before = whole(kept)
+    all_of_them = changes(desk)
+    for name, change in all_of_them:
+        step, done = 0, False
+        while not done:
+            shutil.rmtree(desk.folder)
+            shutil.copytree(kept, desk.folder)
+            with pytest.MonkeyPatch.context() as patch:
+                begun = killed_at(step, patch)
+                try:
+                    change()
+                except Killed:
+                    pass
+                else:
+                    done = True
+            shown = {(desk.folder / kind / "roster.json").read_bytes() for kind in ("server", "lead")}
+            after = whole(desk.folder)
+            assert shown <= {before["server/roster.json"], after["server/roster.json"]}, (name, step)
+            # What a process that runs from this folder has shown the server is what counts.
+            if shown != {before["server/roster.json"]} or done:
+                assert after["server/roster.json"] != before["server/roster.json"], (name, step)
+            if after["server/roster.json"] == before["server/roster.json"]:
+                assert after == before, (name, step, begun)
+            ends.add((name, after != before))
+            step += 1
+        assert step > 10, "each file takes some steps"
+    assert all({(name, False), (name, True)} <= ends for name, _ in all_of_them)
+
+
+def test_a_change_that_is_made_is_completed_before_the_next(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, real = desk.request("north"), federation_folder.write_durably
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "north-kit.zip":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federation_folder, "write_durably", full)
+        for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
+            with pytest.raises(ConfigError, match=r"has a change that is made.*No space left.*north-kit\.zip"):
+                again(request)
+        assert read_roster(desk.folder / "server" / "roster.json") == ()
+    assert [one.site for one in FederationFolder.open(desk.folder).members] == ["north"]
+    whole(desk.folder)
+
+
+def test_a_change_for_which_there_is_no_room_is_not_made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, before, real = desk.request("north"), whole(desk.folder), federation_folder.write_durably
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == CHANGE:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(federation_folder, "write_durably", full)
+        with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+            desk.add(request)
+    assert whole(desk.folder) == before
     desk.add(request)  # the same request still goes through
-    assert [one.site for one in read_roster(desk.folder / "server" / "roster.json")] == ["north"]
-    assert files_in(desk.folder / "server")["roster.json"] == files_in(desk.folder / "lead")["roster.json"]
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
+
+
+def test_a_change_that_somebody_damaged_is_named(desk: Desk) -> None:
+    before = whole(desk.folder)
+    for text in ("nothing", '{"version": 1, "files": {"lead/roster.json": "x"}}', '{"version": 2, "files": {}}'):
+        (desk.folder / CHANGE).write_text(text)
+        with pytest.raises(ConfigError, match=r"change\.json"):
+            FederationFolder.open(desk.folder)
+    (desk.folder / CHANGE).unlink()
+    assert whole(desk.folder) == before
 
 
 def test_commands_wait_for_each_other(desk: Desk) -> None:

@@ -232,6 +232,16 @@ def test_the_alert_rules_name_metrics_that_exist(known: dict[str, set[str]]) -> 
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
 
 
+def test_the_page_says_what_to_do_about_each_alert() -> None:
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    page = (MONITORING.parents[1] / "docs/operations.md").read_text()
+    (table,) = re.findall(r"^\| alert \| what to do \|\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [re.fullmatch(r"\| (.*?) \| (.+) \|", line) for line in table.splitlines()]
+    told = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(told) == sorted(rule["alert"] for rule in group["rules"])
+    assert len(rows) == len([row for row in rows if row])
+
+
 def test_the_dashboard_shows_every_metric_and_no_other(known: dict[str, set[str]]) -> None:
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]

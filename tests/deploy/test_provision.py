@@ -151,7 +151,7 @@ def test_nothing_is_left_when_writing_fails(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(provisioning.FederationFolder, "write_members", full)
+    monkeypatch.setattr(provisioning.FederationFolder, "change", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
@@ -163,7 +163,7 @@ def test_a_broken_program_leaves_nothing_either(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(provisioning.FederationFolder, "write_members", interrupt)
+    monkeypatch.setattr(provisioning.FederationFolder, "change", interrupt)
     with pytest.raises(KeyboardInterrupt):
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]

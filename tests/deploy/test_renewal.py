@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune.deploy.doctor import site_checks
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import make_key, read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster
 from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
-from fedtune.deploy.services.lead_and_server import ServerDesk, exchange
+from fedtune.deploy.services.lead_and_server import LeadService, ServerDesk, exchange
+from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import Desk, new_federation
+from .conftest import Desk, Killed, killed_at, new_federation
 
 YEAR = timedelta(days=365)
 
@@ -109,6 +115,24 @@ def test_only_the_lead_s_newer_roster_is_taken(desk: Desk, tmp_path: Path) -> No
         own.take(first.to_bytes())
 
 
+def test_a_newest_roster_that_somebody_changed_is_not_believed(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    desk.revoke("north")
+    seen = book(desk, tmp_path / "seen.json")
+    seen.take(roster(desk).to_bytes())
+    fields = json.loads(seen.path.read_bytes())
+    again = {**fields, "sites": [{**fields["sites"][0], "revoked": None}]}
+    for changed in (again, {**fields, "number": fields["number"] + 1}, {**fields, "signature": ""}, "no roster"):
+        seen.path.write_text(json.dumps(changed))
+        for call in (seen.newest, lambda: seen.take(roster(desk).to_bytes())):
+            with pytest.raises(
+                ConfigError, match=r"newest roster = '.*seen\.json': must be .*\. Move the file away, and"
+            ):
+                call()
+    seen.path.unlink()
+    assert seen.take(roster(desk).to_bytes()) == seen.newest()
+
+
 def test_the_server_keeps_the_newest_whatever_is_copied_into_its_kit(desk: Desk, tmp_path: Path) -> None:
     kit = Kit.read(desk.folder / "server", kind="server")
     old = kit.roster.read_bytes()
@@ -167,6 +191,49 @@ def test_server_and_lead_are_renewed_the_same_way(desk: Desk, kind: str, tmp_pat
     assert issued is not None
     kit.certificate.write_bytes(issued)
     assert kit.check_certificate(later).not_after == later + YEAR
+
+
+@pytest.mark.parametrize("kind", ["server", "lead"])
+def test_a_renewal_that_is_killed_anywhere_needs_no_hand(
+    desk: Desk, kind: Literal["server", "lead"], tmp_path: Path
+) -> None:
+    shutil.copytree(desk.folder, tmp_path / "kept")
+    later, step, done = desk.now + timedelta(days=300), 0, False
+    while not done:
+        shutil.rmtree(desk.folder)
+        shutil.copytree(tmp_path / "kept", desk.folder)
+        shutil.rmtree(tmp_path / "elsewhere", ignore_errors=True)
+        kit = Kit.read(shutil.copytree(desk.folder / kind, tmp_path / "elsewhere"), kind=kind)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(step, patch)
+            try:
+                provisioning.renew(desk.folder, kind, days=None, now=later)
+            except Killed:
+                pass
+            else:
+                done = True
+        had_one = issued_to(kit, roster(desk), now=later)
+        answered = asked(desk, kit, later=timedelta(days=300))
+        assert answered.renewed.keys() == (set() if had_one else {kind}), (step, answered.refused)
+        issued = issued_to(kit, roster(desk), now=later)
+        assert issued is not None, step
+        assert roster(desk).certificate_of(kind) == (desk.folder / kind / f"{kind}.pem").read_text() == issued.decode()
+        step += 1
+    assert step > 10
+
+
+def test_the_roster_says_which_certificate_a_server_has(desk: Desk, tmp_path: Path) -> None:
+    """As for one whose new certificate lies in the federation's folder alone, since 0.1.0 could be killed there."""
+    kit = Kit.read(shutil.copytree(desk.folder / "server", tmp_path / "elsewhere"), kind="server")
+    before = roster(desk)
+    provisioning.renew(desk.folder, "server", days=None, now=desk.now + timedelta(days=1))
+    for name in ("server", "lead"):
+        (desk.folder / name / "roster.json").write_bytes(before.to_bytes())
+    assert asked(desk, kit, later=timedelta(days=300)).renewed.keys() == {"server"}
+    old = {key: value for key, value in asdict(before).items() if key in ("version", "federation", "sites")}
+    (desk.folder / "server/roster.json").write_text(json.dumps(old))
+    kit.certificate.write_bytes((desk.folder / "server/server.pem").read_bytes())
+    assert asked(desk, kit, later=timedelta(days=600)).renewed.keys() == {"server"}, "0.1.0's roster names none"
 
 
 def test_nobody_else_gets_one(desk: Desk, north: Kit) -> None:
@@ -307,10 +374,49 @@ def test_a_roster_whose_certificate_is_for_another_key_changes_nothing(desk: Des
 
 
 def test_a_new_roster_answers_all_requests(desk: Desk, north: Kit, served: Served) -> None:
+    nearly_over(desk, "north", north)
     served.ask(RenewalRequest.make(north))
+    assert len(served._desk.requests()) == 1
     desk.join("south")
     served.send_roster(roster(desk).to_bytes())
     assert served._desk.requests() == []
+
+
+def test_the_server_keeps_no_request_that_the_lead_would_refuse(desk: Desk, north: Kit, served: Served) -> None:
+    """One that stayed would be refused in each `provision sync`, in a name that its maker chose."""
+    server, south = served._desk, Kit.read(desk.join("south"), kind="site")
+    number = roster(desk).number
+    old = RenewalRequest.make(north)
+    with pytest.raises(ConfigError, match="before the last third"):
+        server.ask("north", old)
+    nearly_over(desk, "north", north)
+    request = RenewalRequest.of(RenewalRequest.make(north))
+    for name, data, why in (
+        ("south", RenewalRequest.make(north), "must be in the name of south, who asks"),
+        ("north", json.dumps(asdict(replace(request, signature="00"))).encode(), "must be signed with the key"),
+        ("north", json.dumps(asdict(replace(request, federation="other"))).encode(), "must be for the certificate"),
+        ("north", b"{}", "is required"),
+        ("north", b"", "must be JSON"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            server.ask(name, data)
+    assert server.ask("north", old) > number, "a certificate that it has no more: the newer one is in that roster"
+    assert server.requests() == []
+    nearly_over(desk, "south", south)
+    for name, kit in (("north", north), ("south", south)):
+        server.ask(name, RenewalRequest.make(kit))
+    answered = provisioning.answer_renewals(desk.folder, [b"{}", *server.requests()], now=datetime.now(UTC))
+    assert (answered.renewed.keys(), answered.refused.keys()) == ({"north", "south"}, {"a request"})
+
+
+def test_what_the_server_last_saw_is_had_without_the_disk(desk: Desk, served: Served) -> None:
+    before = served._desk.roster()
+    desk.join("north")
+    assert served._desk.known() == before
+    served._desk.look()
+    assert served._desk.known() == roster(desk).to_bytes()
+    (desk.folder / "server/roster.json").unlink()
+    assert served._desk.known() == (desk.folder / "lead/roster.json").read_bytes()
 
 
 def test_lead_and_server_leave_with_the_newer_roster(desk: Desk, served: Served, tmp_path: Path) -> None:
@@ -344,3 +450,56 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
         seen.take(restored.to_bytes())
     assert seen.newest() == roster(desk)
+
+
+def test_a_lead_whose_kit_was_copied_anew_has_its_newest_certificate_from_its_roster(desk: Desk) -> None:
+    provisioning.renew(desk.folder, "lead", days=1, now=desk.now)
+    kit = Kit.read(desk.folder / "lead", kind="lead")
+    ended = kit.certificate.read_bytes()
+    newest = provisioning.renew(desk.folder, "lead", days=None, now=desk.now)
+    kit.certificate.write_bytes(ended)
+    with pytest.raises(ConfigError, match=r"lead\.pem.*expired"):
+        LeadService(kit=kit).meet()
+    assert not LeadService(kit=kit, renew=True).meet()  # its server is away
+    assert kit.check_certificate(desk.now) == newest
+
+
+def test_doctor_says_what_it_sees_of_a_renewal(desk: Desk, north: Kit) -> None:
+    for days, status, said in ((200, "ok", ""), (300, "ok", "was started with --renew asks"), (340, "warning", "")):
+        check = site_checks.certificate(north, desk.now + timedelta(days=days))
+        assert (check.status.value, said in check.found) == (status, True)
+        assert f"{365 - days} days from now" in check.found
+        assert ("start the site with --renew" in check.fix) == (status == "warning")
+    assert "--renew" not in site_checks.certificate(north, desk.now + timedelta(days=200)).found
+
+
+def test_doctor_compares_whom_a_site_trusts_with_the_newest_roster(
+    desk: Desk, north: Kit, site_policy: Callable[..., Policy]
+) -> None:
+    for name in ("south", "west"):
+        desk.join(name)
+    keys = {name: desk.member(name).site_key for name in ("south", "west")}
+
+    def doctor_says(**trusted: str) -> list[tuple[str, str]]:
+        policy = site_policy("north", trust={"members": trusted})
+        return [(one.status.value, one.found) for one in site_checks.members(north, policy)]
+
+    assert doctor_says() == []
+    ((status, found),) = doctor_says(**keys)
+    assert (status, "has seen no roster yet" in found) == ("skipped", True)
+    seen = book(desk, SiteState.of(north.folder).roster)
+    seen.take(roster(desk).to_bytes())
+    ((status, found),) = doctor_says(**keys, north="ab" * 32)
+    assert (status, "in the newest roster seen here, with that key" in found) == ("ok", True)
+    desk.revoke("west")
+    seen.take(roster(desk).to_bytes())
+    ((status, found),) = doctor_says(south="cd" * 32, west=keys["west"], east="ef" * 32)
+    assert status == "warning"
+    assert found.split(", ", 1)[1] == (
+        "south is in [trust].members WITH ANOTHER KEY; "
+        f"west is in [trust].members, and revoked {desk.now:%Y-%m-%d}; "
+        "east is in [trust].members, and not in the federation"
+    )
+    seen.path.write_bytes(seen.path.read_bytes().replace(keys["south"].encode(), b"cd" * 32))
+    with pytest.raises(ConfigError, match="newest roster"):  # the examination makes a line of it
+        doctor_says(**keys)

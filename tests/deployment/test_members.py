@@ -19,6 +19,7 @@ from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster, read_roster
 from fedtune.deploy.services.lead_and_server import LeadService, desk_of
+from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.wire.desk import DeskLine
 from fedtune.flower.wire.fleet import Unauthorised, hello
 from fedtune.privacy.keys import SigningKey
@@ -27,7 +28,7 @@ from fedtune.spec import RunError
 
 from .federation import Federation, dealt, settings
 from .networks import Loopback
-from .processes import RUN_S
+from .processes import RUN_S, wait_for
 
 LONG_AGO = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
 LEFT_S = 120
@@ -64,7 +65,7 @@ def shown_by_the_server(federation: Federation) -> Certificate:
     return Certificate.of(x509.load_der_x509_certificate(shown))
 
 
-def test_certificates_are_renewed_while_server_and_site_run(members: Federation) -> None:
+def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federation) -> None:
     """Nobody starts anything again, nobody copies a file, and the next round is answered past the old ones' end."""
     north, server = members.sites["north"], members.server
     assert server is not None
@@ -97,9 +98,13 @@ def test_certificates_are_renewed_while_server_and_site_run(members: Federation)
     assert Certificate.of(read_certificate(north.kit / "site.pem")).not_after > ends + timedelta(days=360)
 
     time.sleep(max(0.0, (ends - datetime.now(UTC)).total_seconds() + 1))
-    lead = members.lead("past-the-end", *settings("federation.num_rounds=2"))
+    lead = members.lead("past-the-end", *settings("federation.num_rounds=4"))
+    folder = RunFolder(members.run_folder("past-the-end"))
+    wait_for(folder.asked.exists, seconds=RUN_S, what="the first round", needs=lead)
+    provisioning.renew(members.home, "lead", days=None, now=datetime.now(UTC))
     assert lead.end(seconds=RUN_S) == 0, lead.text
-    assert [len(one["sites"]) for one in members.result("past-the-end")["rounds"]] == [2, 2]
+    assert [len(one["sites"]) for one in members.result("past-the-end")["rounds"]] == [2, 2, 2, 2]
+    assert "a new certificate is used" in folder.log.read_text(), "by the lead, in the middle of its run"
     assert (north.up.pid, server.pid) == pids
     assert north.up.code is None
     assert "no contact" not in north.up.text

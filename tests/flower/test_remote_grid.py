@@ -82,6 +82,30 @@ def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_rost
     assert network.rows("SELECT DISTINCT clientapp_runtime FROM run") == [(0.0,)]
 
 
+def test_a_run_goes_on_with_a_certificate_that_is_new(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_http, "MOST_AGE_S", 0.0)  # each call makes a connection
+    network.site("a")
+    own, renewed = network.lead_tls, network.authority.issue("lead renewed")
+    kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))
+    with network.grid(["a"]) as grid:
+        assert sites_of(grid.send_and_receive(questions(1), timeout=30)) == {1: "a"}
+        session = grid._session
+        own.certificate.write_bytes(renewed.certificate.read_bytes())
+        own.key.write_bytes(renewed.key.read_bytes())
+        monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(told))
+        try:
+            assert sites_of(grid.send_and_receive(questions(1), timeout=30)) == {1: "a"}
+        finally:
+            own.certificate.write_bytes(kept[0])
+            own.key.write_bytes(kept[1])
+        assert grid._session is session, "the run is the same"
+
+    def shown() -> bool:
+        return any(one.get("certificate") == "lead renewed" for one in network.audit() if one["event"] == "connected")
+
+    wait_for(shown, what="the new certificate")
+
+
 def test_an_answer_is_fetched_when_the_one_before_was_taken(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     whole = LeadSession._whole

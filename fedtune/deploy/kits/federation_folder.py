@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.files import locked
+from fedtune.deploy.files import locked, writing
 from fedtune.deploy.kits.certificates import (
     Authority,
     Certificate,
@@ -38,13 +39,14 @@ from fedtune.deploy.kits.kit_file import (
     read_spec,
 )
 from fedtune.deploy.kits.members import Member, Roster
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, check_one_of, spec
 from fedtune.words import spoken
 
-SETTINGS = "federation.toml"
+SETTINGS, CHANGE = "federation.toml", "change.json"
 Kind = Literal["server", "lead", "site"]
+_RETIRED = "retired_keys.json"
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -103,6 +105,21 @@ class _RetiredKeys:
         check_one_of("version", self.version, (VERSION,))
 
 
+@spec
+class _Change:
+    """What change.json says: a change that is made, and not yet written everywhere.
+
+    Attributes:
+        files: by path in the folder, their bytes in base64.
+    """
+
+    version: int
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_one_of("version", self.version, (VERSION,))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
     """A federation's folder as it stands, with the settings that the lead may edit: new certificates and kits follow.
@@ -117,11 +134,14 @@ class FederationFolder:
 
     @classmethod
     def open(cls, folder: Path) -> FederationFolder:
-        """The federation in `folder`.
+        """The federation in `folder`; a change that a command was killed in the middle of is completed first.
 
         Raises:
-            ConfigError: it holds none, or its settings are wrong.
+            ConfigError: it holds none, or its settings are wrong, or such a change cannot be written.
         """
+        if (folder / CHANGE).exists():
+            with locked(folder):
+                _complete(folder)
         if not all(map(os.path.isfile, (folder / SETTINGS, folder / "server" / "roster.json"))):
             bound = "must be the folder that `fedtune provision init` made; name it with --federation"
             raise ConfigError("--federation", str(folder), bound)
@@ -138,6 +158,7 @@ class FederationFolder:
         """The federation in `folder`, which no other command changes meanwhile."""
         cls.open(folder)
         with locked(folder):
+            _complete(folder)
             yield cls.open(folder)
 
     @property
@@ -191,29 +212,41 @@ class FederationFolder:
 
     @property
     def roster(self) -> Roster:
-        """The newest one.  The server's is written last, and so is the one that counts."""
+        """The newest one."""
         return Roster.read(self.folder / "server" / "roster.json")
 
-    def write_members(self, members: Collection[Member]) -> None:
-        """Write both rosters, signed, with a number that is higher than any that was given out before.
+    def change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
+        """Make a change: the `files`, by their path here, and both rosters, signed, with these members.
 
-        The number is the time, so that a folder that was put back from a backup does not use one again.
+        One file decides.  Once change.json is on disk, with all of it, the change is made, and whoever opens the folder
+        completes it; until then nothing of it is anywhere, so that nothing of a change that failed reaches the server.
+        A roster's number is the time, so that a folder that was put back from a backup does not use one again.
+
+        Raises:
+            ConfigError: the folder cannot be written.
         """
+
+        def text(path: str) -> str:
+            return (files[path] if path in files else (self.folder / path).read_bytes()).decode()
+
         before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
         roster = Roster(
             version=VERSION,
             federation=self.federation,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-            server=(self.folder / "server" / "server.pem").read_text(),
-            lead=(self.folder / "lead" / "lead.pem").read_text(),
+            server=text("server/server.pem"),
+            lead=text("lead/lead.pem"),
         ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
-        for kind in ("lead", "server"):
-            write_durably(self.folder / kind / "roster.json", roster.to_bytes())
+        both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
+        encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
+        with writing(self.folder, key="--federation"):
+            write_durably(self.folder / CHANGE, _json_of(_Change(version=VERSION, files=encoded)))
+        _complete(self.folder)
 
     def retired(self) -> frozenset[str]:
         """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""
-        path = self.folder / "retired_keys.json"
+        path = self.folder / _RETIRED
         try:
             return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
         except FileNotFoundError:
@@ -223,11 +256,10 @@ class FederationFolder:
         except ConfigError as error:
             raise error.in_file(path) from None
 
-    def retire(self, node_key: bytes) -> None:
-        """Remember a connection key that must never be used again."""
+    def retiring(self, node_key: bytes) -> dict[str, bytes]:
+        """The file that remembers a connection key which must never be used again, for `change`."""
         fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
-        fields = dataclasses.asdict(_RetiredKeys(version=VERSION, fingerprints=fingerprints))
-        write_durably(self.folder / "retired_keys.json", json.dumps(fields, indent=1).encode() + b"\n")
+        return {_RETIRED: _json_of(_RetiredKeys(version=VERSION, fingerprints=fingerprints))}
 
     def check_served(self) -> None:
         """Require that the server's certificate is for the address that new kits name."""
@@ -256,10 +288,29 @@ class FederationFolder:
         }
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files durably, one after the other."""
-    for name, data in files.items():
-        write_durably(folder / name, data)
+def _complete(folder: Path) -> None:
+    """Write what a change that is made consists of, if it is not written everywhere; it may be done twice."""
+    path = folder / CHANGE
+    if not path.exists():
+        return
+    try:
+        change = read_json(_Change, path.read_bytes(), key="file")
+        for name, encoded in change.files.items():
+            write_durably(folder / name, base64.b64decode(encoded))
+        path.unlink()
+        fsync_folder(folder)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        bound = f"has a change that is made, and not written everywhere: {error.strerror or error}{where}"
+        raise ConfigError("--federation", str(folder), f"{bound}. Mend that; each command completes it first") from None
+    except ConfigError as error:
+        raise error.in_file(path) from None
+    except ValueError:
+        raise ConfigError("files", "something else", "must be bytes in base64").in_file(path) from None
+
+
+def _json_of(what: _Change | _RetiredKeys) -> bytes:
+    return json.dumps(dataclasses.asdict(what), indent=1).encode() + b"\n"
 
 
 def _readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:

@@ -1,11 +1,12 @@
 """Provisioning a federation: authority, server and lead are made once; sites come, renew and go.
 
-A command that fails leaves the federation as it was.  Rosters are written last; no other site's kit is ever touched.
+A command that fails or is killed leaves the federation as it was, or has changed it whole, as `FederationFolder.change`
+says; no other site's kit is ever touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,7 +16,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.files import new_folder, write_secret, writing, zip_of
+from fedtune.deploy.files import new_folder, write_secret, zip_of
 from fedtune.deploy.kits.certificates import (
     Authority,
     Certificate,
@@ -26,7 +27,7 @@ from fedtune.deploy.kits.certificates import (
     private_pem,
     read_certificate,
 )
-from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder, write_files
+from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import read_spec
 from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.deploy.kits.renewal import RenewalRequest
@@ -60,9 +61,8 @@ def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
         for name in ("authority", "server"):
             write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
         federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
-        _make_kit(federation, "server", server.public_key(), days=None, now=now)
-        _make_kit(federation, "lead", lead.public_key(), days=None, now=now)
-        federation.write_members(())
+        kits = _kit(federation, "server", server.public_key(), days=None, now=now)
+        federation.change((), {**kits, **_kit(federation, "lead", lead.public_key(), days=None, now=now)})
     return FederationFolder.open(target)
 
 
@@ -73,18 +73,18 @@ def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Ce
         ConfigError: the authority's key is not at hand.
     """
     path = folder / kind / f"{kind}.pem"
-    with FederationFolder.held(folder) as federation, writing(folder, key="--federation"):
-        _make_kit(federation, kind, p384_of(read_certificate(path), key=path.name), days=days, now=now)
-        federation.write_members(federation.members)
+    with FederationFolder.held(folder) as federation:
+        public = p384_of(read_certificate(path), key=path.name)
+        federation.change(federation.members, _kit(federation, kind, public, days=days, now=now))
     return Certificate.of(read_certificate(path))
 
 
-def _make_kit(
+def _kit(
     federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
-) -> None:
-    """Write the kit of the server or the lead, but for its secrets and the roster."""
+) -> dict[str, bytes]:
+    """The kit of the server or the lead, but for its secrets and the roster, by paths in the folder."""
     certificate = federation.issue(kind, public, name=kind, days=days, now=now)
-    write_files(federation.folder / kind, federation.kit_files(kind, certificate))
+    return {f"{kind}/{name}": data for name, data in federation.kit_files(kind, certificate).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ def add_site(folder: Path, *, request: Path, days: int | None, now: datetime) ->
             _check_not_taken(asked.site, members)
             _check_keys_are_new(federation, asked, members)
         member = _admitted(federation, asked, days=days, now=now)
-        return Admitted(member=member, archive=_admit(federation, member, (*members, member)), requested=True)
+        return Admitted(member=member, archive=_admit(federation, member, (*members, member), {}), requested=True)
 
 
 def renew_site(
@@ -148,10 +148,8 @@ def renew_site(
             with _about(request):
                 _check_renewal(federation, asked, old=old, others=_without(old, members), new_site_key=new_site_key)
             member = _admitted(federation, asked, days=days, now=now)
-        if member.node_key != old.node_key:
-            with writing(folder, key="--federation"):
-                federation.retire(old.node_key)
-        archive = _admit(federation, member, tuple(member if one is old else one for one in members))
+        retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
+        archive = _admit(federation, member, tuple(member if one is old else one for one in members), retiring)
         return Admitted(member=member, archive=archive, requested=asked is not None, changes=_changes(old, member))
 
 
@@ -192,10 +190,13 @@ def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -
 
 
 def _holder(federation: FederationFolder, name: str) -> x509.Certificate:
-    """The certificate that its holder has now, by this folder alone."""
-    if name in _OWN:
+    """The certificate that its holder has now, by the newest roster alone, which may reach it; 0.1.0's lack two."""
+    if name not in _OWN:
+        return _member_named(name, federation.members).issued
+    pem = federation.roster.certificate_of(name)
+    if pem is None:
         return read_certificate(federation.folder / name / f"{name}.pem")
-    return _member_named(name, federation.members).issued
+    return x509.load_pem_x509_certificate(pem.encode())
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
@@ -210,8 +211,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         if old.revoked:
             raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
-        with writing(folder, key="--federation"):
-            federation.write_members(tuple(revoked if one is old else one for one in members))
+        federation.change(tuple(revoked if one is old else one for one in members), {})
         return revoked
 
 
@@ -224,16 +224,16 @@ def _about(request: Path | None) -> Iterator[None]:
         raise error.in_file(request) from None
 
 
-def _admit(federation: FederationFolder, member: Member, members: Collection[Member]) -> Path:
-    """Write the site's kit and archive, and then the rosters; return the archive."""
-    files, sites = federation.kit_files("site", member.issued, site=member.site), federation.folder / "sites"
-    archive = sites / f"{member.site}-kit.zip"
-    with writing(federation.folder, key="--federation"):
-        with new_folder(sites / member.site, key="kit", replace=True) as building:
-            write_files(building, files)
-        write_durably(archive, zip_of(files, moment=member.issued.not_valid_before_utc))
-        federation.write_members(members)
-    return archive
+def _admit(
+    federation: FederationFolder, member: Member, members: Collection[Member], others: Mapping[str, bytes]
+) -> Path:
+    """Change the members, with the site's kit, its archive, which is returned, and `others`."""
+    kit = federation.kit_files("site", member.issued, site=member.site)
+    files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
+    archive = f"sites/{member.site}-kit.zip"
+    files[archive] = zip_of(kit, moment=member.issued.not_valid_before_utc)
+    federation.change(members, {**files, **others})
+    return federation.folder / archive
 
 
 def _admitted(federation: FederationFolder, asked: JoinRequest, *, days: int | None, now: datetime) -> Member:

@@ -119,8 +119,23 @@ class RosterBook:
         return cls(path=path, federation=kit.federation, lead=kit.lead)
 
     def newest(self) -> Roster | None:
-        """The newest roster; None: none was seen yet."""
-        return Roster.read(self.path) if self.path.exists() else None
+        """The newest roster; None: none was seen yet.
+
+        Raises:
+            ConfigError: the file is not as the lead signed it.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            roster = Roster.read(self.path)
+            if roster.number:  # one of 0.1.0 is not signed, and older than all others
+                roster.check_signed(self.lead)
+        except ConfigError as error:
+            bound = f"{error.bound}. Move the file away, and have the lead run `fedtune provision sync`"
+            raise ConfigError(
+                "newest roster", str(self.path), f"{bound}: until then an older one may count here"
+            ) from None
+        return roster
 
     def take(self, data: bytes) -> Roster:
         """Keep the roster in `data`, if it is not known already.
@@ -218,9 +233,12 @@ class CertificateKeeper:
                 log.warning("no new certificate yet: %s", error)
 
     def _put(self, roster: Roster) -> None:
-        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit."""
+        """Put the later certificate that a roster has for this kit's key, if there is one, into the kit.
+
+        A read-only kit may have a link to where its certificate can be written.
+        """
         if (issued := issued_to(self._kit, roster, now=datetime.now(UTC))) is not None:
-            write_durably(self._kit.certificate, issued)
+            write_durably(self._kit.certificate.resolve(), issued)
 
     def _is_news(self, said: str) -> bool:
         """Whether it was not said last."""

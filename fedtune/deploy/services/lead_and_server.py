@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cryptography import x509
+
 from fedtune.config import RunConfig
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member, Roster, read_roster
-from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RosterBook
+from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, digest_of
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
@@ -83,15 +85,14 @@ class LeadService:
         Returns:
             Whether the lead has another roster than before.
         """
-        self.kit.check_certificate(datetime.now(UTC))
-        book, desk = RosterBook.of(self.kit, self.kit.roster), desk_of(self.kit)
+        keeper, book = self._keeper(), self._book
         before = book.newest()
         try:
-            exchange(desk, book)
+            exchange(desk_of(self.kit), book)
         except (ConfigError, RunError, OSError) as error:
             log.warning("the server's roster was not compared: %s", error)
         if self.renew:
-            CertificateKeeper(self.kit, book=book, desk=desk).look()
+            keeper.look()
         return book.newest() != before
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
@@ -135,7 +136,7 @@ class LeadService:
     def _connection(self, config: RunConfig) -> LeadConnection:
         from fedtune.flower.deployment import KnownSite, LeadConnection
 
-        self.kit.check_certificate(datetime.now(UTC))
+        keeper = self._keeper()
         return LeadConnection(
             server=self.kit.server,
             tls=self.kit.tls(),
@@ -144,7 +145,15 @@ class LeadService:
                 KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
                 for member in members(self.kit, config.federation.active)
             ],
+            has_new_certificate=keeper.look,
         )
+
+    @property
+    def _book(self) -> RosterBook:
+        return RosterBook.of(self.kit, self.kit.roster)
+
+    def _keeper(self) -> CertificateKeeper:
+        return CertificateKeeper(self.kit, book=self._book, desk=desk_of(self.kit) if self.renew else None)
 
 
 class _Noted:
@@ -240,13 +249,15 @@ class ServerDesk:
         folder: where the newest one is kept.
 
     Raises:
-        ConfigError: by `look`, `roster` and `ask`: the roster in the kit is damaged, or not the lead's.
+        ConfigError: by `look`, `roster` and `ask`: the roster in the kit, or the newest one, is damaged, or not the
+            lead's.
     """
 
     def __init__(self, kit: Kit, folder: Path) -> None:
         self._kit, self.book = kit, RosterBook.of(kit, folder / NEWEST)
         self._lock = threading.Lock()
-        self._read: tuple[bytes, Roster] | None = None
+        self._copied, self._known = b"", b""
+        self._newest: Roster | None = None
         self._requests: dict[str, bytes] = {}
 
     def look(self) -> Roster:
@@ -256,9 +267,14 @@ class ServerDesk:
                 data = self._kit.roster.read_bytes()
             except OSError as error:
                 raise ConfigError("roster", str(self._kit.roster), f"cannot be read ({error.strerror})") from None
-            if self._read is None or self._read[0] != data:
-                self._read = data, self._newer(data)
-            return self._read[1]
+            if self._newest is None or self._copied != data:
+                self._keep(self._newer(data))
+                self._copied = data
+            assert self._newest is not None
+            return self._newest
+
+    def _keep(self, roster: Roster) -> None:
+        self._newest, self._known = roster, roster.to_bytes()
 
     def _newer(self, data: bytes) -> Roster:
         """The kit's roster, or the newest one where that is newer."""
@@ -269,20 +285,37 @@ class ServerDesk:
 
     def roster(self) -> bytes:
         """It, as a file's bytes."""
-        return self.look().to_bytes()
+        self.look()
+        return self._known
+
+    def known(self) -> bytes:
+        """What the last look found, without another one."""
+        return self._known
 
     def take_roster(self, data: bytes) -> None:
         """Keep a newer one; whoever still needs a renewal will ask again."""
         self.look()
         with self._lock:
-            assert self._read is not None
-            self._read = self._read[0], self.book.take(data)
+            self._keep(self.book.take(data))
             self._requests.clear()
 
     def ask(self, name: str, request: bytes) -> int:
-        """Keep the request of a member until the next roster; the number of the newest one."""
-        self._requests[name] = request
-        return self.look().number
+        """Keep the request of a member until the next roster; the number of the newest one.
+
+        One for another certificate than that roster's is not kept: its maker finds the newer certificate there.
+
+        Raises:
+            ConfigError: the lead would refuse it.
+        """
+        roster, asked = self.look(), RenewalRequest.of(request)
+        if asked.name != name:
+            raise ConfigError("renewal", asked.name, f"must be in the name of {name}, who asks")
+        if pem := roster.certificate_of(name):
+            current = x509.load_pem_x509_certificate(pem.encode())
+            if asked.replaces == digest_of(current):
+                asked.check(current, federation=roster.federation, now=datetime.now(UTC))
+                self._requests[name] = request
+        return roster.number
 
     def requests(self) -> list[bytes]:
         """Those that are kept."""

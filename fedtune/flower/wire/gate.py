@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -193,6 +193,7 @@ class Gate:
         self._desk = desk
         self._traffic = traffic or Traffic()
         self._seen, self._questions = SeenCalls(), Questions()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -259,15 +260,13 @@ class Gate:
         """Of a member over its own connection, or signed by the lead; see `fedtune.flower.wire.desk`."""
         headers, call = headers_of(scope), (str(scope.get("method")), str(scope["path"]))
         if SIGNATURE in headers:
-            name, body = None, await self._body_of_lead(scope, receive, most_bytes=MOST_ROSTER_BYTES)
-        else:
-            name = self._member(headers, _peer(scope)).site
+            body = await self._body_of_lead(scope, receive, most_bytes=MOST_ROSTER_BYTES)
+            await answer(send, 200, await _said(desk, call, site=None, body=body))
+            return
+        name = self._member(headers, _peer(scope)).site
+        async with self._turns[name]:  # so that one who asks all the time takes little from the others
             body = await read_body(receive, headers, most_bytes=MOST_REQUEST_BYTES)
-        try:
-            said = await asyncio.to_thread(at_desk, desk, call, site=name, body=body)
-        except ConfigError as error:
-            raise NotAllowed(409, str(error)[:_MOST_REASON]) from None
-        await answer(send, 200, said)
+            await answer(send, 200, await _said(desk, call, site=name, body=body))
 
     async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
@@ -438,9 +437,21 @@ def again(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def answer(send: Send, status: int, content: dict[str, object]) -> None:
-    """Answer with JSON."""
-    body = json.dumps(content).encode()
+async def _said(desk: Desk, call: tuple[str, str], *, site: str | None, body: bytes) -> bytes:
+    """What the desk says, in a thread, which may wait for the disk.
+
+    Raises:
+        NotAllowed: it refuses.
+    """
+    try:
+        return await asyncio.to_thread(at_desk, desk, call, site=site, body=body)
+    except ConfigError as error:
+        raise NotAllowed(409, str(error)[:_MOST_REASON]) from None
+
+
+async def answer(send: Send, status: int, content: dict[str, object] | bytes) -> None:
+    """Answer with JSON, or with bytes that are some."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status in (408, 413):  # the rest of the body is not waited for
         headers.append((b"connection", b"close"))

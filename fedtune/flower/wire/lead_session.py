@@ -42,6 +42,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.wire.bounded_http import show
 from fedtune.flower.wire.identity import LeadSignature, Tls, staying
 from fedtune.flower.wire.message_objects import NotWhole, pull_message
 from fedtune.privacy.keys import SigningKey
@@ -96,7 +97,7 @@ class LeadSession:
                 token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
             if not token:
                 raise RunError(f"{server} started a run and did not hand it out")
-            self._client = client(RuntimeTokenHttpInterceptor(token))
+            self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
             given = self._client.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
             given.run.run_id,
@@ -170,6 +171,10 @@ class LeadSession:
         except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
             log.warning("an answer cannot be read (%s)", type(error).__name__)
             return None
+
+    def show_certificate(self) -> None:
+        """Show the certificate that the kit has now, in connections that are made from here on."""
+        show(self._client._client, self._tls.client_context())
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""

@@ -87,6 +87,7 @@ class RemoteGrid(StreamingGrid):
         key: the lead's, with which it signs its calls.
         hear: says of a node, what it was asked and its answer what the answer means.
         closing: makes the rule by which one exchange ends before its time is up.
+        has_new_certificate: asked during an exchange whether the files of `tls` have another one than before.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class RemoteGrid(StreamingGrid):
         key: SigningKey,
         hear: Callable[[int, Message, Message], Heard],
         closing: Callable[[], Closing],
+        has_new_certificate: Callable[[], bool] = lambda: False,
     ) -> None:
         self._server, self._tls, self._key = server, tls, key
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
-        self._hear, self._closing = hear, closing
+        self._hear, self._closing, self._has_new_certificate = hear, closing, has_new_certificate
         self._session: LeadSession | None = None
 
     def __enter__(self) -> RemoteGrid:
@@ -126,6 +128,8 @@ class RemoteGrid(StreamingGrid):
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         while open_ and (left := deadline - time.monotonic()) > 0:
             try:
+                if self._has_new_certificate() and self._session is not None:
+                    self._session.show_certificate()
                 self._open()
                 online = self._ask(open_, ttl=left)
                 for answer, heard in self._collect(open_, left_s=left):

@@ -205,7 +205,7 @@ class _LookedAt:
 
     def __init__(self, desk: Desk, look: Callable[[], None]) -> None:
         self._desk, self._look, self._applied = desk, look, b""
-        self.ask, self.requests = desk.ask, desk.requests
+        self.known, self.ask, self.requests = desk.known, desk.ask, desk.requests
 
     def roster(self) -> bytes:
         newest = self._desk.roster()
