@@ -20,8 +20,8 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 56_067
-MOST_FILES = 263
+MOST_LINES = 56_196
+MOST_FILES = 264
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 
 

@@ -451,7 +451,17 @@ def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> Non
         say(f"  {part}")
     figures = ledger.spending()
     say(f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.")
-    say("Lost for good: the missing events' runs, refusals and stored replies. Their cost is not.")
+    say("Lost for good: the missing events' runs, approvals, refusals and stored replies. Not lost: cost and denials.")
+    if (since := made_up.since) is not None:
+        show_other_policy(since.caps[-1], time=since.time)
+
+
+def show_other_policy(cap: float | None, *, time: str) -> None:
+    """Print that another policy than site.toml was in force at `time`, and its lifetime `cap`."""
+    say(
+        f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)}). "
+        "Compare caps, leads and all else before you start the site."
+    )
 
 
 def _moment(event: Event) -> str:

@@ -303,12 +303,14 @@ def restore(
     charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
     """
     _as_owner(kit, *site.absolute().parents)
-    from fedtune.cli.ledger import show_made_up
+    from fedtune.cli.ledger import show_made_up, show_other_policy
     from fedtune.deploy.backup import anchors_at_hand, put_back_site
 
     files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
     if made_up is None:
         sys.stdout.write(f"{files.ledger} is whole, and stays. All else that was missing is put back.\n")
+        if (known := files.verified()) is not None and known.history.policy != files.policy:
+            show_other_policy(known.history.cap, time=known.history.policies[-1][0])
         return
     show_made_up(made_up, path=files.ledger, anchors=anchors_at_hand(files, anchor))
     sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")

@@ -206,14 +206,16 @@ class MadeUp:
     Attributes:
         gap: what was charged for that.
         last: the newest event that an anchor knew and the ledger lacked; None: it lacked nothing.
+        since: the newest such anchor, where it knows another policy than site.toml; that one was in force.
     """
 
     ledger: Ledger
     gap: Counter[DpEvent]
     last: int | None
+    since: Head | None
 
     def require_sure(self) -> None:
-        """Raise RunError where a receipt still shows that events are missing."""
+        """Raise RunError where a receipt still shows that events are missing, to this ledger or to a lost one."""
         if (doubt := self.ledger.history.in_doubt) is not None:
             raise RunError(
                 f"the ledger is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
@@ -250,7 +252,8 @@ def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
     lacking = [head for head in heads if not ledger.history.holds(head)]
     for head in lacking:
         gap += ledger.charge_gap(head)
-    return MadeUp(ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None))
+    since = next((head for head in lacking[:1] if head.policy not in ("", site.policy.digest())), None)
+    return MadeUp(ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None), since=since)
 
 
 def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:

@@ -9,6 +9,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,66 @@ def test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back(
     assert outcome.code == 1
     assert "still in doubt" in outcome.message
     assert not (north / "ledger.db").exists()
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_doubt_outlasts_the_ledger_that_noted_it(
+    north: Path, run_proposal: Propose, command: Any, by_hand: bool
+) -> None:
+    """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
+    asked, file, anchor = run_proposal(), north / "backup.zip", north / "other disk/anchor.json"
+    train(north, asked, 1)
+    assert command("site", "backup", str(file), *words(north)).code == 0
+    older, old_anchor = (north / "ledger.db").read_bytes(), anchor.read_bytes()
+    receipt, newest = train(north, asked, 2, 3, 4).receipt(asked.run), anchor.read_bytes()
+    (north / "ledger.db").write_bytes(older)
+    anchor.write_bytes(old_anchor)
+    with pytest.raises(Refused, match="ledger_behind_receipt"):
+        train(north, asked).require_contains(receipt)
+    if by_hand:
+        (north / "ledger.db").write_bytes(older)
+        restore = ("ledger", "restore", "--policy", str(north / "site.toml"))
+    else:
+        (north / "ledger.db").write_bytes(b"damaged" * 1000)
+        restore = ("site", "restore", str(file), *words(north))
+    outcome = command(*restore)
+    assert (outcome.code, "still in doubt" in outcome.message) == (1, True)
+    if by_hand:
+        with pytest.raises(Refused, match="ledger_behind_receipt"):
+            train(north, run_proposal(run="another"), 1)
+    (north / "found.json").write_bytes(newest)
+    assert command(*restore, "--anchor", str(north / "found.json")).code == 0
+    assert train(north, run_proposal(run="another"), 1).history.charged_rounds(asked.run) == 4
+
+
+def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid(
+    north: Path, run_proposal: Propose, command: Any
+) -> None:
+    site_toml, file, denied = north / "site.toml", north / "backup.zip", run_proposal(run="denied")
+    train(north, run_proposal(), 1)
+    assert command("site", "backup", str(file), *words(north)).code == 0
+    first = site_toml.read_bytes()
+    policy = SiteFiles.of(site_toml).policy
+    write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=2.5)), site_toml)
+    SiteFiles.of(site_toml).open().deny(denied, "no")
+    lose(north)
+    site_toml.unlink()
+    restore = ("site", "restore", str(file), "--anchor", str(north / "other disk/anchor.json"), *words(north))
+    outcome = command(*restore)
+    assert outcome.code == 0, outcome
+    assert "(lifetime cap: at most 2.5)" in outcome.out
+    assert site_toml.read_bytes() == first
+    with pytest.raises(Refused, match="denied"):
+        train(north, denied, 1)
+    spent = command("ledger", "spent", str(north)).out
+    assert "then at most 2.5" in spent, "a cap that is higher again is never unseen"
+    assert "site.toml is not the policy" not in command(*restore).out, "by now it is"
+    # Where the policy alone is lost, its ledger knows.
+    write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=1.5)), site_toml)
+    train(north, run_proposal())
+    site_toml.unlink()
+    outcome = command(*restore)
+    assert ("is whole, and stays" in outcome.out, "(lifetime cap: at most 1.5)" in outcome.out) == (True, True)
 
 
 @pytest.mark.parametrize("lost", [True, False])

@@ -110,7 +110,7 @@ def test_its_receipt_is_believed(left: Path, files: SiteFiles) -> None:
     assert receipt.is_signed()
     ledger = files.open()
     assert ledger.history.opened.site_key == receipt.site_key
-    assert ledger._store.knows(receipt.sequence, receipt.head)
+    ledger.require_contains(receipt)
     assert ledger.receipt("first").charged_rounds == receipt.charged_rounds
 
 

@@ -22,6 +22,16 @@ DEPLOY_FAULTS = (
         tests=("tests/deploy/test_backup.py::test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back",),
     ),
     Mutant(
+        name="restored-under-an-older-policy",
+        fault="A restore brings an older site.toml back, with a higher cap or a removed lead, and says nothing.",
+        file="fedtune/deploy/backup.py",
+        old='if head.policy not in ("", site.policy.digest())',
+        new="if False",
+        tests=(
+            "tests/deploy/test_backup.py::test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid",
+        ),
+    ),
+    Mutant(
         name="restored-over-a-newer-ledger",
         fault="A backup takes the place of another ledger, or of one that the site has gone on with.",
         file="fedtune/deploy/backup.py",

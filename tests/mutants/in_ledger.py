@@ -11,6 +11,7 @@ FILE, STORE, SPENDING = (
     "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/store.py", "fedtune/privacy/ledger/spending.py"
 )  # fmt: skip
 OF_LEDGER = "tests/privacy/test_ledger.py"
+OF_DOUBTS = "tests/privacy/test_doubts.py"
 OF_SITE = ("tests/federation/test_site_round.py",)
 
 LEDGER_FAULTS = (
@@ -205,5 +206,66 @@ LEDGER_FAULTS = (
         old="        if not known:\n            raise Refused(Reason.LEDGER_BEHIND_RECEIPT,",
         new="        if known and self.history.in_doubt:\n            raise Refused(Reason.LEDGER_BEHIND_RECEIPT,",
         tests=("tests/federation/test_hostile_lead.py",),
+    ),
+    Mutant(
+        name="doubt-lost-with-its-ledger",
+        fault="A restore forgets that the ledger which it replaces was in doubt: the site trains on one that was never "
+        "charged for what a receipt showed.",
+        file=LEDGER,
+        old="doubts=self.history.doubts.union(anchor.doubts),",
+        new="doubts=self.history.doubts,",
+        tests=(
+            f"{OF_DOUBTS}::test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces",
+            "tests/deploy/test_backup.py::test_a_doubt_outlasts_the_ledger_that_noted_it",
+        ),
+    ),
+    Mutant(
+        name="first-doubt-alone",
+        fault="Of several receipts that a ledger lacks the first is noted: an anchor that knows it clears the others.",
+        file=LEDGER,
+        old="            if not known and shown not in doubts and len(doubts) < _MOST_DOUBTS:",
+        new="            if not known and not doubts:",
+        tests=(f"{OF_DOUBTS}::test_of_several_doubts_an_anchor_clears_those_that_it_knows",),
+    ),
+    Mutant(
+        name="doubts-beyond-the-noted",
+        fault="Receipts beyond the number that is noted are forgotten once an anchor knows the others.",
+        file=LEDGER,
+        old="            if len(restored.doubts) < _MOST_DOUBTS:",
+        new="            if True:",
+        tests=(f"{OF_DOUBTS}::test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted",),
+    ),
+    Mutant(
+        name="mute-anchor-believed",
+        fault="Far from its end an anchor's branch passes for any other: a receipt of rounds that were not made up "
+        "for is known.",
+        file="fedtune/privacy/ledger/restored.py",
+        old="(mute and shown.rounds <= shared_rounds + self.runs.get(shown.run, 0))",
+        new="mute",
+        tests=(f"{OF_DOUBTS}::test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows",),
+    ),
+    Mutant(
+        name="denied-and-restored",
+        fault="A run that a person denied starts after a restore.",
+        file=HISTORY,
+        old="        self.denied |= restored.denied\n",
+        new="",
+        tests=(f"{OF_DOUBTS}::test_a_restore_forgets_neither_a_denial_nor_a_cap",),
+    ),
+    Mutant(
+        name="cap-raised-by-a-restore",
+        fault="A lifetime cap that was lowered is higher again after a restore, and nothing shows it.",
+        file=LEDGER,
+        old="caps=_beyond(self.history.caps, anchor.caps),",
+        new="caps=(),",
+        tests=(f"{OF_DOUBTS}::test_a_restore_forgets_neither_a_denial_nor_a_cap",),
+    ),
+    Mutant(
+        name="anchor-half-signed",
+        fault="What anchors came to say later is not signed: whoever holds one takes a doubt or a denial out of it.",
+        file="fedtune/privacy/ledger/chain.py",
+        old="if name not in later or value != later[name]}",
+        new="if name not in later}",
+        tests=("tests/privacy/test_chain.py::test_a_head_survives_its_file_and_every_field_is_signed",),
     ),
 )

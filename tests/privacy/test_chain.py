@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain
 from fedtune.privacy.ledger.chain import Event, Head, Kind
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 
 
 def event(sequence: int, **changes: Any) -> Event:
@@ -134,6 +136,10 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "made_up": ((5, "4" * 64),),
         "seeded": True,
         "frozen": True,
+        "doubts": (chain.Doubt(9, "5" * 64, "r", 4),),
+        "denied": ("6" * 64,),
+        "policy": "7" * 64,
+        "caps": (8.0, None),
     }
     head = Head.signed(site_key, **fields)
     path = tmp_path / "anchor.json"
@@ -150,8 +156,20 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "made_up": (),
         "seeded": False,
         "frozen": False,
+        "doubts": (),
+        "denied": (),
+        "policy": "",
+        "caps": (),
         "site_key": "3" * 64,
     }
     assert set(others) | {"signature"} == {field.name for field in dataclasses.fields(Head)}
     messages = {dataclasses.replace(head, **{name: value}).message() for name, value in others.items()}
     assert len(messages | {head.message()}) == len(others) + 1
+    # An older anchor, which lacks what came later, still opens; one that had it taken away does not.
+    later = ("doubts", "denied", "policy", "caps")
+    older = Head.signed(site_key, **{name: value for name, value in fields.items() if name not in later})
+    for signed, is_right in ((older, True), (head, False)):
+        cut = {name: value for name, value in json.loads(signed.to_bytes()).items() if name not in later}
+        path.write_text(json.dumps(cut))
+        with contextlib.nullcontext() if is_right else pytest.raises(ConfigError, match="must carry the signature"):
+            assert Head.read(path) == signed

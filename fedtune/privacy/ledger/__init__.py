@@ -2,8 +2,9 @@
 
 chain       one event, the hash chain, signed heads
 history     what events add up to: runs, charges, what is set aside
+restored    what a ledger that was put back takes over from an anchor
 store       the SQLite file, and events written to it durably
 spending    what is spent and left; whether more fits every cap
-decisions   the `Ledger`: each decision one transaction
+site_ledger the `Ledger`: each decision one transaction
 verify      checking somebody's ledger with the file and a public key
 """

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import ConfigError, RunError
@@ -34,7 +34,7 @@ class Kind(StrEnum):
     COMMIT = "commit"  # its reply is stored; sending may begin
     RELEASE = "release"  # something was handed out beside a round's reply
     REFUSAL = "refusal"
-    NOTE = "note"  # opened, policy, run_ended, restored, frozen
+    NOTE = "note"  # opened, policy, approved, denied, run_ended, in_doubt, restored, frozen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +80,33 @@ def canonical(data: object) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+class Doubt(NamedTuple):
+    """A genuine receipt that a ledger lacks.
+
+    Attributes:
+        sequence: of the newest event that the receipt knows.
+        head: that event's salted hash.
+        run: whose receipt it is.
+        rounds: that the run had been charged by then.
+    """
+
+    sequence: int
+    head: str
+    run: str
+    rounds: int
+
+    @classmethod
+    def read(cls, data: Sequence[Any]) -> Doubt:
+        """From JSON; raises ValueError or TypeError for anything else."""
+        sequence, head, run, rounds = data
+        return cls(int(sequence), str(head), str(run), int(rounds))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The end of a ledger at some moment, signed by the site.
+
+    A ledger that is put back takes over all that a newer head says: whatever must outlast a restore is said here.
 
     Attributes:
         ledger: random id of the ledger, in hex.
@@ -96,6 +120,10 @@ class Head:
         made_up: (sequence, hash) of events of lost branches that this one was made up for.
         seeded: whether any run so far took its noise from a seed.
         frozen: whether all training on the population has ended for ever.
+        doubts: receipts that showed that events are missing, and that nothing has made up for.
+        denied: digest of each proposal that a person at the site denied.
+        policy: digest of the policy; empty in an older anchor, as are the fields beside it.
+        caps: lifetime caps so far, the newest last; None: no cap.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -112,6 +140,10 @@ class Head:
     made_up: tuple[tuple[int, str], ...]
     seeded: bool
     frozen: bool
+    doubts: tuple[Doubt, ...] = ()
+    denied: tuple[str, ...] = ()
+    policy: str = ""
+    caps: tuple[float | None, ...] = ()
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -120,10 +152,11 @@ class Head:
         return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.message()))
 
     def message(self) -> bytes:
-        """The bytes that are signed."""
-        fields = asdict(self)
-        del fields["signature"]
-        return canonical(fields)
+        """The bytes that are signed; a field that came later is left out while it says nothing, as in older anchors."""
+        later = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        said = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        del said["signature"]
+        return canonical(said)
 
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
@@ -137,11 +170,15 @@ class Head:
             ConfigError: the file is missing or not a head, or the key that it names did not sign it.
         """
         try:
-            fields = json.loads(path.read_bytes())
-            charged = tuple((dict(event), count) for event, count in fields["charged"])
-            runs = tuple((str(run), int(rounds)) for run, rounds in fields["runs"])
-            paths = {name: tuple((int(n), str(hash)) for n, hash in fields[name]) for name in ("path", "made_up")}
-            head = cls(**{**fields, "charged": charged, "runs": runs, **paths})
+            found = json.loads(path.read_bytes())
+            charged = tuple((dict(event), count) for event, count in found["charged"])
+            runs = tuple((str(run), int(rounds)) for run, rounds in found["runs"])
+            paths = {name: tuple((int(n), str(hash)) for n, hash in found[name]) for name in ("path", "made_up")}
+            doubts = tuple(Doubt.read(each) for each in found.get("doubts", ()))
+            denied = tuple(str(digest) for digest in found.get("denied", ()))
+            caps = tuple(None if cap is None else float(cap) for cap in found.get("caps", ()))
+            said = {"charged": charged, "runs": runs, **paths, "doubts": doubts, "denied": denied, "caps": caps}
+            head = cls(**{**found, **said})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error

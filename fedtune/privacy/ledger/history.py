@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from itertools import groupby
 from typing import Any
 
 from dp_accounting import DpEvent
@@ -19,7 +20,8 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey, is_public_key
-from fedtune.privacy.ledger.chain import DENSE, START, Event, Head, Kind, path_of
+from fedtune.privacy.ledger.chain import START, Doubt, Event, Head, Kind, path_of
+from fedtune.privacy.ledger.restored import Restored
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -173,77 +175,6 @@ def _user_columns(policy: Policy) -> Iterator[tuple[tuple[str, str], str]]:
                 yield ("file", posixpath.normpath(dataset.path)), column
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Restored:
-    """That a backup was put back, and what an anchor knew of the events that it lacks.
-
-    Attributes:
-        shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
-        end: the anchor's event.
-        path: (sequence, hash) of events of the lost branch, and of those that it had itself been made up for.
-        gap: what was charged there beyond `shared`.
-        runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
-        clears_doubt: whether the receipt that had put the ledger in doubt is made up for.
-    """
-
-    shared: int
-    end: int
-    path: frozenset[tuple[int, str]]
-    gap: Counter[DpEvent]
-    runs: dict[str, int]
-    seeded: bool
-    frozen: bool
-    clears_doubt: bool = True
-
-    def knows(self, sequence: int, matches: Callable[[str], bool]) -> bool:
-        """Whether an event whose hash `matches` is on the path, or where the path, sparse far from its end, is mute."""
-        hashes = [hash for number, hash in self.path if number == sequence]
-        return any(map(matches, hashes)) or (not hashes and self.shared < sequence <= self.end - DENSE)
-
-    def to_json(self) -> dict[str, Any]:
-        """The note's detail."""
-        return {
-            "shared": self.shared,
-            "end": self.end,
-            "path": sorted(self.path),
-            "gap": dp_events.counted(self.gap),
-            "runs": self.runs,
-            "seeded": self.seeded,
-            "frozen": self.frozen,
-            "clears_doubt": self.clears_doubt,
-        }
-
-    @classmethod
-    def of(cls, detail: dict[str, Any]) -> Restored:
-        """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
-        # Charges are never taken back, so that no entry can lower what an earlier one added.
-        for what, counts, least in (
-            ("a run's rounds", detail["runs"].values(), 0),
-            ("how often a mechanism ran", [count for _, count in detail["gap"]], 1),
-            ("an event's number", (detail["shared"], detail["end"]), 0),
-        ):
-            if any(type(count) is not int or count < least for count in counts):
-                raise ValueError(what)
-        return cls(
-            shared=detail["shared"],
-            end=detail["end"],
-            path=frozenset((int(sequence), str(hash)) for sequence, hash in detail["path"]),
-            gap=Counter({dp_events.from_json(data): count for data, count in detail["gap"]}),
-            runs=dict(detail["runs"]),
-            seeded=bool(detail["seeded"]),
-            frozen=bool(detail["frozen"]),
-            clears_doubt=bool(detail["clears_doubt"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Doubt:
-    """A genuine receipt that the ledger lacks: its event, and that event's salted hash."""
-
-    sequence: int
-    head: str
-
-
 class History:
     """The sum of a ledger's events.
 
@@ -255,11 +186,12 @@ class History:
         runs: run -> what became of it.
         seeded: whether any accepted run took its noise from a seed.
         frozen: whether all training on the population has ended for ever.
-        in_doubt: a genuine receipt that shows that events are missing, until they are made up for.
+        doubts: genuine receipts that show that events are missing, each until they are made up for.
         restored: what was made up for, each time a backup was put back.
         lost_runs: run -> rounds that it was charged on lost branches alone.
         hashes: of all events, in order.
-        policies: caps in force, oldest first, as (time, max_epsilon).
+        policies: caps in force, oldest first, as (time, max_epsilon); those of a lost branch as of when it was made up
+            for.
         answers: refusals and offers of each day, and whether a stranger got them.
         refused: (day, run, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
@@ -275,7 +207,7 @@ class History:
         self.runs: dict[str, Run] = {}
         self.seeded = False
         self.frozen = False
-        self.in_doubt: Doubt | None = None
+        self.doubts: frozenset[Doubt] = frozenset()
         self.restored: list[Restored] = []
         self.lost_runs: dict[str, int] = {}
         self.policies: list[tuple[str, float]] = []
@@ -369,9 +301,10 @@ class History:
                 ended = self.runs[event.run]
                 ended.expires, ended.adapter = None, str(event.detail.get("adapter_sha256", ""))
             case "restored":
-                self._restore(Restored.of(event.detail), event.sequence, moment)
-            case "in_doubt":
-                self.in_doubt = Doubt(sequence=int(event.detail["sequence"]), head=str(event.detail["head"]))
+                self._restore(Restored.of(event.detail, doubts=self.doubts), event.sequence, moment)
+            case "in_doubt":  # an older one names no run
+                rounds = event.detail.get("rounds", 0)
+                self.doubts |= {Doubt.read((event.detail["sequence"], event.detail["head"], event.run, rounds))}
             case "frozen":
                 self.frozen = True
             case other:
@@ -382,8 +315,11 @@ class History:
         self._charges += [(sequence, moment, event, count) for event, count in restored.gap.items()]
         self.seeded |= restored.seeded
         self.frozen |= restored.frozen
-        if restored.clears_doubt:
-            self.in_doubt = None
+        self.doubts = restored.doubts
+        self.denied |= restored.denied
+        for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
+            if cap != self.cap:
+                self.policies.append((moment.isoformat(), cap))
         # How far each run had really got is not known here, so none of them goes on, known or not.
         for run in self.runs.values():
             run.expires = None
@@ -397,9 +333,19 @@ class History:
         return self._opened
 
     @property
+    def in_doubt(self) -> Doubt | None:
+        """The doubt that reaches furthest, if there is any: then nothing is trained."""
+        return max(self.doubts, default=None)
+
+    @property
     def cap(self) -> float:
         """The newest lifetime cap."""
         return self.policies[-1][1]
+
+    @property
+    def caps(self) -> tuple[float | None, ...]:
+        """All lifetime caps that were in force, the newest last; None: no cap."""
+        return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap in self.policies))
 
     @property
     def length(self) -> int:
@@ -447,11 +393,14 @@ class History:
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
 
-    def knows(self, sequence: int, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
-        """Whether the event `sequence` whose hash `matches` is here, or on a lost branch that was made up for."""
-        here = self.hashes[sequence - 1 : sequence] if sequence else [START]
+    def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
+        """Whether the event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""
+        here = self.hashes[shown.sequence - 1 : shown.sequence] if shown.sequence else [START]
         lost = [*self.restored, *([besides] if besides else [])]
-        return any(map(matches, here)) or any(restored.knows(sequence, matches) for restored in lost)
+        return any(map(matches, here)) or any(
+            restored.knows(shown, matches, shared_rounds=self.rounds_up_to(restored.shared)[shown.run])
+            for restored in lost
+        )
 
     def holds(self, head: Head) -> bool:
         """Whether no event up to `head` is missing, or what was is made up for.
@@ -465,6 +414,7 @@ class History:
     def head(self, key: SigningKey) -> Head:
         """The newest head, signed."""
         assert self.last_time is not None
+        assert self.policy is not None
         return Head.signed(
             key,
             ledger=self.opened.ledger,
@@ -477,6 +427,10 @@ class History:
             made_up=tuple(sorted({pair for restored in self.restored for pair in restored.path})),
             seeded=self.seeded,
             frozen=self.frozen,
+            doubts=tuple(sorted(self.doubts)),
+            denied=tuple(sorted(self.denied)),
+            policy=self.policy.digest(),
+            caps=self.caps,
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.history import History, Opened, Reservation, Restored, Run
+from fedtune.privacy.ledger.chain import Doubt, Head, Kind
+from fedtune.privacy.ledger.history import History, Opened, Reservation, Run
+from fedtune.privacy.ledger.restored import Restored
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
@@ -35,6 +37,8 @@ MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
 """Refusals beyond these, of allowed leads and of strangers, are given and logged but not recorded: nobody can fill a
 site's disk, and no stranger can use up what is there for leads.  An offer that cannot be recorded is not made."""
 _MOST_TEXT = 300
+_MOST_DOUBTS = 256
+"""Receipts that a ledger notes it lacks.  With so many there may be others, so that no anchor clears any of them."""
 
 
 class Ledger:
@@ -203,15 +207,21 @@ class Ledger:
         """
         if receipt.site_key != self._key.public or not receipt.is_signed():
             raise Refused(Reason.WRONG_SIGNATURE)
+        shown = Doubt(receipt.sequence, receipt.head, receipt.run, receipt.charged_rounds)
         with self._store.transaction():
-            known = self._store.knows(receipt.sequence, receipt.head)
-            if not known and self.history.in_doubt is None:
-                self._store.note("in_doubt", sequence=receipt.sequence, head=receipt.head)
+            doubts = self.history.doubts
+            known = self._store.knows(shown)
+            if not known and shown not in doubts and len(doubts) < _MOST_DOUBTS:
+                self._store.note("in_doubt", **shown._asdict())
         if not known:
             raise Refused(Reason.LEDGER_BEHIND_RECEIPT, asked=receipt.sequence, allowed=self.history.length)
 
     def charge_gap(self, anchor: Head) -> Counter[DpEvent]:
         """After a backup was put back: charge, and return, what the anchor says was charged and this ledger lacks.
+
+        All else that the anchor says is taken over with it: what ended, what marks the ledger, whom a person denied,
+        which caps were in force, and which receipts show that events are missing, unless both branches together have
+        them.
 
         Raises:
             RunError: the anchor is of another ledger.
@@ -233,10 +243,14 @@ class Ledger:
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
                 seeded=anchor.seeded,
                 frozen=anchor.frozen,
+                denied=frozenset(anchor.denied),
+                caps=_beyond(self.history.caps, anchor.caps),
+                doubts=self.history.doubts.union(anchor.doubts),
             )
-            doubt = self.history.in_doubt
-            cleared = doubt is None or self._store.knows(doubt.sequence, doubt.head, besides=restored)
-            self._store.note("restored", **replace(restored, clears_doubt=cleared).to_json())
+            if len(restored.doubts) < _MOST_DOUBTS:
+                left = {one for one in restored.doubts if not self._store.knows(one, besides=restored)}
+                restored = replace(restored, doubts=frozenset(left))
+            self._store.note("restored", **restored.to_json())
         return gap
 
     def head(self) -> Head:
@@ -347,6 +361,12 @@ class Ledger:
                     f"ledger {self._store.path} was made for {key} = {made_for}, the policy says {says}; "
                     "to change it, make a new ledger"
                 )
+
+
+def _beyond(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
+    """What is `there` beyond the beginning that both have."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
+    return tuple(there[sum(1 for _ in same) :])
 
 
 def _require_same(known: Run, proposal: Proposal) -> None:

@@ -17,8 +17,9 @@ from typing import Any, TypedDict, Unpack
 from fedtune import __version__
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import EVENT, Event, Head, Kind, canonical, check_chain, check_signature
-from fedtune.privacy.ledger.history import History, Restored
+from fedtune.privacy.ledger.chain import EVENT, Doubt, Event, Head, Kind, canonical, check_chain, check_signature
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.restored import Restored
 from fedtune.spec import ConfigError, RunError
 
 LOCK_TIMEOUT_S = 60.0
@@ -273,10 +274,10 @@ class EventStore:
         """The newest event's hash under a salt of the site's own."""
         return self._salted(self.history.hash)
 
-    def knows(self, sequence: int, salted_head: str, *, besides: Restored | None = None) -> bool:
-        """Whether the event that had this salted head is here, or was made up for (`besides`: or would be)."""
+    def knows(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
+        """Whether the event that a receipt shows is here, or was made up for (`besides`: or would be)."""
         return self.history.knows(
-            sequence, lambda hash: hmac.compare_digest(self._salted(hash), salted_head), besides=besides
+            shown, lambda hash: hmac.compare_digest(self._salted(hash), shown.head), besides=besides
         )
 
     def _require_anchored(self) -> None:

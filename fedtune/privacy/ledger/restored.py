@@ -1,0 +1,100 @@
+"""What a ledger that was put back takes over from an anchor: one note, which `History` follows.
+
+The anchor's head says all that must outlast a restore.  What it says beyond the newest event that both know is in the
+note, and so in the ledger for ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dp_accounting import DpEvent
+
+from fedtune.privacy import events as dp_events
+from fedtune.privacy.ledger.chain import DENSE, Doubt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restored:
+    """That a backup was put back, and what an anchor knew of the events that it lacks.
+
+    Attributes:
+        shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
+        end: the anchor's event.
+        path: (sequence, hash) of events of the lost branch, and of those that it had itself been made up for.
+        gap: what was charged there beyond `shared`.
+        runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
+        denied: digests of proposals that a person denied there.
+        caps: lifetime caps that were in force on the lost branch alone; None: no cap.
+        doubts: receipts of either branch that are still not made up for.
+    """
+
+    shared: int
+    end: int
+    path: frozenset[tuple[int, str]]
+    gap: Counter[DpEvent]
+    runs: dict[str, int]
+    seeded: bool
+    frozen: bool
+    denied: frozenset[str]
+    caps: tuple[float | None, ...]
+    doubts: frozenset[Doubt]
+
+    def knows(self, shown: Doubt, matches: Callable[[str], bool], *, shared_rounds: int) -> bool:
+        """Whether the event of a receipt, whose hash `matches`, is on the path, or may be where the path is mute.
+
+        Far from its end the path is sparse.  There the receipt may not say more rounds of its run than the branch had:
+        `shared_rounds` up to `shared`, and `runs` beyond.
+        """
+        hashes = [hash for number, hash in self.path if number == shown.sequence]
+        mute = not hashes and self.shared < shown.sequence <= self.end - DENSE
+        return any(map(matches, hashes)) or (mute and shown.rounds <= shared_rounds + self.runs.get(shown.run, 0))
+
+    def to_json(self) -> dict[str, Any]:
+        """The note's detail."""
+        return {
+            "shared": self.shared,
+            "end": self.end,
+            "path": sorted(self.path),
+            "gap": dp_events.counted(self.gap),
+            "runs": self.runs,
+            "seeded": self.seeded,
+            "frozen": self.frozen,
+            "denied": sorted(self.denied),
+            "caps": self.caps,
+            "doubts": sorted(self.doubts),
+        }
+
+    @classmethod
+    def of(cls, detail: dict[str, Any], *, doubts: frozenset[Doubt]) -> Restored:
+        """Read the note's detail; raises ValueError, TypeError or KeyError for anything else.
+
+        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials and caps.
+        """
+        if "doubts" in detail:
+            doubts = frozenset(Doubt.read(each) for each in detail["doubts"])
+        elif detail["clears_doubt"]:
+            doubts = frozenset()
+        # Charges are never taken back, so that no entry can lower what an earlier one added.
+        for what, counts, least in (
+            ("a run's rounds", detail["runs"].values(), 0),
+            ("how often a mechanism ran", [count for _, count in detail["gap"]], 1),
+            ("an event's number", (detail["shared"], detail["end"]), 0),
+        ):
+            if any(type(count) is not int or count < least for count in counts):
+                raise ValueError(what)
+        return cls(
+            shared=detail["shared"],
+            end=detail["end"],
+            path=frozenset((int(sequence), str(hash)) for sequence, hash in detail["path"]),
+            gap=Counter({dp_events.from_json(data): count for data, count in detail["gap"]}),
+            runs=dict(detail["runs"]),
+            seeded=bool(detail["seeded"]),
+            frozen=bool(detail["frozen"]),
+            denied=frozenset(map(str, detail.get("denied", ()))),
+            caps=tuple(None if cap is None else float(cap) for cap in detail.get("caps", ())),
+            doubts=doubts,
+        )

@@ -1,0 +1,171 @@
+"""What a restore must not forget: receipts that show lost events, denials, and the caps that were in force."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.ledger import site_ledger
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.release import Reason, Receipt, Refused
+
+from .test_branches import branch, trained
+
+
+@pytest.fixture
+def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
+    """A copy of a ledger with one round of run r."""
+    trained(opened(), proposal(), 1)
+    return copied(path)
+
+
+def put_back(path: Path, backup: Path, opened: Any) -> Ledger:
+    shutil.copy(backup, path)
+    ledger: Ledger = opened()
+    return ledger
+
+
+def require_shown(ledger: Ledger, *receipts: Receipt) -> None:
+    """Each is genuine, and the ledger lacks it."""
+    for receipt in receipts:
+        with pytest.raises(Refused) as refused:
+            ledger.require_contains(receipt)
+        assert refused.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+
+
+def require_in_doubt(ledger: Ledger, asked: Any) -> None:
+    with pytest.raises(Refused) as refused:
+        ledger.reserve(asked, round=1, request="q")
+    assert refused.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+
+
+def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(
+    opened: Any, proposal: Any, path: Path, backup: Path
+) -> None:
+    lost, receipt = branch(opened, path, backup, proposal(), range(2, 5))
+    doubting = put_back(path, backup, opened)
+    require_shown(doubting, receipt)
+    anchor = doubting.head()
+    again = put_back(path, backup, opened)
+    again.charge_gap(anchor)
+    require_in_doubt(again, proposal(run="new"))
+    assert again.history.in_doubt == (receipt.sequence, receipt.head, "r", 4)
+    again.charge_gap(lost)
+    assert again.history.charged_rounds("r") == 4
+    trained(again, proposal(run="new"), 1)
+
+
+def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(
+    opened: Any, proposal: Any, path: Path, backup: Path, copied: Callable[[Path], Path]
+) -> None:
+    _, receipt = branch(opened, path, backup, proposal(), range(2, 5))
+    newer = copied(path)
+    doubting = put_back(path, backup, opened)
+    require_shown(doubting, receipt)
+    again = put_back(path, newer, opened)
+    again.charge_gap(doubting.head())
+    trained(again, proposal(run="new"), 1)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_doubts_an_anchor_clears_those_that_it_knows(
+    opened: Any, proposal: Any, path: Path, backup: Path, order: tuple[int, int]
+) -> None:
+    shutil.copy(backup, path)
+    ledger = opened()
+    trained(ledger, proposal(), 2)
+    older, receipts = ledger.head(), [ledger.receipt("r")]
+    trained(ledger, proposal(run="other"), 1, 2)
+    newest, receipts = ledger.head(), [*receipts, ledger.receipt("other")]
+    behind = put_back(path, backup, opened)
+    for _ in range(3):
+        require_shown(behind, *(receipts[number] for number in order))
+    assert len(behind.history.doubts) == 2, "each is noted once"
+    behind.charge_gap(older)
+    assert {doubt.run for doubt in behind.history.doubts} == {"other"}
+    require_in_doubt(behind, proposal(run="new"))
+    behind.charge_gap(newest)
+    trained(behind, proposal(run="new"), 1)
+
+
+def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
+    opened: Any, proposal: Any, path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
+    shutil.copy(backup, path)
+    ledger, receipts = opened(), []
+    for round in (2, 3, 4):
+        trained(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
+        receipts.append(ledger.receipt("s"))
+    newest = ledger.head()
+    behind = put_back(path, backup, opened)
+    require_shown(behind, *receipts)
+    assert len(behind.history.doubts) == 2
+    behind.charge_gap(newest)
+    require_in_doubt(behind, proposal(run="new"))
+
+
+def long_branch(opened: Any, proposal: Any, path: Path, backup: Path) -> Head:
+    """A lost branch of a round and so many refusals after it that an anchor does not know most of its events."""
+    ledger = put_back(path, backup, opened)
+    trained(ledger, proposal(), 2)
+    for number in range(170):
+        ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+    return ledger.head()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows(
+    opened: Any, proposal: Any, path: Path, backup: Path, before: bool
+) -> None:
+    unseen, receipt = branch(opened, path, backup, proposal(), range(2, 4))
+    lost = long_branch(opened, proposal, path, backup)
+    assert receipt.sequence not in dict(lost.path), "so that nobody can tell by its hash"
+    restored = put_back(path, backup, opened)
+    if before:
+        require_shown(restored, receipt)
+    restored.charge_gap(lost)
+    assert restored.history.charged_rounds("r") == 1 + 2, "the first round twice, as no event is known to be shared"
+    require_shown(restored, receipt)
+    require_in_doubt(restored, proposal(run="new"))
+    restored.charge_gap(unseen)
+    restored.require_contains(receipt)
+    trained(restored, proposal(run="new"), 1)
+
+
+def test_a_restore_forgets_neither_a_denial_nor_a_cap(
+    opened: Any, policy: Any, proposal: Any, path: Path, backup: Path
+) -> None:
+    denied = proposal(run="denied")
+    low, high = policy(budget={"max_epsilon": 9.0}), policy(budget={"max_epsilon": 12.0})
+    opened(policy=high)
+    opened(policy=low).deny(denied, "no")
+    lost = opened(policy=low).head()
+    assert (lost.policy, lost.caps) == (low.digest(), (11.0, 12.0, 9.0))
+    restored = put_back(path, backup, opened)
+    restored.charge_gap(lost)
+    with pytest.raises(Refused) as refused:
+        opened().reserve(denied, round=1, request="q")
+    assert refused.value.reason is Reason.DENIED
+    assert opened().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
+    assert [cap for _, cap in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
+    assert opened().history.cap == 11.0
+
+
+def test_an_older_ledgers_notes_are_read(opened: Any, proposal: Any, path: Path, backup: Path) -> None:
+    """They had one doubt, of no run, and said of a restore whether it cleared that."""
+    shutil.copy(backup, path)
+    ledger = opened()
+    older = {"shared": 1, "end": 1, "path": [], "gap": [], "runs": {}, "seeded": False, "frozen": False}
+    for clears, left in ((False, 1), (True, 0)):
+        with ledger._store.transaction():
+            ledger._store.note("in_doubt", sequence=9, head="0" * 64)
+            ledger._store.note("restored", **older, clears_doubt=clears)
+        assert len(verify(path).history.doubts) == left
+    trained(opened(), proposal(run="new"), 1)
