@@ -9,7 +9,8 @@ from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_files import SiteFiles
 
-PROMISES = "promises.jsonl"
+PROMISES = ".promises.jsonl"
+"""Follows the ledger's whole name, since ledgers of several sites may share a folder."""
 
 
 def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
@@ -27,5 +28,5 @@ def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -
         parties=parties,
         limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold, colluders=trust.colluders),
         roster={**members, files.policy.site: identity.public},
-        keep=kept_in(files.ledger.with_name(PROMISES)),
+        keep=kept_in(files.ledger.with_name(files.ledger.name + PROMISES)),
     )

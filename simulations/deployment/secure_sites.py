@@ -49,7 +49,7 @@ class Victim:
         newest = max(rounds)
         if not any(event.kind is Kind.COMMIT and event.round == newest for event in mine):
             return newest, "training"
-        path = self.made.folder / self.name / "promises.jsonl"
+        path = self.made.folder / self.name / "ledger.db.promises.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         promised = [json.loads(line) for line in lines if line.endswith("}")][-2:]
         told = {one["confirmed"] for one in promised if one["release"] == newest}

@@ -118,6 +118,14 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="promises-of-two-sites",
+        fault="Two sites whose ledgers share a folder write one file of promises: each replaces the other's.",
+        file="fedtune/sites/secure_sums.py",
+        old="files.ledger.with_name(files.ledger.name + PROMISES)",
+        new="files.ledger.with_name(PROMISES)",
+        tests=("tests/sites/test_secure_sums.py",),
+    ),
+    Mutant(
         name="a-schedule-by-lost-rounds",
         fault="A release without a sum counts as a step of the schedule: the spare one has a learning rate of zero.",
         file="fedtune/flower/secure_rounds.py",
