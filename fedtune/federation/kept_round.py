@@ -47,7 +47,8 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
         return -float("inf") if score is None else sign * score
 
     best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
-    waited = rounds[-1].round - best.round
+    # A round of whose updates nothing came has the score before it: that is no trial that failed.
+    waited = sum(one.round > best.round for one in rounds if one.sites)
     stops = federation.stop_after is not None and waited >= federation.stop_after
     kept = best if federation.keep_round == "best" else rounds[-1]
     return Kept(

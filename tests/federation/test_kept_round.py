@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +13,17 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.spec import ConfigError
 
 
-def rounds(*scores: float | None, name: str = "accuracy") -> Sequence[RoundResult]:
+def rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] = ()) -> Sequence[RoundResult]:
+    """Of one site, whose updates did not come in the rounds `lost`."""
     return [
         RoundResult(
-            round=number, seconds=1.0, sites=(), failed_sites={}, bytes_down=0, bytes_up=0, metrics={name: score}
+            round=number,
+            seconds=1.0,
+            sites=() if number in lost else ("a",),
+            failed_sites={},
+            bytes_down=0,
+            bytes_up=0,
+            metrics={name: score},
         )
         for number, score in enumerate(scores, 1)
     ]
@@ -54,6 +61,15 @@ def test_rounds_without_a_better_score_end_the_run() -> None:
     # What ends a run says nothing of which round it keeps.
     last = kept(0.5, 0.25, 0.375, stop_after=2, keep_round="last")
     assert last == Kept(round=3, judged_by="accuracy", score=0.375, ended_early=True)
+
+
+def test_a_round_without_updates_is_no_trial_that_brought_nothing() -> None:
+    """It has the score of the round before it; after a lead's restart there may be several in a row."""
+    federation = FederationSpec(num_rounds=9, stop_after=1)
+    for lost, over in (((3, 4), False), ((), True), ((4,), True)):
+        found = kept_of(rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, judged_by="accuracy")
+        assert found is not None
+        assert found.ended_early is over
 
 
 def test_the_last_planned_round_ends_nothing_early() -> None:
