@@ -241,9 +241,10 @@ class Checkpoints:
         line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
         write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
-    def last_asked(self) -> int:
-        """The newest round that sites were asked for; 0: none."""
-        return max((int(json.loads(line)["round"]) for line in self._whole_lines()), default=0)
+    def asked(self) -> dict[int, list[str]]:
+        """Round -> the sites that were asked for it."""
+        lines = map(json.loads, self._whole_lines())
+        return {int(line["round"]): list(map(str, line["sites"])) for line in lines}
 
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -186,10 +186,10 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
 class SumRequest:
     """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
 
-    What a step goes by travels beside it: it is signed by the sites, and no word of the lead's changes what it means.
-
     Attributes:
         step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
+        parts_digest: of the messages that travel beside it, which the step goes by, as `digest_of_parts` makes it: who
+            carries them can change none, and so make no site answer what the lead did not ask.
         session: 32 random hexadecimal digits, the lead's name for the session that is announced.
     """
 
@@ -198,10 +198,11 @@ class SumRequest:
     expires: float
     step: str
     session: str
+    parts_digest: str
 
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
-        about = {"site": self.site, "expires": self.expires, "step": self.step, "session": self.session}
+        about = {name: getattr(self, name) for name in ("site", "expires", "step", "session", "parts_digest")}
         return Signed.by(lead, SUM, {"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()})
 
     @classmethod
@@ -209,7 +210,8 @@ class SumRequest:
         """The question that was signed, by the lead that it names; raises as `_opened` does."""
 
         def is_right(asked: SumRequest) -> bool:
-            return asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK) and _NONCE.fullmatch(asked.session) is not None
+            named = _NONCE.fullmatch(asked.session) and _SHA256.fullmatch(asked.parts_digest)
+            return asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK) and named is not None
 
         return _question(cls, signed, SUM, is_right)
 
@@ -226,6 +228,11 @@ class SumRequest:
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked."""
         return self.proposal.digest()
+
+
+def digest_of_parts(parts: Iterable[bytes]) -> str:
+    """SHA-256, in hex, of the messages that travel with a `SumRequest`, in their order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

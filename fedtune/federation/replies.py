@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # it imports torch
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
+LEFT_OUT = "left_out"
+"""Of a site that is asked no more, since its shares in a secure sum were wrong."""
 UNSIGNED_REPLY = "unsigned_reply"
 _MOST_SHARE = 1e9
 """Of the declared number, whatever noise and true number make of it."""
@@ -86,6 +88,7 @@ class RoundReplies:
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
         bits: of each value of an update.
+        left_out: sites that are asked no more, and not heard.
         masked: site -> its upload to a secure sum, which nothing can be said of by itself.
     """
 
@@ -96,12 +99,16 @@ class RoundReplies:
     reaches: Mapping[str, Reach]
     arrived: Arrived
     bits: int = 32
+    left_out: Collection[str] = ()
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        self._outcomes.update(dict.fromkeys(self.left_out, _Outcome(failure=LEFT_OUT)))
+
     def take(self, site: str, reply: Reply) -> None:
         """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
-        if site not in self.reaches:
+        if site not in self.reaches or site in self.left_out:
             return
         outcome, found = self._judge(site, reply)
         if isinstance(found, Masked):

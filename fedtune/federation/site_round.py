@@ -25,6 +25,7 @@ from fedtune.federation.protocol import (
     Signed,
     SumRequest,
     digest_of,
+    digest_of_parts,
     terms_of,
 )
 from fedtune.federation.secure.agreement import Rejected, Wrong
@@ -156,6 +157,8 @@ def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Ref
 
 def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     _check_asker(site, request)
+    if request.parts_digest != digest_of_parts(parts):
+        raise Rejected(Wrong.REQUEST_CHANGED)
     sums, proposal = _sums_of(site, request.proposal), request.proposal.digest()
     if request.step == ANNOUNCE:
         run = _prepared(site, request)

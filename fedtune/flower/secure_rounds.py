@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -17,8 +17,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.federation.lead import Arrays, Checkpoints, LeadState, RoundResult
-from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, terms_of
-from fedtune.federation.replies import NO_REPLY, RoundReplies
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
+from fedtune.federation.replies import LEFT_OUT, NO_REPLY, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.flower import flower_records
@@ -127,6 +127,11 @@ class SecureRounds:
         assert self._known.begun is not None, "ready first"
         return self._known.begun.name
 
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Sites that no round is asked of any more."""
+        return frozenset(self._known.left_out)
+
     def ready(self) -> tuple[str, ...]:
         """The members that a round may be asked of: in one session, before anybody pays.
 
@@ -136,16 +141,17 @@ class SecureRounds:
         Raises:
             RunError: fewer than the threshold are ready.
         """
+        failed: Mapping[str, str] = {}
         here, missing = self._rejoined()
         lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
         if self._known.begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin()
             self._failed[lost] += bool(failed)
             here, missing = self._rejoined()
-            missing |= failed
         ready = self._ready = tuple(site for site in here if site not in self._known.left_out)
         if len(ready) < self._terms.threshold:
-            why = _in_words(missing) | dict.fromkeys(self._known.left_out, "deals or gives wrong shares")
+            left_out = dict.fromkeys(self._known.left_out, "deals or gives wrong shares")
+            why = {**_in_words(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
             all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
@@ -160,18 +166,19 @@ class SecureRounds:
         right = [site for site, digest in joined.items() if digest == begun.session.digest.encode()]
         return right, missing
 
-    def _begin(self) -> dict[str, Refusal | None]:
-        """Begin a session with keys of all members; who is missing, and why: empty where it began."""
-        missing: dict[str, Refusal | None] = {}
+    def _begin(self) -> dict[str, str]:
+        """Begin a session with keys of all members; which sites keep it from that, and why: empty where it began."""
+        why: dict[str, str] = {}
         for _ in range(_SESSIONS):
             name = secrets.token_hex(16)
             announced, missing = self._ask(ANNOUNCE, name, dict.fromkeys(self._terms.sites, ()))
             if missing:
+                why = _in_words(missing)
                 break
             try:
                 session = session_of(self._terms, announced)
             except Rejected as rejected:
-                missing = {f"a site's key ({rejected})": None}
+                why = {rejected.site: f"the key that came from it is not taken ({rejected.wrong})"}
                 continue
             begun = _Begun(name, tuple(announced.values()), session)
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
@@ -180,10 +187,12 @@ class SecureRounds:
                 self._checkpoints.keep_session(self._known.to_bytes())
                 return {}
             if missing:  # each further try would take the others from the session that they came from
+                why = _in_words(missing)
                 break
-            missing = {"a site that was shown other keys": None}
-        log.warning("no new session of the secure sum: %s", _in_words(missing))
-        return missing
+            other = (site for site, digest in joined.items() if digest != session.digest.encode())
+            why = dict.fromkeys(other, "was shown other keys")
+        log.warning("no new session of the secure sum: %s", why)
+        return why
 
     def total(self, round: int, uploads: Mapping[str, bytes]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
         """The sum of a round's uploads, (values,), and the sites that are in it.
@@ -249,10 +258,18 @@ class SecureRounds:
         for node, site in self._nodes.items():
             if site not in parts:
                 continue
-            asked = SumRequest(proposal=self._proposal, site=site, expires=expires, step=step, session=session)
+            own = tuple(parts[site])
+            asked = SumRequest(
+                proposal=self._proposal,
+                site=site,
+                expires=expires,
+                step=step,
+                session=session,
+                parts_digest=digest_of_parts(own),
+            )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
             settings = self._settings if step == ANNOUNCE else ""
-            content = flower_records.from_sum(asked.signed(self._key), tuple(parts[site]), settings=settings)
+            content = flower_records.from_sum(asked.signed(self._key), own, settings=settings)
             messages.append(Message(content, node, f"query.{flower_records.SUM}"))
         self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
         found: dict[str, bytes] = {}
@@ -305,17 +322,20 @@ def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | No
     )
 
 
-def past_asked(lead: Lead, state: LeadState) -> LeadState:
+def past_asked(lead: Lead, state: LeadState, *, left_out: Collection[str]) -> LeadState:
     """The state after every round that a lead before this one asked for: none of these releases is begun again.
 
     Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
     """
-    for round in range(state.round + 1, lead.checkpoints.last_asked() + 1):
+    for round, sites in sorted(lead.checkpoints.asked().items()):
+        if round <= state.round:
+            continue
+        not_asked = {site: LEFT_OUT if site in left_out else NO_REPLY for site in lead.declared_sizes}
         lost = RoundResult(
             round=round,
             seconds=0.0,
             sites=(),
-            failed_sites=dict.fromkeys(lead.declared_sizes, NOT_SUMMED),
+            failed_sites=not_asked | dict.fromkeys(sites, NOT_SUMMED),
             bytes_down=0,
             bytes_up=0,
             metrics=state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter),

@@ -52,7 +52,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     sums = secure_rounds(grid, lead, state)
     if sums is not None:
-        state = past_asked(lead, state)
+        state = past_asked(lead, state, left_out=sums.left_out)
     if state.round == 0 and lead.federation.bits != 32:
         lead.checkpoints.keep_reference(state.adapter)
     holders: Collection[str] = ()  # a site may have lost it, and this lead been started again for that
@@ -82,9 +82,7 @@ def _run_round(
     sites = list(lead.declared_sizes if sums is None else sums.ready())
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    brought, sent, about = _sent(lead, state)
-    if sums is not None:
-        about["session"] = sums.session
+    brought, sent, about = _sent(lead, state, session="" if sums is None else sums.session)
     messages = _requests(grid, lead, state, brought, about=about, sites=sites, holders=holders)
     bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
     most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
@@ -97,6 +95,7 @@ def _run_round(
             reaches=_reaches(lead, round, sent),
             arrived=arrived,
             bits=lead.federation.bits,
+            left_out=() if sums is None else sums.left_out,
         )
         received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
         for site, reply, message in readable(received, lead):
@@ -173,12 +172,12 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _sent(lead: Lead, state: LeadState) -> tuple[Brought, Adapter, dict[str, str]]:
-    """How a round's adapter travels, what arrives of it, and the digests by which a site knows that."""
+def _sent(lead: Lead, state: LeadState, *, session: str) -> tuple[Brought, Adapter, dict[str, str]]:
+    """How a round's adapter travels, what arrives of it, and what a request says of it and of the session."""
     brought = _brought(lead, state)
     reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
     sent = brought.made_of(None, digest=reference)
-    return brought, sent, {"adapter_digest": sent.digest(), "reference_digest": reference}
+    return brought, sent, {"adapter_digest": sent.digest(), "reference_digest": reference, "session": session}
 
 
 def _brought(lead: Lead, state: LeadState) -> Brought:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedtune.federation.lead import RoundResult
-from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, NO_REPLY, UNSIGNED_REPLY
+from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
@@ -404,7 +404,7 @@ def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
     if site in result.sites:
         return "update", None
     match result.failed_sites.get(site):
-        case None:
+        case reason if reason in (None, LEFT_OUT):
             return None
         case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
             return "no_answer", reason

@@ -15,12 +15,14 @@ import fedtune.flower.secure_rounds as secure_rounds
 import fedtune.flower.server_app as server_app
 import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
+from fedtune.federation.protocol import UNMASK
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import Parties, Sessions, SumsAtSite
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
+from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.packing import unpacked
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
@@ -284,6 +286,10 @@ def test_a_site_that_deals_wrong_shares_is_left_out(simulate: Any, tmp_path: Pat
     folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
+    lost, *later = [entry["failed_sites"] for entry in result["rounds"]]
+    assert lost == {f"site-{number}": "not_summed" for number in (1, 2, 3, 4)}
+    assert later == [{"site-2": "left_out"}] * 2
+    assert "asked no more, because its shares in a secure sum were wrong" in (folder / "report.html").read_text()
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
@@ -296,7 +302,46 @@ def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
     assert done.code == 0, done.err
     result = result_of(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
+    assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
+
+
+def test_a_server_that_changes_shares_has_no_site_accused(
+    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
+    real, releases = secure_rounds.SecureRounds._ask, [0]
+
+    def carried(self: Any, step: str, session: str, parts: Any) -> Any:
+        found, missing = real(self, step, session, parts)
+        releases[0] += step == UNMASK
+        if step == UNMASK and releases[0] == 1:
+            said = json.loads(found["site-2"])
+            said["shares"] = {dealer: dict.fromkeys(given, "0" * 66) for dealer, given in said["shares"].items()}
+            found = {**found, "site-2": canonical(said)}
+            del found["site-4"]
+        return found, missing
+
+    monkeypatch.setattr(secure_rounds.SecureRounds, "_ask", carried)
+    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [0, 4, 4]
+    known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
+    assert (known["left_out"], known["accused"]) == ([], [])
+
+
+def test_a_site_whose_key_lets_no_run_begin_is_named(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SumsAtSite.announce
+
+    def announce(self: SumsAtSite, *given: Any) -> bytes:
+        said = json.loads(real(self, *given))
+        return canonical(said | {"signature": "0" * 128} if self.site == "site-2" else said)
+
+    monkeypatch.setattr(SumsAtSite, "announce", announce)
+    done = command("simulate", *tiny(*SECURE, *THREE, into=tmp_path))
+    assert done.code == 1
+    assert "(site-2: the key that came from it is not taken (wrong_signature))" in done.err
 
 
 def test_two_rounds_without_a_sum_end_the_run(

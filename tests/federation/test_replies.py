@@ -14,6 +14,7 @@ from fedtune.federation.protocol import Reply, digest_of
 from fedtune.federation.replies import (
     BEYOND_PLAN,
     INVALID_UPDATE,
+    LEFT_OUT,
     NO_REPLY,
     UNSIGNED_REPLY,
     RoundReplies,
@@ -64,6 +65,7 @@ def sort(
         bits: int = 32,
         sent: Adapter = adapter,
         travelled: Adapter | None = None,
+        left_out: str = "",
     ) -> RoundReplies:
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise, metrics_groups=groups)
         proposal = run_proposal(plan=plan)
@@ -76,6 +78,7 @@ def sort(
             reaches=dict.fromkeys(sites, reach),
             arrived=arrived,
             bits=bits,
+            left_out=left_out,
         )
         for site, reply in replies.items():
             found.take(site, reply)
@@ -223,6 +226,14 @@ def test_sites_keep_the_order_in_which_they_were_asked(
     sorted_out = sort(replies, sites="abcd")
     assert sorted_out.sites == ("a", "b", "c")
     assert sorted_out.failures == {"d": NO_REPLY}
+
+
+def test_who_is_left_out_is_not_heard_and_has_a_reason_of_its_own(
+    sort: Sort, update: Make, signed: Callable[[Update], Reply]
+) -> None:
+    for answering in ("a", "ac"):
+        sorted_out = sort({site: signed(update(site=site)) for site in answering}, sites="abc", left_out="c")
+        assert (sorted_out.sites, sorted_out.failures) == (("a",), {"b": NO_REPLY, "c": LEFT_OUT})
 
 
 def test_who_was_not_asked_is_not_heard(sort: Sort, update: Make, signed: Callable[[Update], Reply]) -> None:

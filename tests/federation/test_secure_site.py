@@ -26,6 +26,7 @@ from fedtune.federation.protocol import (
     Reply,
     RoundRequest,
     SumRequest,
+    digest_of_parts,
     terms_of,
 )
 from fedtune.federation.secure import at_site
@@ -38,6 +39,7 @@ from fedtune.model import Adapter
 from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Masked, Reason, Refusal, Update
@@ -120,9 +122,17 @@ class Federation:
     """Of the session that the lead is in."""
 
     def step(
-        self, site: str, kind: str, *parts: bytes, name: str | None = None, lead: SigningKey | None = None
+        self,
+        site: str,
+        kind: str,
+        *parts: bytes,
+        name: str | None = None,
+        lead: SigningKey | None = None,
+        of: tuple[bytes, ...] | None = None,
     ) -> bytes | Refusal:
-        key, about = lead or self.lead, {"expires": 1e12, "step": kind, "session": name or self.name}
+        """What a site answers to these parts; `of` are those that the lead signed, where somebody changed them."""
+        key, signed = lead or self.lead, digest_of_parts(parts if of is None else of)
+        about = {"expires": 1e12, "step": kind, "session": name or self.name, "parts_digest": signed}
         request = SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
         return take_step(self.sites[site].open(), request.signed(key), list(parts))
 
@@ -314,6 +324,30 @@ def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charg
     made = Summation(session, release=1)
     for site in NAMES:
         made.add_upload(site, masked(federation.upload(site)))
+
+
+def test_what_was_changed_on_the_way_is_not_answered(federation: Federation) -> None:
+    """Of sealed shares that somebody changed a site would give none, and that would be held against it."""
+    session, name, announced = federation.begun()
+    made = federation.summation(session)
+    question = made.confirm_request()
+    other = ConfirmRequest(session=session.digest, release=1, survivors=list(NAMES[:2])).to_bytes()
+    changed = (Reason.SECURE_SUM, "request_changed")
+    for parts in ((other,), (), (question, b""), (question[:-1],)):
+        assert federation.refused("north", CONFIRM, *parts, of=(question,)) == changed
+    for parts in (announced[:2], announced[::-1], [b"".join(announced)]):
+        assert federation.refused("north", JOIN, *parts, of=tuple(announced)) == changed
+    assert federation.refused("north", ANNOUNCE, b"", of=(), name=name) == changed
+    assert not federation.sites["north"].promises.exists(), "nothing is promised for it either"
+    for site in NAMES:
+        made.add_confirmation(site, federation.told(site, CONFIRM, question))
+    asked = made.unmask_request("north")
+    fields = json.loads(asked)
+    fields["sealed"]["east"] = fields["sealed"]["south"]
+    assert federation.refused("north", UNMASK, canonical(fields), of=(asked,)) == changed
+    for site in NAMES:
+        made.add_revealed(site, federation.told(site, UNMASK, made.unmask_request(site)))
+    np.testing.assert_array_equal(made.total(), 3 * VECTOR)
 
 
 CHANGES: dict[str, Callable[[SecureSite], None]] = {

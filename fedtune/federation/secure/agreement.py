@@ -18,14 +18,15 @@ from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.threshold import Server, least_threshold
 from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
 
-PROTOCOL = 1
-"""Raised with whatever changes masks or messages: between sites of two versions masks would not cancel."""
+PROTOCOL = 2
+"""Raised with whatever changes masks or messages: between sites of two versions masks would not cancel.  2: shares are
+signed."""
 MOST_SITES = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28
 """Values of a vector."""
-KEY, CONFIRMATION = "secure sum key", "secure sum survivors"
+KEY, CONFIRMATION, SHARES = "secure sum key", "secure sum survivors", "secure sum shares"
 """Purposes of a site's signatures."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -34,6 +35,7 @@ class Wrong(StrEnum):
     """Why a message of the other side is not taken.  The list is closed: no text of an exception leaves with it."""
 
     MALFORMED = "malformed"
+    REQUEST_CHANGED = "request_changed"
     ROSTER_DIFFERS = "roster_differs"
     TOO_FEW_SITES = "too_few_sites"
     THRESHOLD_TOO_LOW = "threshold_too_low"
@@ -52,10 +54,14 @@ class Wrong(StrEnum):
 
 
 class Rejected(RefusedError):
-    """A message of the other side is not taken, for a reason of the closed list and no other word."""
+    """A message of the other side is not taken, for a reason of the closed list and no other word.
 
-    def __init__(self, wrong: Wrong) -> None:
-        self.wrong = wrong
+    Attributes:
+        site: whose message it is, where the lead looks at those of all sites at once; else empty.
+    """
+
+    def __init__(self, wrong: Wrong, *, site: str = "") -> None:
+        self.wrong, self.site = wrong, site
         super().__init__(f"secure sum: {wrong}")
 
 

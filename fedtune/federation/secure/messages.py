@@ -4,7 +4,7 @@ A release takes three questions of the lead to each site:
 
     upload    (release)                              -> Upload: masked vector, sealed shares, digests of shares
     confirm   ConfirmRequest: survivors              -> Confirmation: signed
-    unmask    UnmaskRequest: confirmations, shares   -> Revealed: shares of the seeds that the survivors' sum needs
+    unmask    UnmaskRequest: confirmations, shares   -> Revealed: signed shares of the seeds that the sum needs
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from fedtune.federation.secure.agreement import CONFIRMATION, Announcement, Rejected, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, Rejected, Session, Terms, Wrong
 from fedtune.federation.secure.masks import TAG_BYTES
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
@@ -140,7 +140,7 @@ class UnmaskRequest(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Revealed(ConfirmRequest):
-    """A site's shares of the seeds that unmask the survivors' sum.
+    """A site's shares of the seeds that unmask the survivors' sum, signed: a wrong one is held against the site.
 
     Attributes:
         shares: by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its
@@ -149,9 +149,18 @@ class Revealed(ConfirmRequest):
 
     site: str
     shares: dict[str, dict[str, str]]
+    signature: str
+
+    @classmethod
+    def of(
+        cls, asked: ConfirmRequest, site: str, *, shares: dict[str, dict[str, str]], identity: SigningKey
+    ) -> Revealed:
+        """The shares as their site gives them."""
+        unsigned = cls(**asdict(asked), site=site, shares=shares, signature="")
+        return replace(unsigned, signature=identity.sign(SHARES, unsigned.to_bytes()))
 
     def check(self, terms: Terms) -> None:
-        """Require a member, and nothing but shares."""
+        """Require nothing but shares, in a member's own word."""
         if self.site not in terms.members:
             raise Rejected(Wrong.NOT_A_MEMBER)
         for shares in self.shares.values():
@@ -160,6 +169,9 @@ class Revealed(ConfirmRequest):
             _check_texts(list(shares.values()))
             if not all(_SHARE.fullmatch(share) for share in shares.values()):
                 raise Rejected(Wrong.MALFORMED)
+        unsigned = replace(self, signature="")
+        if not is_signed(terms.members[self.site], SHARES, unsigned.to_bytes(), self.signature):
+            raise Rejected(Wrong.WRONG_SIGNATURE)
 
     def share(self, survivor: str, other: str) -> int | None:
         """One share, if the site gave it."""

@@ -198,13 +198,8 @@ class Party:
         if asked.asked != self._promised:
             raise Rejected(Wrong.NOT_PROMISED)
         self._note(asked.asked, confirmed=True)
-        return Revealed(
-            session=asked.session,
-            release=asked.release,
-            survivors=asked.survivors,
-            site=self._site,
-            shares={survivor: self._shares_of(survivor, asked, pairs) for survivor in asked.survivors},
-        ).to_bytes()
+        given = {survivor: self._shares_of(survivor, asked, pairs) for survivor in asked.survivors}
+        return Revealed.of(asked.asked, self._site, shares=given, identity=self._identity).to_bytes()
 
     def _shares_of(self, survivor: str, asked: UnmaskRequest, pairs: PairSecrets) -> dict[str, str]:
         """Shares of the seeds that must be taken from a survivor's upload; none where it sealed none for this site."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import Rejected, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import Announcement, Rejected, Session, Terms, Wrong
 from fedtune.federation.secure.masks import SEED_BYTES, masks
 from fedtune.federation.secure.messages import (
     Confirmation,
@@ -30,12 +30,21 @@ def session_of(terms: Terms, announcements: dict[str, bytes]) -> Session:
     """The session of what the members announced, by member; every site makes the same of it.
 
     Raises:
-        Rejected: as `Session.of` says, or a site spoke for another.
+        Rejected: as `Session.of` says, or a site spoke for another; it names the site, unless one is missing.
     """
-    read = {site: read_announcement(data) for site, data in announcements.items()}
-    if any(one.site != site for site, one in read.items()):
-        raise Rejected(Wrong.WRONG_KEY)
-    return Session.of(terms, list(read.values()))
+    return Session.of(terms, [_genuine(terms, site, data) for site, data in announcements.items()])
+
+
+def _genuine(terms: Terms, site: str, data: bytes) -> Announcement:
+    """What this site announced."""
+    try:
+        announced = read_announcement(data)
+        announced.require_genuine(terms)
+        if announced.site != site:
+            raise Rejected(Wrong.WRONG_KEY)
+    except Rejected as rejected:  # one of them is enough to keep all from a sum, so that people must know which
+        raise Rejected(rejected.wrong, site=site) from None
+    return announced
 
 
 class Unreadable(RunError):
@@ -128,7 +137,7 @@ class Summation:
         ).to_bytes()
 
     def add_revealed(self, site: str, data: bytes) -> None:
-        """Take a site's shares; raises Rejected for those of other survivors, or by another site."""
+        """Take a site's shares; raises Rejected for those of other survivors, or that the site did not sign."""
         revealed = Revealed.from_bytes(data, self._session)
         self._check_sender(site, revealed.site, revealed.release)
         if revealed.survivors != self.survivors:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.secure.agreement import Limits, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import SHARES, Limits, Session, Terms, Wrong
 from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
 from fedtune.federation.secure.party import Party, Promise
 from fedtune.federation.secure.summation import Summation, session_of
@@ -115,6 +115,12 @@ class Federation:
 def changed(message: bytes, **fields: Any) -> bytes:
     """A message with other fields."""
     return canonical({**json.loads(message), **fields})
+
+
+def resigned(answer: bytes, **fields: Any) -> bytes:
+    """A site's shares with other fields, as the site itself would say them."""
+    unsigned = changed(answer, **fields, signature="")
+    return changed(unsigned, signature=identity(json.loads(answer)["site"]).sign(SHARES, unsigned))
 
 
 def wrong(error: Any) -> Wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_a_key_is_for_one_run_its_proposal_and_its_terms(other: dict[str, Any]) 
 def test_a_key_is_for_one_version_of_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = terms_of(3, 3)
     messages = announced(terms)
-    monkeypatch.setattr(agreement, "PROTOCOL", 2)
+    monkeypatch.setattr(agreement, "PROTOCOL", 1)
     with pytest.raises(Rejected) as error:
         session_of(terms, messages)
     assert wrong(error) is Wrong.WRONG_TERMS
@@ -249,7 +250,26 @@ def test_the_lead_takes_a_key_from_its_own_site() -> None:
     messages = announced(terms)
     with pytest.raises(Rejected) as error:
         session_of(terms, {**messages, "a": messages["b"], "b": messages["a"]})
-    assert wrong(error) is Wrong.WRONG_KEY
+    assert (wrong(error), error.value.site) == (Wrong.WRONG_KEY, "a")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"),
+    [
+        (lambda own: changed(own, signature="0" * 128), Wrong.WRONG_SIGNATURE),
+        (lambda own: changed(own, key="0" * 64), Wrong.WRONG_KEY),
+        (lambda own: changed(own, site="z"), Wrong.NOT_A_MEMBER),
+        (lambda own: own[1:], Wrong.MALFORMED),
+    ],
+    ids=lambda one: one.value if isinstance(one, Wrong) else "",
+)
+def test_a_key_that_keeps_a_session_from_beginning_has_its_site_s_name(
+    spoilt: Callable[[bytes], bytes], reason: Wrong
+) -> None:
+    messages = announced(terms := terms_of(4, 3))
+    with pytest.raises(Rejected) as error:
+        session_of(terms, {**messages, "b": spoilt(messages["b"])})
+    assert (wrong(error), error.value.site) == (reason, "b")
 
 
 def test_a_site_that_has_not_joined_says_nothing() -> None:

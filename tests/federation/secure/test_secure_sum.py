@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from fedtune.federation.secure.party import Party, Promise
 from fedtune.federation.secure.shares import PRIME
 from fedtune.federation.secure.summation import Summation, Unreadable
 
-from .parties import LARGEST, Federation, changed, identity, terms_of, wrong
+from .parties import LARGEST, Federation, changed, identity, resigned, terms_of, wrong
 
 
 @pytest.mark.parametrize(("num_sites", "threshold"), [(2, 2), (3, 2), (3, 3), (4, 3), (5, 3)])
@@ -157,7 +158,7 @@ def test_wrong_shares_are_found_named_and_left_out() -> None:
         given_shares = json.loads(answer)["shares"]
         given_shares["a"]["e"] = f"{(int(given_shares['a']['e'], 16) + 1) % PRIME:066x}"
         given_shares["b"]["b"] = f"{PRIME - 1:066x}"
-        summation.add_revealed(liar, changed(answer, shares=given_shares))
+        summation.add_revealed(liar, resigned(answer, shares=given_shares))
     assert summation.total().tolist() == federation.sum_of("abcd").tolist()
     assert summation.wrong_shares == {("d", "a"), ("d", "b"), ("e", "a"), ("e", "b")}
 
@@ -168,7 +169,7 @@ def test_more_wrong_shares_than_can_be_spared_end_the_release() -> None:
     federation.revealed(summation, by="a")
     for liar in "bc":
         answer = federation.parties[liar].unmask(summation.unmask_request(liar))
-        summation.add_revealed(liar, changed(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}}))
+        summation.add_revealed(liar, resigned(answer, shares={**json.loads(answer)["shares"], "c": {"c": "0" * 66}}))
     with pytest.raises(Unreadable, match="1 sites gave right shares of what unmasks c, and 2 must") as error:
         summation.total()
     assert error.value.site is None, "it may be c's doing, or that of the two"
@@ -236,6 +237,32 @@ def test_the_lead_takes_a_site_s_messages_from_that_site_for_this_release_and_on
         with pytest.raises(Rejected) as error:
             summation.add_revealed("d", changed(answer, **change))
         assert wrong(error) is Wrong.MALFORMED
+
+
+def test_shares_count_as_their_site_signed_them() -> None:
+    """Whoever carries an answer could else make wrong shares of right ones, which are held against the site."""
+    federation = Federation(terms_of(4, 3))
+    summation = federation.confirmed(federation.uploaded(1, "abcd"), by="abcd")
+    federation.revealed(summation, by="abc")
+    answer = federation.parties["d"].unmask(summation.unmask_request("d"))
+    shares, signature = json.loads(answer)["shares"], json.loads(answer)["signature"]
+    other_s = json.loads(federation.parties["c"].unmask(summation.unmask_request("c")))["signature"]
+    confirmation = json.loads(federation.parties["d"].confirm(summation.confirm_request()))["signature"]
+    changes: list[dict[str, Any]] = [
+        {"shares": {**shares, "a": {"a": "0" * 66}}},
+        {"shares": {**shares, "a": {}}},
+        {"shares": {}},
+        *({"signature": made} for made in ("", signature.upper(), "0" * 128, other_s, confirmation)),
+    ]
+    for change in changes:
+        with pytest.raises(Rejected) as error:
+            summation.add_revealed("d", changed(answer, **change))
+        assert wrong(error) is Wrong.WRONG_SIGNATURE
+    assert summation.total().tolist() == federation.sum_of("abcd").tolist()
+    assert not summation.wrong_shares
+    with pytest.raises(Rejected) as error:  # of another release
+        summation.add_revealed("d", changed(answer, release=2))
+    assert wrong(error) is Wrong.WRONG_SIGNATURE
 
 
 def test_an_upload_comes_once() -> None:
