@@ -261,6 +261,22 @@ SECURE_SUM_FAULTS = (
         tests=(OF_SUM,),
     ),
     Mutant(
+        name="shares-unsigned",
+        fault="Whoever carries a site's shares can change them, and the site is left out for what it did not say.",
+        file=MESSAGES,
+        old="        if not is_signed(terms.members[self.site], SHARES, unsigned.to_bytes(), self.signature):",
+        new="        if not self.signature:",
+        tests=(f"{OF_SUM}::test_shares_count_as_their_site_signed_them",),
+    ),
+    Mutant(
+        name="a-key-without-a-name",
+        fault="One site's key that is not genuine keeps a run from beginning, and nobody learns which site's.",
+        file=SUMMATION,
+        old="        raise Rejected(rejected.wrong, site=site) from None\n",
+        new="        raise Rejected(rejected.wrong) from None\n",
+        tests=(f"{OF_AGREEMENT}::test_a_key_that_keeps_a_session_from_beginning_has_its_site_s_name",),
+    ),
+    Mutant(
         name="a-dealer-believed",
         fault="Shares that do not fit together give some seed, and the sum is wrong without a word.",
         file=SUMMATION,
