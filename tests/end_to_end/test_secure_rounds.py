@@ -303,6 +303,7 @@ def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
     result = result_of(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
+    assert (done.out + done.err).count("site-2: left_out") == 2, "of the rounds that this lead began"
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 

@@ -261,7 +261,7 @@ def test_the_lead_takes_a_key_from_its_own_site() -> None:
         (lambda own: changed(own, site="z"), Wrong.NOT_A_MEMBER),
         (lambda own: own[1:], Wrong.MALFORMED),
     ],
-    ids=lambda one: one.value if isinstance(one, Wrong) else "",
+    ids=["signature", "key", "name", "bytes"],
 )
 def test_a_key_that_keeps_a_session_from_beginning_has_its_site_s_name(
     spoilt: Callable[[bytes], bytes], reason: Wrong
