@@ -188,9 +188,9 @@ class SumRequest:
 
     Attributes:
         step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
+        session: 32 random hexadecimal digits, the lead's name for the session that is announced.
         parts_digest: of the messages that travel beside it, which the step goes by, as `digest_of_parts` makes it: who
             carries them can change none, and so make no site answer what the lead did not ask.
-        session: 32 random hexadecimal digits, the lead's name for the session that is announced.
     """
 
     proposal: Proposal
