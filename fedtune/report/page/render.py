@@ -286,7 +286,7 @@ class PageOne:
 
     def key(self) -> Markup:
         """The picture's marks with their meaning; drawn, since browsers print no backgrounds."""
-        mark = Markup('<svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}')
+        mark = Markup('<span><svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}</span>')
         return Markup(" ").join(
             mark.format(_mark(guess, 5, 5), self._words.text(f"meaning.{guess}")) for guess in _MARKS
         )
