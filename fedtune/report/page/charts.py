@@ -42,7 +42,9 @@ class Charts:
         lines = {site: points for site in self._sites() if (points := self._line(site))}
         series = [
             Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
-            for number, sites in enumerate(in_groups(lines)[:MOST_LINES])
+            for number, sites in enumerate(
+                in_groups((tuple(points), site) for site, points in lines.items())[:MOST_LINES]
+            )
         ]
         target, levels = self._words.report.target_epsilon, []
         if self._is_ledger:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -20,6 +20,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
 from fedtune.words import unbounded
 
+One = TypeVar("One")
 MOST_LINES = 6
 """Lines of a chart; more could not be told apart."""
 MOST_ROWS = 40
@@ -258,20 +259,20 @@ class Words:
 
 def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
     """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
-    groups: dict[tuple[object, ...], list[tuple[Markup, ...]]] = {}
     counts: Counter[tuple[str, ...]] = Counter()
+    keyed = []
     for row in rows:
         said = tuple(cell.striptags() for cell in row)
-        groups.setdefault((counts[said], *said[1:]), []).append(row)
+        keyed.append(((counts[said], *said[1:]), row))
         counts[said] += 1
-    return list(groups.values())
+    return in_groups(keyed)
 
 
-def in_groups(of_sites: Mapping[str, Sequence[object]]) -> list[list[str]]:
-    """The sites in groups of which the same is known."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for site, known in of_sites.items():
-        groups.setdefault(tuple(known), []).append(site)
+def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+    """What has the same key together, in the order of the first."""
+    groups: dict[Hashable, list[One]] = {}
+    for key, one in keyed:
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
@@ -410,7 +411,7 @@ class Tables:
         if self._is_ledger:
             return self.named("steps")
         known = {site: self._words.at(f"{site}/steps") for site in self._sites if self._words.at(f"{site}/steps")}
-        alike = in_groups({site: [(step["round"], step["epsilon"]) for step in of] for site, of in known.items()})
+        alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
         steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
         rounds = sorted({number for known in steps.values() for number in known if number is not None})
