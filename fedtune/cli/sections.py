@@ -155,12 +155,12 @@ def _table(section: Section, width: int) -> Text:
 
 
 def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int) -> list[int]:
-    """Of the columns: where `room` is scarce, headings are broken first, and then words, the widest column first."""
+    """Of the columns: where `room` is scarce, headings are broken first, then words, then the headings' own words."""
     held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
-    widths = [max(cell_len(heading), most) for heading, most in zip(headings, held, strict=True)]
+    widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
     in_heading = [max(map(cell_len, heading.split() or [""])) for heading in headings]
     by_words = [_NARROWEST if at in section.words - section.whole else most for at, most in enumerate(held)]
-    for least in (map(max, held, in_heading), map(max, by_words, in_heading)):
+    for least in (map(max, held, in_heading), map(max, by_words, in_heading), by_words):
         floor = list(least)
         while sum(widths) > room and any(map(gt, widths, floor)):
             widths[max((at for at, most in enumerate(widths) if most > floor[at]), key=widths.__getitem__)] -= 1
