@@ -50,6 +50,8 @@ REPOSITORY = Path(__file__).parents[1]
 _MEMORY, _ROOM = Path("/dev/shm"), 8 << 30
 if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+# Phrases are looked for in what commands print: no line is broken but where a test says how wide its terminal is.
+os.environ["COLUMNS"] = "250"
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
 _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported

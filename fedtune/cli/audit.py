@@ -48,9 +48,12 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
       fedtune audit experiment=debug audit.kind=sensitivity      no run: how far can one record move a step's sum?
       fedtune audit privacy.epsilon=3 "audit.sites=[bank-a]" audit.guesses=100
 
-      audit.kind        gradient, records or sensitivity          audit.canaries    at each site (1000)
-      audit.guesses     made at each site; default: all           audit.confidence  of each bound (0.95)
-      audit.sites       with canaries; default: all               audit.never_used  share kept to compare with (0.3)
+      audit.kind        gradient, records or sensitivity
+      audit.canaries    at each site (1000)
+      audit.guesses     made at each site; default: all
+      audit.confidence  of each bound (0.95)
+      audit.sites       with canaries; default: all
+      audit.never_used  share kept to compare with (0.3)
       audit.tries       cases of a search for sensitivity (200)
 
     Other overrides are those of `fedtune simulate`.  The run folder is marked, since its adapter holds canaries; real

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
-SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
+_ROOM_BESIDE = 32  # for what an example does; with less, it stands below
+_FURTHER = 20  # a line of the help that begins further in goes on with what the example above does
+_COPIED = re.compile(r"/|[0-9a-f]{32,}")
+_FRONT = re.compile(r" *(?:\d+\. |- )?")
+_TO_TYPE = re.compile(r"(^ *|^.*: )(fedtune \w(?:(?![.;] ).)*[^.;])$")
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -80,6 +89,42 @@ Renew = Annotated[
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 
+def folded(text: str, *, width: int) -> list[str]:
+    """A text in lines of whole words, the later ones as far in as the first.
+
+    A path, key or hash is copied, and so never broken, whatever the width.  A command to type goes on after a
+    backslash, so that what is copied is the same command.
+    """
+    lines: list[str] = []
+    for part in text.split("\n"):
+        typed = _TO_TYPE.match(part) if len(part) > width else None
+        front, command = typed.groups() if typed else (part, "")
+        indent = re.sub(".", " ", _FRONT.findall(front)[0])
+        if front.strip() or not command:
+            breaks = any(len(word) > width and not _COPIED.search(word) for word in front.split())
+            lines += textwrap.wrap(
+                front,
+                max(1, width),
+                subsequent_indent=indent,
+                break_long_words=breaks and not _COPIED.search(front),
+                break_on_hyphens=breaks,
+            ) or [""]
+        if command:
+            lines += _typed(command, indent=indent + "  " * bool(front.strip()), width=width)
+    return lines
+
+
+def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
+    line = ""
+    for word in _WORD.findall(command):
+        if line and len(indent) + len(line) + len(word) + 3 > width:
+            yield f"{indent}{line} \\"
+            line = f"  {word}"
+        else:
+            line = f"{line} {word}" if line else word
+    yield indent + line
+
+
 class _Argument(click.Argument):
     """An argument with a line in the help."""
 
@@ -89,11 +134,15 @@ class _Argument(click.Argument):
 
 
 class _Verbatim(click.Command):
-    """Help whose lines stay as they were written, since it shows commands to type; arguments are listed, too."""
+    """Help with examples, which stay commands to type; arguments are listed, too."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        lines = inspect.cleandoc(self.help or "").splitlines()
-        formatter.write("\n" + "".join(f"{line}\n" for line in lines))
+        said: list[str] = []
+        for is_example, part in groupby(inspect.cleandoc(self.help or "").splitlines(), key=_is_example):
+            lines = list(part)
+            said += [""] if not is_example and lines[0] else []
+            said += (_examples if is_example else _prose)(lines, formatter.width)
+        formatter.write("".join(f"{line}\n" for line in said))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params = self.get_params(ctx)
@@ -105,6 +154,35 @@ class _Verbatim(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=_FIRST_COLUMN)
+
+
+def _is_example(line: str) -> bool:
+    return line.startswith((" ", "fedtune "))
+
+
+def _prose(lines: Iterable[str], width: int) -> Iterator[str]:
+    for is_said, part in groupby(lines, key=bool):
+        paragraph = list(part)
+        yield from folded(" ".join(" ".join(paragraph).split()), width=width) if is_said else paragraph
+
+
+def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
+    """Each command with what it does: beside it where all have room there, else below."""
+    rows: list[list[str]] = []
+    for line in lines:
+        if rows and len(line) - len(line.lstrip()) >= _FURTHER:
+            rows[-1][1] += f" {line.strip()}"
+        else:
+            rows.append([*re.split(r"(?<=\S) {2,}", line, maxsplit=1), ""][:2])
+    beside = max(len(command) for command, _ in rows) + 2
+    for command, does in rows:
+        room = width - beside
+        if room >= _ROOM_BESIDE:
+            for number, part in enumerate(folded(does, width=room)):
+                yield f"{'' if number else command:<{beside}}{part}".rstrip()
+        else:
+            yield from folded(command, width=width)
+            yield from folded(f"      {does}", width=width) if does else ()
 
 
 class Command(_Verbatim):

@@ -72,10 +72,10 @@ def init(
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
     fedtune data init tickets.csv                        tickets.yaml, and the next line to type
-    fedtune data init posts.csv --text body --label team classification by these columns
+    fedtune data init posts.csv --text body --label team  classification by these columns
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
-    fedtune data init p.csv --text a --other b --score s embeddings of pairs, by how alike people found them
+    fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     """
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
     named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
+from fedtune.cli.sections import say
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
@@ -110,7 +110,7 @@ class Display:
     def note(self, text: str) -> None:
         """Say what is seldom meant."""
         if self._shown:
-            self._console.print(f"[yellow]Note:[/yellow] {escape(text)}", soft_wrap=True)
+            say(f"Note: {text}", style="yellow", console=self._console)
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
@@ -121,7 +121,7 @@ class Display:
         if self._shown:
             self._console.print(_settings_table(self._config, shared, proposal.plan))
             if state.start_adapter:
-                self._console.print(f"begins in {_start(state.start_adapter)}", soft_wrap=True, markup=False)
+                say(f"begins in {_start(state.start_adapter)}", console=self._console)
             if state.metrics_before:
                 self._console.print(f"before training: {_scores(state.metrics_before)} (test records)")
             if state.round:
@@ -129,7 +129,7 @@ class Display:
                 what = "the run was over" if over else "resuming"
                 self._console.print(f"{what} after round {state.round}")
             if state.data_changed:
-                self._console.print(f"[yellow]{_changed(state.data_changed)}[/yellow]", soft_wrap=True)
+                say(_changed(state.data_changed), style="yellow", console=self._console)
         federation = self._config.federation
         self._task = self._progress.add_task(
             self._round_text(state.round + 1, 0),
@@ -149,10 +149,10 @@ class Display:
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Say what a real site answered, and what its receipt comes to."""
         if self._shown:
-            text = f"{site}: {what}, {_bytes(num_bytes)}" if what == "update" else f"{site}: [yellow]{what}[/yellow]"
+            text = f"{what}, {_bytes(num_bytes)}" if what == "update" else what
             if charged_rounds is not None and self._plan is not None:
                 text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
-            self._console.print(f"  {text}", soft_wrap=True)
+            say(f"  {site}: {text}", style="" if what == "update" else "yellow", console=self._console)
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
@@ -162,9 +162,21 @@ class Display:
             said = self._round_text(state.round + 1, 0)
             self._progress.update(self._task, completed=self._done, description=said, left=_left(self._left_s(state)))
         if self._shown:
-            self._console.print(self._round_line(state), soft_wrap=True)
+            self._tell(self._round_parts(state))
 
-    def _round_line(self, state: LeadState) -> str:
+    def _tell(self, parts: Sequence[tuple[str, str]]) -> None:
+        """Parts of a line, each with its style; one that has no room there begins a new line."""
+        line = Text()
+        for text, style in parts:
+            if line and line.cell_len + len(text) + 3 > self._console.width:
+                self._console.print(line, soft_wrap=True)
+                line = Text("  ")
+            elif line:
+                line.append(" | ")
+            line.append(text, style=style)
+        self._console.print(line, soft_wrap=True)
+
+    def _round_parts(self, state: LeadState) -> list[tuple[str, str]]:
         assert self._plan is not None
         last, rounds = state.rounds[-1], rounds_in_all(state.rounds, self._config.federation)
         charges = [site_charge(state, site, self._plan) for site in self._config.federation.active]
@@ -179,14 +191,15 @@ class Display:
         kept = kept_of(state.rounds, self._config.federation, judged_by=self._config.judged_by)
         if kept is not None and kept.round < last.round:
             parts.append(f"kept so far: round {kept.round}")
+        notable = []
         if last.diverged:
-            parts.append("[red]diverged: back to the adapter before[/red]")
+            notable.append("diverged: back to the adapter before")
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
         left = _left(self._left_s(state))
         if left and not (kept is not None and kept.ended_early):
             parts.append(left)
-        failed = ", ".join(f"[red]{site}: {reason}[/red]" for site, reason in last.failed_sites.items())
-        return " | ".join([*parts, failed] if failed else parts)
+        notable += [f"{site}: {reason}" for site, reason in last.failed_sites.items()]
+        return [*((part, "") for part in parts), *((part, "red") for part in notable)]
 
     def _left_s(self, state: LeadState) -> float | None:
         left = rounds_in_all(state.rounds, self._config.federation) - state.round
@@ -240,15 +253,15 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
     final = result.final
     if final.kept is not None:
         planned = rounds_in_all(result.rounds, config.federation)
-        console.print(_kept(final.kept, result, planned=planned), soft_wrap=True)
+        say(_kept(final.kept, result, planned=planned), console=console)
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
-        console.print(f"[bold]test: {_scores(final.metrics)}[/bold]{before}", soft_wrap=True)
+        say(f"test: {_scores(final.metrics)}{before}", style="bold", console=console)
     for code in final.findings:
-        console.print(f"[yellow]{_finding(code, config)}[/yellow]", soft_wrap=True)
+        say(_finding(code, config), style="yellow", console=console)
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
     console.print(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
-    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True)
+    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
 
 
 def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
@@ -279,7 +292,7 @@ def _show_noised_scores(console: Console, config: RunConfig, result: RunResult) 
         _show_groups(console, config, last.site_scores, title=f"{about}, {when}")
         return
     scores = ", ".join(f"{site} {values[0]:.3f}" for site, values in last.site_scores.items())
-    console.print(f"{about}, {when}: {scores}", soft_wrap=True)
+    say(f"{about}, {when}: {scores}", console=console)
 
 
 def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Sequence[float]], *, title: str) -> None:
@@ -292,10 +305,10 @@ def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Seq
         noise_multiplier=privacy.metrics_noise_multiplier,
     )
     sites = len(released) - len(found.impossible)
-    console.print(f"{title}, over {counted(sites, 'site')}, by group:", soft_wrap=True)
+    say(f"{title}, over {counted(sites, 'site')}, by group:", console=console)
     if found.impossible:
-        whose = escape(", ".join(found.impossible))
-        console.print(f"[yellow]  left out, since no scores can be so: {whose}[/yellow]", soft_wrap=True)
+        whose = ", ".join(found.impossible)
+        say(f"  left out, since no scores can be so: {whose}", style="yellow", console=console)
     table = Table(box=None, padding=(0, 2), pad_edge=True)
     for head in ("group", f"{privacy.unit}s", "score", "gap to the others"):
         table.add_column(head, justify="left" if head == "group" else "right")
@@ -309,7 +322,7 @@ def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Seq
         fewest = fewest_told(privacy.metrics_noise_multiplier, max(1, sites))
         where = "are among all others" if any(group.name == OTHERS for group in found.told) else "are not told"
         hidden = f"groups of fewer than about {fewest:.0f} {privacy.unit}s, of which noise leaves little, {where}"
-        console.print(f"  {hidden}: {escape(', '.join(found.merged) or OTHERS)}", soft_wrap=True, emoji=False)
+        say(f"  {hidden}: {', '.join(found.merged) or OTHERS}", console=console)
 
 
 def _changed(sites: Sequence[str]) -> str:

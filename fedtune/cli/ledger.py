@@ -35,23 +35,24 @@ from fedtune.privacy.amounts import (
 )
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.privacy.ledger.chain import Event, Head
+from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
-from fedtune.words import counted
+from fedtune.words import counted, unbounded
 
 app = group(
     """\
 Read a site's ledger, which records for ever what was done to the records of one population.
 
-  fedtune ledger show ledger.db --last 20                 what happened, newest last
+  fedtune ledger show ledger.db                           a line for each run, newest last
+  fedtune ledger show ledger.db --rounds --last 20        each entry: rounds, refusals, changes of the policy
   fedtune ledger spent ledger.db                          what was spent, what is left
   fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
   fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
-These four write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
+These write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
 
   fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
   fedtune ledger restore --policy site.toml --anchor anchor.json
@@ -71,10 +72,11 @@ SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public ke
 @command(app, "what happened", name="show")
 def show_events(
     path: LedgerPath,
-    last: Annotated[int | None, Option(metavar="N", help="only the newest N events")] = None,
+    rounds: Annotated[bool, Option("each entry: rounds, refusals, changes of the policy")] = False,
+    last: Annotated[int | None, Option(metavar="N", help="only the newest N lines")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a ledger's events as a table, oldest first."""
+    """Show a ledger's runs, oldest first, a line each; with --rounds or --json each entry of the ledger."""
     if last is not None and last < 1:
         raise ConfigError("--last", last, "must be at least 1")
     file = ledger_file(path)
@@ -82,9 +84,9 @@ def show_events(
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
         print_json({**identity_json(file, verified), "events": chosen})
-    else:
-        _show_identity(file, verified)
-        show(Console(), [_events(verified, chosen)])
+        return
+    _show_identity(file, verified)
+    show(Console(), [_events(verified, chosen) if rounds else _totals(verified, last=last)])
 
 
 @command(app, "what was spent and what is left")
@@ -285,6 +287,42 @@ def _events(verified: Verified, chosen: Sequence[Event]) -> Section:
     )
 
 
+def _totals(verified: Verified, *, last: int | None) -> Section:
+    """A line for each run, and for each backup that was put back, by when it was last charged."""
+    from fedtune.report.from_ledger import day_of, steps  # what other commands can do without
+
+    history, figures = verified.history, figures_of(verified)
+    runs = {run.run: run for run in figures.runs}
+    totals = steps(verified.events, history, epsilon=figures.epsilon, most=0)
+    lines = [(one.time or "", runs.get(one.run), epsilon_text(unbounded(one.epsilon))) for one in totals]
+    accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
+    lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
+    rows = [
+        (day, printable(run.run), printable(run.dataset), epsilon_text(run.epsilon), total, _state(run, history))
+        if run
+        else (day, "(a backup put back)", "", "", total, "")
+        for day, run, total in lines
+    ]
+    refused = sum(event.kind is Kind.REFUSAL for event in verified.events)
+    return Section(
+        title=counted(len(runs), "run") if runs else "No run was accepted yet.",
+        headings=("charged last", "run", "data set", "epsilon", "in all", "state"),
+        rows=rows[-last:] if last else rows,
+        words=frozenset({0, 1, 2, 5}),
+        whole=frozenset({0}),
+        notes=(
+            f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.",
+            "epsilon: of this run alone, by PLD; in all: of all charged by then, by the filter, which is stricter.",
+            f"{counted(refused, 'refusal')}; --rounds shows each entry.",
+        ),
+    )
+
+
+def _state(run: RunSpending, history: History) -> str:
+    has_none = history.runs[run.run].proposal.seeded_noise or not run.noise_multiplier
+    return f"{run.state}\nNO GUARANTEE" if has_none else run.state
+
+
 def _show_verdict(history: History, figures: Spending) -> None:
     """The one thing to know."""
     unit = _UNITS.get(history.opened.unit, "one unit")
@@ -381,11 +419,10 @@ def _runs(runs: Sequence[RunSpending], history: History) -> Section:
         return Section(title=title, notes=("No run was accepted yet.",))
     rows = []
     for run in runs:
-        seeded = history.runs[run.run].proposal.seeded_noise
         rows.append(
             (
                 printable(run.run),
-                f"{run.state}\nNO GUARANTEE" if seeded or not run.noise_multiplier else run.state,
+                _state(run, history),
                 f"{run.rounds}/{run.most_rounds}",
                 f"{run.noise_multiplier:g}",
                 f"{run.sampling_rate:g}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import click
 
 from fedtune import __version__
-from fedtune.cli.command import SETTINGS, InterruptTold, importing
+from fedtune.cli.command import SETTINGS, InterruptTold, folded, importing
 from fedtune.spec import FedtuneError
 
 COMMANDS: Mapping[str, str] = {
@@ -94,6 +95,13 @@ fedtune = _Fedtune(
 fedtune = click.version_option(__version__, message="fedtune %(version)s")(fedtune)
 
 
+def _tell(message: str) -> None:
+    """On a terminal in lines that it has room for; in the log of a service a message is one line."""
+    text = f"fedtune: {message}"
+    lines = folded(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -105,14 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ended.exit_code
     except click.UsageError as error:
         asked = error.ctx.command_path if error.ctx else "fedtune"
-        sys.stderr.write(f"fedtune: {error.format_message().rstrip('.')} ({asked} --help says more)\n")
+        _tell(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
         return error.exit_code
     except FedtuneError as error:
-        sys.stderr.write(f"fedtune: {error}\n")
+        _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         if not isinstance(interrupt, InterruptTold):
-            sys.stderr.write("fedtune: interrupted\n")
+            _tell("interrupted")
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,20 +7,23 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import gt
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.command import folded
 from fedtune.spec import ConfigError
 from fedtune.words import jsonable
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""
+_NARROWEST = 8  # column of words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +61,9 @@ def show(console: Console, sections: Iterable[Section]) -> None:
         if section.title:
             say(section.title, style="bold", console=console)
         if section.rows:
-            console.print(Padding(_table(section, gap=2 if console.width >= 100 else 1), (0, 0, 0, 2), expand=False))
+            console.print(_table(section, console.width), soft_wrap=True)
         for note in section.notes:
-            console.print(Padding(Text(_harmless(note)), (0, 0, 0, 2), expand=False))
+            say(f"  {note}", console=console)
 
 
 def as_html(section: Section) -> Markup:
@@ -130,27 +133,50 @@ def _html_row(section: Section, texts: Iterable[str], *, is_head: bool = True) -
     return Markup("<tr>{}</tr>").format(Markup("").join(cells))
 
 
-def _table(section: Section, *, gap: int) -> Table:
-    headed = bool(section.headings)
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", show_header=headed)
-    for number, column in enumerate(zip(*section.rows, strict=True)):
-        left = number in section.words
-        broken = left and number not in section.whole
-        table.add_column(
-            Text(_harmless(section.headings[number])) if headed else "",
-            justify="left" if left else "right",
-            no_wrap=not broken,
-            min_width=None if broken else max(len(line) for cell in column for line in (cell.splitlines() or [""])),
-            overflow="fold",
-        )
-    for number, row in enumerate(section.rows):
-        table.add_row(*(Text(_harmless(cell)) for cell in row), style=section.styles.get(number, ""))
-    return table
+def _table(section: Section, width: int) -> Text:
+    """The rows in columns, `width` wide; what is copied and has no room there makes its line longer, and is whole."""
+    gap = 2 if width >= 100 else 1
+    rows = [tuple(map(_harmless, row)) for row in section.rows]
+    headings = tuple(map(_harmless, section.headings)) or ("",) * len(rows[0])
+    widths = _widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
+    all_rows = [headings, *rows] if section.headings else rows
+    lines = [[folded(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
+    needed = (max(cell_len(line) for cell in column for line in cell) for column in zip(*lines, strict=True))
+    widths = list(map(min, widths, needed))
+    said = Text()
+    for number, cells in enumerate(lines, -bool(section.headings)):
+        style = "dim" if number < 0 else section.styles.get(number, "")
+        if number < 0:  # what is said of a column stands right above it
+            cells = [[""] * (max(map(len, cells)) - len(cell)) + cell for cell in cells]
+        for line in zip_longest(*cells, fillvalue=""):
+            placed = (_placed(text, widths[at], left=at in section.words) for at, text in enumerate(line))
+            said.append("  " + (" " * gap).join(placed).rstrip() + "\n", style=style)
+    return said[:-1]
+
+
+def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int) -> list[int]:
+    """Of the columns: where `room` is scarce, headings are broken first, then words, then the headings' own words."""
+    held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
+    widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
+    in_heading = [max(map(cell_len, heading.split() or [""])) for heading in headings]
+    by_words = [_NARROWEST if at in section.words - section.whole else most for at, most in enumerate(held)]
+    for least in (map(max, held, in_heading), map(max, by_words, in_heading), by_words):
+        floor = list(least)
+        while sum(widths) > room and any(map(gt, widths, floor)):
+            widths[max((at for at, most in enumerate(widths) if most > floor[at]), key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _placed(text: str, width: int, *, left: bool) -> str:
+    room = " " * (width - cell_len(text))
+    return text + room if left else room + text
 
 
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
-    """Print a line as it is: paths and fingerprints are copied, and so never broken."""
-    (console or Console()).print(Text(_harmless(text), style=style), soft_wrap=True)
+    """Print a text in lines that the terminal has room for: see `folded`."""
+    console = console or Console()
+    lines = folded(_harmless(text), width=console.width)
+    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def _harmless(text: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fedtune.cli.command import folded
 from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
@@ -44,6 +44,7 @@ _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime"
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11
 """Columns at which a check's name, what was found and what to do about it begin."""
+_NARROWEST = 20
 _MOST_TEXT = 1000
 _MOST_REASON = 300
 
@@ -119,8 +120,10 @@ def show_members(kit: Kit, *, site_toml: Path, as_json: bool) -> None:
     rows = [(name, states[name], spoken(one.site_key)) for name, one in found.items()]
     headings = ("site", "here", "site key by the roster")
     show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(3)))])
-    say("Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead,")
-    say("and write it into [trust].members of site.toml.")
+    say(
+        "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead, "
+        "and write it into [trust].members of site.toml."
+    )
 
 
 def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:
@@ -328,16 +331,11 @@ def _print_line(console: Console, check: Check) -> None:
         lines[0] = lines[0].ljust(_FOUND)
     else:
         lines.append(" " * _FOUND)  # a long name has a line to itself
-    first, *rest = _wrapped(printable(found, _MOST_TEXT), console.width - _FOUND)
+    first, *rest = folded(printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]
-    fix = _wrapped(printable(check.fix, _MOST_TEXT), console.width - _FIX)
+    fix = folded(printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
     lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
     text = Text("\n".join(line.rstrip() for line in lines))
     text.stylize(_MARKS[check.status], 0, len(check.status))
     console.print(text, soft_wrap=True)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of whole words: paths, keys and hashes are there to be copied."""
-    return textwrap.wrap(text, max(20, width), break_long_words=False, break_on_hyphens=False)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedtune.cli.command import InterruptTold, importing
 from fedtune.cli.compose import write_config
+from fedtune.cli.sections import say
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, RunError, StuckError, shown
@@ -46,7 +47,7 @@ def run_in_folder(
     from fedtune.tracking import Tracked
 
     def note(text: str) -> None:
-        console.print(text, style="yellow", markup=False, soft_wrap=True)
+        say(text, style="yellow", console=console)
 
     with Tracked(config, note=note) as tracked:
         result, earlier_s = _worked(config, folder, console, work=work, again=again, tracked=tracked)
@@ -80,10 +81,10 @@ def _worked(
             _remove(made)  # nothing ran: leave nothing behind
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
-            console.print(f"\nInterrupted. {hint}", soft_wrap=True)
+            say(f"\nInterrupted. {hint}", console=console)
             raise InterruptTold from error
         if isinstance(error, RunError) and not isinstance(error, StuckError):
-            console.print(hint, soft_wrap=True)
+            say(hint, console=console)
         raise
 
 

@@ -32,3 +32,8 @@ class AboutSpec:
     preprocessing: str = ""
     tuning: str = ""
     justification: str = ""
+
+    @property
+    def purpose(self) -> str | None:
+        """What the training is for, in the words that say most of it; None: nobody said."""
+        return self.intended_use or self.description or None

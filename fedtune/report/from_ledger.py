@@ -277,16 +277,17 @@ class _Charge:
     divergence: float
 
 
-def steps(events: Sequence[Event], history: History, *, epsilon: float) -> tuple[Step, ...]:
+def steps(events: Sequence[Event], history: History, *, epsilon: float, most: int = MOST_STEPS) -> tuple[Step, ...]:
     """Epsilon by the filter after each of the newest rounds, and before those after each run.
 
     Args:
         events: of the ledger.
         history: what they add up to.
         epsilon: after the last of them.
+        most: steps, where rounds are among them; with 0 there is one for each run, and for each backup put back.
     """
     charges = list(_charges(events, history))
-    by_round = _newest_runs(charges)
+    by_round = _newest_runs(charges, most)
     last = {charge.run: number for number, charge in enumerate(charges)}
     made, total = [], 0.0
     surcharge = filter.surcharge(history.order, history.delta)
@@ -310,11 +311,11 @@ def _charges(events: Sequence[Event], history: History) -> Iterator[_Charge]:
             yield _Charge(run="", round=None, time=event.time, divergence=history.divergence(next(restored).gap))
 
 
-def _newest_runs(charges: Sequence[_Charge]) -> set[str]:
+def _newest_runs(charges: Sequence[_Charge], most: int) -> set[str]:
     """The runs, newest first, whose rounds all fit into the report beside one step for each other run."""
     count = Counter(charge.run for charge in charges)
     newest_first = list(dict.fromkeys(charge.run for charge in reversed(charges)))
-    room, chosen = MOST_STEPS - len(newest_first), set[str]()
+    room, chosen = most - len(newest_first), set[str]()
     for run in newest_first:
         room -= count[run] - 1
         if room < 0:

@@ -102,6 +102,8 @@ class Meaning:
         right_of_100_ceiling: of 100 guesses whether a record was used, half of which were, at most so many are right,
             from (epsilon, delta) alone; `right_of_100_mechanism` by the mechanism's own curve.
         expected_failures: declared size times delta.
+        right_of_100_with_all_others: the least ceiling that holds although all other sites of secure sums tell what
+            they added; None where every site made its own noise.
     """
 
     right_of_100_ceiling: float
@@ -109,6 +111,7 @@ class Meaning:
     posterior: tuple[Posterior, ...]
     hit_rates: tuple[HitRate, ...]
     expected_failures: float | None
+    right_of_100_with_all_others: float | None = None
 
 
 @spec
@@ -345,7 +348,11 @@ class StartAdapter:
 
 @spec
 class Provenance:
-    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
+    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one.
+
+    Attributes:
+        purpose: of the training, in the words of a person.
+    """
 
     fedtune_version: str
     config_sha256: str | None
@@ -358,6 +365,7 @@ class Provenance:
     python: str | None
     machine: str | None
     start_adapter: StartAdapter | None = None
+    purpose: str | None = None
 
 
 @spec
@@ -421,23 +429,27 @@ class Problem(NamedTuple):
     found: object
 
 
+LATER = (
+    *("provenance/start_adapter", "provenance/purpose"),
+    *("utility/findings", "utility/cost", "utility/detail", "utility/kept", "utility/selection"),
+    *("sites/*/spent/ended_by_scores", "sites/*/by_trust", "sites/*/mechanisms/*/shared"),
+    "sites/*/meaning/right_of_100_with_all_others",
+)
+"""Places of what came after 0.1.0, left out where it says nothing: older reports' signatures still fit."""
 _ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON; `from_json` gives the report back.
-
-    What came after 0.1.0 is left out where it says nothing, so that the signatures of older reports still fit.
-    """
+    """Plain JSON, of what is `LATER` that which says something; `from_json` gives the report back."""
     fields = dict(_ADAPTER.dump_python(report, mode="json"))
-    later = [(fields["provenance"], "start_adapter")]
-    later += [(fields["utility"], key) for key in ("findings", "cost", "detail", "kept", "selection") if report.utility]
-    later += [(site["spent"], "ended_by_scores") for site in fields["sites"] if site["spent"]]
-    later += [(site, "by_trust") for site in fields["sites"]]
-    later += [(row, "shared") for site in fields["sites"] for row in site["mechanisms"]]
-    for place, key in later:
-        if not place[key]:
-            del place[key]
+    for path in LATER:
+        *way, key = path.split("/")
+        places = [fields]
+        for part in way:
+            places = [inner for one in places for inner in (one if part == "*" else [one[part]]) if inner]
+        for place in places:
+            if not place[key]:
+                del place[key]
     return fields
 
 

@@ -262,8 +262,7 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
         yield from _compared(f"curve.{number}.epsilon_pld", point.epsilon_pld, again.epsilon_pld, under=rounding)
         yield from _compared(f"curve.{number}.epsilon_rdp", point.epsilon_rdp, again.epsilon_rdp)
     if site.meaning is not None:
-        size, fixed = site.declared_size, verdicts.were_fixed(site)
-        meant = profile.meaning(charged, epsilon=profile.claimed(spent), delta=delta, declared_size=size, fixed=fixed)
+        meant = reliance.means(site, charged, delta=delta, fixed=verdicts.were_fixed(site))
         yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
     before: float | None = 0.0
     for number, step in enumerate(site.steps):

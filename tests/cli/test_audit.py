@@ -17,6 +17,8 @@ from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import refuted
 from fedtune.spec import ConfigError
 
+from .widths import COLUMNS, too_wide
+
 
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -86,6 +88,22 @@ def bound(site: str | None, right: int) -> AuditBound:
         guesses=200,
         right=right,
     )
+
+
+def test_what_was_found_fits_a_narrow_terminal(tmp_path: Path) -> None:
+    said, bounds = StringIO(), (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
+    result = Audit(
+        method="gradient_canaries",
+        confidence=0.95,
+        delta=1e-5,
+        seeded=False,
+        bounds=bounds,
+        membership=(),
+        exceeded=True,
+    )
+    show_findings(Console(file=said, width=COLUMNS), result, tmp_path)
+    assert "north-hospital" in said.getvalue()
+    assert too_wide(said.getvalue()) == []
 
 
 def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from fedtune.cli.compare import planned
 
+from .widths import COLUMNS, too_wide
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 SITES = ("data.partition.kind=dirichlet", "data.test_rows=60")
 
@@ -139,7 +141,10 @@ def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], 
     assert "pooled (2 of 2)" in again.err
 
 
-def test_runs_that_are_there_are_scored_on_one_file(outcome: Any, command: Any, folder: Path, tmp_path: Path) -> None:
+def test_runs_that_are_there_are_scored_on_one_file(
+    outcome: Any, command: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
     with gzip.open("simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(next(file)) for _ in range(40)]
@@ -149,8 +154,10 @@ def test_runs_that_are_there_are_scored_on_one_file(outcome: Any, command: Any, 
     asked = (str(one), str(other), "--data", str(mine), "--by", "where")
     found = command("compare", *asked, "--output", str(page))
     assert found.code == 0, found.err
-    assert "No scores by where: fewer than two groups have 20 records." in found.out
-    assert f"written: {page}" in found.out
+    assert too_wide(found.out) == []
+    said = " ".join(found.out.split())
+    assert "No scores by where: fewer than two groups have 20 records." in said
+    assert f"written: {page}" in said
     text = page.read_text()
     assert "<svg" in text
     assert "Both-federated less each" in text

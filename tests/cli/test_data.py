@@ -10,6 +10,8 @@ import pytest
 
 from fedtune.cli.compose import compose_run
 
+from .widths import COLUMNS, too_wide
+
 TEAMS = ("billing", "sales")
 
 
@@ -113,6 +115,14 @@ def test_a_check_is_printed_written_as_a_page_and_for_machines(made: Path, comma
         assert "likely e-mail" in text
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_check_fits_a_narrow_terminal(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    for words in (("check", "tickets.yaml"), ("init", "tickets.csv", "--out", "again.yaml")):
+        outcome = command("data", *words)
+        assert outcome.out, outcome.err
+        assert too_wide(outcome.out) == []
 
 
 def test_a_check_changes_nothing(made: Path, command: Any) -> None:

@@ -30,6 +30,8 @@ from fedtune.federation.results import (
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 
+from .widths import COLUMNS, too_wide
+
 
 @pytest.fixture
 def config(tiny: Any, tmp_path: Path) -> RunConfig:
@@ -83,9 +85,10 @@ def shown(
     start: Any = None,
     before: LeadState | None = None,
     shared: Any = None,
+    width: int = 200,
 ) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=200, force_terminal=terminal)
+    console = Console(file=out, width=width, force_terminal=terminal)
     with Display(console, config, shown=progress) as display:
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         first = before or LeadState(round=0, adapter=Adapter({}), start_adapter=start)
@@ -101,6 +104,17 @@ def test_a_round_is_one_line(config: RunConfig, state: Callable[..., LeadState])
     line = shown(config, state(3)).splitlines()[-1]
     assert line.startswith("round  3/10 | 2/2 sites | validation: loss 1.235, macro-f1 0.500 | epsilon 0.5")
     assert line.endswith("| 2.0 s | about 3 min 30 s left")
+
+
+def test_on_a_narrow_terminal_it_is_two(config: RunConfig, state: Callable[..., LeadState]) -> None:
+    out = io.StringIO()
+    failing = state(1, failed_sites={"site-2": "plan_exhausted"})
+    text = shown(config, state(3), failing, width=COLUMNS)
+    show_result(Console(file=out, width=COLUMNS), config, result(), Path("runs/a"), whole_s=99.0)
+    assert too_wide(text + out.getvalue()) == []
+    assert "round  3/10 | 2/2 sites | validation: loss 1.235, macro-f1 0.500 | epsilon 0." in text
+    assert "\n  2.0 s | about 3 min 30 s left\n" in text
+    assert "site-2: plan_exhausted\n" in text
 
 
 def test_the_last_round_has_no_time_left(config: RunConfig, state: Callable[..., LeadState]) -> None:

@@ -82,8 +82,47 @@ def test_another_file_is_no_ledger(content: bytes, tmp_path: Path, command: Any)
     assert str(tmp_path / "ledger.db") in outcome.message
 
 
-def test_show_has_a_row_for_each_event_in_words(lived: Any, command: Any) -> None:
-    out = command("ledger", "show", str(lived.ledger)).out
+def test_show_has_a_line_for_each_run(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    events = json.loads(command("ledger", "show", str(lived.ledger), "--json").out)["events"]
+    history = verify(lived.ledger).history
+    table = command("ledger", "show", str(lived.ledger)).out.split("2 runs\n")[1].splitlines()[:4]
+    assert table[0].split() == ["charged", "last", "run", "data", "set", "epsilon", "in", "all", "state"]
+    for line, run in zip(table[1:3], figures["runs"], strict=True):
+        charged = [event for event in events if event["run"] == run["run"] and event["kind"] == "reserve"]
+        so_far = history.charged(up_to=charged[-1]["sequence"])
+        total = filter.epsilon_filter(so_far, order=history.order, delta=history.delta)
+        day, *said = line.split()
+        assert day == charged[-1]["time"][:10]
+        assert said == [run["run"], run["dataset"], epsilon_text(run["epsilon"]), epsilon_text(total), run["state"]]
+    assert epsilon_text(figures["epsilon"]) == table[2].split()[-2]
+    assert table[3].strip() == f"Spent in all: epsilon {epsilon_text(figures['epsilon'])} of at most 6."
+    places = {line.index(epsilon_text(run["epsilon"])) for line, run in zip(table[1:3], figures["runs"], strict=True)}
+    assert len(places) == 1, "figures stand under each other, on the right of their column"
+
+
+def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any, command: Any) -> None:
+    assert restored(put_back, command).code == 0
+    ledger = put_back.open()
+    assert ledger.reserve(put_back.proposal("fourth"), round=1, request="x")
+    out = command("ledger", "show", str(put_back.ledger)).out
+    assert out.count("(a backup put back)") == 1
+    assert [line.split()[-1] for line in out.splitlines() if " fourth " in line] == ["open"]
+    newest = command("ledger", "show", str(put_back.ledger), "--last", "1").out
+    assert " fourth " in newest
+    assert "(a backup put back)" not in newest
+
+
+def test_show_of_a_ledger_without_runs(site: Any, command: Any) -> None:
+    site.open()
+    outcome = command("ledger", "show", str(site.ledger))
+    assert outcome.code == 0, outcome.err
+    assert "No run was accepted yet." in outcome.out
+
+
+def test_show_with_rounds_has_a_row_for_each_event_in_words(lived: Any, command: Any) -> None:
+    out = command("ledger", "show", str(lived.ledger), "--rounds").out
     for words in (
         "site north-hospital, population cardiology",
         "ledger made for population cardiology",
@@ -97,15 +136,6 @@ def test_show_has_a_row_for_each_event_in_words(lived: Any, command: Any) -> Non
         assert words in out, out
 
 
-@pytest.mark.parametrize("columns", ["80", "120"])
-def test_tables_fit_the_terminal(columns: str, lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    for arguments in (["ledger", "show"], ["ledger", "spent"]):
-        for line in command(*arguments, str(lived.ledger)).out.splitlines():
-            assert len(line) <= int(columns) or str(lived.folder) in line
-        assert "…" not in line
-
-
 def test_show_last_is_the_newest_events(lived: Any, command: Any) -> None:
     whole = json.loads(command("ledger", "show", str(lived.ledger), "--json").out)
     last = json.loads(command("ledger", "show", str(lived.ledger), "--json", "--last", "3").out)
@@ -116,7 +146,7 @@ def test_show_last_is_the_newest_events(lived: Any, command: Any) -> None:
 
 def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None:
     site.refuse(site.open(), site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
-    out = command("ledger", "show", str(site.ledger)).out
+    out = command("ledger", "show", str(site.ledger), "--rounds").out
     assert "?[31m[red]evil??" in out
     assert "\x1b" not in out
 
@@ -192,7 +222,7 @@ def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> N
     for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "epsilon_left", "reference_runs_left", "share"):
         assert figures[key] is None, key
     assert figures["guarantee"] is False
-    assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger)).out
+    assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger), "--rounds").out
 
 
 def test_a_raised_cap_is_told(lived: Any, command: Any) -> None:
@@ -320,7 +350,10 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert verified.history.head(put_back.key).charged == lost.charged
     put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
     assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
-    assert "a backup was put back; charged what it lacked" in command("ledger", "show", str(put_back.ledger)).out
+    assert (
+        "a backup was put back; charged what it lacked"
+        in command("ledger", "show", str(put_back.ledger), "--rounds").out
+    )
 
 
 def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Run, tmp_path: Path) -> None:
@@ -387,7 +420,7 @@ def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None
 def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run) -> None:
     assert command("ledger", "freeze", "--policy", str(lived.policy), "--why", "consent withdrawn").code == 0
     lived.refuse(lived.open(), lived.proposal("late"))
-    out = command("ledger", "show", str(lived.ledger)).out
+    out = command("ledger", "show", str(lived.ledger), "--rounds").out
     assert "all training has ended: consent withdrawn" in out
     spent = command("ledger", "spent", str(lived.ledger))
     assert "FROZEN" in spent.out

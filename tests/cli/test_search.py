@@ -25,6 +25,8 @@ from fedtune.report.model import from_json
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 
+from .widths import COLUMNS, too_wide
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
 
@@ -54,7 +56,9 @@ def words(tiny: Any, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcome(command: Any, words: list[str]) -> Any:
-    return command("search", *words, "--trials", "3")
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("COLUMNS", str(COLUMNS))
+        return command("search", *words, "--trials", "3")
 
 
 def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[str], folder: Path) -> None:
@@ -81,7 +85,8 @@ def test_the_table_tells_what_was_spent_so_far(outcome: Any, folder: Path) -> No
     told = " ".join(outcome.out.split())
     assert "Price of the search trials 3" in told
     assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
-    assert f"picked: {best['folder']}" in outcome.out
+    assert f"picked: {best['folder']}" in told
+    assert too_wide(outcome.out) == []
     assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
 
 

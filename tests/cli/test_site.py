@@ -111,17 +111,6 @@ def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
         assert words in " ".join(outcome.out.split()), words
 
 
-@pytest.mark.parametrize("columns", ["80", "120"])
-def test_the_meaning_fits_the_terminal(columns: str, site: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    site.write_policy(reply_after_s="0.0")
-    out = command("site", "check-policy", str(site.policy)).out
-    for line in out.splitlines():
-        assert len(line) <= int(columns) or str(site.folder) in line
-    assert "…" not in out
-    assert site.lead.public[:40] in out
-
-
 def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
     amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
     policy = read_policy(site.policy)

@@ -245,7 +245,7 @@ def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
         with pytest.raises(Refused) as refused:
             north.ledger().reserve(proposal, round=1, request="x")
         assert refused.value.reason is reason
-    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db")).out.split())
+    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.ledger().history.charged()
     assert deny(command, north, "triage", "--reason", "again").code == 2

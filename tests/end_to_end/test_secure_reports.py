@@ -60,6 +60,18 @@ def test_a_report_has_three_figures_for_each_site_and_the_middle_one_is_its_own(
     assert from_json(json.dumps(to_json(report))) == report
 
 
+def test_what_all_others_together_could_guess_is_that_of_the_site_s_own_noise(report: Report) -> None:
+    event = PoissonSampledDpEvent(RATE, GaussianDpEvent(SHARE))
+    accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
+    accountant.compose(SelfComposedDpEvent(event, ROUNDS))
+    for site in report.sites:
+        assert site.meaning is not None
+        right = site.meaning.right_of_100_with_all_others
+        assert right == pytest.approx(50 * (1 + accountant.get_delta(0.0)), rel=1e-3)
+        assert site.meaning.right_of_100_mechanism is not None
+        assert site.meaning.right_of_100_mechanism < right
+
+
 def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
     fields = to_json(report)
     for site in fields["sites"]:
@@ -77,6 +89,8 @@ def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
         (("by_trust", "with_colluders"), 0.1),
         (("by_trust", "with_all_others"), 0.1),
         (("by_trust",), None),
+        (("meaning", "right_of_100_with_all_others"), 50.1),
+        (("meaning", "right_of_100_with_all_others"), None),
         (("mechanisms", "0", "shared", "threshold"), 5),
         (("mechanisms", "0", "shared", "colluders"), 0),
         (("mechanisms", "0", "shared", "noise_multiplier"), 2.0),

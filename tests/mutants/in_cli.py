@@ -13,10 +13,17 @@ CLI_FAULTS = (
         fault="A refusal and a mistake in a setting end with the same exit code, so that a script tries a refused run "
         "again.",
         file="fedtune/cli/main.py",
-        old="    except FedtuneError as error:\n"
-        '        sys.stderr.write(f"fedtune: {error}\\n")\n        return error.exit_code\n',
-        new='    except FedtuneError as error:\n        sys.stderr.write(f"fedtune: {error}\\n")\n        return 1\n',
+        old="        _tell(str(error))\n        return error.exit_code\n",
+        new="        _tell(str(error))\n        return 1\n",
         tests=("tests/cli/test_main.py::test_each_kind_of_error_has_its_exit_code",),
+    ),
+    Mutant(
+        name="key-cut-to-fit-the-terminal",
+        fault="A key, hash or path that is longer than a line of the terminal is cut in two, and copied in part.",
+        file="fedtune/cli/command.py",
+        old="break_long_words=breaks and not _COPIED.search(front),",
+        new="break_long_words=True,",
+        tests=("tests/cli/test_widths.py::test_what_is_copied_is_never_cut",),
     ),
     Mutant(
         name="approved-unasked",

@@ -99,6 +99,26 @@ REPORT_FAULTS = (
         tests=(f"{PAGE}::test_a_person_with_several_records_is_told_how_much_less",),
     ),
     Mutant(
+        name="all-others-told-no-more-than-a-few",
+        fault="Page 1 of a run with secure sums says that all other sites together could guess no better than the few "
+        "that the plan allows for.",
+        file="fedtune/report/derive/reliance.py",
+        old="else (charged_against(site.mechanisms, colluders=MOST_SITES), trust",
+        new="else (charged_against(site.mechanisms, colluders=None), trust",
+        tests=(
+            "tests/end_to_end/test_secure_reports.py"
+            "::test_what_all_others_together_could_guess_is_that_of_the_site_s_own_noise",
+        ),
+    ),
+    Mutant(
+        name="yes-beside-a-full-limit",
+        fault="A site whose limit has no room for a run is asked for a yes without a word of the limit.",
+        file="fedtune/report/page/render.py",
+        old='return room_of(report) in ("used_up", "no_run_fits") or',
+        new='return room_of(report) == "used_up" or',
+        tests=(f"{PAGE}::test_a_decision_says_first_what_it_cannot_do",),
+    ),
+    Mutant(
         name="no-room-looks-like-room",
         fault="A site's report says nothing of a budget that is used up.",
         file=VERDICTS,

@@ -51,6 +51,12 @@ def a_report_without_privacy() -> Callable[..., Report]:
 
 
 @pytest.fixture(scope="session")
+def a_secure_report() -> Callable[..., Report]:
+    """`a_secure_report(**changes)`: three rounds of secure sums at five sites, of which one may collude."""
+    return _on_file("secure")
+
+
+@pytest.fixture(scope="session")
 def a_ledger_report() -> Callable[..., Report]:
     """`a_ledger_report(**changes)`: a site with two ended runs, the second with noised scores."""
     return _on_file("ledger")

@@ -34,6 +34,7 @@ NAMES = (
     "alike",
     "wide_run",
     "wide_ledger",
+    "secure",
 )
 """Of the situations that there are pages of."""
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
@@ -210,7 +211,9 @@ def wide_run(a_report: Make) -> Report:
     utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9}, detail=detail, cost=cost)
     exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
-    return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded)
+    purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3
+    made = replace(run.provenance, purpose=purpose)
+    return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded, provenance=made)
 
 
 def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
@@ -247,10 +250,13 @@ def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
     return filled(report, name=HOSTILE, sites=(wide,))
 
 
-def all_pages(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
-    """All situations, and the wide ones."""
+def all_pages(
+    a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make, a_secure_report: Make
+) -> dict[str, Report]:
+    """All situations, the wide ones, and a real run with secure sums as it was."""
     found = situations(a_report, a_report_without_privacy, a_ledger_report)
-    return found | {"wide_run": wide_run(a_report), "wide_ledger": wide_ledger(a_ledger_report)}
+    found |= {"wide_run": wide_run(a_report), "wide_ledger": wide_ledger(a_ledger_report)}
+    return found | {"secure": a_secure_report()}
 
 
 _REPORTS: dict[str, Report] = {}
@@ -260,7 +266,7 @@ _PAGES: dict[tuple[str, str], str] = {}
 def reports_of(request: pytest.FixtureRequest) -> dict[str, Report]:
     """By situation; made once, since their figures take a while."""
     if not _REPORTS:
-        makers = ("a_report", "a_report_without_privacy", "a_ledger_report")
+        makers = ("a_report", "a_report_without_privacy", "a_ledger_report", "a_secure_report")
         _REPORTS.update(all_pages(*(request.getfixturevalue(maker) for maker in makers)))
     return _REPORTS
 

@@ -170,8 +170,8 @@ def test_no_text_is_left_over() -> None:
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
-    whole |= {("strength", band + end) for band in ("strong", "reasonable", "weak") for end in ("", "_range")}
-    whole |= {("strength", "none")} | {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
+    whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
+    whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_", "limited_")}
     whole |= {("meaning", guess) for guess in ("luck", "more", "wrong")}
     whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
     whole |= {("verdict", f"{key}_{kind}") for key in ("spent", "limit") for kind in CODES["kind"]}
@@ -186,7 +186,7 @@ def test_no_text_is_left_over() -> None:
     whole |= {(section, code) for section, known in CODES.items() for code in known}
     templates = "\n".join(path.read_text() for path in PACKAGE.glob("page/templates/*.j2"))
     put_together = templates + "".join((PACKAGE / "page" / name).read_text() for name in ("catalogue.py", "tables.py"))
-    for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger"):
+    for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger", "strength"):
         whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}
     known = "".join((PACKAGE / "derive" / name).read_text() for name in ("cells.py", "cells.toml"))

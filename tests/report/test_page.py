@@ -15,8 +15,9 @@ import pytest
 
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import signing
+from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import room_of
-from fedtune.report.model import ByTrust, Report, Verdict, to_json
+from fedtune.report.model import LATER, ByTrust, Report, Verdict, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.tables import MOST_ROWS, Words, pointer, shortened
@@ -303,10 +304,93 @@ def test_one_figure_of_the_attacker_stands_beside_a_coin(rendered: Rendered, lan
         meaning = by_id(html, "meaning")
         (figure,) = [one.attributes["data-at"] for one in meaning.all("data")]
         assert figure == f"/sites/0/meaning/right_of_100_{which}"
-        coin, attacker = [one for one in meaning.all("svg") if one.attributes.get("class") == "guesses"]
+        attacker, coin = [one for one in meaning.all("svg") if one.attributes.get("class") == "guesses"]
         assert [len(coin.all("path")), len(coin.all("circle"))] == [0, 100]
         assert len(attacker.all("path")) > 0
         assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
+
+
+def test_the_attackers_figure_comes_before_the_factor(rendered: Rendered, language: str) -> None:
+    """It is the first thing that is said of whether that is enough."""
+    for name in ("within", "ledger", "secure"):
+        html = main(rendered(name, language))
+        said = [one for one in html.walk() if one.tag == "data" or one.attributes.get("id") in ("meaning", "limits")]
+        kinds = [one.attributes.get("data-as", one.attributes.get("id")) for one in said]
+        assert kinds.index("meaning") < kinds.index("of_100") < kinds.index("factor") < kinds.index("limits")
+        first = [one for one in by_id(html, "meaning").walk() if one.tag in ("h3", "p")][:2]
+        assert words_of(first[0]) == catalogue(language).texts["meaning"]["attacker"]
+        assert first[1].all("data", data_as="of_100")
+
+
+@pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
+def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report: Make, language: str) -> None:
+    """The bounds are those that the word was chosen by."""
+    least, most = profile.band_limits(code)
+    assert profile.strength_band(math.nextafter(least, math.inf)) == code
+    assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
+    report = replace(a_report(), epsilon=min(most, 11.0))
+    said = words_of(by_id(main(render.render(report, language=language)), "factor"))
+    assert catalogue(language).texts["strength"][code] in said
+    assert numbers(said)[-2:][-sum(0 < edge < math.inf for edge in (least, most)) :] == [
+        f"{edge:g}" for edge in (least, most) if 0 < edge < math.inf
+    ]
+
+
+def test_of_a_secure_sum_it_is_said_how_much_all_others_could_tell(
+    rendered: Rendered, reports: dict[str, Report], language: str
+) -> None:
+    (shown,) = by_id(main(rendered("secure", language)), "told").all("data")
+    means = reports["secure"].sites[0].meaning
+    assert means.right_of_100_mechanism < means.right_of_100_with_all_others < means.right_of_100_ceiling
+    assert shown.attributes["data-at"] == "/sites/0/meaning/right_of_100_with_all_others"
+    assert int(shown.text) == math.ceil(means.right_of_100_with_all_others)
+    assert not main(rendered("within", language)).all(id="told")
+
+
+def test_what_it_is_for_is_said_in_the_words_of_a_person(a_report: Make, language: str) -> None:
+    words = catalogue(language).texts["page"]
+    for purpose, shown in (
+        (None, words["no_purpose"]),
+        ("To <b>sort</b> letters", "To <b>sort</b> letters"),
+        ("x" * 200, "x" * 90 + "…"),
+        ("ab " * 50, "ab " * 29 + "ab…"),
+    ):
+        report = replace(a_report(), provenance=replace(a_report().provenance, purpose=purpose))
+        said = by_id(main(render.render(report, language=language)), "purpose")
+        assert words_of(said) == f"{words['purpose']} {shown}"
+        assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
+
+
+def test_a_decision_says_first_what_it_cannot_do(rendered: Rendered, a_ledger_report: Make, language: str) -> None:
+    words = catalogue(language).texts["sign_off"]
+
+    def said(html: str) -> tuple[bool, bool]:
+        text = words_of(by_id(main(html), "sign-off"))
+        return words["simulated"] in text, words["limit_first"] in text
+
+    assert said(rendered("within", language)) == said(rendered("ledger", language)) == (True, False)
+    assert said(rendered("used_up", language)) == said(rendered("no_run_fits", language)) == (True, True)
+    assert said(render.render(a_ledger_report(), language=language)) == (False, False), "of a real site"
+    above = Verdict(state="exceeded", reasons=("above_lifetime_cap",))
+    assert said(render.render(a_ledger_report(verdict=above), language=language)) == (False, True)
+
+
+def test_how_to_check_the_hash_stands_beside_it(rendered: Rendered, language: str) -> None:
+    (note,) = by_id(main(rendered("within", language)), "sign-off").all("p")[-1:]
+    digest, *commands = [one.text for one in note.all("code")]
+    assert len(digest) == 64
+    assert commands == ["sha256sum report.json", "fedtune report verify report.json"]
+    assert f"{digest} (" in words_of(note), "nothing that a copy would take along"
+
+
+@pytest.mark.parametrize("path", LATER)
+def test_what_is_left_out_where_it_says_nothing_can_be_asked_for(path: str, a_report: Make) -> None:
+    """And is there where it says something."""
+    place = "/" + path.replace("*", "0")
+    data = json.loads(json.dumps(to_json(a_report())))
+    with pytest.raises(KeyError):
+        lookup(data, place)
+    assert Words(a_report(), catalogue("en")).at(place) is None
 
 
 def test_a_person_with_several_records_is_told_how_much_less(rendered: Rendered, reports: dict[str, Report]) -> None:
@@ -360,6 +444,18 @@ def test_equal_sites_are_one_line(rendered: Rendered, language: str) -> None:
     for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
         shown = [place for place in range(33) if engineer.all(data_at=f"/sites/{place}/{at}")]
         assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
+
+
+def test_under_the_chart_equal_sites_are_one_column(rendered: Rendered, reports: dict[str, Report]) -> None:
+    table = by_id(by_id(main(rendered("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
+    headings = [words_of(one) for one in table.all("thead")[0].all("th")]
+    assert sorted(headings) == ["Round", "clinic-1 (+31)", "south-hospital"]
+    assert all(len(row.all("td")) == 2 for row in table.all("tbody")[0].all("tr"))
+    labels = {one.attributes["data-label"] for one in table.all("td")}
+    assert labels == set(headings) - {"Round"}
+    secure = by_id(main(rendered("secure", "en")), "chart-epsilon_spent").all("thead")[0]
+    assert [words_of(one) for one in secure.all("th")] == ["Round", "all 5 sites alike"]
+    assert len(reports["secure"].sites) == 5
 
 
 def test_what_is_not_on_record_is_grey(rendered: Rendered, language: str) -> None:

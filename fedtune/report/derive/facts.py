@@ -276,6 +276,7 @@ def _provenance_of_run(record: RunRecord) -> Provenance:
         python=_one(environment.python for environment in environments),
         machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
         start_adapter=_start_adapter(record),
+        purpose=config.report.about.purpose,
     )
 
 
@@ -323,6 +324,7 @@ def _provenance_of_ledger(record: LedgerRecord, versions: Sequence[str]) -> Prov
         libraries={},
         python=None,
         machine=None,
+        purpose=record.policy_file.about.purpose if record.policy_file else None,
     )
 
 

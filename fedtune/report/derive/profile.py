@@ -180,6 +180,13 @@ def strength_band(epsilon: float | None) -> str:
     return next((code for most, code in _TIERS if epsilon <= most), "weak")
 
 
+def band_limits(code: str) -> tuple[float, float]:
+    """Above which epsilon `strength_band` gives a word, and up to which; from 0, or to infinity."""
+    edges = [0.0, *(most for most, _ in _TIERS), math.inf]
+    place = [code for _, code in _TIERS].index(code) if code != "weak" else len(_TIERS)
+    return edges[place], edges[place + 1]
+
+
 def _exponential(epsilon: float) -> float:
     return math.inf if epsilon > _LARGEST_EXPONENT else math.exp(epsilon)
 
@@ -270,7 +277,13 @@ def right_of_100(spent: Spent) -> float | None:
 
 
 def meaning(
-    spent: Spent, *, epsilon: float | None, delta: float, declared_size: int | None, fixed: bool = True
+    spent: Spent,
+    *,
+    epsilon: float | None,
+    delta: float,
+    declared_size: int | None,
+    fixed: bool = True,
+    others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
     """What `epsilon` at `delta`, and the mechanism that `spent` it, mean as frequencies.
 
@@ -280,6 +293,7 @@ def meaning(
         delta: that it is stated at.
         declared_size: number of units that the site publishes.
         fixed: whether all that was charged was fixed beforehand; else the mechanism's curve bounds nothing.
+        others: what it comes to where all other sites tell what they added, with its epsilon; None: it stays the same.
     """
     stated = unbounded(epsilon)
     right = right_of_100_ceiling(stated, delta)
@@ -290,7 +304,15 @@ def meaning(
         posterior=tuple(Posterior(prior=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
         hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
         expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
+        right_of_100_with_all_others=None if others is None else _right_with(*others, delta=delta, fixed=fixed),
     )
+
+
+def _right_with(told: Spent, epsilon: float | None, *, delta: float, fixed: bool) -> float:
+    """Right of 100 guesses: by the mechanism where it was fixed and bounded, else from its epsilon and `delta`."""
+    ceiling = right_of_100_ceiling(unbounded(epsilon), delta)
+    by_mechanism = right_of_100(told) if fixed and epsilon is not None else None
+    return ceiling if by_mechanism is None else min(by_mechanism, ceiling)
 
 
 def as_stated(means: Meaning) -> Meaning:
@@ -307,6 +329,7 @@ def as_stated(means: Meaning) -> Meaning:
             replace(one, ceiling=_upwards(one.ceiling), mechanism=_upwards(one.mechanism)) for one in means.hit_rates
         ),
         expected_failures=_upwards(means.expected_failures),
+        right_of_100_with_all_others=_upwards(means.right_of_100_with_all_others),
     )
 
 

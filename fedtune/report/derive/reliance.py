@@ -10,7 +10,7 @@ from dp_accounting import DpEvent
 from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
-from fedtune.report.model import ByTrust, Mechanism, Problem, Report
+from fedtune.report.model import ByTrust, Meaning, Mechanism, Problem, Report, SiteReport
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
@@ -23,16 +23,37 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
     if all(row.shared is None for row in rows):
         return None
 
-    def against(colluders: int | None) -> float | None:
-        total: Counter[DpEvent] = Counter()
-        for row in rows:
-            # Of a lost run nothing is known but its charges.
-            total.update(profile.by_settings(row, colluders=colluders) if row.shared else profile.charges_of(row))
-        return epsilon(total)
-
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
-    others = None if lost else against(MOST_SITES)
-    return ByTrust(server_alone=against(0), with_colluders=against(None), with_all_others=others)
+    return ByTrust(
+        server_alone=epsilon(charged_against(rows, colluders=0)),
+        with_colluders=epsilon(charged_against(rows, colluders=None)),
+        with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES)),
+    )
+
+
+def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
+    """What the charges come to where so many sites tell what they added; None: as many as each run was charged for."""
+    total: Counter[DpEvent] = Counter()
+    for row in rows:
+        # Of a lost run nothing is known but its charges.
+        total.update(profile.by_settings(row, colluders=colluders) if row.shared else profile.charges_of(row))
+    return total
+
+
+def means(site: SiteReport, charged: Spent, *, delta: float, fixed: bool) -> Meaning:
+    """What the site's epsilon, and everything `charged`, means; `fixed`: as in `profile.meaning`."""
+    assert site.spent is not None
+    trust = site.by_trust
+    return profile.meaning(
+        charged,
+        epsilon=profile.claimed(site.spent),
+        delta=delta,
+        declared_size=site.declared_size,
+        fixed=fixed,
+        others=None
+        if trust is None
+        else (charged_against(site.mechanisms, colluders=MOST_SITES), trust.with_all_others),
+    )
 
 
 def contradictions(report: Report) -> Iterator[Problem]:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Literal
 
 from fedtune.privacy.events import Spent
-from fedtune.report.derive import profile
+from fedtune.report.derive import profile, reliance
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.derive.profile import accountants_agree, claimed, interval_of
+from fedtune.report.derive.profile import accountants_agree, interval_of
 from fedtune.report.model import Report, SiteReport, State, Verdict
 from fedtune.words import unbounded
 
@@ -96,8 +96,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     assert spent is not None
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
-    size, fixed = site.declared_size, were_fixed(site)
-    means = profile.meaning(charged, epsilon=claimed(spent), delta=delta, declared_size=size, fixed=fixed)
+    means = reliance.means(site, charged, delta=delta, fixed=were_fixed(site))
     return replace(site, verdict=verdict, meaning=profile.as_stated(means))
 
 

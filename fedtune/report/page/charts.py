@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedtune.report.page.drawing import BEFORE, LIMIT, WITHOUT_PRIVACY, Panel, Series, chart, stacked
-from fedtune.report.page.tables import MOST_LINES, Table, Tables, Words, pointer, shortened
+from fedtune.report.page.tables import MOST_LINES, Table, Tables, Words, in_groups, pointer, shortened
 
 _MOST_BARS = 12
 _MOST_POINTS = 200
@@ -40,12 +40,11 @@ class Charts:
     def epsilon_spent(self) -> Chart:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self._sites() if (points := self._line(site))}
-        alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
-        for site, points in lines.items():
-            alike.setdefault(tuple(points), []).append(site)
         series = [
-            Series(points=points, number=number, label=self._named_together(sites, of=len(lines)))
-            for number, (points, sites) in enumerate(list(alike.items())[:MOST_LINES])
+            Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
+            for number, sites in enumerate(
+                in_groups((tuple(points), site) for site, points in lines.items())[:MOST_LINES]
+            )
         ]
         target, levels = self._words.report.target_epsilon, []
         if self._is_ledger:
@@ -249,13 +248,6 @@ class Charts:
 
     def _name(self, site: str) -> str:
         return shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
-
-    def _named_together(self, sites: Sequence[str], *, of: int) -> str:
-        """What one line of several sites is called; `of` so many in all."""
-        if len(sites) == 1:
-            return self._name(sites[0])
-        key, values = ("all_alike", {"sites": of}) if len(sites) == of else ("some_alike", {"others": len(sites) - 1})
-        return self._words.text(f"chart.{key}", name=self._name(sites[0]), **values).unescape()
 
     def _said(self, key: str) -> str:
         return self._words.text(f"chart.{key}").unescape()

@@ -233,7 +233,7 @@ def _rows(words: Words) -> Iterator[tuple[str, str]]:
     yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
     yield _plain(text("label.epsilon")), _plain(epsilon)
     yield _plain(text("setting.delta")), figure(report.delta, "exact")
-    band = text(f"strength.{words.band}_range") if words.promises else ""
+    band = words.band_range(words.band) if words.promises else ""
     strength = _plain(words.code("strength", words.band)) + (f" ({_plain(band)})" if band else "")
     yield _plain(text("label.strength")), strength
     yield _plain(text("label.mechanism")), _plain(text("label.mechanism_text"))

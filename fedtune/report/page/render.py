@@ -32,6 +32,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
+_LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
 COIN_TOSSING = 50
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
@@ -221,6 +222,17 @@ class PageOne:
         """Code of how the result looks."""
         return room_of(self._words.report) or self._words.report.verdict.state
 
+    def is_full(self) -> bool:
+        """Whether a site's own limit has to be raised before anything more can be spent."""
+        report = self._words.report
+        return room_of(report) in ("used_up", "no_run_fits") or "above_lifetime_cap" in report.verdict.reasons
+
+    def purpose(self) -> str:
+        """Of the training, as far as a line has room."""
+        whole = self._words.report.provenance.purpose or ""
+        cut = whole[:_LONGEST_PURPOSE].rpartition(" ")[0] or whole[:_LONGEST_PURPOSE]
+        return whole if len(whole) <= _LONGEST_PURPOSE else f"{cut}…"
+
     def limit(self) -> str | None:
         """Pointer to the limit that the result is judged by; None: there is none."""
         is_run, worst = self._words.report.kind == "run", self._words.worst
@@ -274,7 +286,7 @@ class PageOne:
 
     def key(self) -> Markup:
         """The picture's marks with their meaning; drawn, since browsers print no backgrounds."""
-        mark = Markup('<svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}')
+        mark = Markup('<span><svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}</span>')
         return Markup(" ").join(
             mark.format(_mark(guess, 5, 5), self._words.text(f"meaning.{guess}")) for guess in _MARKS
         )

@@ -5,31 +5,33 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
 from fedtune.report import model
-from fedtune.report.derive.profile import TIERS_SOURCE, strength_band
+from fedtune.report.derive.profile import TIERS_SOURCE, band_limits, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
 from fedtune.words import unbounded
 
+One = TypeVar("One")
 MOST_LINES = 6
 """Lines of a chart; more could not be told apart."""
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
 _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
+_LONGEST_IN_CHART = 18
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
-_LATER = ("by_trust", "shared")
+_LATER = frozenset(path.rpartition("/")[2] for path in model.LATER)
 _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
@@ -133,6 +135,12 @@ class Words:
         """Code of the strength."""
         return strength_band(self.report.epsilon if self.promises else None)
 
+    def band_range(self, band: str) -> Markup:
+        """For which epsilons the word for a strength stands."""
+        least, most = (f"{edge:g}" for edge in band_limits(band))
+        key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
+        return self.text(f"strength.{key}", least=least, most=most)
+
     @property
     def band_source(self) -> str:
         """Who uses these words for these sizes."""
@@ -145,6 +153,16 @@ class Words:
 
     def _find(self, pointer: str) -> Any:
         return found_at(self.json, pointer)
+
+    def together(self, sites: Sequence[str], *, of: int) -> Markup:
+        """What the sites at these pointers, which are alike, are called beside a chart's line; `of` so many in all."""
+        name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
+        if len(sites) == 1:
+            return Markup("{}").format(name)
+        count = Markup('<span class="rows">{}</span>').format
+        if len(sites) == of:
+            return self.text("chart.all_alike", sites=count(of))
+        return self.text("chart.some_alike", name=name, others=count(len(sites) - 1))
 
     def text(self, key: str, **values: object) -> Markup:
         """A text of the catalogue."""
@@ -241,12 +259,20 @@ class Words:
 
 def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
     """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
-    groups: dict[tuple[object, ...], list[tuple[Markup, ...]]] = {}
     counts: Counter[tuple[str, ...]] = Counter()
+    keyed = []
     for row in rows:
         said = tuple(cell.striptags() for cell in row)
-        groups.setdefault((counts[said], *said[1:]), []).append(row)
+        keyed.append(((counts[said], *said[1:]), row))
         counts[said] += 1
+    return in_groups(keyed)
+
+
+def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+    """What has the same key together, in the order of the first."""
+    groups: dict[Hashable, list[One]] = {}
+    for key, one in keyed:
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
@@ -288,7 +314,6 @@ def shortened(text: str, most: int) -> str:
 
 PAGE_ONE_SITES = 4
 """Sites on page 1, the least favourable first; later tables list each."""
-_LONGEST_HEADING = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -385,19 +410,18 @@ class Tables:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
         if self._is_ledger:
             return self.named("steps")
-        sites = [site for site in self._sites if self._words.at(f"{site}/steps")][:MOST_LINES]
-        steps = {site: {step["round"]: n for n, step in enumerate(self._words.at(f"{site}/steps"))} for site in sites}
+        known = {site: self._words.at(f"{site}/steps") for site in self._sites if self._words.at(f"{site}/steps")}
+        alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
+        names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
+        steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
         rounds = sorted({number for known in steps.values() for number in known if number is not None})
         shown = rounds[-MOST_ROWS:]
         return Table(
             caption=self._words.text("chart.epsilon_spent"),
-            columns=((self._words.text("page.round"), False), *((self._name(site), True) for site in sites)),
+            columns=((self._words.text("page.round"), False), *((name, True) for name in names.values())),
             rows=tuple((self._round(steps, number), *self._epsilons(steps, number)) for number in shown),
             all=len(rounds),
         )
-
-    def _name(self, site: str) -> Markup:
-        return Markup("{}").format(shortened(self._words.at(f"{site}/site"), _LONGEST_HEADING))
 
     def _round(self, steps: Mapping[str, Mapping[int, int]], number: int) -> Markup:
         site = next(site for site, known in steps.items() if number in known)

@@ -1,0 +1,140 @@
+"""Nothing is wider than 80 columns: help, tables, steps to take, errors; and what is copied from there is whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtune.cli.command import folded
+from fedtune.cli.main import main
+from fedtune.cli.sections import Section, show
+from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
+
+from . import snapshots
+from .conftest import Here
+from .widths import COLUMNS, too_wide
+
+HELP = sorted(path.name for path in snapshots.FOLDER.glob("fedtune*.txt"))
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help(name: str) -> None:
+    """Also where the terminal is wider: the snapshots are of one with 100 columns."""
+    lines = (snapshots.FOLDER / name).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+WORDS = (["show"], ["show", "--rounds"], ["spent"], ["verify"], ["show", "--last", "1"])
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_ledger(words: list[str], lived: Any, command: Any) -> None:
+    outcome = command("ledger", *words, str(lived.ledger))
+    assert outcome.code == 0, outcome.err
+    assert too_wide(outcome.out) == []
+    assert str(lived.ledger) in outcome.out
+
+
+def test_a_policy_with_its_keys_whole(lived: Any, command: Any) -> None:
+    out = command("site", "check-policy", str(lived.policy)).out
+    assert too_wide(out) == []
+    assert lived.lead.public in out
+    assert str(lived.anchor) in out
+
+
+def test_runs_that_wait(joined: Callable[..., Here], run_proposal: Any, command: Any) -> None:
+    here = joined("north")
+    here.state.wait_for_approval(run_proposal(run="triage"), "experiment: {training: {learning_rate: 0.5}}")
+    for words in (("approve",), ("approve", "triage", "--yes"), ("deny", "triage", "--reason", "x"), ("approve",)):
+        outcome = command("site", *words, *here.words)
+        assert too_wide(outcome.out) == [], words
+
+
+def test_a_federation_from_its_file(
+    tmp_path: Path, site_policy: Callable[..., Policy], command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
+    (tmp_path / "north").mkdir()
+    write_policy(site_policy("north"), tmp_path / "north" / "site.toml")
+    named, request = ("--federation", "cardiology"), f"north/kit/{REQUEST}"
+    for words in (
+        ("provision", "init", "federation.toml"),
+        ("site", "init", "--site", "north/site.toml"),
+        ("provision", "add-site", request, *named, "--days", "20"),
+        ("provision", "list", *named),
+        ("provision", "renew-site", "north", request, *named),
+        ("provision", "renew-server", *named),
+        ("provision", "revoke-site", "north", *named),
+        ("provision", "list", *named),
+    ):
+        outcome = command(*words)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out
+        assert too_wide(outcome.out) == [], words
+
+
+class Terminal(io.StringIO):
+    """What a process takes for one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(tmp_path: Path, site_policy: Any) -> None:
+    write_policy(site_policy("north"), tmp_path / "site.toml")
+    site_init(tmp_path / "site.toml", out=None)
+    wrong = ["site", "init", "--site", str(tmp_path / "site.toml")]
+    for words in (wrong, ["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"]):
+        terminal, log = Terminal(), io.StringIO()
+        with redirect_stderr(terminal):
+            code = main(words)
+        with redirect_stderr(log):
+            assert main(words) == code == 2
+        assert too_wide(terminal.getvalue()) == []
+        assert len(log.getvalue().splitlines()) == 1
+        assert terminal.getvalue().split() == log.getvalue().split()
+
+
+def test_what_is_copied_is_never_cut() -> None:
+    path, key = "/srv/" + "a-long-folder/" * 9, "ab" * 32
+    assert folded(f"- The report is in {path} now.", width=40) == ["- The report is in", f"  {path}", "  now."]
+    assert folded(f" 1. Key {key}: compare it", width=40) == [" 1. Key", f"    {key}:", "    compare it"]
+    console = io.StringIO()
+    rows = [("site", f"the key {key} of a site", "7")]
+    show(Console(file=console, width=COLUMNS - 20), [Section(rows=rows, words=frozenset({0, 1}))])
+    assert key in console.getvalue()
+    assert console.getvalue().splitlines()[1] == "  site the key                                             7"
+
+
+def test_a_name_without_room_is_broken() -> None:
+    assert folded("rural-clinic-in-the-far-north", width=20) == ["rural-clinic-in-the-", "far-north"]
+    assert folded("x" * 30, width=20) == ["x" * 20, "x" * 10]
+
+
+@pytest.mark.parametrize("front", ["", "Continue with: "])
+def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
+    command = "fedtune search experiment=banks training.learning_rate='log(0.001, 0.1)' --trials 8 --method tpe"
+    lines = folded(front + command, width=50)
+    assert too_wide("\n".join(lines)) == []
+    assert lines[0].startswith(front.strip() or "fedtune")
+    typed = "\n".join(lines[1:] if front else lines)
+    assert re.search(r" \\\n", typed)
+    assert shlex.split(typed.replace("\\\n", "")) == shlex.split(command)
+    prose = f"{front}{command}. Then look at the table."
+    assert "\\" not in "".join(folded(prose, width=50)), "a sentence goes on after it"
