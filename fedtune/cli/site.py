@@ -304,7 +304,7 @@ def restore(
     charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
     """
     _as_owner(kit, *site.absolute().parents)
-    from fedtune.cli.ledger import show_made_up, show_other_policy
+    from fedtune.cli.ledger_sections import show_made_up, show_other_policy
     from fedtune.deploy.backup import anchors_at_hand, put_back_site
 
     files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
