@@ -94,7 +94,7 @@ def site_report(record: LedgerRecord, figures: Spending) -> tuple[SiteReport, Le
         meaning=None,
         mechanisms=ran,
         curve=profile.curve(charged, profile.curve_deltas(history.delta)) if charged else (),
-        steps=steps(record.events, history, epsilon=figures.epsilon),
+        steps=steps(record.events, history, epsilon=figures.epsilon, most=MOST_STEPS),
         lifetime=lifetime,
         verification=_verification(record),
         releases=releases(record.events, history),
@@ -277,14 +277,14 @@ class _Charge:
     divergence: float
 
 
-def steps(events: Sequence[Event], history: History, *, epsilon: float, most: int = MOST_STEPS) -> tuple[Step, ...]:
+def steps(events: Sequence[Event], history: History, *, epsilon: float, most: int) -> tuple[Step, ...]:
     """Epsilon by the filter after each of the newest rounds, and before those after each run.
 
     Args:
         events: of the ledger.
         history: what they add up to.
         epsilon: after the last of them.
-        most: steps, where rounds are among them; with 0 there is one for each run, and for each backup put back.
+        most: steps, where rounds are among them; 0: one for each run, and for each backup put back.
     """
     charges = list(_charges(events, history))
     by_round = _newest_runs(charges, most)
