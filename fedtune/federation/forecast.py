@@ -13,7 +13,7 @@ from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training.machine import model_bytes, place_for_states
+from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
@@ -105,7 +105,7 @@ def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSp
 
     Each is the least of a few passes over a made-up micro-batch.
     """
-    most = min(_MOST_TOKENS, runtime.micro_batch_tokens)
+    most = min(_MOST_TOKENS, micro_batch_tokens(runtime, model.device))
     batch = _made_up(model, max_length, count=max(1, most // (max_length * model.spec.texts)))
     below = 0.0
     if kept and (states := model.frozen_states(batch)) is not None:

@@ -256,7 +256,7 @@ class Machine:
         device: "auto", "cpu" or "cuda".
         num_devices: GPUs that share each step; on the CPU, processes.
         num_threads: of torch; 0: one for each core.
-        micro_batch_tokens: most tokens of a batch that is computed at once.
+        micro_batch_tokens: most tokens of a batch that is computed at once; 0: what suits the device.
         step_mib: memory for a batch and its gradients; 0: a share of what the machine has.
         kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
         kept_states_folder: where it goes if memory has no room, in a file without a name; "": nowhere.
@@ -267,7 +267,7 @@ class Machine:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_devices: int = 1
     num_threads: int = 0
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 0
     step_mib: int = 0
     kept_states_mib: int = 1024
     kept_states_folder: str = ""
@@ -276,10 +276,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key in ("num_threads", "step_mib", "kept_states_mib"):
+        for key in ("num_threads", "micro_batch_tokens", "step_mib", "kept_states_mib"):
             check_at_least(key, getattr(self, key), 0)
-        for key in ("num_devices", "micro_batch_tokens"):
-            check_at_least(key, getattr(self, key), 1)
+        check_at_least("num_devices", self.num_devices, 1)
 
 
 @spec

@@ -137,7 +137,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         device=machine.device,
         num_devices=machine.num_devices,
         num_threads=machine.num_threads or None,
-        micro_batch_tokens=machine.micro_batch_tokens,
+        micro_batch_tokens=machine.micro_batch_tokens or None,
         step_mib=machine.step_mib or None,
         kept_states_mib=machine.kept_states_mib,
         kept_states_folder=str(folder / machine.kept_states_folder) if machine.kept_states_folder else None,

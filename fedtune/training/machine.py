@@ -28,6 +28,9 @@ _ELSEWHERE_MIB = 1024.0
 _ELSEWHERE_BYTES = 4 * 2**30
 """Of all memory, likewise."""
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
+_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 4096, 256, 2048
+"""Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer
+(simulations/benchmarks)."""
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
 """Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
 
@@ -99,8 +102,17 @@ def processes_that_pay(runtime: RuntimeSpec, *, gradients: float) -> int:
 def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Shapes:
     """The shapes of a run's micro-batches on this machine, from public settings alone."""
     positions = usable_positions(model.base.get_base_model())
-    most = runtime.micro_batch_tokens // model.spec.texts
+    most = micro_batch_tokens(runtime, model.device) // model.spec.texts
     return Shapes.of(max_length=max_length, max_tokens=most, positions=positions)
+
+
+def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
+    """The most padded tokens in a micro-batch on this device, with torch's threads as `ready_model` sets them."""
+    if runtime.micro_batch_tokens is not None:
+        return runtime.micro_batch_tokens
+    if device.type == "cuda":
+        return _TOKENS_ON_GPU
+    return min(_MOST_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
 
 
 def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:

@@ -147,7 +147,8 @@ class RuntimeSpec:
             `fedtune simulate` on a CPU one for each core, at most 4, where the run has so many gradients that it pays.
         num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
             as many as OMP_NUM_THREADS says, if those are fewer.
-        micro_batch_tokens: the most padded tokens in a micro-batch.
+        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 256 for
+            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 4,096 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
             the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
             machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.
@@ -172,7 +173,7 @@ class RuntimeSpec:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_devices: int | None = None
     num_threads: int | None = None
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int | None = None
     step_mib: int | None = None
     kept_states_mib: int | None = None
     kept_states_folder: str | None = None
@@ -193,7 +194,8 @@ class RuntimeSpec:
             check_at_least("num_threads", self.num_threads, 1)
             if self.num_threads > _MOST_THREADS:
                 raise ConfigError("num_threads", self.num_threads, f"must be at most {_MOST_THREADS}")
-        check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
+        if self.micro_batch_tokens is not None:
+            check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
         if self.step_mib is not None:
             check_at_least("step_mib", self.step_mib, 1)
         if self.kept_states_mib is not None:

@@ -90,8 +90,8 @@ _SEVERAL_TEXTS = (
         fault="A micro-batch has as many records whether they have one text or three, and takes three times the "
         "memory.",
         file="fedtune/training/machine.py",
-        old="runtime.micro_batch_tokens // model.spec.texts",
-        new="runtime.micro_batch_tokens",
+        old="micro_batch_tokens(runtime, model.device) // model.spec.texts",
+        new="micro_batch_tokens(runtime, model.device)",
         tests=("tests/training/test_machine.py::test_a_record_of_several_texts_takes_their_part_of_a_micro_batch",),
     ),
 )

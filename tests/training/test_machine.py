@@ -7,6 +7,7 @@ import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fedtune.training.machine import (
     folder_for_states,
     frozen_states_mib,
     keeps_frozen_states,
+    micro_batch_tokens,
     processes_that_pay,
     ready_model,
     room_for_states,
@@ -57,6 +59,15 @@ def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
     model = ready_model(build, RuntimeSpec(num_threads=1), max_length=512)
     shapes = shapes_for(model, RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
+
+
+def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() -> None:
+    for threads, most in ((1, 256), (2, 512), (64, 2048)):
+        runtime = RuntimeSpec(num_threads=threads)
+        with patch.object(torch, "get_num_threads", return_value=threads):
+            assert micro_batch_tokens(runtime, torch.device("cpu")) == most
+            assert micro_batch_tokens(replace(runtime, micro_batch_tokens=77), torch.device("cpu")) == 77
+            assert micro_batch_tokens(runtime, torch.device("cuda")) == 4096
 
 
 def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
