@@ -27,8 +27,8 @@ from omegaconf._utils import get_yaml_loader
 
 from fedtune.cli.command import Command
 from fedtune.cli.main import fedtune, main
-from fedtune.data import load
-from fedtune.data.records import Record, iter_records
+from fedtune.data import records
+from fedtune.data.records import Record
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
@@ -43,6 +43,7 @@ from fedtune.privacy.site_policy import (
     Reference,
     Releases,
 )
+from fedtune.spec import DataError
 
 REPOSITORY = Path(__file__).parents[1]
 # Ledgers and run folders are synced at every step, and a disk takes longer for that than the tests take otherwise.  No
@@ -62,7 +63,8 @@ gc.disable()
 # What runs of many tests have in common is read once in this process: the YAML of conf/, and the records of the
 # repository's own data files.
 _parsed = lru_cache(maxsize=256)(partial(yaml.load, Loader=get_yaml_loader()))
-_read = lru_cache(maxsize=16)(lambda path, columns: tuple(iter_records(path, dict(columns))))
+_judged = records.judged
+_read = lru_cache(maxsize=16)(lambda path, columns, lenient: tuple(_judged(path, dict(columns), lenient=lenient)))
 _load_yaml = OmegaConf.load
 
 
@@ -71,13 +73,18 @@ def _load_yaml_once(file: Any) -> Any:
     return OmegaConf.create(_parsed(text)) if isinstance(_parsed(text), dict) else _load_yaml(io.StringIO(text))
 
 
-def _read_once(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    ours = REPOSITORY in path.resolve().parents
-    return iter(_read(path, tuple(columns.items()))) if ours else iter_records(path, columns)
+def _judged_once(
+    path: Path, columns: Mapping[str, str], *, fault: records.Fault = lambda record: None, lenient: bool = False
+) -> Iterator[tuple[int, Record | DataError]]:
+    if REPOSITORY not in path.absolute().parents:
+        yield from _judged(path, columns, fault=fault, lenient=lenient)
+        return
+    for line, found in _read(path, tuple(columns.items()), lenient):
+        yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
 OmegaConf.load = staticmethod(_load_yaml_once)  # type: ignore[method-assign]
-load.iter_records = _read_once
+records.judged = _judged_once
 
 
 def pytest_configure(config: pytest.Config) -> None:
