@@ -28,7 +28,7 @@ _ELSEWHERE_MIB = 1024.0
 _ELSEWHERE_BYTES = 4 * 2**30
 """Of all memory, likewise."""
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
-_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 4096, 256, 2048
+_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 4096, 512, 2048
 """Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer
 (simulations/benchmarks)."""
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25

@@ -147,7 +147,7 @@ class RuntimeSpec:
             `fedtune simulate` on a CPU one for each core, at most 4, where the run has so many gradients that it pays.
         num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
             as many as OMP_NUM_THREADS says, if those are fewer.
-        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 256 for
+        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
             each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 4,096 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
             the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the

@@ -7,8 +7,9 @@ LoRA of rank 8 on query and value of all layers of MiniLM and a layer for 77 cla
 round at rate 0.2.  Each kind is a process that has loaded everything and taken a first round; then they take turns, one
 round each, so that whatever else the machine does meets all alike.
 
-- **fedtune**: `fedtune simulate` in float32, with its ledgers and checkpoints.
-- **fedtune, mixed**: the same with `model.dtype=mixed`.
+- **fedtune**: `fedtune simulate` in float32, with its ledgers and checkpoints; a process for each core
+  shares each step, as that command chooses.
+- **fedtune, one process**: the same with `runtime.num_devices=1`, which takes less memory.
 - **Flower and Opacus**: Flower's simulation with one client on all cores at a time, whose training is that of Flower's
   own example for Opacus: `make_private` on a data loader, an epoch (here: so many steps), weights sent back to FedAvg;
   added is Opacus's `BatchMemoryManager`, without which it takes almost twice as long.
@@ -48,13 +49,18 @@ Round = Callable[[], float]
 """Takes one and returns its seconds."""
 
 
-def of_fedtune(folder: Path, *, rounds: int, steps: int, dtype: str, go: Callable[[float | None], None]) -> None:
+def of_fedtune(folder: Path, *, rounds: int, steps: int, processes: int, go: Callable[[float | None], None]) -> None:
     """A whole run, which waits for `go` before each round; the lead scores nothing."""
     from fedtune.cli.compose import compose_run
     from fedtune.flower.simulation import simulate
 
     files = ["data.validation_file=null", "data.test_file=null"]
-    own = [f"model.dtype={dtype}", f"federation.num_rounds={rounds}", f"training.local_steps={steps}", "tracking=quiet"]
+    own = [
+        f"runtime.num_devices={processes}",
+        f"federation.num_rounds={rounds}",
+        f"training.local_steps={steps}",
+        "tracking=quiet",
+    ]
     config = compose_run([*SETTINGS, *files, *own, "privacy.epsilon=8", "name=peers"])
 
     class Waits:
@@ -168,8 +174,8 @@ def _sites(folder: Path) -> tuple[Any, ...]:
 
 
 KINDS: dict[str, Callable[..., None]] = {
-    OURS: lambda folder, **how: of_fedtune(folder / "float32", dtype="float32", **how),
-    "fedtune, mixed": lambda folder, **how: of_fedtune(folder / "mixed", dtype="mixed", **how),
+    OURS: lambda folder, **how: of_fedtune(folder / "several", processes=usable_cores(), **how),
+    "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", processes=1, **how),
     "Opacus, sorted": of_opacus,
     "Flower and Opacus": of_flower,
 }

@@ -102,7 +102,7 @@ def test_a_record_costs_what_its_texts_cost(run_plan: Plan, monkeypatch: pytest.
     width = model.base.config.hidden_size * 4
     records = sum(SIZES.values()) * run_plan.records_per_user
     for texts, kept in ((3, True), (2, False)):
-        room = replace(RuntimeSpec(), kept_states_mib=records * 8 * texts * width / 2**20)
+        room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
         found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=room)
         assert found.frozen_states_kept == kept
     assert shapes[0] == (512 // 24 * 3, 8)

@@ -62,7 +62,7 @@ def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() -> None:
-    for threads, most in ((1, 256), (2, 512), (64, 2048)):
+    for threads, most in ((1, 512), (2, 1024), (64, 2048)):
         runtime = RuntimeSpec(num_threads=threads)
         with patch.object(torch, "get_num_threads", return_value=threads):
             assert micro_batch_tokens(runtime, torch.device("cpu")) == most
