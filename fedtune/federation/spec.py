@@ -38,7 +38,8 @@ class FederationSpec:
         threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
         bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
-            rounded at random after the noise; or 32, whole.
+            rounded at random after the noise; or 32, whole.  null: 8, which costs no accuracy (simulations/bits); 32 in
+            secure sums, which take no other.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
             "fedmedian"); the weights are declared sizes.
         server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
@@ -64,7 +65,7 @@ class FederationSpec:
     aggregation: Literal["plain", "secure"] = "plain"
     threshold: int | None = None
     colluders: int = 0
-    bits: int = 32
+    bits: int | None = 32
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -99,7 +100,8 @@ class FederationSpec:
         if self.stop_after is not None:
             check_at_least("stop_after", self.stop_after, 1)
         check_one_of("keep_round", self.keep_round, ("last", "best"))
-        check_one_of("bits", self.bits, BITS)
+        if self.bits is not None:
+            check_one_of("bits", self.bits, BITS)
         check_one_of("aggregation", self.aggregation, ("plain", "secure"))
         self._check_sums()
         check_one_of("strategy", self.strategy, STRATEGIES)
@@ -126,9 +128,16 @@ class FederationSpec:
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
-        for name, only in (("strategy", "fedavg"), ("bits", 32)):
-            if getattr(self, name) != only:
-                raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
+        for name, given, only in (("strategy", self.strategy, "fedavg"), ("bits", self.travelling_bits, 32)):
+            if given != only:
+                raise ConfigError(name, given, f"must be {only} with federation.aggregation = secure")
+
+    @property
+    def travelling_bits(self) -> int:
+        """`bits`, chosen where nobody says."""
+        if self.bits is not None:
+            return self.bits
+        return 8 if self.aggregation == "plain" else 32
 
     @property
     def least_sites(self) -> int:

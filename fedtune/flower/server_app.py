@@ -53,7 +53,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     sums = secure_rounds(grid, lead, state)
     if sums is not None:
         state = past_asked(lead, state, left_out=sums.left_out)
-    if state.round == 0 and lead.federation.bits != 32:
+    if state.round == 0 and lead.federation.travelling_bits != 32:
         lead.checkpoints.keep_reference(state.adapter)
     holders: Collection[str] = ()  # a site may have lost it, and this lead been started again for that
     try:
@@ -94,7 +94,7 @@ def _run_round(
             travelled=sent,
             reaches=_reaches(lead, round, sent),
             arrived=arrived,
-            bits=lead.federation.bits,
+            bits=lead.federation.travelling_bits,
             left_out=() if sums is None else sums.left_out,
         )
         received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
@@ -182,9 +182,9 @@ def _sent(lead: Lead, state: LeadState, *, session: str) -> tuple[Brought, Adapt
 
 def _brought(lead: Lead, state: LeadState) -> Brought:
     """The adapter that a round begins in, as it travels: each time it is the exact one that is rounded."""
-    if lead.federation.bits == 32:
+    if lead.federation.travelling_bits == 32:
         return Brought(adapter=state.adapter)
-    reference, bits = lead.checkpoints.reference(), lead.federation.bits
+    reference, bits = lead.checkpoints.reference(), lead.federation.travelling_bits
     difference = Difference.between(reference.tensors, state.adapter.tensors, bits=bits, about=f"{state.round}")
     return Brought(adapter=reference, difference=difference)
 

@@ -122,7 +122,7 @@ class RealSite:
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,
             store=lambda reference: self._store(proposal.run, settings, reference, ledger.history),
-            bits=config.federation.bits,
+            bits=config.federation.travelling_bits,
             members=config.federation.active,
             reference=lambda: self._reference(proposal.run),
         )

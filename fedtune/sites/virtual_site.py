@@ -427,7 +427,7 @@ class Participants:
             template=self.shared.initial_adapter,
             declared_size=work.declared_size,
             train=train,
-            bits=self.config.federation.bits,
+            bits=self.config.federation.travelling_bits,
             members=self.config.federation.active,
             reference=lambda: Checkpoints(RunFolder(self._folder).checkpoints, self.config.digest()).reference(),
         )
