@@ -32,6 +32,7 @@ _OVERRIDES = (
     "experiment=debug", "name=killed", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0",
     "data.train_fraction=0.02", "data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10",
     "data.test_rows=10", "federation.num_rounds=3",
+    "federation.bits=32",  # so that what was trained and what left are told by the same digest
 )  # fmt: skip
 SETTINGS = {
     "spare rounds": ("federation.spare_rounds=4",),

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Update
 
@@ -56,21 +57,25 @@ def check_books(
 def check_average(federation: Federation, run: str) -> None:
     """Check that the run's adapter is the mean of the last round's updates, each of its sites' taken once.
 
-    The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
+    The updates are those that the sites' ledgers keep, as differences from the adapter that the round began in; all
+    sites have the same declared size, and so weight.
     """
     sites = federation.result(run)["rounds"][-1]["sites"]
     updates = [_last_update(federation.sites[name], run) for name in sites]
     assert updates
-    assert all(len(update.tensors) for update in updates)
-    for name, value in adapter(federation, run).items():
-        mean = np.mean([update.tensors[name].astype(np.float64) for update in updates], axis=0)
-        np.testing.assert_allclose(value, mean, atol=1e-6)
+    before, after = adapter(federation, run, back=1), adapter(federation, run)
+    ends = []
+    for update in updates:
+        assert isinstance(update.tensors, Difference)
+        assert any(levels.any() for levels in update.tensors.levels.values())
+        ends.append(update.tensors.added_to(before))
+    for name, value in after.items():
+        np.testing.assert_allclose(value, np.mean([end[name].astype(np.float64) for end in ends], axis=0), atol=1e-6)
 
 
-def adapter(federation: Federation, run: str) -> dict[str, npt.NDArray[np.float32]]:
-    """The run's newest aggregated adapter, by the names that updates have."""
-    newest = sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1]
-    tensors = load_file(newest)
+def adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    """The run's newest aggregated adapter, or that of so many rounds before, by the names that updates have."""
+    tensors = load_file(sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1 - back])
     return {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
 
 

@@ -26,6 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from fedtune.flower import flower_records
+from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
 
@@ -202,7 +203,8 @@ def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
             for array in arrays.values():
                 yield from (("shape", length) for length in array.shape)
                 update = Update.from_bytes(array.data)
-                yield from (("shape", length) for value in update.tensors.values() for length in value.shape)
+                assert isinstance(update.tensors, Difference)
+                yield from (("shape", length) for value in update.tensors.levels.values() for length in value.shape)
                 yield "round", update.round
 
 
