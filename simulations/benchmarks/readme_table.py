@@ -14,7 +14,7 @@ def machine(cores: int) -> str:
     """The machine, with so many of its cores at work."""
     import torch  # here, for a process whose memory is measured
 
-    return f"{cores} CPU cores ({platform.machine()}), torch {torch.__version__}"
+    return f"{cores} CPU core{'s' if cores > 1 else ''} ({platform.machine()}), torch {torch.__version__}"
 
 
 def put(begin: str, end: str, text: str) -> None:

@@ -140,11 +140,13 @@ def table(cases: dict[str, dict[str, Parts]]) -> str:
     rows = [["", "seconds", *phases, "a layer, forward", "backward", *kinds], ["---", *["---:"] * (9 + len(KINDS) - 2)]]
     for name, case in cases.items():
         whole, watched = sum(case["phases"].values()), sum(case["kinds"].values())
-        ways = [[seconds for part, seconds in case["layers"].items() if part.startswith(way)] for way in phases[:2]]
+        # Not those below the first adapter, whose states are kept.
+        trained = [part.partition(", ")[2] for part in case["layers"] if part.startswith("backward")]
+        ways = [[case["layers"][f"{way}, {layer}"] for layer in trained] for way in phases[:2]]
         shares = [case["phases"][phase] / whole for phase in phases]
-        shares += [statistics.median(one for one in way if one > 0) / whole for way in ways]
+        shares += [statistics.median(way) / whole for way in ways]
         shares += [case["kinds"].get(kind, 0.0) / watched for kind in kinds]
-        rows.append([name, f"{whole:.2f}", *(f"{100 * share:.0f} %" for share in shares)])
+        rows.append([name, f"{whole:.2f}", *(f"{100 * share:.{0 if share > 0.02 else 1}f} %" for share in shares)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
