@@ -11,6 +11,7 @@ import torch
 
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
+from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
@@ -29,7 +30,8 @@ class Forecast:
         values: trained parameters.
         model_bytes: of memory that base, adapter and head take where they lie, in the run's number format.
         bytes_down: of one adapter to a site, without headers of a few kB; the first one of a run comes whole.
-        bytes_up: of one update, or of one part of a secure sum.
+        bytes_up: of one update, or of one part of a secure sum with its sealed shares; the three further exchanges of
+            a secure round have some kB more.
         bytes_total: both ways, all sites and rounds.
         frozen_states_kept: whether the layers below the first adapter run once for each record, and not in each step.
         first_seconds: of that, for all sites.
@@ -78,8 +80,10 @@ def forecast(
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     shared = plan.shared
-    bits_up = bits if shared is None else bits_needed(shared.num_sites, shared.largest_value)
-    down, up = (-(-num_values * each // 8) for each in (bits, bits_up))
+    down = up = -(-num_values * bits // 8)
+    if shared is not None:
+        bits_up = bits_needed(shared.num_sites, shared.largest_value)
+        up = upload_bytes(shared.num_sites, length=num_values, bits=bits_up)
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)

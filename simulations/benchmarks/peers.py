@@ -9,7 +9,8 @@ round each, so that whatever else the machine does meets all alike.
 
 - **fedtune**: `fedtune simulate` in float32, with its ledgers and checkpoints; a process for each core
   shares each step, as that command chooses.
-- **fedtune, one process**: the same with `runtime.num_devices=1`, which takes less memory.
+- **fedtune, mixed**: the same with frozen layers that multiply in bfloat16 (`model.dtype=mixed`); peers do in float32.
+- **fedtune, one process**: in float32 with `runtime.num_devices=1`, which takes less memory.
 - **Flower and Opacus**: Flower's simulation with one client on all cores at a time, whose training is that of Flower's
   own example for Opacus: `make_private` on a data loader, an epoch (here: so many steps), weights sent back to FedAvg;
   added is Opacus's `BatchMemoryManager`, without which it takes almost twice as long.
@@ -41,7 +42,7 @@ from fedtune.training.machine import usable_cores
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
-OURS = "fedtune"
+OURS, MIXED = "fedtune", "fedtune, mixed"
 SETTINGS = ["experiment=banks_intents", "lora=qv", "privacy.sampling_rate=0.2"]
 MOST_ROWS = 16
 READY = "ready"
@@ -49,7 +50,9 @@ Round = Callable[[], float]
 """Takes one and returns its seconds."""
 
 
-def of_fedtune(folder: Path, *, rounds: int, steps: int, processes: int, go: Callable[[float | None], None]) -> None:
+def of_fedtune(
+    folder: Path, *settings: str, rounds: int, steps: int, processes: int, go: Callable[[float | None], None]
+) -> None:
     """A whole run, which waits for `go` before each round; the lead scores nothing."""
     from fedtune.cli.compose import compose_run
     from fedtune.flower.simulation import simulate
@@ -61,7 +64,7 @@ def of_fedtune(folder: Path, *, rounds: int, steps: int, processes: int, go: Cal
         f"training.local_steps={steps}",
         "tracking=quiet",
     ]
-    config = compose_run([*SETTINGS, *files, *own, "privacy.epsilon=8", "name=peers"])
+    config = compose_run([*SETTINGS, *files, *own, *settings, "privacy.epsilon=8", "name=peers"])
 
     class Waits:
         def preparing(self, what: str, done: int, total: int) -> None: ...
@@ -175,6 +178,7 @@ def _sites(folder: Path) -> tuple[Any, ...]:
 
 KINDS: dict[str, Callable[..., None]] = {
     OURS: lambda folder, **how: of_fedtune(folder / "several", processes=usable_cores(), **how),
+    MIXED: lambda folder, **how: of_fedtune(folder / "mixed", "model.dtype=mixed", processes=usable_cores(), **how),
     "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", processes=1, **how),
     "Opacus, sorted": of_opacus,
     "Flower and Opacus": of_flower,

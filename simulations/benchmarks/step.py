@@ -33,10 +33,12 @@ from fedtune.cli.compose import compose_run
 from fedtune.data import Batch
 from fedtune.model.layers import layer_stack
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import add_gaussian_noise
+from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import SharedModel
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.dp_step import add_clipped, descend, zeros
 from fedtune.training.per_example import attached
 
 FOLDER = Path(__file__).parent
@@ -71,20 +73,27 @@ def prepared(case: str, *, onednn: bool = True, dtype: str = "float32") -> tuple
 
 
 def plain(model: TaskModel, batches: list[Batch]) -> dict[str, float]:
-    """Forward and backward passes as torch does them, gradients added up in the parameters."""
-    parts = {"forward": 0.0, "backward": 0.0}
-    for parameter in model.trainable().values():
-        parameter.grad = None
+    """Forward and backward passes as torch does them, gradients added up in the parameters, and a step."""
+    parts = {"forward": 0.0, "backward": 0.0, "the step itself": 0.0}
+    optimizer = standing(model)
+    optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         with timed(parts, "forward"):
             loss = model.losses(batch).sum()
         with timed(parts, "backward"):
             loss.backward()
+    with timed(parts, "the step itself"):
+        optimizer.step()
     return parts
 
 
+def standing(model: TaskModel) -> torch.optim.Optimizer:
+    """SGD that leaves everything where it is, so that all steps are of one adapter."""
+    return torch.optim.SGD(model.trainable().values(), lr=0.0)
+
+
 def private(model: TaskModel, batches: list[Batch], clip_norm: float) -> dict[str, float]:
-    """The same with gradients by example, clipped and added up in whole numbers; noise takes no time beside it."""
+    """The same with gradients by example, clipped and added up in whole numbers, and with noise."""
     with attached(model) as gradients:
         return clipped(model, batches, clip_norm, found=gradients.found.__getitem__, forget=gradients.found.clear)
 
@@ -113,8 +122,8 @@ def clipped(
     forget: Callable[[], None],
 ) -> dict[str, float]:
     """A private step, wherever gradients by example are `found`, and forgotten before the next micro-batch."""
-    parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0}
-    parameters = model.trainable()
+    parts = {"forward": 0.0, "backward": 0.0, "clipping": 0.0, "noise": 0.0, "the step itself": 0.0}
+    parameters, optimizer = model.trainable(), standing(model)
     sums = zeros(parameters)
     for batch in batches:
         forget()
@@ -125,6 +134,12 @@ def clipped(
         with timed(parts, "clipping"):
             rows = len(batch.input_ids)
             add_clipped(sums, {name: found(one)[:rows] for name, one in parameters.items()}, clip_norm)
+    forget()
+    with timed(parts, "noise"):
+        of_all = {name: total.numpy() for name, total in sums.items()}
+        noisy = add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
+    with timed(parts, "the step itself"):
+        descend(noisy, parameters, optimizer, denominator=1.0)
     return parts
 
 

@@ -36,12 +36,12 @@ from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.four_bit import FourBit, keep_in_four_bits
 from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.mechanism import GRID_BITS
-from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
+from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training import preflight
-from fedtune.training.dp_step import add_clipped, zeros
+from fedtune.training.dp_step import add_clipped, descend, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import device_for, model_bytes
@@ -296,15 +296,25 @@ def four_bit(machine: Machine) -> Result:
 
 
 def _plain(model: TaskModel, batch: Batch) -> None:
-    for parameter in model.trainable().values():
-        parameter.grad = None
+    optimizer = _standing(model)
+    optimizer.zero_grad(set_to_none=True)
     model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
 
 
 def _private(model: TaskModel, batch: Batch) -> None:
-    sums = zeros(model.trainable())
+    parameters, optimizer = model.trainable(), _standing(model)
+    sums = zeros(parameters)
     with attached(model) as gradients:
         add_clipped(sums, gradients.of_all(batch), 1.0)
+    of_all = {name: total.cpu().numpy() for name, total in sums.items()}
+    noisy = add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
+    descend(noisy, parameters, optimizer, denominator=1.0)
+
+
+def _standing(model: TaskModel) -> torch.optim.Optimizer:
+    """SGD that leaves everything where it is, so that all steps are of one adapter."""
+    return torch.optim.SGD(model.trainable().values(), lr=0.0)
 
 
 def tests(machine: Machine) -> Result:

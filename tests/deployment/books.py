@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
+from fedtune.config import saved_config
+from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Update
@@ -77,6 +80,17 @@ def adapter(federation: Federation, run: str, *, back: int = 0) -> dict[str, npt
     """The run's newest aggregated adapter, or that of so many rounds before, by the names that updates have."""
     tensors = load_file(sorted((federation.run_folder(run) / "checkpoints").glob("round-*.safetensors"))[-1 - back])
     return {name.removeprefix("adapter/"): value for name, value in tensors.items() if name.startswith("adapter/")}
+
+
+def check_same_adapter(federation: Federation, name: str, simulated_folder: Path, *, tolerance: float) -> None:
+    """Check that a real run and a simulation came to the same adapter, to so much in each value."""
+    config = saved_config(simulated_folder)
+    expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
+    found = adapter(federation, name)
+    assert list(found) == list(expected)
+    assert any(np.abs(value).max() > 1e-4 for value in found.values())
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=tolerance)
 
 
 def _last_update(site: SiteFolder, run: str) -> Update:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .federation import Federation
+from .federation import Federation, simulated
 from .networks import wants_loopback, why_no_namespaces
 
 _TAIL = 4000
@@ -39,6 +40,19 @@ def make_federation(
     yield make
     for federation in reversed(made):
         federation.close()
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Callable[..., Path]:
+    """Simulate the same run; its folder."""
+    into = tmp_path_factory.mktemp("simulated")
+
+    def run(name: str, *overrides: str) -> Path:
+        outcome = command("simulate", *simulated(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
+        assert outcome.code == 0, outcome.err
+        return into / name
+
+    return run
 
 
 @pytest.fixture(scope="session")

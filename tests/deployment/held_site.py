@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ import fedtune.sites.work as site_work
 from fedtune.cli.main import main
 
 _HOLD, _FAIL = Path(sys.argv[1]) / "hold", Path(sys.argv[1]) / "fail"
-_train_round = site_work.train_round
 
 
-def train(*given: Any, **more: Any) -> Any:
-    trained = _train_round(*given, **more)
-    while _HOLD.exists():
-        time.sleep(0.02)
-    if _FAIL.exists():
-        raise ValueError(_FAIL.read_text())
-    return trained
+def held(trains: Callable[..., Any]) -> Callable[..., Any]:
+    def train(*given: Any, **more: Any) -> Any:
+        trained = trains(*given, **more)
+        while _HOLD.exists():
+            time.sleep(0.02)
+        if _FAIL.exists():
+            raise ValueError(_FAIL.read_text())
+        return trained
+
+    return train
 
 
-site_work.train_round = train
+site_work.train_round = held(site_work.train_round)
+site_work.share_of_round = held(site_work.share_of_round)
 site_service._MOST_WAIT_S = 2.0
 raise SystemExit(main(sys.argv[2:]))

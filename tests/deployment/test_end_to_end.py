@@ -19,8 +19,8 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import receipt_from_json
 
-from .books import adapter, check_average, check_books
-from .federation import NAMES, Command, Federation, dealt, simulated
+from .books import check_average, check_books, check_same_adapter
+from .federation import NAMES, Command, Federation, dealt
 
 MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
 DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_rows=10")
@@ -51,30 +51,6 @@ def finished(banks: Federation) -> Federation:
     lead = banks.lead("one", *DEBUG)
     assert lead.end() == 0, lead.text
     return banks
-
-
-@pytest.fixture(scope="module")
-def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Callable[..., Path]:
-    """Simulate the same run; its folder."""
-    into = tmp_path_factory.mktemp("simulated")
-
-    def run(name: str, *overrides: str) -> Path:
-        outcome = command("simulate", *simulated(*overrides), f"name={name}", f"tracking.output_dir='{into}'")
-        assert outcome.code == 0, outcome.err
-        return into / name
-
-    return run
-
-
-def check_same_adapter(federation: Federation, name: str, simulated_folder: Path, *, tolerance: float) -> None:
-    """Check that a real run and a simulation came to the same adapter, to so much in each value."""
-    config = saved_config(simulated_folder)
-    expected = Checkpoints(simulated_folder / "checkpoints", config.digest()).load().adapter.tensors
-    found = adapter(federation, name)
-    assert list(found) == list(expected)
-    assert any(np.abs(value).max() > 1e-4 for value in found.values())
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=0, atol=tolerance)
 
 
 def test_three_sites_come_to_the_simulation_s_adapter(

@@ -63,7 +63,9 @@ def test_few_bits_and_secure_sums_travel_in_fewer_bytes(run_plan: Plan) -> None:
     found = forecast(secure, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert found.bytes_down == 4 * found.values
     largest = shared.num_sites * shared.largest_value
-    assert found.bytes_up == -(-found.values * (2 * largest).bit_length() // 8), "the sum fits, not a bit more"
+    packed = -(-found.values * (2 * largest).bit_length() // 8)  # the sum fits, not a bit more
+    shares = 4 * (5 * 32 + 4 * 33 + 16)  # sealed for each site, and digests of them
+    assert 0 < found.bytes_up - packed - shares < 64, "a head"
 
 
 def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:

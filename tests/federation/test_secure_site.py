@@ -204,31 +204,40 @@ def wrong(reply: Reply) -> tuple[Reason, object]:
 
 
 @pytest.fixture
-def federation(
-    tmp_path: Path,
+def federation_in(
     site_policy: Callable[..., Policy],
     run_proposal: Callable[..., Proposal],
     run_plan: Plan,
     lead_key: SigningKey,
-) -> Federation:
+) -> Callable[..., Federation]:
+    """Make a federation in an empty folder, with sites of a class; keywords override its plan."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan.noise_multiplier)
-    plan = replace(run_plan, local_steps=1, spare_rounds=0, shared=shared)
     other_lead = SigningKey(Ed25519PrivateKey.generate())
 
-    def asked(**changes: Any) -> Proposal:
-        return replace(run_proposal(), plan=plan, num_sites=3, **changes)
+    def make(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
+        plan = replace(run_plan, **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
-    adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
-    sites = {}
-    for name in NAMES:
-        (tmp_path / name).mkdir()
-        policy = site_policy(name)
-        both = replace(policy.allow, leads=(lead_key.public, other_lead.public))
-        policy = replace(policy, trust=Trust(secure=True), allow=both)
-        sites[name] = SecureSite(name, tmp_path / name, policy, asked, adapter)
-    for name, site in sites.items():
-        site.members = {other: one.key.public for other, one in sites.items() if other != name}
-    return Federation(sites, asked, lead_key, other_lead, adapter)
+        def asked(**changes: Any) -> Proposal:
+            return replace(run_proposal(), plan=plan, num_sites=3, **changes)
+
+        adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
+        sites = {}
+        for name in NAMES:
+            (folder / name).mkdir()
+            policy = site_policy(name)
+            both = replace(policy.allow, leads=(lead_key.public, other_lead.public))
+            policy = replace(policy, trust=Trust(secure=True), allow=both)
+            sites[name] = kind(name, folder / name, policy, asked, adapter)
+        for name, site in sites.items():
+            site.members = {other: one.key.public for other, one in sites.items() if other != name}
+        return Federation(sites, asked, lead_key, other_lead, adapter)
+
+    return make
+
+
+@pytest.fixture
+def federation(tmp_path: Path, federation_in: Callable[..., Federation]) -> Federation:
+    return federation_in(tmp_path)
 
 
 def test_three_sites_sum(federation: Federation) -> None:

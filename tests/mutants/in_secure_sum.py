@@ -284,4 +284,12 @@ SECURE_SUM_FAULTS = (
         new="        if seed >> 8 * SEED_BYTES:",
         tests=(OF_SUM,),
     ),
+    Mutant(
+        name="retry-with-old-noise",
+        fault="A round that is tried again draws the sample and the noise of its first attempt.",
+        file="fedtune/training/local.py",
+        old="    purpose = (work.site, work.round, work.attempt)\n",
+        new="    purpose = (work.site, work.round, 1)\n",
+        tests=("tests/training/test_local.py::test_so_does_a_share_of_a_secure_sum",),
+    ),
 )

@@ -11,12 +11,13 @@ import torch
 
 from fedtune.data import Shapes, collate
 from fedtune.model import Adapter, LoraSpec
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.tasks import TaskModel
 from fedtune.training import dp_step, local
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.local import RoundOfTraining, share_of_round, train_round
 from fedtune.training.spec import TrainingSpec
 
 KINDS = [
@@ -113,6 +114,24 @@ def test_site_round_and_attempt_draw_other_noise(fresh: Any, examples: Any, work
     one, other = (released(fresh(), nobody, each) for each in (work(), work(**change)))
     for name in one.tensors:
         assert (one.tensors[name] != other.tensors[name]).any(), name
+
+
+@pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
+def test_so_does_a_share_of_a_secure_sum(fresh: Any, examples: Any, work: Any, change: dict[str, Any]) -> None:
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
+    plan = dataclasses.replace(work().plan, local_steps=1, shared=shared)
+    nobody = SiteExamples(
+        examples("classification", 0), pad_id=0, shapes=Shapes.of(max_length=15, max_tokens=40), device="cpu"
+    )
+
+    def share(**changes: Any) -> dict[str, np.ndarray]:
+        model, asked = fresh(), work(plan=plan, **changes)
+        return share_of_round(model, Adapter.of(model), nobody, asked, randomness=SeededRandomness(5))
+
+    one, again, other = share(), share(), share(**change)
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+        assert (one[name] != other[name]).any(), name
 
 
 def test_system_randomness_never_repeats(fresh: Any, examples: Any, work: Any) -> None:

@@ -219,7 +219,8 @@ class Upload:
     def from_bytes(cls, data: bytes, session: Session) -> Upload:
         """The upload of these bytes, if it belongs to this session; raises Rejected for any other."""
         terms = session.terms
-        if len(data) != upload_bytes(terms) or not data.startswith(_UPLOAD):
+        size = upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
+        if len(data) != size or not data.startswith(_UPLOAD):
             raise Rejected(Wrong.MALFORMED)
         digest, release, index = _HEAD.unpack_from(data, len(_UPLOAD))
         if digest.hex() != session.digest:
@@ -228,22 +229,21 @@ class Upload:
             raise Rejected(Wrong.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
         digests, start = _cut(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
-        sealed, start = _cut(data, start, num_sites, sealed_bytes(terms))
+        sealed, start = _cut(data, start, num_sites, _sealed_bytes(num_sites))
         rows = tuple(digests[row : row + num_sites + 1] for row in range(0, len(digests), num_sites + 1))
         site, vector = terms.sites[index], data[start:]
         return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
 
 
-def sealed_bytes(terms: Terms) -> int:
+def upload_bytes(num_sites: int, *, length: int, bits: int) -> int:
+    """Of an upload of so many values; all of a run are equally long."""
+    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + _sealed_bytes(num_sites))
+    return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(length, bits)
+
+
+def _sealed_bytes(num_sites: int) -> int:
     """Of what one site seals for another: a share of each of its seeds."""
-    return len(terms.members) * SHARE_BYTES + TAG_BYTES
-
-
-def upload_bytes(terms: Terms) -> int:
-    """Of an upload; all of a run are equally long."""
-    num_sites = len(terms.members)
-    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(terms))
-    return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(terms.length, terms.bits)
+    return num_sites * SHARE_BYTES + TAG_BYTES
 
 
 def _cut(data: bytes, start: int, count: int, size: int) -> tuple[tuple[bytes, ...], int]:

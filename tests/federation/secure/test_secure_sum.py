@@ -66,7 +66,8 @@ def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
 def test_an_upload_takes_the_bytes_that_its_terms_say() -> None:
     federation = Federation(terms_of(4, 3, length=1001, bits=26))
     data = federation.parties["a"].upload(1, federation.vector("a"))
-    assert len(data) == upload_bytes(federation.terms)
+    terms = federation.terms
+    assert len(data) == upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
     assert len(data) - (1001 * 26 + 7) // 8 < 2000
 
 

@@ -1,0 +1,182 @@
+"""Whatever a lead asks of sites with ledgers, and whatever happens to these: nothing leaves that was not charged."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, RoundRequest, terms_of
+from fedtune.federation.secure.agreement import Rejected, Session
+from fedtune.federation.secure.at_site import Parties
+from fedtune.federation.secure.messages import ConfirmRequest
+from fedtune.federation.secure.summation import Summation, session_of
+from fedtune.federation.site_round import Trained
+from fedtune.model import Adapter
+from fedtune.privacy.release import Masked, Update
+
+from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, federation_in
+
+__all__ = ["federation_in"]
+CHANCE = st.randoms(use_true_random=True)
+"""Plain draws of hypothesis would seldom get as far as a sum."""
+
+
+@dataclass
+class WatchedSite(SecureSite):
+    """Trains to another vector each time, and remembers all of them; or fails, once it is told to."""
+
+    vectors: list[np.ndarray] = field(default_factory=list)
+    fails: bool = False
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        self.vectors.append(VECTOR + np.int64(100 * NAMES.index(self.name) + len(self.vectors)))
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("of records")
+        return Trained(share=self.vectors[-1].copy())
+
+
+class Charges(RuleBasedStateMachine):
+    """A lead that asks what it likes, and sites that restart and fail."""
+
+    made: ClassVar[Callable[[], Federation]]
+    sums_read: ClassVar[int] = 0
+
+    @initialize()
+    def begin(self) -> None:
+        self.federation = type(self).made()
+        self.sessions: list[tuple[str, Session, list[bytes]]] = []
+        self.left: dict[str, dict[bytes, np.ndarray]] = {site: {} for site in NAMES}
+        self.read: set[tuple[str, bytes]] = set()
+        self._begin_a_session()
+
+    # What can happen.
+
+    @rule(chance=CHANCE)
+    def another_session(self, chance: random.Random) -> None:
+        self._begin_a_session(*self._some(chance))
+
+    @rule(chance=CHANCE)
+    def an_earlier_session(self, chance: random.Random) -> None:
+        if self.sessions:
+            name, _, announced = chance.choice(self.sessions)
+            self.federation.name = name
+            for site in self._some(chance):
+                self.federation.step(site, JOIN, *announced)
+
+    @rule(chance=CHANCE)
+    def restart(self, chance: random.Random) -> None:
+        self.federation.sites[chance.choice(NAMES)].parties = Parties()
+
+    @rule(chance=CHANCE)
+    def fail(self, chance: random.Random) -> None:
+        """The next training of a site, in the middle."""
+        site = self.federation.sites[chance.choice(NAMES)]
+        assert isinstance(site, WatchedSite)
+        site.fails = True
+
+    @rule(chance=CHANCE)
+    def ask_for_uploads(self, chance: random.Random) -> None:
+        for site in self._some(chance):
+            self._upload(site, chance.randint(1, 9))
+
+    @rule(chance=CHANCE)
+    def ask_to_confirm(self, chance: random.Random) -> None:
+        """Some survivors to some sites, before there is anything to confirm."""
+        if self.sessions:
+            session = self.sessions[-1][1]
+            survivors = sorted(chance.sample(NAMES, chance.choice([2, 3])))
+            asked = ConfirmRequest(session=session.digest, release=chance.randint(1, 9), survivors=survivors)
+            for site in self._some(chance):
+                self.federation.step(site, CONFIRM, asked.to_bytes())
+
+    @rule(chance=CHANCE)
+    def play_a_release(self, chance: random.Random) -> None:
+        """From uploads, some of them asked for twice, to the sum, if it comes to one."""
+        current = [session for name, session, _ in self.sessions if name == self.federation.name]
+        if not current:
+            return
+        made, of_sum = Summation(current[0], release=chance.randint(1, 8)), []
+        try:
+            for site in NAMES + self._some(chance):
+                if (data := self._upload(site, made.release)) is not None and site not in dict(of_sum):
+                    made.add_upload(site, data)
+                    of_sum.append((site, data))
+            question = made.confirm_request()
+            for site in NAMES:
+                if isinstance(said := self.federation.step(site, CONFIRM, question), bytes):
+                    made.add_confirmation(site, said)
+            for site in NAMES:
+                if isinstance(said := self.federation.step(site, UNMASK, made.unmask_request(site)), bytes):
+                    made.add_revealed(site, said)
+            total = made.total()
+        except Rejected:
+            return
+        np.testing.assert_array_equal(total, sum(self.left[site][data] for site, data in of_sum))
+        assert len(of_sum) == len(NAMES), "of as many as the plan counts on"
+        self.read.update(of_sum)
+        type(self).sums_read += 1
+
+    def _begin_a_session(self, *joining: str) -> None:
+        name, federation = secrets.token_hex(16), self.federation
+        said = {site: federation.step(site, ANNOUNCE, name=name) for site in NAMES}
+        announced = {site: one for site, one in said.items() if isinstance(one, bytes)}
+        if len(announced) < len(NAMES):
+            return
+        keys = {site: one.key.public for site, one in federation.sites.items()}
+        terms = terms_of(federation.asked(), members=keys, length=VECTOR.size)
+        self.sessions.append((name, session_of(terms, announced), list(announced.values())))
+        federation.name = name
+        for site in joining or NAMES:
+            federation.step(site, JOIN, *announced.values(), name=name)
+
+    def _upload(self, site: str, release: int) -> bytes | None:
+        """What left, if anything did, noted with the vector that is in it: the newest, if it was not known before."""
+        body = self.federation.upload(site, release).body
+        if not isinstance(body, Update):
+            return None
+        assert isinstance(body.tensors, Masked)
+        watched = self.federation.sites[site]
+        assert isinstance(watched, WatchedSite)
+        self.left[site].setdefault(body.tensors.data, watched.vectors[-1])
+        return body.tensors.data
+
+    def _some(self, chance: random.Random) -> tuple[str, ...]:
+        return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)
+
+    # What must hold, always.
+
+    @invariant()
+    def all_that_was_computed_is_charged(self) -> None:
+        if not hasattr(self, "read"):
+            return
+        for name, site in self.federation.sites.items():
+            assert isinstance(site, WatchedSite)
+            charged = self.federation.charged(name)
+            assert len(site.vectors) <= charged <= self.federation.asked().plan.most_rounds
+            assert len(self.left[name]) <= len(site.vectors), "a vector left under two masks"
+            assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])
+
+
+def test_nothing_leaves_that_was_not_charged(tmp_path: Path, federation_in: Callable[..., Federation]) -> None:
+    def made() -> Federation:
+        folder = tmp_path / secrets.token_hex(8)
+        folder.mkdir()
+        return federation_in(folder, WatchedSite, num_rounds=5, spare_rounds=3)
+
+    class Histories(Charges):
+        pass
+
+    Histories.made = staticmethod(made)
+    few = settings(max_examples=20, stateful_step_count=12, deadline=None, database=None, phases=[Phase.generate])
+    run_state_machine_as_test(Histories, settings=few)
+    assert Histories.sums_read > 5, "histories that come to nothing show nothing"
