@@ -224,7 +224,7 @@ def federation_in(
         sites = {}
         for name in NAMES:
             (folder / name).mkdir()
-            policy = site_policy(name)
+            policy = site_policy(name, limits={"max_rounds": plan.most_rounds})
             both = replace(policy.allow, leads=(lead_key.public, other_lead.public))
             policy = replace(policy, trust=Trust(secure=True), allow=both)
             sites[name] = kind(name, folder / name, policy, asked, adapter)
