@@ -55,6 +55,11 @@ class Victim:
         told = {one["confirmed"] for one in promised if one["release"] == newest}
         return newest, "revealed" if True in told else "confirmed" if False in told else "uploaded"
 
+    def kill_in(self, first: int, phase: str) -> None:
+        """Kill it as soon as it has come so far in the round `first` or a later one."""
+        until(lambda: self.phase() >= (first, "") and self.phase()[1] == phase)
+        self.kill()
+
     def kill(self) -> None:
         os.kill(self.made.pids[self.name], signal.SIGKILL)
 
@@ -86,10 +91,14 @@ def kill_in_turn(made: LocalFederation, run: str, found: list[dict[str, Any]]) -
         if phase == "between rounds":
             until(lambda: watch.phase() == (begun, "revealed"))  # noqa: B023
             time.sleep(0.3)
+            for victim in pair:
+                victim.kill()
         else:
-            until(lambda: pair[0].phase() >= (begun, "") and pair[0].phase()[1] == phase)  # noqa: B023
-        for victim in pair:
-            victim.kill()
+            each = [threading.Thread(target=victim.kill_in, args=(begun, phase)) for victim in pair]
+            for thread in each:
+                thread.start()
+            for thread in each:
+                thread.join()
         found.append({"meant": phase, "sites": {victim.name: victim.phase() for victim in pair}})
         until(lambda: watch.phase()[0] > found[-1]["sites"][pair[0].name][0])  # noqa: B023
         for victim in pair:
