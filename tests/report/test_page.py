@@ -20,6 +20,7 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import LATER, ByTrust, Report, Verdict, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.label import as_svg
 from fedtune.report.page.tables import MOST_ROWS, Words, pointer, shortened
 
 from .shown import (
@@ -320,6 +321,32 @@ def test_the_attackers_figure_comes_before_the_factor(rendered: Rendered, langua
         first = [one for one in by_id(html, "meaning").walk() if one.tag in ("h3", "p")][:2]
         assert words_of(first[0]) == catalogue(language).texts["meaning"]["attacker"]
         assert first[1].all("data", data_as="of_100")
+
+
+def test_a_limit_that_says_nothing_is_no_figure(a_ledger_report: Make, language: str) -> None:
+    """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
+    words = catalogue(language)
+    report = filled(a_ledger_report())
+    (site,) = report.sites
+    for ceiling, is_shown in ((98.9, True), (99.98, False)):
+        means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
+        shown = with_site(report, meaning=means)
+        html = main(render.render(shown, language=language))
+        (first,) = html.all("section", id="page-1")
+        ceilings = [one for one in first.all("data") if "right_of_100" in one.attributes["data-at"]]
+        assert bool(ceilings) == bool(first.all("svg", **{"class": "guesses"})) == is_shown
+        assert (words.text("limits.several_note").unescape() in words_of(first)) == is_shown
+        section = words.texts["curve"]["heading"]
+        said = words.text("meaning.several_runs", section=section).unescape()
+        assert words_of(by_id(first, "ceiling")) == said
+        assert said.split(",")[0] in as_svg(shown, language=language) or is_shown
+        for text in (words_of(first), as_svg(shown, language=language)):
+            assert bool(re.search(r"\b99 (of|von) 100\b", text)) == is_shown
+            assert not re.search(r"\b100 (of|von) 100\b", text)
+        assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
+    once = replace(site, mechanisms=site.mechanisms[:1])
+    said = words_of(by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
+    assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"
 
 
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])

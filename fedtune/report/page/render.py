@@ -35,6 +35,8 @@ _LONGEST_TITLE = 40
 _LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
 COIN_TOSSING = 50
+_SAYS_NOTHING = 99
+"""Right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody."""
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
@@ -264,6 +266,17 @@ class PageOne:
         """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
         return "ceiling" if self._words.at(by_mechanism) is None else "mechanism"
+
+    def says_nothing(self, site: str) -> bool:
+        """Whether all that is proved of the best attacker at a site is about what nothing would be."""
+        by_ceiling = self._words.at(f"{site}/meaning/right_of_100_ceiling")
+        return self.right(site) == "ceiling" and by_ceiling > _SAYS_NOTHING
+
+    def about_ceiling(self, site: str) -> Markup:
+        """Why no more is proved of the best attacker than what follows from epsilon and delta."""
+        runs = {row["run"] for row in self._words.at(f"{site}/mechanisms") if row["rounds"]}
+        key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
+        return self._words.text(key, section=self._words.text("curve.heading"))
 
     def triggers(self) -> list[Markup]:
         """When somebody should look at this again."""
