@@ -281,7 +281,7 @@ def _lines(
 def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
     """Lines that fit a width."""
     lines: list[str] = []
-    size *= 1.06 if font == "bold" else 1.0
+    size *= 1.12 if font == "bold" else 1.0
     for word in text.split():
         if lines and _length(f"{lines[-1]} {word}") * size <= width:
             lines[-1] += f" {word}"

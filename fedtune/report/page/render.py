@@ -5,12 +5,15 @@ What page 1 says beyond single figures is here, too, and how cells are grouped t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import logging
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -162,13 +165,31 @@ def as_pdf(html: str) -> bytes:
     refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
     identifier = hashlib.sha256(html.encode()).digest()[:16]
-    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
+    with _no_clock():
+        return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
+
+
+@contextlib.contextmanager
+def _no_clock() -> Iterator[None]:
+    """Without HarfBuzz's library for subsets, fontTools writes the time into each font, unless this says another."""
+    before = os.environ.get("SOURCE_DATE_EPOCH")
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SOURCE_DATE_EPOCH"]
+        else:
+            os.environ["SOURCE_DATE_EPOCH"] = before
 
 
 def _weasyprint() -> Any:
     try:
-        importlib.import_module("weasyprint.urls")
-        return importlib.import_module("weasyprint")
+        with warnings.catch_warnings():
+            # It makes the same pages without that library, and only says that a later version will not.
+            warnings.filterwarnings("ignore", "HarfBuzz-Subset", DeprecationWarning)
+            importlib.import_module("weasyprint.urls")
+            return importlib.import_module("weasyprint")
     except ImportError:
         raise ConfigError("--pdf", NOT_GIVEN, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
     except OSError as error:  # the package is there, a library of the system is not
