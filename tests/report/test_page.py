@@ -485,6 +485,16 @@ def test_under_the_chart_equal_sites_are_one_column(rendered: Rendered, reports:
     assert len(reports["secure"].sites) == 5
 
 
+def test_whose_noise_secure_sums_counted_with_is_told_of_secure_sums_alone(rendered: Rendered, language: str) -> None:
+    caption = catalogue(language).texts["trust"]["shared_caption"]
+    for name in NAMES:
+        html = main(rendered(name, language))
+        captions = [words_of(one) for one in html.all("caption")]
+        assert captions.count(caption) == (name == "secure"), name
+    shared = [one.attributes["data-at"] for one in html.all("data") if "/shared/" in one.attributes["data-at"]]
+    assert {at.rpartition("/")[2] for at in shared} >= {"num_sites", "threshold", "colluders", "noise_multiplier"}
+
+
 def test_what_is_not_on_record_is_grey(rendered: Rendered, language: str) -> None:
     html = main(rendered("not_released", language))
     grey = [words_of(one) for one in by_id(html, "budget").walk() if one.attributes.get("class") == "absent"]
