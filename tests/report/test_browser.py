@@ -152,6 +152,7 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", page_of(request, name, language))
     assert len(margins) == 3, "the banner, the foot and the number of each page"
     assert min(map(float, margins)) >= 9
+    assert not any(one.is_visible() for one in tab.locator(".banner").all()), "each page has it in its margin"
     assert not tab.locator("nav").is_visible()
     # A table that is folded on the screen is open on paper.
     assert tab.locator("details:not([open]) table").count() > 0
@@ -265,6 +266,7 @@ def test_a_page_of_a_command_is_whole_at_every_width_and_on_paper(opened: Open) 
     tab = page.at(A4)
     tab.emulate_media(media="print")
     assert [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01] == []
+    assert tab.locator(".banner").is_visible()
     assert page.messages == []
     assert page.requests == [page.tab.url]
 

@@ -131,6 +131,23 @@ def test_each_page_of_a_study_says_so(name: str, request: pytest.FixtureRequest)
             assert catalogue("de").texts["banner"][banner].replace(" ", "") in above.replace(" ", "")
 
 
+@needs_weasyprint
+def test_where_margins_hold_no_text_page_one_says_so_itself(request: pytest.FixtureRequest) -> None:
+    """As in a browser that knows none of what `@supports` asks for, which WeasyPrint leaves out."""
+    report = reports_of(request)["no_guarantee"]
+    for fillable in (False, True):
+        first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
+        said = "".join(
+            str(box.text) for box in first._page_box.descendants() if type(box).__name__ == "TextBox" and _in_page(box)
+        )
+        for banner in report.banners:
+            assert (catalogue("en").texts["banner"][banner].replace(" ", "") in said.replace(" ", "")) != fillable
+
+
+def _in_page(box: Any) -> bool:
+    return bool(box.position_y >= 30)
+
+
 def _in_margin(box: Any, one: Any) -> bool:
     return bool(box.position_y > one.height - 60)
 
