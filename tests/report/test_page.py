@@ -446,6 +446,19 @@ def test_what_nobody_stated_is_asked_with_a_box_for_yes_and_no(rendered: Rendere
         assert len([box for box in one.walk() if box.attributes.get("class") == "box"]) == 2
 
 
+def test_without_a_promise_nobody_is_asked_to_confirm_it(rendered: Rendered, language: str) -> None:
+    texts = catalogue(language).texts
+    for name, promised in (("no_guarantee", False), ("unbounded", False), ("within", True), ("ledger", True)):
+        html = main(rendered(name, language))
+        asked = by_id(html, "assumptions")
+        said = words_of(asked)
+        assert bool([one for one in asked.all("li") if one.attributes.get("class") == "asked"]) == promised, name
+        assert [one for one in asked.all("li") if one.attributes.get("class") == "violated"], "that is known, anyhow"
+        assert (texts["assumptions"]["after_no"] in said) == promised
+        assert (texts["assumptions"]["no_promise"] in said) != promised
+        assert (texts["again"]["attack"] in said) == promised
+
+
 def test_who_decides_what_and_when_to_look_again(rendered: Rendered, language: str) -> None:
     texts = catalogue(language).texts
     for name, kind, triggers in (

@@ -272,11 +272,15 @@ class PageOne:
         return Bar(used=used, taken=taken, limit=at(limit))
 
     def assumptions(self) -> tuple[Assumption, ...]:
-        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for."""
+        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
+
+        Where nothing is promised, nobody's answer could change that.
+        """
         found = self._words.report.assumptions
         violated = [one for one in found if one.status == "violated"]
         asked = [one for one in found if one.status == "assumed" and self._words.catalogue.has("question", one.code)]
-        return (*violated, *asked[: max(0, _MOST_ASSUMPTIONS - len(violated))])
+        room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self._words.promises else 0
+        return (*violated, *asked[:room])
 
     def limits(self, *, several: bool) -> list[str]:
         """What is not protected that an officer must know; `several`: figures tell of several records already."""
@@ -302,10 +306,11 @@ class PageOne:
     def triggers(self) -> list[Markup]:
         """When somebody should look at this again."""
         text, runs = self._words.text, "/sites/0/lifetime/reference_runs_left"
+        attack = ["attack"] if self._words.promises else []
         if self._words.report.kind == "run":
-            return [text(f"again.{code}") for code in ("next_run", "other_use", "attack", "date")]
+            return [text(f"again.{code}") for code in ("next_run", "other_use", *attack, "date")]
         left = [text("again.runs_left", runs=self._words.figure(runs, "count"))] if self._words.at(runs) else []
-        return [*left, *(text(f"again.{code}") for code in ("limit", "attack", "date"))]
+        return [*left, *(text(f"again.{code}") for code in ("limit", *attack, "date"))]
 
     def guesses(self, pointer: str | None = None) -> Markup:
         """A picture of 100 guesses, or a coin's: discs are right by luck, diamonds right beyond that, rings wrong."""
