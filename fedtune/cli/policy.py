@@ -163,11 +163,11 @@ def _for_what(policy: Policy) -> Iterator[str]:
 
 def _limits(policy: Policy) -> Iterator[str]:
     limits = policy.limits
-    unit = policy.population.unit
+    unit, steps = policy.population.unit, "noisy steps" if limits.min_noise_multiplier > 0 else "steps"
     yield f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum."
     yield f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step."
     yield (
-        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} noisy steps; clip norm from "
+        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} {steps}; clip norm from "
         f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}."
     )
     yield f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained."

@@ -71,10 +71,11 @@ def as_html(section: Section) -> Markup:
     if not section.rows and not section.notes:
         return Markup("")
     heading = Markup("<h2>{}</h2>").format(section.title) if section.title else Markup("")
-    head = Markup("<thead>{}</thead>").format(_html_row(section, section.headings)) if section.headings else Markup("")
-    rows = Markup("").join(_html_row(section, row, is_head=False) for row in section.rows)
+    head = Markup('<thead role="rowgroup">{}</thead>').format(_html_head(section)) if section.headings else Markup("")
+    rows = Markup("").join(_html_row(section, row) for row in section.rows)
     table = Markup(
-        '<div class="scroll" tabindex="0" role="group" aria-label="{}"><table>{}<tbody>{}</tbody></table></div>'
+        '<div class="scroll stack" tabindex="0" role="group" aria-label="{}"><table role="table">{}'
+        '<tbody role="rowgroup">{}</tbody></table></div>'
     )
     said = table.format(section.title or "Facts", head, rows) if rows else Markup("")
     notes = Markup("").join(Markup('<p class="note">{}</p>').format(note) for note in section.notes)
@@ -120,17 +121,32 @@ def write_file(path: Path, text: str, *, option: str) -> None:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 
 
-def _html_row(section: Section, texts: Iterable[str], *, is_head: bool = True) -> Markup:
+def _html_head(section: Section) -> Markup:
     cells = (
-        Markup("<{0}{1}>{2}</{0}>").format(
-            "th" if is_head or number == 0 else "td",
-            Markup(' scope="col"' if is_head else ' scope="row"' if number == 0 else "")
-            + Markup("" if number in section.words else ' class="n"'),
+        Markup('<th scope="col" role="columnheader"{}>{}</th>').format(_side(section, number), text)
+        for number, text in enumerate(section.headings)
+    )
+    return Markup('<tr role="row">{}</tr>').format(Markup("").join(cells))
+
+
+def _html_row(section: Section, texts: Iterable[str]) -> Markup:
+    """A row, whose cells know their column: on a narrow screen they stand below each other, and roles stay."""
+    labels = [Markup(' data-label="{}"').format(" ".join(heading.split())) for heading in section.headings]
+    cells = (
+        Markup("<{0}{1}{2}>{3}</{4}>").format(
+            Markup('td role="cell"' if number else 'th scope="row" role="rowheader"'),
+            _side(section, number),
+            labels[number] if labels and (number or number not in section.words) else "",
             text,
+            "td" if number else "th",
         )
         for number, text in enumerate(texts)
     )
-    return Markup("<tr>{}</tr>").format(Markup("").join(cells))
+    return Markup('<tr role="row">{}</tr>').format(Markup("").join(cells))
+
+
+def _side(section: Section, number: int) -> Markup:
+    return Markup("" if number in section.words else ' class="n"')
 
 
 def _table(section: Section, width: int) -> Text:

@@ -220,6 +220,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
     elif asked.seeded_noise:
         price = "NO GUARANTEE: its noise comes from a seed, and can be taken away again; it marks the ledger for ever"
     head = f", and a head scaled by {asked.head_scale:g}" if asked.train_head else ""
+    step = "noisy step" if plan.private else "step"
     rows = {
         "price": price,
         "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
@@ -231,7 +232,7 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         "adapter": f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
         f"{printable(', '.join(asked.target_modules))}{head}",
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
-        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, 'noisy step')} each",
+        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, step)} each",
         "mechanism": f"noise {noise_words(plan)}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
         **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),

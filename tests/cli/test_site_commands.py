@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -188,6 +189,17 @@ def test_a_run_without_a_guarantee_is_not_given_a_price(command: Any, north: Her
     assert outcome.code == 0
     assert "NO GUARANTEE: its noise comes from a seed" in outcome.out
     assert f"epsilon {epsilon_text(epsilon_pld([run_proposal().plan.whole], 1e-5))} at" not in outcome.out
+
+
+def test_a_run_without_noise_has_no_noisy_steps(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.edit(limits={"min_noise_multiplier": 0.0}, budget={"max_epsilon": math.inf})
+    north.state.wait_for_approval(run_proposal(noise_multiplier=0.0), SETTINGS)
+    outcome = approve(command, north, "r", "--yes")
+    assert "NO GUARANTEE: the run adds no noise" in outcome.out
+    assert "of 2 steps each" in outcome.out
+    assert "noisy" not in outcome.out
+    told = command("site", "check-policy", str(north.toml))
+    assert "of 2 steps; clip norm" in told.out
 
 
 def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(

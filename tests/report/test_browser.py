@@ -51,13 +51,14 @@ def plain_page() -> str:
     panels = [Panel(series=of, y="seconds", x="round") for of in (lines, bars)]
     how: Any = {"named": ("title", "description"), "number": "{:g}".format}
     rows = [(f"model-{n}", 0.1, 0.2, 0.3) for n in range(3)]
+    rounds = [("1", *["0.123456"] * 12)]
     parts = [("site-1", (1.0, 0.5, 2.0)), ("site-2", (0.5, 0.0, 3.0))]
     body = [
         as_html(pairs({"model": "all-MiniLM-L6-v2", "data": "a " + "very " * 40 + "long line"}, title="Facts")),
         as_figure("What is seen", chart("one", panels, **how)),
         as_figure("What is left", stacked("two", parts, ["spent", "held", "left"], x="epsilon", **how)),
         as_figure("What is better", intervals("three", rows, x="accuracy", **how)),
-        as_html(Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=[("1", *["0.123456"] * 12)])),
+        as_html(Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=rounds, words=frozenset())),
         as_html(Section(title="Notes", notes=("One.", "Two."))),
     ]
     return as_page("A page", promise="What matters most.", holds=False, body=body, last="Last.", banners=["STUDY"])
@@ -94,6 +95,10 @@ TOO_WIDE = """
 [...document.querySelectorAll('.scroll, td, th, dd, dt, p, li, h1, h2, h3, h4, figcaption')]
   .filter(one => one.checkVisibility() && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
   .map(one => `${one.tagName} ${one.scrollWidth} > ${one.clientWidth}: ${one.textContent.trim().slice(0, 60)}`)
+"""
+LABELS = """
+[...document.querySelectorAll('.stack tbody :is(th, td)')]
+  .map(one => getComputedStyle(one, '::before').content).filter(said => said !== 'none').map(JSON.parse)
 """
 SIZES = """
 [...document.querySelectorAll('body *')]
@@ -152,6 +157,7 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", page_of(request, name, language))
     assert len(margins) == 3, "the banner, the foot and the number of each page"
     assert min(map(float, margins)) >= 9
+    assert not any(one.is_visible() for one in tab.locator(".banner").all()), "each page has it in its margin"
     assert not tab.locator("nav").is_visible()
     # A table that is folded on the screen is open on paper.
     assert tab.locator("details:not([open]) table").count() > 0
@@ -262,9 +268,14 @@ def test_a_page_of_a_command_is_whole_at_every_width_and_on_paper(opened: Open) 
     for width in (DESKTOP, 800, PHONE, 320):
         tab = page.at(width)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(TOO_WIDE) == [] or width == DESKTOP, "there, a table may be scrolled"
+    labels = tab.evaluate(LABELS)
+    assert labels[:3] == ["round", "a", "b"], "a number is told by its column's name"
+    assert len(labels) == 13, "and what has no heading has none"
     tab = page.at(A4)
     tab.emulate_media(media="print")
     assert [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01] == []
+    assert tab.locator(".banner").is_visible()
     assert page.messages == []
     assert page.requests == [page.tab.url]
 

@@ -20,6 +20,7 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import LATER, ByTrust, Report, Verdict, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.label import as_svg
 from fedtune.report.page.tables import MOST_ROWS, Words, pointer, shortened
 
 from .shown import (
@@ -322,6 +323,32 @@ def test_the_attackers_figure_comes_before_the_factor(rendered: Rendered, langua
         assert first[1].all("data", data_as="of_100")
 
 
+def test_a_limit_that_says_nothing_is_no_figure(a_ledger_report: Make, language: str) -> None:
+    """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
+    words = catalogue(language)
+    report = filled(a_ledger_report())
+    (site,) = report.sites
+    for ceiling, is_shown in ((98.9, True), (99.98, False)):
+        means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
+        shown = with_site(report, meaning=means)
+        html = main(render.render(shown, language=language))
+        (first,) = html.all("section", id="page-1")
+        ceilings = [one for one in first.all("data") if "right_of_100" in one.attributes["data-at"]]
+        assert bool(ceilings) == bool(first.all("svg", **{"class": "guesses"})) == is_shown
+        assert (words.text("limits.several_note").unescape() in words_of(first)) == is_shown
+        section = words.texts["curve"]["heading"]
+        said = words.text("meaning.several_runs", section=section).unescape()
+        assert words_of(by_id(first, "ceiling")) == said
+        assert said.split(",")[0] in as_svg(shown, language=language) or is_shown
+        for text in (words_of(first), as_svg(shown, language=language)):
+            assert bool(re.search(r"\b99 (of|von) 100\b", text)) == is_shown
+            assert not re.search(r"\b100 (of|von) 100\b", text)
+        assert html.all("data", data_at="/sites/0/meaning/right_of_100_ceiling"), "in the annex"
+    once = replace(site, mechanisms=site.mechanisms[:1])
+    said = words_of(by_id(main(render.render(replace(report, sites=(once,)), language=language)), "ceiling"))
+    assert said == words.text("meaning.open_end", section=section).unescape(), "of a run that may have ended early"
+
+
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
 def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report: Make, language: str) -> None:
     """The bounds are those that the word was chosen by."""
@@ -419,6 +446,19 @@ def test_what_nobody_stated_is_asked_with_a_box_for_yes_and_no(rendered: Rendere
         assert len([box for box in one.walk() if box.attributes.get("class") == "box"]) == 2
 
 
+def test_without_a_promise_nobody_is_asked_to_confirm_it(rendered: Rendered, language: str) -> None:
+    texts = catalogue(language).texts
+    for name, promised in (("no_guarantee", False), ("unbounded", False), ("within", True), ("ledger", True)):
+        html = main(rendered(name, language))
+        asked = by_id(html, "assumptions")
+        said = words_of(asked)
+        assert bool([one for one in asked.all("li") if one.attributes.get("class") == "asked"]) == promised, name
+        assert [one for one in asked.all("li") if one.attributes.get("class") == "violated"], "that is known, anyhow"
+        assert (texts["assumptions"]["after_no"] in said) == promised
+        assert (texts["assumptions"]["no_promise"] in said) != promised
+        assert (texts["again"]["attack"] in said) == promised
+
+
 def test_who_decides_what_and_when_to_look_again(rendered: Rendered, language: str) -> None:
     texts = catalogue(language).texts
     for name, kind, triggers in (
@@ -456,6 +496,16 @@ def test_under_the_chart_equal_sites_are_one_column(rendered: Rendered, reports:
     secure = by_id(main(rendered("secure", "en")), "chart-epsilon_spent").all("thead")[0]
     assert [words_of(one) for one in secure.all("th")] == ["Round", "all 5 sites alike"]
     assert len(reports["secure"].sites) == 5
+
+
+def test_whose_noise_secure_sums_counted_with_is_told_of_secure_sums_alone(rendered: Rendered, language: str) -> None:
+    caption = catalogue(language).texts["trust"]["shared_caption"]
+    for name in NAMES:
+        html = main(rendered(name, language))
+        captions = [words_of(one) for one in html.all("caption")]
+        assert captions.count(caption) == (name == "secure"), name
+    shared = [one.attributes["data-at"] for one in html.all("data") if "/shared/" in one.attributes["data-at"]]
+    assert {at.rpartition("/")[2] for at in shared} >= {"num_sites", "threshold", "colluders", "noise_multiplier"}
 
 
 def test_what_is_not_on_record_is_grey(rendered: Rendered, language: str) -> None:

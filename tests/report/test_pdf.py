@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import re
 import sys
 import threading
+import types
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +20,9 @@ from fedtune.spec import ConfigError
 from .shown import LONG, Make, page_of, reports_of
 
 try:
-    import weasyprint
-except (ImportError, OSError) as missing:
-    weasyprint, REASON = None, f"WeasyPrint cannot be imported: {missing}"
-else:
-    REASON = ""
+    weasyprint, REASON = render._weasyprint(), ""
+except ConfigError as missing:
+    weasyprint, REASON = None, str(missing)
 needs_weasyprint = pytest.mark.skipif(weasyprint is None, reason=REASON)
 
 
@@ -58,6 +58,22 @@ def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make) -> None:
     objects = data + b"".join(_unpacked(data))
     assert b"/MarkInfo" in objects  # tagged: a screen reader finds headings and tables
     assert not re.search(rb"/(JavaScript|Launch|EmbeddedFile)\b", objects)
+
+
+@needs_weasyprint
+@pytest.mark.parametrize("before", [None, "1700000000"])
+def test_a_pdf_is_the_same_each_time_without_harfbuzz_for_subsets_of_fonts(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fontTools makes them then, and writes the time into them."""
+    monkeypatch.setattr("weasyprint.pdf.fonts.harfbuzz_subset", None)
+    clock = iter(range(1_700_000_000, 1_800_000_000, 1000))
+    monkeypatch.setattr("fontTools.misc.timeTools.time", types.SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", before)
+    assert render.as_pdf("<p>text</p>") == render.as_pdf("<p>text</p>")
+    assert os.environ.get("SOURCE_DATE_EPOCH") == before
 
 
 @needs_weasyprint
@@ -113,6 +129,23 @@ def test_each_page_of_a_study_says_so(name: str, request: pytest.FixtureRequest)
         )
         for banner in report.banners:
             assert catalogue("de").texts["banner"][banner].replace(" ", "") in above.replace(" ", "")
+
+
+@needs_weasyprint
+def test_where_margins_hold_no_text_page_one_says_so_itself(request: pytest.FixtureRequest) -> None:
+    """As in a browser that knows none of what `@supports` asks for, which WeasyPrint leaves out."""
+    report = reports_of(request)["no_guarantee"]
+    for fillable in (False, True):
+        first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
+        said = "".join(
+            str(box.text) for box in first._page_box.descendants() if type(box).__name__ == "TextBox" and _in_page(box)
+        )
+        for banner in report.banners:
+            assert (catalogue("en").texts["banner"][banner].replace(" ", "") in said.replace(" ", "")) != fillable
+
+
+def _in_page(box: Any) -> bool:
+    return bool(box.position_y >= 30)
 
 
 def _in_margin(box: Any, one: Any) -> bool:

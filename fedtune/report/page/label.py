@@ -184,8 +184,19 @@ def _promise(words: Words) -> Iterator[_Mark]:
             top += 34
         yield from _lines(reasons, x=_MARGIN, y=top + 34, size=19, width=_LEFT - _MARGIN, most=8)
         return
-    at = f"{worst}/meaning/right_of_100_{PageOne(words).right(worst)}"
-    figure = words.catalogue.figure(words.at(at), "of_100")
+    if PageOne(words).says_nothing(worst):
+        said = _plain(PageOne(words).about_ceiling(worst))
+        yield from _lines(said, x=_MARGIN, y=top + 14, size=22, width=_LEFT - _MARGIN, most=6)
+    else:
+        yield from _guesses(words, f"{worst}/meaning/right_of_100_{PageOne(words).right(worst)}", top=top)
+    factor = words.catalogue.figure(report.epsilon, "factor")
+    promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
+    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=_LEFT - _MARGIN, most=5, font="bold")
+
+
+def _guesses(words: Words, at: str, *, top: float) -> Iterator[_Mark]:
+    """The best attacker's figure, and its picture of 100 guesses."""
+    text, figure = words.text, words.catalogue.figure(words.at(at), "of_100")
     yield _Text(x=_MARGIN, y=top + 18, text=_plain(text("meaning.at_most_of_100", number=figure)), size=40, font="bold")
     yield from _lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 46, size=17, width=_LEFT - _MARGIN, most=2)
     right = min(100, math.ceil(words.at(at)))
@@ -198,9 +209,6 @@ def _promise(words: Words) -> Iterator[_Mark]:
         yield _guess(guess, x + 11, top + 226)
         yield _Text(x=x + 26, y=top + 231, text=said, size=14, fill=_SOFT)
         x += 44 + 14 * _length(said)
-    factor = words.catalogue.figure(report.epsilon, "factor")
-    promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
-    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=_LEFT - _MARGIN, most=5, font="bold")
 
 
 def _guess(guess: str, x: float, y: float) -> _Mark:
@@ -273,7 +281,7 @@ def _lines(
 def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
     """Lines that fit a width."""
     lines: list[str] = []
-    size *= 1.06 if font == "bold" else 1.0
+    size *= 1.12 if font == "bold" else 1.0
     for word in text.split():
         if lines and _length(f"{lines[-1]} {word}") * size <= width:
             lines[-1] += f" {word}"

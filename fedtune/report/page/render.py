@@ -5,12 +5,15 @@ What page 1 says beyond single figures is here, too, and how cells are grouped t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import logging
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +38,8 @@ _LONGEST_TITLE = 40
 _LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
 COIN_TOSSING = 50
+_SAYS_NOTHING = 99
+"""Right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody."""
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
@@ -160,13 +165,31 @@ def as_pdf(html: str) -> bytes:
     refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
     identifier = hashlib.sha256(html.encode()).digest()[:16]
-    return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
+    with _no_clock():
+        return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
+
+
+@contextlib.contextmanager
+def _no_clock() -> Iterator[None]:
+    """Without HarfBuzz's library for subsets, fontTools writes the time into each font, unless this says another."""
+    before = os.environ.get("SOURCE_DATE_EPOCH")
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SOURCE_DATE_EPOCH"]
+        else:
+            os.environ["SOURCE_DATE_EPOCH"] = before
 
 
 def _weasyprint() -> Any:
     try:
-        importlib.import_module("weasyprint.urls")
-        return importlib.import_module("weasyprint")
+        with warnings.catch_warnings():
+            # It makes the same pages without that library, and only says that a later version will not.
+            warnings.filterwarnings("ignore", "HarfBuzz-Subset", DeprecationWarning)
+            importlib.import_module("weasyprint.urls")
+            return importlib.import_module("weasyprint")
     except ImportError:
         raise ConfigError("--pdf", NOT_GIVEN, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
     except OSError as error:  # the package is there, a library of the system is not
@@ -249,11 +272,15 @@ class PageOne:
         return Bar(used=used, taken=taken, limit=at(limit))
 
     def assumptions(self) -> tuple[Assumption, ...]:
-        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for."""
+        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
+
+        Where nothing is promised, nobody's answer could change that.
+        """
         found = self._words.report.assumptions
         violated = [one for one in found if one.status == "violated"]
         asked = [one for one in found if one.status == "assumed" and self._words.catalogue.has("question", one.code)]
-        return (*violated, *asked[: max(0, _MOST_ASSUMPTIONS - len(violated))])
+        room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self._words.promises else 0
+        return (*violated, *asked[:room])
 
     def limits(self, *, several: bool) -> list[str]:
         """What is not protected that an officer must know; `several`: figures tell of several records already."""
@@ -265,13 +292,25 @@ class PageOne:
         by_mechanism = f"{site}/meaning/right_of_100_mechanism"
         return "ceiling" if self._words.at(by_mechanism) is None else "mechanism"
 
+    def says_nothing(self, site: str) -> bool:
+        """Whether all that is proved of the best attacker at a site is about what nothing would be."""
+        by_ceiling = self._words.at(f"{site}/meaning/right_of_100_ceiling")
+        return self.right(site) == "ceiling" and by_ceiling > _SAYS_NOTHING
+
+    def about_ceiling(self, site: str) -> Markup:
+        """Why no more is proved of the best attacker than what follows from epsilon and delta."""
+        runs = {row["run"] for row in self._words.at(f"{site}/mechanisms") if row["rounds"]}
+        key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
+        return self._words.text(key, section=self._words.text("curve.heading"))
+
     def triggers(self) -> list[Markup]:
         """When somebody should look at this again."""
         text, runs = self._words.text, "/sites/0/lifetime/reference_runs_left"
+        attack = ["attack"] if self._words.promises else []
         if self._words.report.kind == "run":
-            return [text(f"again.{code}") for code in ("next_run", "other_use", "attack", "date")]
+            return [text(f"again.{code}") for code in ("next_run", "other_use", *attack, "date")]
         left = [text("again.runs_left", runs=self._words.figure(runs, "count"))] if self._words.at(runs) else []
-        return [*left, *(text(f"again.{code}") for code in ("limit", "attack", "date"))]
+        return [*left, *(text(f"again.{code}") for code in ("limit", *attack, "date"))]
 
     def guesses(self, pointer: str | None = None) -> Markup:
         """A picture of 100 guesses, or a coin's: discs are right by luck, diamonds right beyond that, rings wrong."""

@@ -375,9 +375,11 @@ class Tables:
     def _rows(self, of: str) -> list[str]:
         if of.startswith("/"):
             return self._in_report(of)
-        if of.startswith("sites"):
-            having = of.removeprefix("sites having ") if " " in of else "site"
-            return [site for site in self._sites if self._words.at(f"{site}/{having}") is not None]
+        if " having " in of:
+            of, having = of.split(" having ")
+            return [row for row in self._rows(of) if self._words.at(f"{row}/{having}") is not None]
+        if of == "sites":
+            return self._sites
         if of.startswith("worst "):
             worst = self._words.worst
             sites = [] if worst is None else [int(worst.rsplit("/", 1)[1])]
