@@ -18,7 +18,7 @@ from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import JoinRequest, Member, Roster
 from fedtune.deploy.kits.provisioning import Admitted
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import counted, spoken
 
 if TYPE_CHECKING:  # Flower takes seconds to import
@@ -122,7 +122,9 @@ def renew_site(
     """
     now = datetime.now(UTC)
     if request is None:
-        done = provisioning.renew_site(federation, name, request=None, days=days, new_site_key=new_site_key, now=now)
+        if new_site_key:
+            raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
+        done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
         asked = provisioning.ask_to_renew(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=now

@@ -76,7 +76,7 @@ def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federa
     ends = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=LEFT_S)
     # Kits that a lead makes by hand: a running process takes the new certificate from its kit.
     began = ends - timedelta(days=1)
-    done = provisioning.renew_site(members.home, "north", request=None, days=1, new_site_key=False, now=began)
+    done = provisioning.renew_site(members.home, "north", days=1, now=began)
     provisioning.renew(members.home, "server", days=1, now=began)
     with zipfile.ZipFile(done.archive) as archive:
         archive.extractall(north.kit)

@@ -33,7 +33,7 @@ from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.deploy.kits.renewal import RenewalRequest
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import ConfigError
 
 OwnKind = Literal["server", "lead"]
 _OWN: dict[str, OwnKind] = {"server": "server", "lead": "lead"}
@@ -138,11 +138,6 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
     return Asked(request=asked, let_in=let_in)
 
 
-def add_site(folder: Path, *, request: Path, days: int | None, now: datetime) -> Admitted:
-    """Let the site that made the file `request` in, whose keys people have compared; raises what `ask_to_add` does."""
-    return ask_to_add(folder, request=request, days=days, now=now).let_in()
-
-
 def ask_to_renew(
     folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
 ) -> Asked:
@@ -177,18 +172,12 @@ def ask_to_renew(
     return Asked(request=asked, let_in=let_in)
 
 
-def renew_site(
-    folder: Path, name: str, *, request: Path | None, days: int | None, new_site_key: bool, now: datetime
-) -> Admitted:
-    """Make a new certificate and kit for a site; nothing changes for any other.
+def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
+    """Make a new certificate and kit for a site, whose keys and data sets stay; nothing changes for any other.
 
-    Without a request all but the expiry date stays; with one, its keys were compared, and the rest is as `ask_to_renew`
-    says, also what is raised.
+    Raises:
+        ConfigError: there is no such site, or it was revoked.
     """
-    if request is not None:
-        return ask_to_renew(folder, name, request=request, days=days, new_site_key=new_site_key, now=now).let_in()
-    if new_site_key:
-        raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
     with FederationFolder.held(folder) as federation:
         old = _member_named(name, federation.members)
         _check_not_revoked(old)
@@ -232,7 +221,7 @@ def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -
             if own := _OWN.get(name):
                 answered.renewed[name] = renew(folder, own, days=None, now=now).not_after
             else:
-                done = renew_site(folder, name, request=None, days=None, new_site_key=False, now=now)
+                done = renew_site(folder, name, days=None, now=now)
                 answered.renewed[name] = Certificate.of(done.member.issued).not_after
         except ConfigError as error:
             answered.refused[name[:_MOST_NAME]] = str(error)
