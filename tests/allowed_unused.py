@@ -11,6 +11,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "list_commands",
         "list_sites",
         "pause",
+        "add_site",
         "renew_lead",
         "renew_server",
         "restore",

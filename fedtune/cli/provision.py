@@ -11,14 +11,14 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import printable
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, agreed, print_json, say, show
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Member, Roster
+from fedtune.deploy.kits.members import JoinRequest, Member, Roster
 from fedtune.deploy.kits.provisioning import Admitted
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import counted, spoken
 
 if TYPE_CHECKING:  # Flower takes seconds to import
@@ -29,7 +29,7 @@ app = group(
 Make a federation of real sites: its authority, the startup kits of server and lead, and its sites.
 
   fedtune provision init federation.toml                  a folder with everything, named after the federation
-  fedtune provision add-site join_request.json            let a site in: its kit, to be sent to it
+  fedtune provision add-site join_request.json            let a site in, during a call: its kit, to be sent to it
   fedtune provision renew-site north-hospital             a new certificate for the same key
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
@@ -47,6 +47,9 @@ Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
 Sync = Annotated[
     bool, Option("send the new roster to the running server, as fedtune provision sync does", names=("--sync",))
+]
+Compared = Annotated[
+    bool, Option("do not ask: the site has read out these very keys, for scripts", names=("--compared",))
 ]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 
@@ -81,12 +84,16 @@ def add_site(
     federation: Federation = Path("."),
     days: Days = None,
     sync: Sync = False,
+    compared: Compared = False,
 ) -> None:
     """Let a site in, by the join_request.json that `fedtune site init` made there.
 
-    Prints fingerprints to compare over the telephone, and which file to send to whom.
+    Run this while you telephone with the site. It shows whose keys to compare and asks whether they are the same; until
+    you say so nothing is changed. Then it says which file to send to whom.
     """
-    done = provisioning.add_site(federation, request=request, days=days, now=datetime.now(UTC))
+    asked = provisioning.ask_to_add(federation, request=request, days=days, now=datetime.now(UTC))
+    _require_compared(federation, asked.request, already=compared)
+    done = asked.let_in()
     say(f"Site {done.member.site} is in the federation.", style="bold")
     _show_admitted(federation, done, sync=sync)
 
@@ -105,15 +112,25 @@ def renew_site(
         ),
     ] = False,
     sync: Sync = False,
+    compared: Compared = False,
 ) -> None:
     """Make a new certificate and kit for a site. Nothing changes at the others.
 
     Without REQUEST everything but the expiry date stays. With a new request of the same site, its connection key or its
-    declared data sets may change. The site key must stay the same, because it is its ledger's.
+    declared data sets may change; telephone with the site, as for add-site. The site key must stay the same, because it
+    is its ledger's.
     """
-    done = provisioning.renew_site(
-        federation, name, request=request, days=days, new_site_key=new_site_key, now=datetime.now(UTC)
-    )
+    now = datetime.now(UTC)
+    if request is None:
+        if new_site_key:
+            raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
+        done = provisioning.renew_site(federation, name, days=days, now=now)
+    else:
+        asked = provisioning.ask_to_renew(
+            federation, name, request=request, days=days, new_site_key=new_site_key, now=now
+        )
+        _require_compared(federation, asked.request, already=compared)
+        done = asked.let_in()
     say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
     for change in done.changes:
         say(printable(change, _MOST_TEXT))
@@ -253,22 +270,32 @@ def _next_steps(folder: Path, *steps: str, sync: bool) -> None:
         raise RunError(f"{error}. The change is made here, and the server does not know it yet: {again}") from None
 
 
+def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
+    """Show the keys of both sides, and have a person say that the site has the same, unless that was said `already`.
+
+    Raises:
+        RunError: nobody said so.
+    """
+    made = FederationFolder.open(folder)
+    for one in request.datasets:
+        say(f"Data set {one.id}: declared size {one.declared_size:,}.")
+    _compare(
+        "Telephone, at a number that you know from elsewhere, and let the site read out these. If one differs, "
+        "somebody else made the request.",
+        {"connection key": fingerprint_of(request.node_key), "site key": request.site_key},
+    )
+    _compare(
+        "Read out these; the site notes them, and later compares them with its kit's README.md.",
+        {"lead": made.lead_key, "authority": made.authority.fingerprint},
+    )
+    say("")
+    if not already and not agreed("Did the site read out the same?"):
+        raise RunError(f"nothing is changed: {request.site} comes in once its keys are compared")
+
+
 def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
-    """What to compare, and what to send to whom."""
-    made, member = FederationFolder.open(folder), done.member
-    certificate = Certificate.of(member.issued)
-    for name, size in member.sizes.items():
-        say(f"Data set {name}: declared size {size:,}.")
-    say(f"Its certificate is valid until {certificate.not_after:%Y-%m-%d}.")
-    if done.requested:
-        _compare(
-            "Let the site read out these. If one differs, somebody else made the request: send nothing, and revoke it.",
-            {"connection key": certificate.fingerprint, "site key": member.site_key},
-        )
-        _compare(
-            "Read out these; the site compares them with its kit's README.md.",
-            {"lead": made.lead_key, "authority": made.authority.fingerprint},
-        )
+    """Until when its certificate is valid, and what to send to whom."""
+    say(f"Its certificate is valid until {Certificate.of(done.member.issued).not_after:%Y-%m-%d}.")
     _next_steps(folder, f"Send {done.archive} to the site; nothing in it is secret.", sync=sync)
 
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from click.exceptions import Exit
 from rich.console import Console
 
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
@@ -54,6 +57,7 @@ def run(
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
+    background: Annotated[bool, Option("go on without this terminal, and write what is said to a file")] = False,
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
 
@@ -64,11 +68,18 @@ def run(
       fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites that it is over
       fedtune run resume runs/trial --kit LEAD                                 go on from its last round
       fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
+      fedtune run --kit LEAD --background name=trial ...                       begin, and give the terminal back
 
     Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
     docs/adding_a_site.md says how a site joins.
     """
     first, *rest = words or ("",)
+    if background:
+        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics}
+        given = [word for name, value in options.items() if value for word in (name, str(value))]
+        flags = [name for name, value in {"--renew": renew, "--or-resume": or_resume}.items() if value]
+        _in_background([*words, *given, *flags], folder=_folder_to_be(words))
+        return
     if first not in _ACTIONS:
         begun = _begun(words) if or_resume else None
         if begun is not None and _is_finished(begun):
@@ -100,11 +111,54 @@ def _begun(words: Sequence[str]) -> Path | None:
     A service starts with the same words each time.  The run's own settings count from its beginning on, and its sites
     are not looked up again: one of them may have been revoked since.
     """
-    if not any(word.startswith("name=") for word in words):
-        raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
-    asked = compose_run([word for word in words if not word.startswith("sites=")])
-    folder = Path(asked.tracking.output_dir) / asked.name
+    folder = _named(words, option="--or-resume")
     return folder if has_begun(folder) else None
+
+
+def _named(words: Sequence[str], *, option: str) -> Path:
+    """The folder of the run that these settings name."""
+    if not any(word.startswith("name=") for word in words):
+        raise ConfigError("name", NOT_GIVEN, f"is required with {option}: the run's name, the same each time")
+    asked = compose_run([word for word in words if not word.startswith("sites=")])
+    return Path(asked.tracking.output_dir) / asked.name
+
+
+def _folder_to_be(words: Sequence[str]) -> Path:
+    """The folder of the run that these words begin or resume in the background."""
+    if words[:1] == ("resume",) and len(words) > 1:
+        return Path(words[1])
+    if words[:1] and words[0] in _ACTIONS:
+        raise ConfigError("--background", NOT_GIVEN, f"is for a run that begins or goes on, not for {words[0]}")
+    return _named(words, option="--background")
+
+
+def _in_background(words: Sequence[str], *, folder: Path) -> None:
+    """Have a process in a session of its own run these words; it ends neither with this command nor with its terminal.
+
+    Returns once it runs the folder, or has ended well.
+
+    Raises:
+        Exit: it ended otherwise, with this code, and what it said is printed.
+    """
+    output = folder.with_name(f"{folder.name}.output.txt")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("ab") as stream:
+        before = stream.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedtune", "run", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    while running_process(folder) != process.pid:
+        if (code := process.poll()) is not None:
+            sys.stdout.write(output.read_bytes()[before:].decode(errors="replace"))
+            raise Exit(code)
+        time.sleep(0.1)
+    say(f"{folder} runs in the background, in process {process.pid}; {output} has what it says.")
+    say(f"How far it is: fedtune run status {folder}")
+    say(f"To stop it:    fedtune run stop {folder}")
 
 
 def _is_finished(folder: Path) -> bool:

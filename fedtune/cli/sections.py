@@ -195,6 +195,14 @@ def say(text: str, *, style: str = "", console: Console | None = None) -> None:
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
+def agreed(question: str) -> bool:
+    """Ask a person; no answer, as of a script without an input, is no."""
+    sys.stdout.write(f"{question} [y/N] ")
+    sys.stdout.flush()
+    there = sys.stdin is not None and not sys.stdin.closed
+    return there and sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def _harmless(text: str) -> str:
     """A text without what could steer a terminal: names and words may come from others."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, agreed, pairs, print_json, say, show
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
@@ -75,7 +74,7 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
         raise RunError(verdict.note)
     if not verdict.allowed:
         raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
-    if not yes and not _agreed():
+    if not yes and not agreed("Let it start?"):
         say("Not approved.")
         return
     files.open().approve(pending.proposal)
@@ -164,12 +163,6 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
         digests = ", ".join(f"{p.proposal.digest()[:12]} (lead {spoken_start(p.proposal.lead)})" for p in found)
         raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
     return found[0]
-
-
-def _agreed() -> bool:
-    sys.stdout.write("Let it start? [y/N] ")
-    sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _waiting_runs(waiting: list[Pending]) -> Section:

@@ -9,6 +9,7 @@ training took than the replies do.  The library's own figures of CPU and memory,
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from fedtune.deploy.health import Health, serve_locally
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.privacy import filter
-from fedtune.privacy.amounts import epsilon_left
+from fedtune.privacy.amounts import epsilon_left, reference_runs_left
+from fedtune.privacy.release import Reason
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may be missing
@@ -105,7 +107,7 @@ class SiteMetrics:
     def __init__(self, *, kit: Kit, site_toml: Path, health: Health) -> None:
         self._kit, self._site_toml, self._health = kit, site_toml, health
         self._began = datetime.now(UTC)
-        self._answers: Counter[str] = Counter(update=0)
+        self._answers: Counter[str] = Counter({"update": 0, Reason.SITE_ERROR: 0})  # what begins at 1 does not increase
         self._read: tuple[object, History | None] = (None, None)
 
     def answered(self, answer: str) -> None:
@@ -172,6 +174,12 @@ def _of_budget(history: History) -> Iterator[Figure]:
         name="fedtune_site_epsilon_left",
         says="That the lifetime cap leaves for new runs; infinite without a cap.",
         values={"": epsilon_left(history)},
+    )
+    runs = reference_runs_left(history)
+    yield Figure(
+        name="fedtune_site_runs_left",
+        says="Runs like the policy's reference for which the lifetime cap has room; infinite without a cap.",
+        values={"": math.inf if runs is None else runs},
     )
 
 

@@ -67,7 +67,9 @@ class LocalFederation:
             policy = replace(policy, dataset=(dataset,), budget=budget, machine=Machine(num_threads=1))
             write_policy(policy, place / "site.toml")
             commands.append(["site", "init", "--site", f"{name}/site.toml"])
-            commands.append(["provision", "add-site", f"{name}/kit/join_request.json", "--federation", "fed"])
+            commands.append(
+                ["provision", "add-site", f"{name}/kit/join_request.json", "--federation", "fed", "--compared"]
+            )
         _python(self.folder, "-c", _ONE_AFTER_THE_OTHER, json.dumps(commands))
         if sent.plan().shared is not None:
             self._make_known()

@@ -167,7 +167,7 @@ def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., 
         here.folder.mkdir()
         write_policy(site_policy(name, approval="manual"), here.toml)
         request = site_init(here.toml, out=None) / REQUEST
-        archive = provisioning.add_site(federation, request=request, days=None, now=begun).archive
+        archive = provisioning.ask_to_add(federation, request=request, days=None, now=begun).let_in().archive
         with zipfile.ZipFile(archive) as kit:
             kit.extractall(request.parent)
         return here

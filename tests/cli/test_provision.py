@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.kits.members import Roster, next_steps, read_roster, site_init
+from fedtune.deploy.kits.members import JoinRequest, Roster, next_steps, read_roster, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
@@ -79,7 +80,7 @@ def test_a_federation_from_its_file_to_a_revoked_site(
         assert words in out, words
 
     request = request_of("north")
-    out = provision("add-site", str(request), "--federation", "cardiology")
+    out = provision("add-site", "--compared", str(request), "--federation", "cardiology")
     for words in (
         "Site north is in the federation.",
         "Data set patients: declared size 100.",
@@ -105,7 +106,9 @@ def test_a_federation_from_its_file_to_a_revoked_site(
     assert "its connection key can never be used again" in out
     assert "fedtune provision sync --federation cardiology" in out
 
-    out = provision("renew-site", "north", str(request_of("north", kit="new")), "--federation", "cardiology")
+    out = provision(
+        "renew-site", "north", str(request_of("north", kit="new")), "--compared", "--federation", "cardiology"
+    )
     assert "The site was revoked, and takes part again." in out
     assert "connection key  " in out
     (member,) = read_roster(Path("cardiology/server/roster.json"))
@@ -123,7 +126,7 @@ def test_site_and_lead_read_out_the_same_fingerprints(
     provision("init", "federation.toml")
     request = request_of("north")
     at_the_site = groups(next_steps(request.parent))
-    at_the_lead = groups(provision("add-site", str(request), "--federation", "cardiology"))
+    at_the_lead = groups(provision("add-site", "--compared", str(request), "--federation", "cardiology"))
     in_the_kit = groups(Path("cardiology/sites/north/README.md").read_text())
     assert len(at_the_site) == 2
     assert at_the_site < at_the_lead  # connection key and site key, and then those of lead and authority
@@ -134,10 +137,59 @@ def test_site_and_lead_read_out_the_same_fingerprints(
     assert groups(Path("cardiology/lead/README.md").read_text()) == at_the_lead - at_the_site
 
 
+@pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
+@pytest.mark.parametrize("what", ["add-site", "renew-site north"])
+def test_nothing_is_changed_before_a_person_has_compared(
+    provision: Callable[..., str],
+    request_of: Callable[..., Path],
+    command: Any,
+    what: str,
+    typed: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    provision("init", "federation.toml")
+    first = request_of("north")
+    if what != "add-site":
+        provision("add-site", "--compared", str(first), "--federation", "cardiology")
+    request = first if what == "add-site" else request_of("north", kit="new")
+    monkeypatch.setattr("fedtune.cli.provision._desk", lambda _: pytest.fail("the server is told nothing"))
+    closed = io.StringIO("")
+    closed.close()
+    monkeypatch.setattr("sys.stdin", closed if typed is None else io.StringIO(typed))
+    before = files_in(Path("cardiology"))
+    words = [*what.split(), str(request), "--federation", "cardiology"]
+    outcome = command("provision", *words, "--sync")
+    assert (outcome.code, outcome.message) == (1, "nothing is changed: north comes in once its keys are compared")
+    assert files_in(Path("cardiology")) == before
+    assert "Did the site read out the same? [y/N]" in outcome.out
+    assert groups(next_steps(request.parent)) < groups(outcome.out)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert command("provision", *words).code == 0
+    assert files_in(Path("cardiology")) != before
+
+
+def test_what_is_let_in_is_what_was_compared(
+    provision: Callable[..., str], request_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody puts another request in the file's place while people telephone."""
+    provision("init", "federation.toml")
+    request, other = request_of("north"), request_of("north", kit="other")
+    compared = JoinRequest.read(request)
+
+    def swap(_: str) -> bool:
+        request.write_bytes(other.read_bytes())
+        return True
+
+    monkeypatch.setattr("fedtune.cli.provision.agreed", swap)
+    provision("add-site", str(request), "--federation", "cardiology")
+    (member,) = read_roster(Path("cardiology/server/roster.json"))
+    assert member.node_key == compared.node_key != JoinRequest.read(request).node_key
+
+
 def test_list_shows_who_is_in_and_warns_in_time(provision: Callable[..., str], request_of: Callable[..., Path]) -> None:
     provision("init", "federation.toml")
     for site, days in (("north", "29"), ("south", "31"), ("west", "5")):
-        provision("add-site", str(request_of(site)), "--federation", "cardiology", "--days", days)
+        provision("add-site", "--compared", str(request_of(site)), "--federation", "cardiology", "--days", days)
     provision("revoke-site", "west", "--federation", "cardiology")
     out = provision("list", "--federation", "cardiology")
     for words in (
@@ -158,8 +210,8 @@ def test_list_shows_who_is_in_and_warns_in_time(provision: Callable[..., str], r
 
 def test_list_answers_machines(provision: Callable[..., str], request_of: Callable[..., Path]) -> None:
     provision("init", "federation.toml", "--out", "folder")
-    provision("add-site", str(request_of("north")), "--federation", "folder", "--days", "20")
-    provision("add-site", str(request_of("south")), "--federation", "folder")
+    provision("add-site", "--compared", str(request_of("north")), "--federation", "folder", "--days", "20")
+    provision("add-site", "--compared", str(request_of("south")), "--federation", "folder")
     provision("revoke-site", "south", "--federation", "folder")
     answer = json.loads(provision("list", "--federation", "folder", "--json"))
     assert answer["schema_version"] == 1
@@ -201,7 +253,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     provision: Callable[..., str], request_of: Callable[..., Path], command: Any, arguments: str, message: str
 ) -> None:
     provision("init", "federation.toml")
-    provision("add-site", str(request_of("north")), "--federation", "cardiology")
+    provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     Path("wrong.toml").write_text('servr = "x"')
     Path("huge").write_bytes(b" " * 70_000)
     before = files_in(Path())
@@ -215,7 +267,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 
 def test_commands_in_the_readmes_exist(provision: Callable[..., str], request_of: Callable[..., Path]) -> None:
     provision("init", "federation.toml")
-    provision("add-site", str(request_of("north")), "--federation", "cardiology")
+    provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))
     found = set(re.findall(r"`fedtune (provision [^`]+)`", text))
     found = {one for one in found if one.startswith("provision renew-")}  # add-site is named without its request
@@ -229,7 +281,9 @@ def test_a_change_that_the_server_does_not_know_yet_says_so(
 ) -> None:
     Path("federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:1"\n')
     provision("init", "federation.toml")
-    outcome = command("provision", "add-site", str(request_of("north")), "--federation", "cardiology", "--sync")
+    outcome = command(
+        "provision", "add-site", "--compared", str(request_of("north")), "--federation", "cardiology", "--sync"
+    )
     assert outcome.code == 1
     assert "Send cardiology/sites/north-kit.zip to the site" in outcome.out
     assert "the server does not know it yet: fedtune provision sync --federation cardiology" in outcome.message

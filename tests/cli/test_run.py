@@ -44,7 +44,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Callable[..., Pol
         datasets = (*others, Dataset(id="banking77", declared_size=size))
         write_policy(site_policy(name, dataset=datasets), folder / name / "site.toml")
         request = site_init(folder / name / "site.toml", out=None) / REQUEST
-        provisioning.add_site(folder / "banks", request=request, days=None, now=now)
+        provisioning.ask_to_add(folder / "banks", request=request, days=None, now=now).let_in()
     provisioning.revoke_site(folder / "banks", "gone", now=now)
     return Kit.read(folder / "banks" / "lead", kind="lead")
 
@@ -370,3 +370,35 @@ def test_simulating_a_deployment_is_wrong_input(command: Any, tmp_path: Path) ->
     assert outcome.code == 2
     assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     assert list(tmp_path.iterdir()) == []
+
+
+# In the background.
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["experiment=debug"], "name: is required with --background"),
+        (["status", "runs/one"], "--background: is for a run that begins or goes on, not for status"),
+        (["stop", "runs/one"], "--background: is for a run that begins or goes on, not for stop"),
+        (["resume"], "--background: is for a run that begins or goes on, not for resume"),
+        ([*words(), "federation.num_rounds=0"], "federation.num_rounds = 0"),
+    ],
+)
+def test_a_mistake_starts_nothing_in_the_background(
+    command: Any, kit: Kit, given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fedtune.cli.run._in_background", lambda *_, **__: pytest.fail("it was started"))
+    outcome = command("run", *given, "--kit", str(kit.folder), "--background")
+    assert outcome.code == 2
+    assert message in outcome.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ends_at_once_in_the_background_says_why(command: Any, kit: Kit, tmp_path: Path) -> None:
+    into = f"tracking.output_dir='{tmp_path / 'runs'}'"
+    outcome = command("run", *words("sites=[nowhere]", into), "--kit", str(kit.folder), "--background")
+    assert outcome.code != 0
+    assert "fedtune: " in outcome.out
+    assert not (tmp_path / "runs/one").exists()

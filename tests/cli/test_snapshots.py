@@ -74,7 +74,7 @@ def test_json_of_a_federation(tmp_path: Path, site_policy: Any, command: Any) ->
     write_policy(site_policy("north"), tmp_path / "north" / "site.toml")
     request = site_init(tmp_path / "north" / "site.toml", out=None) / REQUEST
     named = ("--federation", str(federation))
-    assert command("provision", "add-site", str(request), *named, "--days", "20").code == 0
+    assert command("provision", "add-site", str(request), *named, "--days", "20", "--compared").code == 0
     assert zipfile.is_zipfile(federation / "sites" / "north-kit.zip")
     outcome = command("provision", "list", *named, "--json")
     snapshots.check_json("provision-list", outcome.out, folder=tmp_path)

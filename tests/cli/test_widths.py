@@ -76,9 +76,9 @@ def test_a_federation_from_its_file(
     for words in (
         ("provision", "init", "federation.toml"),
         ("site", "init", "--site", "north/site.toml"),
-        ("provision", "add-site", request, *named, "--days", "20"),
+        ("provision", "add-site", request, *named, "--days", "20", "--compared"),
         ("provision", "list", *named),
-        ("provision", "renew-site", "north", request, *named),
+        ("provision", "renew-site", "north", request, *named, "--compared"),
         ("provision", "renew-server", *named),
         ("provision", "revoke-site", "north", *named),
         ("provision", "list", *named),

@@ -90,7 +90,7 @@ def joined(federation: Path, request_of: Callable[..., Path], now: datetime) -> 
 
     def make(site: str) -> Path:
         request = request_of(site)
-        done = provisioning.add_site(federation, request=request, days=None, now=now)
+        done = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
         unpack(done.archive, request.parent)
         return request.parent
 
@@ -107,14 +107,16 @@ class Desk:
     join: Callable[[str], Path]
 
     def add(self, request: Path, *, days: int | None = None) -> Admitted:
-        return provisioning.add_site(self.folder, request=request, days=days, now=self.now)
+        return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now).let_in()
 
     def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
         """Renew a site so many days `later`."""
         now = self.now + timedelta(days=later)
-        return provisioning.renew_site(
+        if request is None:
+            return provisioning.renew_site(self.folder, name, days=None, now=now)
+        return provisioning.ask_to_renew(
             self.folder, name, request=request, days=None, new_site_key=new_site_key, now=now
-        )
+        ).let_in()
 
     def revoke(self, name: str) -> Member:
         return provisioning.revoke_site(self.folder, name, now=self.now)

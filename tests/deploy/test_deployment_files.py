@@ -95,6 +95,38 @@ def test_a_server_has_bounds_on_files_memory_and_processes() -> None:
     assert (compose["mem_limit"], compose["pids_limit"]) == ("4g", 512)
 
 
+def test_sites_and_leads_have_a_bound_on_memory() -> None:
+    assert unit(DEPLOYMENT / "systemd/fedtune-site.service")["MemoryMax"] == "16G"
+    assert unit(DEPLOYMENT / "systemd/fedtune-lead@.service")["MemoryMax"] == "8G"
+    site = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
+    assert (site["mem_limit"], site["pids_limit"]) == ("${SITE_MEMORY:-16g}", 4096)
+
+
+def test_no_site_can_write_its_policy() -> None:
+    text = (DEPLOYMENT / "systemd/fedtune-site.service").read_text()
+    policy = f"{unit(DEPLOYMENT / 'systemd/fedtune-site.service')['WorkingDirectory']}/site.toml"
+    assert f"\nReadOnlyPaths=-{policy}\n" in text
+    service = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
+    told = parsed(*service["command"])
+    (bound,) = (one for one in service["volumes"] if one["target"] == str(told["site"]))
+    assert bound["read_only"] is True
+    (folder,) = (one for one in service["volumes"] if one["target"] == str(told["site"].parent))
+    assert bound["source"] == f"{folder['source']}/site.toml"
+
+
+def test_the_page_s_drop_in_is_the_unit_s_command_with_metrics() -> None:
+    text = (DEPLOYMENT / "README.md").read_text()
+    (drop_in,) = re.findall(r"^\[Service\]\nExecStart=\nExecStart=(.*)$", text, re.MULTILINE)
+    (job,) = (
+        one
+        for one in yaml.safe_load((DEPLOYMENT / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
+        if one["job_name"] == "fedtune-site"
+    )
+    (address,) = job["static_configs"][0]["targets"]
+    assert drop_in == f"{unit(DEPLOYMENT / 'systemd/fedtune-site.service')['ExecStart']} --metrics {address}"
+    assert "/opt/fedtune/bin/pip install --constraint constraints.txt '.[metrics]'" in text
+
+
 def test_the_site_s_unit_lets_the_gpu_through() -> None:
     service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
     assert service["PrivateDevices"] == "no"
@@ -123,7 +155,8 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
     assert "HEALTHCHECK" in final
     assert "fedtune.deploy.health" in final
-    assert "--constraint constraints.txt" in text
+    # `--metrics` needs the extra, and nobody can install it into the container.
+    assert "--constraint constraints.txt '.[metrics]'" in text
     # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
     assert "s/^torch==//p" in text
 

@@ -191,7 +191,7 @@ def whole(
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
     request = site_init(site.site_toml, out=site.kit) / REQUEST
-    admitted = provisioning.add_site(federation, request=request, days=None, now=now)
+    admitted = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
     unpack(admitted.archive, site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
     return site
@@ -544,9 +544,7 @@ def test_the_true_count_is_said_in_words_alone(home: Home, count: int, words: st
 
 @pytest.mark.parametrize(("days", "status"), [(20, Status.WARNING), (40, Status.OK)])
 def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: datetime, days: int, status: Status) -> None:
-    admitted = provisioning.renew_site(
-        tmp_path / "federation", "north", request=None, days=days, new_site_key=False, now=now
-    )
+    admitted = provisioning.renew_site(tmp_path / "federation", "north", days=days, now=now)
     unpack(admitted.archive, home.kit)
     check = home.examined()["certificate"]
     assert check.status is status

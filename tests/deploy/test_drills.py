@@ -56,9 +56,9 @@ def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) 
     provisioning.revoke_site(federation, "north", now=datetime.now(UTC))
     assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
     request = north / "new-kit" / REQUEST
-    renewed = provisioning.renew_site(
+    renewed = provisioning.ask_to_renew(
         federation, "north", request=request, days=None, new_site_key=False, now=datetime.now(UTC)
-    )
+    ).let_in()
     (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
     with zipfile.ZipFile(renewed.archive) as archive:
         archive.extractall(kit)
@@ -174,9 +174,9 @@ def test_connection_key_and_kit_are_lost(federation: Path, north: Path, command:
     before = ledger_of(north).history.opened.ledger
     shutil.rmtree(north / "kit")
     assert command("site", "init", "--site", str(north / "site.toml")).code == 0
-    renewed = provisioning.renew_site(
+    renewed = provisioning.ask_to_renew(
         federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=datetime.now(UTC)
-    )
+    ).let_in()
     with zipfile.ZipFile(renewed.archive) as archive:
         archive.extractall(north / "kit")
     Kit.read(north / "kit", kind="site").check_certificate(datetime.now(UTC))

@@ -22,7 +22,7 @@ from fedtune.deploy.services.lead_and_server import ServerDesk
 
 from ..conftest import parsed
 from .conftest import Desk
-from .deployment_files import KUBERNETES, PROCESSES, documents, name_of, only, pod_of, run, template_of, tool
+from .deployment_files import KUBERNETES, PROCESSES, documents, helm, name_of, only, pod_of, run, template_of, tool
 
 OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/kustomization.yaml"))
 POLICIES = [
@@ -427,7 +427,7 @@ def rendered(folder: Path, role: str, values: dict[str, str]) -> Path:
         for word in ("--set-string" if key in AS_TEXT else "--set", f"{key}={value}")
     ]
     namespace = "fedtune" if role == "server" else f"fedtune-{role}"
-    done = run(tool("helm"), "template", "release", CHART, "--namespace", namespace, *settings)
+    done = helm("template", "release", CHART, "--namespace", namespace, *settings)
     assert done.returncode == 0, done.stderr
     made = folder / "rendered.yaml"
     made.write_text(done.stdout)
@@ -435,7 +435,7 @@ def rendered(folder: Path, role: str, values: dict[str, str]) -> Path:
 
 
 def test_helm_finds_no_fault_with_the_chart() -> None:
-    done = run(tool("helm"), "lint", CHART)
+    done = helm("lint", CHART)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import urllib.request
@@ -22,8 +23,11 @@ from fedtune.deploy.metrics import Figure, LeadMetrics, ServerMetrics, SiteMetri
 from fedtune.flower.wire.gate import Registered, Traffic
 from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
+
+from .deployment_files import run, tool
 
 MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
 OF_PROMETHEUS = {"up"}
@@ -100,9 +104,26 @@ def test_a_site_s_budget_is_that_of_its_ledger(
     assert values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
     assert 0 < spent["charged"] < spent["with_set_aside"]
     assert values(samples, "fedtune_site_epsilon_cap") == {"": told.max_epsilon}
-    (left,) = values(samples, "fedtune_site_epsilon_left").values()
-    assert left == json.loads(command("ledger", "spent", str(north), "--json").out)["epsilon_left"]
+    (left,), (runs,) = (values(samples, f"fedtune_site_{name}_left").values() for name in ("epsilon", "runs"))
+    told = json.loads(command("ledger", "spent", str(north), "--json").out)
+    assert (left, runs) == (told["epsilon_left"], told["reference_runs_left"])
+    assert 1 <= runs < math.inf
     assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
+
+
+def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+    metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
+
+    def reserve_all() -> None:
+        for number in range(100):
+            ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1")
+
+    with pytest.raises(Refused) as refused:
+        reserve_all()
+    assert refused.value.reason is Reason.MAX_EPSILON
+    samples = scraped(metrics.figures)
+    assert values(samples, "fedtune_site_runs_left") == {"": 0.0}
+    assert values(samples, "fedtune_site_epsilon_left")[""] > 0
 
 
 def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal: Callable[..., Proposal]) -> None:
@@ -115,17 +136,23 @@ def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal
     (north / "ledger.db").write_bytes(data)
     samples = scraped(metrics.figures)
     assert values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
-    assert not [sample for sample in samples if "epsilon" in sample.name]
+    assert not [sample for sample in samples if "epsilon" in sample.name or "runs" in sample.name]
 
 
 def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
     health = Health()
     metrics = of_site(north, health)
+    # From 0 on, since what first appears at 1 has not increased.
+    assert values(scraped(metrics.figures), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
     metrics.answered("update")
     metrics.answered("paused")
     metrics.answered("paused")
     samples = scraped(metrics.figures)
-    assert values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0}
+    assert values(samples, "fedtune_site_answers_total") == {
+        "update": 1.0,
+        "paused": 2.0,
+        "site_error": 0.0,
+    }
     assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
     assert 360 <= values(samples, "fedtune_certificate_days_left")[""] <= 365
     health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))
@@ -172,7 +199,7 @@ def known(north: Path, federation: Path, run_proposal: Callable[..., Proposal]) 
     return {name: labels for name, labels in found.items() if not name.endswith("_created")}
 
 
-_WORDS = {"by", "sum", "increase", "rate", "and", "or", "unless", "without"}
+_WORDS = {"by", "ignoring", "sum", "increase", "rate", "and", "or", "unless", "without"}
 _TOKEN = re.compile(
     r"\s+|(?P<text>\"(?:[^\"\\]|\\.)*\")|(?P<range>\[\d+[smhdwy]\])|(?P<number>\d+(?:\.\d+)?)|(?P<name>[A-Za-z_:][\w:]*)"
     r"|(?P<sign>=~|!~|!=|==|>=|<=|[-+*/%(){},=<>])"
@@ -227,9 +254,80 @@ def test_the_alert_rules_name_metrics_that_exist(known: dict[str, set[str]]) -> 
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         used |= check_names(rule["expr"], known)
-    needed = {"epsilon_left", "contact_age_seconds", "ledger_usable"}
+    needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
+
+
+SITE, SERVER = '{job="fedtune-site",instance="a"', '{job="fedtune-server",instance="b"'
+FIRES: dict[str, dict[str, tuple[str, str]]] = {
+    "FedtuneDown": {f"up{SERVER}}}": ("0x120", "1x120")},
+    "FedtuneLedgerUnusable": {f"fedtune_site_ledger_usable{SITE}}}": ("0x120", "1x120")},
+    "FedtuneBudgetLow": {
+        f'fedtune_site_epsilon_spent{SITE},part="with_set_aside"}}': ("4.9x120", "4.7x120"),
+        f'fedtune_site_epsilon_spent{SITE},part="charged"}}': ("1x120", "1x120"),
+        f"fedtune_site_epsilon_cap{SITE}}}": ("6x120", "6x120"),
+    },
+    "FedtuneBudgetSpent": {f"fedtune_site_runs_left{SITE}}}": ("0x120", "1x120")},
+    "FedtuneCertificateEnds": {f"fedtune_certificate_days_left{SITE}}}": ("29x120", "30x120")},
+    "FedtuneCertificateEndsSoon": {f"fedtune_certificate_days_left{SITE}}}": ("6x120", "7x120")},
+    "FedtuneNoContact": {f"fedtune_site_contact_age_seconds{SITE}}}": ("601x120", "600x120")},
+    "FedtuneSiteSilent": {f'fedtune_server_site_silent_seconds{SERVER},site="c"}}': ("601x120", "600x120")},
+    "FedtuneSiteFails": {f'fedtune_site_answers_total{SITE},answer="site_error"}}': ("0x5 1x115", "0x120")},
+}
+"""What each alert goes by, with values each minute at which it fires, and others at which it does not."""
+
+
+def rules_test(alert: str, *, fires: bool) -> dict[str, Any]:
+    """Of one alert, half an hour after the start, in promtool's form."""
+    series = FIRES[alert]
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    (rule,) = (rule for rule in group["rules"] if rule["alert"] == alert)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(series))))
+    if "ignoring(part)" in rule["expr"]:
+        del labels["part"]
+    value = re.match(r"\d+", next(iter(series.values()))[0])
+    assert value
+    summary = rule["annotations"]["summary"].replace("{{ $value }}", value[0])
+    summary = summary.replace("{{ $value | humanizeDuration }}", "10m 1s")
+    summary = re.sub(r"{{ \$labels\.(\w+) }}", lambda found: labels[found[1]], summary)
+    expected = {"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": {"summary": summary}}
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": both[not fires]} for name, both in series.items()],
+        "alert_rule_test": [{"eval_time": "30m", "alertname": alert, "exp_alerts": [expected] if fires else []}],
+    }
+
+
+def told_by_promtool(folder: Path, tests: list[dict[str, Any]]) -> str:
+    """What promtool finds wrong with the alerts; empty for nothing."""
+    file = folder / "rules_test.yaml"
+    rules = {"rule_files": [str(MONITORING / "alerts.yaml")], "evaluation_interval": "1m"}
+    file.write_text(yaml.safe_dump({**rules, "tests": tests}))
+    done = run(tool("promtool"), "test", "rules", file)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    assert sorted(FIRES) == sorted(rule["alert"] for rule in group["rules"])
+    assert (
+        told_by_promtool(tmp_path, [rules_test(alert, fires=fires) for alert in FIRES for fires in (True, False)]) == ""
+    )
+    for alert in FIRES:
+        wrong = rules_test(alert, fires=True)
+        wrong["input_series"] = rules_test(alert, fires=False)["input_series"]
+        assert alert in told_by_promtool(tmp_path, [wrong])
+
+
+def test_promtool_takes_rules_and_scrape_jobs(tmp_path: Path) -> None:
+    promtool = tool("promtool")
+    for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
+        done = run(promtool, "check", what, MONITORING / name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    broken = tmp_path / "alerts.yaml"
+    broken.write_text((MONITORING / "alerts.yaml").read_text().replace("expr: up", "expr: up{", 1))
+    assert run(promtool, "check", "rules", broken).returncode != 0
 
 
 def test_the_page_says_what_to_do_about_each_alert() -> None:

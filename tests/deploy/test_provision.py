@@ -200,10 +200,10 @@ def test_the_server_takes_new_names_from_the_edited_file(
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first"):
-        provisioning.add_site(federation, request=site, days=None, now=now)
+        provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
     assert files_in(federation) == before
     provisioning.renew(federation, "server", days=None, now=now)
-    provisioning.add_site(federation, request=site, days=None, now=now)
+    provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
 
@@ -223,11 +223,13 @@ def test_the_authority_may_be_kept_elsewhere(
     assert len(FederationFolder.open(federation).members) == 1
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
-        provisioning.add_site(federation, request=request_of("south"), days=None, now=now)
+        provisioning.ask_to_add(federation, request=request_of("south"), days=None, now=now).let_in()
     assert files_in(federation) == before
     provisioning.revoke_site(federation, "north", now=now)
     (federation.parent / "offline").rename(federation / "authority")
-    provisioning.add_site(federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now)
+    provisioning.ask_to_add(
+        federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now
+    ).let_in()
 
 
 def test_another_federation_s_authority_is_refused(federation: Path, federation_toml: Path, now: datetime) -> None:

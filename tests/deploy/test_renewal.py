@@ -308,7 +308,7 @@ def served(desk: Desk, tmp_path: Path) -> Served:
 def nearly_over(desk: Desk, name: str, kit: Kit) -> datetime:
     """Give a site a certificate that ends in ten minutes; when."""
     now = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1, minutes=-10)
-    done = provisioning.renew_site(desk.folder, name, request=None, days=1, new_site_key=False, now=now)
+    done = provisioning.renew_site(desk.folder, name, days=1, now=now)
     kit.certificate.write_text(done.member.certificate)
     return now + timedelta(days=1)
 

@@ -60,12 +60,14 @@ def test_its_federation_takes_sites_and_renews_them(left: Path) -> None:
     assert JoinRequest.read(left / "north/kit" / REQUEST).site == "north"
     (folder / "sites").mkdir()
     now = datetime.now(UTC).replace(microsecond=0)
-    provisioning.renew_site(folder, "north", request=None, days=None, new_site_key=False, now=now)
+    provisioning.renew_site(folder, "north", days=None, now=now)
     south = left / "south"
     south.mkdir()
     text = (left / "north/site.toml").read_text().replace('site = "north"', 'site = "south"')
     (south / "site.toml").write_text(text)
-    provisioning.add_site(folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now)
+    provisioning.ask_to_add(
+        folder, request=site_init(south / "site.toml", out=None) / REQUEST, days=None, now=now
+    ).let_in()
     with FederationFolder.held(folder) as held:
         assert [member.site for member in held.members] == ["north", "south"]
         held.roster.check_signed(held.lead_key)

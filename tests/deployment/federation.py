@@ -169,10 +169,14 @@ class Federation:
     def join(self, name: str, records: Sequence[Record], *, home: Path | None = None) -> SiteFolder:
         """Let a site in, as lead and site do it; `home`: in another copy of the lead's folder."""
         site, home = self.prepare(name, records), home or self.home
-        self.do("provision", "add-site", str(site.kit / "join_request.json"), "--federation", str(home))
+        self.admit(site, "--federation", str(home))
         with zipfile.ZipFile(home / "sites" / f"{name}-kit.zip") as archive:
             archive.extractall(site.kit)
         return site
+
+    def admit(self, site: SiteFolder, *options: str) -> None:
+        """The lead's command, once the site's keys are compared."""
+        self.do("provision", "add-site", str(site.kit / "join_request.json"), "--compared", *options)
 
     def run(self, name: str, member: str, words: Sequence[str], *, env: dict[str, str] | None = None) -> Process:
         """Start a process at a member; its log is NAME.log in the federation's folder."""

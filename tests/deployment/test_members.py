@@ -76,7 +76,7 @@ def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federa
     ends = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=LEFT_S)
     # Kits that a lead makes by hand: a running process takes the new certificate from its kit.
     began = ends - timedelta(days=1)
-    done = provisioning.renew_site(members.home, "north", request=None, days=1, new_site_key=False, now=began)
+    done = provisioning.renew_site(members.home, "north", days=1, now=began)
     provisioning.renew(members.home, "server", days=1, now=began)
     with zipfile.ZipFile(done.archive) as archive:
         archive.extractall(north.kit)
@@ -162,8 +162,7 @@ def test_a_roster_is_applied_while_the_server_runs_and_no_older_one_comes_back(m
 
 def test_a_site_comes_with_one_command_of_the_lead(members: Federation) -> None:
     west = members.prepare("west", dealt(("north", "south"))["south"][:20])
-    request = west.kit / "join_request.json"
-    members.do("provision", "add-site", str(request), "--federation", str(members.home), "--sync")
+    members.admit(west, "--federation", str(members.home), "--sync")
     with zipfile.ZipFile(members.home / "sites/west-kit.zip") as archive:
         archive.extractall(west.kit)
     assert hello(address(members), Kit.read(west.kit, kind="site").tls()) == "west"

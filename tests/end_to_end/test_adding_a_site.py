@@ -56,13 +56,26 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-def test_a_site_costs_the_lead_one_command_one_call_and_one_file() -> None:
+def test_a_site_costs_the_lead_one_call_one_command_and_one_file() -> None:
     """The page counts three steps; of these, only the command can be counted by a machine."""
     step = PAGE.read_text().split("## 7. ")[1].split("\n## ")[0]
     commands = [line for _, content in BLOCKS.findall(step) for line in content.splitlines()]
     assert len(commands) == len(SITES)
-    assert all(line.startswith("fedtune provision add-site ") and line.endswith(" --sync") for line in commands)
-    assert "a site costs the lead three steps: one command, one telephone call, one file to send" in step
+    assert all(
+        line.startswith("fedtune provision add-site ") and line.endswith(" --sync --compared") for line in commands
+    )
+    assert "a site costs the lead three steps: one telephone call, one command, one file to send" in step
+    order = (
+        "**Telephone first**",
+        "fedtune provision add-site ",
+        "The site reads out",
+        "the site notes them",
+        "Send each",
+    )
+    places = [step.index(words) for words in order]
+    assert places == sorted(places)
+    unpacked = PAGE.read_text().split("## 8. ")[1].split("\n## ")[0]
+    assert unpacked.index("python -m zipfile") < unpacked.index("**Compare**") < unpacked.index("fedtune site doctor")
 
 
 def free_port() -> str:

@@ -355,10 +355,12 @@ Site {request.site}: data sets {declared}.
 
 1. Send this file to the lead; it holds no secret:
      {folder / REQUEST}
-2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours:
+2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours. Note the
+   fingerprints of lead and authority that the lead reads out:
      connection key  {spoken(fingerprint_of(request.node_key))}
      site key        {spoken(request.site_key)}
-3. Unzip the kit that the lead sends back into the same folder, and follow its README.md:
+3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It begins with comparing what
+   you noted:
      unzip {request.site}-kit.zip -d {folder}
 
 {folder / "connection_key.pem"} is secret: it never leaves this machine, and nobody will ever ask for it.

@@ -6,7 +6,7 @@ says; no other site's kit is ever touched.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,7 +33,7 @@ from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.deploy.kits.renewal import RenewalRequest
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import ConfigError
 
 OwnKind = Literal["server", "lead"]
 _OWN: dict[str, OwnKind] = {"server": "server", "lead": "lead"}
@@ -93,41 +93,60 @@ class Admitted:
 
     Attributes:
         archive: the zip to send to it.
-        requested: whether it sent a request, whose keys people have to compare.
         changes: what a renewal changed besides the certificate, for people.
     """
 
     member: Member
     archive: Path
-    requested: bool
     changes: tuple[str, ...] = ()
 
 
-def add_site(folder: Path, *, request: Path, days: int | None, now: datetime) -> Admitted:
-    """Let the site that made the file `request` into the federation in `folder`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A request that nothing is wrong with, while people compare its keys: nothing is changed yet.
+
+    Attributes:
+        request: as it was read, once; another file in its place is not looked at.
+        let_in: makes the change, unless something is wrong with the request by now.
+    """
+
+    request: JoinRequest
+    let_in: Callable[[], Admitted]
+
+
+def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
+    """Read the request of a site that would join the federation in `folder`.
 
     Raises:
         ConfigError: the request is wrong, or its name or a key of it is taken.
     """
     asked = JoinRequest.read(request)
-    with FederationFolder.held(folder) as federation:
-        members = federation.members
+
+    def checked(federation: FederationFolder) -> Member:
         with _about(request):
-            _check_not_taken(asked.site, members)
-            _check_keys_are_new(federation, asked, members)
-        member = _admitted(federation, asked, days=days, now=now)
-        return Admitted(member=member, archive=_admit(federation, member, (*members, member), {}), requested=True)
+            _check_not_taken(asked.site, federation.members)
+            _check_keys_are_new(federation, asked, federation.members)
+        return _admitted(federation, asked, days=days, now=now)
+
+    def let_in() -> Admitted:
+        with FederationFolder.held(folder) as federation:
+            member = checked(federation)
+            archive = _admit(federation, member, (*federation.members, member), {})
+            return Admitted(member=member, archive=archive)
+
+    checked(FederationFolder.open(folder))
+    return Asked(request=asked, let_in=let_in)
 
 
-def renew_site(
-    folder: Path, name: str, *, request: Path | None, days: int | None, new_site_key: bool, now: datetime
-) -> Admitted:
-    """Make a new certificate and kit for a site; nothing changes for any other.
+def ask_to_renew(
+    folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
+) -> Asked:
+    """Read a new request of a site, for another connection key or other declared data sets.
 
     Args:
         folder: of the federation.
         name: of the site.
-        request: a new request, for another connection key or other declared data sets; None: all of it stays.
+        request: the file.
         days: for which the certificate is valid; None: as federation.toml says.
         new_site_key: whether the request may name another site key, which means a new ledger.
         now: with a time zone.
@@ -135,22 +154,42 @@ def renew_site(
     Raises:
         ConfigError: there is no such site, it was revoked and the connection key is not new, or the request is wrong.
     """
-    asked = None if request is None else JoinRequest.read(request)
-    if new_site_key and asked is None:
-        raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
+    asked = JoinRequest.read(request)
+
+    def checked(federation: FederationFolder) -> tuple[Member, Member]:
+        old = _member_named(name, federation.members)
+        with _about(request):
+            others = _without(old, federation.members)
+            _check_renewal(federation, asked, old=old, others=others, new_site_key=new_site_key)
+        return old, _admitted(federation, asked, days=days, now=now)
+
+    def let_in() -> Admitted:
+        with FederationFolder.held(folder) as federation:
+            old, member = checked(federation)
+            return _renewed(federation, member, old=old)
+
+    checked(FederationFolder.open(folder))
+    return Asked(request=asked, let_in=let_in)
+
+
+def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
+    """Make a new certificate and kit for a site, whose keys and data sets stay; nothing changes for any other.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked.
+    """
     with FederationFolder.held(folder) as federation:
-        members = federation.members
-        old = _member_named(name, members)
-        if asked is None:
-            _check_not_revoked(old)
-            member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
-        else:
-            with _about(request):
-                _check_renewal(federation, asked, old=old, others=_without(old, members), new_site_key=new_site_key)
-            member = _admitted(federation, asked, days=days, now=now)
-        retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
-        archive = _admit(federation, member, tuple(member if one is old else one for one in members), retiring)
-        return Admitted(member=member, archive=archive, requested=asked is not None, changes=_changes(old, member))
+        old = _member_named(name, federation.members)
+        _check_not_revoked(old)
+        member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
+        return _renewed(federation, member, old=old)
+
+
+def _renewed(federation: FederationFolder, member: Member, *, old: Member) -> Admitted:
+    members = tuple(member if one == old else one for one in federation.members)
+    retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
+    archive = _admit(federation, member, members, retiring)
+    return Admitted(member=member, archive=archive, changes=_changes(old, member))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +221,7 @@ def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -
             if own := _OWN.get(name):
                 answered.renewed[name] = renew(folder, own, days=None, now=now).not_after
             else:
-                done = renew_site(folder, name, request=None, days=None, new_site_key=False, now=now)
+                done = renew_site(folder, name, days=None, now=now)
                 answered.renewed[name] = Certificate.of(done.member.issued).not_after
         except ConfigError as error:
             answered.refused[name[:_MOST_NAME]] = str(error)
@@ -216,7 +255,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
 
 
 @contextmanager
-def _about(request: Path | None) -> Iterator[None]:
+def _about(request: Path) -> Iterator[None]:
     """Name the request in errors about what it says."""
     try:
         yield
@@ -327,7 +366,7 @@ def _member_named(name: str, members: Collection[Member]) -> Member:
 
 
 def _without(member: Member, members: Collection[Member]) -> tuple[Member, ...]:
-    return tuple(one for one in members if one is not member)
+    return tuple(one for one in members if one != member)
 
 
 def _changes(old: Member, new: Member) -> tuple[str, ...]:
