@@ -532,6 +532,20 @@ def test_what_is_not_on_record_is_grey(rendered: Rendered, language: str) -> Non
     assert catalogue(language).texts["budget"]["left"] not in headings, "no site has released it"
 
 
+def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: str) -> None:
+    texts = catalogue(language).texts
+    known = a_report().provenance
+    made = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
+    html = main(render.render(a_report(provenance=made), language=language))
+    (machine,) = [one for one in html.all("div") if words_of(one).startswith(texts["provenance"]["machine"])]
+    assert words_of(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
+    for field in ("model", "config_sha256", "libraries"):
+        found = [
+            one for one in html.all("div") if [words_of(dt) for dt in one.all("dt")] == [texts["provenance"][field]]
+        ]
+        assert [words_of(grey) for grey in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
+
+
 def test_each_mark_of_the_guesses_is_explained_by_that_very_mark(rendered: Rendered, language: str) -> None:
     """By a drawing: printing from a browser leaves out backgrounds."""
     html = main(rendered("within", language))
