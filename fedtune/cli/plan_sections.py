@@ -161,7 +161,8 @@ def _about_sites(outlook: Outlook) -> tuple[str, ...]:
         ratio = price.sites[noisiest].step_noise / price.sites[price.largest[0]].step_noise
         notes.append(f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}.")
     notes.append(
-        f"delta x size: how many {plan.unit}s may be exposed outright, at the very worst; keep it far below 1."
+        f"delta x size: for how many {plan.unit}s, at most and on average, something may come out that could not "
+        "without them; keep it far below 1."
     )
     notes.append(ABOUT_RDP.format(counts="epsilon by PLD"))
     notes.append("Epsilon by the filter is what the plan takes of a lifetime cap in a site's policy.")

@@ -31,8 +31,8 @@ class SitePrice:
     Attributes:
         weight: share of the average.
         expected_batch: units in a step, on average, if the declared size were the true one.
-        expected_failures: delta times declared size: on average at most so many units of which something may come out
-            that could not without them.
+        expected_failures: delta times declared size: on average, at most so many units give away something that could
+            not have come out without them.
         step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
     """
 

@@ -141,7 +141,7 @@ def test_the_planner_speaks_of_users(command: Any, tmp_path: Path) -> None:
     shown = " ".join(outcome.out.split())
     assert "for each user, at every site" in shown
     assert "of each user at most 4 records in a step, their mean gradient clipped once; sizes count users" in shown
-    assert "how many users may be exposed outright" in shown
+    assert "for how many users, at most and on average, something may come out" in shown
     found = json.loads(command("plan", *arguments(tmp_path), "--no-model", "--json").out)
     assert (found["plan"]["unit"], found["plan"]["records_per_user"]) == ("user", 4)
 

@@ -289,6 +289,22 @@ def test_a_site_reads_first_whether_its_budget_has_room(
     assert bool(verdict.all("rect", fill="#6b93b8")) == (texts["held"] in words_of(verdict)) == (state != "within")
 
 
+def test_what_is_held_for_open_runs_is_said_beside_what_is_used(
+    rendered: Rendered, reports: dict[str, Report], language: str
+) -> None:
+    """The site's line has no result of its own, which would say "within" below a limit that is used up."""
+    text = catalogue(language).texts["verdict"]["with_held"].partition("{")[0]
+    for name, held in (("used_up", 6.0), ("no_run_fits", 5.7), ("ledger", None), ("within", None)):
+        html = main(rendered(name, language))
+        (used,) = by_id(html, "verdict").all("p", **{"class": "used"})
+        assert (text in words_of(used)) == (held is not None), name
+        if held is not None:
+            assert used.all("data")[-1].attributes["data-at"] == "/sites/0/lifetime/with_set_aside"
+            assert json.loads(used.all("data")[-1].attributes["value"]) == held
+        headings = [words_of(one) for one in by_id(html, "budget").all("th", scope="col")]
+        assert (catalogue(language).texts["budget"]["verdict"] in headings) == (name == "within")
+
+
 def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Make) -> None:
     full = without_room(a_ledger_report(), left=0.0)
     assert room_of(full) == "used_up"
@@ -514,6 +530,20 @@ def test_what_is_not_on_record_is_grey(rendered: Rendered, language: str) -> Non
     assert grey == [catalogue(language).texts["word"]["not_released"]]
     headings = [words_of(one) for one in by_id(html, "budget").all("thead")[0].all("th")]
     assert catalogue(language).texts["budget"]["left"] not in headings, "no site has released it"
+
+
+def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: str) -> None:
+    texts = catalogue(language).texts
+    known = a_report().provenance
+    made = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
+    html = main(render.render(a_report(provenance=made), language=language))
+    (machine,) = [one for one in html.all("div") if words_of(one).startswith(texts["provenance"]["machine"])]
+    assert words_of(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
+    for field in ("model", "config_sha256", "libraries"):
+        found = [
+            one for one in html.all("div") if [words_of(dt) for dt in one.all("dt")] == [texts["provenance"][field]]
+        ]
+        assert [words_of(grey) for grey in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 
 
 def test_each_mark_of_the_guesses_is_explained_by_that_very_mark(rendered: Rendered, language: str) -> None:
