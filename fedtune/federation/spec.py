@@ -22,9 +22,9 @@ class FederationSpec:
 
     Attributes:
         num_rounds: the number of exchanges between server and sites.
-        num_sites: the number of sites in the federation.
-        site_names: a name for each site; empty: site-1, site-2, ...
-        participants: the names of the sites that take part in this run; empty: all of them.
+        num_sites: the number of sites in a simulation.
+        site_names: a name for each site of a simulation; empty: site-1, site-2, ...
+        participants: the names of the sites that take part in a simulation; empty: all of them.
         min_sites: the fewest updates that a round needs; with fewer the run ends.
         if_over_budget: what to do when a site's budget has no room for the plan: "stop" (the site refuses),
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).

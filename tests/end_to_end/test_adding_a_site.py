@@ -78,6 +78,23 @@ def test_a_site_costs_the_lead_one_call_one_command_and_one_file() -> None:
     assert unpacked.index("python -m zipfile") < unpacked.index("**Compare**") < unpacked.index("fedtune site doctor")
 
 
+def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> None:
+    text = PAGE.read_text()
+    (table,) = re.findall(r"^\| who \| once \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    counts: dict[str, list[int]] = {}
+    for line in table.splitlines():
+        who, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+        counts[who.strip()] = [int(cell.split(":")[0].strip(" |")) for cell in cells]
+        for cell in cells:
+            number, _, steps = cell.strip(" |").partition(": ")
+            assert int(number) == len([step for step in steps.split(";") if step]), cell
+    assert counts == {"lead": [4, 3, 1, 1], "server": [3, 0, 0, 0], "site": [7, 0, 1, 0]}
+    headings = re.findall(r"^## (\d+)\. (Lead|Server|Site): ", text, re.MULTILINE)
+    told = {int(number) for number in re.findall(r"\(step (\d+)\)", table)}
+    looked_at = {12, 13}  # what came of it: nobody has to
+    assert told == {int(number) for number, _ in headings} - looked_at
+
+
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
