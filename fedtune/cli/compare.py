@@ -22,7 +22,7 @@ from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
-from fedtune.evaluation.spec import SMALLEST
+from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
@@ -199,8 +199,7 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
     """Look at the records to be scored before the first run, as far as that takes no model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
-        bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
-        raise ConfigError("data.test_file", None, bound)
+        raise no_test_records()
     name = file or data.test_file or data.train_file
     if SITE in name:
         return

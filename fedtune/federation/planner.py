@@ -294,6 +294,7 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
     return None if noise is None else math.ceil(noise * 1e4) / 1e4
 
 
-def _rounded_down(value: float, digits: int = 4) -> float:
-    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+def _rounded_down(value: float) -> float:
+    """To four digits."""
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
     return math.floor(value * scale) / scale

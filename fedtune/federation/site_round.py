@@ -301,7 +301,7 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
     kept = run.reference() if brought.adapter is None else None
     adapter = brought.made_of(kept, digest=request.reference_digest)
-    _check_adapter(site, request, adapter, template=run.template)
+    _check_adapter(request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
 
@@ -344,7 +344,7 @@ def _as_it_leaves(
     return Difference.between(begun.tensors, trained.adapter.tensors, bits=bits, about=about)
 
 
-def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
+def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
     if not adapter.same_shapes(template):
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:

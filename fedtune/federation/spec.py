@@ -9,7 +9,16 @@ from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.few_bits import BITS
 from fedtune.privacy.threshold import least_threshold
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+from fedtune.spec import (
+    ConfigError,
+    check_at_least,
+    check_at_most,
+    check_fraction,
+    check_name,
+    check_one_of,
+    check_positive,
+    spec,
+)
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 MOST_SITES = 10_000
@@ -65,7 +74,7 @@ class FederationSpec:
     aggregation: Literal["plain", "secure"] = "plain"
     threshold: int | None = None
     colluders: int = 0
-    bits: int | None = 32
+    bits: int | None = 32  # as in 0.1.0, whose settings name no bits; conf/ says null
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -78,8 +87,7 @@ class FederationSpec:
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
-        if self.num_sites > MOST_SITES:
-            raise ConfigError("num_sites", self.num_sites, f"must be at most {MOST_SITES}")
+        check_at_most("num_sites", self.num_sites, MOST_SITES)
         check_at_least("spare_rounds", self.spare_rounds, 0)
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")

@@ -244,18 +244,16 @@ def epsilons(
     survivors: Mapping[int, int],
     sampling_rate: float,
     delta: float,
-    local_steps: int = 1,
     colluders: int | None = None,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """The three figures of a site's unit, by PLD on the coarse grid.
+    """The three figures of a site's unit, by PLD on the coarse grid; each sum is of one step.
 
     Args:
         shared: how the noise is shared.
         survivors: number of sites in a sum -> how many sums were of so many.
         sampling_rate: probability with which each unit joins a step.
         delta: at which epsilon is stated.
-        local_steps: noisy steps of a site before each sum.
         colluders: that the site withstands; None: as many as the plan does.
         also: events that the site releases by itself, and that all three count.
 
@@ -272,7 +270,6 @@ def epsilons(
                     sampling_rate=sampling_rate,
                     noise_multiplier=shared.noise_multiplier,
                     honest=shared.honest(survivors=number, colluders=colluding),
-                    local_steps=local_steps,
                 ),
                 times,
             )

@@ -18,6 +18,7 @@ from fedtune.data.records import NO_VALUE, column_values
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Scores, drawn
 from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
+from fedtune.evaluation.spec import no_test_records
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.sites.run_records import LeadRecords, RunRecords
@@ -205,8 +206,7 @@ def _read(config: RunConfig, file: str | None) -> LeadRecords:
     if file is not None:
         return LeadRecords.read(file, config, key="--data")
     if (own := RunRecords(config).test) is None:
-        bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
-        raise ConfigError("data.test_file", None, bound)
+        raise no_test_records()
     return own
 
 

@@ -261,8 +261,8 @@ FEDERATION_FAULTS = (
         name="reference-kept-unchecked",
         fault="A site keeps whatever reference a server sends, before its digest shows whether it is the run's.",
         file="fedtune/federation/site_round.py",
-        old="    _check_adapter(site, request, adapter, template=run.template)\n",
-        new="    run.store(brought.adapter)\n    _check_adapter(site, request, adapter, template=run.template)\n",
+        old="    _check_adapter(request, adapter, template=run.template)\n",
+        new="    run.store(brought.adapter)\n    _check_adapter(request, adapter, template=run.template)\n",
         tests=BITS,
     ),
     Mutant(

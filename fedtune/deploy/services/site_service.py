@@ -1,4 +1,6 @@
-"""`fedtune site start`: the one long-lived process of a site.  It polls the server, answers, and keeps its model warm.
+"""`fedtune site start`: the one long-lived process of a site.
+
+It waits for the server's questions, answers them, and keeps its model warm.
 
 It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site_round`.
 """
