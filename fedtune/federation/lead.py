@@ -117,7 +117,7 @@ class LeadState:
         return self._with(self._credible_of(replies, run=run, most_rounds=most_rounds))
 
     def believed(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Reply]:
-        """`replies` without the receipts that say nothing about this run: an update whose receipt is gone is none."""
+        """`replies` without receipts that say nothing about this run; without its receipt an update does not count."""
         kept = self._credible_of(replies, run=run, most_rounds=most_rounds)
         return {site: reply if site in kept else replace(reply, receipt=None) for site, reply in replies.items()}
 
@@ -297,7 +297,7 @@ class Checkpoints:
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
-                start_adapter=about.get("start_adapter"),  # nobody noted it when there was none
+                start_adapter=about.get("start_adapter"),  # absent where the run began in a new adapter
                 data_changed=tuple(map(str, about.get("data_changed", ()))),
             )
         except Exception as error:

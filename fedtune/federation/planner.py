@@ -31,7 +31,7 @@ class SitePrice:
     Attributes:
         weight: share of the average.
         expected_batch: units in a step, on average, if the declared size were the true one.
-        expected_failures: delta times declared size: on average at most so many units of which something may come out
+        expected_failures: delta times declared size: on average at most this many units of which something may come out
             that could not without them.
         step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
     """
@@ -45,11 +45,11 @@ class SitePrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """Epsilon after so many rounds, by each accountant that composes them all.
+    """Epsilon after this round and all before it, by each accountant that composes them all.
 
     Attributes:
         pld: the run's figure.
-        rdp: at the order that is best for so many rounds.
+        rdp: at the order that is best for these rounds.
         filter: what a ledger's filter has counted by then, at the one order that is best for the whole plan.
         spare: whether the round is one that is paid for in case another is interrupted.
     """

@@ -198,8 +198,8 @@ class SumRequest(_Uncharged):
     Attributes:
         step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
         session: 32 random hexadecimal digits, the lead's name for the session that is announced.
-        parts_digest: of the messages that travel beside it, which the step goes by, as `digest_of_parts` makes it: who
-            carries them can change none, and so make no site answer what the lead did not ask.
+        parts_digest: `digest_of_parts` of the messages that travel with the question.  A carrier who changes one cannot
+            make a site answer what the lead did not ask.
     """
 
     step: str
@@ -357,7 +357,7 @@ class Reply:
     def is_signed(self) -> bool:
         """Whether the receipt is signed, and was given with exactly this answer, to the bit.
 
-        Whoever carries an answer, the federation's server among them, can so change nothing about it.
+        So nobody who carries an answer, not even the federation's server, can change it.
         """
         try:
             return self.receipt is not None and self.receipt.reply == digest_of(self.body) and self.receipt.is_signed()

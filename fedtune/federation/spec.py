@@ -39,7 +39,7 @@ class FederationSpec:
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
         spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried, and
             a secure sum that could not be read made up for by another release.
-        stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
+        stop_after: end the run after this many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
         aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient

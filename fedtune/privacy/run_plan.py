@@ -178,7 +178,7 @@ class Plan:
         return dataclasses.replace(self, shared=None)
 
     def by_trust(self, rounds: int) -> Epsilons | None:
-        """Epsilon of so many rounds by who looks, of the smallest sums; None: each site makes its own noise."""
+        """Epsilon of `rounds` rounds by who looks, of the smallest sums; None: each site makes its own noise."""
         if self.shared is None:
             return None
         return epsilons(

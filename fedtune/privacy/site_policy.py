@@ -329,7 +329,7 @@ class Policy:
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
-        simulated: the site is made up, on the machine of whoever simulates it; its ledger and reports say so.
+        simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
         about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
     """
 

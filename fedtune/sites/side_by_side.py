@@ -142,13 +142,10 @@ def side_by_side(
     first = next(iter(runs.values())).config
     for run in runs.values():
         _require_comparable(run, first)
-    together: dict[Hashable, list[str]] = {}
-    for name, run in runs.items():
-        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
-    for names in together.values():
+    for names in _sharing_a_model(runs):
         config = runs[names[0]].config
         own = _read(config, file) if records is None else None  # before the model, whose loading takes longer
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
@@ -171,6 +168,14 @@ def side_by_side(
         means=means or {},
         score=partial(saved.model.task.scores, spec=saved.model.spec),
     )
+
+
+def _sharing_a_model(runs: Mapping[str, Finished]) -> list[list[str]]:
+    """The runs' names; those that differ in their adapter's values alone stand together."""
+    together: dict[Hashable, list[str]] = {}
+    for name, run in runs.items():
+        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
+    return list(together.values())
 
 
 def _reading(config: RunConfig) -> Hashable:

@@ -135,7 +135,7 @@ class RuntimeSpec:
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
             processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
-            `fedtune simulate` on a CPU one for each core, at most 4, where the run has so many gradients that it pays.
+            `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.
         num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
             as many as OMP_NUM_THREADS says, if those are fewer.
         micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for

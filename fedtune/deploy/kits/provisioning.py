@@ -146,7 +146,8 @@ def renew_site(
             member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
         else:
             with _about(request):
-                _check_renewal(federation, asked, old=old, others=_without(old, members), new_site_key=new_site_key)
+                others = tuple(one for one in members if one is not old)
+                _check_renewal(federation, asked, old=old, others=others, new_site_key=new_site_key)
             member = _admitted(federation, asked, days=days, now=now)
         retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
         archive = _admit(federation, member, tuple(member if one is old else one for one in members), retiring)
@@ -287,12 +288,7 @@ def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others
 
 
 def _check_renewal(
-    federation: FederationFolder,
-    asked: JoinRequest,
-    *,
-    old: Member,
-    others: Collection[Member],
-    new_site_key: bool,
+    federation: FederationFolder, asked: JoinRequest, *, old: Member, others: Collection[Member], new_site_key: bool
 ) -> None:
     if asked.site != old.site:
         raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
@@ -324,10 +320,6 @@ def _member_named(name: str, members: Collection[Member]) -> Member:
             return member
     known = ", ".join(member.site for member in members) or "none yet"
     raise ConfigError("site", name, f"must be a site of the federation: {known}")
-
-
-def _without(member: Member, members: Collection[Member]) -> tuple[Member, ...]:
-    return tuple(one for one in members if one is not member)
 
 
 def _changes(old: Member, new: Member) -> tuple[str, ...]:

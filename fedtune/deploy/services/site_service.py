@@ -80,9 +80,7 @@ class SiteService:
             real = cache(lambda: self._real_site(state))
             app = SiteApp(lambda settings: real().site(settings), name=files.policy.site)
             fleet = Fleet(
-                self.kit.server,
-                self.kit.tls(),
-                heard=lambda: self.health.update(last_contact=datetime.now(UTC)),
+                self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
             )
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())

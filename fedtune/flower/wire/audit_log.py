@@ -71,11 +71,7 @@ class AuditLog:
     """
 
     def __init__(
-        self,
-        path: Path | None,
-        *,
-        most_bytes: int = _MOST_BYTES,
-        clock: Callable[[], float] = time.monotonic,
+        self, path: Path | None, *, most_bytes: int = _MOST_BYTES, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path, self._most_bytes, self._clock = path, most_bytes, clock
         self._lock = threading.Lock()
