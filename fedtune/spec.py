@@ -108,6 +108,12 @@ def check_at_least(key: str, value: float, least: float) -> None:
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
+def check_at_most(key: str, value: float, most: float) -> None:
+    """Require `value` <= `most`."""
+    if not value <= most:
+        raise ConfigError(key, value, f"must be at most {most:g}")
+
+
 def check_whole(key: str, value: object) -> None:
     """Require a whole number; `True` is none, though it equals 1."""
     if type(value) is not int:

@@ -63,5 +63,4 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "server_days",
         "site_days",
     },
-    "reports of secure sums will, and until then tests and simulations/aggregation": {},
 }

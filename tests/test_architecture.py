@@ -20,9 +20,11 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 56_569
-MOST_FILES = 265
+MOST_LINES = 56_566
+MOST_FILES = 267
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
+LONG_FUNCTIONS = {("cli/report.py", "build"): 55}
+"""Those that have more than 50 lines, and how many they may have; none is added."""
 
 
 def name_of(path: Path) -> str:
@@ -108,7 +110,8 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     assert len(text.splitlines()) <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is {node.end_lineno} - {node.lineno} lines"
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= LONG_FUNCTIONS.get((name_of(path), node.name), 50), f"{node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -324,7 +324,7 @@ class GradientAttack:
         sites: those that get canaries.
 
     Raises:
-        ConfigError: the adapter has not enough coordinates for so many canaries.
+        ConfigError: the adapter has not enough coordinates for this many canaries.
     """
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:

@@ -247,7 +247,7 @@ def clopper_pearson(hits: int, trials: int, *, confidence: float) -> tuple[float
 
 
 def _chance(hits: int, trials: int, *, tail: float) -> float:
-    """The chance of a hit with which so many hits or more are had with the chance `tail`."""
+    """The chance of a hit at which `hits` or more have the chance `tail`."""
     low, high = -40.0, 40.0  # log odds
     while high - low > 1e-9:
         middle = (low + high) / 2

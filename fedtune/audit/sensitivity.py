@@ -190,15 +190,11 @@ class _Search:
         else:
             users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
             everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
-            batches = everyone.cut(places, choose=_all)
+            batches = everyone.cut(places, choose=lambda count: np.arange(count, dtype=np.int64))
             of_units = everyone.gradients(gradients)
         for batch in batches:
             dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])
-
-
-def _all(count: int) -> Integers:
-    return np.arange(count, dtype=np.int64)
 
 
 def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:

@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from fedtune.spec import ConfigError
+
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
 _ROOM_BESIDE = 32  # for what an example does; with less, it stands below
@@ -39,7 +41,7 @@ class InterruptTold(KeyboardInterrupt):
 
 
 _LARGE = 100
-"""Modules: so many new ones were a large library, whose objects stay for good."""
+"""Modules: this many new ones were a large library, whose objects stay for good."""
 
 
 @contextmanager
@@ -75,6 +77,7 @@ class Option:
 
 Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to change")]
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
+Output = Annotated[Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
@@ -87,6 +90,15 @@ Renew = Annotated[
     bool, Option("ask for a new certificate in the last third of this one's time, and use it", names=("--renew",))
 ]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
+
+
+_OUTPUTS = (".html", ".svg", ".json")
+
+
+def check_output(path: Path | None) -> None:
+    """Require one of the endings of `Output`."""
+    if path is not None and path.suffix not in _OUTPUTS:
+        raise ConfigError("--output", str(path), f"must end in {', '.join(_OUTPUTS)}")
 
 
 def folded(text: str, *, width: int) -> list[str]:

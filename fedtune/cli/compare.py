@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, AsJson, Option, single
+from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
 from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
@@ -22,7 +22,7 @@ from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
-from fedtune.evaluation.spec import SMALLEST
+from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
@@ -30,7 +30,6 @@ from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.results import RunResult
 
-FORMATS = (".html", ".svg", ".json")
 _POOLED_SITE = "all"
 
 
@@ -74,9 +73,7 @@ def compare(
     by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
     smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
     generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
-    output: Annotated[
-        Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")
-    ] = None,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the model before training, each site alone, the federation, and all records in one place.
@@ -89,14 +86,10 @@ def compare(
     The same records are scored under every model. Intervals (95 %) come from drawing these records anew, the same ones
     for all models; what they do not tell apart is said in words. The same command again goes on where it stopped.
     """
-    if output is not None and output.suffix not in FORMATS:
-        raise ConfigError("--output", str(output), f"must end in {', '.join(FORMATS)}")
-    check_at_least("--smallest", smallest, FEWEST_UNITS)
+    _check_options(output, smallest)
     console, folders = Console(stderr=as_json), _run_folders(words)
-    if folders and (without_privacy or leave_out):
-        key = "--without-privacy" if without_privacy else "--leave-out"
-        raise ConfigError(key, NOT_GIVEN, "goes with an experiment's settings, not with runs that are there already")
     if folders:
+        _check_not_given(without_privacy, leave_out)
         into, lines = None, _lines_of_folders(folders)
     else:
         runs = planned(words, without_privacy=without_privacy, leave_out=leave_out)
@@ -108,16 +101,24 @@ def compare(
             lines = _run_all(runs, console, again=_again(words, into, options, flags))
     with Console(stderr=True).status("Scoring ..."):
         compared = scored(lines, data=data, by=by, smallest=smallest, generate=generate)
-    written = [output] if output else []
-    written += [into / "compare.html", into / "compare.json"] if into else []
-    for path in written:
-        write_file(path, _text(compared, path.suffix), option="--output")
+    written = _write(compared, output, into)
     if as_json:
         print_json(compared.to_json())
         return
     show(console, compared.sections())
     for path in written:
         say(f"written: {path}", console=console)
+
+
+def _check_options(output: Path | None, smallest: int) -> None:
+    check_output(output)
+    check_at_least("--smallest", smallest, FEWEST_UNITS)
+
+
+def _check_not_given(without_privacy: bool, leave_out: Sequence[Kind]) -> None:
+    if without_privacy or leave_out:
+        key = "--without-privacy" if without_privacy else "--leave-out"
+        raise ConfigError(key, NOT_GIVEN, "goes with an experiment's settings, not with runs that are there already")
 
 
 def _run_folders(words: Sequence[str]) -> list[Path]:
@@ -199,8 +200,7 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
     """Look at the records to be scored before the first run, as far as that takes no model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
-        bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
-        raise ConfigError("data.test_file", None, bound)
+        raise no_test_records()
     name = file or data.test_file or data.train_file
     if SITE in name:
         return
@@ -253,6 +253,15 @@ def _names(folders: Sequence[Path]) -> Iterator[str]:
         if [other.absolute() for other in folders].count(folder.absolute()) > 1:
             raise ConfigError("RUN", str(folder), "must be given once")
         yield str(folder) if names.count(name) > 1 or name == "base" else name
+
+
+def _write(compared: Compared, output: Path | None, into: Path | None) -> list[Path]:
+    """Write the file that was asked for, and page and figures into the folder of an experiment's runs."""
+    paths = [output] if output else []
+    paths += [into / "compare.html", into / "compare.json"] if into else []
+    for path in paths:
+        write_file(path, _text(compared, path.suffix), option="--output")
+    return paths
 
 
 def _text(compared: Compared, suffix: str) -> str:

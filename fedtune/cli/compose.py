@@ -108,7 +108,8 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     try:
         return _with_start(parse(settings))
     except ConfigError as error:
-        hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if _unknown(error) else error
+        unknown = error.bound == "is not a setting of fedtune"
+        hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if unknown else error
         typed = any(_key(override) == error.key for override in overrides) or error.key in maps
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
 
@@ -367,10 +368,6 @@ def _is_override(text: str) -> bool:
         return bool(OverridesParser.create().parse_override(text).key_or_group)
     except HydraException:
         return False
-
-
-def _unknown(error: ConfigError) -> bool:
-    return error.bound == "is not a setting of fedtune"
 
 
 def _nearest(key: str) -> str:

@@ -71,7 +71,12 @@ def file_sections(found: Found) -> Iterator[Section]:
         title="Columns",
         headings=("name", "filled", "holds", "different values"),
         rows=tuple(
-            (one.name, f"{one.filled:,}", _types(one.types), f"{len(one.values):,}" if one.values else "many")
+            (
+                one.name,
+                f"{one.filled:,}",
+                ", ".join(one.types) or "nothing",
+                f"{len(one.values):,}" if one.values else "many",
+            )
             for one in islice(found.columns.values(), _MOST_COLUMNS)
         ),
         words=frozenset({0, 2}),
@@ -87,10 +92,6 @@ def file_sections(found: Found) -> Iterator[Section]:
         yield _labels(found.labels, found.rows)
     if found.faults:
         yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
-
-
-def _types(types: Mapping[str, int]) -> str:
-    return ", ".join(types) or "nothing"
 
 
 def _cut(row: Row, column: str) -> str:

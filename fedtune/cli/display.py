@@ -149,7 +149,8 @@ class Display:
     def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Say what a real site answered, and what its receipt comes to."""
         if self._shown:
-            text = f"{what}, {_bytes(num_bytes)}" if what == "update" else what
+            size = f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+            text = f"{what}, {size}" if what == "update" else what
             if charged_rounds is not None and self._plan is not None:
                 text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
             say(f"  {site}: {text}", style="" if what == "update" else "yellow", console=self._console)
@@ -404,10 +405,6 @@ def _scores(metrics: Mapping[str, float | None]) -> str:
         name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
     }
     return ", ".join(f"{name} {text}" for name, text in texts.items())
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _duration(seconds: float) -> str:

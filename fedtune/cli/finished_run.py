@@ -42,7 +42,7 @@ def finished_run(
         run: a run folder, or the `adapter` folder in it.
         device: where to compute.
         columns: `{role: column}` as it was typed, for a file whose columns have other names than the run's.
-        generate: write texts for so many prompts when the model is scored; None: as the run did.
+        generate: write texts for this many prompts when the model is scored; None: as the run did.
 
     Raises:
         ConfigError: there is no finished run, or what is asked does not fit it.

@@ -76,7 +76,9 @@ def generate(
     if columns is not None and file is None:
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
     warn_of_fixed_prompt(config)
-    records = _typed(config, prompt) if prompt is not None else _from_file(config, str(file))
+    records = (
+        _from_file(config, str(file)) if prompt is None else [Record(prompt_fields(config, prompt, at="--prompt"))]
+    )
     from fedtune.sites.saved_model import BASE, SavedModel
 
     saved = SavedModel(config, folders)
@@ -158,10 +160,6 @@ def _require_an_answer(config: RunConfig, spec: WritingSpec) -> None:
         raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
     if spec.temperature > 0 and not task.predicts_tokens:
         raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
-
-
-def _typed(config: RunConfig, prompt: str) -> list[Record]:
-    return [Record(prompt_fields(config, prompt, at="--prompt"))]
 
 
 def _from_file(config: RunConfig, name: str) -> list[Record]:

@@ -25,12 +25,7 @@ from fedtune.cli.sections import Section, json_text, print_json, say, show
 from fedtune.deploy.backup import anchors_at_hand, make_up_for
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
-from fedtune.privacy.amounts import (
-    figures_of,
-    identity_json,
-    spending_json,
-    verification_json,
-)
+from fedtune.privacy.amounts import figures_of, identity_json, spending_json, verification_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Head

@@ -21,11 +21,7 @@ from fedtune.cli.sections import Section, say
 from fedtune.deploy.backup import MadeUp
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.amounts import (
-    epsilon_left,
-    figures_of,
-    reference_runs_left,
-)
+from fedtune.privacy.amounts import epsilon_left, figures_of, reference_runs_left
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
@@ -113,7 +109,7 @@ def show_verdict(history: History, figures: Spending) -> None:
     if figures.seeded:
         style = "bold yellow"
         text = (
-            "NO GUARANTEE: a run took its noise from a seed, which whoever knows the seed can take away again. The "
+            "NO GUARANTEE: a run took its noise from a seed, which anybody who knows the seed can take away again. The "
             "figures below are those of a study."
         )
     elif math.isinf(figures.epsilon):

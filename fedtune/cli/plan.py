@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from fedtune.cli import plan_sections as words
-from fedtune.cli.command import Option, Overrides, single
+from fedtune.cli.command import Option, Output, Overrides, check_output, single
 from fedtune.cli.compose import compose_run
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from fedtune.federation.forecast import Forecast
 
 Target = Literal["noise", "rounds", "sampling_rate"]
-FORMATS = (".html", ".svg", ".json")
 
 
 def plan(
@@ -59,14 +58,12 @@ def plan(
     time: Annotated[
         bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
-    trials: Annotated[int | None, Option("also the price of a search over so many runs like this", metavar="K")] = None,
+    trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
     mean_trials: Annotated[
         float | None, Option("the same, where the number of runs is drawn (fedtune search)", metavar="M")
     ] = None,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
-    output: Annotated[
-        Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")
-    ] = None,
+    output: Output = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
     """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, what sites'
@@ -82,22 +79,16 @@ def plan(
       fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
     docs/planning.md explains every figure.
     """
-    if output is not None and output.suffix not in FORMATS:
-        raise ConfigError("--output", str(output), f"must end in {', '.join(FORMATS)}")
-    if lead is not None:
-        check_public_key("--lead", lead)
-    if time and no_model:
-        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
-    asked = {path: lead or _first_lead(path) for path in policy}
+    check_output(output)
+    _check_model(loads=time, loads_not=no_model)
+    asked = _leads(policy, lead)
     with Console(stderr=True).status("Working out the price ..."):
-        known = _price_of(overrides, target, with_model=time)
-        searched = price_asked_for(known.plan, trials=trials, mean_trials=mean_trials)
-        verdicts = _verdicts(known, asked)
-        outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
+        outlook = _with_verdicts(_price_of(overrides, target, with_model=time), asked, lead_assumed=lead is None)
+        searched = price_asked_for(outlook.plan, trials=trials, mean_trials=mean_trials)
     priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
-        _write(output, outlook, figures, priced)  # first: whoever reads standard output may stop in the middle
+        _write(output, outlook, figures, priced)  # first: the reader of standard output may stop in the middle
     if as_json:
         print_json(figures)
         return
@@ -105,6 +96,11 @@ def plan(
     show(Console(), priced)
     if output is not None:
         say(f"written: {output}")
+
+
+def _check_model(*, loads: bool, loads_not: bool) -> None:
+    if loads and loads_not:
+        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
 
 
 def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
@@ -132,12 +128,13 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     )
 
 
-def _verdicts(known: Outlook, asked: dict[Path, str]) -> tuple[verdict.Verdict, ...]:
+def _with_verdicts(known: Outlook, asked: Mapping[Path, str], *, lead_assumed: bool) -> Outlook:
     sizes = known.config.declared_sizes()
-    return tuple(
+    verdicts = tuple(
         verdict.ask(path, known.config.proposal(lead=lead, plan=known.plan), declared_sizes=sizes)
         for path, lead in asked.items()
     )
+    return dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead_assumed)
 
 
 def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
@@ -172,9 +169,11 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
     return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
-def _first_lead(path: Path) -> str:
-    """The lead to ask a policy for when none was given."""
-    return next(iter(read_policy(path).allow.leads), "nobody")
+def _leads(policies: Sequence[Path], lead: str | None) -> dict[Path, str]:
+    """The lead to ask each policy for; where none was given, the first that it allows."""
+    if lead is not None:
+        check_public_key("--lead", lead)
+    return {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
 
 
 def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
@@ -215,6 +214,8 @@ def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any], priced: Seq
 
 def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
     """A self-contained page with every table and the chart; no script, no network."""
+    price = outlook.price
+    seen = f"Epsilon would rise to {epsilon_text(price.epsilon)}" if price.rounds else "No epsilon"
     sections = (
         words.accountants(outlook),
         *priced,
@@ -230,16 +231,11 @@ def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
         holds=outlook.guaranteed,
         body=(
             as_html(pairs(words.facts(outlook))),
-            as_figure(_seen(outlook), chart_svg(outlook)),
+            as_figure(seen, chart_svg(outlook)),
             *map(as_html, sections),
         ),
         last="Worked out from settings and declared sizes alone; no record was read.",
     )
-
-
-def _seen(outlook: Outlook) -> str:
-    """What there is to see in the chart."""
-    return f"Epsilon would rise to {epsilon_text(outlook.price.epsilon)}" if outlook.price.rounds else "No epsilon"
 
 
 def chart_svg(outlook: Outlook) -> Markup:

@@ -41,11 +41,7 @@ _OURS = ("federation.num_sites", "federation.site_names", "federation.participan
 
 def run(
     words: Annotated[
-        tuple[str, ...],
-        Argument(
-            "KEY=VALUE",
-            help="settings to change; or status, stop or resume, and a run folder",
-        ),
+        tuple[str, ...], Argument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder")
     ] = (),
     kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
     for_good: Annotated[

@@ -83,7 +83,7 @@ class Search:
 
     @property
     def request(self) -> str:
-        """What asked for so many trials, as errors begin."""
+        """What asked for the number of trials, as errors begin."""
         return f"--mean-trials = {self.mean_trials:g}" if self.drawn else f"--trials = {self.number}"
 
     @property

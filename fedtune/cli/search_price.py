@@ -53,7 +53,7 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
         )
     notes = [promise(price)]
     if mean is None:
-        notes.append("Whoever sees the picked adapter alone may learn as much: the number of trials is fixed.")
+        notes.append("Anybody who sees the picked adapter alone may learn as much: the number of trials is fixed.")
     else:
         notes.append(
             "No ledger is charged with the last figure: it holds if you keep all else of the search to yourself."

@@ -17,14 +17,7 @@ from fedtune.spec import ConfigError
 def simulate(
     overrides: Overrides = (),
     multirun: Annotated[
-        bool,
-        Option(
-            names=(
-                "-m",
-                "--multirun",
-            ),
-            help="run every combination of comma-separated values",
-        ),
+        bool, Option(names=("-m", "--multirun"), help="run every combination of comma-separated values")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -282,7 +282,7 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, site: PolicyFile) -> None:
     """Back up the policy, the ledger, kept adapters, and whether the site is paused or has left. The site may run.
 
-    No key is in it: keep site_key.pem apart, since whoever has both could go on with the ledger.
+    No key is in it: keep site_key.pem apart, since anybody who has both could go on with the ledger.
     """
     _own_kit(kit)
     from fedtune.deploy.backup import back_up_site

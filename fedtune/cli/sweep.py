@@ -231,14 +231,7 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     return None
 
 
-def show_table(
-    console: Console,
-    path: Path,
-    rows: Sequence[SweptRun],
-    *,
-    best: SweptRun | None,
-    again: str,
-) -> None:
+def show_table(console: Console, path: Path, rows: Sequence[SweptRun], *, best: SweptRun | None, again: str) -> None:
     """The table, with a mark at the best run."""
     begun = [(number, row) for number, row in enumerate(rows, start=1) if row.begun]
     together = any(row.together is not None for row in rows)
@@ -256,7 +249,7 @@ def show_table(
             str(number),
             *row.values.values(),
             *(_figure(getattr(row, kind), name) for kind, name in scores),
-            _epsilon(row),
+            epsilon_text(row.result.privacy.epsilon) if row.result else "-",
             *([epsilon_text(row.together)] if together else []),
             row.state,
         )
@@ -281,10 +274,6 @@ def show_table(
 def _figure(scores: Scores, name: str) -> str:
     value = scores.get(name)
     return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
-
-
-def _epsilon(row: SweptRun) -> str:
-    return epsilon_text(row.result.privacy.epsilon) if row.result else "-"
 
 
 def _notes(rows: Sequence[SweptRun], best: SweptRun | None) -> Iterator[str]:

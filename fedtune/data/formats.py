@@ -14,16 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.data.text_rows import (
-    MOST_BYTES,
-    RawRows,
-    Row,
-    array_rows,
-    at_line,
-    check_header,
-    line_rows,
-    table_rows,
-)
+from fedtune.data.text_rows import MOST_BYTES, RawRows, Row, array_rows, at_line, check_header, line_rows, table_rows
 from fedtune.spec import DataError, check_name
 
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"

@@ -21,7 +21,7 @@ _PACKAGE = Path(fedtune.__file__).parent
 _ROWS_KEY = b"fedtune rows"
 """One for all runs, so that a score on some rows of a file is about the same rows in each."""
 FAR = 1.5
-"""A declared size is far from the true one that is so many times as large, or as small."""
+"""A declared size is far from the true one if one is this many times the other."""
 
 
 def shipped_folders() -> tuple[Path, ...]:
@@ -200,7 +200,7 @@ def lead_file(path: Path, columns: Mapping[str, str], *, fault: Fault, leave_out
 
 
 def chosen_rows(records: Sequence[Record], rows: int | None) -> list[Record]:
-    """So many of the lead's records, or all of them for None: those of the smallest hash, in their order."""
+    """`rows` of the lead's records, or all of them for None: those of the smallest hash, in their order."""
     if rows is None or rows >= len(records):
         return list(records)
     hashes = [unit_hash(record, purpose="rows", key=_ROWS_KEY) for record in records]

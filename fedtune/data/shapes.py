@@ -63,7 +63,7 @@ class Shapes:
 
     @classmethod
     def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None) -> Shapes:
-        """The shapes for records of at most `max_length` tokens, on a model with so many positions."""
+        """The shapes for records of at most `max_length` tokens, on a model that has `positions`."""
         roomy = 8 * (max_length // 8 + 1)  # one token more than the longest record has, at least
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
@@ -125,7 +125,7 @@ class _Choice(NamedTuple):
 
 @cache
 def _least_work(count: int, choices: tuple[_Choice, ...]) -> tuple[int, tuple[_Choice, ...]]:
-    """The micro-batches that hold so many records with the least work, the largest first, and that work."""
+    """The micro-batches that hold `count` records with the least work, the largest first, and that work."""
     if count <= 0:
         return 0, ()
     rest = {choice: _least_work(count - choice.room, choices) for choice in choices}

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from fedtune.spec import panics_as_errors
 
 _CHARACTERS_A_TOKEN = 64
-"""A text is cut to so many characters for each token of an example, before it is encoded: what is longer would decide
+"""A text is cut to this many characters for each token of an example, before it is encoded: what is longer would decide
 how much memory and time a site needs.  Words have about four characters a token, and the longest tokens are lines and
 spaces.  Only a text in which such long tokens, or spaces that give no token, take most of the room loses any."""
 _MOST_LONGER, _ROOM = 4, 256
-"""A normaliser may make a text so many times as long, and so many characters longer.  Unicode's own make three
+"""A normaliser may make a text this many times as long, and this many characters longer.  Unicode's own make three
 characters of a letter of Hangul; a table that a lead chose could fill the memory with a text of one letter."""
 _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 
@@ -156,7 +156,7 @@ def _stays_short(text: str, normalizer: Any) -> bool:
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in order, so few at a time that a tokenizer's memory is bounded, and at least one."""
+    """The texts in order, a few at a time, so that a tokenizer's memory is bounded."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
         characters += len(text)

@@ -70,11 +70,7 @@ class Health:
         )
 
     def update(
-        self,
-        *,
-        state: State | None = None,
-        last_contact: datetime | None = None,
-        rounds_answered: int | None = None,
+        self, *, state: State | None = None, last_contact: datetime | None = None, rounds_answered: int | None = None
     ) -> None:
         """Set what is given, together; what is None stays.
 
@@ -134,7 +130,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
         address: host:port; an IP address (an IPv6 one in brackets) or localhost.
         respond: what is answered.
         key: the option that named the address.
-        most_s: that a connection may last, so that whoever dribbles bytes holds a place no longer.
+        most_s: that a connection may last, so that a caller who dribbles bytes holds a place no longer.
         far: what an address that other machines reach is refused with; None: it is taken.
 
     Raises:
@@ -196,7 +192,7 @@ def _app(respond: Respond) -> Any:
 class _Brief(H11Protocol):
     """A connection that ends after some seconds; who comes on top of a few takes the place of the oldest.
 
-    A probe takes milliseconds: whoever holds a place for longer must not keep it out.
+    A probe takes milliseconds: a caller who holds a place for longer must not keep it out.
     """
 
     most_s: ClassVar[float]

@@ -1,1 +1,4 @@
-"""Scores of a task model (`evaluate`) and of the texts that it writes (`generation`); `spec` has the settings."""
+"""Scores of a task model (`scoring`), by group (`groups`), with intervals (`bootstrap`); `spec` has the settings.
+
+Texts that a model writes are scored as well (`generation`).
+"""

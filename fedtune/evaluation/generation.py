@@ -111,7 +111,7 @@ class PromptSet:
         Args:
             prompts: of each reference; those that their cutting made equal are one.
             references: the texts.
-            rows: keep the first so many distinct prompts, with all their references.
+            rows: keep this many distinct prompts, the first ones, with all their references.
 
         Raises:
             DataError: when there is no prompt.
@@ -243,7 +243,8 @@ def write_greedily(
     """
     token_ids, mask = _pad_left(prompts, pad_id=pad_id, device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    takes_positions = _takes_positions(model)
+    # Families that read distances off the mask (ALiBi) take no position ids.
+    takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
     cache = None
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends = torch.tensor(sorted(end_ids), device=device, dtype=torch.int64)
@@ -252,12 +253,7 @@ def write_greedily(
         placed = {"position_ids": positions} if takes_positions else {}
         # Only the last position's logits are read; all of them would take prompt length x vocabulary.
         output = model(
-            input_ids=token_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **placed,
+            input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
         )
         cache = output.past_key_values
         chosen = output.logits[:, -1].argmax(dim=-1)  # (n,)
@@ -268,7 +264,8 @@ def write_greedily(
         token_ids = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return [_until(row, end_ids) for row in torch.stack(written, dim=1).tolist()]
+    rows = torch.stack(written, dim=1).tolist()
+    return [list(takewhile(lambda token_id: token_id not in end_ids, row)) for row in rows]
 
 
 def _pad_left(prompts: Sequence[np.ndarray], *, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,13 +277,3 @@ def _pad_left(prompts: Sequence[np.ndarray], *, pad_id: int, device: torch.devic
         token_ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     return torch.from_numpy(token_ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _takes_positions(model: PeftModel) -> bool:
-    """Whether the base takes position ids; families that read distances off the mask (ALiBi) take none."""
-    return "position_ids" in inspect.signature(model.get_base_model().forward).parameters
-
-
-def _until(token_ids: list[int], end_ids: frozenset[int]) -> list[int]:
-    """The tokens before the first of `end_ids`; what a finished row wrote on is noise."""
-    return list(takewhile(lambda token_id: token_id not in end_ids, token_ids))

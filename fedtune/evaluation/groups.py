@@ -67,7 +67,7 @@ class GroupScores:
 
 
 def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[np.int64]] | None = None) -> Groups:
-    """Groups of at least `smallest` units, where there are so many.
+    """Groups of at least `smallest` units, where there are that many units.
 
     Each value with fewer units goes to `OTHERS`; while that has too few itself, the next smallest group joins it.  The
     sizes alone decide, and among equal sizes the names.
@@ -208,7 +208,7 @@ def _together(parts: Sequence[tuple[float, float, int]]) -> tuple[float, float, 
 
 
 def _mean(part: tuple[float, float, int], noise_multiplier: float, num_sites: int) -> tuple[float, float]:
-    """A group's mean score, and half of its interval; `part` has the noise of so many releases."""
+    """A group's mean score, and half of its interval; `part` is merged of groups, each with the noise of all sites."""
     total, units, merged = part
     score = min(1.0, max(0.0, total / units))
     noise = _deviation(noise_multiplier, num_sites, merged=merged) ** 2 * (1 + score**2) / units**2

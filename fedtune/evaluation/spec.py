@@ -8,6 +8,12 @@ SMALLEST = 20
 """Units of the smallest group that is scored by itself, unless somebody asks for another number."""
 
 
+def no_test_records() -> ConfigError:
+    """The mistake of who compares runs that keep no records for a test, and gives no others."""
+    bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
+    return ConfigError("data.test_file", None, bound)
+
+
 @spec
 class EvaluationSpec:
     """How the lead's own data is scored.

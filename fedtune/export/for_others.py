@@ -238,12 +238,7 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 def _dense(modules: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     rows, columns = weight.shape
     layer: nn.Module = modules.Dense(
-        columns,
-        rows,
-        bias=bias is not None,
-        activation_function=nn.Identity(),
-        init_weight=weight,
-        init_bias=bias,
+        columns, rows, bias=bias is not None, activation_function=nn.Identity(), init_weight=weight, init_bias=bias
     )
     return layer
 

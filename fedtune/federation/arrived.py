@@ -55,7 +55,7 @@ class Arrived:
             raise RunError(f"{self._folder} takes no more of a round ({error.strerror}): it needs {needed}") from error
 
     def values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
-        """So many values of a site's update, from the `start`-th on; shape (count,)."""
+        """`count` values of a site's update, from the `start`-th on; shape (count,)."""
         return np.fromfile(self._path(site), dtype="<f4", count=count, offset=4 * start)
 
     def adapter(self, values: npt.NDArray[np.float32]) -> Adapter:

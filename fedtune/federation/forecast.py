@@ -26,6 +26,9 @@ _ENOUGH_S = 0.7
 class Forecast:
     """What a run takes on this machine and on the wire, spare rounds left out.
 
+    Times are upper estimates for this machine: every example has full length, and every user as many records as may
+    take part.  Evaluation, start-up and the way over a network are not in them.
+
     Attributes:
         values: trained parameters.
         model_bytes: of memory that base, adapter and head take where they lie, in the run's number format.
@@ -38,10 +41,6 @@ class Forecast:
         step_seconds: of one step, by site.
         round_seconds: of one round, by site; sites of their own work at the same time.
         seconds_one_after_another: of all training where one machine plays all sites, as a simulation does.
-
-    Times are upper estimates for this machine: every example has full length, and every user as many records as may
-    take part.  Evaluation, start-up and the way over
-    a network are not in them.
     """
 
     values: int

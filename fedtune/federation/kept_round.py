@@ -15,7 +15,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.spec import spec
 from fedtune.words import finite
 
-if TYPE_CHECKING:  # it reads adapters, which who reads a report need not
+if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports does not need
     from fedtune.federation.lead import RoundResult
 
 
@@ -47,7 +47,7 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
         return -float("inf") if score is None else sign * score
 
     best = max(rounds, key=gain)  # of equals the first: later ones brought nothing
-    # A round of whose updates nothing came has the score before it: that is no trial that failed.
+    # A round without a usable update keeps the score before it, so it is no failed try.
     waited = sum(one.round > best.round for one in rounds if one.sites)
     stops = federation.stop_after is not None and waited >= federation.stop_after
     kept = best if federation.keep_round == "best" else rounds[-1]
@@ -60,7 +60,7 @@ def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged
 
 
 def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> int:
-    """How many rounds a run takes as things stand: its spare ones make up for those of whose updates nothing came."""
+    """How many rounds a run takes as things stand: spare ones replace rounds without a usable update."""
     return federation.num_rounds + min(federation.spare_rounds, sum(not one.sites for one in rounds))
 
 

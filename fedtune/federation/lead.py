@@ -17,7 +17,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedtune.federation.protocol import Reply
-from fedtune.federation.run_folder import saved_checkpoints
+from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
 from fedtune.model import Adapter, AdapterError
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
@@ -117,7 +117,7 @@ class LeadState:
         return self._with(self._credible_of(replies, run=run, most_rounds=most_rounds))
 
     def believed(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Reply]:
-        """`replies` without the receipts that say nothing about this run: an update whose receipt is gone is none."""
+        """`replies` without receipts that say nothing about this run; without its receipt an update does not count."""
         kept = self._credible_of(replies, run=run, most_rounds=most_rounds)
         return {site: reply if site in kept else replace(reply, receipt=None) for site, reply in replies.items()}
 
@@ -204,7 +204,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config_sha256: str) -> None:
         self._folder = folder
         self._config = config_sha256
-        self._asked = folder / "asked.jsonl"
+        self._asked = folder / ASKED
         self._reference = folder / "reference.safetensors"
         self._session = folder / "session.json"
 
@@ -265,7 +265,9 @@ class Checkpoints:
             "start_adapter": state.start_adapter,
             "data_changed": list(state.data_changed),
         }
-        write_durably(self._path(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)}))
+        write_durably(
+            self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)})
+        )
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
 
@@ -295,7 +297,7 @@ class Checkpoints:
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
-                start_adapter=about.get("start_adapter"),  # nobody noted it when there was none
+                start_adapter=about.get("start_adapter"),  # absent where the run began in a new adapter
                 data_changed=tuple(map(str, about.get("data_changed", ()))),
             )
         except Exception as error:
@@ -317,9 +319,6 @@ class Checkpoints:
         """A line without its end was cut short by a crash, before any request of its round was sent."""
         lines = self._asked.read_bytes().splitlines(keepends=True) if self._asked.exists() else []
         return [line for line in lines if line.endswith(b"\n")]
-
-    def _path(self, round: int) -> Path:
-        return self._folder / f"round-{round:04d}.safetensors"
 
 
 def _way_on(found: Sequence[Path]) -> str:

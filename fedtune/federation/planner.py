@@ -31,8 +31,8 @@ class SitePrice:
     Attributes:
         weight: share of the average.
         expected_batch: units in a step, on average, if the declared size were the true one.
-        expected_failures: delta times declared size: on average, at most so many units give away something that could
-            not have come out without them.
+        expected_failures: delta times declared size: on average, at most that many units give away something that
+            could not have come out without them.
         step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
     """
 
@@ -45,11 +45,11 @@ class SitePrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """Epsilon after so many rounds, by each accountant that composes them all.
+    """Epsilon after this round and all before it, by each accountant that composes them all.
 
     Attributes:
         pld: the run's figure.
-        rdp: at the order that is best for so many rounds.
+        rdp: at the order that is best for these rounds.
         filter: what a ledger's filter has counted by then, at the one order that is best for the whole plan.
         spare: whether the round is one that is paid for in case another is interrupted.
     """
@@ -294,6 +294,7 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
     return None if noise is None else math.ceil(noise * 1e4) / 1e4
 
 
-def _rounded_down(value: float, digits: int = 4) -> float:
-    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+def _rounded_down(value: float) -> float:
+    """To four digits."""
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
     return math.floor(value * scale) / scale

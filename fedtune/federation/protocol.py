@@ -45,20 +45,43 @@ class Signed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Invitation:
-    """The lead's question whether a site would take part in a run, before any site is charged for it.
+class _Uncharged:
+    """A question about a run that is charged to no round.
 
     Attributes:
         proposal: of the run.
         site: who is asked.
         expires: seconds since 1970 after which the question is void.
-        less: whether a site whose budget has no room for all of it is to say how much it has room for.
-        nonce: 32 random hexadecimal digits, which come back in an offer.
     """
 
     proposal: Proposal
     site: str
     expires: float
+
+    @property
+    def run(self) -> str:
+        """The run that is asked about."""
+        return self.proposal.run
+
+    @property
+    def round(self) -> int:
+        """0: none."""
+        return 0
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what is asked; when it expires is no part of it."""
+        return self.proposal.digest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invitation(_Uncharged):
+    """The lead's question whether a site would take part in a run, before any site is charged for it.
+
+    Attributes:
+        less: whether a site whose budget has no room for all of it is to say how much it has room for.
+        nonce: 32 random hexadecimal digits, which come back in an offer.
+    """
+
     nonce: str
     less: bool = False
 
@@ -75,20 +98,6 @@ class Invitation:
             return type(asked.less) is bool and _NONCE.fullmatch(asked.nonce) is not None
 
         return _question(cls, signed, INVITATION, is_right)
-
-    @property
-    def run(self) -> str:
-        """The run that is asked about."""
-        return self.proposal.run
-
-    @property
-    def round(self) -> int:
-        """0: none has begun."""
-        return 0
-
-    def digest(self) -> str:
-        """SHA-256, in hex, of what is asked; when it expires is no part of it."""
-        return self.proposal.digest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,19 +192,16 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SumRequest:
+class SumRequest(_Uncharged):
     """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
 
     Attributes:
         step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
         session: 32 random hexadecimal digits, the lead's name for the session that is announced.
-        parts_digest: of the messages that travel beside it, which the step goes by, as `digest_of_parts` makes it: who
-            carries them can change none, and so make no site answer what the lead did not ask.
+        parts_digest: `digest_of_parts` of the messages that travel with the question.  A carrier who changes one cannot
+            make a site answer what the lead did not ask.
     """
 
-    proposal: Proposal
-    site: str
-    expires: float
     step: str
     session: str
     parts_digest: str
@@ -214,20 +220,6 @@ class SumRequest:
             return asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK) and named is not None
 
         return _question(cls, signed, SUM, is_right)
-
-    @property
-    def run(self) -> str:
-        """The run whose sums these are."""
-        return self.proposal.run
-
-    @property
-    def round(self) -> int:
-        """0: it is charged to none."""
-        return 0
-
-    def digest(self) -> str:
-        """SHA-256, in hex, of what is asked."""
-        return self.proposal.digest()
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:
@@ -365,7 +357,7 @@ class Reply:
     def is_signed(self) -> bool:
         """Whether the receipt is signed, and was given with exactly this answer, to the bit.
 
-        Whoever carries an answer, the federation's server among them, can so change nothing about it.
+        So nobody who carries an answer, not even the federation's server, can change it.
         """
         try:
             return self.receipt is not None and self.receipt.reply == digest_of(self.body) and self.receipt.is_signed()

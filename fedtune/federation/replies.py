@@ -18,7 +18,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Update
 
 if TYPE_CHECKING:  # it imports torch
-    from fedtune.training.optimizer import Reach
+    from fedtune.training.reach import Reach
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
@@ -26,7 +26,7 @@ LEFT_OUT = "left_out"
 """Of a site that is asked no more, since its shares in a secure sum were wrong."""
 UNSIGNED_REPLY = "unsigned_reply"
 _MOST_SHARE = 1e9
-"""Of the declared number, whatever noise and true number make of it."""
+"""The largest share of the declared number that a statistic may be, with any noise and any true number."""
 BEYOND_PLAN = "beyond_plan"
 """Of an update that moves the adapter further than the plan's training can."""
 
@@ -37,7 +37,7 @@ class Closing:
 
     Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
     are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
-    ends at once when nobody is at work and so many sites have refused that `least_sites` good answers cannot come.
+    ends at once when nobody is at work and too many sites have refused for `least_sites` good answers to come.
 
     Attributes:
         clock: seconds, of which only differences count.

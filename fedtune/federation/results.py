@@ -164,7 +164,7 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
 
 @lru_cache(maxsize=256)
 def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
-    """Epsilon of so many charged rounds of a plan, by PLD and by RDP."""
+    """Epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
     # Cached: sites mostly stand at the same count, and composing takes a moment.
     if rounds == 0:
         return 0.0, 0.0

@@ -12,10 +12,19 @@ from pathlib import Path
 _MOST_NAMED = 10
 
 
+ASKED = "asked.jsonl"
+"""The journal of rounds that were asked for, in the folder of a run's checkpoints."""
+
+
+def checkpoint_name(round: int | None = None) -> str:
+    """The name of a round's checkpoint, `round-0003.safetensors`; without a round, the pattern of all."""
+    return f"round-{'*' if round is None else f'{round:04d}'}.safetensors"
+
+
 def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in the folder of a run's checkpoints, oldest first."""
     # By length first: after round 9999 come names with a digit more.
-    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
+    return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
 
 
 def run_folders_near(folder: Path) -> str:
@@ -67,7 +76,7 @@ class RunFolder:
     @property
     def asked(self) -> Path:
         """The journal of rounds that were asked for."""
-        return self.checkpoints / "asked.jsonl"
+        return self.checkpoints / ASKED
 
     @property
     def sites(self) -> Path:

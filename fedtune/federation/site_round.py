@@ -166,10 +166,11 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
         return sums.announce(
             request.session, run.members, lambda members: terms_of(asked, members=members, length=length)
         )
-    # Shares let out what was uploaded, so what has come to be forbidden since is not helped with.
+    # Giving shares reveals what was uploaded, so a site does not help with what its policy has forbidden since.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
-    if request.step == JOIN:  # before each round: who would refuse it is not counted on, so that nobody pays in vain
+    if request.step == JOIN:
+        # Before each round, so that the lead does not count on a site that would refuse, and nobody pays for nothing.
         if site.paused():
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
@@ -301,7 +302,7 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     run = _prepared(site, request)
     kept = run.reference() if brought.adapter is None else None
     adapter = brought.made_of(kept, digest=request.reference_digest)
-    _check_adapter(site, request, adapter, template=run.template)
+    _check_adapter(request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
 
@@ -334,7 +335,8 @@ def _as_it_leaves(
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_party(site, request).upload(request.round, trained.share))
     assert trained.adapter is not None
-    # What was brought into the site's bound moved by that, far beyond a step: rounded by it, all else would drown.
+    # Values cut to the site's bound moved much further than a step of training; rounded in levels of that size, every
+    # other change would be lost.
     bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)
     inside = all(np.abs(value).max(initial=0.0) <= bound for value in begun.tensors.values())
     if bits == 32 or not inside:
@@ -344,7 +346,7 @@ def _as_it_leaves(
     return Difference.between(begun.tensors, trained.adapter.tensors, bits=bits, about=about)
 
 
-def _check_adapter(site: Site, request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
+def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:
     if not adapter.same_shapes(template):
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:

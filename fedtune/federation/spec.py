@@ -9,7 +9,16 @@ from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.few_bits import BITS
 from fedtune.privacy.threshold import least_threshold
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+from fedtune.spec import (
+    ConfigError,
+    check_at_least,
+    check_at_most,
+    check_fraction,
+    check_name,
+    check_one_of,
+    check_positive,
+    spec,
+)
 
 STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 MOST_SITES = 10_000
@@ -30,7 +39,7 @@ class FederationSpec:
             "fewer_rounds" (as many as every site allows) or "more_noise" (as little as every site allows).
         spare_rounds: additional rounds for which noise is calibrated, so that an interrupted round can be retried, and
             a secure sum that could not be read made up for by another release.
-        stop_after: end the run after so many rounds without a better score on the lead's own validation file; null:
+        stop_after: end the run after this many rounds without a better score on the lead's own validation file; null:
             run all rounds.  What is left of the sites' budgets is free again; the run still claims the planned epsilon.
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
         aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
@@ -65,7 +74,7 @@ class FederationSpec:
     aggregation: Literal["plain", "secure"] = "plain"
     threshold: int | None = None
     colluders: int = 0
-    bits: int | None = 32
+    bits: int | None = 32  # as in 0.1.0, whose settings name no bits; conf/ says null
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -78,8 +87,7 @@ class FederationSpec:
     def __post_init__(self) -> None:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
-        if self.num_sites > MOST_SITES:
-            raise ConfigError("num_sites", self.num_sites, f"must be at most {MOST_SITES}")
+        check_at_most("num_sites", self.num_sites, MOST_SITES)
         check_at_least("spare_rounds", self.spare_rounds, 0)
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")

@@ -206,11 +206,7 @@ def _answers(question: Message, reply: Reply, *, site: str) -> bool:
 
 
 def _grid(
-    connection: LeadConnection,
-    spec: FederationSpec,
-    listener: DeployedListener | None = None,
-    *,
-    most_rounds: int = 0,
+    connection: LeadConnection, spec: FederationSpec, listener: DeployedListener | None = None, *, most_rounds: int = 0
 ) -> RemoteGrid:
     return RemoteGrid(
         connection.server,

@@ -46,7 +46,7 @@ class Listener(Protocol):
     """Follows a run, to show it."""
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """What takes long before a round's steps: so much of so much is done; of 0 where nobody knows how much."""
+        """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 
     def note(self, text: str) -> None:
         """Something about the data that a person should know before training begins."""

@@ -35,7 +35,7 @@ from fedtune.training.lead_step import lead_step
 log = logging.getLogger(__name__)
 
 _SESSIONS = 3
-"""That are tried before the lead goes on without some site, or gives up: one may be started again in the middle."""
+"""Sessions that the lead tries to begin before it goes on without a site, or gives up; a site may restart in one."""
 
 MOST_LOST = 5
 """Releases without a sum that end a run, in all: where two sites accuse each other, nobody can tell who is at fault."""
@@ -220,10 +220,11 @@ class SecureRounds:
                 log.warning("secure sum: a wrong share of %s's, by %s", dealer, holder)
 
     def _suspect(self, dealer: str | None, wrong_shares: Iterable[tuple[str, str]]) -> None:
-        """Ask the site no more whose doing it is that a sum cannot be read, where that can be told.
+        """Leave out the site that made a sum unreadable, if that can be told.
 
-        Of a wrong share either the holder or the dealer is at fault.  Who has part in some with more others than can
-        collude, and with more than any other site, is left out; who was left out before counts no more.
+        Either the holder or the dealer of a wrong share is at fault.  A site is left out if it has part in wrong shares
+        with more other sites than can collude, and with more than any other site has.  Pairs with a site that was left
+        out earlier do not count.
         """
         self._known.accused |= {frozenset(pair) for pair in wrong_shares}
         pairs = [pair for pair in self._known.accused if len(pair) > 1 and not pair & self._known.left_out]

@@ -30,7 +30,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
-from fedtune.training.optimizer import Reach, reach
+from fedtune.training.reach import Reach, reach
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     Raises:
         RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the checkpoint before it
             can be resumed.
-        RefusedError: so many sites refuse, or have used up their plan, that no round can succeed.
+        RefusedError: too many sites refuse, or have used up their plan, for any round to succeed.
     """
     lead = replace(lead, nodes=lead.nodes or _introductions(grid, lead))
     if state.round == 0:
@@ -84,8 +84,7 @@ def _run_round(
     state = state.asked(sites)
     brought, sent, about = _sent(lead, state, session="" if sums is None else sums.session)
     messages = _requests(grid, lead, state, brought, about=about, sites=sites, holders=holders)
-    bytes_down, bytes_up = sum(flower_records.num_bytes(message.content) for message in messages), 0
-    most_rounds, envelopes = lead.plan.most_rounds, dict[str, Message]()
+    bytes_down = sum(flower_records.num_bytes(message.content) for message in messages)
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
         replies = RoundReplies(
             proposal=lead.proposal,
@@ -97,15 +96,7 @@ def _run_round(
             bits=lead.federation.travelling_bits,
             left_out=() if sums is None else sums.left_out,
         )
-        received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
-        for site, reply, message in readable(received, lead):
-            bytes_up += flower_records.num_bytes(message.content)
-            believed = state.believed({site: reply}, run=lead.run, most_rounds=most_rounds)
-            state = state.answered(believed, run=lead.run, most_rounds=most_rounds)
-            replies.take(site, believed[site])
-            flower_records.drop_arrays(message.content)  # what it brought is on disk
-            envelopes[site] = message
-        _require_enough(replies, lead, round)
+        state, envelopes, bytes_up = _collected(grid, lead, state, messages, into=replies)
         made = _averaged(lead, replies, envelopes) if sums is None else summed(sums, lead, state, replies)
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_sound(adapter, metrics):
@@ -133,6 +124,27 @@ def _run_round(
         rounds=rounds,
         seconds=lead.elapsed(),
     )
+
+
+def _collected(
+    grid: Grid, lead: Lead, state: LeadState, messages: Sequence[Message], *, into: RoundReplies
+) -> tuple[LeadState, dict[str, Message], int]:
+    """The state with what sites answered to these messages, the answers without their arrays, and their bytes.
+
+    Raises:
+        RunError, RefusedError: too few sent an update.
+    """
+    most_rounds, envelopes, num_bytes = lead.plan.most_rounds, dict[str, Message](), 0
+    received = receive(grid, messages, timeout=lead.federation.round_timeout_s)
+    for site, reply, message in readable(received, lead):
+        num_bytes += flower_records.num_bytes(message.content)
+        believed = state.believed({site: reply}, run=lead.run, most_rounds=most_rounds)
+        state = state.answered(believed, run=lead.run, most_rounds=most_rounds)
+        into.take(site, believed[site])
+        flower_records.drop_arrays(message.content)  # what it brought is on disk
+        envelopes[site] = message
+    _require_enough(into, lead, into.round)
+    return state, envelopes, num_bytes
 
 
 def _reaches(lead: Lead, round: int, sent: Adapter) -> dict[str, Reach]:

@@ -214,11 +214,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
     # This one progress bar asks no setting whether it may show.
     with quiet(), redirect_stderr(StringIO()):
         return AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
 
 

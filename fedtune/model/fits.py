@@ -63,7 +63,7 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, *, path: str) -> None:
     """Require a row of the embedding for every id that the tokenizer may give.
 
-    Otherwise a record with such a token makes the site fail, and whoever asks learns that it is there.
+    Otherwise a record with such a token makes the site fail, and the lead learns that it is there.
 
     Raises:
         ConfigError: for `model.path`.

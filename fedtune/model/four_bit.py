@@ -79,7 +79,7 @@ class FourBit(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights, made anew, for whoever reads them; what is written into them is lost."""
+        """The weights, made anew, for code that reads them; what is written into them is lost."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
     @property

@@ -14,7 +14,7 @@ _MOST_VALUES = 300
 LONGEST_LABEL = 80
 MOST_LABELS = 200
 _RECORDS_A_LABEL = 5
-"""A column is a label only if each value has so many records on average."""
+"""A column is a label only if each value has this many records on average."""
 _SEPARATORS = ";|,"
 """What a text of several labels has between them."""
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))

@@ -35,7 +35,7 @@ _STEP = 16
 _MOST_TOKENS = 256
 """Of an example, where the file has longer ones: time and memory grow with it."""
 _SITES = ((1000, 2), (3000, 3))
-"""With fewer records than the first number, so many sites; with more than all, one more."""
+"""Records and sites: with fewer records than the number, its sites; with more than all, one site more."""
 _FEW_UNITS = 200
 _MOST_SITES = 20
 """That a column is taken to name."""
@@ -129,7 +129,7 @@ def left_open(base: str) -> Sequence[str]:
 
 
 def sites_for(rows: int) -> int:
-    """How many sites a simulation on so many records has."""
+    """How many sites a simulation on this many records has."""
     return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
 
 
@@ -201,7 +201,7 @@ def declared_size(plan: Plan) -> int:
 
 
 def _declared(plan: Plan, units: float) -> int:
-    """A round number near what so many units of the file leave a site to train on."""
+    """A round number near what a site trains on, of `units` in the file."""
     test, validation = _shares(plan.measured.units)
     share = units * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
@@ -249,7 +249,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if places is not None:
         yield from _by_place(found, plan, places)
     yield "federation:"
-    yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to so many sites')}"
+    yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to this many sites')}"
     if places is not None:
         yield f"  # {_line('num_sites', len(places.values), f'by {places.name}')}"
     yield "privacy:"

@@ -129,7 +129,7 @@ class SharedNoise(Together):
         return self.noise_against(self.colluders)
 
     def noise_against(self, colluders: int) -> float:
-        """The same where so many sites of that sum collude; with all others, it is the site's own share."""
+        """The same where `colluders` sites of that sum collude; with all others, it is the site's own share."""
         return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
 
     def honest(self, *, survivors: int, colluders: int) -> int:
@@ -201,7 +201,7 @@ def release(*, sampling_rate: float, noise_multiplier: float, honest: int, local
 
 
 def together(noise_multiplier: float, shares: int) -> float:
-    """The noise multiplier of the sum of so many equal shares: variances add up.  Rounded down, if at all."""
+    """The noise multiplier of the sum of `shares` equal shares: variances add up.  Rounded down, if at all."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
         total = math.nextafter(total, 0.0)
@@ -229,7 +229,7 @@ class Epsilons:
 
     Attributes:
         server_alone: against the server, if every site is honest.
-        with_colluders: if so many sites as the site withstands tell the server what they added.
+        with_colluders: if as many sites as the site withstands tell the server what they added.
         with_all_others: if every other site does.
     """
 
@@ -244,18 +244,16 @@ def epsilons(
     survivors: Mapping[int, int],
     sampling_rate: float,
     delta: float,
-    local_steps: int = 1,
     colluders: int | None = None,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """The three figures of a site's unit, by PLD on the coarse grid.
+    """The three figures of a site's unit, by PLD on the coarse grid; each sum is of one step.
 
     Args:
         shared: how the noise is shared.
-        survivors: number of sites in a sum -> how many sums were of so many.
+        survivors: number of sites in a sum -> how many sums had this number.
         sampling_rate: probability with which each unit joins a step.
         delta: at which epsilon is stated.
-        local_steps: noisy steps of a site before each sum.
         colluders: that the site withstands; None: as many as the plan does.
         also: events that the site releases by itself, and that all three count.
 
@@ -272,7 +270,6 @@ def epsilons(
                     sampling_rate=sampling_rate,
                     noise_multiplier=shared.noise_multiplier,
                     honest=shared.honest(survivors=number, colluders=colluding),
-                    local_steps=local_steps,
                 ),
                 times,
             )
@@ -281,7 +278,5 @@ def epsilons(
         return accountant.epsilon_pld([*sums, *also], delta, interval=accountant.COARSE)
 
     return Epsilons(
-        server_alone=epsilon(0),
-        with_colluders=epsilon(assumed),
-        with_all_others=epsilon(shared.num_sites - 1),
+        server_alone=epsilon(0), with_colluders=epsilon(assumed), with_all_others=epsilon(shared.num_sites - 1)
     )

@@ -64,7 +64,7 @@ class Difference:
 
     def added_to(self, begin: Tensors) -> dict[str, npt.NDArray[np.float32]]:
         """What it makes of `begin`, which must have the same names and shapes: the same bits on every machine."""
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever sent it; what comes out is looked at
+        with np.errstate(over="ignore", invalid="ignore"):  # anybody may have sent it; the result is checked
             # A product and a sum, each rounded to float32: in one instruction they would come to other bits.
             moved = {name: np.float32(self.steps[name]) * self.levels[name].astype(np.float32) for name in begin}
             return {name: start + moved[name] for name, start in begin.items()}
@@ -115,7 +115,7 @@ def most_level(bits: int) -> int:
 
 
 def _step(moved: npt.NDArray[np.float64], most: int) -> float:
-    """What makes the largest value the largest level, as a float32 above it: below it, the value would be beyond."""
+    """The step at which the largest level is the largest value, rounded up to a float32: less would not reach it."""
     if not moved.any():
         return 0.0
     return float(np.nextafter(np.float32(np.abs(moved).max() / most), np.float32(math.inf)))

@@ -79,7 +79,7 @@ class PrivacySpec:
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
         if self.metrics != "none" and not self.private:
             raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")
-        check_groups("metrics_groups", self.metrics_groups)
+        check_groups(self.metrics_groups)
         if bool(self.metrics_groups) != (self.metrics == "noised_by_group"):
             bound = "goes with privacy.metrics=noised_by_group, and that with at least one group"
             raise ConfigError("metrics_groups", list(self.metrics_groups), bound)
@@ -100,12 +100,13 @@ class PrivacySpec:
         return self.metrics_noise_multiplier if self.metrics != "none" else 0.0
 
 
-def check_groups(key: str, names: object) -> None:
-    """Check names of groups, as they stand in a run's settings or in a plan that came from anywhere.
+def check_groups(names: object) -> None:
+    """Check `metrics_groups`, as they stand in a run's settings or in a plan that came from anywhere.
 
     Raises:
         ConfigError: more than `MOST_GROUPS`, one twice, or what no value of the role `group` can be.
     """
+    key = "metrics_groups"
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise ConfigError(key, names, "must be names of groups")
     if len(names) > MOST_GROUPS or len(set(names)) < len(names):

@@ -128,7 +128,7 @@ class Reason(StrEnum):
 
     @property
     def is_of_a_stranger(self) -> bool:
-        """Whether whoever asked is not known to be an allowed lead."""
+        """Whether the sender may be a stranger: it was not shown to be an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property

@@ -70,7 +70,7 @@ class Plan:
             check_at_least(name, count, least)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
-        check_groups("metrics_groups", self.metrics_groups)
+        check_groups(self.metrics_groups)
         if self.metrics_groups and self.metrics_noise_multiplier == 0:
             raise ConfigError("metrics_groups", list(self.metrics_groups), "must be empty where no scores are released")
         if self.shared is not None:
@@ -178,7 +178,7 @@ class Plan:
         return dataclasses.replace(self, shared=None)
 
     def by_trust(self, rounds: int) -> Epsilons | None:
-        """Epsilon of so many rounds by who looks, of the smallest sums; None: each site makes its own noise."""
+        """Epsilon of `rounds` rounds by who looks, of the smallest sums; None: each site makes its own noise."""
         if self.shared is None:
             return None
         return epsilons(

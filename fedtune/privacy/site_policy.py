@@ -27,7 +27,16 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.privacy.trust import Broken, Trust
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+from fedtune.spec import (
+    ConfigError,
+    check_at_least,
+    check_at_most,
+    check_fraction,
+    check_name,
+    check_one_of,
+    check_positive,
+    spec,
+)
 
 PERIODS = ("month", "quarter", "year")
 DEFAULT_MIN_GRAD_NORM = 1e-3
@@ -248,6 +257,12 @@ class Releases:
         return metrics in METRICS and list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)
 
 
+MOST_DEVICES = 64
+"""Of one machine; each takes a process with a model of its own."""
+MOST_THREADS = 1024
+"""Of one process; a system runs out of them somewhere above."""
+
+
 @spec
 class Machine:
     """What the site trains on.  None of it changes what is released, but for rounding.
@@ -279,6 +294,8 @@ class Machine:
         for key in ("num_threads", "micro_batch_tokens", "step_mib", "kept_states_mib"):
             check_at_least(key, getattr(self, key), 0)
         check_at_least("num_devices", self.num_devices, 1)
+        check_at_most("num_devices", self.num_devices, MOST_DEVICES)
+        check_at_most("num_threads", self.num_threads, MOST_THREADS)
 
 
 @spec
@@ -312,7 +329,7 @@ class Policy:
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
-        simulated: the site is made up, on the machine of whoever simulates it; its ledger and reports say so.
+        simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
         about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
     """
 

@@ -52,7 +52,7 @@ class HandedOn:
         return self._examples[key]
 
     def batches(self, dataset: TextDataset, *, max_tokens: int) -> KeptBatches:
-        """Of the lead's own records, in batches of so many tokens."""
+        """Of the lead's own records, in batches of `max_tokens`."""
         key = f"{max_tokens} {_digest(dataset)}"
         if key not in self._batches:
             self._make_room(dataset)

@@ -1,4 +1,7 @@
-"""The records that who starts a run may look at, read before there is a model: the lead's, and simulated sites'."""
+"""The records that the person who starts a run may look at, read before there is a model.
+
+They are the lead's, and simulated sites'.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class LeadRecords:
     def read(
         cls, file: str, config: RunConfig, *, key: str, rows: int | None = None, unit: Unit = "record"
     ) -> LeadRecords:
-        """So many records of a file that the setting `key` named; with unit "user" they name their users.
+        """`rows` records of the file that the setting `key` names; with unit "user" they name their users.
 
         Raises:
             DataError: the file cannot be read, or has rows that cannot be used where the settings leave none out.

@@ -51,12 +51,12 @@ from fedtune.training.spec import RuntimeSpec
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of how much of it is; of 0: nobody knows how much there is."""
+"""Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 _Facts = tuple[Hashable, ...]
 _MEANS_BYTES = 512 * 2**20
 """At most, since more at once gain nothing."""
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
-"""What trying a model came to in this process.  A figure stays: who asks again does not get another draw of it."""
+"""What trying a model came to in this process.  Asking again gives the same figure, not another draw."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -64,7 +64,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 class SharedModel:
-    """A run's task model on this machine's device, tried before there is one: who has it has a model that passed.
+    """A run's task model on this machine's device.  The constructor tries it, so every instance has passed.
 
     Args:
         config: of the run.
@@ -282,7 +282,7 @@ class SharedModel:
         return replace(data, kept=self._handed_on.batches(data.examples, max_tokens=most))
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether what the frozen layers make of so many tokens fits where it is kept."""
+        """Whether what the frozen layers make of `num_tokens` fits where it is kept."""
         if self.states_folder is None:
             return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None

@@ -15,7 +15,7 @@ from typing import Any
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.partition import PartitionSpec
 from fedtune.federation.cost import CostSpec
-from fedtune.federation.spec import FederationSpec
+from fedtune.federation.spec import MOST_SITES, FederationSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
@@ -28,7 +28,6 @@ from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
-_MOST_SITES = 10_000
 _AT_SITE = "at-site"
 """Stands in what is sent for every file and folder."""
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
@@ -107,7 +106,7 @@ def _plan_of(fields: dict[str, Any]) -> Plan:
     counts["local_steps"] = fields["training"]["local_steps"]
     if any(type(count) is not int for count in (*counts.values(), federation["num_sites"])):
         raise ValueError("a count that is no whole number")
-    if federation["num_sites"] > _MOST_SITES:
+    if federation["num_sites"] > MOST_SITES:
         raise ValueError("too many sites")
     together = None
     if federation.get("aggregation", "plain") != "plain":

@@ -18,6 +18,7 @@ from fedtune.data.records import NO_VALUE, column_values
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Scores, drawn
 from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
+from fedtune.evaluation.spec import no_test_records
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.sites.run_records import LeadRecords, RunRecords
@@ -141,13 +142,10 @@ def side_by_side(
     first = next(iter(runs.values())).config
     for run in runs.values():
         _require_comparable(run, first)
-    together: dict[Hashable, list[str]] = {}
-    for name, run in runs.items():
-        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
-    for names in together.values():
+    for names in _sharing_a_model(runs):
         config = runs[names[0]].config
         own = _read(config, file) if records is None else None  # before the model, whose loading takes longer
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
@@ -170,6 +168,14 @@ def side_by_side(
         means=means or {},
         score=partial(saved.model.task.scores, spec=saved.model.spec),
     )
+
+
+def _sharing_a_model(runs: Mapping[str, Finished]) -> list[list[str]]:
+    """The runs' names; those that differ in their adapter's values alone stand together."""
+    together: dict[Hashable, list[str]] = {}
+    for name, run in runs.items():
+        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
+    return list(together.values())
 
 
 def _reading(config: RunConfig) -> Hashable:
@@ -205,8 +211,7 @@ def _read(config: RunConfig, file: str | None) -> LeadRecords:
     if file is not None:
         return LeadRecords.read(file, config, key="--data")
     if (own := RunRecords(config).test) is None:
-        bound = "is required to compare, as is data.test_fraction or --data FILE: records that no run trains on"
-        raise ConfigError("data.test_file", None, bound)
+        raise no_test_records()
     return own
 
 

@@ -166,7 +166,7 @@ class VirtualSites:
 
         Args:
             runs: those that a ledger knows are paid for there already.
-            asked: what asks for so many, as an error begins.
+            asked: what asks for these runs, as an error begins.
             shapes: that runs yet unknown may take, which the policies must allow, too.
 
         Raises:

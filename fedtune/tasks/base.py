@@ -303,7 +303,7 @@ class Task(ABC):
         raise NotImplementedError
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        """A value that an invented record may have in a role; None: any text.  `draw` takes one of so many."""
+        """A value that an invented record may have in a role; None: any text.  `draw(n)` takes one of n."""
         return None
 
     @abstractmethod
@@ -316,7 +316,7 @@ class Task(ABC):
             input_ids: of each text; an example has `spec.texts`.
             spec: of the model.
             draws: where a target is one of several.
-            first: place of the first target in an example of so many tokens.
+            first: given an example's number of tokens, the place of its first target.
         """
 
     def readout(self, model: Model) -> Readout:

@@ -273,7 +273,7 @@ class _Tokens:
     start: int = 0
 
     def fitted(self, length: int, *, room_for: int = 0) -> list[_Token]:
-        """At most so many tokens, of which one stands before the answer if there is any.
+        """At most `length` tokens, of which one stands before the answer if there is any.
 
         The context is cut as for an answer of at least `room_for` tokens, so that it is the same before several.
         """

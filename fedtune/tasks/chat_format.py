@@ -159,7 +159,8 @@ def chat_format(
     except _NoChain as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
-    behind, special = joints.pop((ASSISTANT, END)), _special_ids(tokenizer)
+    behind = joints.pop((ASSISTANT, END))
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     place = next((place for place, number in enumerate(behind) if number in special), None)
     ending = (end,) if place is None else behind[: place + 1]
     between = joints[ASSISTANT, USER]
@@ -179,12 +180,8 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
     first = {(START, role): _ids(names[role], tokenizer) for role in (SYSTEM, USER)}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
     joints = first | {(before, role): _ids(f"\n\n{names[role]}", tokenizer) for before, role in following}
-    contents = dict.fromkeys((SYSTEM, USER, ASSISTANT), _spaced)
+    contents = dict.fromkeys((SYSTEM, USER, ASSISTANT), lambda content: f" {content.strip()}")
     return ChatFormat(start, joints, contents, (end,), has_system=True)
-
-
-def _spaced(content: str) -> str:
-    return f" {content.strip()}"
 
 
 # What a model's own template writes, as texts.
@@ -363,7 +360,3 @@ def _check_marks(ids: Collection[int], tokenizer: Tokenizer) -> None:
 def _ids(text: str, tokenizer: Tokenizer, *, literal: bool = False) -> tuple[int, ...]:
     (ids,) = encode([text], tokenizer, special_tokens=False, literal=literal)
     return tuple(ids)
-
-
-def _special_ids(tokenizer: Tokenizer) -> set[int]:
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -28,7 +28,7 @@ TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
 _LABEL_TOKENS = 64
 """A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
 _HEAD_ROWS = 32
-"""Embeddings are filled up to a multiple of so many rows before they are scored."""
+"""Embeddings are filled up to a multiple of this many rows before they are scored."""
 _SHOWN = 3
 """Labels in an answer to a person."""
 _HEAD_LINES = """

@@ -187,7 +187,7 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
     Args:
         values: (n,) of each pair.
         longer: (n,) by how many tokens its chosen answer is longer.
-        neutral: of whoever cannot tell a pair's answers apart: what unlike pairs count where all are of one kind.
+        neutral: of a model that cannot tell a pair's answers apart: what unlike pairs count where all are of one kind.
 
     >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5

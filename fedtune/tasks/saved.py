@@ -134,10 +134,10 @@ class SavedAdapter:
                 raise ConfigError("adapter", str(self.folder), bound)
 
 
-def load_task_model(folder: Path, *, model: ModelSpec | None = None, device: torch.device | str = "cpu") -> TaskModel:
-    """Build the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
+def load_task_model(folder: Path, *, model: ModelSpec | None = None) -> TaskModel:
+    """Build on the CPU the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
     saved = SavedAdapter.read(folder, model=model)
-    loaded = saved.build(device=device)
+    loaded = saved.build(device="cpu")
     saved.load_into(loaded)
     return loaded
 

@@ -54,8 +54,8 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 MOST_WAIT_S = 600.0
-"""Without a sign of another device: it gives one after each micro-batch.  How long its work takes hangs on where long
-records lie, and must not decide whether a round comes to its end."""
+"""Seconds without a sign from another device, which gives one after each micro-batch.  How long its work takes depends
+on where long records are, and must not decide whether a round ends."""
 _SIGN_EVERY_S = 5.0
 _AT_WORK = "at work"
 _LOOPBACK = "127.0.0.1"

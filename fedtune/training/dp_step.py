@@ -34,7 +34,7 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS
 
 
 def nobody_else(sums: Sums, max_grad_norm: float) -> int:
-    """What a site with one device has of others."""
+    """Adds nothing: a site with one device has no others."""
     return 0
 
 

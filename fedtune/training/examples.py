@@ -127,7 +127,7 @@ class SiteExamples:
         return self.cut(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[SiteExamples, Places]:
-        """The records of one of so many devices, and their places."""
+        """The records of one of `num_devices` devices, and their places."""
         records = units_of(rank, num_devices, len(self))
         return self.of_records(records, device), records
 

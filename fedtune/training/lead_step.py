@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 State = Mapping[str, npt.NDArray[np.float32]]
 _DEVIATIONS = 8
-"""That no sum of honest sites passes but with a chance below 1e-14."""
+"""Standard deviations: a sum of honest sites passes the bound with a probability below 1e-14."""
 
 
 def lead_step(
@@ -73,7 +73,7 @@ def lead_step(
 
 
 def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_size: int) -> npt.NDArray[np.int64]:
-    """The sum, cut down to the length that one of honest sites can have; such a one as it is.
+    """The sum, scaled down to the greatest length that a sum of honest sites can have; unchanged within it.
 
     Nobody can check a single site's part, so this is what bounds a part that is made up.  The bound is public: as many
     clipped gradients as are sampled of the declared units, all in one direction, and the noise of all sites.

@@ -42,12 +42,7 @@ class RoundOfTraining:
 
 
 def train_round(
-    model: TaskModel,
-    adapter: Adapter,
-    units: Units,
-    work: RoundOfTraining,
-    *,
-    randomness: Randomness,
+    model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness
 ) -> Adapter:
     """Train `adapter` on a site's `units` for one round of `work.plan` and return the adapter that may be released.
 

@@ -197,7 +197,7 @@ def _storages(tensors: Any) -> list[torch.UntypedStorage]:
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether the frozen layers' outputs for so many tokens fit the memory set aside for them."""
+    """Whether the frozen layers' outputs for `num_tokens` fit the memory set aside for them."""
     return frozen_states_mib(model, num_tokens=num_tokens) <= _kept_states_mib(runtime)
 
 
@@ -220,7 +220,7 @@ def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int
 
 
 def place_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> tuple[bool, Path | None]:
-    """Whether the frozen layers' outputs for so many tokens are kept, and in which folder if not in memory.
+    """Whether the frozen layers' outputs for `num_tokens` are kept, and in which folder if not in memory.
 
     Raises:
         ConfigError: as `folder_for_states`, where memory has no room.
@@ -256,7 +256,7 @@ def room_for_states(num_tokens: int, width: int, *, dtype: torch.dtype, folder: 
 
 
 def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
-    """The memory that the frozen layers' outputs for so many tokens take, in MiB; 0 where the first layer trains."""
+    """The memory that the frozen layers' outputs for `num_tokens` take, in MiB; 0 where the first layer trains."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return num_tokens * width / 2**20 if model.skips_layers else 0.0
 

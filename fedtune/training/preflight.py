@@ -1,9 +1,9 @@
 """Tries before anything is charged whether an example's contribution depends on it alone, on this machine.
 
 Shapes are fixed (`fedtune.data.shapes`), so kernels cannot choose by what else is in a batch; whether they treat every
-row and every number of rows alike is tried here, at every shape that a step may have.  First with the run's own model;
-then with random weights in it, since whoever chose its weights may have chosen such that made-up examples show nothing.
-What is made up is drawn anew each time, so that nobody can look for a model that happens to pass.
+row and every number of rows alike is tried here, at every shape that a step may have: first with the run's own model,
+then with random weights, since its own may have been chosen so that made-up examples show nothing.  What is made up is
+drawn anew each time, so that nobody can look for a model that happens to pass.
 
 Not tried for each number of places: a language model's output layer, which computes each record by itself
 (`fedtune.tasks.causal_lm`).
@@ -40,7 +40,7 @@ def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
 
 
 _LARGEST_ROUNDING = 0.05
-"""In clip norms: an example that moves further is no longer rounded otherwise, it is mixed with others."""
+"""In clip norms.  Rounding moves an example by less; one that moves further is mixed with others."""
 _SIZE = 0.2
 """Of the random values that the adapter is tried at: with B at zero, as training starts, the gradient of A is zero."""
 
@@ -57,10 +57,10 @@ def moved_by_others(
     seed: int | None = None,
     see: See = unseen,
 ) -> float:
-    """How far what an example adds to a sum was seen to move by what else is in its micro-batch (`require_alone`).
+    """How much an example's contribution to a sum was seen to change with its micro-batch (`require_alone`).
 
     Examples are made up: of each padded length the longest and some shorter ones, over the whole vocabulary, its ends
-    included.  What records of such lengths and ids could make fail (positions, losses, memory) so fails here, before a
+    included.  If records of such lengths and ids make positions, losses or memory fail, they do so here, before a
     round is charged.
 
     Args:
@@ -80,24 +80,28 @@ def moved_by_others(
     Raises:
         ConfigError: for `model.path`, or whatever setting keeps the training pass from running.
     """
-    before, draws = Adapter.of(model), np.random.default_rng(seed)
-    numbers, total = count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
+    draws, numbers, total = np.random.default_rng(seed), count(1), (3 if weights_chosen else 2) * len(shapes.lengths)
 
     def trial() -> _Trial:
         made = _Trial(model, shapes, draws, keeps_states=keeps_states, pad_id=pad_id)
         made.tried, made.see = lambda: told(next(numbers), total), see
         return made
 
+    with _adapter_put_back(model), _as_the_model_s(model, shapes):
+        _fill(model, draws)
+        moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
+        with _random_weights(model, draws) if weights_chosen else nullcontext():
+            last = trial()
+            return max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
+
+
+@contextmanager
+def _adapter_put_back(model: TaskModel) -> Iterator[None]:
+    before = Adapter.of(model)
     try:
-        with _as_the_model_s(model, shapes):
-            _fill(model, draws)
-            moved = trial().most_moved(max_grad_norm) if weights_chosen else 0.0
-            with _random_weights(model, draws) if weights_chosen else nullcontext():
-                last = trial()
-                moved = max(moved, last.most_moved(max_grad_norm), last.most_moved_by_place(max_grad_norm))
+        yield
     finally:
         before.load_into(model)
-    return moved
 
 
 @contextmanager
@@ -334,7 +338,7 @@ def _made_up(
 
 
 def lengths_of_texts(longest: list[int], texts: int, draws: np.random.Generator) -> list[int]:
-    """Lengths of all texts of records of so many texts each, the longest of which may be any of them."""
+    """Lengths of all texts of records of `texts` texts each, the longest of which may be any of them."""
     each = ([length, *draws.integers(1, length, size=texts - 1, endpoint=True)] for length in longest)
     return [int(length) for place, some in enumerate(each) for length in np.roll(some, place % texts)]
 

@@ -6,17 +6,13 @@ import math
 import re
 from typing import Literal
 
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, spec
+from fedtune.privacy.site_policy import MOST_DEVICES, MOST_THREADS
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_one_of, check_positive, spec
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 _LARGEST_RATE = 1e9
 """Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
-
-MOST_DEVICES = 64
-"""Of one machine; each takes a process with a model of its own."""
-_MOST_THREADS = 1024
-"""Of one process; a system runs out of them somewhere above."""
 
 
 @spec
@@ -64,7 +60,7 @@ class TrainingSpec:
                     raise ConfigError(key, getattr(self, key), "must be null where training.learning_rate is auto")
                 _check_rate(key, getattr(self, key))
         check_at_least("weight_decay", self.weight_decay, 0)
-        _check_not_beyond("weight_decay", self.weight_decay)
+        check_at_most("weight_decay", self.weight_decay, _LARGEST_RATE)
         check_fraction("momentum", self.momentum, zero=True)
         for beta in self.betas:
             check_fraction("betas", beta, zero=True)
@@ -127,12 +123,7 @@ def automatic_rate(*, steps: int, sampled: float, noise_multiplier: float, outpu
 
 def _check_rate(key: str, value: float) -> None:
     check_positive(key, value)
-    _check_not_beyond(key, value)
-
-
-def _check_not_beyond(key: str, value: float) -> None:
-    if value > _LARGEST_RATE:
-        raise ConfigError(key, value, f"must be at most {_LARGEST_RATE:g}")
+    check_at_most(key, value, _LARGEST_RATE)
 
 
 @spec
@@ -144,7 +135,7 @@ class RuntimeSpec:
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
             processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
-            `fedtune simulate` on a CPU one for each core, at most 4, where the run has so many gradients that it pays.
+            `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.
         num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
             as many as OMP_NUM_THREADS says, if those are fewer.
         micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
@@ -186,14 +177,10 @@ class RuntimeSpec:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        if self.num_devices is not None:
-            check_at_least("num_devices", self.num_devices, 1)
-            if self.num_devices > MOST_DEVICES:
-                raise ConfigError("num_devices", self.num_devices, f"must be at most {MOST_DEVICES}")
-        if self.num_threads is not None:
-            check_at_least("num_threads", self.num_threads, 1)
-            if self.num_threads > _MOST_THREADS:
-                raise ConfigError("num_threads", self.num_threads, f"must be at most {_MOST_THREADS}")
+        for key, most in (("num_devices", MOST_DEVICES), ("num_threads", MOST_THREADS)):
+            if getattr(self, key) is not None:
+                check_at_least(key, getattr(self, key), 1)
+                check_at_most(key, getattr(self, key), most)
         if self.micro_batch_tokens is not None:
             check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
         if self.step_mib is not None:

@@ -141,7 +141,7 @@ class UserExamples:
 
         Args:
             users: places in the list of users.
-            choose: which of so many records of a user take part.
+            choose: given the number of a user's records, which of them take part.
         """
         return self.cut_drawn(self._of_each(users, choose))
 
@@ -151,7 +151,7 @@ class UserExamples:
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 
     def share(self, rank: int, num_devices: int, device: torch.device | str) -> tuple[UserExamples, Places]:
-        """The users of one of so many devices, and the places of their records."""
+        """The users of one of `num_devices` devices, and the places of their records."""
         users = [self._users[place] for place in units_of(rank, num_devices, len(self))]
         records = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *users]))
         examples = self.examples.of_records(records, device)

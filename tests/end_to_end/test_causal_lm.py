@@ -64,7 +64,7 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_plain_peft_gives_the_same_logits(folder: Path) -> None:
-    ours = load_task_model(folder / "adapter", model=saved_config(folder).model, device="cpu")
+    ours = load_task_model(folder / "adapter", model=saved_config(folder).model)
     plain = PeftModel.from_pretrained(tiny_base("random:llama", predicts_tokens=True), folder / "adapter").eval()
     untrained = tiny_base("random:llama", predicts_tokens=True).eval()
     row = torch.randint(2, 250, (1, 20), generator=torch.Generator().manual_seed(1))

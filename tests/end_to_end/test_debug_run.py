@@ -197,7 +197,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) ->
     all_of_them, _ = lead_records(config.data.test_file or "", columns=task.columns(config.data), key="data.test_file")
     records = chosen_rows(all_of_them, 12)
     examples = task.tokenise(records, load_tokenizer(config.model), data=config.data)
-    ours = load_task_model(folder / "adapter", model=config.model, device="cpu")
+    ours = load_task_model(folder / "adapter", model=config.model)
     plain = PeftModel.from_pretrained(tiny_base("random:bert"), folder / "adapter").eval()
     head = {name: torch.from_numpy(value) for name, value in load_file(folder / "adapter/head.safetensors").items()}
     assert head["centre"].abs().max() > 0

@@ -23,7 +23,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
-from fedtune.training.optimizer import Reach
+from fedtune.training.reach import Reach
 
 Make = Callable[..., Update]
 MakeReceipt = Callable[..., Receipt]

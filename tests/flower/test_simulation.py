@@ -15,11 +15,12 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-import fedtune.flower.simulation as simulation
+import fedtune.flower.ray_engine as ray_engine
 from fedtune.cli.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.flower.simulation import InProcessGrid, RayNode, gpu_share, looker
+from fedtune.flower.ray_engine import RayNode, gpu_share, looker
+from fedtune.flower.simulation import InProcessGrid
 from fedtune.model import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
@@ -115,9 +116,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
     for name, part in ray.parts.items():
         monkeypatch.setitem(sys.modules, name, part)
-    monkeypatch.setattr(simulation.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(simulation.socket, "create_connection", lambda *_, **__: socket.socket())
-    monkeypatch.setattr(simulation, "_FREE_WITHIN_S", 0.0)
+    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(ray_engine.socket, "create_connection", lambda *_, **__: socket.socket())
+    monkeypatch.setattr(ray_engine, "_FREE_WITHIN_S", 0.0)
     return ray
 
 
@@ -142,13 +143,13 @@ CLUSTER = "runtime.ray_address=10.1.2.3:6379"
 
 
 def on_ray(config: RunConfig, sites: Path, run: Callable[[Any], LeadState] = lambda grid: STATE) -> LeadState:
-    return simulation.on_ray(run, None, config, sites)  # type: ignore[arg-type]
+    return ray_engine.on_ray(run, None, config, sites)  # type: ignore[arg-type]
 
 
 def test_without_the_extra_it_says_how_to_install_it(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(simulation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the extra: pip install 'fedtune\[ray\]'"):
         on_ray(config, tmp_path)
 

@@ -261,8 +261,8 @@ FEDERATION_FAULTS = (
         name="reference-kept-unchecked",
         fault="A site keeps whatever reference a server sends, before its digest shows whether it is the run's.",
         file="fedtune/federation/site_round.py",
-        old="    _check_adapter(site, request, adapter, template=run.template)\n",
-        new="    run.store(brought.adapter)\n    _check_adapter(site, request, adapter, template=run.template)\n",
+        old="    _check_adapter(request, adapter, template=run.template)\n",
+        new="    run.store(brought.adapter)\n    _check_adapter(request, adapter, template=run.template)\n",
         tests=BITS,
     ),
     Mutant(
@@ -276,7 +276,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="rounding-beyond-the-plan",
         fault="An honest update whose rounding made it longer than training can is thrown away.",
-        file="fedtune/training/optimizer.py",
+        file="fedtune/training/reach.py",
         old="self.norm + math.sqrt(rounded)",
         new="self.norm",
         tests=SORTING,
@@ -284,7 +284,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="steps-make-room",
         fault="A site names a long step for a tensor that it does not move, and may so move others as far as it likes.",
-        file="fedtune/training/optimizer.py",
+        file="fedtune/training/reach.py",
         old="if rounding is not None and step * most_level(rounding.bits) > longest:",
         new="if False:",
         tests=SORTING,
@@ -292,7 +292,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="free-moves-cost-an-update",
         fault="Where decay sets the step, an honest value beside it that is rounded up costs its site the round.",
-        file="fedtune/training/optimizer.py",
+        file="fedtune/training/reach.py",
         old="> self.value[name] + step:",
         new="> self.value[name]:",
         tests=SORTING,
@@ -388,7 +388,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="reach-without-a-norm",
         fault="An update's values are bounded one by one, and not together.",
-        file="fedtune/training/optimizer.py",
+        file="fedtune/training/reach.py",
         old="return math.sqrt(square) <= self.norm",
         new="return True",
         tests=("tests/training/test_reach.py",),
@@ -396,7 +396,7 @@ FEDERATION_FAULTS = (
     Mutant(
         name="reach-of-one-step",
         fault="The bound on an update counts one of a round's steps, so that honest updates are refused.",
-        file="fedtune/training/optimizer.py",
+        file="fedtune/training/reach.py",
         old="for step in range(plan.local_steps)]",
         new="for step in range(1)]",
         tests=("tests/training/test_reach.py",),
@@ -525,7 +525,7 @@ FEDERATION_FAULTS = (
         name="a-ledger-on-each-node",
         fault="A cluster's nodes need a folder of the run's name, not the same one: a site that trains on two of them "
         "has two ledgers, and neither knows what the other has spent.",
-        file="fedtune/flower/simulation.py",
+        file="fedtune/flower/ray_engine.py",
         old="                    found[key] = hashlib.sha256(file.read()).hexdigest()\n",
         new='                    found[key] = "there"\n',
         tests=("tests/flower/test_simulation.py",),

@@ -276,7 +276,7 @@ def test_each_group_s_scores_have_noise_of_their_own_and_of_the_same_size(has_sc
 )
 def test_names_of_groups_are_a_public_list_of_plain_names(names: Any) -> None:
     with pytest.raises(ConfigError, match=r"metrics_groups = "):
-        check_groups("metrics_groups", names)
+        check_groups(names)
 
 
 def test_groups_go_with_scores_by_group() -> None:

@@ -258,6 +258,8 @@ REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e300), "noise_multiplier = 1e\\+300: must lie in"),
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e-5), "noise_multiplier = 1e-05: must lie in"),
         (lambda: dataclasses.replace(REFERENCE, sampling_rate=1e-300), "sampling_rate = 1e-300"),
+        (lambda: Machine(num_devices=65), "num_devices = 65: must be at most 64"),
+        (lambda: Machine(num_threads=1025), "num_threads = 1025: must be at most 1024"),
     ],
 )
 def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:

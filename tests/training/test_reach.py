@@ -12,7 +12,8 @@ import torch
 
 from fedtune.model import Adapter
 from fedtune.privacy.run_plan import Plan
-from fedtune.training.optimizer import Reach, learning_rate_factor, make_optimizer, reach, set_learning_rate
+from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from fedtune.training.reach import Reach, reach
 from fedtune.training.spec import TrainingSpec
 
 PLAN = Plan(

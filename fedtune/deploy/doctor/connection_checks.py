@@ -260,13 +260,15 @@ class Connection:
             found = f"the server's certificate is not for {self._host}{_names(shown)}"
             fix = f"Ask the lead to add {self._host} to also_known_as and run `fedtune provision renew-server`."
         elif error.verify_code in _EXPIRED:
-            found = f"the server's certificate has expired{_ends(shown)}"
+            when = "" if shown is None else f" on {shown.not_valid_after_utc:%Y-%m-%d}"
+            found = f"the server's certificate has expired{when}"
             fix = "Ask the lead to run `fedtune provision renew-server`; if the date is to come, set this clock."
         elif error.verify_code in _NOT_YET_VALID:
             found = "the server's certificate is not valid yet"
             fix = "Set this machine's clock."
         elif error.verify_code in _OTHER_AUTHORITY:
-            found = f"the certificate is not issued by the federation's authority{_issuer(shown)}: a wrong server, or "
+            issuer = "" if shown is None else f" but by {shown.issuer.rfc4514_string()[:80] or 'nobody named'}"
+            found = f"the certificate is not issued by the federation's authority{issuer}: a wrong server, or "
             found += "TLS inspection, which opens connections on their way"
             fix = f"Have {self._server} exempted from TLS inspection, or ask the lead whether the address is right."
         else:
@@ -284,7 +286,7 @@ class Connection:
         return _failed(TLS, f"{self._server} does not speak TLS as expected ({reason})", fix=fix)
 
     def _shown_certificate(self) -> x509.Certificate | None:
-        """The certificate that is shown at the server's address, whoever's it is; nothing is sent to it."""
+        """The certificate that is shown at the server's address, by whatever server; nothing is sent to it."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -330,10 +332,6 @@ def _remedy(refusal: str, *, site: str) -> str:
     return f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
 
 
-def _issuer(shown: x509.Certificate | None) -> str:
-    return "" if shown is None else f" but by {shown.issuer.rfc4514_string()[:80] or 'nobody named'}"
-
-
 def _names(shown: x509.Certificate | None) -> str:
     if shown is None:
         return ""
@@ -342,7 +340,3 @@ def _names(shown: x509.Certificate | None) -> str:
     except (x509.ExtensionNotFound, ValueError):
         return f" but for {Certificate.of(shown).name[:80]}"
     return " but for " + ", ".join(str(name.value) for name in names)[:80]
-
-
-def _ends(shown: x509.Certificate | None) -> str:
-    return "" if shown is None else f" on {shown.not_valid_after_utc:%Y-%m-%d}"

@@ -90,7 +90,7 @@ class _Examination:
                 yield self._gone_wrong(look.names[0], error)
 
     def _gone_wrong(self, name: str, error: Exception) -> Check:
-        # A DataError's words are for whoever owns the file; other errors of ours are made to be shown.
+        # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
         if isinstance(error, FedtuneError) and not isinstance(error, DataError):
             return from_error(name, error, fix="Correct what is named here.")
         return site_checks.unforeseen(name, error, self._log)

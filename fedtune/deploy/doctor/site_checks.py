@@ -376,7 +376,7 @@ def budget(history: History, policy: Policy) -> Check:
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
     runs = spending.runs_left(history, policy, policy.budget.reference_event(), now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
-    found = f"{_percent(_share(history, policy))} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
+    found = f"{_percent(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
         fix = "Plan without this site, or for smaller runs; a cap that is raised promises less than it did."
         return warning(name, found, fix=fix)
@@ -444,20 +444,17 @@ def _price(plan: Plan, history: History, policy: Policy) -> str:
     price = f"epsilon {epsilon_text(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
         return f"{price}; there is no lifetime cap"
-    before, after = _share(history, policy), _share(history, policy, also=plan)
-    return f"{price}; lifetime budget {_percent(before)} taken before, {_percent(after)} after"
+    before, after = _percent(history, policy), _percent(history, policy, also=plan)
+    return f"{price}; lifetime budget {before} taken before, {after} after"
 
 
-def _share(history: History, policy: Policy, *, also: Plan | None = None) -> float:
-    """Part of the lifetime cap's divergence that is charged, set aside, and `also` asked for."""
-    room = filter.most_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
+def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
+    """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite."""
     taken = history.charged() + history.set_aside(history.now())
     if also is not None:
         taken += events.grouped([also.whole])
-    return history.divergence(taken) / room if room > 0 else 1.0
-
-
-def _percent(share: float) -> str:
+    share = spending.share_of_cap(history, taken, cap=policy.budget.max_epsilon)
+    assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
 
 

@@ -195,7 +195,7 @@ class Authority:
 
     @classmethod
     def make(cls, federation: str, *, days: int, now: datetime) -> Authority:
-        """A new authority for `federation`, for so many days from `now` (with a time zone)."""
+        """A new authority for `federation`, for `days` days from `now` (with a time zone)."""
         check_days("authority_days", days)
         key = make_key()
         name = _subject(federation, kind="authority", name="authority")
@@ -255,7 +255,7 @@ class Authority:
         return builder.add_extension(identifier, critical=False)
 
     def _signed(self, builder: x509.CertificateBuilder, *, days: int, now: datetime) -> x509.Certificate:
-        """The certificate, from `now` for so many days, but never beyond the authority's own.
+        """The certificate, from `now` for `days` days, but never beyond the authority's own.
 
         Raises:
             ConfigError: the authority's own is not in force.

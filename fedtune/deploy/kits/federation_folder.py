@@ -194,7 +194,7 @@ class FederationFolder:
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
     ) -> x509.Certificate:
-        """A certificate for so many `days`, or as federation.toml says; it needs the authority's key.
+        """A certificate for `days` days, or as federation.toml says; it needs the authority's key.
 
         Raises:
             ConfigError: the key is not at hand, or is another federation's.
@@ -218,9 +218,10 @@ class FederationFolder:
     def change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
         """Make a change: the `files`, by their path here, and both rosters, signed, with these members.
 
-        One file decides.  Once change.json is on disk, with all of it, the change is made, and whoever opens the folder
-        completes it; until then nothing of it is anywhere, so that nothing of a change that failed reaches the server.
-        A roster's number is the time, so that a folder that was put back from a backup does not use one again.
+        One file decides.  Once change.json is on disk, with all of it, the change is made, and the next process that
+        opens the folder completes it; until then nothing of it is anywhere, so that nothing of a change that failed
+        reaches the server.  A roster's number is the time, so that a folder that was put back from a backup does not
+        use one again.
 
         Raises:
             ConfigError: the folder cannot be written.

@@ -209,7 +209,7 @@ def read_roster(path: Path) -> tuple[Member, ...]:
 
 
 def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """What `of` makes of a file's bytes, at most so many of them; a mistake in these names the file."""
+    """What `of` makes of a file's bytes, of which it may have `most`; a mistake in these names the file."""
     try:
         with path.open("rb") as file:
             data = file.read(most)
@@ -219,10 +219,6 @@ def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1)
         return of(data)
     except ConfigError as error:
         raise error.in_file(path) from None
-
-
-def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
 
 
 def _check_datasets(datasets: Collection[DataSet]) -> None:
@@ -340,7 +336,7 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
     folder = out or site_toml.parent / "kit"
     with new_folder(folder, key="folder") as building:
         connection = make_key()
-        _write(building / REQUEST, _request(files, connection))
+        write_durably(building / REQUEST, json.dumps(_request(files, connection), indent=1).encode() + b"\n")
         JoinRequest.of((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
         write_secret(building / "connection_key.pem", private_pem(connection))
     return folder

@@ -44,7 +44,7 @@ def model_place(kit_folder: Path, sha256: str) -> Path:
 def installed_model(kit_folder: Path, sha256: str) -> Path:
     """The folder of an installed model; its file names are those it came with.
 
-    The hash is not computed here: whoever loads the model checks it (`fedtune.model.base_model`).
+    The hash is not computed here: loading the model checks it (`fedtune.model.base_model`).
 
     Raises:
         ConfigError: it is not installed.

@@ -326,12 +326,7 @@ def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others
 
 
 def _check_renewal(
-    federation: FederationFolder,
-    asked: JoinRequest,
-    *,
-    old: Member,
-    others: Collection[Member],
-    new_site_key: bool,
+    federation: FederationFolder, asked: JoinRequest, *, old: Member, others: Collection[Member], new_site_key: bool
 ) -> None:
     if asked.site != old.site:
         raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")

@@ -33,7 +33,7 @@ NEWEST = "newest_roster.json"
 """Where a site and a server keep the newest roster that they have seen, in their own folders."""
 _PURPOSE = b"fedtune renewal\0"
 _AGAIN_S, _LEAST_S, _TRIES = 600.0, 5.0, 20
-"""How soon to ask again: in ten minutes, or so that there are still so many tries; but not within seconds."""
+"""How soon to ask again: in ten minutes, or so that this many tries are left; but not within seconds."""
 
 
 def is_due(certificate: Certificate, now: datetime) -> bool:

@@ -293,7 +293,7 @@ class ServerDesk:
         return self._known
 
     def take_roster(self, data: bytes) -> None:
-        """Keep a newer one; whoever still needs a renewal will ask again."""
+        """Keep a newer one; a member that still needs a renewal will ask again."""
         self.look()
         with self._lock:
             self._keep(self.book.take(data))

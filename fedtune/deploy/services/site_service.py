@@ -1,4 +1,6 @@
-"""`fedtune site start`: the one long-lived process of a site.  It polls the server, answers, and keeps its model warm.
+"""`fedtune site start`: the one long-lived process of a site.
+
+It waits for the server's questions, answers them, and keeps its model warm.
 
 It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site_round`.
 """
@@ -78,9 +80,7 @@ class SiteService:
             real = cache(lambda: self._real_site(state))
             app = SiteApp(lambda settings: real().site(settings), name=files.policy.site)
             fleet = Fleet(
-                self.kit.server,
-                self.kit.tls(),
-                heard=lambda: self.health.update(last_contact=datetime.now(UTC)),
+                self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
             )
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())

@@ -80,7 +80,7 @@ class Terms:
         members: public identity key (Ed25519, hex) by site, of all sites that take part.
         threshold: t, how many sites must help to unmask a release; also the least number of survivors.
         length: of a vector, in values.
-        largest: values from -largest to largest are what a site's vector has, but for a negligible chance.
+        largest: every value of a site's vector lies in [-largest, largest], except with negligible probability.
         bits: of the modulus, 2**bits.
 
     Raises:

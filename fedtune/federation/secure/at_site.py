@@ -63,7 +63,10 @@ class Parties:
     of_proposal: dict[str, Sessions] = field(default_factory=dict)
 
     def sessions(self, proposal: str) -> Sessions:
-        """A run's, new ones where there are none; a run that none has joined goes first where there are too many."""
+        """The run's sessions, made if there are none.
+
+        If there are too many runs, one without a joined session is dropped first.
+        """
         if proposal not in self.of_proposal:
             while len(self.of_proposal) >= _MOST_RUNS:
                 idle = (one for one, sessions in self.of_proposal.items() if not sessions.joined)

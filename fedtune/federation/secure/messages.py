@@ -236,7 +236,7 @@ class Upload:
 
 
 def upload_bytes(num_sites: int, *, length: int, bits: int) -> int:
-    """Of an upload of so many values; all of a run are equally long."""
+    """Of an upload of `length` values; all of a run are equally long."""
     shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + _sealed_bytes(num_sites))
     return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(length, bits)
 

@@ -14,15 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import (
-    Announcement,
-    Limits,
-    Rejected,
-    Session,
-    Terms,
-    Wrong,
-    require_pinned,
-)
+from fedtune.federation.secure.agreement import Announcement, Limits, Rejected, Session, Terms, Wrong, require_pinned
 from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, masks
 from fedtune.federation.secure.messages import (
     MOST_RELEASES,

@@ -39,6 +39,7 @@ Event = Literal[
 FILE_NAME = "audit.jsonl"
 _MOST_BYTES, _NUM_OLD = 4 << 20, 3
 _REPEAT_S = 600.0
+"""For how long the same event is counted before its number is written."""
 _MOST_KINDS, _MOST_OF_ONE = 1000, 100
 """Different lines of one event that are told apart, and of those one member's or one address's: whoever makes many
 hides no other's."""
@@ -67,18 +68,12 @@ class AuditLog:
     Args:
         path: the file; None: nothing is kept.  Up to three older ones lie beside it, numbered.
         most_bytes: of one file.
-        repeat_s: for how long the same event is counted before its number is written.
     """
 
     def __init__(
-        self,
-        path: Path | None,
-        *,
-        most_bytes: int = _MOST_BYTES,
-        repeat_s: float = _REPEAT_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, path: Path | None, *, most_bytes: int = _MOST_BYTES, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._path, self._most_bytes, self._repeat_s, self._clock = path, most_bytes, repeat_s, clock
+        self._path, self._most_bytes, self._clock = path, most_bytes, clock
         self._lock = threading.Lock()
         self._counts: dict[_Kind, tuple[int, float]] = {}
         self._kinds: Counter[tuple[str, ...]] = Counter()  # of an event, and of who makes it
@@ -112,13 +107,13 @@ class AuditLog:
         # The oldest come first, so that a call looks at few.
         while self._counts:
             kind, (count, since) = next(iter(self._counts.items()))
-            if moment - since < self._repeat_s:
+            if moment - since < _REPEAT_S:
                 break
             del self._counts[kind]
             self._kinds -= Counter(_quotas(kind))
             if count:
                 self._write({**dict(kind), "again": count})
-        if self._left_out and moment - self._told >= self._repeat_s:
+        if self._left_out and moment - self._told >= _REPEAT_S:
             self._write({"event": "events not written", "again": self._left_out})
             self._left_out, self._told = 0, moment
 

@@ -186,7 +186,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _hear_refusal(connection: object, *, within_s: float) -> None:
-    """Raise what the server says of our certificate within so many seconds, where it refuses it.
+    """Raise what the server says of our certificate within `within_s` seconds, where it refuses it.
 
     Raises:
         OSError: of `ssl`, with the server's alert.

@@ -241,7 +241,7 @@ class Gate:
         await answer(send, 200, {"questions": count})
 
     def close(self) -> None:
-        """Answer whoever is held; the server ends."""
+        """Answer all who are held; the server ends."""
         self._questions.close()
 
     async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:

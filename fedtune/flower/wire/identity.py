@@ -51,7 +51,7 @@ class Tls:
 def staying(client: _Client) -> _Client:
     """The same client, whose calls are bounded, and which calls no address but its own.
 
-    Flower's would follow a redirect with its signed headers: whoever runs the server could so make a site or a lead
+    Flower's would follow a redirect with its signed headers: a person who runs the server could make a site or a lead
     call any address in its network, also without TLS.
     """
     bounded(client._client)

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,6 @@ def serve(
         ready()
 
     server = _Server(_http(gate, settings), door, listens, gate.close)
-    stop = threading.Event()
 
     def look() -> None:
         works(roster.takes_writes())
@@ -116,19 +116,37 @@ def serve(
             door.context = server_context(settings.tls)
         roster.look()
 
-    watching = threading.Thread(target=_watch, args=(look, stop), name="roster", daemon=True)
-    watching.start()
-    # uvicorn raises the signal that stopped it once more when it is done; by then that is old news.
+    with _deaf_to_what_stopped_it():
+        try:
+            with _watched(look):
+                server.run()
+        finally:
+            audit.flush(all_=True)
+            audit.note("server stopped")
+
+
+@contextmanager
+def _deaf_to_what_stopped_it() -> Iterator[None]:
+    """For uvicorn, which raises the signal that stopped it once more when it is done."""
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        server.run()
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def _watched(look: Callable[[], None]) -> Iterator[None]:
+    """`look` is called every two seconds."""
+    stop = threading.Event()
+    watching = threading.Thread(target=_watch, args=(look, stop), name="roster", daemon=True)
+    watching.start()
+    try:
+        yield
     finally:
         stop.set()
         watching.join(timeout=2 * _ROSTER_S)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        audit.flush(all_=True)
-        audit.note("server stopped")
 
 
 def _gate(app: Asgi, settings: ServerSettings, roster: _KeptRoster) -> Gate:

@@ -35,7 +35,7 @@ class Questions:
         self._closed = False
 
     def asked(self, nodes: Iterable[int]) -> None:
-        """Count one more to each, once Flower has it, and answer whoever waits for that."""
+        """Count one more to each, once Flower has it, and answer those who wait for that."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
@@ -60,7 +60,7 @@ class Bell:
     """At a site: an event that is set when the server has a question, by a thread that waits for it.
 
     Attributes:
-        rung: set then; whoever looks clears it.
+        rung: set then; the thread that looks clears it.
     """
 
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:

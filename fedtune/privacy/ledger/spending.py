@@ -80,27 +80,28 @@ class Spending:
     runs: tuple[RunSpending, ...]
 
 
+def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
+    """The part of a lifetime cap's divergence that was spent; None for an infinite cap."""
+    if math.isinf(cap):
+        return None
+    room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+    return history.divergence(spent) / room if room > 0 else 1.0
+
+
 def spending(history: History, now: datetime) -> Spending:
     """The figures of a ledger at `now`."""
     delta, order, cap = history.delta, history.order, history.cap
     charged, held = history.charged(), history.set_aside(now)
     assert history.policy is not None
     budget = history.policy.budget
-    room = filter.most_divergence(cap, order=order, delta=delta)
-
-    def share(spent: Counter[DpEvent]) -> float | None:
-        if math.isinf(cap):
-            return None
-        return history.divergence(spent) / room if room > 0 else 1.0
-
     return Spending(
         delta=delta,
         order=order,
         max_epsilon=cap,
         epsilon=filter.epsilon_filter(charged, order=order, delta=delta),
         epsilon_with_set_aside=filter.epsilon_filter(charged + held, order=order, delta=delta),
-        share=share(charged),
-        share_with_set_aside=share(charged + held),
+        share=share_of_cap(history, charged, cap=cap),
+        share_with_set_aside=share_of_cap(history, charged + held, cap=cap),
         epsilon_pld=accountant.epsilon_pld(charged, delta, interval=accountant.COARSE),
         epsilon_rdp=accountant.epsilon_rdp(charged, delta),
         period=budget.period,

@@ -1,0 +1,139 @@
+"""How far honest training can take an adapter in a round: which updates a lead accepts, from public numbers alone.
+
+A step's gradient is a clipped sum, noise and a public denominator, and an optimizer turns it into a move of known
+length.  An update that went further was not trained under the plan, whatever its signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedtune.model import Adapter
+from fedtune.privacy.few_bits import Difference, most_level
+from fedtune.privacy.run_plan import Plan
+from fedtune.training.optimizer import learning_rate_factor
+from fedtune.training.spec import TrainingSpec
+
+_MORE_THAN_DECLARED = 4.0
+"""A site may have this many times the units that it declares; most publish a rounded number."""
+_NOISE_SIGMAS = 10.0
+"""One normal value in 1e22 lies beyond it."""
+_ROUNDING = 1e-3
+"""Relative: what float32 may add to moves that are worked out here in exact numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reach:
+    """Bounds on what a round changes; infinite where training has none.
+
+    Attributes:
+        value: name of a tensor -> the furthest that one of its values moves away from 0.
+        norm: the same for the L2 norm of all values together.
+        free: name of a tensor -> the furthest that training takes one of its values towards 0 besides.
+    """
+
+    value: Mapping[str, float]
+    norm: float
+    free: Mapping[str, float] = field(default_factory=dict)
+
+    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: Difference | None = None) -> bool:
+        """Whether an update with the tensors of `sent` stays within both bounds.
+
+        In few bits a value may be a step further, and a step is at most the largest honest move's share of the largest
+        level: a site that names longer ones for the room that they would give is outside.
+        A move towards 0 is free: a site brings values into a bound of its own, which the lead does not know.
+        """
+        square = rounded = 0.0
+        for name, start in sent.tensors.items():
+            end, begin = update[name].astype(np.float64), start.astype(np.float64)
+            moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
+            step = 0.0 if rounding is None else rounding.steps[name]
+            longest = (self.value[name] + self.free.get(name, 0.0)) * (1 + _ROUNDING)
+            if rounding is not None and step * most_level(rounding.bits) > longest:
+                return False
+            if np.abs(moved).max(initial=0.0) > self.value[name] + step:
+                return False
+            square += float(np.square(moved).sum())
+            rounded += end.size * step**2
+        return math.sqrt(square) <= self.norm + math.sqrt(rounded)
+
+
+def reach(training: TrainingSpec, plan: Plan, *, round: int, declared_size: int, sent: Adapter) -> Reach:
+    """The bounds of one round at a site, for the adapter that it was sent.
+
+    An honest update is outside with a chance below 1e-10 a round, by the tails of noise and sampling, unless the site
+    trains on more than four times the units that it declared.
+    """
+    if not plan.private and training.optimizer == "sgd":
+        return Reach(value=dict.fromkeys(sent.tensors, math.inf), norm=math.inf)  # nothing bounds a gradient
+    head = {name: tensor for name, tensor in sent.tensors.items() if name.startswith("head.")}
+    lora = {name: tensor for name, tensor in sent.tensors.items() if name not in head}
+    factors = _factors(training, plan, round)
+    signal, noise = _signal(plan, declared_size), _noise(plan, declared_size)
+    value: dict[str, float] = {}
+    free: dict[str, float] = {}
+    square = 0.0
+    for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
+        flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
+        rates = [rate * factor for factor in factors]
+        most = _moved(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
+        norm = math.sqrt(flat.size) * most
+        if training.optimizer == "sgd":  # whose steps are as long as the gradient: Adam's know values alone
+            length = float(np.linalg.norm(flat.astype(np.float64)))
+            longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
+            norm = min(norm, _moved(training, rates, longest, at=length))
+        value |= dict.fromkeys(group, most)
+        if training.optimizer != "sgd":  # whose decay is part of what it moves
+            decay = sum(rates) * training.weight_decay
+            free |= dict.fromkeys(group, decay * (float(np.abs(flat).max()) + most))
+        square += norm**2
+    return Reach(value=value, norm=math.sqrt(square), free=free)
+
+
+def _factors(training: TrainingSpec, plan: Plan, round: int) -> list[float]:
+    total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
+    return [learning_rate_factor(training, step=first + step, total_steps=total) for step in range(plan.local_steps)]
+
+
+def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
+    """How far steps at these rates take a value, or a vector, of size `at` whose gradients are at most `gradient`."""
+    moved, velocity = 0.0, 0.0
+    for number, rate in enumerate(rates, 1):
+        if training.optimizer == "sgd":
+            velocity = training.momentum * velocity + gradient + training.weight_decay * (at + moved)
+            moved += rate * velocity
+        else:
+            # AdamW's decay is a move towards 0, which counts only beyond it.
+            beyond = rate * training.weight_decay - 1
+            moved += rate * _adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
+    return moved * (1 + _ROUNDING) + 1e-6 * (1 + at)
+
+
+def _adam_ratio(betas: tuple[float, float], step: int) -> float:
+    """The largest that Adam's corrected mean over root mean square can be for one value after this many steps.
+
+    By Cauchy and Schwarz over the gradients' weights in both means.
+    """
+    first, second = betas
+    if step > 1 and first > 0 and second == 0:
+        return math.inf
+    ratio = sum(
+        ((1 - first) * first**age) ** 2 / ((1 - second) * second**age) for age in range(step) if first or not age
+    )
+    return math.sqrt(ratio * (1 - second**step)) / (1 - first**step)
+
+
+def _signal(plan: Plan, declared_size: int) -> float:
+    """The most that clipped units add to a mean gradient."""
+    expected = plan.sampling_rate * declared_size
+    most = _MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(_MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
+    return plan.max_grad_norm * min(most, _MORE_THAN_DECLARED * declared_size + 1) / expected
+
+
+def _noise(plan: Plan, declared_size: int) -> float:
+    """Standard deviation of the noise in one value of a mean gradient."""
+    return plan.noise_multiplier * plan.max_grad_norm / (plan.sampling_rate * declared_size)
