@@ -71,10 +71,8 @@ def run(
     """
     first, *rest = words or ("",)
     if background:
-        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics}
-        given = [word for name, value in options.items() if value for word in (name, str(value))]
-        flags = [name for name, value in {"--renew": renew, "--or-resume": or_resume}.items() if value]
-        _in_background([*words, *given, *flags], folder=_folder_to_be(words))
+        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics, "--renew": renew, "--or-resume": or_resume}
+        _in_background([*words, *_as_words(options)], folder=_folder_to_be(words))
         return
     if first not in _ACTIONS:
         begun = _begun(words) if or_resume else None
@@ -126,6 +124,12 @@ def _folder_to_be(words: Sequence[str]) -> Path:
     if words[:1] and words[0] in _ACTIONS:
         raise ConfigError("--background", NOT_GIVEN, f"is for a run that begins or goes on, not for {words[0]}")
     return _named(words, option="--background")
+
+
+def _as_words(options: Mapping[str, object]) -> list[str]:
+    """Options as a person would type them, but for those that are not given."""
+    given = [[name] if value is True else [name, str(value)] for name, value in options.items() if value]
+    return [word for words in given for word in words]
 
 
 def _in_background(words: Sequence[str], *, folder: Path) -> None:
