@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+_ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
+
 
 def finite(value: float | None) -> float | None:
     """A figure as JSON has it, which knows no infinity: None says that nothing bounds it."""
@@ -54,6 +56,11 @@ def jsonable(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return jsonable(dataclasses.asdict(value))
     return value
+
+
+def score_words(name: str) -> str:
+    """A score's name as people write it: macro F1, AUROC."""
+    return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
 def counted(count: int, noun: str) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedtune.words import counted, duration, finite, jsonable, size, unbounded
+from fedtune.words import counted, duration, finite, jsonable, score_words, size, unbounded
 
 
 def test_what_nothing_bounds_is_null_and_infinity_again() -> None:
@@ -21,6 +21,9 @@ def test_what_nothing_bounds_is_null_and_infinity_again() -> None:
         (counted(1, "record"), "1 record"),
         (counted(0, "record"), "0 records"),
         (counted(1200, "record"), "1,200 records"),
+        (score_words("macro_f1"), "macro F1"),
+        (score_words("auroc"), "AUROC"),
+        (score_words("accuracy"), "accuracy"),
         (size(312), "312 bytes"),
         (size(1023.9), "1024 bytes"),
         (size(1.5 * 2**20), "1.5 MiB"),

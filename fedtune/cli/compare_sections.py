@@ -23,7 +23,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.drawing import intervals
-from fedtune.words import counted, duration, jsonable, size
+from fedtune.words import counted, duration, jsonable, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.results import RunResult
@@ -119,7 +119,7 @@ class Compared:
         verdict, *others = self.sections()
         body = [
             as_html(dataclasses.replace(verdict, title="", notes=rest)),
-            as_figure(f"{_words(self.score)} of each model, with 95 % intervals", self.chart()),
+            as_figure(first, self.chart()),
             *map(as_html, others),
         ]
         better = self.sides.comparison(self._base, self.main).verdict == "better"
@@ -144,9 +144,9 @@ class Compared:
                 rows.append((name, *ends))
         if not rows:
             return Markup("")
-        named = (f"{_words(self.score)} of each model", "With 95 % intervals; the tables have the figures.")
+        named = (f"{score_words(self.score)} of each model", "With 95 % intervals; the tables have the figures.")
         return intervals(
-            "models", rows, x=f"{_words(self.score)}, with 95 % intervals", named=named, number="{:g}".format
+            "models", rows, x=f"{score_words(self.score)}, with 95 % intervals", named=named, number="{:g}".format
         )
 
     @property
@@ -183,14 +183,16 @@ class Compared:
     def _sentence(self, tuned: str, base: str) -> str:
         found = self.sides.comparison(base, tuned)
         if found.verdict == _ALIKE:
-            return f"{_capital(tuned)} cannot be told apart from {base} by {_words(self.score)}: {_interval(found)}."
-        return f"{_capital(tuned)} is {found.verdict} than {base}: {_words(self.score)} {_interval(found)}."
+            return (
+                f"{_capital(tuned)} cannot be told apart from {base} by {score_words(self.score)}: {_interval(found)}."
+            )
+        return f"{_capital(tuned)} is {found.verdict} than {base}: {score_words(self.score)} {_interval(found)}."
 
     def _price(self, plain: Line) -> str:
         found = self.sides.comparison(plain.name, self.main)
         if found.verdict == _ALIKE:
             return f"What privacy costs it cannot be told on these records: {_interval(found)}."
-        return f"With privacy it is {found.verdict} than without: {_words(self.score)} {_interval(found)}."
+        return f"With privacy it is {found.verdict} than without: {score_words(self.score)} {_interval(found)}."
 
     def _alike(self) -> Iterator[tuple[str, str]]:
         names = list(self.sides.measured)
@@ -223,8 +225,15 @@ class Compared:
             rows.append((*row, _ends(found.tuned), f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"),
                          found.verdict))  # fmt: skip
         where = f" on {self.data}" if self.data else ""
-        title = f"{_capital(_words(self.score))}{where}: {counted(len(self.sides.records), 'record')}"
-        headings = ("model", _words(self.score), "95 % interval", f"less {self._base}", "95 % interval", "beside it")
+        title = f"{_capital(score_words(self.score))}{where}: {counted(len(self.sides.records), 'record')}"
+        headings = (
+            "model",
+            score_words(self.score),
+            "95 % interval",
+            f"less {self._base}",
+            "95 % interval",
+            "beside it",
+        )
         return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 5}))
 
     def _beside_main(self) -> Section:
@@ -243,7 +252,7 @@ class Compared:
             (model, *(f"{_figure(one.value)} ({_ends(one)})" for one in self._estimates(model, names)))
             for model in self.models
         ]
-        headings = ("model", *map(_words, names))
+        headings = ("model", *map(score_words, names))
         return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
 
     def _estimates(self, model: str, names: Sequence[str]) -> Iterator[Estimate]:
@@ -268,7 +277,7 @@ class Compared:
         if found.groups.merged:
             notes.append(f"{OTHERS}: {counted(len(found.groups.merged), 'small group')}, merged by size alone.")
         words = frozenset({0, len(headings) - 1})
-        about = f"{_capital(_words(self.score))} {title}"
+        about = f"{_capital(score_words(self.score))} {title}"
         return Section(title=about, headings=headings, rows=rows, words=words, notes=notes)
 
     def _gaps(self, title: str, found: GroupScores) -> Section:
@@ -443,10 +452,6 @@ def _of_groups(found: GroupScores) -> dict[str, Any]:
             for name, count in zip(groups.names, groups.sizes, strict=True)
         ],
     }
-
-
-def _words(score: str) -> str:
-    return score.replace("_", "-")
 
 
 def _capital(text: str) -> str:

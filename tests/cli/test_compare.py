@@ -63,6 +63,11 @@ def test_its_page_says_first_that_no_real_site_took_part(told: Any, folder: Path
     assert "STUDY: the noise came from a seed" not in page
 
 
+def test_its_chart_has_the_verdict_for_a_title(told: Any, folder: Path) -> None:
+    page = (folder / "both" / "compare.html").read_text()
+    assert f"<figcaption>{told['verdict'][0]}</figcaption>" in page
+
+
 def test_its_scores_are_those_of_the_runs(told: Any, result_of: Any) -> None:
     models = {model["name"]: model for model in told["models"]}
     for name in (*MODELS[1:], *PLAIN):

@@ -365,7 +365,7 @@ def test_every_figure_has_its_place_in_the_state(now: Live, language: str) -> No
     for counted in root.all(**{"class": "rows"}):  # how many sites a column stands for
         counted.children.clear()
     text = "".join(root.all("main")[0].texts(without=("data", "svg", "style", "script", "code")))
-    assert not re.findall(r".*\d.*", text.replace("macro_f1", "")), "a number that is no figure of the state"
+    assert not re.findall(r".*\d.*", text.replace("macro F1", "")), "a number that is no figure of the state"
 
 
 def test_names_are_escaped(now: Live) -> None:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from fedtune.report.page.drawing import BEFORE, LIMIT, WITHOUT_PRIVACY, Panel, Series, chart, stacked
 from fedtune.report.page.tables import MOST_LINES, Table, Tables, Words, in_groups, pointer, shortened
+from fedtune.words import score_words
 
 _MOST_BARS = 12
 _MOST_POINTS = 200
@@ -141,7 +142,7 @@ class Charts:
                 levels.append((level, self._words.text(f"utility.{key}").unescape(), dashes))
         round_ = self._words.text("page.round").unescape()
         panel = Panel(
-            series=[Series(points=[(spent, score) for spent, score, _ in found], number=0, label=name)],
+            series=[Series(points=[(spent, score) for spent, score, _ in found], number=0, label=score_words(name))],
             levels=levels,
             notes=[
                 (spent, score, f"{round_} {number}") for spent, score, number in dict.fromkeys((found[0], found[-1]))
@@ -149,7 +150,7 @@ class Charts:
             if found
             else [],
             x=self._said("axis_epsilon"),
-            y=shortened(name, 30),
+            y=shortened(score_words(name), 30),
             from_zero=False,
         )
         return self._chart(
@@ -162,7 +163,7 @@ class Charts:
         if len(rows) < 2:
             return None
         first, last = (self._words.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
-        return self._words.text("chart.moved", name=shortened(name, 30), first=first, last=last)
+        return self._words.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
 
     def reliability(self) -> Chart:
         """How often answers are right that the model was about equally sure of."""
@@ -180,11 +181,14 @@ class Charts:
         panels: list[Panel] = []
         for group in ([name for name in names if name not in losses], losses):
             lines = [
-                Series(points=points, number=number + 2 * len(panels), label=shortened(name, _LONGEST_NAME))
+                Series(
+                    points=points, number=number + 2 * len(panels), label=shortened(score_words(name), _LONGEST_NAME)
+                )
                 for number, name in enumerate(group[:MOST_LINES])
                 if (points := self._by_round(pointer("scores", name)))
             ]
-            y = shortened(group[0], _LONGEST_NAME) if len(group) == 1 else self._words.text("utility.score").unescape()
+            one = shortened(score_words(group[0]), _LONGEST_NAME) if len(group) == 1 else None
+            y = one or self._words.text("utility.score").unescape()
             if lines:
                 panels.append(Panel(series=lines, x=self._said("axis_round"), y=y, scale="whole", from_zero=False))
         main = next((name for name in names if name not in losses), names[0] if names else "")

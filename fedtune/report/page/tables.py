@@ -18,7 +18,7 @@ from fedtune.report.derive.profile import TIERS_SOURCE, band_limits, strength_ba
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
-from fedtune.words import unbounded
+from fedtune.words import score_words, unbounded
 
 One = TypeVar("One")
 MOST_LINES = 6
@@ -437,7 +437,7 @@ class Tables:
     def utility(self) -> Table:
         """Scores by round, beside what was spent by then."""
         scores = (
-            Column(heading=name, at=pointer("scores", name)[1:], kind="score", is_named=True)
+            Column(heading=score_words(name), at=pointer("scores", name)[1:], kind="score", is_named=True)
             for name in self.score_names()
         )
         columns = (
@@ -471,7 +471,7 @@ class Tables:
                 *((self._words.text(f"utility.{kind}"), True) for kind in kinds),
             ),
             rows=tuple(
-                (Markup("{}").format(name), *(self._score(kind, name, utility[kind]) for kind in kinds))
+                (Markup("{}").format(score_words(name)), *(self._score(kind, name, utility[kind]) for kind in kinds))
                 for name in names
             ),
             all=len(names),
