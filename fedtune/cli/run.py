@@ -75,11 +75,8 @@ def run(
         _in_background([*words, *_as_words(options)], folder=_folder_to_be(words))
         return
     if first not in _ACTIONS:
-        begun = _begun(words) if or_resume else None
-        if begun is not None and _is_finished(begun):
-            say(f"{begun} is finished.")
-        else:
-            _start([f"resume='{begun}'"] if begun else words, kit=_lead_kit(kit), metrics=metrics, renew=renew)
+        if (left := _left_of(words) if or_resume else words) is not None:
+            _start(left, kit=_lead_kit(kit), metrics=metrics, renew=renew)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -99,14 +96,19 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _begun(words: Sequence[str]) -> Path | None:
-    """The folder of the run that these settings name, once it has begun.
+def _left_of(words: Sequence[str]) -> Sequence[str] | None:
+    """These words for a run that has not begun, those that resume it once it has, and None once it is finished.
 
     A service starts with the same words each time.  The run's own settings count from its beginning on, and its sites
     are not looked up again: one of them may have been revoked since.
     """
     folder = _named(words, option="--or-resume")
-    return folder if has_begun(folder) else None
+    if not has_begun(folder):
+        return words
+    if _is_finished(folder):
+        say(f"{folder} is finished.")
+        return None
+    return [f"resume='{folder}'"]
 
 
 def _named(words: Sequence[str], *, option: str) -> Path:
