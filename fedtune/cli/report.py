@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,11 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, checks
-from fedtune.report.derive.verdicts import Room, room_of
+from fedtune.report.derive.verdicts import room_of
 from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
+from fedtune.report.page.catalogue import catalogue
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted
 
@@ -71,16 +73,10 @@ report lies in its folder, a ledger's in a folder beside it that ends in .report
 """,
     cls=_Report,
 )
-_STATES: Mapping[State, tuple[str, str]] = {
-    "within": ("WITHIN the approved budget", "bold"),
-    "exceeded": ("EXCEEDED", "bold red"),
-    "no_guarantee": ("NO GUARANTEE", "bold yellow"),
-}
-_ROOMS: Mapping[Room, tuple[str, str]] = {
-    "closed": ("CLOSED: these records take part in no further run", "bold yellow"),
-    "used_up": ("USED UP: the approved budget leaves nothing for another run", "bold yellow"),
-    "no_run_fits": ("WITHIN the approved budget, and no further usual run fits it", "bold yellow"),
-}
+_STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
+_NO_ROOM = "bold yellow"
+_LOUD = re.compile("^(Within|Exceeded|No guarantee|Closed|Used up)")
+"""How the page's words for a result begin, which a line of text says in capitals."""
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
     "wrong": ("WRONG", "bold red"),
@@ -135,7 +131,6 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
-    from fedtune.report.page.catalogue import catalogue
     from fedtune.report.page.render import write_all, write_files
 
     spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
@@ -315,8 +310,9 @@ def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     room = room_of(report)
-    state, style = _ROOMS[room] if room else _STATES[report.verdict.state]
-    shown = state + (f" ({reasons})" if reasons else "")
+    style = _NO_ROOM if room else _STYLES[report.verdict.state]
+    said = catalogue("en").texts["verdict"][room or f"{report.verdict.state}_{report.kind}"]
+    shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
 
 

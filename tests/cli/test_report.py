@@ -19,11 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedtune.cli.report import verdict_line
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import signing
-from fedtune.report.model import Report
+from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import catalogue
 
 from ..conftest import parsed
@@ -115,6 +116,22 @@ def test_the_schema_is_printed(command: Any) -> None:
 # Writing
 
 
+@pytest.mark.parametrize(
+    ("kind", "state", "said"),
+    [
+        ("run", "within", "WITHIN this run's budget: "),
+        ("ledger", "within", "WITHIN the approved budget: "),
+        ("run", "exceeded", "EXCEEDED: more than this run's budget (x): "),
+        ("ledger", "exceeded", "EXCEEDED: more was spent than approved (x): "),
+        ("run", "no_guarantee", "NO GUARANTEE (x): "),
+    ],
+)
+def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path) -> None:
+    reasons = () if state == "within" else ("x",)
+    report = replace(report_in(run_folder), kind=kind, verdict=Verdict(state=state, reasons=reasons))
+    assert verdict_line(report)[0].startswith(said)
+
+
 def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
@@ -122,7 +139,7 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
     assert outcome.code == 0
     banner, verdict, two_figures, *others = outcome.out.splitlines()
     assert banner == catalogue("en").texts["banner"]["simulation"]
-    assert verdict.startswith("WITHIN the approved budget: epsilon 0.")
+    assert verdict.startswith("WITHIN this run's budget: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
     assert two_figures == catalogue("en").texts["budget"]["two_figures"]
     assert [line.split()[-1] for line in others] == [

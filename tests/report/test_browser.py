@@ -166,6 +166,19 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     assert page.requests == [page.tab.url]
 
 
+FONT_SIZE = "one => parseFloat(getComputedStyle(one).fontSize)"
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Open) -> None:
+    tab = opened("within", "en").tab
+    tab.emulate_media(media=media)
+    figure = tab.locator("#meaning .focal").evaluate(FONT_SIZE)
+    sizes = tab.evaluate(f"[...document.querySelectorAll('#page-1 :not(svg *)')].map({FONT_SIZE})")
+    assert figure == max(sizes)
+    assert sizes.count(figure) == 2, "the line, and the figure in it"
+
+
 def test_on_a_phone_what_follows_page_one_is_folded(opened: Open) -> None:
     """On a wide screen, and on paper, all of it is there without opening anything."""
     page = opened("within", "en")
