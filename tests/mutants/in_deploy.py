@@ -141,8 +141,8 @@ DEPLOY_FAULTS = (
         name="renewed-though-revoked",
         fault="A site that was revoked gets a new certificate.",
         file="fedtune/deploy/kits/provisioning.py",
-        old="        if asked is None:\n            _check_not_revoked(old)\n",
-        new="        if asked is None:\n",
+        old="        _check_not_revoked(old)\n        member = replace(",
+        new="        member = replace(",
         tests=("tests/deploy/test_renewal.py::test_nobody_else_gets_one",),
     ),
     Mutant(
