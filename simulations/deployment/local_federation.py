@@ -107,6 +107,14 @@ class LocalFederation:
             self._wait("server", "the server listens")
             yield
 
+    def start_alone(self, name: str) -> float:
+        """Start one site as a process of its own and end it; the seconds until it is up."""
+        began = time.monotonic()
+        words = ["-m", "fedtune", "site", "start", "--kit", f"{name}/kit", "--site", f"{name}/site.toml"]
+        with self._process(name, words):
+            self._wait(name, "the site is up", every_s=0.02)
+            return time.monotonic() - began
+
     @contextlib.contextmanager
     def _process(self, name: str, arguments: Sequence[str]) -> Iterator[None]:
         with (self.folder / f"{name}.log").open("w") as stream:
@@ -118,12 +126,12 @@ class LocalFederation:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=120)
 
-    def _wait(self, name: str, ready: str) -> None:
+    def _wait(self, name: str, ready: str, *, every_s: float = 0.1) -> None:
         log, deadline = self.folder / f"{name}.log", time.monotonic() + START_S
         while not log.exists() or ready not in log.read_text():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def run(self, name: str, *more: str, sites: Sequence[str] = ()) -> dict[str, Any]:
         """`fedtune run` over these sites, or all of them; returns run.json."""

@@ -24,6 +24,7 @@ from fedtune.privacy.durable import write_durably
 
 SEEDED = ("runtime.seeded_noise=true", "runtime.num_threads=1")
 HERE = Path(__file__).parent
+STARTS = 5
 
 
 def overhead(folder: Path) -> dict[str, Any]:
@@ -68,6 +69,14 @@ def warm(folder: Path) -> dict[str, Any]:
     }
 
 
+def start(folder: Path) -> dict[str, Any]:
+    """A site's process alone, beside a server: from its command to "the site is up", one start after the other."""
+    made = LocalFederation(folder, ["experiment=debug", *SEEDED], sites=SITES[:2])
+    with made.server_up():
+        seconds = [made.start_alone(SITES[0]) for _ in range(STARTS)]
+    return {"starts": len(seconds), "seconds_median": statistics.median(seconds), "seconds_max": max(seconds)}
+
+
 def whole(folder: Path) -> dict[str, Any]:
     """banks_intents as it is, with noise of the operating system, at three real sites."""
     made = LocalFederation(folder, ["experiment=banks_intents", "runtime.num_threads=1"])
@@ -85,7 +94,12 @@ def _adapter(run: Path) -> dict[str, np.ndarray]:
     return {name: value for path in (run / "adapter").glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"overhead": overhead, "warm": warm, "whole": whole}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "overhead": overhead,
+    "warm": warm,
+    "start": start,
+    "whole": whole,
+}
 
 if __name__ == "__main__":
     results = json.loads((HERE / "results.json").read_text()) if (HERE / "results.json").exists() else {}

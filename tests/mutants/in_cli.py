@@ -42,6 +42,14 @@ CLI_FAULTS = (
         tests=(f"{OF_SITE}::test_a_person_is_asked",),
     ),
     Mutant(
+        name="admitted-uncompared",
+        fault="A site is let in before a person has said that its keys were compared.",
+        file="fedtune/cli/provision.py",
+        old='    if not already and not agreed("Did the site read out the same?"):',
+        new='    if already and not agreed("Did the site read out the same?"):',
+        tests=("tests/cli/test_provision.py::test_nothing_is_changed_before_a_person_has_compared",),
+    ),
+    Mutant(
         name="approved-over-the-budget",
         fault="A run that policy or budget would refuse can be approved.",
         file=APPROVE,
