@@ -243,7 +243,7 @@ class CanaryUserBatch(UserBatch):
     """A micro-batch of canaries who are users: `contributions` holds a canary's coordinate once for each record.
 
     Each record has the canary's whole gradient.  So their mean is as long as one, and records that were clipped one by
-    one and added up would show as so many clip norms.
+    one and added up would show as that many clip norms.
     """
 
     def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:

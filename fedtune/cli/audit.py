@@ -185,8 +185,8 @@ def _bounds(result: Audit) -> Section:
         rows=rows,
         styles={number: "red" for number, bound in enumerate(result.bounds) if bound in wrong},
         notes=(
-            f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; ceiling: the most that so many "
-            "guesses about so many canaries can show",
+            f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; ceiling: the most that these "
+            "guesses about these canaries can show",
         ),
     )
 
@@ -234,7 +234,7 @@ def _membership(result: Audit) -> Section:
         words=frozenset({0, 1}),
         notes=(
             f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training; "
-            "the share found among those trained on, at so many false alarms among those never used",
+            "the share found among those trained on, at that share of false alarms among those never used",
         ),
     )
 

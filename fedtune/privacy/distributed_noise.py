@@ -166,10 +166,10 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
     Returns:
         The same tensors in cells of 2**-cell_bits of the clip norm.
 
-    Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells for
-    so many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit still
-    moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even number of
-    these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
+    Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells
+    for that many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit
+    still moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even
+    number of these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
     """
     most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.cell_bits
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}

@@ -41,8 +41,8 @@ _MOST_BYTES, _NUM_OLD = 4 << 20, 3
 _REPEAT_S = 600.0
 """For how long the same event is counted before its number is written."""
 _MOST_KINDS, _MOST_OF_ONE = 1000, 100
-"""Different lines of one event that are told apart, and of those one member's or one address's: whoever makes many
-hides no other's."""
+"""Different lines of one event that are told apart, and of those one member's or one address's: a caller who
+makes many hides no other's."""
 _ALWAYS: frozenset[Event] = frozenset(
     {
         *("server started", "server stopped", "run started", "run ended"),

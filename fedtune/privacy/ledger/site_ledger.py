@@ -38,7 +38,7 @@ MOST_ANSWERS_A_DAY, MOST_STRANGERS_A_DAY = 1000, 10
 site's disk, and no stranger can use up what is there for leads.  An offer that cannot be recorded is not made."""
 _MOST_TEXT = 300
 _MOST_DOUBTS = 256
-"""Receipts that a ledger notes it lacks.  With so many there may be others, so that no anchor clears any of them."""
+"""Receipts that a ledger notes it lacks.  With this many there may be others, so that no anchor clears any of them."""
 
 
 class Ledger:
