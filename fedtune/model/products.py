@@ -5,6 +5,8 @@ which does the same work in float32 more than twice as fast on AMD's CPUs (simul
 it is an operator that its compiler uses, without a gradient; so the gradient is here, and none is computed for weights.
 
 A row's product is the same, bit for bit, in every number of rows but one; `fedtune.training.preflight` tries that.
+In bfloat16 Intel's AMX parts long products by the number of rows; the trial finds that, and then all micro-batches of a
+length have one number of rows.
 
 With `model.dtype=mixed` weights and what they multiply are rounded to bfloat16, products are added up in float32, and
 each sum is rounded once; forward and on the way back.  A CPU with instructions for bfloat16 does so in half the time

@@ -141,6 +141,7 @@ def test_between_two_passes_nobody_holds_weights() -> None:
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_a_row_s_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:

