@@ -21,7 +21,7 @@ from fedtune.report.page.label import as_png, as_svg
 from fedtune.report.page.tables import Words
 from fedtune.spec import ConfigError
 
-from .shown import HOSTILE, NAMES, reports_of
+from .shown import HOSTILE, NAMES, reports_of, with_site
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
@@ -31,9 +31,14 @@ def language(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, "says_nothing"])
 def report(request: pytest.FixtureRequest) -> Report:
-    return reports_of(request)[request.param]
+    found = reports_of(request)
+    if request.param in found:
+        return found[request.param]
+    ledger = found["ledger"]
+    means = replace(ledger.sites[0].meaning, right_of_100_ceiling=99.98, right_of_100_mechanism=None)
+    return with_site(ledger, meaning=means)
 
 
 def lines(svg: str) -> list[str]:

@@ -184,14 +184,17 @@ def _promise(words: Words) -> Iterator[_Mark]:
             top += 34
         yield from _lines(reasons, x=_MARGIN, y=top + 34, size=19, width=_LEFT - _MARGIN, most=8)
         return
-    if PageOne(words).says_nothing(worst):
-        said = _plain(PageOne(words).about_ceiling(worst))
-        yield from _lines(said, x=_MARGIN, y=top + 14, size=22, width=_LEFT - _MARGIN, most=6)
-    else:
-        yield from _guesses(words, f"{worst}/meaning/right_of_100_{PageOne(words).right(worst)}", top=top)
+    one, width = PageOne(words), _LEFT - _MARGIN
     factor = words.catalogue.figure(report.epsilon, "factor")
     promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
-    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=_LEFT - _MARGIN, most=5, font="bold")
+    if one.says_nothing(worst):
+        lines = list(_lines(_plain(promise), x=_MARGIN, y=top + 14, size=22, width=width, most=8, font="bold"))
+        yield from lines
+        said = _plain(one.about_ceiling(worst))
+        yield from _lines(said, x=_MARGIN, y=lines[-1].y + 40, size=17, width=width, most=4)
+        return
+    yield from _guesses(words, f"{worst}/meaning/right_of_100_{one.right(worst)}", top=top)
+    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=width, most=5, font="bold")
 
 
 def _guesses(words: Words, at: str, *, top: float) -> Iterator[_Mark]:
