@@ -27,7 +27,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import Desk, Killed, killed_at, new_federation
+from .conftest import Desk, Killed, killed_at, new_federation, of_odd_version
 
 YEAR = timedelta(days=365)
 
@@ -365,6 +365,63 @@ def test_a_server_that_is_away_is_asked_again(desk: Desk, north: Kit, served: Se
     served.is_away, keeper._next = False, 0.0
     assert not keeper.look()
     assert len(served._desk.requests()) == 1
+
+
+class Hostile:
+    """What a server's administrator may answer; each round's answers are the next ones."""
+
+    def __init__(self, *rosters: Callable[[], bytes]) -> None:
+        self._rosters = iter(rosters)
+
+    def ask(self, request: bytes) -> int:
+        return 1 << 60
+
+    def roster(self) -> bytes:
+        return next(self._rosters)()
+
+
+def with_odd_certificate(honest: Roster) -> bytes:
+    fields = json.loads(honest.to_bytes())
+    fields["sites"][0]["certificate"] = of_odd_version(fields["sites"][0]["certificate"])
+    return json.dumps(fields).encode()
+
+
+class OfNobodysKind(Exception):
+    """What no code expects."""
+
+
+def test_nothing_that_a_server_answers_ends_a_site(
+    desk: Desk, north: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nearly_over(desk, "north", north)
+    odd = with_odd_certificate(roster(desk))
+
+    def raises() -> bytes:
+        raise OfNobodysKind("its text")
+
+    hostile = Hostile(lambda: odd, raises, lambda: b"\xff", lambda: roster(desk).to_bytes())
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=hostile)
+    for _ in range(3):
+        keeper._next = 0.0
+        assert not keeper.look()
+        assert not (tmp_path / "seen.json").exists()
+    assert "no new certificate yet: OfNobodysKind" in caplog.text
+    assert "its text" not in caplog.text
+    keeper._next = 0.0
+    desk.renew("north")
+    assert keeper.look()
+
+
+def test_a_roster_with_an_odd_certificate_is_no_roster(desk: Desk, north: Kit, tmp_path: Path) -> None:
+    honest = roster(desk)
+    odd = with_odd_certificate(honest)
+    with pytest.raises(ConfigError, match="certificate = 'north': must be one in PEM form"):
+        Roster.of(odd)
+    with pytest.raises(ConfigError, match="certificate = 'north'"):
+        exchange(Hostile(lambda: odd), book(desk, tmp_path / "seen.json"))  # type: ignore[arg-type]
+    server = of_odd_version(north.certificate.read_text())
+    with pytest.raises(ConfigError, match="must have a certificate in PEM form"):
+        issued_to(Kit.read(desk.folder / "server", kind="server"), replace(honest, server=server), now=desk.now)
 
 
 def test_a_roster_whose_certificate_is_for_another_key_changes_nothing(desk: Desk, north: Kit) -> None:

@@ -22,7 +22,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.kits.certificates import Certificate, p384_of, public_pem, read_certificate, read_connection_key
+from fedtune.deploy.kits.certificates import (
+    UNREADABLE,
+    Certificate,
+    p384_of,
+    public_pem,
+    read_certificate,
+    read_connection_key,
+)
 from fedtune.deploy.kits.kit_file import VERSION, Kit, read_json
 from fedtune.deploy.kits.members import Roster, signed_bytes
 from fedtune.privacy.durable import write_durably
@@ -203,9 +210,8 @@ class CertificateKeeper:
             if mark == self._seen:
                 return False
             certificate = self._kit.check_certificate(datetime.now(UTC))
-        except (ConfigError, OSError) as error:  # it may be in the middle of being copied
-            if self._is_news(str(error)):
-                log.warning("the kit's certificate is not used: %s", error)
+        except Exception as error:  # it may be in the middle of being copied
+            self._warn("the kit's certificate is not used", error)
             return False
         self._seen = mark
         if certificate == self.certificate:
@@ -228,9 +234,8 @@ class CertificateKeeper:
             if roster is None or number > roster.number:
                 roster = self._book.take(desk.roster())
             self._put(roster)
-        except (ConfigError, RunError, OSError) as error:
-            if self._is_news(str(error)):
-                log.warning("no new certificate yet: %s", error)
+        except Exception as error:  # whatever a server answers, it ends nobody's process
+            self._warn("no new certificate yet", error)
 
     def _put(self, roster: Roster) -> None:
         """Put the later certificate that a roster has for this kit's key, if there is one, into the kit.
@@ -239,6 +244,12 @@ class CertificateKeeper:
         """
         if (issued := issued_to(self._kit, roster, now=datetime.now(UTC))) is not None:
             write_durably(self._kit.certificate.resolve(), issued)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Log it once, with the text of fedtune's and the system's own errors alone."""
+        said = str(error) if isinstance(error, ConfigError | RunError | OSError) else type(error).__name__
+        if self._is_news(said):
+            log.warning("%s: %s", what, said)
 
     def _is_news(self, said: str) -> bool:
         """Whether it was not said last."""
@@ -264,7 +275,7 @@ def issued_to(kit: Kit, roster: Roster, *, now: datetime) -> bytes | None:
         return None
     try:
         issued = x509.load_pem_x509_certificate(pem.encode())
-    except ValueError:
+    except UNREADABLE:
         raise ConfigError("roster", "unreadable", "must have a certificate in PEM form") from None
     if issued.not_valid_after_utc <= own.not_valid_after_utc or public_pem(issued) != public_pem(own):
         return None
