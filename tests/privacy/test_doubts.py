@@ -111,11 +111,11 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
     require_in_doubt(behind, proposal(run="new"))
 
 
-def long_branch(opened: Any, proposal: Any, path: Path, backup: Path) -> Head:
+def long_branch(opened: Any, proposal: Any, path: Path, backup: Path, *, refusals: int = 170) -> Head:
     """A lost branch of a round and so many refusals after it that an anchor does not know most of its events."""
     ledger = put_back(path, backup, opened)
     trained(ledger, proposal(), 2)
-    for number in range(170):
+    for number in range(refusals):
         ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
     return ledger.head()
 
@@ -137,6 +137,46 @@ def test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows
     restored.charge_gap(unseen)
     restored.require_contains(receipt)
     trained(restored, proposal(run="new"), 1)
+
+
+def test_where_an_anchor_is_mute_it_clears_a_doubt_of_rounds_that_it_knows(
+    opened: Any, proposal: Any, path: Path, backup: Path
+) -> None:
+    long_branch(opened, proposal, path, backup, refusals=0)
+    receipt = opened().receipt("r")
+    for number in range(170):
+        opened().refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+    lost = opened().head()
+    assert receipt.sequence not in dict(lost.path)
+    restored = put_back(path, backup, opened)
+    require_shown(restored, receipt)
+    restored.charge_gap(lost)
+    trained(restored, proposal(run="new"), 1)
+
+
+@pytest.mark.parametrize("filler", [170, 253])
+@pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
+def test_where_a_branch_is_mute_its_own_doubt_stays(
+    opened: Any, proposal: Any, path: Path, backup: Path, filler: int, order: tuple[int, ...]
+) -> None:
+    """It has all of its events, and so knows that it lacks this one."""
+    lost, receipt = branch(opened, path, backup, proposal(), range(2, 3))
+    long_branch(opened, proposal, path, backup, refusals=filler)
+    doubting = opened()
+    require_shown(doubting, receipt)
+    anchor = doubting.head()
+    assert receipt.sequence not in dict(anchor.path)
+    again = put_back(path, backup, opened)
+    for number in order:
+        again.charge_gap((anchor, lost)[number])
+        if number == order[0] == 0:
+            require_in_doubt(again, proposal(run="new"))
+            require_shown(again, receipt)
+    if 1 in order:
+        again.require_contains(receipt)
+        trained(again, proposal(run="new"), 1)
+    else:
+        require_in_doubt(opened(), proposal(run="new"))
 
 
 def test_a_restore_forgets_neither_a_denial_nor_a_cap(

@@ -47,10 +47,10 @@ class Restored:
         """Whether the event of a receipt, whose hash `matches`, is on the path, or may be where the path is mute.
 
         Far from its end the path is sparse.  There the receipt may not say more rounds of its run than the branch had:
-        `shared_rounds` up to `shared`, and `runs` beyond.
+        `shared_rounds` up to `shared`, and `runs` beyond; and one that it was shown itself it knew to lack.
         """
         hashes = [hash for number, hash in self.path if number == shown.sequence]
-        mute = not hashes and self.shared < shown.sequence <= self.end - DENSE
+        mute = not hashes and shown not in self.doubts and self.shared < shown.sequence <= self.end - DENSE
         return any(map(matches, hashes)) or (mute and shown.rounds <= shared_rounds + self.runs.get(shown.run, 0))
 
     def to_json(self) -> dict[str, Any]:

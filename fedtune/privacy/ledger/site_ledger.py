@@ -245,12 +245,12 @@ class Ledger:
                 frozen=anchor.frozen,
                 denied=frozenset(anchor.denied),
                 caps=_beyond(self.history.caps, anchor.caps),
-                doubts=self.history.doubts.union(anchor.doubts),
+                doubts=frozenset(anchor.doubts),
             )
-            if len(restored.doubts) < _MOST_DOUBTS:
-                left = {one for one in restored.doubts if not self._store.knows(one, besides=restored)}
-                restored = replace(restored, doubts=frozenset(left))
-            self._store.note("restored", **restored.to_json())
+            doubts = self.history.doubts.union(anchor.doubts)
+            if len(doubts) < _MOST_DOUBTS:
+                doubts = frozenset(one for one in doubts if not self._store.knows(one, besides=restored))
+            self._store.note("restored", **replace(restored, doubts=doubts).to_json())
         return gap
 
     def head(self) -> Head:
