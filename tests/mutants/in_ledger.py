@@ -262,6 +262,14 @@ LEDGER_FAULTS = (
         tests=(f"{OF_DOUBTS}::test_a_restore_forgets_neither_a_denial_nor_a_cap",),
     ),
     Mutant(
+        name="users-forgotten-by-a-restore",
+        fault="After a restore a column of visits says who a user is, where one of patients did.",
+        file=HISTORY,
+        old="        self.users.known |= restored.users\n",
+        new="",
+        tests=(f"{OF_DOUBTS}::test_a_restore_does_not_forget_who_a_user_is",),
+    ),
+    Mutant(
         name="cap-raised-by-a-restore",
         fault="A lifetime cap that was lowered is higher again after a restore, and nothing shows it.",
         file=LEDGER,

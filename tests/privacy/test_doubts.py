@@ -14,6 +14,8 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.site_policy import Dataset
+from fedtune.spec import RunError
 
 from .test_branches import branch, trained
 
@@ -196,6 +198,45 @@ def test_a_restore_forgets_neither_a_denial_nor_a_cap(
     assert opened().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
     assert [cap for _, cap in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
     assert opened().history.cap == 11.0
+
+
+def test_a_restore_does_not_forget_who_a_user_is(
+    opened: Any, policy: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]
+) -> None:
+    def of(*named: tuple[str, str, str]) -> Any:
+        columns = {"text": "body", "label": "code"}
+        data = [Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named]
+        return policy(population={"unit": "user"}, dataset=tuple(data))
+
+    first, notes = ("old", "old.csv", "who"), ("notes", "notes.csv", "patient")
+    visits = (("notes", "notes.csv", "visit"), ("again", "./notes.csv", "visit"), ("notes", "again.csv", "visit"))
+    opened(policy=of(first))
+    backup = copied(path)
+    lost = opened(policy=of(first, notes))
+    trained(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
+    anchor = lost.head()
+    assert anchor.users == (
+        *(("dataset", "notes", "patient"), ("dataset", "old", "who")),
+        *(("file", "notes.csv", "patient"), ("file", "old.csv", "who")),
+    )
+    # The policy that is there when the ledger is put back, and one that comes later.
+    shutil.copy(backup, path)
+    with pytest.raises(RunError, match=r"made for dataset notes columns\.user = patient, the policy says visit"):
+        opened(policy=of(first, visits[0])).charge_gap(anchor)
+    assert not verify(path).history.restored, "nothing of it was written"
+    shutil.copy(backup, path)
+    restored = opened(policy=of(first))
+    restored.charge_gap(anchor)
+    for visit in visits:
+        with pytest.raises(RunError, match=r"columns\.user = patient, the policy says visit"):
+            opened(policy=of(first, visit))
+    assert restored.head().users == anchor.users, "and the next restore does not, either"
+    opened(policy=of(first, notes))
+
+
+def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, policy: Any, path: Path) -> None:
+    named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
+    assert opened(policy=policy(dataset=(named,))).head().users == ()
 
 
 def test_an_older_ledgers_notes_are_read(opened: Any, proposal: Any, path: Path, backup: Path) -> None:

@@ -29,6 +29,7 @@ class Restored:
         runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
         denied: digests of proposals that a person denied there.
         caps: lifetime caps that were in force on the lost branch alone; None: no cap.
+        users: which column says who a user is, by that branch's policies.
         doubts: receipts of either branch that are still not made up for.
     """
 
@@ -41,6 +42,7 @@ class Restored:
     frozen: bool
     denied: frozenset[str]
     caps: tuple[float | None, ...]
+    users: frozenset[tuple[str, str, str]]
     doubts: frozenset[Doubt]
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, shared_rounds: int) -> bool:
@@ -65,6 +67,7 @@ class Restored:
             "frozen": self.frozen,
             "denied": sorted(self.denied),
             "caps": self.caps,
+            "users": sorted(self.users),
             "doubts": sorted(self.doubts),
         }
 
@@ -72,7 +75,7 @@ class Restored:
     def of(cls, detail: dict[str, Any], *, doubts: frozenset[Doubt]) -> Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else.
 
-        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials and caps.
+        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials, caps and users.
         """
         if "doubts" in detail:
             doubts = frozenset(Doubt.read(each) for each in detail["doubts"])
@@ -96,5 +99,6 @@ class Restored:
             frozen=bool(detail["frozen"]),
             denied=frozenset(map(str, detail.get("denied", ()))),
             caps=tuple(None if cap is None else float(cap) for cap in detail.get("caps", ())),
+            users=frozenset((str(kind), str(name), str(column)) for kind, name, column in detail.get("users", ())),
             doubts=doubts,
         )
