@@ -509,6 +509,67 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     assert seen.newest() == roster(desk)
 
 
+def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    joined = roster(desk)
+    desk.revoke("north")
+    revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
+    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
+    returned = replace(joined, number=revoked.number + 2).signed(lead)
+    kept = tmp_path / "seen.revoked.json"
+
+    def refused(path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
+            book(desk, path).take(returned.to_bytes())
+
+    for seen in ((revoked, dropped), (joined, revoked, dropped), (revoked, dropped, replace(dropped).signed(lead))):
+        for path in (tmp_path / "seen.json", kept):
+            path.unlink(missing_ok=True)
+        for one in seen:
+            assert book(desk, tmp_path / "seen.json").take(one.to_bytes()) == one
+        refused(tmp_path / "seen.json")
+        assert book(desk, tmp_path / "seen.json").newest() == dropped
+    (tmp_path / "seen.json").unlink()
+    refused(tmp_path / "seen.json")
+    # A newest roster of an earlier version has no such list beside it yet.
+    (tmp_path / "older.json").write_bytes(revoked.to_bytes())
+    book(desk, tmp_path / "older.json").take(dropped.to_bytes())
+    refused(tmp_path / "older.json")
+    # With a new key the site may come back.
+    desk.renew("north", desk.request("north", kit="another"))
+    back = replace(roster(desk), number=revoked.number + 3).signed(lead)
+    assert book(desk, tmp_path / "older.json").take(back.to_bytes()).sites[0].revoked is None
+    for damaged in ("", "{}", "[7]", '"text"', "[" * 100_000):
+        kept.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"revoked keys = '.*seen\.revoked\.json': must be the list"):
+            book(desk, tmp_path / "seen.json").take(back.to_bytes())
+
+
+def test_a_crash_while_a_roster_is_taken_forgets_no_revoked_key(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    joined = roster(desk)
+    desk.revoke("north")
+    revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
+    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
+    returned = replace(joined, number=revoked.number + 2).signed(lead)
+    step, done = 0, False
+    while not done:
+        own = book(desk, tmp_path / f"{step}.json")
+        own.path.write_bytes(revoked.to_bytes())  # of an earlier version
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(step, patch)
+            try:
+                own.take(dropped.to_bytes())
+            except Killed:
+                pass
+            else:
+                done = True
+        with pytest.raises(ConfigError, match="must stay revoked"):
+            own.take(returned.to_bytes())
+        step += 1
+    assert step > 4
+
+
 def test_a_lead_whose_kit_was_copied_anew_has_its_newest_certificate_from_its_roster(desk: Desk) -> None:
     provisioning.renew(desk.folder, "lead", days=1, now=desk.now)
     kit = Kit.read(desk.folder / "lead", kind="lead")

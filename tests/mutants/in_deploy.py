@@ -105,6 +105,14 @@ DEPLOY_FAULTS = (
         tests=("tests/deploy/test_renewal.py::test_nothing_that_a_server_answers_ends_a_site",),
     ),
     Mutant(
+        name="revoked-keys-forgotten",
+        fault="A roster that lacks a revoked site wipes what is known of it: the next one lets its key in again.",
+        file="fedtune/deploy/kits/renewal.py",
+        old="        kept = self._revoked()\n",
+        new="        kept: set[str] = set()\n",
+        tests=("tests/deploy/test_renewal.py::test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site",),
+    ),
+    Mutant(
         name="half-a-change",
         fault="A roster is in the lead's kit, and so on its way to the server, before its change is sure to be made.",
         file="fedtune/deploy/kits/federation_folder.py",

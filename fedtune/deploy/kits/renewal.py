@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.deploy.kits.certificates import (
     UNREADABLE,
     Certificate,
+    fingerprint_of,
     p384_of,
     public_pem,
     read_certificate,
@@ -41,6 +42,11 @@ NEWEST = "newest_roster.json"
 _PURPOSE = b"fedtune renewal\0"
 _AGAIN_S, _LEAST_S, _TRIES = 600.0, 5.0, 20
 """How soon to ask again: in ten minutes, or so that this many tries are left; but not within seconds."""
+
+
+def revoked_beside(roster: Path) -> Path:
+    """Where a machine keeps which connection keys were ever revoked, beside the newest roster that it has seen."""
+    return roster.with_suffix(".revoked.json")
 
 
 def is_due(certificate: Certificate, now: datetime) -> bool:
@@ -111,6 +117,8 @@ def digest_of(certificate: x509.Certificate) -> str:
 class RosterBook:
     """The newest roster that a machine has seen; it takes no older one, and none that is not the lead's.
 
+    A connection key that any of those seen revoked stays revoked, also after one that lacks the site.
+
     Attributes:
         path: where it lies, once there is one.
         lead: public key of the lead, as the kit has it.
@@ -159,14 +167,36 @@ class RosterBook:
         if newest is not None and roster.number <= newest.number:
             bound = f"must be higher than {newest.number}, that of the newest roster seen here"
             raise ConfigError("roster.number", roster.number, bound)
-        revoked = {one.node_key for one in newest.sites if one.revoked is not None} if newest else set()
-        if back := [one.site for one in roster.sites if one.revoked is None and one.node_key in revoked]:
-            bound = (
-                "must stay revoked, as in the newest roster seen here: revoke them again, after a restore from a backup"
-            )
+        kept = self._revoked()
+        revoked = kept.union(_revoked_in(newest) if newest is not None else ())
+        if back := [
+            one.site for one in roster.sites if one.revoked is None and fingerprint_of(one.node_key) in revoked
+        ]:
+            bound = "must stay revoked, as in a roster seen here: revoke them again, after a restore from a backup"
             raise ConfigError("roster.sites", back, bound)
+        revoked |= _revoked_in(roster)
+        if revoked != kept:  # first, so that no crash forgets what the newest roster alone said
+            write_durably(revoked_beside(self.path), json.dumps(sorted(revoked), indent=1).encode() + b"\n")
         write_durably(self.path, roster.to_bytes())
         return roster
+
+    def _revoked(self) -> set[str]:
+        """Fingerprints of the keys that were revoked in rosters before the newest one."""
+        path = revoked_beside(self.path)
+        if not path.exists():
+            return set()
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            bound = "must be the list that fedtune wrote: bring it back from a backup, or move it away; then a key that"
+            raise ConfigError("revoked keys", str(path), f"{bound} only it has counts as new")
+        return set(found)
+
+
+def _revoked_in(roster: Roster) -> set[str]:
+    return {fingerprint_of(one.node_key) for one in roster.sites if one.revoked is not None}
 
 
 class Desk(Protocol):
