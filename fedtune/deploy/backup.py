@@ -25,7 +25,7 @@ from dp_accounting import DpEvent
 from fedtune import __version__
 from fedtune.deploy.files import new_folder, writing
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.renewal import NEWEST
+from fedtune.deploy.kits.renewal import NEWEST, revoked_beside
 from fedtune.deploy.services.lead_and_server import DATABASE
 from fedtune.deploy.services.site_state import serving
 from fedtune.privacy.durable import fsync_folder, write_durably
@@ -319,14 +319,15 @@ def _make_room(ledger: Path) -> None:
 
 
 def back_up_server(target: Path, *, data: Path) -> None:
-    """Back up a server's database, its newest roster and its audit log.
+    """Back up a server's database, its newest roster, which keys were revoked, and its audit log.
 
     Raises:
         ConfigError: there is no database, or `target` cannot be written.
     """
     if not (data / DATABASE).is_file():
         raise ConfigError("--data", str(data), f"must be the server's folder; it has no {DATABASE}")
-    others = {path.name: path for path in (*data.glob("audit.jsonl*"), data / NEWEST) if path.is_file()}
+    rosters = (data / NEWEST, revoked_beside(data / NEWEST))
+    others = {path.name: path for path in (*data.glob("audit.jsonl*"), *rosters) if path.is_file()}
     write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
 
 

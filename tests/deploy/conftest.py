@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -153,6 +155,16 @@ def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
     for name in ("fsync", "replace", "unlink"):
         patch.setattr(os, name, counted(getattr(os, name), name))
     return begun
+
+
+def of_odd_version(pem: str) -> str:
+    """A certificate, or a request for one, with a version that X.509 does not have."""
+    first, *lines, last = pem.splitlines()
+    encoded = bytearray(base64.b64decode("".join(lines)))
+    version = re.search(rb"\x02\x01[\x00\x02]", encoded)
+    assert version is not None
+    encoded[version.end() - 1] = 110
+    return "\n".join((first, base64.encodebytes(encoded).decode().strip(), last, ""))
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -308,6 +308,7 @@ def test_a_server_s_database_is_copied_while_it_is_written(federation: Path, com
         file.execute("INSERT INTO messages VALUES (2)")
         backup = str(tmp_path / "server.zip")
         (data / NEWEST).write_text("a roster")
+        (data / "newest_roster.revoked.json").write_text("keys")
         outcome = command("server", "backup", backup, "--kit", str(kit), "--data", str(data))
         assert outcome.code == 0, outcome
         file.execute("COMMIT")
@@ -315,6 +316,7 @@ def test_a_server_s_database_is_copied_while_it_is_written(federation: Path, com
     with closing(sqlite3.connect(new / "server.db")) as file:
         assert file.execute("SELECT number FROM messages").fetchall() == [(1,)]
     assert (new / NEWEST).read_text() == "a roster", "else the kit's older one would count again"
+    assert (new / "newest_roster.revoked.json").read_text() == "keys", "else one of them may be let in again"
     outcome = command("server", "restore", backup, "--kit", str(kit), "--data", str(new))
     assert (outcome.code, "exists already" in outcome.message) == (2, True)
 

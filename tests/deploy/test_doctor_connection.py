@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from fedtune.deploy.doctor.check import Check
 from fedtune.deploy.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, proxy_for
@@ -23,7 +24,7 @@ from fedtune.deploy.kits.kit_file import Kit, KitFile
 from fedtune.privacy.keys import SigningKey
 from tests.flower.hostile import Hostile
 
-from .conftest import Mailbox
+from .conftest import Mailbox, of_odd_version
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -185,6 +186,31 @@ def test_a_server_under_another_address(kit: Any, served: Any) -> None:
     checks = tried(kit(served(hosts=("localhost",))[1].replace("localhost", "127.0.0.1")))
     assert marks(checks) == "oofs"
     assert "not for 127.0.0.1 but for localhost" in checks[TLS].found
+
+
+def test_a_server_whose_certificate_cannot_be_read(
+    kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch, theirs: Authority
+) -> None:
+    _, address = served(hosts=("fl.example.org",))
+    read = x509.load_der_x509_certificate
+    odd = of_odd_version(certificate_pem(theirs.certificate).decode()).encode()
+    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda _: x509.load_pem_x509_certificate(odd))
+    checks = tried(kit(address))
+    assert (marks(checks), checks[TLS].found) == ("oofs", "the server's certificate is not for localhost")
+    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda data: Doubled(read(data)))
+    assert "not for localhost but for server" in tried(kit(address))[TLS].found
+
+
+class Doubled:
+    """A certificate that has an extension twice."""
+
+    def __init__(self, certificate: x509.Certificate) -> None:
+        self._certificate = certificate
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "extensions":
+            raise x509.DuplicateExtension("twice", x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+        return getattr(self._certificate, name)
 
 
 def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:

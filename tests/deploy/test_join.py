@@ -24,6 +24,8 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 from fedtune.words import spoken
 
+from .conftest import of_odd_version
+
 
 def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) -> None:
     path = request_of("north", declared_size=8000)
@@ -197,8 +199,12 @@ def csr_of(key: Any, *names: str) -> str:
         (csr_of(ec.generate_private_key(ec.SECP384R1()), "north", "south"), "csr = null: must have the site's name"),
         (csr_of(ec.generate_private_key(ec.SECP384R1())), "csr = null: must have the site's name"),
         ("none", "csr = 'unreadable': must be a certificate signing request"),
+        (
+            of_odd_version(csr_of(ec.generate_private_key(ec.SECP384R1()), "north")),
+            "csr = 'unreadable': must be a certificate signing request",
+        ),
     ],
-    ids=["P-256", "P-521", "RSA", "another name", "two names", "no name", "rubbish"],
+    ids=["P-256", "P-521", "RSA", "another name", "two names", "no name", "rubbish", "odd version"],
 )
 def test_a_wrong_csr_is_refused_though_the_site_signed_it(
     request_of: Callable[..., Path], csr: str, message: str

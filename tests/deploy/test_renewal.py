@@ -27,7 +27,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import Desk, Killed, killed_at, new_federation
+from .conftest import Desk, Killed, killed_at, new_federation, of_odd_version
 
 YEAR = timedelta(days=365)
 
@@ -367,6 +367,63 @@ def test_a_server_that_is_away_is_asked_again(desk: Desk, north: Kit, served: Se
     assert len(served._desk.requests()) == 1
 
 
+class Hostile:
+    """What a server's administrator may answer; each round's answers are the next ones."""
+
+    def __init__(self, *rosters: Callable[[], bytes]) -> None:
+        self._rosters = iter(rosters)
+
+    def ask(self, request: bytes) -> int:
+        return 1 << 60
+
+    def roster(self) -> bytes:
+        return next(self._rosters)()
+
+
+def with_odd_certificate(honest: Roster) -> bytes:
+    fields = json.loads(honest.to_bytes())
+    fields["sites"][0]["certificate"] = of_odd_version(fields["sites"][0]["certificate"])
+    return json.dumps(fields).encode()
+
+
+class OfNobodysKind(Exception):
+    """What no code expects."""
+
+
+def test_nothing_that_a_server_answers_ends_a_site(
+    desk: Desk, north: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nearly_over(desk, "north", north)
+    odd = with_odd_certificate(roster(desk))
+
+    def raises() -> bytes:
+        raise OfNobodysKind("its text")
+
+    hostile = Hostile(lambda: odd, raises, lambda: b"\xff", lambda: roster(desk).to_bytes())
+    keeper = CertificateKeeper(north, book=book(desk, tmp_path / "seen.json"), desk=hostile)
+    for _ in range(3):
+        keeper._next = 0.0
+        assert not keeper.look()
+        assert not (tmp_path / "seen.json").exists()
+    assert "no new certificate yet: OfNobodysKind" in caplog.text
+    assert "its text" not in caplog.text
+    keeper._next = 0.0
+    desk.renew("north")
+    assert keeper.look()
+
+
+def test_a_roster_with_an_odd_certificate_is_no_roster(desk: Desk, north: Kit, tmp_path: Path) -> None:
+    honest = roster(desk)
+    odd = with_odd_certificate(honest)
+    with pytest.raises(ConfigError, match="certificate = 'north': must be one in PEM form"):
+        Roster.of(odd)
+    with pytest.raises(ConfigError, match="certificate = 'north'"):
+        exchange(Hostile(lambda: odd), book(desk, tmp_path / "seen.json"))  # type: ignore[arg-type]
+    server = of_odd_version(north.certificate.read_text())
+    with pytest.raises(ConfigError, match="must have a certificate in PEM form"):
+        issued_to(Kit.read(desk.folder / "server", kind="server"), replace(honest, server=server), now=desk.now)
+
+
 def test_a_roster_whose_certificate_is_for_another_key_changes_nothing(desk: Desk, north: Kit) -> None:
     nearly_over(desk, "north", north)
     desk.renew("north", desk.request("north", kit="another"))
@@ -450,6 +507,67 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
         seen.take(restored.to_bytes())
     assert seen.newest() == roster(desk)
+
+
+def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    joined = roster(desk)
+    desk.revoke("north")
+    revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
+    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
+    returned = replace(joined, number=revoked.number + 2).signed(lead)
+    kept = tmp_path / "seen.revoked.json"
+
+    def refused(path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
+            book(desk, path).take(returned.to_bytes())
+
+    for seen in ((revoked, dropped), (joined, revoked, dropped), (revoked, dropped, replace(dropped).signed(lead))):
+        for path in (tmp_path / "seen.json", kept):
+            path.unlink(missing_ok=True)
+        for one in seen:
+            assert book(desk, tmp_path / "seen.json").take(one.to_bytes()) == one
+        refused(tmp_path / "seen.json")
+        assert book(desk, tmp_path / "seen.json").newest() == dropped
+    (tmp_path / "seen.json").unlink()
+    refused(tmp_path / "seen.json")
+    # A newest roster of an earlier version has no such list beside it yet.
+    (tmp_path / "older.json").write_bytes(revoked.to_bytes())
+    book(desk, tmp_path / "older.json").take(dropped.to_bytes())
+    refused(tmp_path / "older.json")
+    # With a new key the site may come back.
+    desk.renew("north", desk.request("north", kit="another"))
+    back = replace(roster(desk), number=revoked.number + 3).signed(lead)
+    assert book(desk, tmp_path / "older.json").take(back.to_bytes()).sites[0].revoked is None
+    for damaged in ("", "{}", "[7]", '"text"', "[" * 100_000):
+        kept.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"revoked keys = '.*seen\.revoked\.json': must be the list"):
+            book(desk, tmp_path / "seen.json").take(back.to_bytes())
+
+
+def test_a_crash_while_a_roster_is_taken_forgets_no_revoked_key(desk: Desk, tmp_path: Path) -> None:
+    desk.join("north")
+    joined = roster(desk)
+    desk.revoke("north")
+    revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
+    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
+    returned = replace(joined, number=revoked.number + 2).signed(lead)
+    step, done = 0, False
+    while not done:
+        own = book(desk, tmp_path / f"{step}.json")
+        own.path.write_bytes(revoked.to_bytes())  # of an earlier version
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(step, patch)
+            try:
+                own.take(dropped.to_bytes())
+            except Killed:
+                pass
+            else:
+                done = True
+        with pytest.raises(ConfigError, match="must stay revoked"):
+            own.take(returned.to_bytes())
+        step += 1
+    assert step > 4
 
 
 def test_a_lead_whose_kit_was_copied_anew_has_its_newest_certificate_from_its_roster(desk: Desk) -> None:

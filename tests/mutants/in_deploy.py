@@ -97,6 +97,22 @@ DEPLOY_FAULTS = (
         tests=("tests/deploy/test_renewal.py::test_a_newest_roster_that_somebody_changed_is_not_believed",),
     ),
     Mutant(
+        name="site-ended-by-an-answer",
+        fault="A server's answer of a kind that nobody expects ends a site's process.",
+        file="fedtune/deploy/kits/renewal.py",
+        old="        except Exception as error:  # whatever a server answers",
+        new="        except (ConfigError, RunError, OSError) as error:  # whatever a server answers",
+        tests=("tests/deploy/test_renewal.py::test_nothing_that_a_server_answers_ends_a_site",),
+    ),
+    Mutant(
+        name="revoked-keys-forgotten",
+        fault="A roster that lacks a revoked site wipes what is known of it: the next one lets its key in again.",
+        file="fedtune/deploy/kits/renewal.py",
+        old="        kept = self._revoked()\n",
+        new="        kept: set[str] = set()\n",
+        tests=("tests/deploy/test_renewal.py::test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site",),
+    ),
+    Mutant(
         name="half-a-change",
         fault="A roster is in the lead's kit, and so on its way to the server, before its change is sure to be made.",
         file="fedtune/deploy/kits/federation_folder.py",

@@ -212,8 +212,8 @@ LEDGER_FAULTS = (
         fault="A restore forgets that the ledger which it replaces was in doubt: the site trains on one that was never "
         "charged for what a receipt showed.",
         file=LEDGER,
-        old="doubts=self.history.doubts.union(anchor.doubts),",
-        new="doubts=self.history.doubts,",
+        old="doubts = self.history.doubts.union(anchor.doubts)",
+        new="doubts = self.history.doubts",
         tests=(
             f"{OF_DOUBTS}::test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces",
             "tests/deploy/test_backup.py::test_a_doubt_outlasts_the_ledger_that_noted_it",
@@ -231,8 +231,8 @@ LEDGER_FAULTS = (
         name="doubts-beyond-the-noted",
         fault="Receipts beyond the number that is noted are forgotten once an anchor knows the others.",
         file=LEDGER,
-        old="            if len(restored.doubts) < _MOST_DOUBTS:",
-        new="            if True:",
+        old="            if len(doubts) < _MOST_DOUBTS:\n                doubts",
+        new="            if True:\n                doubts",
         tests=(f"{OF_DOUBTS}::test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted",),
     ),
     Mutant(
@@ -245,12 +245,29 @@ LEDGER_FAULTS = (
         tests=(f"{OF_DOUBTS}::test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows",),
     ),
     Mutant(
+        name="doubt-cleared-by-who-noted-it",
+        fault="An anchor that says that its branch lacks a receipt clears the doubt all the same, far from its end: a "
+        "round is charged nowhere.",
+        file="fedtune/privacy/ledger/restored.py",
+        old="mute = not hashes and shown not in self.doubts and",
+        new="mute = not hashes and",
+        tests=(f"{OF_DOUBTS}::test_where_a_branch_is_mute_its_own_doubt_stays",),
+    ),
+    Mutant(
         name="denied-and-restored",
         fault="A run that a person denied starts after a restore.",
         file=HISTORY,
         old="        self.denied |= restored.denied\n",
         new="",
         tests=(f"{OF_DOUBTS}::test_a_restore_forgets_neither_a_denial_nor_a_cap",),
+    ),
+    Mutant(
+        name="users-forgotten-by-a-restore",
+        fault="After a restore a column of visits says who a user is, where one of patients did.",
+        file=HISTORY,
+        old="        self.users.known |= restored.users\n",
+        new="",
+        tests=(f"{OF_DOUBTS}::test_a_restore_does_not_forget_who_a_user_is",),
     ),
     Mutant(
         name="cap-raised-by-a-restore",

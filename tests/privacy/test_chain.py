@@ -140,6 +140,7 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "denied": ("6" * 64,),
         "policy": "7" * 64,
         "caps": (8.0, None),
+        "users": (("dataset", "notes", "patient"),),
     }
     head = Head.signed(site_key, **fields)
     path = tmp_path / "anchor.json"
@@ -160,13 +161,14 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "denied": (),
         "policy": "",
         "caps": (),
+        "users": (),
         "site_key": "3" * 64,
     }
     assert set(others) | {"signature"} == {field.name for field in dataclasses.fields(Head)}
     messages = {dataclasses.replace(head, **{name: value}).message() for name, value in others.items()}
     assert len(messages | {head.message()}) == len(others) + 1
     # An older anchor, which lacks what came later, still opens; one that had it taken away does not.
-    later = ("doubts", "denied", "policy", "caps")
+    later = ("doubts", "denied", "policy", "caps", "users")
     older = Head.signed(site_key, **{name: value for name, value in fields.items() if name not in later})
     for signed, is_right in ((older, True), (head, False)):
         cut = {name: value for name, value in json.loads(signed.to_bytes()).items() if name not in later}

@@ -14,6 +14,8 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.site_policy import Dataset
+from fedtune.spec import RunError
 
 from .test_branches import branch, trained
 
@@ -111,11 +113,11 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
     require_in_doubt(behind, proposal(run="new"))
 
 
-def long_branch(opened: Any, proposal: Any, path: Path, backup: Path) -> Head:
+def long_branch(opened: Any, proposal: Any, path: Path, backup: Path, *, refusals: int = 170) -> Head:
     """A lost branch of a round and so many refusals after it that an anchor does not know most of its events."""
     ledger = put_back(path, backup, opened)
     trained(ledger, proposal(), 2)
-    for number in range(170):
+    for number in range(refusals):
         ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
     return ledger.head()
 
@@ -139,6 +141,46 @@ def test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows
     trained(restored, proposal(run="new"), 1)
 
 
+def test_where_an_anchor_is_mute_it_clears_a_doubt_of_rounds_that_it_knows(
+    opened: Any, proposal: Any, path: Path, backup: Path
+) -> None:
+    long_branch(opened, proposal, path, backup, refusals=0)
+    receipt = opened().receipt("r")
+    for number in range(170):
+        opened().refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+    lost = opened().head()
+    assert receipt.sequence not in dict(lost.path)
+    restored = put_back(path, backup, opened)
+    require_shown(restored, receipt)
+    restored.charge_gap(lost)
+    trained(restored, proposal(run="new"), 1)
+
+
+@pytest.mark.parametrize("filler", [170, 253])
+@pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
+def test_where_a_branch_is_mute_its_own_doubt_stays(
+    opened: Any, proposal: Any, path: Path, backup: Path, filler: int, order: tuple[int, ...]
+) -> None:
+    """It has all of its events, and so knows that it lacks this one."""
+    lost, receipt = branch(opened, path, backup, proposal(), range(2, 3))
+    long_branch(opened, proposal, path, backup, refusals=filler)
+    doubting = opened()
+    require_shown(doubting, receipt)
+    anchor = doubting.head()
+    assert receipt.sequence not in dict(anchor.path)
+    again = put_back(path, backup, opened)
+    for number in order:
+        again.charge_gap((anchor, lost)[number])
+        if number == order[0] == 0:
+            require_in_doubt(again, proposal(run="new"))
+            require_shown(again, receipt)
+    if 1 in order:
+        again.require_contains(receipt)
+        trained(again, proposal(run="new"), 1)
+    else:
+        require_in_doubt(opened(), proposal(run="new"))
+
+
 def test_a_restore_forgets_neither_a_denial_nor_a_cap(
     opened: Any, policy: Any, proposal: Any, path: Path, backup: Path
 ) -> None:
@@ -156,6 +198,45 @@ def test_a_restore_forgets_neither_a_denial_nor_a_cap(
     assert opened().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
     assert [cap for _, cap in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
     assert opened().history.cap == 11.0
+
+
+def test_a_restore_does_not_forget_who_a_user_is(
+    opened: Any, policy: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]
+) -> None:
+    def of(*named: tuple[str, str, str]) -> Any:
+        columns = {"text": "body", "label": "code"}
+        data = [Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named]
+        return policy(population={"unit": "user"}, dataset=tuple(data))
+
+    first, notes = ("old", "old.csv", "who"), ("notes", "notes.csv", "patient")
+    visits = (("notes", "notes.csv", "visit"), ("again", "./notes.csv", "visit"), ("notes", "again.csv", "visit"))
+    opened(policy=of(first))
+    backup = copied(path)
+    lost = opened(policy=of(first, notes))
+    trained(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
+    anchor = lost.head()
+    assert anchor.users == (
+        *(("dataset", "notes", "patient"), ("dataset", "old", "who")),
+        *(("file", "notes.csv", "patient"), ("file", "old.csv", "who")),
+    )
+    # The policy that is there when the ledger is put back, and one that comes later.
+    shutil.copy(backup, path)
+    with pytest.raises(RunError, match=r"made for dataset notes columns\.user = patient, the policy says visit"):
+        opened(policy=of(first, visits[0])).charge_gap(anchor)
+    assert not verify(path).history.restored, "nothing of it was written"
+    shutil.copy(backup, path)
+    restored = opened(policy=of(first))
+    restored.charge_gap(anchor)
+    for visit in visits:
+        with pytest.raises(RunError, match=r"columns\.user = patient, the policy says visit"):
+            opened(policy=of(first, visit))
+    assert restored.head().users == anchor.users, "and the next restore does not, either"
+    opened(policy=of(first, notes))
+
+
+def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, policy: Any, path: Path) -> None:
+    named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
+    assert opened(policy=policy(dataset=(named,))).head().users == ()
 
 
 def test_an_older_ledgers_notes_are_read(opened: Any, proposal: Any, path: Path, backup: Path) -> None:

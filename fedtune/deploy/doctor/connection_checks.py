@@ -337,6 +337,6 @@ def _names(shown: x509.Certificate | None) -> str:
         return ""
     try:
         names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return f" but for {Certificate.of(shown).name[:80]}"
     return " but for " + ", ".join(str(name.value) for name in names)[:80]

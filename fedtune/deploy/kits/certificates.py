@@ -28,7 +28,10 @@ SOON_DAYS = 30
 """A certificate that ends in fewer days is to be renewed now."""
 _OVER = "provision the federation again"
 _MOST_DAYS = 36_500
-UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+UNREADABLE = (
+    *(ValueError, TypeError, UnsupportedAlgorithm),
+    *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
 """What `cryptography` raises for a damaged certificate, request or key; some of it only when a field is asked for."""
 
 

@@ -22,7 +22,15 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.kits.certificates import Certificate, p384_of, public_pem, read_certificate, read_connection_key
+from fedtune.deploy.kits.certificates import (
+    UNREADABLE,
+    Certificate,
+    fingerprint_of,
+    p384_of,
+    public_pem,
+    read_certificate,
+    read_connection_key,
+)
 from fedtune.deploy.kits.kit_file import VERSION, Kit, read_json
 from fedtune.deploy.kits.members import Roster, signed_bytes
 from fedtune.privacy.durable import write_durably
@@ -34,6 +42,11 @@ NEWEST = "newest_roster.json"
 _PURPOSE = b"fedtune renewal\0"
 _AGAIN_S, _LEAST_S, _TRIES = 600.0, 5.0, 20
 """How soon to ask again: in ten minutes, or so that this many tries are left; but not within seconds."""
+
+
+def revoked_beside(roster: Path) -> Path:
+    """Where a machine keeps which connection keys were ever revoked, beside the newest roster that it has seen."""
+    return roster.with_suffix(".revoked.json")
 
 
 def is_due(certificate: Certificate, now: datetime) -> bool:
@@ -104,6 +117,8 @@ def digest_of(certificate: x509.Certificate) -> str:
 class RosterBook:
     """The newest roster that a machine has seen; it takes no older one, and none that is not the lead's.
 
+    A connection key that any of those seen revoked stays revoked, also after one that lacks the site.
+
     Attributes:
         path: where it lies, once there is one.
         lead: public key of the lead, as the kit has it.
@@ -152,14 +167,36 @@ class RosterBook:
         if newest is not None and roster.number <= newest.number:
             bound = f"must be higher than {newest.number}, that of the newest roster seen here"
             raise ConfigError("roster.number", roster.number, bound)
-        revoked = {one.node_key for one in newest.sites if one.revoked is not None} if newest else set()
-        if back := [one.site for one in roster.sites if one.revoked is None and one.node_key in revoked]:
-            bound = (
-                "must stay revoked, as in the newest roster seen here: revoke them again, after a restore from a backup"
-            )
+        kept = self._revoked()
+        revoked = kept.union(_revoked_in(newest) if newest is not None else ())
+        if back := [
+            one.site for one in roster.sites if one.revoked is None and fingerprint_of(one.node_key) in revoked
+        ]:
+            bound = "must stay revoked, as in a roster seen here: revoke them again, after a restore from a backup"
             raise ConfigError("roster.sites", back, bound)
+        revoked |= _revoked_in(roster)
+        if revoked != kept:  # first, so that no crash forgets what the newest roster alone said
+            write_durably(revoked_beside(self.path), json.dumps(sorted(revoked), indent=1).encode() + b"\n")
         write_durably(self.path, roster.to_bytes())
         return roster
+
+    def _revoked(self) -> set[str]:
+        """Fingerprints of the keys that were revoked in rosters before the newest one."""
+        path = revoked_beside(self.path)
+        if not path.exists():
+            return set()
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            bound = "must be the list that fedtune wrote: bring it back from a backup, or move it away; then a key that"
+            raise ConfigError("revoked keys", str(path), f"{bound} only it has counts as new")
+        return set(found)
+
+
+def _revoked_in(roster: Roster) -> set[str]:
+    return {fingerprint_of(one.node_key) for one in roster.sites if one.revoked is not None}
 
 
 class Desk(Protocol):
@@ -203,9 +240,8 @@ class CertificateKeeper:
             if mark == self._seen:
                 return False
             certificate = self._kit.check_certificate(datetime.now(UTC))
-        except (ConfigError, OSError) as error:  # it may be in the middle of being copied
-            if self._is_news(str(error)):
-                log.warning("the kit's certificate is not used: %s", error)
+        except Exception as error:  # it may be in the middle of being copied
+            self._warn("the kit's certificate is not used", error)
             return False
         self._seen = mark
         if certificate == self.certificate:
@@ -228,9 +264,8 @@ class CertificateKeeper:
             if roster is None or number > roster.number:
                 roster = self._book.take(desk.roster())
             self._put(roster)
-        except (ConfigError, RunError, OSError) as error:
-            if self._is_news(str(error)):
-                log.warning("no new certificate yet: %s", error)
+        except Exception as error:  # whatever a server answers, it ends nobody's process
+            self._warn("no new certificate yet", error)
 
     def _put(self, roster: Roster) -> None:
         """Put the later certificate that a roster has for this kit's key, if there is one, into the kit.
@@ -239,6 +274,12 @@ class CertificateKeeper:
         """
         if (issued := issued_to(self._kit, roster, now=datetime.now(UTC))) is not None:
             write_durably(self._kit.certificate.resolve(), issued)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Log it once, with the text of fedtune's and the system's own errors alone."""
+        said = str(error) if isinstance(error, ConfigError | RunError | OSError) else type(error).__name__
+        if self._is_news(said):
+            log.warning("%s: %s", what, said)
 
     def _is_news(self, said: str) -> bool:
         """Whether it was not said last."""
@@ -264,7 +305,7 @@ def issued_to(kit: Kit, roster: Roster, *, now: datetime) -> bytes | None:
         return None
     try:
         issued = x509.load_pem_x509_certificate(pem.encode())
-    except ValueError:
+    except UNREADABLE:
         raise ConfigError("roster", "unreadable", "must have a certificate in PEM form") from None
     if issued.not_valid_after_utc <= own.not_valid_after_utc or public_pem(issued) != public_pem(own):
         return None

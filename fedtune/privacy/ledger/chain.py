@@ -124,6 +124,7 @@ class Head:
         denied: digest of each proposal that a person at the site denied.
         policy: digest of the policy; empty in an older anchor, as are the fields beside it.
         caps: lifetime caps so far, the newest last; None: no cap.
+        users: which column says who a user is, by data set and by file, as policies named them.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -144,6 +145,7 @@ class Head:
     denied: tuple[str, ...] = ()
     policy: str = ""
     caps: tuple[float | None, ...] = ()
+    users: tuple[tuple[str, str, str], ...] = ()
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -177,7 +179,9 @@ class Head:
             doubts = tuple(Doubt.read(each) for each in found.get("doubts", ()))
             denied = tuple(str(digest) for digest in found.get("denied", ()))
             caps = tuple(None if cap is None else float(cap) for cap in found.get("caps", ()))
+            users = tuple((str(kind), str(name), str(column)) for kind, name, column in found.get("users", ()))
             said = {"charged": charged, "runs": runs, **paths, "doubts": doubts, "denied": denied, "caps": caps}
+            said["users"] = users
             head = cls(**{**found, **said})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
         except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:

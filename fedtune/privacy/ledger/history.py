@@ -143,36 +143,37 @@ class Users:
     """Which column says whose a record is, for every data set's id and file that a policy ever named.
 
     A budget of persons that another column turns into one of visits would protect nobody: not after the data set was
-    left out for a while, and not under another id.
+    left out for a while, not under another id, and not after a restore.
+
+    Attributes:
+        known: ("dataset" and its id or "file" and its path, column); nothing where a user is nobody's unit.
     """
 
     def __init__(self) -> None:
-        self._known: set[tuple[tuple[str, str], str]] = set()
+        self.known: set[tuple[str, str, str]] = set()
 
     def note(self, policy: Policy) -> None:
         """Take a policy's data sets into account."""
-        self._known.update(_user_columns(policy))
+        self.known.update(_user_columns(policy))
 
     def differences(self, policy: Policy) -> list[tuple[str, str, str]]:
         """(key, column that said whose a record is, column that `policy` names) where they differ."""
-        if policy.population.unit != "user":
-            return []
         named = list(_user_columns(policy))  # two of its own data sets may differ over one file
-        known = sorted(self._known.union(named))
+        known = sorted(self.known.union(named))
         return [
-            (" ".join((*place, "columns.user")), was, now)
-            for place, now in named
-            for other, was in known
-            if other == place and was != now
+            (f"{kind} {name} columns.user", was, now)
+            for kind, name, now in named
+            for *other, was in known
+            if other == [kind, name] and was != now
         ]
 
 
-def _user_columns(policy: Policy) -> Iterator[tuple[tuple[str, str], str]]:
-    for dataset in policy.dataset:
+def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
+    for dataset in policy.dataset if policy.population.unit == "user" else ():
         if column := dataset.columns.get("user"):
-            yield ("dataset", dataset.id), column
+            yield "dataset", dataset.id, column
             if dataset.path:
-                yield ("file", posixpath.normpath(dataset.path)), column
+                yield "file", posixpath.normpath(dataset.path), column
 
 
 class History:
@@ -317,6 +318,7 @@ class History:
         self.frozen |= restored.frozen
         self.doubts = restored.doubts
         self.denied |= restored.denied
+        self.users.known |= restored.users
         for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
             if cap != self.cap:
                 self.policies.append((moment.isoformat(), cap))
@@ -431,6 +433,7 @@ class History:
             denied=tuple(sorted(self.denied)),
             policy=self.policy.digest(),
             caps=self.caps,
+            users=tuple(sorted(self.users.known)),
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

@@ -29,6 +29,7 @@ class Restored:
         runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
         denied: digests of proposals that a person denied there.
         caps: lifetime caps that were in force on the lost branch alone; None: no cap.
+        users: which column says who a user is, by that branch's policies.
         doubts: receipts of either branch that are still not made up for.
     """
 
@@ -41,16 +42,17 @@ class Restored:
     frozen: bool
     denied: frozenset[str]
     caps: tuple[float | None, ...]
+    users: frozenset[tuple[str, str, str]]
     doubts: frozenset[Doubt]
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, shared_rounds: int) -> bool:
         """Whether the event of a receipt, whose hash `matches`, is on the path, or may be where the path is mute.
 
         Far from its end the path is sparse.  There the receipt may not say more rounds of its run than the branch had:
-        `shared_rounds` up to `shared`, and `runs` beyond.
+        `shared_rounds` up to `shared`, and `runs` beyond; and one that it was shown itself it knew to lack.
         """
         hashes = [hash for number, hash in self.path if number == shown.sequence]
-        mute = not hashes and self.shared < shown.sequence <= self.end - DENSE
+        mute = not hashes and shown not in self.doubts and self.shared < shown.sequence <= self.end - DENSE
         return any(map(matches, hashes)) or (mute and shown.rounds <= shared_rounds + self.runs.get(shown.run, 0))
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Restored:
             "frozen": self.frozen,
             "denied": sorted(self.denied),
             "caps": self.caps,
+            "users": sorted(self.users),
             "doubts": sorted(self.doubts),
         }
 
@@ -72,7 +75,7 @@ class Restored:
     def of(cls, detail: dict[str, Any], *, doubts: frozenset[Doubt]) -> Restored:
         """Read the note's detail; raises ValueError, TypeError or KeyError for anything else.
 
-        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials and caps.
+        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials, caps and users.
         """
         if "doubts" in detail:
             doubts = frozenset(Doubt.read(each) for each in detail["doubts"])
@@ -96,5 +99,6 @@ class Restored:
             frozen=bool(detail["frozen"]),
             denied=frozenset(map(str, detail.get("denied", ()))),
             caps=tuple(None if cap is None else float(cap) for cap in detail.get("caps", ())),
+            users=frozenset((str(kind), str(name), str(column)) for kind, name, column in detail.get("users", ())),
             doubts=doubts,
         )

@@ -220,11 +220,11 @@ class Ledger:
         """After a backup was put back: charge, and return, what the anchor says was charged and this ledger lacks.
 
         All else that the anchor says is taken over with it: what ended, what marks the ledger, whom a person denied,
-        which caps were in force, and which receipts show that events are missing, unless both branches together have
-        them.
+        which caps were in force, who a user is, and which receipts show that events are missing, unless both branches
+        together have them.
 
         Raises:
-            RunError: the anchor is of another ledger.
+            RunError: the anchor is of another ledger, or was made for other users than the policy names.
         """
         self._store.require_same_ledger(anchor)
         with self._store.transaction():
@@ -245,12 +245,14 @@ class Ledger:
                 frozen=anchor.frozen,
                 denied=frozenset(anchor.denied),
                 caps=_beyond(self.history.caps, anchor.caps),
-                doubts=self.history.doubts.union(anchor.doubts),
+                users=frozenset(anchor.users),
+                doubts=frozenset(anchor.doubts),
             )
-            if len(restored.doubts) < _MOST_DOUBTS:
-                left = {one for one in restored.doubts if not self._store.knows(one, besides=restored)}
-                restored = replace(restored, doubts=frozenset(left))
-            self._store.note("restored", **restored.to_json())
+            doubts = self.history.doubts.union(anchor.doubts)
+            if len(doubts) < _MOST_DOUBTS:
+                doubts = frozenset(one for one in doubts if not self._store.knows(one, besides=restored))
+            self._store.note("restored", **replace(restored, doubts=doubts).to_json())
+            self._require_fitting()
         return gap
 
     def head(self) -> Head:
