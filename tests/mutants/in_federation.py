@@ -55,6 +55,22 @@ FEDERATION_FAULTS = (
         tests=OF_SECURE_SITES,
     ),
     Mutant(
+        name="settings-as-they-came",
+        fault="A lead pads a run's settings, and a site keeps all of it.",
+        file="fedtune/sites/real_site.py",
+        old="shortest.encode()",
+        new="settings.encode()",
+        tests=("tests/sites/test_real_site.py",),
+    ),
+    Mutant(
+        name="settings-of-no-run",
+        fault="Settings of runs that were never charged stay at a site for ever.",
+        file="fedtune/sites/real_site.py",
+        old="            if file.stem not in history.runs:",
+        new="            if False:",
+        tests=("tests/sites/test_real_site.py",),
+    ),
+    Mutant(
         name="another-lead-s-run",
         fault="A lead that nobody approved begins sessions of a run that another lead was approved for.",
         file="fedtune/privacy/ledger/site_ledger.py",
