@@ -14,12 +14,10 @@ import numpy as np
 
 from fedtune.model import Adapter
 from fedtune.privacy.few_bits import Difference, most_level
-from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.spec import TrainingSpec
 
-_MORE_THAN_DECLARED = 4.0
-"""A site may have this many times the units that it declares; most publish a rounded number."""
 _NOISE_SIGMAS = 10.0
 """One normal value in 1e22 lies beyond it."""
 _ROUNDING = 1e-3
@@ -174,8 +172,8 @@ def _adam_ratio(betas: tuple[float, float], step: int) -> float:
 def _signal(plan: Plan, declared_size: int) -> float:
     """The most that clipped units add to a mean gradient."""
     expected = plan.sampling_rate * declared_size
-    most = _MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(_MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
-    return plan.max_grad_norm * min(most, _MORE_THAN_DECLARED * declared_size + 1) / expected
+    most = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
+    return plan.max_grad_norm * min(most, MORE_THAN_DECLARED * declared_size + 1) / expected
 
 
 def _noise(plan: Plan, declared_size: int) -> float:
