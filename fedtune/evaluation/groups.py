@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
 from fedtune.privacy.mechanism import OTHERS
+from fedtune.privacy.run_plan import MORE_THAN_DECLARED
 from fedtune.spec import DataError
 
 _TWO_SIDED = 1.96
@@ -168,7 +169,7 @@ def noised_groups(
         noise_multiplier: of these numbers.
     """
     each = {site: np.array(values).reshape(-1, 2) * sizes[site] for site, values in released.items()}
-    wrong = tuple(site for site, pairs in each.items() if _is_impossible(pairs, noise_multiplier))
+    wrong = tuple(site for site, pairs in each.items() if _is_impossible(pairs, sizes[site], noise_multiplier))
     good = [pairs for site, pairs in each.items() if site not in wrong]
     if not good:
         return NoisedGroups(merged=tuple(names), impossible=wrong)
@@ -192,11 +193,20 @@ def noised_groups(
     return NoisedGroups(told=tuple(told), merged=tuple(small), impossible=wrong)
 
 
-def _is_impossible(pairs: npt.NDArray[np.float64], noise_multiplier: float) -> bool:
-    """Whether a site's sums of scores lie below 0 or above its numbers of units by more than noise explains."""
+def _is_impossible(pairs: npt.NDArray[np.float64], declared: float, noise_multiplier: float) -> bool:
+    """Whether no scores can be so, by more than noise explains, of a site with this declared number of held-out units.
+
+    Sums of scores and numbers of units are at least 0, and a group's score is at most its number of units.  A unit is
+    in one group, so that all groups together have no more units than a site may hold out: as many times the declared
+    number as a site may have, and what its draw of them may add (a binomial's tail, by Bernstein, for six deviations).
+    """
     scores, units = pairs.T
     deviation = _deviation(noise_multiplier, 1)
-    below = scores < -_BEYOND_NOISE * deviation
+    most = MORE_THAN_DECLARED * declared
+    most += _BEYOND_NOISE * math.sqrt(most) + _BEYOND_NOISE**2
+    if units.sum() > most + _BEYOND_NOISE * _deviation(noise_multiplier, 1, merged=len(units)):
+        return True
+    below = np.minimum(scores, units) < -_BEYOND_NOISE * deviation
     # Of a difference of two noised numbers.
     above = scores - units > _BEYOND_NOISE * math.sqrt(2) * deviation
     return bool(np.any(below | above))

@@ -306,12 +306,16 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
 
-    def require_open() -> None:  # a restarted site has no keys, and need not pay for what it could not upload
+    def before_it_is_charged() -> None:
         if request.proposal.plan.shared is not None:
+            # A restarted site has no keys, and need not pay for what it could not upload.
             _party(site, request).require_open(request.round)
+        # Last, so that a request that costs the lead nothing writes nothing.
+        run.store(brought.adapter if brought.difference is not None else None)
 
-    run.store(brought.adapter if brought.difference is not None else None)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+    granted = site.ledger.reserve(
+        request.proposal, round=request.round, request=request.digest(), unless=before_it_is_charged
+    )
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):

@@ -157,6 +157,7 @@ class FederationRun:
             nodes=asked.nodes,
             site_keys=asked.site_keys,
             training=self.config.training,
+            lora=self.config.lora,
             declared_sizes=self.config.declared_sizes(),
             strategy=strategy,
             checkpoints=self._checkpoints,

@@ -18,7 +18,7 @@ from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
 from fedtune.flower.streaming_grid import receive
-from fedtune.model import Adapter
+from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
@@ -153,6 +153,7 @@ class Lead(Invited):
 
     Attributes:
         training: how each site steps, which bounds how far an update can be from the adapter that was sent.
+        lora: which tensors rest in a round.
         declared_sizes: site -> the size it publishes; the weights of the average.
         evaluate: scores an adapter on the lead's own validation data.
         judged_by: of these scores the one that may decide when the run ends, and whose adapter it keeps.
@@ -163,6 +164,7 @@ class Lead(Invited):
     """
 
     training: TrainingSpec
+    lora: LoraSpec
     declared_sizes: Mapping[str, int]
     strategy: FedAvg
     checkpoints: Checkpoints

@@ -148,8 +148,11 @@ def _collected(
 
 
 def _reaches(lead: Lead, round: int, sent: Adapter) -> dict[str, Reach]:
-    sizes = lead.declared_sizes.items()
-    return {site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent) for site, size in sizes}
+    rests = lead.lora.rests_in(round)
+    return {
+        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
+        for site, size in lead.declared_sizes.items()
+    }
 
 
 def _averaged(lead: Lead, replies: RoundReplies, envelopes: Mapping[str, Message]) -> Made:

@@ -16,6 +16,8 @@ from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
+MORE_THAN_DECLARED = 4.0
+"""A site may have this many times the units that it declares; most publish a rounded number."""
 
 
 @spec

@@ -128,12 +128,18 @@ class RealSite:
         )
 
     def _store(self, run: str, settings: str, reference: Adapter | None, history: History) -> None:
-        write_durably(self._places.runs / f"{run}.json", settings.encode())
+        """Keep what a round needs that is about to be charged, of a run in the ledger's `history`."""
+        # No longer than what they say: a lead may send as many spaces as it likes.
+        shortest = json.dumps(json.loads(settings), ensure_ascii=False, separators=(",", ":"))
+        write_durably(self._places.runs / f"{run}.json", shortest.encode())
+        for file in set(self._places.runs.glob("*.json")):
+            if file.stem not in history.runs:  # it was never charged
+                file.unlink(missing_ok=True)
         open_runs = _open_runs(history)
         needed = set(map(self._reference_file, {*open_runs, run}))
         for file in set(self._places.runs.glob(f"*{_REFERENCE}")) - needed:  # of runs that were never ended
             file.unlink(missing_ok=True)
-        if reference is not None and (run not in history.runs or run in open_runs):
+        if reference is not None and run in open_runs:
             write_durably(self._reference_file(run), reference.to_bytes())
 
     def _reference(self, run: str) -> Adapter | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,9 +84,14 @@ def released(**groups: tuple[float, float]) -> tuple[float, ...]:
     return tuple(number / 100 for pair in groups.values() for number in pair)
 
 
-def told(*sites: tuple[float, ...], noise: float = NOISE, names: tuple[str, ...] = ("a", "b", "c")) -> NoisedGroups:
+def told(
+    *sites: tuple[float, ...],
+    noise: float = NOISE,
+    names: tuple[str, ...] = ("a", "b", "c"),
+    declared: float = 100.0,
+) -> NoisedGroups:
     each = {f"site-{number}": values for number, values in enumerate(sites)}
-    return noised_groups(each, names=names, sizes=dict.fromkeys(each, 100.0), noise_multiplier=noise)
+    return noised_groups(each, names=names, sizes=dict.fromkeys(each, declared), noise_multiplier=noise)
 
 
 def shown(found: NoisedGroups) -> list[tuple[str, int]]:
@@ -122,11 +128,10 @@ def test_what_noise_hides_takes_no_other_group_with_it() -> None:
     draws = np.random.default_rng(7)
     for _ in range(50):
         pairs = draws.normal(0, 20 * 2**0.5, (101, 2))
-        assert shown(told(tuple((pairs / 100).ravel().tolist()), noise=20.0, names=names)) == []
+        about: dict[str, Any] = {"noise": 20.0, "names": names, "declared": 5000.0}
+        assert shown(told(tuple((pairs / 5000).ravel().tolist()), **about)) == []
         pairs[3] += (3000, 5000)
-        assert [name for name, _ in shown(told(tuple((pairs / 100).ravel().tolist()), noise=20.0, names=names))] == [
-            "group 3"
-        ]
+        assert [name for name, _ in shown(told(tuple((pairs / 5000).ravel().tolist()), **about))] == ["group 3"]
 
 
 def test_nobody_in_none_of_the_groups_is_no_group() -> None:
@@ -134,7 +139,11 @@ def test_nobody_in_none_of_the_groups_is_no_group() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [(200.0, 100.0), (-80.0, 100.0), (0.0, -60.0), (1e11, 1.0), (0.0, 1e11 - 1e12), (2e10, 0.0)]
+    "wrong",
+    [
+        *[(200.0, 100.0), (-80.0, 100.0), (0.0, -60.0), (1e11, 1.0), (0.0, 1e11 - 1e12), (2e10, 0.0)],
+        *[(-8.0, -10.0), (0.0, 800.0), (1e11, 1e11), (250.0, 560.0)],  # units below 0, and more than 100 can be
+    ],
 )
 def test_numbers_that_no_scores_can_have_are_left_out_with_their_site(wrong: tuple[float, float]) -> None:
     good = released(a=(50, 100), b=(20, 40), c=(20, 40), rest=(10, 20))
@@ -143,6 +152,28 @@ def test_numbers_that_no_scores_can_have_are_left_out_with_their_site(wrong: tup
     assert found.impossible == ("site-1",)
     assert found.told == told(good).told
     assert told(hostile).told == ()
+
+
+def test_a_site_that_claims_more_than_it_can_hold_out_is_not_the_score_of_all() -> None:
+    """It claimed a billion times its declared units, and was alone what was told."""
+    honest = dict.fromkeys(("a", "b", "c"), (0.45, 0.5, 0.45, 0.5))
+    for lie in ((0.0, 8.0, 0.45, 0.5), (0.0, 1e9, 0.45, 0.5), (1e9, 1e9, 0.45, 0.5), (0.0, 2.8, 0.0, 2.8)):
+        found = noised_groups(
+            honest | {"d": lie}, names=("x",), sizes=dict.fromkeys("abcd", 500.0), noise_multiplier=20.0
+        )
+        assert found.impossible == ("d",), lie
+        assert {group.name: group.score for group in found.told} == {
+            "x": pytest.approx(0.9),
+            OTHERS: pytest.approx(0.9),
+        }
+
+
+def test_a_site_that_has_four_times_what_it_declares_says_nothing_impossible() -> None:
+    draws = np.random.default_rng(9)
+    for _ in range(2000):
+        units = draws.multinomial(draws.binomial(4000, 0.1), [0.5, 0.3, 0.2])
+        pairs = np.stack([units, units], axis=1) + draws.normal(0, 2**0.5, (3, 2))
+        assert told(tuple((pairs / 100).ravel().tolist()), noise=1.0, names=("a", "b")).impossible == ()
 
 
 def test_noise_alone_makes_no_site_impossible() -> None:
@@ -161,8 +192,8 @@ def test_the_interval_of_a_noised_score_holds_the_truth(noise: float, size: int)
         sites = []
         for _ in range(2):
             pairs = np.stack([draws.binomial(units, truths), units], axis=1) + draws.normal(0, noise * 2**0.5, (2, 2))
-            sites.append((*(pairs / 100).ravel().tolist(), 0.0, 0.0))
-        found = {group.name: group for group in told(*sites, noise=noise, names=("a", "b")).told}
+            sites.append((*(pairs / 600).ravel().tolist(), 0.0, 0.0))
+        found = {group.name: group for group in told(*sites, noise=noise, names=("a", "b"), declared=600.0).told}
         if "a" in found:
             count += 1
             held += abs(found["a"].score - 0.7) <= found["a"].error

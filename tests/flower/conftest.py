@@ -25,7 +25,7 @@ from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.flower.strategy import make_strategy
 from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
-from fedtune.model import Adapter
+from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -91,6 +91,7 @@ class Federation:
             key=run.lead_key,
             federation=run.spec,
             training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
+            lora=LoraSpec(),
             declared_sizes=run.sizes,
             strategy=make_strategy(run.spec),
             checkpoints=Checkpoints(folder / "checkpoints", "digest"),

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.replies import BEYOND_PLAN
 from fedtune.federation.results import site_charge
+from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
+from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.events import grouped
 from fedtune.privacy.release import METRICS, Statistics, Update
 from fedtune.privacy.run_plan import Plan
@@ -233,3 +237,22 @@ def test_when_one_site_refuses_for_good_the_others_get_their_budget_back(federat
         history = made.ledger(site).history
         assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"
         assert not history.set_aside(history.now())
+
+
+def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Callable[..., Any]) -> None:
+    zeros = np.zeros((2, 3), np.float32)
+    made = federation(num_rounds=2, adapter=Adapter({"b.lora_A.weight": zeros, "b.lora_B.weight": zeros}))
+    lora = LoraSpec(alternate=True)
+
+    def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        rests = lora.rests_in(request.round) or ""
+        moved = {
+            name: value + np.float32(0.25 * (rests not in name or request.site == "site-2"))
+            for name, value in adapter.tensors.items()
+        }
+        return Trained(adapter=Adapter(moved))
+
+    made._train = train
+    state = run_rounds(made.grid, replace(made.lead, lora=lora), made.start)
+    assert [result.failed_sites for result in state.rounds] == [{"site-2": BEYOND_PLAN}] * 2
+    assert {float(value) for tensor in state.adapter.tensors.values() for value in tensor.ravel()} == {0.25}

@@ -4,6 +4,7 @@ from .mutant import Mutant
 
 EARLY = ("tests/federation/test_kept_round.py", "tests/end_to_end/test_early_end.py")
 SORTING = ("tests/federation/test_replies.py",)
+REACHING = ("tests/training/test_reach.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
 BITS = ("tests/flower/test_bits.py",)
@@ -52,6 +53,22 @@ FEDERATION_FAULTS = (
         old="            _party(site, request).require_open(request.round)\n",
         new="            pass\n",
         tests=OF_SECURE_SITES,
+    ),
+    Mutant(
+        name="settings-as-they-came",
+        fault="A lead pads a run's settings, and a site keeps all of it.",
+        file="fedtune/sites/real_site.py",
+        old="shortest.encode()",
+        new="settings.encode()",
+        tests=("tests/sites/test_real_site.py",),
+    ),
+    Mutant(
+        name="settings-of-no-run",
+        fault="Settings of runs that were never charged stay at a site for ever.",
+        file="fedtune/sites/real_site.py",
+        old="            if file.stem not in history.runs:",
+        new="            if False:",
+        tests=("tests/sites/test_real_site.py",),
     ),
     Mutant(
         name="another-lead-s-run",
@@ -277,17 +294,57 @@ FEDERATION_FAULTS = (
         name="rounding-beyond-the-plan",
         fault="An honest update whose rounding made it longer than training can is thrown away.",
         file="fedtune/training/reach.py",
-        old="self.norm + math.sqrt(rounded)",
+        old="(self.norm if rounding is None else self._with_rounding(rounding, largest))",
         new="self.norm",
         tests=SORTING,
+    ),
+    Mutant(
+        name="a-step-for-each-value",
+        fault="A site names the longest step and gets its length again for each value, far beyond what rounding adds.",
+        file="fedtune/training/reach.py",
+        old="self._with_rounding(rounding, largest))",
+        new="self.norm + math.sqrt(sum(rounding.levels[n].size * s**2 for n, s in rounding.steps.items())))",
+        tests=REACHING,
+    ),
+    Mutant(
+        name="rounding-s-mean-alone",
+        fault="An update is refused whose values were rounded up more often than in the mean, as every second is.",
+        file="fedtune/training/reach.py",
+        old="math.sqrt(self.norm**2 + expected + crossed + spread)",
+        new="math.sqrt(self.norm**2 + expected)",
+        tests=REACHING,
+    ),
+    Mutant(
+        name="every-tensor-s-longest-step",
+        fault="A site names in every tensor the step that would be honest in one alone.",
+        file="fedtune/training/reach.py",
+        old="        if largest > self.norm**2:\n",
+        new="        if False:\n",
+        tests=REACHING,
+    ),
+    Mutant(
+        name="what-rests-moves",
+        fault="With lora.alternate a site moves the half that rests, which nobody trains, as far as the other.",
+        file="fedtune/flower/server_app.py",
+        old="    rests = lead.lora.rests_in(round)\n",
+        new="    rests = None\n",
+        tests=("tests/flower/test_server_app.py",),
+    ),
+    Mutant(
+        name="room-for-what-rests",
+        fault="What rests in a round adds to how far the tensors that are trained may move.",
+        file="fedtune/training/reach.py",
+        old="if rests is None or rests not in name}",
+        new="}",
+        tests=REACHING,
     ),
     Mutant(
         name="steps-make-room",
         fault="A site names a long step for a tensor that it does not move, and may so move others as far as it likes.",
         file="fedtune/training/reach.py",
-        old="if rounding is not None and step * most_level(rounding.bits) > longest:",
+        old="if most > (self.value[name] + free) * (1 + _ROUNDING):",
         new="if False:",
-        tests=SORTING,
+        tests=(*SORTING, *REACHING),
     ),
     Mutant(
         name="free-moves-cost-an-update",
@@ -389,8 +446,8 @@ FEDERATION_FAULTS = (
         name="reach-without-a-norm",
         fault="An update's values are bounded one by one, and not together.",
         file="fedtune/training/reach.py",
-        old="return math.sqrt(square) <= self.norm",
-        new="return True",
+        old="return math.sqrt(square) <= ",
+        new="return 0 <= ",
         tests=("tests/training/test_reach.py",),
     ),
     Mutant(

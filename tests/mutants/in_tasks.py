@@ -173,6 +173,22 @@ _COMPARISONS = (
         tests=(f"{OF_GROUPS}::test_small_groups_are_merged_and_the_next_smallest_joins_until_they_are_enough",),
     ),
     Mutant(
+        name="units-without-end",
+        fault="A site claims a billion times the units that it declares, and its score by group is the federation's.",
+        file=GROUPS,
+        old="    if units.sum() > most + ",
+        new="    if 0 > most + ",
+        tests=(OF_GROUPS,),
+    ),
+    Mutant(
+        name="units-below-none",
+        fault="A site takes others' units out of a group, as long as its sum of scores is as far below 0.",
+        file=GROUPS,
+        old="np.minimum(scores, units) < ",
+        new="scores < ",
+        tests=(OF_GROUPS,),
+    ),
+    Mutant(
         name="few-of-a-group-prove",
         fault="A group of a few records is called better or worse, because there are enough records in all.",
         file=GROUPS,

@@ -25,7 +25,7 @@ from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.saved_model import beside_base
 from fedtune.sites.shared_model import LeadData, SharedModel
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
@@ -137,7 +137,8 @@ def test_references_of_runs_that_nobody_ended_go_with_the_next_run(
     about = {"brought": Brought(adapter=first_adapter, difference=nothing), "reference_digest": first_adapter.digest()}
     assert isinstance(site.ask(**about).body, Update)
     (old,) = (site.folder / "runs").glob("*.reference")
-    monkeypatch.setattr(real_site, "_open_runs", lambda history: set())
+    ended = set(site.ledger().history.runs)
+    monkeypatch.setattr(real_site, "_open_runs", lambda history: set(history.runs) - ended)
     other = replace(site.config, name="other", seed=5)
     assert isinstance(site.ask(other, **about).body, Update)
     assert not old.exists()
@@ -149,6 +150,45 @@ def test_a_long_name_is_no_matter_in_few_bits(station: MakeStation, first_adapte
     nothing = Difference.between(first_adapter.tensors, first_adapter.tensors, bits=8, about="")
     about = {"brought": Brought(adapter=first_adapter, difference=nothing), "reference_digest": first_adapter.digest()}
     assert isinstance(site.ask(replace(site.config, name="n" * 200), **about).body, Update)
+
+
+# What a lead can make a site keep.
+
+
+def test_a_request_that_is_refused_leaves_nothing_on_the_disk(station: MakeStation, tmp_path: Path) -> None:
+    """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
+    names = ("north", "south", "east")
+    site = station(
+        federation={"aggregation": "secure", "num_sites": 3, "site_names": names},
+        training={"local_steps": 1},
+    )
+    members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
+    site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None})
+    for number in range(3):
+        config = replace(site.config, seed=1000 + number)
+        assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_SUM
+    assert not list(site.folder.glob("runs/*"))
+    assert site.ledger().history.runs == {}
+
+
+def test_settings_are_kept_at_the_length_of_what_they_say(site: Any) -> None:
+    text = sent_text(site.config)
+    site.update(settings=text + " " * (MOST_CHARACTERS - len(text)))
+    (kept,) = (site.folder / "runs").glob("*.json")
+    assert kept.stat().st_size <= len(text.encode())
+    assert json.loads(kept.read_bytes()) == json.loads(text)
+    site.end(site.first)
+    assert len(list((site.folder / "adapters").iterdir())) == 1, "they are read again at the end"
+
+
+def test_settings_of_runs_that_were_never_charged_go_with_the_next_run(site: Any) -> None:
+    site.update()
+    (charged_run,) = (site.folder / "runs").glob("*.json")
+    (site.folder / "runs" / "never-charged.json").write_text("{}")
+    site.update(replace(site.config, name="other", seed=5))
+    kept = {file.stem for file in (site.folder / "runs").glob("*.json")}
+    assert kept == set(site.ledger().history.runs)
+    assert charged_run.stem in kept
 
 
 # Whose run it is.
