@@ -306,16 +306,14 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
 
-    def before_it_is_charged() -> None:
+    def make_ready() -> None:
         if request.proposal.plan.shared is not None:
             # A restarted site has no keys, and need not pay for what it could not upload.
             _party(site, request).require_open(request.round)
         # Last, so that a request that costs the lead nothing writes nothing.
         run.store(brought.adapter if brought.difference is not None else None)
 
-    granted = site.ledger.reserve(
-        request.proposal, round=request.round, request=request.digest(), unless=before_it_is_charged
-    )
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):

@@ -56,6 +56,8 @@ from fedtune.training.users import UserExamples
 MOST_WAIT_S = 600.0
 """Seconds without a sign from another device, which gives one after each micro-batch.  How long its work takes depends
 on where long records are, and must not decide whether a round ends."""
+_differ: set[tuple[TaskModelSpec, RuntimeSpec, int]] = set()
+"""Models for which this machine's devices came to other bits in this process.  Asking again is no other draw."""
 _SIGN_EVERY_S = 5.0
 _AT_WORK = "at work"
 _LOOPBACK = "127.0.0.1"
@@ -106,7 +108,7 @@ class Devices:
 
     def __init__(self, model: TaskModel, spec: TaskModelSpec, runtime: RuntimeSpec, *, max_length: int) -> None:
         self.model = model
-        self._places = places_for(runtime)
+        self._places, self._facts = places_for(runtime), (spec, runtime, max_length)
         self._load = partial(_loaded, spec, runtime, max_length)
         self._numbers = count()
         self._crew = _Crew(self._places[1:], self._load)
@@ -130,7 +132,7 @@ class Devices:
         """The others' processes, begun anew after a failure.
 
         Raises:
-            ConfigError: they do not compute the same bits.
+            ConfigError: they do not compute the same bits, or did not when they were tried before in this process.
             RunError: the process of one failed.
         """
         assert self._trial is not None, "devices are tried before they are used"
@@ -139,7 +141,8 @@ class Devices:
             self._crew = _Crew(self._places[1:], self._load)
             self.try_others(self._trial, self._trial.outcome(self.model, secrets.randbits(63)))
         expected, self._expected = self._expected, None
-        if expected is not None and set(self._crew.answers()) != {expected}:
+        if expected is not None and (self._facts in _differ or set(self._crew.answers()) != {expected}):
+            _differ.add(self._facts)
             self._crew.end()
             bound = "needs devices that compute the same gradients, bit for bit; those of this machine do not: use 1"
             raise ConfigError("runtime.num_devices", len(self), bound)

@@ -182,11 +182,14 @@ AT_SITE = (
         fault="What the site keeps of a run is written when the round is charged: where it cannot be, each repetition "
         "charges another round and trains none.",
         file="fedtune/federation/site_round.py",
-        old="""    run.store(brought.adapter if brought.difference is not None else None)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+        old="""        run.store(brought.adapter if brought.difference is not None else None)
+
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
 """,
         new="""\
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+        pass
+
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     run.store(None)
 """,
         tests=("tests/sites/test_real_site.py::test_a_site_that_cannot_keep_the_settings_charges_nothing",),

@@ -375,11 +375,19 @@ CLIPPING = (
         tests=(f"{OF_DEVICES}::test_several_devices_release_what_one_does",),
     ),
     Mutant(
+        name="devices-tried-until-they-agree",
+        fault="Devices that came to other bits are tried again at each request, until a draw finds none that differ.",
+        file=DEVICES,
+        old="            _differ.add(self._facts)\n",
+        new="",
+        tests=(f"{OF_DEVICES}::test_who_asks_again_gets_no_other_draw_of_the_devices_try",),
+    ),
+    Mutant(
         name="devices-not-compared",
         fault="Devices that round in other ways share a step, so that a record's contribution follows from its device.",
         file=DEVICES,
-        old="        if expected is not None and set(self._crew.answers()) != {expected}:\n",
-        new="        if expected is not None and not self._crew.answers():\n",
+        old="(self._facts in _differ or set(self._crew.answers()) != {expected}):\n",
+        new="not self._crew.answers():\n",
         tests=(f"{OF_DEVICES}::test_a_device_that_computes_other_bits_is_refused",),
     ),
     Mutant(

@@ -28,14 +28,14 @@ LEDGER_FAULTS = (
         fault="A round is charged when it has been trained: a crash or a lost reply costs nothing on paper.",
         file="fedtune/federation/site_round.py",
         old="""\
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
         trained = run.train(request, adapter, granted.attempt)
 """,
         new="""    trained = run.train(request, adapter, 1)
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=require_open)
+    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
         return granted
     with _held_to_a_schedule(0.0):

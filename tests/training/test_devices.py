@@ -351,6 +351,20 @@ def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
         crew.ask_all(_Device.keep_reference, 0)
 
 
+def test_who_asks_again_gets_no_other_draw_of_the_devices_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine whose second device rounds otherwise for some made-up examples, the third request was taken."""
+    monkeypatch.setattr(devices_module, "_differ", set())
+    spec, outcome = KINDS["a reference"], Trial.outcome
+    with monkeypatch.context() as patched:
+        patched.setattr(Trial, "outcome", lambda *args: outcome(*args)._replace(bits="00" * 32))
+        with pytest.raises(ConfigError, match="the same gradients"):
+            begun(spec, 2)
+    for _ in range(2):  # where this draw's bits are the same
+        with pytest.raises(ConfigError, match="the same gradients"):
+            begun(spec, 2)
+    begun(replace(spec, seed=4), 2).devices._crew.end()
+
+
 def test_a_device_that_computes_other_bits_is_refused() -> None:
     spec = KINDS["kept states"]
     others = replace(spec, model=replace(spec.model, dtype="bfloat16"))
