@@ -12,6 +12,7 @@ import torch
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
+from fedtune.privacy.packing import packed_bytes
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
@@ -79,10 +80,9 @@ def forecast(
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     shared = plan.shared
-    down = up = -(-num_values * bits // 8)
+    down = up = packed_bytes(num_values, bits)
     if shared is not None:
-        bits_up = bits_needed(shared.num_sites, shared.largest_value)
-        up = upload_bytes(shared.num_sites, length=num_values, bits=bits_up)
+        up = upload_bytes(shared.num_sites, length=num_values, bits=bits_needed(shared.num_sites, shared.largest_value))
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)

@@ -509,14 +509,20 @@ def test_a_roster_in_which_a_revoked_key_is_back_is_taken_by_nobody(desk: Desk, 
     assert seen.newest() == roster(desk)
 
 
-def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk, tmp_path: Path) -> None:
+def rosters_of_a_return(desk: Desk) -> tuple[Roster, Roster, Roster, Roster]:
+    """With a site, with it revoked, without it, and with it once more: the last two signed as after an old backup."""
     desk.join("north")
     joined = roster(desk)
     desk.revoke("north")
     revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
     dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
     returned = replace(joined, number=revoked.number + 2).signed(lead)
-    kept = tmp_path / "seen.revoked.json"
+    return joined, revoked, dropped, returned
+
+
+def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk, tmp_path: Path) -> None:
+    joined, revoked, dropped, returned = rosters_of_a_return(desk)
+    lead, kept = SigningKey.load(desk.folder / "lead/lead_key.pem"), tmp_path / "seen.revoked.json"
 
     def refused(path: Path) -> None:
         with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
@@ -546,12 +552,7 @@ def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk
 
 
 def test_a_crash_while_a_roster_is_taken_forgets_no_revoked_key(desk: Desk, tmp_path: Path) -> None:
-    desk.join("north")
-    joined = roster(desk)
-    desk.revoke("north")
-    revoked, lead = roster(desk), SigningKey.load(desk.folder / "lead/lead_key.pem")
-    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead)
-    returned = replace(joined, number=revoked.number + 2).signed(lead)
+    _, revoked, dropped, returned = rosters_of_a_return(desk)
     step, done = 0, False
     while not done:
         own = book(desk, tmp_path / f"{step}.json")

@@ -27,14 +27,17 @@ from fedtune.privacy.site_files import SiteFiles
 LEFT = Path(__file__).parent / "fixtures" / "fedtune-0.1.0"
 
 
-@pytest.fixture
-def left(tmp_path: Path) -> Path:
+def copied(folder: Path) -> Path:
     """A copy, with the modes that git does not keep."""
-    folder = tmp_path / "left"
     shutil.copytree(LEFT, folder)
     for path in folder.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     return folder
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    return copied(tmp_path / "left")
 
 
 @pytest.fixture

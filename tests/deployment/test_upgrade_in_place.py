@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +12,15 @@ import pytest
 
 from fedtune.privacy.site_files import SiteFiles
 
+from ..deploy.test_upgrade import copied
 from .networks import free_port
 from .processes import FEDTUNE, Process
-
-LEFT = Path(__file__).parents[1] / "deploy/fixtures/fedtune-0.1.0"
 
 
 @pytest.fixture
 def left(tmp_path: Path) -> Path:
-    """A copy, with the modes that git does not keep, at a port that is free."""
-    folder = tmp_path / "left"
-    shutil.copytree(LEFT, folder)
-    for path in folder.rglob("*"):
-        path.chmod(0o700 if path.is_dir() else 0o600)
+    """A copy at a port that is free."""
+    folder = copied(tmp_path / "left")
     port = free_port()
     for path in (*folder.glob("*/kit/kit.toml"), *folder.glob("federation/*/kit.toml")):
         text = path.read_text()
