@@ -1,6 +1,6 @@
 """The hash chain of a ledger: each event's hash covers its own values and, through the one before, all earlier events.
 
-To change, delete, insert or reorder an event changes every later hash.  The newest hash, signed by the site's
+Changing, deleting, inserting or moving an event changes every later hash.  The newest hash, signed by the site's
 key, is the *head*.  A chain that ends early still fits together: only a head that was kept somewhere else, an *anchor*,
 shows that events are missing at the end.
 """
