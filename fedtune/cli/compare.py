@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
-from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import json_text, print_json, say, show, write_file
 from fedtune.cli.sweep import continued, result_in

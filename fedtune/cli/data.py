@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
+from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.compose import compose_run
 from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
-from fedtune.cli.experiment_file import config_folder
 from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page, print_json, say, show, write_file
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from markupsafe import Markup
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import price_asked_for, price_section

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli import search_trials as propose
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.search_price import check_trials, price_section, promise
 from fedtune.cli.search_trials import Listed, Proposer, Searched, Values, split_searched
 from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from fedtune.cli.compose import in_grammar, in_our_words, require_few
+from fedtune.api.compose import in_grammar, in_our_words, require_few
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.spec import NOT_GIVEN, ConfigError
 

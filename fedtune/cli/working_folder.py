@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fedtune.api.compose import write_config
 from fedtune.cli.command import InterruptTold, importing
-from fedtune.cli.compose import write_config
 from fedtune.cli.sections import say
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.display import Display, show_result
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan import chart_svg, page_html
 from fedtune.cli.plan_sections import show_outlook

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from fedtune.api.compose import compose_run
 from fedtune.cli import search as module
 from fedtune.cli.command import Command
-from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display
 from fedtune.cli.search import asked_for, check_room, prepared_for
 from fedtune.privacy import accountant, events

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.working_folder import folder_of, has_begun, is_running, make, only_one, run_in_folder
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import saved_checkpoints

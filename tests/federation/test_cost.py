@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.federation.cost import CostSpec, Energy, Meter
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError

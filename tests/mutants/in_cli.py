@@ -157,7 +157,7 @@ CLI_FAULTS = (
     Mutant(
         name="second-experiment-wins",
         fault="Of two experiments on the command line the last one is run, and nothing is said.",
-        file="fedtune/cli/compose.py",
+        file="fedtune/api/compose.py",
         old="    _require_one_experiment(overrides)\n    resumed",
         new="    resumed",
         tests=("tests/cli/test_experiment_file.py",),

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.cli.compose import compose_run, write_config
+from fedtune.api.compose import compose_run, write_config
 from fedtune.cli.working_folder import is_running, only_one
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult

@@ -1,4 +1,4 @@
-"""From overrides on the command line to validated configurations; the only place that knows Hydra."""
+"""From overrides on the command line to validated configurations; Hydra's one room."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.cli.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
+from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError

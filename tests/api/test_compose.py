@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.compose import compose_run, compose_sweep, write_config
-from fedtune.cli.experiment_file import config_folder
+from fedtune.api.compose import compose_run, compose_sweep, write_config
+from fedtune.api.experiment_file import config_folder
 from fedtune.config import saved_config
 from fedtune.spec import ConfigError
 
