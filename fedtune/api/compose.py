@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
-from fedtune.config import RunConfig, parse, saved_config
+from fedtune.config import RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -98,6 +98,12 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
         outer = {_key(override).partition(".")[0] for override in overrides}
         settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - outer if key in file.settings}
+    if settings.get("federation", {}).get("aggregation") == "secure":
+        # What was said where secure sums were asked for, or later, stays; the rest had plain rounds in mind.
+        said = {_key(override) for override in overrides}
+        if file is not None and file.sets("federation.aggregation"):
+            said |= {f"{group}.{key}" for group in ("federation", "training") for key in file.settings.get(group, ())}
+        settings = with_secure_sums(settings, keep=said)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:

@@ -29,7 +29,7 @@ from fedtune.cli.sections import (
     show,
     write_file,
 )
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
 from fedtune.federation.cost import CostSpec, Meter
 from fedtune.privacy.accountant import epsilon_text
@@ -124,8 +124,24 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
         verdicts=(),
         lead_assumed=False,
         model_sha256=_model_sha256(config, load=with_model),
+        secure_sums=_secure_sums(config, planned, epsilon),
         energy=energy.scaled(forecast.seconds_one_after_another) if energy and forecast else None,
     )
+
+
+def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.SecureSums | None:
+    """What secure sums would give in place of a plain run; None: they are planned, or the settings exclude them."""
+    if not planned.private or planned.shared is not None:
+        return None
+    settings = config.to_json()
+    settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
+    settings["federation"] |= {"num_rounds": planned.num_rounds}
+    try:
+        sums = parse(with_secure_sums(settings)).plan()
+    except ConfigError:
+        return None
+    # Each site's noise enters the average by the same weight, so their ratio is that of the averages.
+    return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
 
 
 def _with_verdicts(known: Outlook, asked: Mapping[Path, str], *, lead_assumed: bool) -> Outlook:

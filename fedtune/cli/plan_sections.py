@@ -82,6 +82,11 @@ def facts(outlook: Outlook) -> dict[str, str]:
         )
     if outlook.signal_to_noise is not None and plan.private:
         found["signal"] = signal_words(outlook.signal_to_noise)
+    if (sums := outlook.secure_sums) is not None:
+        found["secure sums"] = (
+            f"federation.aggregation=secure needs {sums.noise_in_average:.0%} of this noise in the average, as little "
+            f"as with all records in one place, and takes {counted(sums.plan.num_rounds, 'round')} of one step"
+        )
     return found | _solution(outlook)
 
 

@@ -157,6 +157,19 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
     return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecureSums:
+    """What the same training would be with secure sums, at the same epsilon.
+
+    Attributes:
+        noise_in_average: relative to that of the plain plan; with sums of all sites it is what all records in one place
+            would need.
+    """
+
+    plan: Plan
+    noise_in_average: float
+
+
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost.
 

@@ -328,6 +328,20 @@ def test_the_signal_is_shown_where_the_model_was_loaded(plan: Run, plan_json: Ru
     assert plan_json("privacy=none", model=True)["signal_to_noise"] is None, "no bound, as everywhere in its JSON"
 
 
+def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_json: Run) -> None:
+    four = ("federation.num_sites=4", "data.declared_sizes=80")
+    sums = plan_json(*four)["secure_sums"]
+    assert sums["plan"]["local_steps"] == 1
+    assert sums["noise_in_average"] == pytest.approx(0.5, abs=1e-3), "the root of four sites less"
+    shown = " ".join(plan(*four).out.split())
+    assert "needs 50% of this noise in the average" in shown
+    assert "federation.aggregation=secure" in shown
+    given = ("privacy.noise_multiplier=6", "federation.num_rounds=3")
+    assert plan_json(*four, *given)["secure_sums"]["noise_in_average"] == pytest.approx(0.5, abs=1e-2)
+    for none in (("privacy=none",), ("federation.num_sites=1",), ("federation.aggregation=secure", *four)):
+        assert plan_json(*none)["secure_sums"] is None, none
+
+
 def test_the_price_of_a_search_is_told_beside_the_plan(command: Any, tmp_path: Path) -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
     alone = json.loads(command(*words, "--json").out)
