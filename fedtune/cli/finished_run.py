@@ -15,7 +15,7 @@ import yaml
 
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.data.records import OPTIONAL_ROLES
+from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named

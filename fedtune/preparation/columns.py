@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fedtune.data.records import labels_of, number_of, split_labels
+from fedtune.data.values import labels_of, number_of, split_labels
 from fedtune.spec import DataError
 
 _MOST_VALUES = 300

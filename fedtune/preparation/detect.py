@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.records import said_of, turns_said
 from fedtune.data.text_rows import Row
+from fedtune.data.values import said_of, turns_said
 from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted

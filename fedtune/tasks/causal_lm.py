@@ -58,11 +58,10 @@ class CausalLM(Task):
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """Those of the layout; of a prompt also the template's, and the system's where there are turns."""
-        for role in ("messages", "text"):
-            if role in data.columns:
-                return (role,)
         system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
-        return (*self.roles, *data.template_roles, *system)
+        if "text" in data.columns:
+            return ("text",)
+        return (*(("messages",) if "messages" in data.columns else (*self.roles, *data.template_roles)), *system)
 
     def check_data(self, data: DataSpec) -> None:
         named = [role for role in ("messages", "text", "prompt") if role in data.columns]
@@ -323,7 +322,7 @@ class Layout:
             return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())])
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
-        return self.chat.prompt(turns_in(fields["messages"]))
+        return self.chat.prompt(_turns(fields))
 
     def example(self, fields: Mapping[str, str]) -> _Example:
         """A whole record, its texts cut to the characters that an example may need.
@@ -337,7 +336,7 @@ class Layout:
         if self.chat is None or "messages" not in fields:
             context, reference = self.prompt(fields), fields["completion"]
         else:
-            asked, reference = before_last_answer(turns_in(fields["messages"]))
+            asked, reference = before_last_answer(_turns(fields))
             context = self.chat.prompt(asked)
         said = cut(reference, length)
         answer = [Piece(said, learnt=True), end] if self.chat is None else self.chat.answer(said)
@@ -368,9 +367,15 @@ class Layout:
 
 def _require_answer(record: Record) -> None:
     try:
-        before_last_answer(turns_in(record.fields["messages"]))
+        before_last_answer(_turns(record.fields))
     except NoConversation as error:
         raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
+
+
+def _turns(fields: Mapping[str, str]) -> list[Turn]:
+    """The turns of a conversation, led by what its record says as the system where they do not say it themselves."""
+    turns, system = turns_in(fields["messages"]), fields.get(SYSTEM, "")
+    return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
 
 def laid_out(layout: Layout, record: Record, *, lenient: bool) -> _Example:

@@ -37,10 +37,11 @@ class NoConversation(ValueError):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation; `train`: whether it is learnt, where it is the assistant's."""
 
     role: str
     content: str
+    train: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,17 +77,17 @@ class ChatFormat:
             NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
                 with a system turn before them or none.
         """
-        pieces, before = [Piece(self.start)], START
+        pieces, before, learnt = [Piece(self.start)], START, False
         for turn in (*self._placed(turns), Turn(ANSWER, "")):
             if before == ASSISTANT:
-                pieces.append(Piece(self.ending, learnt=True))
+                pieces.append(Piece(self.ending, learnt))
             joint = self.joints.get((before, turn.role))
             if joint is None:
                 raise NoConversation("turns in another order")
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
                 pieces.append(self._said(turn))
-            before = turn.role
+            before, learnt = turn.role, turn.train
         return pieces
 
     def answer(self, content: str) -> list[Piece]:
@@ -94,7 +95,7 @@ class ChatFormat:
         return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
     def _said(self, turn: Turn) -> Piece:
-        return Piece(self.contents[turn.role](turn.content), learnt=turn.role == ASSISTANT)
+        return Piece(self.contents[turn.role](turn.content), learnt=turn.role == ASSISTANT and turn.train)
 
     def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns, a system turn where the format has it; a blank one counts as none."""
@@ -116,23 +117,23 @@ def turns_in(text: str) -> list[Turn]:
         NoConversation: it is none.
     """
     try:
-        turns = [Turn(turn["role"], turn["content"]) for turn in json.loads(text)]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        turns = [Turn(turn["role"], turn["content"], turn.get("train", True)) for turn in json.loads(text)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NoConversation("no list of turns") from error
-    if not all(isinstance(part, str) for turn in turns for part in turn):
+    if not all(isinstance(part, str) for turn in turns for part in turn[:2]):
         raise NoConversation("a turn that is no text")
     return turns
 
 
 def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
-    """The turns before the assistant's last one, and what that says.
+    """The turns before the assistant's last one that is learnt, and what that says.
 
     Raises:
         NoConversation: there is none.
     """
-    places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT]
+    places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
-        raise NoConversation("no turn of the assistant")
+        raise NoConversation("no turn of the assistant that is learnt")
     return turns[: places[-1]], turns[places[-1]].content
 
 
@@ -329,7 +330,7 @@ def _rendered(template: Template, turns: _Conversation, special: Mapping[str, st
     from fedtune.model.quiet import first_line
 
     given = {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
-    messages = [turn._asdict() for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         return template.render(given, messages=messages, add_generation_prompt=turns[-1].role != ASSISTANT)
     except Exception as error:  # of a made-up conversation, whatever the template raises

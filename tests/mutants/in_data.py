@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-LOAD, RECORDS, FORMATS = (f"fedtune/data/{name}.py" for name in ("load", "records", "formats"))
+LOAD, VALUES, FORMATS = (f"fedtune/data/{name}.py" for name in ("load", "values", "formats"))
 TEXT_ROWS = "fedtune/data/text_rows.py"
 CAUSAL, CHAT = "fedtune/tasks/causal_lm.py", "fedtune/tasks/chat_format.py"
 CHECK, CLEAN = "fedtune/preparation/check_data.py", "fedtune/preparation/clean.py"
@@ -95,7 +95,7 @@ _READING = (
     Mutant(
         name="wrong-turns-pass",
         fault="The turns of a conversation may follow one another in any order.",
-        file=RECORDS,
+        file=VALUES,
         old="        if roles[place] != wanted:",
         new='        if roles[place] == "system":',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
@@ -103,10 +103,34 @@ _READING = (
     Mutant(
         name="unknown-role-ignored",
         fault="A turn of an unknown speaker, such as a tool, is taken for the user's.",
-        file=RECORDS,
-        old="_SPEAKERS.get(speaker) if",
-        new='_SPEAKERS.get(speaker, "user") if',
+        file=VALUES,
+        old="_SPEAKERS.get(speaker.strip().lower()) if",
+        new='_SPEAKERS.get(speaker.strip().lower(), "user") if',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
+    ),
+    Mutant(
+        name="marked-answers-are-learnt",
+        fault="An answer with weight 0 or train false, which others do not learn, is learnt.",
+        file=VALUES,
+        old="    return all(value for _, value in given)\n",
+        new="    return bool(given) or True\n",
+        tests=("tests/data/test_values.py::test_an_answer_that_others_do_not_learn_is_marked",),
+    ),
+    Mutant(
+        name="an-id-in-two-forms",
+        fault="An id in two Unicode forms, or with a letter that nobody sees, is two users, each protected by half.",
+        file=VALUES,
+        old="    found = one_form(text)\n",
+        new="    found = text\n",
+        tests=("tests/data/test_values.py::test_one_person_has_one_id",),
+    ),
+    Mutant(
+        name="nobody-is-a-person",
+        fault="All rows without an id that a table calls NA are one user, and whoever is in them is not protected.",
+        file=VALUES,
+        old="    if found in _NO_ID:\n",
+        new="    if not found:\n",
+        tests=("tests/data/test_values.py::test_who_has_no_id_is_no_person",),
     ),
     Mutant(
         name="site-reads-all-its-columns",

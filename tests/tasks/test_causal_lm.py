@@ -107,8 +107,37 @@ def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, c
     silent = Record(chat(*contents), file="a.jsonl", line=3)
     assert LM.fault(data)(silent) is not None
     assert LM.fault(data)(Record(chat("where", "lost"))) is None
-    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learnt'"):
         LM.tokenise([silent], leading_tokenizer, data=data)
+
+
+def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_tokenizer: Any) -> None:
+    """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
+    data = settings("messages", chat_template="plain")
+    turns = json.loads(chat("where", "lost", "is", "there")["messages"])
+
+    def marked(*places: int) -> list[int]:
+        some = [turn | ({"train": False} if place in places else {}) for place, turn in enumerate(turns)]
+        return one({"messages": json.dumps(some)}, leading_tokenizer, data)[1]
+
+    ids, whole = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    later = one(chat("where", "lost"), leading_tokenizer, data)
+    assert [number for number in marked(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][-2:]
+    assert len(marked(1)) == len(ids)
+    assert marked(3) == later[1], "nothing is learnt behind the last answer that is"
+    assert LM.fault(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])})) is not None
+
+
+def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> None:
+    data = settings("messages", "system", chat_template="plain")
+    assert LM.roles_in(data) == ("messages", "system")
+    turns = json.loads(chat("where", "lost")["messages"])
+    led = [{"role": "system", "content": "is"}, *turns]
+    expected = one({"messages": json.dumps(led)}, leading_tokenizer, data)
+    assert one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
+    assert one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, "its own counts"
+    without = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    assert one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
 
 
 def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokenizer: Any) -> None:
