@@ -40,7 +40,6 @@ COMMANDS: Mapping[str, str] = {
     "model-hash": "the hash that names a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "the privacy report of a run or a ledger",
-    "watch": "follow a run in a browser",
     "site": "a site: its policy, its keys, its process",
     "provision": "make a federation of real sites",
     "server": "a federation's server",

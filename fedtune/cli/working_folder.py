@@ -24,6 +24,7 @@ from fedtune.spec import ConfigError, RunError, StuckError, shown
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
+    from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
 
 Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
@@ -44,15 +45,22 @@ def run_in_folder(
         began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
     from fedtune.cli.display import Display, show_result
+    from fedtune.report.page.unfinished import UnfinishedReport
     from fedtune.tracking import Tracked
 
     def note(text: str) -> None:
         say(text, style="yellow", console=console)
 
+    page = UnfinishedReport(folder, config)
     made: list[Path] = []
     try:
         with Tracked(config, note=note) as tracked:
-            display = Display(console, config, shown=config.tracking.progress, follow=tracked.update)
+
+            def follow(state: LeadState) -> None:
+                tracked.update(state)
+                page.update(state)
+
+            display = Display(console, config, shown=config.tracking.progress, follow=follow)
             with _interrupted_by_signals():
                 if config.resume is None:
                     made = make(folder, config)
@@ -73,9 +81,12 @@ def run_in_folder(
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. {hint}", console=console)
-            raise InterruptTold from error
-        if full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
+        elif full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
             say(hint, console=console)
+        if begun:
+            page.stop()
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptTold from error
         raise
     say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
     return result

@@ -302,7 +302,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         meaning=None,
         mechanisms=tuple(rows),
         curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
-        steps=tuple(_steps(record, site, record.settled(site, charged.rounds))),
+        steps=tuple(_steps(record, site, charged.rounds)),
         releases=tuple(_releases(record, site)),
         by_trust=reliance.by_trust(
             # What scores ended claims its whole plan.
@@ -348,15 +348,6 @@ def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
             time=result.ended or None,
             epsilon=_epsilon_after(record.plan, so_far, charged),
         )
-
-
-def planned_path(plan: Plan, *, most: int) -> Iterator[tuple[int, float]]:
-    """(round, epsilon) of up to `most` rounds of a plan and its last; nothing where nothing bounds it."""
-    every = math.ceil(plan.num_rounds / most)
-    for number in sorted({1, *range(every, plan.num_rounds, every), plan.num_rounds}):
-        epsilon = _epsilon_after(plan, number, plan.num_rounds) if plan.private else None
-        if epsilon is not None:
-            yield number, epsilon
 
 
 def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
