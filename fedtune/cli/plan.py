@@ -16,7 +16,7 @@ from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
-from fedtune.cli.search_price import price_asked_for, price_section
+from fedtune.cli.search_price import check_trials, price_section
 from fedtune.cli.sections import (
     Section,
     as_figure,
@@ -36,6 +36,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import price_of
 from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import jsonable
@@ -59,9 +60,6 @@ def plan(
         bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
     trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
-    mean_trials: Annotated[
-        float | None, Option("the same, where the number of runs is drawn (fedtune search)", metavar="M")
-    ] = None,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
     output: Output = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
@@ -81,10 +79,12 @@ def plan(
     """
     check_output(output)
     _check_model(loads=time, loads_not=no_model)
+    if trials is not None:
+        check_trials(trials)
     asked = _leads(policy, lead)
     with Console(stderr=True).status("Working out the price ..."):
         outlook = _with_verdicts(_price_of(overrides, target, with_model=time), asked, lead_assumed=lead is None)
-        searched = price_asked_for(outlook.plan, trials=trials, mean_trials=mean_trials)
+        searched = None if trials is None else price_of([outlook.plan] * trials)
     priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:

@@ -183,11 +183,6 @@ def _of_all(one: Searched) -> tuple[str, ...]:
     return one.choices or (_number(one, one.low), _number(one, one.high))
 
 
-def name_from(seed: str, place: int) -> str:
-    """A name of a trial that does not tell its place to who does not know the seed."""
-    return hashlib.sha256(f"{seed} name {place}".encode()).hexdigest()[:8]
-
-
 def _number_from(seed: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
 

@@ -350,12 +350,5 @@ def test_the_price_of_a_search_is_told_beside_the_plan(command: Any, tmp_path: P
     told = json.loads(of_eight.out)
     assert told["search"]["trials"] == 8
     assert told["search"]["epsilon_of_one"] == told["epsilon"] < told["search"]["epsilon"]
-    assert told["search"]["epsilon_of_picked"] is None
     assert "Price of the search" in (tmp_path / "plan.html").read_text()
-    drawn = json.loads(command(*words, "--mean-trials", "8", "--json").out)["search"]
-    assert drawn["epsilon_of_one"] < drawn["epsilon_of_picked"] < drawn["epsilon"]
-    assert drawn["trials"] > 8
-    shown = " ".join(command(*words, "--mean-trials", "8").out.split())
-    assert "No ledger is charged with the last figure" in shown
-    assert command(*words, "--trials", "8", "--mean-trials", "8").message.startswith("--mean-trials = 8.0: does not go")
     assert command(*words, "--trials", "0").message.startswith("--trials = 0: must be")
