@@ -101,9 +101,7 @@ def build(
     ] = None,
     language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
-    label: Annotated[
-        bool, Option(names=("--label",), help="label.svg and label.png too, to show around; the PNG needs fedtune[pdf]")
-    ] = False,
+    label: Annotated[bool, Option(names=("--label",), help="label.svg too, to show around")] = False,
     registry: Annotated[
         bool, Option(names=("--registry",), help="registry.json too: an entry for a public registry of such runs")
     ] = False,
@@ -161,17 +159,13 @@ def _beside(
     report: Report, *, label: bool, language: str, about: AboutSpec | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """The label and the registry's entry, where they were asked for, and what is missing of them."""
-    from fedtune.report.page.label import PNG, SVG, as_png, as_svg
+    from fedtune.report.page.label import SVG, as_svg
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
     files: dict[str, bytes] = {}
     remarks: list[str] = []
     if label:
         files[SVG] = as_svg(report, language=language).encode()
-        try:
-            files[PNG] = as_png(report, language=language)
-        except ConfigError as error:  # the PNG alone takes more than fedtune needs
-            remarks.append(str(error))
     if about is not None:
         files[REGISTRY] = to_text(report, about).encode()
         if missing := entry(report, about)["missing"]:

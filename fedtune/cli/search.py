@@ -265,9 +265,7 @@ def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
     for values, shape in zip(others, shapes[1:], strict=True):
         if shape.plan() != plan:
             key = ", ".join(key for key, value in values.items() if value != first[key])
-            bound = (
-                "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
-            )
+            bound = "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
             raise ConfigError(key, NOT_GIVEN, bound)
     return plan
 
