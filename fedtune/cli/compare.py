@@ -78,7 +78,7 @@ def compare(
 ) -> None:
     """Compare the model before training, each site alone, the federation, and all records in one place.
 
-      fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.html
+      fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.json
       fedtune compare experiment=banks_intents --without-privacy       each with and without privacy
       fedtune compare experiment=hospitals_abstracts --by label        also by group
       fedtune compare runs/a runs/b --data test.jsonl                  runs that are there already
@@ -256,21 +256,18 @@ def _names(folders: Sequence[Path]) -> Iterator[str]:
 
 
 def _write(compared: Compared, output: Path | None, into: Path | None) -> list[Path]:
-    """Write the file that was asked for, and page and figures into the folder of an experiment's runs."""
+    """Write the file that was asked for, and the figures into the folder of an experiment's runs."""
     paths = [output] if output else []
-    paths += [into / "compare.html", into / "compare.json"] if into else []
+    paths += [into / "compare.json"] if into else []
     for path in paths:
         write_file(path, _text(compared, path.suffix), option="--output")
     return paths
 
 
 def _text(compared: Compared, suffix: str) -> str:
-    match suffix:
-        case ".json":
-            return json_text(compared.to_json())
-        case ".svg":
-            return str(compared.chart()).replace("<svg ", '<svg font-family="sans-serif" ', 1)
-    return compared.page()
+    if suffix == ".json":
+        return json_text(compared.to_json())
+    return str(compared.chart()).replace("<svg ", '<svg font-family="sans-serif" ', 1)
 
 
 app = single(compare)

@@ -13,15 +13,13 @@ from markupsafe import Markup
 
 from fedtune import __version__
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section, as_figure, as_html, as_page
-from fedtune.config import saved_config
+from fedtune.cli.sections import SCHEMA_VERSION, Section
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import GroupScores
 from fedtune.federation.cost import Cost
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
-from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.drawing import intervals
 from fedtune.words import counted, duration, jsonable, score_words, size
 
@@ -112,27 +110,6 @@ class Compared:
             self._cost(),
             Section(title="How to read this", notes=[*self.notes, *self._about()]),
         ]
-
-    def page(self) -> str:
-        """A page that needs nothing else."""
-        first, *rest = self.verdict()
-        verdict, *others = self.sections()
-        body = [
-            as_html(dataclasses.replace(verdict, title="", notes=rest)),
-            as_figure(first, self.chart()),
-            *map(as_html, others),
-        ]
-        better = self.sides.comparison(self._base, self.main).verdict == "better"
-        last = "Scores are exact, of the lead's own test records, which no guarantee covers."
-        title = f"Comparison: {self.main}"
-        return as_page(title, promise=first, holds=better, body=body, last=last, banners=self._banners())
-
-    def _banners(self) -> list[str]:
-        """That no run was one of real sites, or that the noise of one came from a seed."""
-        ran = [saved_config(line.folder).runtime for line in self.lines]
-        simulated = all(one.kind != "deployment" for one in ran)
-        codes = [("simulation", simulated), ("seeded", any(one.seeded_noise for one in ran))]
-        return [catalogue("en").text(f"banner.{code}").unescape() for code, holds in codes if holds]
 
     def chart(self) -> Markup:
         """The score that counts with its interval, a row for each model."""

@@ -131,7 +131,7 @@ def check(
     title = f"Data of {config.name}"
     if page is not None:
         body = map(as_html, sections)
-        text = as_page(title, promise=ABOUT, holds=True, body=body, last=" ".join(CLOSING))
+        text = as_page(title, promise=ABOUT, body=body, last=" ".join(CLOSING))
         write_file(page, text, option="--page")
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "checked": checked})

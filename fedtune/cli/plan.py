@@ -12,23 +12,11 @@ from markupsafe import Markup
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli import plan_sections as words
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import check_trials, price_section
-from fedtune.cli.sections import (
-    Section,
-    as_figure,
-    as_html,
-    as_page,
-    json_text,
-    pairs,
-    print_json,
-    say,
-    show,
-    write_file,
-)
+from fedtune.cli.sections import json_text, print_json, say, show, write_file
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
 from fedtune.federation.cost import CostSpec, Meter
@@ -74,7 +62,7 @@ def plan(
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
       fedtune plan --trials 12                           the price of the best of twelve
-      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
+      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.svg
     docs/planning.md explains every figure.
     """
     check_output(output)
@@ -88,7 +76,7 @@ def plan(
     priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
-        _write(output, outlook, figures, priced)  # first: the reader of standard output may stop in the middle
+        _write(output, outlook, figures)  # first: the reader of standard output may stop in the middle
     if as_json:
         print_json(figures)
         return
@@ -217,41 +205,13 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, bits=bits), device.type
 
 
-def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any], priced: Sequence[Section]) -> None:
-    """Write the page, the chart or the data, as the file's ending says."""
+def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:
+    """Write the chart or the data, as the file's ending says."""
     if path.suffix == ".json":
         text = json_text(figures)
-    elif path.suffix == ".svg":
-        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     else:
-        text = page_html(outlook, priced)
+        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     write_file(path, text, option="--output")
-
-
-def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
-    """A self-contained page with every table and the chart; no script, no network."""
-    price = outlook.price
-    seen = f"Epsilon would rise to {epsilon_text(price.epsilon)}" if price.rounds else "No epsilon"
-    sections = (
-        words.accountants(outlook),
-        *priced,
-        words.sites(outlook),
-        words.what_if(outlook),
-        words.bytes_and_time(outlook),
-        *words.policies(outlook),
-        words.rounds(outlook),
-    )
-    return as_page(
-        f"Plan of {outlook.config.name}",
-        promise=words.promise(outlook),
-        holds=outlook.guaranteed,
-        body=(
-            as_html(pairs(words.facts(outlook))),
-            as_figure(seen, chart_svg(outlook)),
-            *map(as_html, sections),
-        ),
-        last="Worked out from settings and declared sizes alone; no record was read.",
-    )
 
 
 def chart_svg(outlook: Outlook) -> Markup:
