@@ -17,7 +17,7 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import GroupScores
-from fedtune.federation.cost import Cost
+from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.drawing import intervals
@@ -268,7 +268,7 @@ class Compared:
 
     def _cost(self) -> Section:
         lines = [(line, line.result) for line in self.lines if line.result is not None]  # a site's copy has none
-        known = {line.name: told for line, result in lines if (told := _told(result.final.cost))}
+        known = {line.name: told for line, result in lines if (told := _told(result.final.energy))}
         rows = [
             (
                 line.name,
@@ -284,7 +284,7 @@ class Compared:
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved", *(("energy and price",) if known else ()))
+        headings = ("model", "epsilon", "time", "adapters moved", *(("energy",) if known else ()))
         return Section(title="Cost", headings=headings, rows=rows, notes=notes)
 
     def _about(self) -> Iterator[str]:
@@ -337,7 +337,7 @@ class Compared:
             "delta": privacy.delta,
             "seconds": final.seconds,
             "bytes": line.moved,
-            "cost": None if final.cost is None else dataclasses.asdict(final.cost),
+            "energy": None if final.energy is None else dataclasses.asdict(final.energy),
         }
 
 
@@ -392,18 +392,12 @@ def scored(
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 
-def _told(cost: Cost | None) -> str:
-    """Energy, carbon and money, as far as they are known."""
-    if cost is None:
+def _told(energy: Energy | None) -> str:
+    """Energy and carbon, as far as they are known."""
+    if energy is None:
         return ""
-    energy, parts = cost.energy, []
-    if energy is not None:
-        parts.append(f"{1000 * energy.kwh:.3g} Wh")
-    if energy is not None and energy.carbon_kg is not None:
-        parts.append(f"{1000 * energy.carbon_kg:.3g} g CO2e")
-    if cost.money is not None:
-        parts.append(f"{cost.money:.3g} {cost.currency}")
-    return ", ".join(parts)
+    carbon = "" if energy.carbon_kg is None else f", {1000 * energy.carbon_kg:.3g} g CO2e"
+    return f"{1000 * energy.kwh:.3g} Wh{carbon}"
 
 
 def _of_pair(found: Comparison) -> dict[str, Any]:

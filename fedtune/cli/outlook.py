@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fedtune import __version__
 from fedtune.cli.sections import SCHEMA_VERSION
 from fedtune.config import RunConfig
-from fedtune.federation.cost import Energy
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
@@ -46,12 +45,6 @@ class Outlook:
     lead_assumed: bool
     model_sha256: str | None = None
     secure_sums: SecureSums | None = None
-    energy: Energy | None = None
-
-    @property
-    def money(self) -> float | None:
-        """The price of all training on one machine; None: no price was given, or nothing was timed."""
-        return self.config.cost.money(self.forecast.seconds_one_after_another) if self.forecast else None
 
     @property
     def plan(self) -> Plan:
@@ -99,9 +92,6 @@ class Outlook:
             "what_if": [dataclasses.asdict(change) for change in self.changes],
             "secure_sums": None if self.secure_sums is None else dataclasses.asdict(self.secure_sums),
             "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
-            "energy": None if self.energy is None else dataclasses.asdict(self.energy),
-            "money": self.money,
-            "currency": None if self.money is None else config.cost.currency,
             "lead_assumed": self.lead_assumed,
             "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
         }

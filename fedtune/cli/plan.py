@@ -19,7 +19,6 @@ from fedtune.cli.search_price import check_trials, price_section
 from fedtune.cli.sections import json_text, print_json, say, show, write_file
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
-from fedtune.federation.cost import CostSpec, Meter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
@@ -97,10 +96,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
-    config.cost.check_can_measure()
-    with Meter(config.cost if with_model else CostSpec()) as meter:
-        forecast, device = _forecast(config, planned) if with_model else (None, "")
-    energy = meter.stop()
+    forecast, device = _forecast(config, planned) if with_model else (None, "")
     return Outlook(
         config=config,
         price=planner.price(planned, config.declared_sizes()),
@@ -113,7 +109,6 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
         lead_assumed=False,
         model_sha256=_model_sha256(config, load=with_model),
         secure_sums=_secure_sums(config, planned, epsilon),
-        energy=energy.scaled(forecast.seconds_one_after_another) if energy and forecast else None,
     )
 
 

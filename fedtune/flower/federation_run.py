@@ -215,7 +215,7 @@ class FederationRun:
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
             kept=kept_of(state.rounds, self.config.federation, judged_by=self.config.judged_by),
-            cost=meter.cost(seconds),
+            energy=meter.stop(),
             detail=detail,
         )
         result = RunResult.of(

@@ -101,7 +101,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         final=finite_scores(final.metrics),
         non_private=None,
         findings=final.findings,
-        cost=final.cost,
+        energy=final.energy,
         detail=final.detail,
         kept=record.kept,
         selection=record.selection,

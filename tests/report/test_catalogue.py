@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import fedtune.report
 from fedtune.federation import results
-from fedtune.federation.cost import Energy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import PERIODS
 from fedtune.report.derive import cells, rules, verdicts
@@ -48,7 +47,6 @@ CODES: dict[str, set[str]] = {
     "period": set(PERIODS),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
-    "energy": set(get_args(get_type_hints(Energy)["how"])),
     "banner": {"simulation", "seeded"},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
