@@ -203,14 +203,6 @@ CLI_FAULTS = (
         tests=(f"{OF_SEARCH}::test_scores_on_records_trained_on_pick_nothing",),
     ),
     Mutant(
-        name="search-note-not-sealed",
-        fault="An edited search.json has the sites charged for trials, or for draws, that nobody was told of.",
-        file=SEARCH,
-        old="    if not whole:",
-        new="    if False:",
-        tests=(f"{OF_SEARCH}::test_what_was_drawn_is_not_changed_by_hand",),
-    ),
-    Mutant(
         name="search-over-participants",
         fault="Trials of a search may take part at other sites than the first one, which alone are asked for room.",
         file=SEARCH,
