@@ -20,8 +20,8 @@ from tests.allowed_unused import ALLOWED_UNUSED
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 56_920
-MOST_FILES = 268
+MOST_LINES = 56_919
+MOST_FILES = 267
 """What the package may weigh.  Both only fall, unless docs/LOG.md says why."""
 LONG_FUNCTIONS = {("cli/report.py", "build"): 55}
 """Those that have more than 50 lines, and how many they may have; none is added."""

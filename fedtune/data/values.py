@@ -220,8 +220,9 @@ def speakers_of(value: object) -> list[str]:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     value = _rows_of(value)
-    turns = value if isinstance(value, list) else [value]
-    if not all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
+    listed = value if isinstance(value, list) else [value]
+    turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
+    if len(turns) < len(listed):
         return []
     said = (str(turn.get("role") or turn.get("from")).strip().lower() for turn in turns)
     return [_SPEAKERS.get(speaker, speaker) for speaker in said]
