@@ -120,6 +120,38 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
 
 
+def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Compose and validate one run, from values in place of typed words.
+
+    Args:
+        recipe: the name of an experiment of conf/, an experiment file, or a whole configuration; None: the default.
+        settings: values by dotted key, and options by group.
+
+    Raises:
+        ConfigError: as `compose_run`.
+    """
+    words = [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
+    if isinstance(recipe, RunConfig):
+        return _changed(recipe, words, fixed={})
+    return compose_run(words if recipe is None else [f"experiment={recipe}", *words])
+
+
+def _word(value: Any) -> str:
+    """A value as a word of Hydra's grammar."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return f"{{{','.join(f'{_word(key)}:{_word(inner)}' for key, inner in value.items())}}}"
+        case list() | tuple():
+            return f"[{','.join(map(_word, value))}]"
+        case str() | Path():
+            return _quoted(str(value))
+    return repr(value)
+
+
 def _require_one_experiment(overrides: Sequence[str]) -> None:
     """Refuse a second experiment: Hydra would take the last one, and say nothing."""
     given = [_value(override) for override in overrides if _key(override) == "experiment"]
@@ -203,14 +235,18 @@ def _chooses_option(override: str) -> bool:
 def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
     """`resume=FOLDER` continues with the folder's own configuration, changed by single values only."""
     folder, saved = _run_folder(name.strip("'\""))
+    # The name is how the sites' ledgers know the run: another one would start their count at zero.
+    return _changed(saved, overrides, fixed={"resume": str(folder), "name": saved.name})
+
+
+def _changed(known: RunConfig, overrides: Sequence[str], *, fixed: Mapping[str, Any]) -> RunConfig:
+    """A whole configuration, changed by single values."""
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
-        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(saved.to_json()), changes))
+        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(known.to_json()), changes))
     except (OmegaConfBaseException, YAMLError) as error:
         raise in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
-    # The name is how the sites' ledgers know the run: another one would start their count at zero.
-    fixed = {"resume": str(folder), "name": saved.name}
     return parse({**{str(key): value for key, value in settings.items()}, **fixed})
 
 
