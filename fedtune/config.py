@@ -295,6 +295,7 @@ class RunConfig:
         for key in ("name", "resume", "tracking", "report", "cost"):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
+        patience.append(("training", "go_on_without_signal"))
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         for group, key in (("evaluation", "max_tokens"), *patience, *places):

@@ -155,7 +155,9 @@ def planned(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[
     for changes in plain:
         for kind, site in kinds:
             suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
-            named = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": str(folder)}
+            named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": str(folder)}
+            if kind != "federated":  # which alone decides whether anything is likely to be learnt
+                named["training.go_on_without_signal"] = True
             config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
             runs.append(Planned(kind=kind, site=site, config=config))
     chosen = [run for run in runs if run.kind not in leave_out]
