@@ -219,8 +219,8 @@ def speakers_of(value: object) -> list[str]:
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    value = _rows_of(value)
-    turns = value if isinstance(value, list) else [value]
+    rows: Any = _rows_of(value)
+    turns: list[Any] = rows if isinstance(rows, list) else [rows]
     if not all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
         return []
     said = (str(turn.get("role") or turn.get("from")).strip().lower() for turn in turns)
