@@ -219,9 +219,10 @@ def speakers_of(value: object) -> list[str]:
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    rows: Any = _rows_of(value)
-    turns: list[Any] = rows if isinstance(rows, list) else [rows]
-    if not all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in turns):
+    value = _rows_of(value)
+    listed = value if isinstance(value, list) else [value]
+    turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
+    if len(turns) < len(listed):
         return []
     said = (str(turn.get("role") or turn.get("from")).strip().lower() for turn in turns)
     return [_SPEAKERS.get(speaker, speaker) for speaker in said]
