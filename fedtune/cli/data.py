@@ -25,7 +25,7 @@ from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import Found, look_at
+from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.privacy.policy_file import read_policy
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
@@ -65,9 +65,21 @@ def init(
     text: Column = None,
     label: Column = None,
     prompt: Column = None,
+    context: Column = None,
+    system: Column = None,
     completion: Column = None,
+    messages: Column = None,
+    chosen: Column = None,
+    rejected: Column = None,
+    anchor: Column = None,
+    positive: Column = None,
+    negative: Column = None,
     other: Column = None,
     score: Column = None,
+    user: Column = None,
+    unit: Annotated[Literal["user", "record"], Option("what is protected, where a column says whose a record is")] = (
+        "user"
+    ),
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
@@ -76,10 +88,16 @@ def init(
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
+    fedtune data init visits.csv --user patient          all records of one patient are protected together
+
+    Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """
+    given = locals()
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
-    named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}
-    found = look_at(file, {role: column for role, column in named.items() if column is not None})
+    if user is not None and unit == "record":
+        raise ConfigError("--user", user, "says whose a record is, and --unit record that nobody asks")
+    chosen_columns = {option: given[option] for option in OPTIONS if given[option] is not None}
+    found = look_at(file, chosen_columns, by_person=unit == "user")
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", str(target), "must end in .yaml")
     if "," in str(target) or not str(target).isprintable():
@@ -96,7 +114,11 @@ def init(
         raise
     show(
         Console(),
-        [*file_sections(found), lengths(plan, spec.path), Section(title="To know", notes=starter.notes(found, plan))],
+        [
+            *file_sections(found, plan.measured),
+            lengths(plan, spec.path),
+            Section(title="To know", notes=starter.notes(found, plan)),
+        ],
     )
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
@@ -225,9 +247,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     tokenizer = _tokenizer(spec, key="--model", other="--model")
     measured = starter.measured(found, tokenizer, config, within=_num_ids(tokenizer))
     if not measured.usable:
-        raise DataError(
-            str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
-        )
+        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {measured.left_out}")
     if sites is not None and sites > measured.units:
         raise ConfigError("--sites", sites, f"must be at most {measured.units}, the records or persons of the file")
     plan = starter.Plan(
