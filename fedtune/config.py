@@ -156,15 +156,12 @@ class RunConfig:
             task.check_data(self.data)
             self.data.check_unit(self.privacy.unit)
             sizes = self.data.sizes(self.federation.num_sites)
+            if self.federation.chooses:
+                self.data.check_may_decide()
         if self.federation.aggregation == "secure":
             _check_secure(self)
         if self.privacy.private:
             _check_privacy(self, largest_size=max(sizes))
-        if self.federation.chooses and not self.data.lead_validates:
-            key, value = ("stop_after", self.federation.stop_after), ("keep_round", "best")
-            name, given = key if self.federation.stop_after is not None else value
-            bound = "needs data.validation_file: records of the lead's own, since what sites release must not decide"
-            raise ConfigError(f"federation.{name}", given, bound)
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)

@@ -171,9 +171,9 @@ def _check_searchable(asked: RunConfig) -> None:
     if asked.may_be_fitted:
         bound = "must be stop in a search, whose price is fixed before the first trial"
         raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.sites.data_notes import check_picks
+    from fedtune.sites.data_notes import check_decides
 
-    check_picks(asked)
+    check_decides(asked)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

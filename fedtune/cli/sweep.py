@@ -110,13 +110,16 @@ class SweptRun:
     def compared_on(self) -> tuple[Any, ...]:
         """What runs must have in common for their validation scores to say which is better."""
         config, data = self.config, self.config.data
-        records = (data.validation_file or data.train_file, data.validation_fraction, data.validation_rows)
-        # Without a file of their own a keyed hash of each record, or person, says which they are.
-        dealt = () if data.validation_file else (config.seed, data.test_fraction, config.privacy.unit)
         read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
         # A loss is one of tokens: model, template and length decide which these are.
         tokens = (config.model.path, data.prompt_template, data.chat_template, data.max_length)
-        return (config.task, *records, *dealt, *read, *(tokens if self.judged_by == "loss" else ()))
+        return (
+            config.task,
+            data.validation_file,
+            data.validation_rows,
+            *read,
+            *(tokens if self.judged_by == "loss" else ()),
+        )
 
 
 def run_sweep(
@@ -177,8 +180,10 @@ def best_of(rows: Sequence[SweptRun], *, fewest: int = 2) -> SweptRun | None:
 
 
 def score_of(row: SweptRun) -> float | None:
-    """The validation score of a run that is finished and did not diverge."""
-    return row.validation.get(row.judged_by) if row.state == "finished" else None
+    """The validation score of a run that is finished and did not diverge; None too where its scores may not decide."""
+    from fedtune.sites.data_notes import may_decide
+
+    return row.validation.get(row.judged_by) if row.state == "finished" and may_decide(row.config) else None
 
 
 def _rows(sweep: Sweep) -> list[SweptRun]:
@@ -294,6 +299,8 @@ def _notes(rows: Sequence[SweptRun], best: SweptRun | None) -> Iterator[str]:
         yield f"* best by validation {best.judged_by}. Test scores must not choose: they would then be too good."
     elif len(finished) > 1 and not any(row.validation for row in finished):
         yield "No run is marked as the best: none has validation records, and test scores must not choose."
+    elif len(finished) > 1 and not any(score_of(row) is not None for row in finished):
+        yield "No run is marked as the best: that takes data.validation_file, without records that sites train on."
     elif len(finished) > 1:
         yield "No run is marked as the best: their validation scores cannot be compared."
     charged = [row for row in rows if row.result and row.config.privacy.private]

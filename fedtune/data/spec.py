@@ -198,10 +198,18 @@ class DataSpec:
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
-    @property
-    def lead_validates(self) -> bool:
-        """Whether the lead has validation records."""
-        return self.validation_file is not None or self.validation_fraction > 0
+    def check_may_decide(self) -> None:
+        """Check that validation scores may decide something: they are exact, and decide in the open.
+
+        Raises:
+            ConfigError: they are not those of a file of the lead's own.
+        """
+        if self.validation_file is None:
+            bound = (
+                "must be a file of the lead's own where its scores decide (federation.stop_after, keep_round=best, "
+                "a search); data.validation_fraction takes the sites' records, and no noise hides them in a score"
+            )
+            raise ConfigError("validation_file", self.validation_file, bound)
 
     def check_lead_has_files(self) -> None:
         """Check that the lead's records come from files of its own, as they must where sites are real.

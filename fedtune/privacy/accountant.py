@@ -1,6 +1,6 @@
 """From events to epsilon, and from a target epsilon to the least noise.
 
-Two accountants of dp-accounting look at the same events: PLD, which a run's figures use, and RDP beside it.
+Two accountants look at the same events: PLD, which a run's figures use, and dp-accounting's RDP beside it.
 Both are upper bounds.  The GDP/CLT accountant is absent on purpose: it under-reports
 (0.29 for a true 1.21 at rate .001, noise .6, 500 steps).
 """
@@ -15,16 +15,12 @@ from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
-from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-from dp_accounting.pld import PLDAccountant, pld_pmf
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
-from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
+from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
 from dp_accounting.rdp import RdpAccountant
-from scipy import fft, special
 
 from fedtune.privacy import events
-from fedtune.spec import ConfigError
+from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition
+from fedtune.spec import ConfigError, check_fraction
 
 Counted = tuple[tuple[DpEvent, int], ...]
 """Mechanisms, and how often each ran."""
@@ -40,8 +36,6 @@ MOST_NOISE = 1e4
 LEAST_NOISE = 1e-2
 """Least noise of a plan that has any: with less, a distribution of losses takes gigabytes.  Searches end here."""
 _TOLERANCE = 1e-5  # relative
-_TAIL = 1e-15  # probability that a composition may count as an infinite loss, to stay short
-_AT_ONCE = 100_000  # exponents of one bucket each that are computed in one go: what a processor's cache holds
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
@@ -51,11 +45,24 @@ def check_noise(key: str, value: float, *, none: bool = False) -> None:
         raise ConfigError(key, value, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
 
 
+def check_delta(key: str, value: float, *, steps: int) -> None:
+    """Require a delta at which epsilon can be computed for so many steps.
+
+    Raises:
+        ConfigError: it is not between 0 and 1, or so small that what a step's grid leaves out would count.
+    """
+    check_fraction(key, value)
+    if value < (least := LEAST_DELTA_A_STEP * steps):
+        raise ConfigError(
+            key, value, f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"
+        )
+
+
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
     """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
 
-    Guarantee: an upper bound, since losses are rounded up to multiples of `interval` (pessimistic estimate;
-    Doroshenko et al. 2022, arXiv 2207.04380), for a plan that was fixed before its first output was seen.
+    Guarantee: an upper bound, since losses are rounded up to multiples of `interval` and the rounding of all floats is
+    added to delta (`loss_distribution`), for a plan that was fixed before its first output was seen.
     """
     return _epsilon_pld(tuple(events.grouped(spent).items()), delta, interval)
 
@@ -63,113 +70,37 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
 # The same question comes again and again: a run's sites spend alike, and gate, ledger and report all ask.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
-    return float(composed_pld(counted, interval).get_epsilon(delta))
+    return composed_pld(counted, interval).epsilon(delta)
 
 
-def composed_pld(counted: Counted, interval: float) -> PLDAccountant:
-    """Privacy loss distributions of all mechanisms together, in buckets of width `interval`."""
-    accountant = _Pld(NEIGHBOURING_RELATION, value_discretization_interval=interval)
+def composed_pld(counted: Counted, interval: float) -> Composition:
+    """Privacy loss distributions of all mechanisms together, in buckets of width `interval`.
+
+    Raises:
+        TypeError: an event is of a kind that fedtune never makes.
+    """
+    mechanisms = []
     for event, count in counted:
-        accountant.compose(event, count)
-    return accountant
-
-
-class _Pld(PLDAccountant):  # type: ignore[misc]  # dp-accounting has no types
-    """dp-accounting's, which builds the distribution of one sampled step once for all its compositions."""
-
-    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> object:
         match event:
-            case PoissonSampledDpEvent(rate, GaussianDpEvent(noise)) if do_compose and 0 < rate < 1 and noise > 0:
-                width = self._value_discretization_interval
-                removing, adding = (
-                    _self_composed(_step(rate, noise, width, adjacency), count)
-                    for adjacency in (AdjacencyType.REMOVE, AdjacencyType.ADD)
-                )
-                self._pld: PrivacyLossDistribution = self._pld.compose(PrivacyLossDistribution(removing, adding))
-                return None
+            case GaussianDpEvent(noise):  # several are one with less noise
+                mechanisms.append((1.0, noise / math.sqrt(count), 1))
+            case PoissonSampledDpEvent(rate, GaussianDpEvent(noise)):
+                mechanisms.append((rate, noise, count))
+            case NonPrivateDpEvent():
+                mechanisms.append((1.0, 0.0, count))
             case _:
-                return super()._maybe_compose(event, count, do_compose)
-
-
-@lru_cache(maxsize=8)  # with next to no noise, one may take 50 MB
-def _step(rate: float, noise: float, interval: float, adjacency: AdjacencyType) -> pld_pmf.PLDPmf:
-    """Of one sampled step: what dp-accounting's `from_gaussian_mechanism` gives, number for number."""
-    loss = _SampledGaussianLoss(noise, sampling_prob=rate, adjacency_type=adjacency)
-    bounds = loss.connect_dots_bounds()
-    low, high = math.floor(bounds.epsilon_lower / interval), math.ceil(bounds.epsilon_upper / interval)
-    deltas = loss.get_delta_for_epsilon(np.arange(low, high + 1) * interval)
-    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, low, high, deltas)
-
-
-def _self_composed(step: pld_pmf.PLDPmf, count: int) -> pld_pmf.PLDPmf:
-    """What its `self_compose` gives for `count` steps, number for number, but that Chernoff's exponents are kept."""
-    if not isinstance(step, pld_pmf.DensePLDPmf):
-        return step.self_compose(count, _TAIL)
-    low, high = 0, (step.size - 1) * count
-    for order, exponent in _chernoff_exponents(step):
-        bound = (count * exponent + math.log(2 / _TAIL)) / order
-        if order > 0 and math.isfinite(bound):
-            high = min(high, math.ceil(bound))
-        elif math.isfinite(bound):
-            low = max(low, math.floor(bound))
-    fast = fft.next_fast_len(max(high - low + 1, step.size))
-    wrapped = np.real(fft.ifft(fft.fft(step._probs, fast) ** count))
-    return pld_pmf.DensePLDPmf(
-        step._discretization,
-        step._lower_loss * count + low,
-        np.roll(wrapped, -low)[: high - low + 1],
-        _TAIL - math.expm1(count * math.log1p(-step._infinity_mass)),
-        pessimistic_estimate=True,
-    )
-
-
-@lru_cache(maxsize=8)
-def _chernoff_exponents(step: pld_pmf.DensePLDPmf) -> tuple[tuple[float, float], ...]:
-    """Orders, and the log of the moment generating function of a step's bucket there."""
-    orders = np.concatenate((np.arange(-20, 0), np.arange(1, 21))) / step.size
-    some = np.array_split(orders, math.ceil(min(orders.size, orders.size * step.size / _AT_ONCE)))
-    found = [special.logsumexp(np.outer(part, np.arange(step.size)), axis=1, b=step._probs) for part in some]
-    return tuple(zip(orders.tolist(), np.concatenate(found).tolist(), strict=True))
-
-
-class _SampledGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]
-    """dp-accounting's, whose loop over thousands of losses is one line of numpy: the same operations in their order."""
-
-    def get_delta_for_epsilon(self, epsilon: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Delta at each epsilon, for a sampling rate below 1."""
-        adding = self.adjacency_type is AdjacencyType.ADD
-        # With a unit more, no loss is above -log(1 - rate); with one less, none is below log(1 - rate).
-        gain = -epsilon if adding else epsilon
-        reached = gain > math.log1p(-self.sampling_prob)
-        deltas = np.zeros_like(epsilon) if adding else -np.expm1(epsilon)
-        cutoffs = self._cutoffs(gain[reached], adding=adding)
-        deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
-        return np.clip(deltas, 0, 1)
-
-    def _cutoffs(self, gain: npt.NDArray[np.float64], *, adding: bool) -> npt.NDArray[np.float64]:
-        """Where the noise gives just this loss."""
-        rate, edge = self.sampling_prob, math.log(1 - self.sampling_prob)
-        at_edge = np.abs(gain - edge) <= 1e-9 * np.maximum(np.abs(gain), abs(edge))  # as `math.isclose`
-        raised = gain + np.log(1 / rate)
-        with np.errstate(divide="ignore", invalid="ignore"):  # at the edge, whose value is set below
-            unsampled = raised + np.log1p(-np.exp(np.log(-(1 - 1 / rate)) - raised))
-        unsampled = np.where(gain == 0, np.log(1 / rate + (1 - 1 / rate)), unsampled)
-        unsampled = np.where(at_edge, -math.inf, unsampled)
-        cutoffs: npt.NDArray[np.float64] = (
-            self._inverse_privacy_loss_without_subsampling_add(-unsampled)
-            if adding
-            else self._inverse_privacy_loss_without_subsampling_remove(unsampled)
-        )
-        return cutoffs
+                raise TypeError(f"unsupported privacy event {type(event).__name__}")
+    return Composition(mechanisms, interval)
 
 
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Epsilon by PLD where it is above `limit`, else None.
 
-    The coarse grid never says less than the fine one, and only a little more: a close call alone is worth the fine one.
+    The coarse grid says only a little more than the fine one: a close call alone is worth the fine one, which decides,
+    since its figure is the one that a report shows.
     """
     epsilon = epsilon_pld(spent, delta, interval=COARSE)
-    if limit < epsilon < 1.01 * limit:
+    if 0.99 * limit < epsilon < 1.01 * limit:
         epsilon = epsilon_pld(spent, delta)
     return None if epsilon <= limit else epsilon  # also if it is no number
 
@@ -224,17 +155,19 @@ def calibrate_noise(
     `also` are other events that the same epsilon has to pay for.
 
     Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on a
-    coarser and so more pessimistic grid, rounds the noise up, and tries what it returns.
+    coarser and so more pessimistic grid, rounds the noise up, and tries what it returns on both grids.
 
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
     """
     tried: dict[float, float] = {}
 
+    def at_noise(sigma: float) -> DpEvent:
+        return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
+
     def epsilon_at(sigma: float) -> float:
         if sigma not in tried:
-            event = events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=sigma, steps=steps)
-            tried[sigma] = epsilon_pld([event, *also], delta, interval=COARSE)
+            tried[sigma] = epsilon_pld([at_noise(sigma), *also], delta, interval=COARSE)
         return tried[sigma]
 
     def within(sigma: float) -> bool:
@@ -258,7 +191,7 @@ def calibrate_noise(
         middle = (low + high) / 2
         low, high = (low, middle) if within(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
-    while epsilon_at(noise) > epsilon:
+    while epsilon_at(noise) > epsilon or epsilon_pld([at_noise(noise), *also], delta) > epsilon:
         noise = round(noise + 1e-4, 4)
     return noise
 

@@ -59,7 +59,6 @@ class Plan:
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
         check_one_of("unit", self.unit, UNITS)
-        check_fraction("delta", self.delta)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Within these, accounting can be computed; no sensible plan is outside.
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
@@ -70,6 +69,7 @@ class Plan:
             count = getattr(self, name)
             check_whole(name, count)
             check_at_least(name, count, least)
+        accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
         check_groups(self.metrics_groups)
@@ -101,6 +101,7 @@ class Plan:
         """
         steps = local_steps * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
+        accountant.check_delta("privacy.delta", privacy.delta, steps=steps)
         if not privacy.private:
             noise = 0.0
         elif noise is None:

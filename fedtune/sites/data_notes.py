@@ -41,37 +41,30 @@ def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData
 
 
 def check_decides(config: RunConfig) -> None:
-    """Check that the scores which may end the run, or choose its round, are not those of records trained on.
+    """Check that the scores which end a run, choose its round or pick a run of a search tell nothing of a site.
 
     Raises:
-        ConfigError: the lead's validation file is the simulated sites' training file.
+        ConfigError: there is no validation file of the lead's, or it is the simulated sites' training file.
     """
+    try:
+        config.data.check_may_decide()
+    except ConfigError as error:
+        raise error.under("data") from None
     file = config.data.validation_file
-    if config.federation.chooses and file is not None and is_training_file(config, file):
+    if file is not None and is_training_file(config, file):
         bound = (
-            "must not hold what data.train_file holds with federation.stop_after or keep_round=best: its scores decide "
-            "in the open, and no noise hides the sites' records in them"
+            "must not hold what data.train_file holds: its scores decide, and no noise hides the sites' records there"
         )
         raise ConfigError("data.validation_file", file, bound)
 
 
-def check_picks(config: RunConfig) -> None:
-    """Check that the scores which pick a run of a search come from a file of the lead's, and tell nothing of a site's.
-
-    Raises:
-        ConfigError: there is no such file, or it is the simulated sites' training file.
-    """
-    file = config.data.validation_file
-    if file is None:
-        bound = (
-            "is required to search, and data.validation_fraction is no substitute: its scores are the sites' records'"
-        )
-        raise ConfigError("data.validation_file", file, bound)
-    if is_training_file(config, file):
-        bound = (
-            "must not hold what data.train_file holds: its scores pick, and no noise hides the sites' records in them"
-        )
-        raise ConfigError("data.validation_file", file, bound)
+def may_decide(config: RunConfig) -> bool:
+    """Whether `check_decides` lets a run's scores decide."""
+    try:
+        check_decides(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def _left_out(rows: LeftOut, key: str) -> Iterator[str]:

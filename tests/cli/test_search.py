@@ -304,7 +304,14 @@ BAD = [
     (("privacy.delta=1e-5,1e-6", "--method", "grid"), "privacy.delta = 1e-06: must be the same in all trials"),
     (("data.validation_rows=5,10", "--method", "grid"), "KEY=VALUE = 'data.validation_rows': must leave the task"),
     (("training.local_steps=1,2", "--trials", "2", "--method", "tpe"), "training.local_steps: decides what a trial"),
-    ((SPACE[0], "data.validation_file=null", "--trials", "2"), "data.validation_file = null: is required to search"),
+    (
+        ("training.local_steps=1,2", "--mean-trials", "2"),
+        "training.local_steps: decides what a trial costs, which --me",
+    ),
+    (
+        (SPACE[0], "data.validation_file=null", "--trials", "2"),
+        "data.validation_file = null: must be a file of the lead's own",
+    ),
     ((SPACE[0], "federation.if_over_budget=fewer_rounds", "--trials", "2"), "federation.if_over_budget = 'fewer_rou"),
     ((SPACE[0], "runtime=deployment", "--trials", "2"), "runtime = 'deployment': is for real sites"),
     (("lora.rank=4,8", "lora.rank=2", "--trials", "2"), "lora.rank: must not be given again after its values"),
@@ -331,4 +338,4 @@ def test_scores_on_records_trained_on_pick_nothing(command: Any, tiny: Any, tmp_
     train = compose_run(words).data.train_file
     refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")
     assert refused.code == 2
-    assert "must not hold what data.train_file holds: its scores pick" in refused.message
+    assert "must not hold what data.train_file holds: its scores decide" in refused.message

@@ -102,9 +102,12 @@ def test_resuming_it_charges_nothing(stopped: Path, command: Callable[..., Any],
 
 
 def test_only_records_of_the_leads_own_may_decide(command: Callable[..., Any], tiny: Any, tmp_path: Path) -> None:
-    outcome = command("simulate", *tiny("federation.stop_after=2", "data.validation_file=null", into=tmp_path))
-    assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
-    assert outcome.message.startswith("federation.stop_after = 2: needs data.validation_file")
+    share = ("data.validation_file=null", "data.validation_fraction=0.2")
+    for settings in (share[:1], share):
+        for decides in ("federation.stop_after=2", "federation.keep_round=best"):
+            outcome = command("simulate", *tiny(decides, *settings, into=tmp_path))
+            assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
+            assert outcome.message.startswith("data.validation_file = null: must be a file of the lead's own")
     train = "simulations/data/banking77/train.jsonl.gz"
     best = ("federation.keep_round=best", f"data.validation_file={train}")
     outcome = command("simulate", *tiny(*best, into=tmp_path))

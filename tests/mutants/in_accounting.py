@@ -7,6 +7,7 @@ ACCOUNTANT, FILTER, PLAN = (
 )  # fmt: skip
 HISTORY, POLICY = "fedtune/privacy/ledger/history.py", "fedtune/privacy/site_policy.py"
 OF_FILTER = ("tests/privacy/test_filter.py",)
+LOSSES, OF_LOSSES = "fedtune/privacy/loss_distribution.py", "tests/privacy/test_loss_distribution.py"
 OF_ACCOUNTANT = "tests/privacy/test_accountant.py"
 CHARGED = "            self._charges.append((event.sequence, moment, part, count))"
 
@@ -55,17 +56,57 @@ ACCOUNTING = (
     Mutant(
         name="optimistic-pld",
         fault="Privacy losses are rounded down to the grid instead of up: an estimate in the place of a bound.",
-        file=ACCOUNTANT,
-        old="np.arange(low, high + 1) * interval)",
-        new="np.arange(low + 1, high + 2) * interval)",
+        file=LOSSES,
+        old="_grid(lowest, highest + 2 - lowest, width), adding",
+        new="_grid(lowest + 1, highest + 2 - lowest, width), adding",
         tests=(f"{OF_ACCOUNTANT}::test_pld_gives_the_golden_epsilon",),
+    ),
+    Mutant(
+        name="rounding-of-a-composition-not-counted",
+        fault="What Fourier transforms round away is not added to delta.",
+        file=LOSSES,
+        old="1.1 * (composing + going_back + before",
+        new="0 * (composing + going_back + before",
+        tests=(f"{OF_LOSSES}::test_composing_errs_by_less_than_is_counted",),
+    ),
+    Mutant(
+        name="composed-without-a-tilt",
+        fault="A tail is composed as it is, so that its rounding is that of the largest probability and not its own.",
+        file=LOSSES,
+        old="        return self.tail(tilt).epsilon(delta)",
+        new="        return self.tail(0.0).epsilon(delta)",
+        tests=(f"{OF_LOSSES}::test_what_a_run_at_a_tiny_delta_spends_is_not_hidden_by_rounding",),
+    ),
+    Mutant(
+        name="one-order-of-neighbours",
+        fault="Only a unit that is left out is looked at, and not one that is added.",
+        file=LOSSES,
+        old="            for adding in (False, True)",
+        new="            for adding in (True,)",
+        tests=(f"{OF_LOSSES}::test_epsilon_is_never_below_the_exact_one_and_little_above",),
+    ),
+    Mutant(
+        name="infinite-losses-once",
+        fault="What a step's grid leaves out counts once, however many steps there are.",
+        file=LOSSES,
+        old="math.fsum(count * math.log1p(-step.infinite)",
+        new="math.fsum(math.log1p(-step.infinite)",
+        tests=(f"{OF_LOSSES}::test_a_delta_that_the_arithmetic_does_not_carry_is_refused",),
+    ),
+    Mutant(
+        name="a-delta-below-the-arithmetic",
+        fault="A plan may have a delta so small that no epsilon can be computed.",
+        file=ACCOUNTANT,
+        old="LEAST_DELTA_A_STEP * steps)",
+        new="0.0)",
+        tests=(f"{OF_LOSSES}::test_a_delta_that_the_arithmetic_does_not_carry_is_refused",),
     ),
     Mutant(
         name="noise-rounded-to-the-nearest",
         fault="Calibrated noise is rounded to two digits, down as well as up, and the target is overshot.",
         file=ACCOUNTANT,
         old="""    noise = math.ceil(high * 1e4) / 1e4
-    while epsilon_at(noise) > epsilon:
+    while epsilon_at(noise) > epsilon or epsilon_pld([at_noise(noise), *also], delta) > epsilon:
         noise = round(noise + 1e-4, 4)
     return noise
 """,

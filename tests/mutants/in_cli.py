@@ -198,8 +198,8 @@ CLI_FAULTS = (
         name="search-picks-by-training-records",
         fault="The scores that pick a run of a search may be computed on the sites' own records, and cost nothing.",
         file="fedtune/sites/data_notes.py",
-        old="    if is_training_file(config, file):\n        bound = (\n",
-        new="    if False:\n        bound = (\n",
+        old="    if file is not None and is_training_file(config, file):\n        bound",
+        new="    if False:\n        bound",
         tests=(f"{OF_SEARCH}::test_scores_on_records_trained_on_pick_nothing",),
     ),
     Mutant(

@@ -566,8 +566,16 @@ FEDERATION_FAULTS = (
         name="decided-by-what-is-learnt",
         fault="The scores that end a run, or choose its round, may be those of the sites' own records.",
         file="fedtune/flower/federation_run.py",
-        old="        check_decides(self.config)\n",
-        new="",
+        old="            check_decides(self.config)\n",
+        new="            pass\n",
+        tests=("tests/end_to_end/test_early_end.py::test_only_records_of_the_leads_own_may_decide",),
+    ),
+    Mutant(
+        name="decided-by-a-share-of-the-sites-records",
+        fault="The scores that decide may be those of records that a simulation's sites gave the lead.",
+        file="fedtune/data/spec.py",
+        old="        if self.validation_file is None:\n            bound",
+        new="        if not self.validation_file and not self.validation_fraction:\n            bound",
         tests=("tests/end_to_end/test_early_end.py::test_only_records_of_the_leads_own_may_decide",),
     ),
     Mutant(

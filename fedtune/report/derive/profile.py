@@ -210,7 +210,7 @@ def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COAR
 
 @lru_cache(maxsize=1024)  # most sites of a run were charged alike
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
-    return finite(_pld(counted, interval).get_epsilon(delta))
+    return finite(_pld(counted, interval).epsilon(delta))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
@@ -381,11 +381,11 @@ def _counted(spent: Spent) -> Counted:
 
 def _delta(mechanisms: Counted, epsilon: float) -> float:
     """Delta at `epsilon`, whichever of two neighbours has the unit more."""
-    return min(1.0, max(0.0, float(_pld(mechanisms, accountant.COARSE).get_delta(epsilon))))
+    return _pld(mechanisms, accountant.COARSE).delta(epsilon)
 
 
 def _is_unbounded(mechanisms: Counted) -> bool:
-    return math.isinf(_pld(mechanisms, accountant.COARSE).get_epsilon(0.5))
+    return math.isinf(_pld(mechanisms, accountant.COARSE).epsilon(0.5))
 
 
 _pld = lru_cache(maxsize=64)(accountant.composed_pld)

@@ -1,0 +1,313 @@
+"""Privacy loss distributions: delta at every epsilon of many Gaussian mechanisms together, rounding included.
+
+Each mechanism becomes a distribution of losses on a grid that dominates it ("connect the dots", Doroshenko et al. 2022,
+arXiv 2207.04380).  A Fourier transform composes them.  Its rounding is about as large as the largest probability,
+everywhere; a delta is a tail and may be far smaller.  So each distribution is tilted first: probabilities are
+multiplied by e^(tilt x loss), which moves what composing adds up to the epsilon in question.  Taken back, the rounding
+is small beside e^(log moment - tilt x epsilon), Chernoff's bound on the tail.  Each delta here has that rounding added:
+docs/guarantee.md has the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from scipy import fft, signal, special
+
+Floats = npt.NDArray[np.float64]
+
+UNIT = 2.0**-53
+"""Half of the distance from 1 to the next larger float: what one operation may change, relatively."""
+_FFT_ROUNDING = 12 * UNIT  # of a transform, for each halving of its length; see docs/guarantee.md
+_REACH = 10.0  # noise beyond so many standard deviations counts as an infinite loss: a probability of 8e-24
+LEAST_DELTA_A_STEP = 1e-21
+"""A smaller delta, for each step, would be mostly what counts as an infinite loss."""
+_TAIL = 1e-15  # of a tilted distribution, what may lie outside the window that is computed, at either side
+_LEAST_PROBABILITY = 1e-50  # less counts as an infinite loss
+_LARGEST_EXPONENT = 700.0  # e to it is still a number
+_MOST_ROUNDING = 0.1  # beyond, products of errors matter
+
+
+@dataclass(frozen=True)
+class Step:
+    """Losses of one run of a mechanism, in one order of the two neighbours.
+
+    Args:
+        lowest: the least loss, in widths of the grid.
+        log_probabilities: of it and of the losses after it.
+        infinite: probability of an infinite loss.
+        rounding: delta is too small by at most this share of the probability of a larger loss, at each epsilon.
+    """
+
+    lowest: int
+    log_probabilities: Floats
+    infinite: float
+    rounding: float
+
+    def losses(self, width: float) -> Floats:
+        return _grid(self.lowest, self.log_probabilities.size, width)
+
+
+@lru_cache(maxsize=8)  # with next to no noise, one may take 500 MB
+def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -> Step:
+    """Of a Gaussian mechanism on a Poisson sample, for a unit that is left out, or is one more (`adding`)."""
+    reach = (2 * _REACH * noise + (-1 if adding else 1)) / (2 * noise**2), -(2 * _REACH * noise + 1) / (2 * noise**2)
+    # The loss of a unit that is there at the largest and least noise that counts: log(1 - rate + rate e^gain).
+    most, least = (_logaddexp_share(rate, gain) for gain in reach)
+    ends = (-most, -least) if adding else (least, most)
+    lowest, highest = math.floor(ends[0] / width), math.ceil(ends[1] / width)
+    deltas = hockey_stick(rate, noise, _grid(lowest, highest + 2 - lowest, width), adding=adding)
+    deltas = np.maximum.accumulate(deltas[::-1])[::-1]  # it never rises; rounding may
+    falls = np.diff(deltas)
+    per_width = math.expm1(width)
+    probabilities = np.empty_like(deltas)
+    probabilities[0] = 1 - deltas[0] + falls[0] / per_width
+    # In this order of operations differences are exact where delta changes little, and errors add up to one of delta's.
+    probabilities[1:-1] = np.diff(falls) / per_width - falls[:-1]
+    probabilities[-1] = falls[-1] / math.expm1(-width)
+    probabilities = np.maximum(probabilities, 0.0)
+    tiny = probabilities < _LEAST_PROBABILITY
+    infinite = float(deltas[-1] + probabilities[tiny].sum() + special.ndtr(-_REACH))
+    probabilities[tiny] = 0.0
+    with np.errstate(divide="ignore"):
+        return Step(lowest, np.log(probabilities), infinite, (512 + 4 * (_REACH + 1 / noise) ** 2) * UNIT)
+
+
+def _grid(lowest: int, size: int, width: float) -> Floats:
+    return np.arange(lowest, lowest + size, dtype=np.float64) * width
+
+
+def _logaddexp_share(rate: float, gain: float) -> float:
+    """Log of 1 - rate + rate e^gain."""
+    return float(np.logaddexp(math.log1p(-rate), math.log(rate) + gain)) if rate < 1 else gain
+
+
+def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:
+    """Delta of one sampled Gaussian mechanism at each epsilon, which may be below 0.
+
+    P - e^epsilon Q is share x (N(1) - ratio N(0)), with N(0) and N(1) exchanged where a unit is added: delta is a share
+    of what the Gaussian mechanism without sampling has at log(ratio).
+    """
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at losses that no noise gives, set below
+        growth = np.expm1(epsilons)
+        if adding and rate < 1:
+            share = np.maximum(rate - growth * (1 - rate), 0.0)
+            found = share * _gaussian(noise, epsilons + math.log(rate) - np.log(share))
+            return np.clip(np.where(share > 0, found, 0.0), 0.0, 1.0)
+        large = epsilons - math.log(rate) + np.log(rate * np.exp(-epsilons) - np.expm1(-epsilons))
+        log_ratio = np.where(epsilons > 0, large, np.log((growth + rate) / rate))
+        return np.clip(np.where(growth + rate > 0, rate * _gaussian(noise, log_ratio), -growth), 0.0, 1.0)
+
+
+def _gaussian(noise: float, epsilons: Floats) -> Floats:
+    """Delta of a Gaussian mechanism: Q(u) - e^epsilon Q(v), Q being the normal upper tail (Balle and Wang 2018).
+
+    In a tail both terms are e^(-u^2/2) times a scaled one, so that no digits are lost in exponents of either.
+    """
+    u, v = noise * epsilons - 0.5 / noise, noise * epsilons + 0.5 / noise
+    scale = np.exp(-(u**2) / 2) / 2
+    first = np.where(u > 0, scale * special.erfcx(np.maximum(u, 0) / math.sqrt(2)), special.ndtr(-u))
+    second = np.where(
+        v > 0,
+        scale * special.erfcx(np.maximum(v, 0) / math.sqrt(2)),
+        np.exp(np.minimum(epsilons, 0)) * special.ndtr(-v),
+    )
+    found: Floats = first - second
+    return found
+
+
+class Composition:
+    """Mechanisms together, for both orders of two neighbours that differ in one unit.
+
+    Guarantee: `epsilon` and `delta` are upper bounds, rounding included, for mechanisms that were fixed beforehand.
+    """
+
+    def __init__(self, mechanisms: Iterable[tuple[float, float, int]], width: float) -> None:
+        """Of `mechanisms` (sampling rate, noise multiplier, how often), on a grid of `width`; no noise, no bound."""
+        told = list(mechanisms)
+        self._bounded = all(noise > 0 for _, noise, _ in told)
+        self._orders = [
+            _OneOrder(
+                [(sampled_gaussian(rate, noise, width, adding=adding), count) for rate, noise, count in told], width
+            )
+            for adding in (False, True)
+            if told and self._bounded
+        ]
+
+    def epsilon(self, delta: float) -> float:
+        """The least epsilon at `delta` that is proved; infinite where `delta` is below what the arithmetic carries."""
+        return max((order.epsilon(delta) for order in self._orders), default=0.0 if self._bounded else math.inf)
+
+    def delta(self, epsilon: float) -> float:
+        """The least delta at `epsilon`, 0 or above, that is proved."""
+        return max((order.tail(0.0).delta(epsilon) for order in self._orders), default=0.0 if self._bounded else 1.0)
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """Of everything together, how much lies at and above each loss.
+
+    Args:
+        losses: 0 and above, on the grid.
+        mass: the probability of at least each loss.
+        weighted: the same, each loss l' above l weighted with e^(l - l').
+        rounding: what delta may have lost, from each loss up to the next.
+        infinite: probability of an infinite loss.
+    """
+
+    losses: Floats
+    mass: Floats
+    weighted: Floats
+    rounding: Floats
+    infinite: float
+
+    def epsilon(self, delta: float) -> float:
+        shrink = math.exp(self.losses[0] - self.losses[1])
+        at_losses = self.mass[1:] - shrink * self.weighted[1:] + self.rounding[:-1] + self.infinite
+        within = np.flatnonzero(at_losses <= delta)
+        if not within.size:
+            return math.inf
+        place = int(within[0])
+        if place == 0:
+            return float(self.losses[0])
+        above = self.mass[place] + self.rounding[place - 1] + self.infinite - delta
+        least, most = self.losses[place - 1], self.losses[place]
+        if above <= 0 or self.weighted[place] <= 0:
+            return float(most)
+        return float(min(max(most + math.log(above / self.weighted[place]), least), most))
+
+    def delta(self, epsilon: float) -> float:
+        place = int(np.searchsorted(self.losses, epsilon, side="right"))
+        place = min(place, self.losses.size - 1)
+        lost = self.mass[place] - math.exp(min(epsilon - self.losses[place], 0.0)) * self.weighted[place]
+        return float(min(1.0, max(lost, 0.0) + self.rounding[max(place - 1, 0)] + self.infinite))
+
+
+class _OneOrder:
+    """Mechanisms together, in one order of the two neighbours."""
+
+    def __init__(self, steps: list[tuple[Step, int]], width: float) -> None:
+        self._steps, self._width = steps, width
+        self._lowest = sum(count * step.lowest for step, count in steps)
+        self._highest = sum(count * (step.lowest + step.log_probabilities.size - 1) for step, count in steps)
+        self._moments: dict[float, list[float]] = {}
+        self._at_zero: _Tail | None = None
+
+    def epsilon(self, delta: float) -> float:
+        if delta >= 1:
+            return 0.0
+        if delta <= 0:
+            return math.inf
+        # The order of the best Chernoff bound: there the tilted distribution's mean is just that bound.
+        tilt = self._best(lambda order: (self._log_moment(order) - math.log(delta)) / order)
+        return self.tail(tilt).epsilon(delta)
+
+    def tail(self, tilt: float) -> _Tail:
+        if tilt or self._at_zero is None:
+            found = self._tail(tilt)
+            if tilt:
+                return found
+            self._at_zero = found
+        return self._at_zero
+
+    def _log_moments(self, order: float) -> list[float]:
+        """Log of the mean of e^(order x loss), of each mechanism by itself; infinite losses do not count."""
+        if order not in self._moments:
+            self._moments[order] = [
+                _log_sum_exp(order * step.losses(self._width) + step.log_probabilities) for step, _ in self._steps
+            ]
+        return self._moments[order]
+
+    def _log_moment(self, order: float) -> float:
+        return math.fsum(count * one for (_, count), one in zip(self._steps, self._log_moments(order), strict=True))
+
+    def _best(self, bound: Callable[[float], float]) -> float:
+        """The order, a power of the root of 2, of the least `bound`, which falls and then rises."""
+        most = math.floor(2 * math.log2(1 / self._width))
+        place, least = 4, bound(4.0)
+        for direction in (1, -1):
+            while -24 < place < most and (found := bound(2.0 ** ((place + direction) / 2))) < least:
+                place, least = place + direction, found
+        return float(2.0 ** (place / 2))
+
+    def _window(self, tilt: float) -> tuple[int, int]:
+        """Between which losses, in widths, the tilted distribution lies but for `_TAIL` at either side (Chernoff)."""
+        here, to_spare = self._log_moment(tilt), -math.log(_TAIL)
+
+        def reach(sign: int) -> float:
+            def bound(shift: float) -> float:
+                return (self._log_moment(tilt + sign * shift) - here + to_spare) / shift
+
+            return bound(self._best(bound))
+
+        return max(self._lowest, math.floor(-reach(-1) / self._width)), min(
+            self._highest, math.ceil(reach(1) / self._width)
+        )
+
+    def _tail(self, tilt: float) -> _Tail:
+        low, high = self._window(tilt)
+        sizes = [step.log_probabilities.size for step, _ in self._steps]
+        length = 1 << (max(high - low + 1, 2, *sizes) - 1).bit_length()
+        of_fft = _FFT_ROUNDING * math.log2(length)
+        product = np.ones(length // 2 + 1, dtype=complex)
+        largest = np.ones(length // 2 + 1)  # what the product is at most, computed or exact
+        errors = np.zeros(length // 2 + 1)  # of the product, relative to that
+        before = 0.0  # what the tilted distributions lack, relatively
+        for (step, count), log_moment in zip(self._steps, self._log_moments(tilt), strict=True):
+            exponents = tilt * step.losses(self._width) - log_moment
+            transform = fft.rfft(np.exp(exponents + step.log_probabilities), length)
+            size = np.abs(transform) + of_fft
+            product *= _power(transform, count)
+            largest *= size**count
+            errors += count * (of_fft / size + 3 * UNIT)
+            before += count * (step.rounding + 4 * UNIT * (float(np.abs(exponents).max()) + 116))
+        # Over the whole spectrum; a sum of errors over the window is at most this (Cauchy and Schwarz, Parseval).
+        composing = math.sqrt(2 * float(np.sum((largest * errors) ** 2)))
+        going_back = of_fft * math.sqrt(2 * float(np.sum(largest**2)))
+        composed = np.roll(fft.irfft(product, length), -((low - self._lowest) % length))[: high - low + 1]
+        return self._untilted(tilt, low, composed, 1.1 * (composing + going_back + before + _TAIL + 4 * length * UNIT))
+
+    def _untilted(self, tilt: float, low: int, tilted: Floats, rounding: float) -> _Tail:
+        """The tail at losses of 0 and above, from the `tilted` probabilities from loss `low` on."""
+        log_moment = self._log_moment(tilt)
+        # Of losses that are far too small the factor is no number; epsilon is never there.
+        first = max(0, math.ceil((log_moment - _LARGEST_EXPONENT) / (tilt * self._width))) if tilt else 0
+        begin, end = max(first, low), max(first, low + tilted.size) + 1
+        kept = np.zeros(end - begin)
+        kept[: max(low + tilted.size - begin, 0)] = tilted[begin - low :]
+        losses = _grid(begin, end - begin, self._width)
+        exponents = log_moment - tilt * losses
+        rounding += 4 * UNIT * (abs(log_moment) + float(np.abs(tilt * losses).max()))
+        probabilities = kept * np.exp(exponents)
+        lost = rounding * np.exp(np.minimum(exponents + tilt * self._width, _LARGEST_EXPONENT))
+        lost[max(self._highest - begin, 0) :] = 0.0  # no finite loss is above
+        shrink = math.exp(-self._width)
+        without = math.fsum(count * math.log1p(-step.infinite) for step, count in self._steps)
+        return _Tail(
+            losses,
+            np.cumsum(probabilities[::-1])[::-1],
+            signal.lfilter([1.0], [1.0, -shrink], probabilities[::-1])[::-1],
+            lost if rounding < _MOST_ROUNDING else np.full_like(lost, math.inf),
+            -math.expm1(without),
+        )
+
+
+def _log_sum_exp(exponents: Floats) -> float:
+    largest = float(exponents.max())
+    exponents -= largest
+    return largest + math.log(np.exp(exponents, out=exponents).sum())
+
+
+def _power(base: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
+    """`base` to the power of `count` by squaring: each factor adds the error of one product at most."""
+    result = base
+    for bit in f"{count:b}"[1:]:
+        result = result * result
+        if bit == "1":
+            result = result * base
+    return result
