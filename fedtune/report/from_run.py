@@ -23,7 +23,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report import recompute, signing
 from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit
-from fedtune.report.derive.facts import NOT_RECORDED, RunFacts
+from fedtune.report.derive.facts import NOT_RECORDED, RunFacts, differing
 from fedtune.report.derive.profile import charged_events, largest, mechanism_of
 from fedtune.report.derive.rules import report_of
 from fedtune.report.model import (
@@ -209,17 +209,7 @@ def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bo
         return True
     if (report.unit, report.delta, run.most_rounds) != (plan.unit, plan.delta, plan.most_rounds):
         return True
-    asked = mechanism_of(plan, run=record.run, rounds=1, sampling=NOT_RECORDED)
-    keys = (
-        "sampling_rate",
-        "noise_multiplier",
-        "local_steps",
-        "metrics_noise_multiplier",
-        "records_per_user",
-        "shared",
-    )
-    ran = [mechanism for mechanism in own.mechanisms if mechanism.run == record.run]
-    return any(getattr(mechanism, key) != getattr(asked, key) for mechanism in ran for key in keys)
+    return any(True for row in own.mechanisms if row.run == record.run for _ in differing(row, plan))
 
 
 def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:

@@ -75,6 +75,14 @@ REPORT_FAULTS = (
         tests=(f"{RECOMPUTE}::test_an_epsilon_may_be_a_little_larger_and_never_smaller",),
     ),
     Mutant(
+        name="plan-of-the-report-s-own",
+        fault="`report verify` takes the noise from the report where a search from the settings finds another.",
+        file=FACTS,
+        old="rel_tol=_CALIBRATED",
+        new="rel_tol=0.5",
+        tests=("tests/report/test_settings.py::test_noise_that_was_searched_for_is_searched_for_again",),
+    ),
+    Mutant(
         name="unchecked-called-verified",
         fault='`report verify` accepts "verified" where the report\'s own facts bear out less.',
         file=RULES,
