@@ -88,7 +88,7 @@ def init(
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
     spec, plan = _planned(found, model=model, sites=sites)
-    _write_new(target, starter.experiment(found, plan, file=target))
+    write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
         compose_run([f"experiment={target.absolute()}"])
     except ConfigError:
@@ -271,16 +271,3 @@ def _require_new(target: Path) -> None:
         raise ConfigError("--out", str(target), f"must be a new file that can be written ({why})") from None
     else:
         raise ConfigError("--out", str(target), "exists; choose another with --out, or move it away")
-
-
-def _write_new(target: Path, text: str) -> None:
-    """Write a file that must not be there yet.
-
-    Raises:
-        ConfigError: it is, or cannot be written.
-    """
-    try:
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise ConfigError("--out", str(target), f"must be a new file that can be written ({error.strerror})") from None

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.cli.command import folded
+from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError
 from fedtune.words import jsonable
 
@@ -109,14 +110,14 @@ def as_page(
     )
 
 
-def write_file(path: Path, text: str, *, option: str) -> None:
-    """Write what a command made to the file that an option names; one that is there is replaced.
+def write_file(path: Path, content: str | bytes, *, option: str) -> None:
+    """Write what a command made to the file that an option names, whole or not at all; one that is there is replaced.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_durably(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 

@@ -244,7 +244,7 @@ def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
     try:
-        policies = [tomllib.loads((sites / name / "site.toml").read_text()) for name in config.federation.active]
+        policies = [tomllib.loads((sites / name / "site.toml").read_text("utf-8")) for name in config.federation.active]
         accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
     except (OSError, ValueError, LookupError, TypeError):
         return None
