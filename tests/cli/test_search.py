@@ -305,10 +305,6 @@ BAD = [
     (("data.validation_rows=5,10", "--method", "grid"), "KEY=VALUE = 'data.validation_rows': must leave the task"),
     (("training.local_steps=1,2", "--trials", "2", "--method", "tpe"), "training.local_steps: decides what a trial"),
     (
-        ("training.local_steps=1,2", "--mean-trials", "2"),
-        "training.local_steps: decides what a trial costs, which --me",
-    ),
-    (
         (SPACE[0], "data.validation_file=null", "--trials", "2"),
         "data.validation_file = null: must be a file of the lead's own",
     ),
