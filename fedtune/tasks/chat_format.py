@@ -97,7 +97,7 @@ class ChatFormat:
             if joint is None:
                 raise NoConversation("turns in another order")
             if before == ASSISTANT:
-                pieces.append(Piece(self.between, learnt=True))
+                pieces.append(Piece(self.between, learnt=learnt))
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
                 pieces.append(self._said(turn))
@@ -109,7 +109,7 @@ class ChatFormat:
         return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
     def _said(self, turn: Turn) -> Piece:
-        return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT)
+        return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT and turn.train)
 
     def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns, a system turn where the format has it; a blank one counts as none."""

@@ -160,7 +160,7 @@ CLI_FAULTS = (
         file="fedtune/api/compose.py",
         old="    _require_one_experiment(overrides)\n    resumed",
         new="    resumed",
-        tests=("tests/cli/test_experiment_file.py",),
+        tests=("tests/api/test_experiment_file.py",),
     ),
     Mutant(
         name="a-failed-tracker-goes-on",
