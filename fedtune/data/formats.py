@@ -136,7 +136,8 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     try:
         state = json.loads((path / _STATE).read_bytes())
-        selected, names = state.get("_indices_data_files"), [one["filename"] for one in state["_data_files"]]
+        names = [one["filename"] for one in state["_data_files"]]
+        selected = state.get("_indices_data_files")
         for name in names:
             check_name("filename", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

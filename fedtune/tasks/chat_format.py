@@ -409,7 +409,7 @@ def _rendered(template: Template, turns: _Conversation, special: Mapping[str, st
     from fedtune.tasks.counted_template import TooMuchWork
 
     given = {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
-    messages = [turn._asdict() for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     template.environment.work = 0
     try:
         return template.render(given, messages=messages, add_generation_prompt=turns[-1].role != ASSISTANT)
