@@ -45,7 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) 
 def test_a_run_is_a_value_with_what_it_came_to(run: fedtune.Run) -> None:
     assert set(run.metrics) >= {"accuracy", "loss"}
     assert [one.round for one in run.rounds] == [1, 2]
-    assert run.privacy.epsilon is not None and 0 < run.privacy.epsilon < 8
+    assert run.privacy.epsilon is not None
+    assert 0 < run.privacy.epsilon < 8
     assert (run.adapter / "adapter_config.json").is_file()
     assert run.report().epsilon == run.privacy.epsilon
     assert (run.folder / "report.html").is_file()
@@ -61,6 +62,7 @@ def test_progress_is_told_in_the_order_of_the_run(run: fedtune.Run, told: list[f
 def test_a_model_says_labels_with_probabilities_and_writes_no_text(run: fedtune.Run) -> None:
     first, second = run.predict(["I lost my card", "Where is my money?"])
     assert first
+    assert first != second
     with pytest.raises(ValueError, match="task = 'classification': writes no text"):
         run.generate("Hello")
     with pytest.raises(ValueError, match="must not be blank"):
@@ -86,7 +88,7 @@ def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
 def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path: Path, command: Any) -> None:
     for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
         ((key, value),) = settings.items()
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(ConfigError) as raised:
             fedtune.simulate("debug", tiny(tmp_path, **settings))
         typed = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
         words = [f"{name}={word}" for name, word in tiny(tmp_path).items()]
