@@ -385,7 +385,7 @@ class Layout:
             return
         parts = ["".join(piece.text for piece in part) for one in examples for part in (one.context, one.answer)]
         if self.literal is not None:
-            ids_of_parts = (ids for ids, _ in self.literal.encode(parts, within=within))
+            ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
             # These may hold special tokens by name: templates of 0.1.0 could write turns so.
             ids_of_parts = (ids for ids in encode(parts, tokenizer, special_tokens=False, within=within))

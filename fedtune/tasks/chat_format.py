@@ -10,7 +10,7 @@ no chain is refused.  A record's contents then go between them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +20,7 @@ from fedtune.data.tokenise import MarkedTokenizer, Tokenizer
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from fedtune.tasks.counted_template import CountedTemplate
 
 Joint: TypeAlias = tuple[str, str]
 """What stands on both sides of a fixed text: the roles of two turns, or one of the three below."""
@@ -190,10 +190,7 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
 @lru_cache(maxsize=4)
 def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Raises _NoChain."""
-    from fedtune.tasks.counted_template import texts_in
-
-    compiled = _compiled(template)
-    chain, tried = _derived(compiled, texts_in(template, compiled.environment), _special_texts(tokenizer))
+    chain, tried = _derived(_compiled(template), _special_texts(tokenizer))
     found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
     marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
     joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
@@ -294,9 +291,7 @@ class _NoChain(Exception):
     """Why a template is refused, as the end of a sentence about it."""
 
 
-def _derived(
-    template: Template, own_texts: Collection[str], special: Mapping[str, str]
-) -> tuple[_Chain, Mapping[_Conversation, str]]:
+def _derived(template: CountedTemplate, special: Mapping[str, str]) -> tuple[_Chain, Mapping[_Conversation, str]]:
     """The chain, and what the template writes of the conversations that it was tried on."""
 
     def rendered(turns: _Conversation) -> str:
@@ -319,7 +314,9 @@ def _derived(
     chain = _Chain(joints, dict.fromkeys(roles, str), lead)
     for role in roles:
         chain = _trimmed(rendered, chain, role)
-    tried = {turns: rendered(turns) for turns in _tried((*own_texts, *special.values()), has_system=SYSTEM in roles)}
+    tried = {
+        turns: rendered(turns) for turns in _tried((*template.texts, *special.values()), has_system=SYSTEM in roles)
+    }
     if any(text != chain.text(turns) for turns, text in tried.items()):
         raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
     return chain, tried
@@ -384,35 +381,32 @@ _WITHHELD = ("strftime_now", "lipsum")
 are there, it hears no."""
 
 
-def _compiled(template: str) -> Template:
+def _compiled(template: str) -> CountedTemplate:
     """The template with what transformers' own sandbox has, under counts."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     from fedtune.model.quiet import first_line
-    from fedtune.tasks.counted_template import CountedEnvironment, TooMuchWork
+    from fedtune.tasks.counted_template import CountedTemplate
 
     if len(template) > _MOST_TEMPLATE:
         raise _NoChain(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
-    environment = CountedEnvironment(_compile_jinja_template("").environment)
     try:
-        return environment.from_string(template)
-    except TooMuchWork as error:
-        raise _NoChain(str(error)) from None
+        return CountedTemplate(template)
     except Exception as error:  # whatever its own words make of Jinja and of Python's compiler
         raise _NoChain(f"cannot be read ({first_line(error)})") from None
 
 
-def _rendered(template: Template, turns: _Conversation, special: Mapping[str, str]) -> str:
+def _rendered(template: CountedTemplate, turns: _Conversation, special: Mapping[str, str]) -> str:
     from jinja2 import Undefined
 
     from fedtune.model.quiet import first_line
     from fedtune.tasks.counted_template import TooMuchWork
 
-    given = {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    template.environment.work = 0
+    given: dict[str, object] = (
+        {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
+    )
+    given["messages"] = [{"role": turn.role, "content": turn.content} for turn in turns]
+    given["add_generation_prompt"] = turns[-1].role != ASSISTANT
     try:
-        return template.render(given, messages=messages, add_generation_prompt=turns[-1].role != ASSISTANT)
+        return template.render(given)
     except TooMuchWork as error:
         raise _NoChain(str(error)) from None
     except Exception as error:  # of a made-up conversation, whatever the template raises

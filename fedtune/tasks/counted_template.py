@@ -18,6 +18,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 MOST_WORK = 1 << 20
 """Characters and items that one rendering may read and make.  Known templates need about ten thousand."""
@@ -34,7 +35,33 @@ class TooMuchWork(TemplateError):
         super().__init__(f"takes more than {MOST_WORK} steps for a short conversation")
 
 
-class CountedEnvironment(ImmutableSandboxedEnvironment):
+class CountedTemplate:
+    """A template with what transformers gives to chat templates.
+
+    Attributes:
+        texts: those that it holds in quotes: what it may look for in a content.
+
+    Raises:
+        TemplateError: it cannot be read.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._environment = _CountedEnvironment(_compile_jinja_template("").environment)
+        self._template = self._environment.from_string(source)
+        constants = self._environment.parse(source).find_all(nodes.Const)
+        self.texts = {one.value for one in constants if isinstance(one.value, str)}
+
+    def render(self, given: Mapping[str, Any]) -> str:
+        """What it writes; whatever it raises is raised.
+
+        Raises:
+            TooMuchWork: it passed the bound.
+        """
+        self._environment.work = 0
+        return self._template.render(given)
+
+
+class _CountedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with the tags, filters and functions of another, and a count.
 
     Attributes:
@@ -131,7 +158,7 @@ class CountedEnvironment(ImmutableSandboxedEnvironment):
 @pass_context
 def _counted_filter(context: Context, value: Any, steps: int = 1) -> Any:
     environment = context.environment
-    assert isinstance(environment, CountedEnvironment)
+    assert isinstance(environment, _CountedEnvironment)
     environment.spend(value, steps)
     return value
 
@@ -158,12 +185,7 @@ class _Hooks(NodeTransformer):
         return node
 
 
-def texts_in(template: str, environment: CountedEnvironment) -> set[str]:
-    """The texts that a template holds in quotes: what it may look for in a content."""
-    return {str(one.value) for one in environment.parse(template).find_all(nodes.Const) if isinstance(one.value, str)}
-
-
-def _count(node: nodes.Expr, steps: int = 1) -> nodes.Filter:
+def _count(node: nodes.Node, steps: int = 1) -> nodes.Filter:
     return nodes.Filter(node, "counted", [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
 
 

@@ -174,8 +174,8 @@ _LAYOUT = (
         name="template-asks-the-clock",
         fault="A chat template may ask for the date: what a record is trained as goes by the day, and differs by site.",
         file=CHAT,
-        old="given = {name: Undefined(name=name) for name in _WITHHELD} | dict",
-        new="given = dict",
+        old="{name: Undefined(name=name) for name in _WITHHELD}",
+        new="{}",
         tests=(OF_CHAT,),
     ),
     Mutant(

@@ -147,7 +147,8 @@ conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
 
 
 def turns_of(said: tuple[list[str], list[str]], *, system: str | None = None) -> list[dict[str, str]]:
-    return chat(*(text for pair in zip(*said, strict=True) for text in pair), system=system)
+    found: list[dict[str, str]] = chat(*(text for pair in zip(*said, strict=True) for text in pair), system=system)
+    return found
 
 
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
