@@ -344,8 +344,8 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
     if measured.torn:
         return [
             f"{about}, but {measured.torn:,} of {counted(measured.users or 0, 'person')} have records at several,",
-            "and a person is protected at one site.  What works: num_sites below, which deals persons out; one site for",
-            f"each person in {places.name}; or --unit record, which protects each record alone.",
+            "and a person is protected at one site.  What works: num_sites below, which deals persons out; one site",
+            f"for each person in {places.name}; or --unit record, which protects each record alone.",
         ]
     if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
         return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
