@@ -53,6 +53,8 @@ if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 # Phrases are looked for in what commands print: no line is broken but where a test says how wide its terminal is.
 os.environ["COLUMNS"] = "250"
+# Hypothesis keeps what failed beside the tests, not in the working folder, where no test leaves anything.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(REPOSITORY / ".hypothesis"))
 # Flower's command line imports typer, which imports names that click 8.4 announces to remove.
 _CLICK = r"'click\."
 warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other conftest files are imported
@@ -96,6 +98,23 @@ def pytest_collection_finish() -> None:
     """From here on search for garbage, but only in what the tests make."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder is where all tests run, so that none sees a clone's runs/, ledgers or site.toml."""
+    folder, before = tmp_path_factory.mktemp("empty"), Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_there(_empty_folder: Path) -> Iterator[None]:
+    """No test hands the next one anything in the folder where both run."""
+    yield
+    assert os.listdir(_empty_folder) == []
+    assert Path.cwd() == _empty_folder
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def _write(compared: Compared, output: Path | None, into: Path | None) -> list[P
 def _text(compared: Compared, suffix: str) -> str:
     if suffix == ".json":
         return json_text(compared.to_json())
-    return str(compared.chart()).replace("<svg ", '<svg font-family="sans-serif" ', 1)
+    return str(compared.chart())
 
 
 app = single(compare)

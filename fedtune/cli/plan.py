@@ -205,7 +205,7 @@ def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:
     if path.suffix == ".json":
         text = json_text(figures)
     else:
-        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
+        text = str(chart_svg(outlook))
     write_file(path, text, option="--output")
 
 

@@ -4,11 +4,13 @@ import contextlib
 import http.server
 import os
 import re
+import subprocess
 import sys
 import threading
 import types
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.spec import ConfigError
 
-from .shown import LONG, Make, page_of, reports_of
+from .shown import LONG, NAMES, Make, page_of, reports_of
 
 try:
     weasyprint, REASON = render._weasyprint(), ""
@@ -39,13 +41,49 @@ def beginning(html: str) -> str:
 
 @needs_weasyprint
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_page_one_is_one_side(language: str, request: pytest.FixtureRequest) -> None:
-    # In Chromium it is all of them.
-    for name in ("exceeded", "upper_bound", "by_user", "ledger", "wide_run", "wide_ledger"):
-        first, second, *more = pages(beginning(page_of(request, name, language)))
+@pytest.mark.parametrize("name", NAMES)
+def test_page_one_is_one_side_with_five_millimetres_to_spare(
+    name: str, language: str, request: pytest.FixtureRequest
+) -> None:
+    less = "@media print { @page { margin-bottom: 20mm } }</style>"
+    for fillable in (False, True):
+        html = beginning(render.render(reports_of(request)[name], language=language, fillable=fillable))
+        assert "margin: 10mm 12mm 15mm" in html
+        first, second, *more = pages(html.replace("</style>", less))
         assert not more, name
         assert {"verdict", "sign-off"} <= set(first.anchors), name
         assert "engineer" in second.anchors, name
+
+
+WITHOUT_FONTS = """
+import sys, warnings
+warnings.simplefilter("error")
+from fedtune.report.page.render import as_pdf
+sys.stdout.buffer.write(as_pdf(sys.stdin.read()))
+"""
+
+
+@needs_weasyprint
+def test_a_pdf_is_the_same_where_no_font_is_installed(a_report: Make, tmp_path: Path) -> None:
+    html = render.render(a_report(), language="de", fillable=True)
+    none = tmp_path / "fonts.conf"
+    none.write_text(f"<fontconfig><cachedir>{tmp_path}</cachedir></fontconfig>")
+    made = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FONTS],
+        input=html.encode(),
+        capture_output=True,
+        check=False,
+        env={**os.environ, "FONTCONFIG_FILE": str(none)},
+    )
+    assert made.returncode == 0, made.stderr.decode()
+    assert made.stderr == b""
+    assert made.stdout == render.as_pdf(html)
+    named = {
+        name
+        for part in (made.stdout, *_unpacked(made.stdout))
+        for name in re.findall(rb"/FontName /\w+\+([\w-]+)", part)
+    }
+    assert named == {b"Fedtune-Sans", b"Fedtune-Sans-Bold", b"Fedtune-Mono"}
 
 
 @needs_weasyprint

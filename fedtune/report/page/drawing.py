@@ -185,7 +185,7 @@ def _framed(code: str, parts: Sequence[str], *, height: float, named: tuple[str,
     title, description = map(escape, named)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" font-size="10"'
-        f' stroke-linejoin="round" aria-labelledby="{code}-title {code}-desc">'
+        f' font-family="Fedtune Sans, sans-serif" stroke-linejoin="round" aria-labelledby="{code}-title {code}-desc">'
         f'<title id="{code}-title">{title}</title><desc id="{code}-desc">{description}</desc>'
     )
     return Markup(head + "".join(parts) + "</svg>")  # every text in it is escaped

@@ -1,10 +1,11 @@
-"""A report as one HTML file that needs nothing else: no script, no font, no request; as PDF; and its files.
+"""A report as one HTML file that needs nothing else: no script, no font of the machine, no request; as PDF; its files.
 
 What page 1 says beyond single figures is here, too, and how cells are grouped to fields.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import importlib
@@ -34,6 +35,7 @@ from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
+FONTS = Path(__file__).parent / "fonts"
 _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
 _LONGEST_PURPOSE = 90
@@ -102,13 +104,11 @@ def css_string(text: str) -> Markup:
 @lru_cache(maxsize=1)
 def environment() -> Environment:
     """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
-    return Environment(
-        loader=TEMPLATES,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    made = Environment(
+        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
+    return made
 
 
 def write_report(folder: Path, *, language: str = "en") -> Report:
@@ -166,9 +166,8 @@ def as_pdf(html: str) -> bytes:
     weasyprint = _weasyprint()
     # It tells of each rule of the style sheet that is for screens only.
     logging.getLogger("weasyprint").setLevel(logging.ERROR)
-    # A class made here, since its base may be missing.
-    refusing = type("Refusing", (weasyprint.urls.URLFetcher,), {"fetch": _refuse})
-    document = weasyprint.HTML(string=html, base_url=None, url_fetcher=refusing())
+    fetcher = weasyprint.urls.URLFetcher(allowed_protocols={"data"})  # the page's own fonts
+    document = weasyprint.HTML(string=html, base_url=None, url_fetcher=fetcher)
     identifier = hashlib.sha256(html.encode()).digest()[:16]
     with _no_clock():
         return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
@@ -193,6 +192,7 @@ def _weasyprint() -> Any:
         with warnings.catch_warnings():
             # It makes the same pages without that library, and only says that a later version will not.
             warnings.filterwarnings("ignore", "HarfBuzz-Subset", DeprecationWarning)
+            warnings.filterwarnings("ignore", "No fonts configured", UserWarning)  # a page carries its own
             importlib.import_module("weasyprint.urls")
             return importlib.import_module("weasyprint")
     except ImportError:
@@ -200,10 +200,6 @@ def _weasyprint() -> Any:
     except OSError as error:  # the package is there, a library of the system is not
         bound = f"needs Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
-
-
-def _refuse(_: object, url: str, *__: object, **___: object) -> None:
-    raise ValueError(f"a report needs nothing from outside, and not {url}")
 
 
 class PageOne:
