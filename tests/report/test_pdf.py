@@ -45,10 +45,10 @@ def beginning(html: str) -> str:
 def test_page_one_is_one_side_with_five_millimetres_to_spare(
     name: str, language: str, request: pytest.FixtureRequest
 ) -> None:
-    less = "@media print { @page { margin-bottom: 20mm } }</style>"
+    less = "@media print { @page { margin-bottom: 19mm } }</style>"
     for fillable in (False, True):
         html = beginning(render.render(reports_of(request)[name], language=language, fillable=fillable))
-        assert "margin: 10mm 12mm 15mm" in html
+        assert "margin: 8mm 12mm 14mm" in html
         first, second, *more = pages(html.replace("</style>", less))
         assert not more, name
         assert {"verdict", "sign-off"} <= set(first.anchors), name
