@@ -202,10 +202,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
 
 def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:
     """Write the chart or the data, as the file's ending says."""
-    if path.suffix == ".json":
-        text = json_text(figures)
-    else:
-        text = str(chart_svg(outlook))
+    text = json_text(figures) if path.suffix == ".json" else str(chart_svg(outlook))
     write_file(path, text, option="--output")
 
 
