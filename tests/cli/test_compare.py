@@ -139,7 +139,9 @@ def test_runs_that_are_there_are_scored_on_one_file(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
-    with gzip.open("simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(
+        Path(__file__).parents[2] / "simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
         rows = [json.loads(next(file)) for _ in range(40)]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
