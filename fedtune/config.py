@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,18 @@ the process that writes them, and no file system takes more than 255."""
 
 MOST_SEED = 2**63 - 1
 """Generators take no more bits."""
+PATHS = frozenset(
+    {
+        "resume",
+        "tracking.output_dir",
+        "model.adapter",
+        "model.cache_dir",
+        "runtime.sites_dir",
+        "runtime.kept_states_folder",
+    }
+    | {f"data.{part}_file" for part in ("train", "validation", "test")}
+)
+"""Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
 _MOST_YAML = 1 << 24
 """Bytes of a file of settings."""
 _LATER: dict[tuple[str, str], object] = {
@@ -397,11 +410,21 @@ def parse(settings: Mapping[str, Any]) -> RunConfig:
         ConfigError: names the first wrong key, its value and what would be accepted.
     """
     try:
-        config = _ADAPTER.validate_python(_with_label_texts(settings))
+        config = _ADAPTER.validate_python(_with_label_texts(with_home(settings)))
     except ValidationError as error:
         raise _first_error(error) from None
     _check_switches(settings, config.to_json())
     return config.with_rates()
+
+
+def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any]:
+    """The same with the home folder in place of a `~` at the beginning of a path."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            value = with_home(value, within=f"{within}{key}.")
+        found[key] = os.path.expanduser(value) if f"{within}{key}" in PATHS and isinstance(value, str) else value
+    return found
 
 
 def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
-from fedtune.config import RunConfig, parse, saved_config, with_secure_sums
+from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -29,6 +29,8 @@ _FREE_MAPS = ("data.columns", "data.partition.sites")
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 _VERBATIM = ("data.prompt_template", "experiment")
 """Settings whose values are often no words of Hydra's grammar, and are taken as they were typed."""
+_PLAIN_PATH = re.compile(r"[\w./-]*", re.ASCII)
+"""A path that Hydra's grammar takes as it is; also a value like null."""
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
@@ -85,7 +87,7 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
-    overrides = [in_grammar(override) for override in overrides if override.strip()]
+    overrides = [in_grammar(override, swept=False) for override in overrides if override.strip()]
     _require_one_experiment(overrides)
     resumed = [override for override in overrides if override.startswith("resume=")]
     if resumed and not any(_chooses_option(override) for override in overrides):
@@ -255,7 +257,7 @@ def _run_folder(name: str) -> tuple[Path, RunConfig]:
 
     A run keeps the name it began with, by which its sites' ledgers know it, whatever its folder is called by now.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError("resume", name, f"must be a run folder{run_folders_near(folder)}")
     return folder, saved_config(folder)
@@ -283,13 +285,20 @@ def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> d
     return {str(key): value for key, value in settings.items()}
 
 
-def in_grammar(override: str) -> str:
-    """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces."""
+def in_grammar(override: str, *, swept: bool = True) -> str:
+    """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces.
+
+    A comma parts values where the override is `swept`, and otherwise belongs to a path.
+    """
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     if name == "data.prompt_template":
         value = value.replace("\\n", "\n").replace("\\t", "\t")
-    if name in _VERBATIM and value and not value.startswith(_QUOTES) and (name != "experiment" or "," not in value):
+    is_path = name == "experiment" or (name in PATHS and not _PLAIN_PATH.fullmatch(value))
+    if (name in _VERBATIM or is_path) and value and not value.startswith(_QUOTES):
+        if is_path and swept and "," in value:
+            parts = (_quoted(part) if part.startswith("~") else part for part in value.split(","))
+            return f"{key}={','.join(parts)}"
         return f"{key}={_quoted(value)}"
     return f"{key}{equals}{_NOT_ASCII.sub(lambda found: _if_open(found.group()), value)}"
 
@@ -367,7 +376,7 @@ def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, l
     name = _value(given[-1])
     if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
         return None, list(overrides)
-    return read_experiment(Path(name)), [override for override in overrides if override not in given]
+    return read_experiment(Path(name).expanduser()), [override for override in overrides if override not in given]
 
 
 def in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -286,4 +287,11 @@ def _click_type(hint: Any) -> Any:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return click.Choice(get_args(hint))
-    return click.Path(path_type=Path) if hint is Path else hint
+    return _HomePath(path_type=Path) if hint is Path else hint
+
+
+class _HomePath(click.Path):
+    """A path, with the home folder in place of ~: a shell puts it there for `--out ~/x`, and not for `--out=~/x`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)

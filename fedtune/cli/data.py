@@ -100,8 +100,8 @@ def init(
     found = look_at(file, chosen_columns, by_person=unit == "user")
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", str(target), "must end in .yaml")
-    if "," in str(target) or not str(target).isprintable():
-        raise ConfigError("--out", str(target), "must be a name without commas and control characters")
+    if not str(target).isprintable():
+        raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new(target)
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")

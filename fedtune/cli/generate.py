@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -165,7 +166,7 @@ def _require_an_answer(config: RunConfig, spec: WritingSpec) -> None:
 
 def _from_file(config: RunConfig, name: str) -> list[Record]:
     """The records of a file, without their answers; of a text file each line that is not blank is one."""
-    path = resolve_file(name, shipped_folders(), key="--file")
+    path = resolve_file(os.path.expanduser(name), shipped_folders(), key="--file")
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path))
     else:
@@ -178,7 +179,8 @@ def _from_file(config: RunConfig, name: str) -> list[Record]:
 
 def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError("--file", str(path), f"must be a file that can be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -186,7 +188,7 @@ def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield Record(
-                task_named(config.task).prompt_fields(line, config.data, at=f"{path}:{number}"),
+                task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}"),
                 file=str(path),
                 line=number,
             )

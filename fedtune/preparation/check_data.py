@@ -17,7 +17,7 @@ import numpy as np
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.formats import format_of
+from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
@@ -27,7 +27,7 @@ from fedtune.data.values import split_labels
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
 from fedtune.preparation.alike import Earlier, Likeness, spelling
-from fedtune.preparation.patterns import damage, identifiers
+from fedtune.preparation.patterns import OddTexts, damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -252,6 +252,7 @@ class _Look:
         for some in chunks(tally.records(path, columns)):
             uses = [self._use(record, site) if use == "train" else use for record in some]
             tally.take(some, uses)
+        tally.take_odd_texts(path)
         return tally.result(path)
 
     def labels(self, record: Record) -> tuple[str, ...]:
@@ -422,6 +423,15 @@ class _Tally:
         text = " ".join(text for _, text in record.texts())[:_LANGUAGE_LETTERS]
         short = sum(map(str.isalpha, text)) < _FEW_LETTERS
         self._languages["" if short else py3langid.classify(text)[0]] += 1
+
+    def take_odd_texts(self, path: Path) -> None:
+        """Look at what the rows say beside what a run reads of them."""
+        odd = OddTexts({".csv": ",;", ".tsv": "\t"}.get(self._form, ""))
+        for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
+            if not isinstance(row, DataError):
+                odd.note(row, number if self._form == ".json" else line)
+        for (what, column), lines in odd.lines.items():
+            self._found["damage", what, column] = _Some(len(lines), [(line, None) for line in lines[:SHOWN]])
 
     def _note(self, record: Record, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
         some = self._found[kind, what, column]

@@ -84,21 +84,30 @@ class Cleaning:
     def masked(self, row: Row, kinds: Counter[str]) -> Row:
         """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""
         names = {column for role, column in self._columns.items() if role in NO_TEXT}
-        chats = self._columns.get("messages")
+
+        def text_of(value: str) -> str:
+            text, found = masked(value)
+            kinds.update(found)
+            return text
+
+        def number_of(digits: str) -> int | str:
+            text = text_of(digits)
+            return int(digits) if text == digits else text
 
         def inner(value: Any) -> Any:
             if isinstance(value, str):
-                text, found = masked(value)
-                kinds.update(found)
-                return text
+                if not _is_json(value):
+                    return text_of(value)
+                # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
+                before = kinds.total()
+                held = json.loads(value, parse_int=number_of)
+                inside = inner(held)
+                return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
             if isinstance(value, list):
                 return [inner(one) for one in value]
             return {key: inner(one) for key, one in value.items()} if isinstance(value, dict) else value
 
-        return {
-            column: value if column in names else inner(_turns(value) if column == chats else value)
-            for column, value in row.items()
-        }
+        return {column: value if column in names else inner(value) for column, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,12 +175,12 @@ def _new(out: Path) -> Iterator[BufferedWriter]:
         raise ConfigError("--out", str(out), bound) from None
 
 
-def _turns(value: Any) -> Any:
-    """A conversation as a list, where a table has it as JSON text: a mask is for the texts within."""
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or an object, as a table has them."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
     except (ValueError, RecursionError):
-        return value
+        return False
 
 
 def _json_line(row: Row) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
+from fedtune.preparation.patterns import OddTexts
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
@@ -284,12 +285,14 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     first: list[Row] = []
     faults: list[DataError] = []
     rows = num_faults = 0
-    for number, (_, row) in enumerate(raw_rows(path), 1):
+    odd = OddTexts({".csv": ",;", ".tsv": "\t"}.get(format_of(path), ""))
+    for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
             num_faults += 1
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
+        odd.note(row, line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
             columns.setdefault(name, Column(name)).note(value, number)
@@ -312,7 +315,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         kind=found.kind,
         roles=found.roles,
         why=found.why,
-        notes=found.notes,
+        notes=(*found.notes, *odd.notes()),
     )
 
 

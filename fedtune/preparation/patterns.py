@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 from typing import NamedTuple
@@ -140,6 +141,53 @@ _CHECKS: Mapping[str, Callable[[str], str]] = {
     "IP address": _address,
 }
 """What of a match is one, by kind; nothing where it is none."""
+
+# Marks and rows within a text.
+
+_MARK = re.compile(
+    r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
+)
+"""What chat templates of well-known models write between turns."""
+LINE_ENDS, ROWS_WITHIN, MARKS = "line ends in a cell", "what looks like rows in a cell", "marks of a chat template"
+_ODD_TEXTS: Mapping[str, str] = {
+    LINE_ENDS: "line ends within a cell: in a table without quoting, a quote at a cell's beginning takes all along up "
+    "to the next quote",
+    ROWS_WITHIN: "lines within a cell that look like whole rows: if the table was written without quoting, these rows "
+    "are lost; write it with quotes around cells, or as JSON lines",
+    MARKS: "marks of a chat template: in a chat or a whole text they are learnt as letters, never as tokens of the "
+    "template; take them out, or make turns of them",
+}
+
+
+class OddTexts:
+    """Cells that took rows along, and texts that were laid out for a model before; by what and column, with lines.
+
+    Args:
+        comma: what may part the cells of the file; blank: it is no table of text.
+    """
+
+    def __init__(self, comma: str) -> None:
+        self.lines: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        self._comma = comma
+
+    def note(self, row: Mapping[str, object], line: int) -> None:
+        """Look at one row."""
+        for column, value in row.items():
+            text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
+            if _MARK.search(text):
+                self.lines[MARKS, column].append(line)
+            if self._comma and "\n" in text:
+                within = text.split("\n")[1:-1]
+                is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in self._comma)
+                self.lines[ROWS_WITHIN if is_row else LINE_ENDS, column].append(line)
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence each for a person."""
+        return tuple(
+            f"{column}: {len(lines):,} of its values have {_ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
+            for (what, column), lines in self.lines.items()
+        )
+
 
 # Damage.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -422,9 +421,12 @@ def _scalar(value: Any) -> str:
 
 
 def _beside(path: Path, file: Path) -> str:
-    """The path as it is written in a file of settings: from its folder where it lies there or below."""
-    folder, target = file.resolve().parent, path.resolve()
-    return os.path.relpath(target, folder) if target.is_relative_to(folder) else str(target)
+    """The path as it is written in a file of settings: from its folder where it lies there or below.
+
+    Links stay: what one leads to may have another name, without an ending, and change with its next version.
+    """
+    folder, target = file.absolute().parent, path.absolute()
+    return str(target.relative_to(folder) if target.is_relative_to(folder) else target)
 
 
 def _shown(file: Path) -> str:

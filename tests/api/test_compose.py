@@ -226,3 +226,30 @@ def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
     assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
     assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)
+
+
+def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"tracking.output_dir": "~/r", "runtime.sites_dir": "~/s", "runtime.kept_states_folder": "~/k"}
+    paths |= {f"data.{part}_file": f"~/My Files, 2024/({part}).csv" for part in ("train", "test")}
+    config = compose_run(["experiment=own_data", *OWN[1:], *(f"{key}={path}" for key, path in paths.items())])
+    for key, path in paths.items():
+        group, name = key.split(".")
+        assert getattr(getattr(config, group), name) == path.replace("~", str(tmp_path))
+    again = compose_run(["experiment=own_data", *OWN, f"runtime.sites_dir={tmp_path}/s"])
+    assert again.runtime.sites_dir == config.runtime.sites_dir, "one folder, so one budget"
+    folder = tmp_path / "My Files, 2024"
+    folder.mkdir()
+    (folder / "x.yaml").write_text(
+        "defaults:\n  - own_data\nname: x\ndata:\n  train_file: ~/a.csv\n  declared_sizes: 9\n"
+    )
+    for name in (folder / "x.yaml", "~/My Files, 2024/x.yaml"):
+        made = compose_run([f"experiment={name}", "data.labels=[a,b]"])
+        assert made.data.train_file == f"{tmp_path}/a.csv"
+    assert compose_run(["experiment=own_data", *OWN, "data.test_file=null"]).data.test_file is None
+    swept = compose_sweep(["experiment=own_data", *OWN[1:], "data.train_file=a.csv,~/b.csv"])
+    assert [run.data.train_file for run in swept.runs] == ["a.csv", f"{tmp_path}/b.csv"]
+    with pytest.raises(ConfigError, match="must be a run folder"):
+        compose_run(["resume=~/none"])
+    write_config(config, tmp_path / "r" / "x")
+    assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")

@@ -97,6 +97,10 @@ def test_a_classifier_names_the_likeliest_labels(runs: Path, command: Any) -> No
 
 def test_a_file_of_prompts_gives_a_line_each(runs: Path, command: Any, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
+    odd = "where\x0c is\u2028my\x1c ca\x85rd"  # ends of lines for Python, and for no other
+    prompts.write_bytes(f"{odd}\r\nlost\n".encode())
+    lines = command("generate", str(runs / "intents"), "--file", str(prompts), "--json").out.strip().split("\n")
+    assert [json.loads(line)["fields"]["text"] for line in lines] == [odd, "lost"]
     prompts.write_text("\N{ZERO WIDTH NO-BREAK SPACE}where is my card\n\nlost\n", encoding="utf-8")
     outcome = command("generate", str(runs / "intents"), "--file", str(prompts))
     assert len(outcome.out.splitlines()) == 2

@@ -270,3 +270,13 @@ def test_reasons_and_spellings_are_counted_and_uses_have_an_order(tickets: Ticke
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
     assert str(file.left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
     assert not file.left_out.is_much
+
+
+def test_marks_and_rows_within_a_cell_are_found(tickets: Tickets, tmp_path: Path) -> None:
+    config = tickets('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing")
+    marks, rows = (
+        [one for one in found(checked(config), "damage") if one.what == what]
+        for what in ("marks of a chat template", "what looks like rows in a cell")
+    )
+    assert [(one.column, one.count) for one in marks] == [("body", 1)]
+    assert [(one.column, one.lines) for one in rows] == [("body", ((2, None),))]

@@ -199,3 +199,32 @@ def test_answers_without_what_they_answer_are_told_so(tmp_path: Path, row: dict[
         look_at(path, {})
     if isinstance(row["chosen"], str):
         assert look_at(path, {"text": "chosen"}).kind == "text"
+
+
+@pytest.mark.parametrize(("ending", "comma"), [("tsv", "\t"), ("csv", ",")])
+def test_rows_that_a_quote_took_along_are_named(tmp_path: Path, ending: str, comma: str) -> None:
+    rows = [[texts(n), "ok" if n % 2 else "bad"] for n in range(40)]
+    rows[5][0], rows[15][0] = f'"{rows[5][0]}', f'{rows[15][0]}"'
+    path = tmp_path / f"rows.{ending}"
+    lines = [comma.join(row) if comma == "\t" else f"{row[0].replace(',', ';')},{row[1]}" for row in rows]
+    path.write_text("\n".join([comma.join(("text", "label")), *lines]) + "\n")
+    found = look_at(path, {})
+    assert found.rows == 30
+    assert any("look like whole rows" in note and "(line 7)" in note for note in found.notes)
+    quoted = tmp_path / f"quoted.{ending}"
+    quoted.write_text(
+        "\n".join(["text" + comma + "label", *(f'"one\ntwo\n{n}"{comma}{"ab"[n % 2]}' for n in range(20))])
+    )
+    (note,) = [note for note in look_at(quoted, {}).notes if "cell" in note]
+    assert "20 of its values have line ends" in note
+
+
+@pytest.mark.parametrize("mark", ["<|im_start|>", "<|eot_id|>", "[INST]", "</s>", "<start_of_turn>", "<<SYS>>"])
+def test_texts_that_hold_marks_of_a_template_are_named(tmp_path: Path, mark: str) -> None:
+    turns = [{**TURNS[0], "content": f"{mark}hello"}, TURNS[1]]
+    for rows in ([{"text": f"{mark} {texts(n)}"} for n in range(30)], [{"messages": turns}] * 30):
+        found = seen(tmp_path, rows)
+        assert any("30 of its values have marks" in note for note in found.notes)
+    assert not any(
+        "marks" in note for note in seen(tmp_path, [{"text": f"a <b> [1] {texts(n)}"} for n in range(30)]).notes
+    )
