@@ -13,8 +13,8 @@ import textwrap
 from pathlib import Path
 
 from fedtune import config
-from fedtune.cli.compose import compose_run
-from fedtune.cli.experiment_file import config_folder
+from fedtune.api.compose import compose_run
+from fedtune.api.experiment_file import config_folder
 from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
 from fedtune.privacy.about import AboutSpec
 

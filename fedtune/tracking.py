@@ -322,7 +322,7 @@ def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
         "privacy/delta": result.privacy.delta,
         "system/total_seconds": final.seconds,
         "system/peak_memory_bytes": final.peak_memory_bytes,
-        "system/kwh": final.cost.energy.kwh if final.cost and final.cost.energy else None,
+        "system/kwh": final.energy.kwh if final.energy else None,
         "kept_round": final.kept.round if final.kept else None,
     }
     return ((name, score) for name, value in figures.items() if (score := finite(value)) is not None)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from shared_states import shared_frozen_states
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.main import main as fedtune
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably

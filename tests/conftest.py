@@ -176,6 +176,7 @@ def tiny() -> Callable[..., list[str]]:
             "runtime.device=cpu",
             "runtime.num_threads=1",
             "privacy.noise_multiplier=4.0",
+            "training.go_on_without_signal=true",
             "data.train_fraction=0.02",
             "data.declared_sizes=90",
             "data.max_length=16",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.cli.compose import compose_run
-from fedtune.cli.experiment_file import config_folder
+from fedtune.api.compose import compose_run
+from fedtune.api.experiment_file import config_folder
 from fedtune.config import RunConfig
 
 CONF = config_folder()

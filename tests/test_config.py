@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import MOST_SEED, RunConfig, parse
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey

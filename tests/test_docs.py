@@ -46,7 +46,7 @@ def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: py
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
-@pytest.mark.parametrize("script", ["write_configuration.py", "write_report_schema.py", "draw_accuracy.py"])
+@pytest.mark.parametrize("script", ["write_configuration.py", "draw_accuracy.py"])
 def test_what_scripts_write_is_up_to_date(script: str) -> None:
     subprocess.run([sys.executable, ROOT / "docs" / script, "--check"], check=True)
 

@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, make, run_in_folder
 from fedtune.config import RunConfig, bound_in

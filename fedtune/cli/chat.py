@@ -22,7 +22,6 @@ from fedtune.cli.finished_run import (
     messages_of,
     print_streamed,
     prompt_columns,
-    prompt_fields,
     warn_of_fixed_prompt,
 )
 from fedtune.config import RunConfig
@@ -113,7 +112,7 @@ class _Conversation:
             if self._keeps_turns:
                 turns, ids = self._fitting(turns)
             else:
-                ids = self._saved.prompt_ids(prompt_fields(self._config, message, at="message"), at="message")
+                ids = self._saved.prompt_ids(self._saved.fields_of(message, at="message"), at="message")
         except ConfigError as error:
             _say(str(error))
             return

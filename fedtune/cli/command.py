@@ -77,7 +77,7 @@ class Option:
 
 Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to change")]
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
-Output = Annotated[Path | None, Option(metavar="FILE", help="also write FILE.html, FILE.svg (the chart) or FILE.json")]
+Output = Annotated[Path | None, Option(metavar="FILE", help="also write FILE.svg (the chart) or FILE.json")]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
@@ -92,7 +92,7 @@ Renew = Annotated[
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 
-_OUTPUTS = (".html", ".svg", ".json")
+_OUTPUTS = (".svg", ".json")
 
 
 def check_output(path: Path | None) -> None:

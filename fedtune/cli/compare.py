@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
-from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import json_text, print_json, say, show, write_file
 from fedtune.cli.sweep import continued, result_in
@@ -78,7 +78,7 @@ def compare(
 ) -> None:
     """Compare the model before training, each site alone, the federation, and all records in one place.
 
-      fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.html
+      fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.json
       fedtune compare experiment=banks_intents --without-privacy       each with and without privacy
       fedtune compare experiment=hospitals_abstracts --by label        also by group
       fedtune compare runs/a runs/b --data test.jsonl                  runs that are there already
@@ -155,7 +155,9 @@ def planned(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[
     for changes in plain:
         for kind, site in kinds:
             suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
-            named = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": str(folder)}
+            named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": str(folder)}
+            if kind != "federated":  # which alone decides whether anything is likely to be learnt
+                named["training.go_on_without_signal"] = True
             config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
             runs.append(Planned(kind=kind, site=site, config=config))
     chosen = [run for run in runs if run.kind not in leave_out]
@@ -256,21 +258,18 @@ def _names(folders: Sequence[Path]) -> Iterator[str]:
 
 
 def _write(compared: Compared, output: Path | None, into: Path | None) -> list[Path]:
-    """Write the file that was asked for, and page and figures into the folder of an experiment's runs."""
+    """Write the file that was asked for, and the figures into the folder of an experiment's runs."""
     paths = [output] if output else []
-    paths += [into / "compare.html", into / "compare.json"] if into else []
+    paths += [into / "compare.json"] if into else []
     for path in paths:
         write_file(path, _text(compared, path.suffix), option="--output")
     return paths
 
 
 def _text(compared: Compared, suffix: str) -> str:
-    match suffix:
-        case ".json":
-            return json_text(compared.to_json())
-        case ".svg":
-            return str(compared.chart()).replace("<svg ", '<svg font-family="sans-serif" ', 1)
-    return compared.page()
+    if suffix == ".json":
+        return json_text(compared.to_json())
+    return str(compared.chart()).replace("<svg ", '<svg font-family="sans-serif" ', 1)
 
 
 app = single(compare)

@@ -13,15 +13,13 @@ from markupsafe import Markup
 
 from fedtune import __version__
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section, as_figure, as_html, as_page
-from fedtune.config import saved_config
+from fedtune.cli.sections import SCHEMA_VERSION, Section
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import GroupScores
-from fedtune.federation.cost import Cost
+from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
-from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.drawing import intervals
 from fedtune.words import counted, duration, jsonable, score_words, size
 
@@ -112,27 +110,6 @@ class Compared:
             self._cost(),
             Section(title="How to read this", notes=[*self.notes, *self._about()]),
         ]
-
-    def page(self) -> str:
-        """A page that needs nothing else."""
-        first, *rest = self.verdict()
-        verdict, *others = self.sections()
-        body = [
-            as_html(dataclasses.replace(verdict, title="", notes=rest)),
-            as_figure(first, self.chart()),
-            *map(as_html, others),
-        ]
-        better = self.sides.comparison(self._base, self.main).verdict == "better"
-        last = "Scores are exact, of the lead's own test records, which no guarantee covers."
-        title = f"Comparison: {self.main}"
-        return as_page(title, promise=first, holds=better, body=body, last=last, banners=self._banners())
-
-    def _banners(self) -> list[str]:
-        """That no run was one of real sites, or that the noise of one came from a seed."""
-        ran = [saved_config(line.folder).runtime for line in self.lines]
-        simulated = all(one.kind != "deployment" for one in ran)
-        codes = [("simulation", simulated), ("seeded", any(one.seeded_noise for one in ran))]
-        return [catalogue("en").text(f"banner.{code}").unescape() for code, holds in codes if holds]
 
     def chart(self) -> Markup:
         """The score that counts with its interval, a row for each model."""
@@ -291,7 +268,7 @@ class Compared:
 
     def _cost(self) -> Section:
         lines = [(line, line.result) for line in self.lines if line.result is not None]  # a site's copy has none
-        known = {line.name: told for line, result in lines if (told := _told(result.final.cost))}
+        known = {line.name: told for line, result in lines if (told := _told(result.final.energy))}
         rows = [
             (
                 line.name,
@@ -307,7 +284,7 @@ class Compared:
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved", *(("energy and price",) if known else ()))
+        headings = ("model", "epsilon", "time", "adapters moved", *(("energy",) if known else ()))
         return Section(title="Cost", headings=headings, rows=rows, notes=notes)
 
     def _about(self) -> Iterator[str]:
@@ -360,7 +337,7 @@ class Compared:
             "delta": privacy.delta,
             "seconds": final.seconds,
             "bytes": line.moved,
-            "cost": None if final.cost is None else dataclasses.asdict(final.cost),
+            "energy": None if final.energy is None else dataclasses.asdict(final.energy),
         }
 
 
@@ -415,18 +392,12 @@ def scored(
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 
-def _told(cost: Cost | None) -> str:
-    """Energy, carbon and money, as far as they are known."""
-    if cost is None:
+def _told(energy: Energy | None) -> str:
+    """Energy and carbon, as far as they are known."""
+    if energy is None:
         return ""
-    energy, parts = cost.energy, []
-    if energy is not None:
-        parts.append(f"{1000 * energy.kwh:.3g} Wh")
-    if energy is not None and energy.carbon_kg is not None:
-        parts.append(f"{1000 * energy.carbon_kg:.3g} g CO2e")
-    if cost.money is not None:
-        parts.append(f"{cost.money:.3g} {cost.currency}")
-    return ", ".join(parts)
+    carbon = "" if energy.carbon_kg is None else f", {1000 * energy.carbon_kg:.3g} g CO2e"
+    return f"{1000 * energy.kwh:.3g} Wh{carbon}"
 
 
 def _of_pair(found: Comparison) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
+from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.compose import compose_run
 from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
-from fedtune.cli.experiment_file import config_folder
 from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page, print_json, say, show, write_file
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
@@ -25,7 +25,7 @@ from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import Found, look_at
+from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.privacy.policy_file import read_policy
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
@@ -65,9 +65,21 @@ def init(
     text: Column = None,
     label: Column = None,
     prompt: Column = None,
+    context: Column = None,
+    system: Column = None,
     completion: Column = None,
+    messages: Column = None,
+    chosen: Column = None,
+    rejected: Column = None,
+    anchor: Column = None,
+    positive: Column = None,
+    negative: Column = None,
     other: Column = None,
     score: Column = None,
+    user: Column = None,
+    unit: Annotated[Literal["user", "record"], Option("what is protected, where a column says whose a record is")] = (
+        "user"
+    ),
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
@@ -76,10 +88,16 @@ def init(
     fedtune data init posts.csv --text body              a language model on these texts
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
+    fedtune data init visits.csv --user patient          all records of one patient are protected together
+
+    Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """
+    given = locals()
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
-    named = {"text": text, "label": label, "prompt": prompt, "completion": completion, "other": other, "score": score}
-    found = look_at(file, {role: column for role, column in named.items() if column is not None})
+    if user is not None and unit == "record":
+        raise ConfigError("--user", user, "says whose a record is, and --unit record that nobody asks")
+    chosen_columns = {option: given[option] for option in OPTIONS if given[option] is not None}
+    found = look_at(file, chosen_columns, by_person=unit == "user")
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError("--out", str(target), "must end in .yaml")
     if "," in str(target) or not str(target).isprintable():
@@ -88,7 +106,7 @@ def init(
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
     spec, plan = _planned(found, model=model, sites=sites)
-    _write_new(target, starter.experiment(found, plan, file=target))
+    write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
         compose_run([f"experiment={target.absolute()}"])
     except ConfigError:
@@ -96,7 +114,11 @@ def init(
         raise
     show(
         Console(),
-        [*file_sections(found), lengths(plan, spec.path), Section(title="To know", notes=starter.notes(found, plan))],
+        [
+            *file_sections(found, plan.measured),
+            lengths(plan, spec.path),
+            Section(title="To know", notes=starter.notes(found, plan)),
+        ],
     )
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
@@ -131,7 +153,7 @@ def check(
     title = f"Data of {config.name}"
     if page is not None:
         body = map(as_html, sections)
-        text = as_page(title, promise=ABOUT, holds=True, body=body, last=" ".join(CLOSING))
+        text = as_page(title, promise=ABOUT, body=body, last=" ".join(CLOSING))
         write_file(page, text, option="--page")
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "checked": checked})
@@ -225,9 +247,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     tokenizer = _tokenizer(spec, key="--model", other="--model")
     measured = starter.measured(found, tokenizer, config, within=_num_ids(tokenizer))
     if not measured.usable:
-        raise DataError(
-            str(found.path), "no records", f"must have rows with a value in {', '.join(found.roles.values())}"
-        )
+        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {measured.left_out}")
     if sites is not None and sites > measured.units:
         raise ConfigError("--sites", sites, f"must be at most {measured.units}, the records or persons of the file")
     plan = starter.Plan(
@@ -271,16 +291,3 @@ def _require_new(target: Path) -> None:
         raise ConfigError("--out", str(target), f"must be a new file that can be written ({why})") from None
     else:
         raise ConfigError("--out", str(target), "exists; choose another with --out, or move it away")
-
-
-def _write_new(target: Path, text: str) -> None:
-    """Write a file that must not be there yet.
-
-    Raises:
-        ConfigError: it is, or cannot be written.
-    """
-    try:
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise ConfigError("--out", str(target), f"must be a new file that can be written ({error.strerror})") from None

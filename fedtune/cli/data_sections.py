@@ -56,17 +56,18 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
 """What a finding is called, and what it means."""
 
 
-def file_sections(found: Found) -> Iterator[Section]:
+def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]:
     """What the file is, its columns, its first rows and its labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    roles = ", ".join(f"{role}: {column}" for role, column in found.roles.items())
-    about = {
-        "file": f"{found.path}, {counted(found.rows, 'row')}{unread}",
-        "kind": KINDS[found.kind],
-        "columns": roles,
-        "why": " ".join(found.why),
-    }
-    yield pairs(about)
+    yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind]})
+    yield Section(
+        title="What was chosen",
+        headings=("role", "column", "why", "another by"),
+        rows=tuple(found.options),
+        words=frozenset({0, 1, 2, 3}),
+        notes=found.notes,
+    )
+    yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
     yield Section(
         title="Columns",
         headings=("name", "filled", "holds", "different values"),
@@ -74,22 +75,28 @@ def file_sections(found: Found) -> Iterator[Section]:
             (
                 one.name,
                 f"{one.filled:,}",
-                ", ".join(one.types) or "nothing",
-                f"{len(one.values):,}" if one.values else "many",
+                one.holds or "nothing",
+                f"{len(one.labels):,}" if one.values else "many",
             )
             for one in islice(found.columns.values(), _MOST_COLUMNS)
         ),
         words=frozenset({0, 2}),
         notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
     )
+    odd = tuple(
+        (name, kind, f"{count:,}", ", ".join(f"{row}: {_short(text)}" for row, text in some))
+        for name in found.roles.values()
+        for kind, count, some in found.columns[name].strange
+    )
+    yield _shortened("Odd values, whose rows a run may leave out", ("column", "are", "values", "row: value"), odd)
     yield Section(
         title="First rows",
         headings=tuple(f"{role}: {column}" for role, column in found.roles.items()),
         rows=tuple(tuple(_cut(row, column) for column in found.roles.values()) for row in found.first),
         words=frozenset(range(len(found.roles))),
     )
-    if found.labels:
-        yield _labels(found.labels, found.rows)
+    if measured.labels:
+        yield _labels(measured.labels, measured.usable)
     if found.faults:
         yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
@@ -100,8 +107,23 @@ def _cut(row: Row, column: str) -> str:
         value = " | ".join(
             ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
         )
-    text = " ".join((value if isinstance(value, str) else shown(value)).split())
+    return _short(value if isinstance(value, str) else shown(value))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
+
+
+def _shortened(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Section:
+    more = len(rows) - _MOST_COLUMNS
+    return Section(
+        title=title,
+        headings=headings,
+        rows=rows[:_MOST_COLUMNS],
+        words=frozenset(range(len(headings))),
+        notes=(f"and {more:,} more",) if more > 0 else (),
+    )
 
 
 def lengths(plan: starter.Plan, model: str) -> Section:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -218,14 +217,13 @@ def _left(seconds: float | None) -> str:
     return f"about {_duration(seconds)} left" if seconds else ""
 
 
-def show_result(console: Console, config: RunConfig, result: RunResult, folder: Path, *, whole_s: float) -> None:
-    """The table of sites, the scores and where everything lies.
+def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
+    """The table of sites, and the scores.
 
     Args:
         console: where it is shown.
         config: the run's.
         result: what it came to.
-        folder: its own.
         whole_s: how long it took with what came before training.
     """
     privacy = result.privacy
@@ -262,7 +260,6 @@ def show_result(console: Console, config: RunConfig, result: RunResult, folder: 
         say(_finding(code, config), style="yellow", console=console)
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
     console.print(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
-    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
 
 
 def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:

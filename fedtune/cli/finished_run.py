@@ -13,10 +13,9 @@ from typing import Annotated, Literal
 
 import yaml
 
+from fedtune.api.door import load
 from fedtune.cli.command import Argument, Option
-from fedtune.config import RunConfig, parse, saved_config
-from fedtune.data.records import OPTIONAL_ROLES
-from fedtune.federation.run_folder import RunFolder
+from fedtune.config import RunConfig, parse
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
 
@@ -47,10 +46,8 @@ def finished_run(
     Raises:
         ConfigError: there is no finished run, or what is asked does not fit it.
     """
-    if not RunFolder(run).config.exists() and RunFolder(run.absolute().parent).adapter == run.absolute():
-        run = run.absolute().parent
-    config = saved_config(run)
-    settings = config.to_json()
+    loaded = load(run)
+    config, settings = loaded.config, loaded.config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:
         settings["data"]["columns"] |= _mapped(columns, set(config.data.columns))
@@ -59,23 +56,7 @@ def finished_run(
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
         check_at_least("--generate", generate, 1)
         settings["evaluation"] |= {"generate": True, "generation_rows": generate}
-    return parse(settings), adapter_of(run)
-
-
-def adapter_of(run: Path) -> Path:
-    """The adapter folder of a finished run.
-
-    Raises:
-        ConfigError: there is none, or nobody may use it.
-    """
-    files = RunFolder(run)
-    if not files.adapter.is_dir():
-        raise ConfigError("run folder", str(run), "must hold a finished adapter/; resume the run first")
-    if files.audit_mark.exists():
-        mark = files.audit_mark.name
-        bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
-        raise ConfigError("run folder", str(run), bound)
-    return files.adapter
+    return parse(settings), loaded.adapter
 
 
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
@@ -131,28 +112,6 @@ def columns_by_option() -> Iterator[None]:
 def prompt_columns(config: RunConfig) -> dict[str, str]:
     """Role to column of what a model is asked by: all that a record has but its answer."""
     return task_named(config.task).asked_by(config.data)
-
-
-def prompt_fields(config: RunConfig, text: str, *, at: str) -> dict[str, str]:
-    """A text that a person typed as the fields of a record.
-
-    Raises:
-        ConfigError: it is blank or no text, or the run's prompts have more parts than one.
-    """
-    if not text.strip():
-        raise ConfigError(at, text, "must not be blank")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
-    roles = prompt_columns(config)
-    if "messages" in roles:
-        return {"messages": messages_of([("user", text)])}
-    main = next((role for role in ("text", "prompt") if role in roles), None)
-    if main is None or set(roles) - OPTIONAL_ROLES != {main}:
-        wanted = ", ".join(roles)
-        raise ConfigError(at, text, f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)")
-    return {role: text if role == main else "" for role in roles}
 
 
 def warn_of_fixed_prompt(config: RunConfig) -> None:

@@ -28,7 +28,6 @@ from fedtune.cli.finished_run import (
     harmless,
     print_streamed,
     prompt_columns,
-    prompt_fields,
     warn_of_fixed_prompt,
 )
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
@@ -77,7 +76,9 @@ def generate(
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
     warn_of_fixed_prompt(config)
     records = (
-        _from_file(config, str(file)) if prompt is None else [Record(prompt_fields(config, prompt, at="--prompt"))]
+        _from_file(config, str(file))
+        if prompt is None
+        else [Record(task_named(config.task).prompt_fields(prompt, config.data, at="--prompt"))]
     )
     from fedtune.sites.saved_model import BASE, SavedModel
 
@@ -184,7 +185,11 @@ def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
         raise DataError("--file", str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Record(prompt_fields(config, line, at=f"{path}:{number}"), file=str(path), line=number)
+            yield Record(
+                task_named(config.task).prompt_fields(line, config.data, at=f"{path}:{number}"),
+                file=str(path),
+                line=number,
+            )
 
 
 def _unanswered(record: Record) -> Record:

@@ -21,12 +21,11 @@ from fedtune.cli.ledger_sections import (
     show_made_up,
     show_verdict,
 )
-from fedtune.cli.sections import Section, json_text, print_json, say, show
+from fedtune.cli.sections import Section, json_text, print_json, say, show, write_file
 from fedtune.deploy.backup import anchors_at_hand, make_up_for
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.privacy.amounts import figures_of, identity_json, spending_json, verification_json
-from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import Verified, verify
@@ -144,7 +143,7 @@ def export(
     if output is None:
         print_json(whole)
         return
-    _write(output, json_text(whole).encode())
+    write_file(output, json_text(whole), option="--output")
     say(f"{counted(len(verified.events), 'event')} of {file} written to {output}")
 
 
@@ -161,7 +160,7 @@ def write_anchor(
     file, own = ledger_file(path), SigningKey.load(key)
     before = Head.read(output) if output.exists() else None
     verified = verify(file, anchor=before, site_key=own.public)
-    _write(output, verified.history.head(own).to_bytes())
+    write_file(output, verified.history.head(own).to_bytes(), option="--output")
     say(f"{output} now vouches for {file} up to event {len(verified.events)}. Keep it on another disk or machine.")
 
 
@@ -179,7 +178,7 @@ def restore(
     anchors = anchors_at_hand(site, anchor)
     made_up = make_up_for(site.ledger, site, anchors)
     if made_up.last is not None and site.anchor is not None:
-        _write(site.anchor, made_up.ledger.head().to_bytes())
+        write_file(site.anchor, made_up.ledger.head().to_bytes(), option="anchor")
     made_up.require_sure()
     show_made_up(made_up, path=site.ledger, anchors=anchors)
 
@@ -235,10 +234,3 @@ def _verified(path: str, *, anchor: Path | None, site_key: str | None) -> tuple[
         check_public_key("--site-key", site_key)
     file = ledger_file(path)
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_durably(path, data)
-    except OSError as error:
-        raise ConfigError("output", str(path), f"must be a file that can be written ({error.strerror})") from None

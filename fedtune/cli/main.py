@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
+from typing import TextIO
 
 # Before anything imports torch or transformers: no threads that tokenizers would fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,7 +23,8 @@ import click
 
 from fedtune import __version__
 from fedtune.cli.command import SETTINGS, InterruptTold, folded, importing
-from fedtune.spec import FedtuneError
+from fedtune.privacy.durable import full_disk
+from fedtune.spec import ConfigError, FedtuneError
 
 COMMANDS: Mapping[str, str] = {
     "data": "look at your data, and write a first experiment for it",
@@ -37,7 +40,6 @@ COMMANDS: Mapping[str, str] = {
     "model-hash": "the hash that names a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "the privacy report of a run or a ledger",
-    "watch": "follow a run in a browser",
     "site": "a site: its policy, its keys, its process",
     "provision": "make a federation of real sites",
     "server": "a federation's server",
@@ -99,16 +101,41 @@ def _tell(message: str) -> None:
     """On a terminal in lines that it has room for; in the log of a service a message is one line."""
     text = f"fedtune: {message}"
     lines = folded(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
-    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    with suppress(OSError):  # there is nowhere else to say it
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+
+
+def _writable(stream: TextIO | None) -> TextIO:
+    """A standard stream that takes any text: a letter that its encoding lacks is shown as a question mark."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # None: the shell closed it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 3 refused, 1 anything else."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        pass
+    except Exception as error:
+        if (full := full_disk(error)) is None:
+            raise
+        _tell(full)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be printed is lost; or Python would try again, and say so on many lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _run(words: list[str]) -> int:
     try:
         with fedtune.make_context("fedtune", words) as context:
             fedtune.invoke(context)
-        sys.stdout.flush()
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except click.UsageError as error:
@@ -116,13 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(f"{error.format_message().rstrip('.')} ({asked} --help says more)")
         return error.exit_code
     except FedtuneError as error:
+        if isinstance(error, ConfigError) and full_disk(error):  # no value of a setting is wrong
+            raise
         _tell(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         if not isinstance(interrupt, InterruptTold):
             _tell("interrupted")
-        return 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune import __version__
 from fedtune.cli.sections import SCHEMA_VERSION
 from fedtune.config import RunConfig
-from fedtune.federation.cost import Energy
-from fedtune.federation.planner import Change, Price, signal_to_noise
+from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
@@ -31,6 +30,7 @@ class Outlook:
         device: that the forecast was timed on.
         lead_assumed: policies were asked for the first lead that each allows.
         model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
+        secure_sums: what they would give in place of a plain run; None: they are planned, or cannot be.
         energy: of all training on this one machine; None: it was not asked for.
     """
 
@@ -44,12 +44,7 @@ class Outlook:
     verdicts: tuple[Verdict, ...]
     lead_assumed: bool
     model_sha256: str | None = None
-    energy: Energy | None = None
-
-    @property
-    def money(self) -> float | None:
-        """The price of all training on one machine; None: no price was given, or nothing was timed."""
-        return self.config.cost.money(self.forecast.seconds_one_after_another) if self.forecast else None
+    secure_sums: SecureSums | None = None
 
     @property
     def plan(self) -> Plan:
@@ -95,10 +90,8 @@ class Outlook:
             "signal_to_noise": self.signal_to_noise,
             "what_if_epsilon": self.epsilon,
             "what_if": [dataclasses.asdict(change) for change in self.changes],
+            "secure_sums": None if self.secure_sums is None else dataclasses.asdict(self.secure_sums),
             "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
-            "energy": None if self.energy is None else dataclasses.asdict(self.energy),
-            "money": self.money,
-            "currency": None if self.money is None else config.cost.currency,
             "lead_assumed": self.lead_assumed,
             "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
+from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.distributed_noise import Epsilons
@@ -77,11 +78,11 @@ WEAK_SIGNAL = 1.0
 
 def signal_words(ratio: float) -> str:
     """What a run's signal-to-noise ratio, `planner.signal_to_noise`, means for it."""
+    times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
+    if ratio < LEAST_SIGNAL:
+        return f"{times}: nothing is likely to be learnt; a run wants training.go_on_without_signal=true"
     if ratio < WEAK_SIGNAL:
-        times = f"{1 / ratio:.2g} times as far as all records together can"
-        return (
-            f"noise moves the adapter {times}: this run is likely to learn little, and costs its epsilon all the same"
-        )
+        return f"{times}: this run is likely to learn little, and costs its epsilon all the same"
     return f"records can move the adapter at most {ratio:.2g} times as far as noise does"
 
 

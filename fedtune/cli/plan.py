@@ -11,31 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from markupsafe import Markup
 from rich.console import Console
 
-from fedtune.cli import plan_sections as words
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
-from fedtune.cli.search_price import price_asked_for, price_section
-from fedtune.cli.sections import (
-    Section,
-    as_figure,
-    as_html,
-    as_page,
-    json_text,
-    pairs,
-    print_json,
-    say,
-    show,
-    write_file,
-)
-from fedtune.config import RunConfig
+from fedtune.cli.search_price import check_trials, price_section
+from fedtune.cli.sections import json_text, print_json, say, show, write_file
+from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
-from fedtune.federation.cost import CostSpec, Meter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import price_of
 from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import jsonable
@@ -59,9 +47,6 @@ def plan(
         bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
     trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
-    mean_trials: Annotated[
-        float | None, Option("the same, where the number of runs is drawn (fedtune search)", metavar="M")
-    ] = None,
     no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
     output: Output = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
@@ -76,19 +61,21 @@ def plan(
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
       fedtune plan --trials 12                           the price of the best of twelve
-      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.html
+      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.svg
     docs/planning.md explains every figure.
     """
     check_output(output)
     _check_model(loads=time, loads_not=no_model)
+    if trials is not None:
+        check_trials(trials)
     asked = _leads(policy, lead)
     with Console(stderr=True).status("Working out the price ..."):
         outlook = _with_verdicts(_price_of(overrides, target, with_model=time), asked, lead_assumed=lead is None)
-        searched = price_asked_for(outlook.plan, trials=trials, mean_trials=mean_trials)
+        searched = None if trials is None else price_of([outlook.plan] * trials)
     priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
-        _write(output, outlook, figures, priced)  # first: the reader of standard output may stop in the middle
+        _write(output, outlook, figures)  # first: the reader of standard output may stop in the middle
     if as_json:
         print_json(figures)
         return
@@ -109,10 +96,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
-    config.cost.check_can_measure()
-    with Meter(config.cost if with_model else CostSpec()) as meter:
-        forecast, device = _forecast(config, planned) if with_model else (None, "")
-    energy = meter.stop()
+    forecast, device = _forecast(config, planned) if with_model else (None, "")
     return Outlook(
         config=config,
         price=planner.price(planned, config.declared_sizes()),
@@ -124,8 +108,23 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
         verdicts=(),
         lead_assumed=False,
         model_sha256=_model_sha256(config, load=with_model),
-        energy=energy.scaled(forecast.seconds_one_after_another) if energy and forecast else None,
+        secure_sums=_secure_sums(config, planned, epsilon),
     )
+
+
+def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.SecureSums | None:
+    """What secure sums would give in place of a plain run; None: they are planned, or the settings exclude them."""
+    if not planned.private or planned.shared is not None:
+        return None
+    settings = config.to_json()
+    settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
+    settings["federation"] |= {"num_rounds": planned.num_rounds}
+    try:
+        sums = parse(with_secure_sums(settings)).plan()
+    except ConfigError:
+        return None
+    # Each site's noise enters the average by the same weight, so their ratio is that of the averages.
+    return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
 
 
 def _with_verdicts(known: Outlook, asked: Mapping[Path, str], *, lead_assumed: bool) -> Outlook:
@@ -201,41 +200,13 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, bits=bits), device.type
 
 
-def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any], priced: Sequence[Section]) -> None:
-    """Write the page, the chart or the data, as the file's ending says."""
+def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:
+    """Write the chart or the data, as the file's ending says."""
     if path.suffix == ".json":
         text = json_text(figures)
-    elif path.suffix == ".svg":
-        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     else:
-        text = page_html(outlook, priced)
+        text = str(chart_svg(outlook)).replace("<svg ", '<svg font-family="sans-serif" ', 1)
     write_file(path, text, option="--output")
-
-
-def page_html(outlook: Outlook, priced: Sequence[Section] = ()) -> str:
-    """A self-contained page with every table and the chart; no script, no network."""
-    price = outlook.price
-    seen = f"Epsilon would rise to {epsilon_text(price.epsilon)}" if price.rounds else "No epsilon"
-    sections = (
-        words.accountants(outlook),
-        *priced,
-        words.sites(outlook),
-        words.what_if(outlook),
-        words.bytes_and_time(outlook),
-        *words.policies(outlook),
-        words.rounds(outlook),
-    )
-    return as_page(
-        f"Plan of {outlook.config.name}",
-        promise=words.promise(outlook),
-        holds=outlook.guaranteed,
-        body=(
-            as_html(pairs(words.facts(outlook))),
-            as_figure(seen, chart_svg(outlook)),
-            *map(as_html, sections),
-        ),
-        last="Worked out from settings and declared sizes alone; no record was read.",
-    )
 
 
 def chart_svg(outlook: Outlook) -> Markup:

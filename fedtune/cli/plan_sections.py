@@ -82,6 +82,11 @@ def facts(outlook: Outlook) -> dict[str, str]:
         )
     if outlook.signal_to_noise is not None and plan.private:
         found["signal"] = signal_words(outlook.signal_to_noise)
+    if (sums := outlook.secure_sums) is not None:
+        found["secure sums"] = (
+            f"federation.aggregation=secure needs {sums.noise_in_average:.0%} of this noise in the average, as little "
+            f"as with all records in one place, and takes {counted(sums.plan.num_rounds, 'round')} of one step"
+        )
     return found | _solution(outlook)
 
 
@@ -278,7 +283,6 @@ def bytes_and_time(outlook: Outlook) -> Section:
                 "all training",
                 f"at most about {duration(found.seconds_one_after_another)} where one machine is all sites",
             ),
-            *_energy_and_money(outlook),
         ),
         notes=(
             f"Times are for this machine ({outlook.device}) with every example at its full "
@@ -289,18 +293,6 @@ def bytes_and_time(outlook: Outlook) -> Section:
 
 def _ways(down: str, up: str) -> str:
     return f"{down} each way" if down == up else f"{down} down and {up} up"
-
-
-def _energy_and_money(outlook: Outlook) -> tuple[tuple[str, str], ...]:
-    """Of all training on one machine, as the settings ask for it."""
-    rows = []
-    if (energy := outlook.energy) is not None:
-        carbon = "" if energy.carbon_kg is None else f", {energy.carbon_kg:.3g} kg CO2e"
-        how = "by its counters" if energy.how == "counters" else "estimated from its load"
-        rows.append(("its energy", f"at most about {energy.kwh:.3g} kWh{carbon}, {how} while it was timed"))
-    if outlook.money is not None:
-        rows.append(("its price", f"at most about {outlook.money:.3g} {outlook.config.cost.currency}"))
-    return tuple(rows)
 
 
 def _full_users(plan: Plan) -> str:

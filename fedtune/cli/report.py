@@ -101,9 +101,7 @@ def build(
     ] = None,
     language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
     pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
-    label: Annotated[
-        bool, Option(names=("--label",), help="label.svg and label.png too, to show around; the PNG needs fedtune[pdf]")
-    ] = False,
+    label: Annotated[bool, Option(names=("--label",), help="label.svg too, to show around")] = False,
     registry: Annotated[
         bool, Option(names=("--registry",), help="registry.json too: an entry for a public registry of such runs")
     ] = False,
@@ -161,17 +159,13 @@ def _beside(
     report: Report, *, label: bool, language: str, about: AboutSpec | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """The label and the registry's entry, where they were asked for, and what is missing of them."""
-    from fedtune.report.page.label import PNG, SVG, as_png, as_svg
+    from fedtune.report.page.label import SVG, as_svg
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
     files: dict[str, bytes] = {}
     remarks: list[str] = []
     if label:
         files[SVG] = as_svg(report, language=language).encode()
-        try:
-            files[PNG] = as_png(report, language=language)
-        except ConfigError as error:  # the PNG alone takes more than fedtune needs
-            remarks.append(str(error))
     if about is not None:
         files[REGISTRY] = to_text(report, about).encode()
         if missing := entry(report, about)["missing"]:
@@ -208,20 +202,32 @@ def verify(
         str | None,
         Option(metavar="HEX", help="the public key that must have signed it, from a source you trust"),
     ] = None,
+    roster: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="the federation's roster.json, which has the sites' keys and the lead's signature"),
+    ] = None,
     config: Annotated[
         str | None, Option(metavar="SHA", help="the SHA-256 that the run's configuration must have")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a report: its signature, its form, every epsilon again from the events in it, its verdict, its settings.
+    """Check a report: signature, form, every epsilon again from the events in it, verdict, and the run's plan.
 
-    Exit code 1 if anything differs. Without --key any key's signature is accepted. Without a signature only
-    figures that can be computed again are checked.
+    Exit code 1 if anything differs. Without --key or --roster nobody knows whose signature it is. The plan is derived
+    from the config.yaml that lies beside a run's report.
     """
     if key is not None:
         check_public_key("--key", key)
+    if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
+        raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
     path, report = _read(file)
-    found = checks(report, key=key, config_sha256=_configuration_of(path, report, config))
+    of_run = report.kind == "run" and (path.parent / "config.yaml").is_file()
+    found = checks(
+        report,
+        key=key or (_key_by_roster(report, roster) if roster else None),
+        config_sha256=config,
+        config=saved_config(path.parent) if of_run else None,
+    )
     if as_json:
         print_json({"file": str(path), "checks": found})
     else:
@@ -267,15 +273,22 @@ def schema() -> None:
     sys.stdout.write(schema_text())
 
 
-def _configuration_of(path: Path, report: Report, given: str | None) -> str | None:
-    """What the run's configuration hashes to: as somebody said, else as the file beside the report does."""
-    if given is not None:
-        if len(given) != 64 or set(given) - set("0123456789abcdef"):
-            raise ConfigError("--config", given, "must be a SHA-256 of 64 lower-case hex digits")
-        return given
-    if report.kind == "ledger" or not (path.parent / "config.yaml").is_file():
-        return None
-    return saved_config(path.parent).digest()
+def _key_by_roster(report: Report, path: Path) -> str:
+    """The key that must have signed: for a ledger its site's, for a run that of the lead, who signed the roster too."""
+    from fedtune.deploy.kits.members import Roster
+
+    roster = Roster.read(path)
+    if report.kind == "ledger":
+        keys = {one.site: one.site_key for one in roster.sites}
+        if (site := report.sites[0].site) not in keys:
+            raise ConfigError("--roster", str(path), f"must list the site {printable(site)}")
+        return keys[site]
+    signer = report.signature.key if report.signature else ""
+    try:
+        roster.check_signed(signer)
+    except ConfigError:
+        raise RunError(f"the report is not signed by the lead, who signed {path}") from None
+    return signer
 
 
 def _settings(path: Path, report: Report) -> Mapping[str, Any]:

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 from click.exceptions import Exit
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of, has_begun, is_running, run_in_folder, told
 from fedtune.config import RunConfig, saved_config

@@ -10,20 +10,18 @@ finds those that are finished, and resumes the one that is not, so nothing is ch
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run
 from fedtune.cli import search_trials as propose
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.compose import compose_run
 from fedtune.cli.search_price import check_trials, price_section, promise
 from fedtune.cli.search_trials import Listed, Proposer, Searched, Values, split_searched
 from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show
@@ -35,7 +33,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import SearchPrice, Selection, draw_number, price_of, price_of_drawn
+from fedtune.privacy.selection import SearchPrice, Selection, price_of
 from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError
 from fedtune.words import counted, jsonable
@@ -51,15 +49,14 @@ _FILE = "search.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """A search as it was asked for, and what was drawn for it.
+    """A search as it was asked for.
 
     Attributes:
         fixed: the overrides that all trials have in common.
         asked: the run that these give.
         searched: the settings that trials differ in.
-        trials: how many; None: the number is drawn, with the mean `mean_trials`.
-        number: of trials, as it was given or drawn.
-        seed: what trials are drawn from; of a drawn number it is the operating system's, and stays with the lead.
+        trials: how many were asked for; None: as many as a grid has.
+        number: of trials.
     """
 
     fixed: tuple[str, ...]
@@ -67,9 +64,7 @@ class Search:
     searched: tuple[Searched, ...]
     method: Method
     trials: int | None
-    mean_trials: float | None
     number: int = 0
-    seed: str = ""
 
     @property
     def folder(self) -> Path:
@@ -77,25 +72,13 @@ class Search:
         return Path(self.asked.tracking.output_dir) / self.asked.name
 
     @property
-    def drawn(self) -> bool:
-        """Whether the number of trials is drawn."""
-        return self.mean_trials is not None
-
-    @property
-    def request(self) -> str:
-        """What asked for the number of trials, as errors begin."""
-        return f"--mean-trials = {self.mean_trials:g}" if self.drawn else f"--trials = {self.number}"
-
-    @property
     def names(self) -> list[str]:
-        """Of the trials.  Where the number is secret, a name does not tell the trial's place."""
-        width = len(str(self.number))
-        marks = [propose.name_from(self.seed, n) if self.drawn else f"{n + 1:0{width}}" for n in range(self.number)]
-        return [f"{self.asked.name}-trial-{mark}" for mark in marks]
+        """Of the trials."""
+        return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
 
     def identity(self) -> dict[str, Any]:
         """What makes it this search and no other, as plain JSON."""
-        kept = {"method": self.method, "trials": self.trials, "mean_trials": self.mean_trials}
+        kept = {"method": self.method, "trials": self.trials}
         return dict(json.loads(json.dumps(kept | {"searched": [*map(asdict, self.searched)]}))) | {
             "settings": self.asked.digest()
         }
@@ -115,9 +98,6 @@ def search(
     overrides: Overrides = (),
     method: Annotated[Method, Option("every combination, independent draws, or draws after earlier scores")] = "random",
     trials: Annotated[int | None, Option("how many runs (a grid has as many as it has)", metavar="K")] = None,
-    mean_trials: Annotated[
-        float | None, Option("draw the number of runs instead: the picked adapter alone then tells less", metavar="M")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Try several settings on this machine, and pick the run with the best score on data.validation_file.
@@ -132,7 +112,7 @@ def search(
     command again goes on where it stopped. docs/search.md says what is promised.
     """
     console = Console(stderr=as_json)
-    prepared = prepared_for(asked_for(overrides, method, trials=trials, mean_trials=mean_trials))
+    prepared = prepared_for(asked_for(overrides, method, trials=trials))
     show(console, [price_section(prepared.price, seeded_noise=prepared.search.asked.runtime.seeded_noise)])
     check_room(prepared)
     _note(prepared)
@@ -153,27 +133,22 @@ def search(
         _pick(prepared, best)
         say(_picked_by(prepared, best), console=console)
         return
-    say("Nothing is picked: " + ("no trial has a score." if rows else "the number drawn is 0."), console=console)
+    say("Nothing is picked: no trial has a score.", console=console)
     for row in rows:
         if row.error is not None:
             raise row.error
 
 
-def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None, mean_trials: float | None) -> Search:
+def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None) -> Search:
     """The search that was asked for.
 
     Raises:
         ConfigError: an option or a setting does not go with a search.
     """
-    if method == "grid" and (trials, mean_trials) != (None, None):
-        raise ConfigError("--trials" if trials else "--mean-trials", NOT_GIVEN, "does not go with --method grid")
-    if method == "tpe" and mean_trials is not None:
-        bound = "does not go with --method tpe: what is told of the picked adapter needs independent draws"
-        raise ConfigError("--mean-trials", mean_trials, bound)
-    if method != "grid" and trials is None and mean_trials is None:
-        raise ConfigError("--trials", NOT_GIVEN, "or --mean-trials must be given")
-    if trials is not None and mean_trials is not None:
-        raise ConfigError("--trials", trials, "or --mean-trials must be given, not both")
+    if method == "grid" and trials is not None:
+        raise ConfigError("--trials", NOT_GIVEN, "does not go with --method grid")
+    if method != "grid" and trials is None:
+        raise ConfigError("--trials", NOT_GIVEN, "must be given")
     if trials is not None:
         check_trials(trials)
     fixed, searched = split_searched(overrides)
@@ -184,9 +159,7 @@ def asked_for(overrides: Sequence[str], method: Method, *, trials: int | None, m
             raise ConfigError(one.key, NOT_GIVEN, "must have one value in a search: it changes nothing that is learnt")
     asked = compose_run(fixed)
     _check_searchable(asked)
-    return Search(
-        fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials, mean_trials=mean_trials
-    )
+    return Search(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
 
 
 def _check_searchable(asked: RunConfig) -> None:
@@ -210,8 +183,7 @@ class Prepared:
     Attributes:
         proposer: says what each trial tries.
         shapes: trials as they are known, or else what they may look like.
-        plans: of all trials that are paid for.
-        new: whether it was never begun.
+        plans: of all trials.
     """
 
     search: Search
@@ -219,7 +191,6 @@ class Prepared:
     shapes: tuple[RunConfig, ...]
     plans: tuple[Plan, ...]
     price: SearchPrice
-    new: bool
 
 
 def prepared_for(search: Search) -> Prepared:
@@ -228,40 +199,27 @@ def prepared_for(search: Search) -> Prepared:
     Raises:
         ConfigError: a trial's settings are wrong, or trials cannot be compared or paid for together.
     """
-    known = _noted(search)
-    if search.method == "tpe" or search.drawn:
+    _check_name(search)
+    if search.method == "tpe" and search.trials is not None:
         shapes = tuple(search.trial("shape", values) for values in propose.ends(search.searched))
         _check_alike(search, shapes)
-        plan = _one_plan(search, shapes)
-    if search.mean_trials is not None:
-        price = price_of_drawn(plan, mean=search.mean_trials, key="--mean-trials")
-        number = known.get("number", draw_number(search.mean_trials, most=price.trials))
-        if not 0 <= number <= price.trials:
-            raise ConfigError("name", search.asked.name, f"is taken: its number of trials is not one to {price.trials}")
-        search = replace(search, number=number, seed=known.get("seed", secrets.token_hex(16)))
-        proposer: Proposer = propose.at_random(search.searched, seed=search.seed, number=search.number)
-        plans = (plan,) * price.trials
-    elif search.method == "tpe" and search.trials is not None:
-        search = replace(search, number=search.trials, seed=str(search.asked.seed))
-        proposer = propose.Tpe(search.searched, seed=search.seed, number=search.number)
-        plans = (plan,) * search.number
-        price = price_of(plans)
+        search = replace(search, number=search.trials)
+        proposer: Proposer = propose.Tpe(search.searched, seed=str(search.asked.seed), number=search.number)
+        plans = (_one_plan(search, shapes),) * search.number
     else:
         search, proposer, shapes = _listed(search)
         _check_alike(search, shapes)
         plans = tuple(shape.plan() for shape in shapes)
-        price = price_of(plans)
-    return Prepared(search=search, proposer=proposer, shapes=shapes, plans=plans, price=price, new=not known)
+    return Prepared(search=search, proposer=proposer, shapes=shapes, plans=plans, price=price_of(plans))
 
 
 def _listed(search: Search) -> tuple[Search, Listed, tuple[RunConfig, ...]]:
-    """The search with all its trials, where none depends on another's score and their number is fixed."""
-    seed = str(search.asked.seed)
+    """The search with all its trials, where none depends on another's score."""
     if search.trials is None:
         proposer = propose.grid(search.searched)
     else:
-        proposer = propose.at_random(search.searched, seed=seed, number=search.trials)
-    search = replace(search, number=len(proposer.trials), seed=seed)
+        proposer = propose.at_random(search.searched, seed=str(search.asked.seed), number=search.trials)
+    search = replace(search, number=len(proposer.trials))
     trials = zip(search.names, proposer.trials, strict=True)
     return search, proposer, tuple(search.trial(name, values) for name, values in trials)
 
@@ -307,52 +265,36 @@ def _one_plan(search: Search, shapes: Sequence[RunConfig]) -> Plan:
     for values, shape in zip(others, shapes[1:], strict=True):
         if shape.plan() != plan:
             key = ", ".join(key for key, value in values.items() if value != first[key])
-            option = "--mean-trials" if search.drawn else "--method tpe"
-            bound = (
-                f"decides what a trial costs, which {option} needs to know beforehand: search it at random or by grid"
-            )
+            bound = "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
             raise ConfigError(key, NOT_GIVEN, bound)
     return plan
 
 
-def _noted(search: Search) -> Mapping[str, Any]:
-    """What was noted when this search began; empty: it is new.
+def _check_name(search: Search) -> None:
+    """Check that the search's folder is new, or its own.
 
     Raises:
-        ConfigError: its folder belongs to something else.
+        ConfigError: it belongs to something else.
     """
     if not search.folder.exists() or not any(search.folder.iterdir()):
-        return {}
+        return
     path, name = search.folder / _FILE, search.asked.name
     try:
-        noted = json.loads(path.read_bytes())
-        same = noted["search"] == search.identity()
-        whole = noted["sha256"] == _sha256(noted)
+        same = json.loads(path.read_bytes())["search"] == search.identity()
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise ConfigError("name", name, f"is taken: {search.folder} holds no search; choose another") from None
     if not same:
         bound = f"is taken: {path} is of a search with other settings; choose another"
         raise ConfigError("name", name, bound)
-    if not whole:  # a trial more, or another seed, would charge the sites for what was never told
-        raise ConfigError("name", name, f"is taken: {path} was changed; choose another")
-    return {"number": noted["number"], "seed": noted["seed"]}
-
-
-def _sha256(noted: Mapping[str, Any]) -> str:
-    """Of what was drawn and for which search."""
-    kept = [noted[key] for key in ("search", "number", "seed")]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _note(prepared: Prepared, **more: Any) -> None:
-    """Note the search before its first trial, so that what was drawn is drawn once."""
+    """Note the search before its first trial, so that nothing else takes its folder."""
     search = prepared.search
-    drawn = {"search": search.identity(), "number": search.number, "seed": search.seed}
-    about = {"schema_version": SCHEMA_VERSION, **drawn, "sha256": _sha256(drawn)}
-    text = json_text(about | {"price": jsonable(prepared.price)} | more)
+    about = {"schema_version": SCHEMA_VERSION, "search": search.identity(), "price": jsonable(prepared.price)}
     try:
         search.folder.mkdir(parents=True, exist_ok=True)
-        write_durably(search.folder / _FILE, text.encode())
+        write_durably(search.folder / _FILE, json_text(about | more).encode())
     except OSError as error:
         bound = f"must be a folder to write {search.asked.name} into ({error.strerror})"
         raise ConfigError("tracking.output_dir", search.asked.tracking.output_dir, bound) from None
@@ -377,17 +319,14 @@ def check_room(prepared: Prepared) -> None:
     sites.check_there()  # before anything is written there
     lead = sites.lead_key().public
     known = {shape.name: shape for shape in shapes}
-    # Of a number that is drawn, the most that there can be.
-    spare = [f"spare-{place}" for place in range(len(prepared.plans) - search.number)] if prepared.new else []
     runs = []
-    for name in [*search.names, *spare]:
+    for name in search.names:
         folder = search.folder / name
         begun = RunFolder(folder).config.is_file()
         config = saved_config(folder) if begun else known.get(name) or replace(shapes[0], name=name)
         runs.append(config.proposal(lead=lead, plan=config.plan()))
     others = [one.proposal(lead=lead, plan=one.plan()) for one in shapes]
-    most = f" (at most {len(runs)} trials)" if search.drawn else ""
-    sites.check_room(runs, asked=f"{search.request}{most}", shapes=others)
+    sites.check_room(runs, asked=f"--trials = {search.number}", shapes=others)
 
 
 def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[SweptRun]:
@@ -427,7 +366,6 @@ def _pick(prepared: Prepared, best: SweptRun) -> None:
         method=search.method,
         judged_by=best.judged_by,
         score=score_of(best),
-        trials=None if search.drawn else search.number,
     )
     write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
     from fedtune.report.model_card import write_card
@@ -448,8 +386,7 @@ def _picked_by(prepared: Prepared, best: SweptRun) -> str:
 def _again(overrides: Sequence[str], search: Search) -> str:
     """The command that goes on with this search."""
     named = [word for word in overrides if not word.startswith("name=")]
-    number = {"--trials": search.trials, "--mean-trials": search.mean_trials}
-    options = [f"{key}={value!r}" for key, value in number.items() if value is not None]
+    options = [] if search.trials is None else [f"--trials={search.trials}"]
     return shlex.join(["fedtune", "search", *named, f"name={search.asked.name}", f"--method={search.method}", *options])
 
 

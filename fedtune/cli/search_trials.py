@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from fedtune.cli.compose import in_grammar, in_our_words, require_few
+from fedtune.api.compose import in_grammar, in_our_words, require_few
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -181,11 +181,6 @@ def ends(searched: Sequence[Searched]) -> list[Values]:
 
 def _of_all(one: Searched) -> tuple[str, ...]:
     return one.choices or (_number(one, one.low), _number(one, one.high))
-
-
-def name_from(seed: str, place: int) -> str:
-    """A name of a trial that does not tell its place to who does not know the seed."""
-    return hashlib.sha256(f"{seed} name {place}".encode()).hexdigest()[:8]
 
 
 def _number_from(seed: str, place: int) -> int:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.cli.command import folded
+from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError
 from fedtune.words import jsonable
 
@@ -82,41 +83,29 @@ def as_html(section: Section) -> Markup:
     return Markup("{}{}{}\n").format(heading, said, notes)
 
 
-def as_figure(title: str, svg: Markup) -> Markup:
-    """A chart for a page, with a title that says what there is to see; nothing without a chart."""
-    figure = Markup('<figure class="chart"><figcaption>{}</figcaption>{}</figure>\n')
-    return figure.format(title, svg) if svg else svg
-
-
-def as_page(
-    title: str, *, promise: str, holds: bool, body: Iterable[Markup], last: str, banners: Iterable[str] = ()
-) -> str:
+def as_page(title: str, *, promise: str, body: Iterable[Markup], last: str) -> str:
     """A page that needs nothing else: no script, no font, no request.
 
     Args:
         title: of the page.
         promise: what it says first.
-        holds: whether that is good news.
         body: what follows, such as sections.
         last: its last line.
-        banners: that what it tells of is a simulation or a study.
     """
     from fedtune.report.page.render import environment  # loads what a command without a page can do without
 
     template = environment().get_template("plain.html.j2")
-    return template.render(
-        title=title, promise=promise, holds=holds, body=Markup("").join(body), last=last, banners=list(banners)
-    )
+    return template.render(title=title, promise=promise, body=Markup("").join(body), last=last)
 
 
-def write_file(path: Path, text: str, *, option: str) -> None:
-    """Write what a command made to the file that an option names; one that is there is replaced.
+def write_file(path: Path, content: str | bytes, *, option: str) -> None:
+    """Write what a command made to the file that an option names, whole or not at all; one that is there is replaced.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_durably(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 

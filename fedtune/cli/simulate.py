@@ -6,8 +6,8 @@ from typing import Annotated
 
 from rich.console import Console
 
+from fedtune.api.compose import compose_run, compose_sweep
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.compose import compose_run, compose_sweep
 from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.cli.sweep import run_sweep
 from fedtune.cli.working_folder import folder_of, run_simulation

@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import folded
 from fedtune.cli.compare_sections import Line, scored
-from fedtune.cli.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
 from fedtune.cli.sections import SCHEMA_VERSION, Section, agreed, pairs, print_json, say, show

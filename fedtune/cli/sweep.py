@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedtune.cli.compose import Sweep
+from fedtune.api.compose import Sweep
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.working_folder import folder_of
 from fedtune.config import RunConfig

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from fedtune.api.compose import write_config
 from fedtune.cli.command import InterruptTold, importing
-from fedtune.cli.compose import write_config
 from fedtune.cli.sections import say
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import full_disk
 from fedtune.spec import ConfigError, RunError, StuckError, shown
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.cli.display import Display
+    from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
-    from fedtune.tracking import Tracked
 
 Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
 """Runs a configuration in its folder, and shows it."""
@@ -43,38 +44,36 @@ def run_in_folder(
         again: the command that continues it.
         began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
-    from fedtune.cli.display import show_result
+    from fedtune.cli.display import Display, show_result
+    from fedtune.report.page.unfinished import UnfinishedReport
     from fedtune.tracking import Tracked
 
     def note(text: str) -> None:
         say(text, style="yellow", console=console)
 
-    with Tracked(config, note=note) as tracked:
-        result, earlier_s = _worked(config, folder, console, work=work, again=again, tracked=tracked)
-        from fedtune.report.model_card import write_card
-        from fedtune.report.page.render import write_report  # draws, which takes a second to import
-
-        write_card(folder, write_report(folder, language=config.report.language))
-        tracked.finish(result, folder)
-    show_result(console, config, result, folder, whole_s=earlier_s + time.monotonic() - began)
-    return result
-
-
-def _worked(
-    config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, tracked: Tracked
-) -> tuple[RunResult, float]:
-    """The run itself, after which a folder in which nothing had begun is gone; and how long it had taken before."""
-    from fedtune.cli.display import Display
-
-    display = Display(console, config, shown=config.tracking.progress, follow=tracked.update)
+    page = UnfinishedReport(folder, config)
     made: list[Path] = []
     try:
-        with _interrupted_by_signals():
-            if config.resume is None:
-                made = make(folder, config)
-            with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
-                tracked.begin()
-                return work(config, folder, display), display.earlier_s
+        with Tracked(config, note=note) as tracked:
+
+            def follow(state: LeadState) -> None:
+                tracked.update(state)
+                page.update(state)
+
+            display = Display(console, config, shown=config.tracking.progress, follow=follow)
+            with _interrupted_by_signals():
+                if config.resume is None:
+                    made = make(folder, config)
+                with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
+                    tracked.begin()
+                    result = work(config, folder, display)
+            # Scores are shown before anything else is written: there may be no room for it.
+            show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
+            from fedtune.report.model_card import write_card
+            from fedtune.report.page.render import write_report  # draws, which takes a second to import
+
+            write_card(folder, write_report(folder, language=config.report.language))
+            tracked.finish(result, folder)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
         if made and not begun:
@@ -82,10 +81,15 @@ def _worked(
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
         if isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. {hint}", console=console)
-            raise InterruptTold from error
-        if isinstance(error, RunError) and not isinstance(error, StuckError):
+        elif full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
             say(hint, console=console)
+        if begun:
+            page.stop()
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptTold from error
         raise
+    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
+    return result
 
 
 def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
@@ -223,10 +227,31 @@ def is_running(folder: Path) -> bool:
     return False
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk keeps from growing; that ends no run, and prints nothing.
+
+    Attributes:
+        full: what a simulated site had no room for; it tells the lead no more than that it failed.
+    """
+
+    full: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.full = self.full or full_disk(record.exc_info and record.exc_info[1])
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def _log_to(path: Path, level: str) -> Iterator[None]:
     """Send fedtune's and Flower's log to a file; the terminal shows the run's progress only."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
     before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
@@ -235,6 +260,10 @@ def _log_to(path: Path, level: str) -> Iterator[None]:
         logger.setLevel(level.upper())
     try:
         yield
+    except RunError as error:
+        if handler.full is None or isinstance(error, StuckError) or full_disk(error):
+            raise
+        raise RunError(f"{error}; {handler.full}") from error
     finally:
         handler.close()
         for logger, (old_level, handlers, propagate) in zip(loggers, before, strict=True):

@@ -11,11 +11,13 @@ import io
 import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from fedtune.data.text_rows import MOST_BYTES, RawRows, Row, array_rows, at_line, check_header, line_rows, table_rows
 from fedtune.spec import DataError, check_name
+from fedtune.words import counted
 
 SUFFIXES = "must end in .jsonl, .json, .csv or .tsv, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
@@ -110,6 +112,9 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     bound = f"must be a file, or {_SAVED}"
     if found == "a folder" and (splits := _splits(path)):
         bound = f"holds several sets, of which one is needed: {', '.join(str(path / name) for name in splits)}"
+    elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
+        bound = f"holds {counted(len(parts), 'part')} of a table: write them as one file, by one name or with pandas: "
+        bound += "pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 
@@ -131,12 +136,15 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     try:
         state = json.loads((path / _STATE).read_bytes())
-        names = [one["filename"] for one in state["_data_files"]]
+        selected, names = state.get("_indices_data_files"), [one["filename"] for one in state["_data_files"]]
         for name in names:
             check_name("filename", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         bound = f"must name the files of the set, as {_STATE} in {_SAVED} does"
         raise DataError(str(path / _STATE), "damaged", bound) from None
+    if selected:
+        bound = "must be written with all its rows: call flatten_indices() before save_to_disk"
+        raise DataError(str(path), "a selection of rows that are stored beside it", bound)
     return [path / name for name in names]
 
 
@@ -267,7 +275,7 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
-            name: column[0].as_py() if num_bytes <= MOST_BYTES else None
+            name: _plain(column[0].as_py()) if num_bytes <= MOST_BYTES else None
             for name, column in zip(one.schema.names, columns, strict=True)
         }
     except UnicodeDecodeError:
@@ -276,11 +284,28 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
         raise DataError(at, type(error).__name__, "must have values that Python can hold") from None
     if num_bytes > MOST_BYTES:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
-    for column, of_label in names.items():
-        value = row.get(column)
-        if type(value) is int and 0 <= value < len(of_label):
-            row[column] = of_label[value]
-    return row
+    return row | {column: _named(row[column], of_label) for column, of_label in names.items() if column in row}
+
+
+def _plain(value: Any) -> Any:
+    """A database's decimals as numbers, and its bytes as the text that they are, if they are one."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The name of a label that is stored as a number, also within lists; -1 stands for null, as nobody labelled it."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None if value == -1 else value
 
 
 def _alone(kind: Any) -> Any:
@@ -309,7 +334,18 @@ def _label_names(schema: Any) -> dict[str, Sequence[str]]:
     """The names of labels that Hugging Face `datasets` stores as numbers, by column, as it notes them in the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        labels = {name: one for name, one in features.items() if isinstance(one, dict)}
+        labels = {name: _item(one) for name, one in features.items()}
         return {name: list(map(str, one["names"])) for name, one in labels.items() if one.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _item(feature: Any) -> dict[str, Any]:
+    """A feature of a set, or what its lists hold."""
+    while not isinstance(feature, dict) or "feature" in feature:
+        feature = (
+            feature["feature"]
+            if isinstance(feature, dict)
+            else [*(feature if isinstance(feature, list) else ()), {}][0]
+        )
+    return feature

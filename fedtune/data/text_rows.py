@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
 from functools import partial
 from io import BufferedReader
 from itertools import islice
@@ -104,7 +105,7 @@ def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
 def json_type(value: object) -> str:
     """What JSON calls the kind of a value."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
-    return names.get(type(value), "object")
+    return (names | {bytes: "bytes", datetime: "date", date: "date"}).get(type(value), "object")
 
 
 # Tables of text.

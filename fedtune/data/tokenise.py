@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import secrets
+import string
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.spec import panics_as_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 _CHARACTERS_A_TOKEN = 64
 """A text is cut to this many characters for each token of an example, before it is encoded: what is longer would decide
@@ -23,6 +29,8 @@ _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
 
 
+Encoded: TypeAlias = tuple[list[int], Sequence[tuple[int, int]]]
+"""Of a text its token ids, and the characters (first, end) of each, where they were asked for."""
 Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] | tuple[NDArray[np.int64], ...]
 
 
@@ -35,6 +43,13 @@ class Tokenizer(Protocol):
     chat_template: Any
     special_tokens_map: Mapping[str, Any]
     added_tokens_decoder: Mapping[int, Any]
+    backend_tokenizer: Any
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """A token as the vocabulary has it."""
+
+    def __hash__(self) -> int:
+        """Of the tokenizer itself: what was made of it once is kept."""
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
         """Encode each text; `input_ids` of the answer holds a list of ids for each."""
@@ -103,45 +118,100 @@ def encode(
     special_tokens: bool,
     max_length: int | None = None,
     within: int | None = None,
-    literal: bool = False,
 ) -> Iterator[list[int]]:
     """Token ids of each text, encoded in chunks without padding, so that none depends on another.
-
-    With `literal`, the name of a special token in a text is text like any other, and gives no special token.
 
     With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids; nor has one that the
     tokenizer's normaliser makes many times as long, which nothing could catch: its library ends the process where
     memory does.
     """
+
+    def encoded(some: Sequence[str]) -> list[Encoded]:
+        found = tokenizer(
+            list(some),
+            add_special_tokens=special_tokens,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about the model's longest input: the caller cuts
+        )["input_ids"]
+        return [(ids, ()) for ids in found]
+
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return (ids for ids, _ in _each(texts, encoded, normalizer, within))
 
-    def encoded(some: Sequence[str]) -> list[list[int]]:
-        with panics_as_errors():
-            found: list[list[int]] = tokenizer(
-                list(some),
-                add_special_tokens=special_tokens,
-                truncation=max_length is not None,
-                max_length=max_length,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                **({"split_special_tokens": True} if literal else {}),
-                verbose=False,  # no warning about the model's longest input: the caller cuts
-            )["input_ids"]
-        return found
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MarkedTokenizer:
+    """A copy of a tokenizer in which some tokens, its marks, go by names that are drawn anew in each process.
+
+    What a text says is then text: it cannot hold a mark, whatever the mark is called in the tokenizer's own file.
+
+    Attributes:
+        names: what stands for each mark in a text that is encoded, by its id.
+    """
+
+    names: Mapping[int, str]
+    _backend: Backend
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, marks: Collection[int]) -> MarkedTokenizer:
+        """The copy with these marks, and with all special tokens as marks."""
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        model, added = state["model"], {token["id"]: token for token in state["added_tokens"]}
+        numbers = {number for number, token in added.items() if token["special"]}.union(marks)
+        names = {number: "".join(secrets.choice(string.ascii_lowercase) for _ in range(24)) for number in numbers}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        texts = {tokenizer.convert_ids_to_tokens(number): name for number, name in names.items()}
+        for number, name in names.items():
+            added.setdefault(number, {"id": number, **plain})["content"] = name
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(number, piece): number for piece, number in model["vocab"].items()}
+        else:
+            pieces = enumerate(model["vocab"])
+            model["vocab"] = [[names.get(number, piece), score] for number, (piece, score) in pieces]
+        if "merges" in model:  # of letters into a mark, or of a mark into more
+            halves = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+            model["merges"] = [pair for pair in halves if not texts.keys() & {*pair, "".join(pair)}]
+        if model.get("unk_token"):
+            model["unk_token"] = texts.get(model["unk_token"], model["unk_token"])
+        added_tokens = [added[number] for number in sorted(added)]
+        # What is put around a text is written into it, and places are those before any trimming.
+        state |= {"added_tokens": added_tokens, "post_processor": None, "truncation": None, "padding": None}
+        return cls(names, Backend.from_str(json.dumps(state)))
+
+    def encode(self, texts: Sequence[str], *, within: int | None = None) -> Iterator[Encoded]:
+        """Of each text the token ids, and the characters that each token stands for; `within`: as for `encode`."""
+
+        def encoded(some: Sequence[str]) -> list[Encoded]:
+            found = self._backend.encode_batch(list(some), add_special_tokens=False)
+            return [(one.ids, one.offsets) for one in found]
+
+        return _each(texts, encoded, self._backend.normalizer, within)
+
+
+def _each(
+    texts: Sequence[str], encoded: Callable[[Sequence[str]], list[Encoded]], normalizer: Any, within: int | None
+) -> Iterator[Encoded]:
     for some in _chunks(texts):
         if within is None:
-            yield from encoded(some)
+            with panics_as_errors():
+                found = encoded(some)
+            yield from found
             continue
         fits = [_stays_short(text, normalizer) for text in some]
         bounded = [text if short else "" for text, short in zip(some, fits, strict=True)]
         try:
-            ids_of_each = encoded(bounded)
+            with panics_as_errors():
+                found = encoded(bounded)
         except Exception:  # of one text, whatever the tokenizer's library raises
-            ids_of_each = [_ids_or_none(encoded, text) for text in bounded]
-        for ids, short in zip(ids_of_each, fits, strict=True):
-            yield ids if short and all(0 <= number < within for number in ids) else []
+            found = [_one_or_none(encoded, text) for text in bounded]
+        for one, short in zip(found, fits, strict=True):
+            yield one if short and all(0 <= number < within for number in one[0]) else ([], ())
 
 
 def _stays_short(text: str, normalizer: Any) -> bool:
@@ -167,8 +237,9 @@ def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
         yield texts[first:]
 
 
-def _ids_or_none(encoded: Callable[[Sequence[str]], list[list[int]]], text: str) -> list[int]:
+def _one_or_none(encoded: Callable[[Sequence[str]], list[Encoded]], text: str) -> Encoded:
     try:
-        return encoded([text])[0]
+        with panics_as_errors():
+            return encoded([text])[0]
     except Exception:
-        return []
+        return [], ()

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, get_args
 
+from fedtune.privacy.durable import full_disk
 from fedtune.spec import ConfigError, DataError, RefusedError, RunError, check_one_of
 
 OWN = "fedtune"
@@ -230,10 +231,12 @@ def _is_of_settings(error: BaseException) -> bool:
 
 
 def _codes(error: BaseException) -> dict[str, str]:
-    """The operating system's and OpenSSL's own names of what went wrong: constants, and often enough to go by."""
+    """The system's and OpenSSL's own names of what went wrong, and the file that a full disk has no room for."""
     fields = {}
     if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
         fields["errno"] = errno.errorcode[error.errno]
+        if full_disk(error) and isinstance(error.filename, str):
+            fields["file"] = error.filename
     if isinstance(error, ssl.SSLError) and isinstance(error.reason, str):
         fields["reason"] = error.reason
     return fields

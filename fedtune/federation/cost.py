@@ -1,8 +1,8 @@
-"""What a run takes beside epsilon: energy and carbon as codecarbon measures them, and money by the hour.
+"""What a run takes beside epsilon: energy and carbon, as codecarbon measures or estimates them.
 
-codecarbon (MIT licence; the extra `cost`) is asked for numbers alone: it writes no file, and it calls
-nobody, whatever its own configuration files and environment variables say.  It reads the machine's counters where it
-can (RAPL, NVML), and elsewhere estimates from the processor's load and model: `Energy.how` says which.
+codecarbon (MIT licence; the extra `cost`) is asked for numbers alone: it writes no file, and it calls nobody, whatever
+its own configuration files and environment variables say.  It reads the machine's counters where it can (RAPL, NVML),
+and elsewhere estimates from the processor's load and model.
 
 Only the machine that runs this is measured: in a simulation all of the run, with real sites the lead's part.
 """
@@ -13,16 +13,10 @@ import logging
 import re
 import time
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
-from fedtune.spec import ConfigError, check_positive, spec
-
-_EVERY_S = 5.0
-"""How often codecarbon reads the counters."""
-_COUNTERS = ("rapl", "power gadget", "powermetrics", "energy meter")
-"""In codecarbon's names of what it reads, those of hardware that counts."""
+from fedtune.spec import ConfigError, spec
 
 
 @spec
@@ -32,28 +26,16 @@ class CostSpec:
     Attributes:
         energy: measure the energy that this machine uses, with codecarbon (the extra `cost`).
         country: whose electricity it is, as a code of three letters (DEU, FRA, USA), for the carbon; null: no carbon.
-        price_per_hour: the price of an hour of this machine; null: no money is told.
-        currency: that the price is in.
     """
 
     energy: bool = False
     country: str | None = None
-    price_per_hour: float | None = None
-    currency: str = "EUR"
 
     def __post_init__(self) -> None:
         if self.country is not None and not re.fullmatch("[A-Z]{3}", self.country):
             raise ConfigError("country", self.country, "must be a code of three capital letters, such as DEU or USA")
         if self.country is not None and not self.energy:
             raise ConfigError("country", self.country, "needs cost.energy=true")
-        if self.price_per_hour is not None:
-            check_positive("price_per_hour", self.price_per_hour)
-        if not re.fullmatch(r"\S{1,8}", self.currency):
-            raise ConfigError("currency", self.currency, "must be a word of at most 8 letters, such as EUR")
-
-    def money(self, seconds: float | None) -> float | None:
-        """The price of so much time; None: nothing is said of it."""
-        return None if self.price_per_hour is None or seconds is None else self.price_per_hour * seconds / 3600
 
     def check_can_measure(self) -> None:
         """Check that what is asked can be had, before a run begins.
@@ -75,53 +57,25 @@ class CostSpec:
 
 @spec
 class Energy:
-    """What a stretch of work took, on this machine.
+    """What a run took, on this machine.
 
     Attributes:
         kwh: of processor, memory and GPUs.
         carbon_kg: of CO2 and what warms as much; None: no country was given.
         seconds: that were measured: of a resumed run those since it was resumed.
-        how: "counters" of the hardware, or an "estimate" from its load and model.
     """
 
     kwh: float
     carbon_kg: float | None
     seconds: float
-    how: Literal["counters", "estimate"]
-
-    def scaled(self, seconds: float) -> Energy:
-        """What so much time takes at the same power."""
-        factor = seconds / self.seconds
-        carbon = None if self.carbon_kg is None else self.carbon_kg * factor
-        return replace(self, kwh=self.kwh * factor, carbon_kg=carbon, seconds=seconds)
-
-
-@spec
-class Cost:
-    """What a run took: its energy, where it was measured, and its price, where one was given.
-
-    Attributes:
-        money: `CostSpec.price_per_hour` for all of the run's time, whatever part of it was measured.
-        currency: of the money.
-    """
-
-    energy: Energy | None = None
-    money: float | None = None
-    currency: str | None = None
 
 
 class Meter:
-    """Measures energy from now on, where the settings ask for it.
-
-    Args:
-        spec: `check_can_measure` has passed.
-    """
+    """Measures energy from now on, where the settings ask for it; `check_can_measure` has passed."""
 
     def __init__(self, spec: CostSpec) -> None:
-        self._spec = spec
+        self._country, self._began = spec.country, time.monotonic()
         self._tracker = _tracker(spec.country) if spec.energy else None
-        self._found: Energy | None = None
-        self._began = time.monotonic()
 
     def __enter__(self) -> Meter:
         return self
@@ -130,27 +84,19 @@ class Meter:
         self.stop()
 
     def stop(self) -> Energy | None:
-        """What was used so far, and the end of measuring; None: nothing is measured, or it failed."""
+        """What was used, and the end of measuring; None: nothing is measured any more, or it failed."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
-            return self._found
+            return None
         with suppress(Exception):  # counters that cannot be read any more end no run
             tracker.stop()
             found = tracker.final_emissions_data
-            self._found = Energy(
+            return Energy(
                 kwh=float(found.energy_consumed),
-                carbon_kg=float(found.emissions) if self._spec.country else None,
+                carbon_kg=float(found.emissions) if self._country else None,
                 seconds=time.monotonic() - self._began,
-                how=_how(tracker),
             )
-        return self._found
-
-    def cost(self, seconds: float) -> Cost | None:
-        """What so much time took, and the end of measuring; None: the settings ask for nothing."""
-        if not self._spec.energy and self._spec.price_per_hour is None:
-            return None
-        money = self._spec.money(seconds)
-        return Cost(energy=self.stop(), money=money, currency=None if money is None else self._spec.currency)
+        return None
 
 
 def _tracker(country: str | None) -> Any:
@@ -169,15 +115,9 @@ def _tracker(country: str | None) -> Any:
         region=None,
         force_carbon_intensity_g_co2e_kwh=None if country else 0.0,
         allow_multiple_runs=True,
-        measure_power_secs=_EVERY_S,
+        measure_power_secs=5.0,
         tracking_mode="machine",
         log_level="critical",
     )
     tracker.start()
     return tracker
-
-
-def _how(tracker: Any) -> Literal["counters", "estimate"]:
-    """Whether the processor's own counters were read."""
-    hardware = str(getattr(tracker, "_conf", {}).get("hardware", "")).lower()
-    return "counters" if any(name in hardware for name in _COUNTERS) else "estimate"

@@ -142,6 +142,26 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
     )
 
 
+LEAST_SIGNAL = 0.5
+"""Of `signal_to_noise`, below which nothing is likely to be learnt; simulations/own_data has the runs behind it."""
+
+
+def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> None:
+    """Refuse a run of which nothing is likely to be learnt, by public numbers alone, before anything is charged.
+
+    Raises:
+        ConfigError: its `signal_to_noise` is below `LEAST_SIGNAL`.
+    """
+    ratio = signal_to_noise(plan, declared_sizes, values=values)
+    if ratio < LEAST_SIGNAL:
+        bound = (
+            "must be true to train: at this size and epsilon nothing is likely to be learnt, since noise moves the "
+            f"adapter {1 / ratio:.3g} times as far as all records together can (docs/planning.md, Signal). Nothing was "
+            "charged. More or larger sites, a larger epsilon or secure sums help"
+        )
+        raise ConfigError("training.go_on_without_signal", False, bound)
+
+
 def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
     """How far clipped records can move the adapter at most, over how far noise moves it; infinite without noise.
 
@@ -155,6 +175,19 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
         return math.inf
     steps, total = plan.local_steps * plan.num_rounds, sum(declared_sizes.values())
     return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecureSums:
+    """What the same training would be with secure sums, at the same epsilon.
+
+    Attributes:
+        noise_in_average: relative to that of the plain plan; with sums of all sites it is what all records in one place
+            would need.
+    """
+
+    plan: Plan
+    noise_in_average: float
 
 
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.evaluation.bootstrap import direction
-from fedtune.federation.cost import Cost
+from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
 from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
@@ -38,7 +38,7 @@ class FinalResult:
     Attributes:
         findings: what the scores say against the training: codes, as `findings_of` gives them.
         kept: whose round's adapter was scored, where the settings let validation scores decide; None: the last one's.
-        cost: energy, carbon and money, where the settings ask for them.
+        energy: energy and carbon, where the settings ask for them.
         detail: what stands behind the scores after training; None: the task has no labels, or a figure is not finite.
     """
 
@@ -48,7 +48,7 @@ class FinalResult:
     peak_memory_bytes: int | None = None
     findings: tuple[str, ...] = ()
     kept: Kept | None = None
-    cost: Cost | None = None
+    energy: Energy | None = None
     detail: Detail | None = None
 
 

@@ -1,6 +1,6 @@
 """The layout of a run folder, `runs/<name>/`: which file lies where.
 
-It imports the standard library alone, so that a command that only looks for a file waits for no torch.
+It imports next to nothing, so that a command that only looks for a file waits for no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedtune.spec import ConfigError
 
 _MOST_NAMED = 10
 
@@ -67,6 +69,20 @@ class RunFolder:
     def adapter(self) -> Path:
         """The folder of the final adapter, with the task head beside it."""
         return self.path / "adapter"
+
+    def finished_adapter(self) -> Path:
+        """`adapter`, where the run has finished and anybody may use it.
+
+        Raises:
+            ConfigError: it has not, or is an audit's.
+        """
+        if not self.adapter.is_dir():
+            raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
+        if self.audit_mark.exists():
+            mark = self.audit_mark.name
+            bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
+            raise ConfigError("run folder", str(self.path), bound)
+        return self.adapter
 
     @property
     def checkpoints(self) -> Path:

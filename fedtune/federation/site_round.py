@@ -32,6 +32,7 @@ from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
 from fedtune.model import Adapter
+from fedtune.privacy.durable import require_room
 from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
@@ -312,6 +313,8 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
             _party(site, request).require_open(request.round)
         # Last, so that a request that costs the lead nothing writes nothing.
         run.store(brought.adapter if brought.difference is not None else None)
+        # A round whose reply could not be kept would be charged for nothing.
+        require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):

@@ -44,7 +44,9 @@ class FederationSpec:
         keep_round: whose adapter becomes the run's: "last", or "best" by the score on that file.
         aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
             sum of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
-        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server.
+            With "secure", rounds, steps, threshold and rates that nobody gives are chosen (docs/secure_aggregation.md).
+        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or all
+            sites where training.local_steps is not given either.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
         bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
             rounded at random after the noise; or 32, whole.  null: 8, which costs no accuracy (simulations/bits); 32 in

@@ -18,6 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.cost import Meter
 from fedtune.federation.kept_round import kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
+from fedtune.federation.planner import check_signal
 from fedtune.federation.results import (
     DATA_CHANGED,
     BaseModel,
@@ -178,6 +179,9 @@ class FederationRun:
 
         Every file is read and tokenised here: what cannot work ends before anything is charged.
         """
+        if self.config.resume is None and not self.config.training.go_on_without_signal:
+            sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
+            check_signal(self.asked.proposal.plan, sizes, values=values)
         if self.config.resume is not None:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
@@ -216,7 +220,7 @@ class FederationRun:
             peak_memory_bytes=_peak_memory_bytes(),
             findings=self._findings(state, metrics),
             kept=kept_of(state.rounds, self.config.federation, judged_by=self.config.judged_by),
-            cost=meter.cost(seconds),
+            energy=meter.stop(),
             detail=detail,
         )
         result = RunResult.of(

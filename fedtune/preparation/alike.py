@@ -1,6 +1,6 @@
 """Which records say what an earlier one said: the same by a digest, or almost by MinHash, both in bounded memory.
 
-Also which labels are one but for the case of letters and for spaces.
+Also which labels are one but for case, spaces, invisible letters and Unicode's form.
 
 A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
 one record more would change what becomes of another.
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.records import Record
+from fedtune.data.values import one_form
 
 Mark: TypeAlias = tuple[str, str]
 """What a record is used for, and its answer; records of one mark are told from those of another."""
@@ -104,8 +105,8 @@ class _Index:
 
 
 def spelling(label: str) -> str:
-    """What labels have in common that differ in the case of letters and in spaces alone."""
-    return "".join(label.casefold().split())
+    """What labels have in common that differ in case, spaces, invisible letters or Unicode's form alone."""
+    return "".join(one_form(label).casefold().split())
 
 
 def spelt_alike(labels: Iterable[str]) -> list[list[str]]:

@@ -20,9 +20,10 @@ from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.formats import format_of
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
-from fedtune.data.records import Record, chunks, judged, resolve_file, split_labels
+from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.data.values import split_labels
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import alike
 from fedtune.preparation.alike import Earlier, Likeness, spelling

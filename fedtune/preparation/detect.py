@@ -6,15 +6,13 @@ anybody else does; no run and no site calls it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
-from fedtune.data.records import said_of, turns_said
 from fedtune.data.text_rows import Row
 from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
 from fedtune.spec import ConfigError, DataError
@@ -36,28 +34,152 @@ KINDS: Mapping[Kind, str] = {
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
+
+# What columns are called, the usual first; compared without the case of letters and marks between words.
+_TEXTS = (
+    *("text", "body", "content", "review", "sentence", "tweet", "comment", "message", "post", "utterance", "passage"),
+    *("document", "article", "abstract", "description", "note", "transcript", "premise", "sentence1", "question"),
+    *("query", "prompt", "title", "headline"),
+)
 _LABELS = (
     *("label", "labels", "category", "class", "intent", "topic", "team"),
-    *("sentiment", "target", "type", "tag", "tags"),
+    *("sentiment", "target", "type", "tag", "tags", "answer"),
 )
 _NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
-_PROMPTS = ("prompt", "question", "query", "source", "input", "mr", "document", "context")
-_COMPLETIONS = ("completion", "response", "answer", "output", "target", "ref", "summary", "reply", "chosen")
-_ALIKE = (("sentence1", "sentence2"), ("text1", "text2"), ("sentence_a", "sentence_b"), ("question1", "question2"))
-_SCORES = ("score", "similarity", "similarity_score", "relatedness", "relatedness_score", "is_duplicate")
-_TRIPLETS = (("anchor", "query", "question"), ("positive", "pos"), ("negative", "neg"))
-_CHATS = ("messages", "conversations", "conversation")
-_PEOPLE = (
-    *("user", "user_id", "userid", "author", "speaker", "patient", "patient_id", "customer", "customer_id"),
-    *("client", "client_id", "person", "person_id", "member", "member_id", "employee", "employee_id"),
+_NAMES_OF = ("text", "name", "names", "str", "string")
+"""Behind the name of a column of numbers: what its labels are called."""
+_PROMPTS = (
+    *("instruction", "prompt", "question", "query", "source", "input", "mr", "problem", "document", "article"),
+    *("dialogue", "context"),
 )
-"""What a column is called that says whose a record is."""
+_CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
+_COMPLETIONS = (
+    *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
+    "chosen",
+)
+_OFTEN_LABELS = frozenset({"answer", "target", "ref", "reply", "summary", "solution"})
+"""Completions that are labels where they have few values."""
+_ALIKE = (
+    *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
+    *(("texta", "textb"), ("premise", "hypothesis"), ("sent1", "sent2")),
+)
+_SCORES = ("score", "similarity", "similarityscore", "relatedness", "relatednessscore", "isduplicate")
+_CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
+_PEOPLE = (
+    *("patient", "subject", "participant", "respondent", "person", "customer", "client", "member", "employee"),
+    *("student", "worker", "caller", "user", "author", "speaker", "reviewer", "username", "email", "uid", "mrn"),
+)
+"""Whose a record is."""
+_OF_PEOPLE = re.compile(rf"({'|'.join(_PEOPLE)})s?(id|uuid|key|no|nr|num|number|name|code|hash|handle)?")
 _PLACES = frozenset(
     {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
     | {"center", "facility", "company", "standort", "klinik", "filiale"}
 )
 """Words in the name of a column that says where a record is."""
-_IDS = ("id", "uuid", "index", "idx", "key")
+_IDS = ("id", "uuid", "guid", "index", "idx", "key", "rowid", "recordid", "unnamed0", "")
+_NEVER_READ = {
+    "history": "earlier turns: what is asked is learnt without them; write them with it as messages",
+    "tools": "turns of tools are not supported",
+    "rejected": "what is not wanted is learnt beside a column chosen alone",
+    "weight": "all records count alike",
+}
+_LONGEST_ID = 64
+_LABEL_BOUND = f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters"
+
+Columns: TypeAlias = Mapping[str, Column]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A column that a kind of file has.
+
+    Attributes:
+        role: of fedtune.
+        names: that it may have, the usual first.
+        fits: whether its values suit.
+        bound: what they must be, as the end of a message.
+        optional: whether the kind can do without it.
+    """
+
+    role: str
+    names: Sequence[str]
+    fits: Callable[[Column], bool]
+    bound: str = "must hold texts"
+    optional: bool = False
+
+
+def _is_text(one: Column) -> bool:
+    return one.is_text
+
+
+def _is_chat(one: Column) -> bool:
+    return one.nearly("messages")
+
+
+def _is_written(one: Column) -> bool:
+    return one.is_text and not (one.is_label and key_of(one.name) in _OFTEN_LABELS)
+
+
+def _is_score(one: Column) -> bool:
+    return one.is_number and (key_of(one.name) in _SCORES or not one.is_label)
+
+
+_SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
+_CONTEXT = _Part("input", _CONTEXTS, _is_text, optional=True)
+_TURNS = "must hold turns of a conversation"
+
+
+def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, _Part]:
+    return _Part("chosen", ("chosen",), fits, bound), _Part("rejected", ("rejected",), fits, bound)
+
+
+_LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
+    ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
+    ("preferences", (_Part("messages", (*_PROMPTS, *_CHATS), _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
+    ("preferences", (_Part("prompt", _PROMPTS, _is_text), _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
+    ("chat", (_Part("messages", _CHATS, _is_chat, _TURNS), _SYSTEM)),
+    (
+        "triplets",
+        (
+            _Part("anchor", ("anchor", "query", "question"), _is_text),
+            _Part("positive", ("positive", "pos"), _is_text),
+            _Part("negative", ("negative", "neg"), _is_text),
+        ),
+    ),
+    *(
+        (
+            "scored",
+            (
+                _Part("text", (one,), _is_text),
+                _Part("other", (other,), _is_text),
+                _Part("target", (*_SCORES, "label", "target"), _is_score, "must hold numbers, and not always the same"),
+            ),
+        )
+        for one, other in _ALIKE
+    ),
+    (
+        "pairs",
+        (
+            _Part("prompt", ("user", "human", "prompt"), _is_text),
+            _SYSTEM,
+            _Part("completion", ("assistant", "gpt", "bot", "model"), _is_text),
+        ),
+    ),
+    # What is asked of a text is answered in words, however few the answers are.
+    *(
+        ("pairs", (_Part("prompt", _PROMPTS, _is_text), context, _SYSTEM, _Part("completion", _COMPLETIONS, fits)))
+        for context, fits in ((replace(_CONTEXT, optional=False), _is_text), (_CONTEXT, _is_written))
+    ),
+)
+"""Files that are known by the names of their columns; the first that fits counts."""
+OPTIONS: Mapping[str, str] = {
+    **{role: role for role in ("text", "label", "prompt", "completion", "system", "messages", "chosen", "rejected")},
+    **{role: role for role in ("anchor", "positive", "negative", "other", "user")},
+    "context": "input",
+    "score": "target",
+}
+"""What the role of a column is called on the command line, and in settings."""
+_OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,27 +194,29 @@ class Found:
         first: the first rows.
         kind: of training.
         roles: role to column; `user` where a column says whose each record is.
-        why: why this kind and these columns, as sentences.
+        why: by role, why this column has it.
+        notes: what else the person should know of the columns.
     """
 
     path: Path
     rows: int
     faults: tuple[DataError, ...]
     num_faults: int
-    columns: Mapping[str, Column]
+    columns: Columns
     first: tuple[Row, ...]
     kind: Kind
     roles: Mapping[str, str]
-    why: tuple[str, ...]
+    why: Mapping[str, str]
+    notes: tuple[str, ...]
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many records each label has, most first; empty where the kind has none."""
+        """How many values are each label, most first; empty where the kind has none."""
         if "labels" in self.roles:
             column = self.columns[self.roles["labels"]]
             return dict(column.parts[column.separator or "["].most_common())
         name = self.roles.get("label")
-        return {} if name is None else dict(self.columns[name].values.most_common())
+        return {} if name is None else dict(self.columns[name].labels.most_common())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,14 +226,55 @@ class Found:
         separator = self.columns[self.roles["labels"]].separator if self.kind == "tagged" else None
         return {"label_separator": separator} if separator not in (None, "[") else {}
 
+    @property
+    def options(self) -> Iterator[tuple[str, str, str, str]]:
+        """(role, column, why, what chooses another) of each role."""
+        for role, name in self.roles.items():
+            yield role, name, self.why[role], f"--{_OPTION_OF[role]} COLUMN"
 
-def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
+    @property
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """(column, why) of each that no run reads."""
+        for one in self.columns.values():
+            if one.name not in self.roles.values():
+                yield one.name, self._why_unread(one)
+
+    def _why_unread(self, one: Column) -> str:
+        name, teaches = key_of(one.name), {"prompt", "messages"} & set(self.roles)
+        if not one.filled:
+            return "it is empty"
+        if name in _NEVER_READ:
+            return _NEVER_READ[name]
+        if is_person(one):
+            return f"it may say whose a record is: --user {one.name}"
+        if is_place(one.name):
+            return "it may say at which site a record is"
+        if one.is_vector:
+            return "vectors of 0 and 1, which name no labels"
+        if one.nearly("other number"):
+            return _OTHER_NUMBERS
+        if one.is_label or one.separator is not None:
+            return f"few values; to learn them: --label {one.name}"
+        if name in _IDS:
+            return "numbers or ids of the records"
+        if one.is_code:
+            return "links, or marks without a space"
+        if one.is_text:
+            more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
+            return f"a second text: {more}"
+        return f"no role reads it so ({one.holds})"
+
+
+_OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"
+
+
+def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) -> Found:
     """Read a file once and say what it is.
 
     Args:
         path: the file.
-        chosen: option (text, label, prompt, completion, other, score) to column, where the person at the keyboard says
-            so.
+        chosen: option (one of `OPTIONS`) to column, where the person at the keyboard says so.
+        by_person: whether a column that looks like persons is taken for the unit.
 
     Raises:
         DataError: it cannot be read, or holds no row or no column of text.
@@ -119,7 +284,7 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
     first: list[Row] = []
     faults: list[DataError] = []
     rows = num_faults = 0
-    for _, row in raw_rows(path):
+    for number, (_, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
             num_faults += 1
             faults += [row] if num_faults <= SHOWN_ROWS else []
@@ -127,15 +292,16 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
         rows += 1
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
-            columns.setdefault(name, Column(name)).note(value)
+            columns.setdefault(name, Column(name)).note(value, number)
     if not rows:
         raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
     if not chosen and format_of(path) in (".csv", ".tsv"):
         _require_header(columns, path)
-    kind, roles, why = _chosen(columns, chosen) if chosen else _guessed(columns, first, path)
-    person = _named(columns, _PEOPLE)
-    if person is not None and person not in roles.values() and columns[person].is_id and columns[person].filled == rows:
-        roles, why = roles | {"user": person}, (*why, f"Column {person} says whose a record is.")
+    _require_columns(columns, chosen)
+    roles = {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}
+    found = _Guess(columns, roles, path).made()
+    if by_person:
+        found = _with_person(found, columns, chosen.get("user"))
     return Found(
         path=path,
         rows=rows,
@@ -143,251 +309,268 @@ def look_at(path: Path, chosen: Mapping[str, str]) -> Found:
         num_faults=num_faults,
         columns=columns,
         first=tuple(first),
-        kind=kind,
-        roles=roles,
-        why=why,
+        kind=found.kind,
+        roles=found.roles,
+        why=found.why,
+        notes=found.notes,
     )
 
 
-def _require_header(columns: Mapping[str, Column], path: Path) -> None:
-    """Refuse a table whose first row looks like a record: its texts would become the names of the columns."""
+def _require_columns(columns: Columns, chosen: Mapping[str, str]) -> None:
+    for option, name in chosen.items():
+        if name not in columns:
+            raise ConfigError(f"--{option}", name, f"must be one of the columns {_listed(columns)}")
+    if len(set(chosen.values())) < len(chosen):
+        option, name = list(chosen.items())[-1]
+        raise ConfigError(f"--{option}", name, "must be another column than the other options name")
+    if "user" in chosen and not columns[chosen["user"]].is_id:
+        raise ConfigError("--user", chosen["user"], "must have an id of one person in its rows: a text or whole number")
+
+
+def _require_header(columns: Columns, path: Path) -> None:
+    """Refuse a table whose first row looks like a record: its texts would become the names of the columns.
+
+    One of them is then among the column's own values, and the texts' own header is as long as a text; a class may be
+    called as its column is.
+    """
+    longest = max(columns.values(), key=lambda one: one.mean_characters)
+    if key_of(longest.name) in _TEXTS or 3 * len(longest.name) < longest.mean_characters:
+        return
     for number, column in enumerate(columns.values(), 1):
-        if column.values[column.name.strip()] > 0:
+        if any(values[column.name.strip()] for values in column.values.values()):
             found, bound = "among its own values", "must be in a header with names, or choose with --text and --label"
             raise DataError(f"{path}: the name of column {number}", found, bound)
 
 
-_Guess = tuple[Kind, dict[str, str], tuple[str, ...]]
+@dataclass(frozen=True, slots=True)
+class _Made:
+    kind: Kind
+    roles: Mapping[str, str]
+    why: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def _chosen(columns: Mapping[str, Column], chosen: Mapping[str, str]) -> _Guess:
-    """The kind that the chosen columns say; a text beside a label is found where it was not named."""
-    for role, name in chosen.items():
-        if name not in columns:
-            raise ConfigError(f"--{role}", name, f"must be one of the columns {_listed(columns)}")
-    if len(set(chosen.values())) < len(chosen):
-        role, name = list(chosen.items())[-1]
-        raise ConfigError(f"--{role}", name, "must be another column than the other options name")
-    said = tuple(f"--{role}: {name}" for role, name in chosen.items())
-    if "other" in chosen or "score" in chosen:
-        if set(chosen) != {"text", "other", "score"}:
-            raise ConfigError("--score", chosen.get("score"), "goes with --text and --other, and with no other column")
-        if not columns[chosen["score"]].is_number:
-            raise ConfigError("--score", chosen["score"], "must hold numbers in every row, and not always the same")
-        return "scored", {"text": chosen["text"], "other": chosen["other"], "target": chosen["score"]}, said
-    if "prompt" in chosen or "completion" in chosen:
-        if len(chosen) != 2 or set(chosen) != {"prompt", "completion"}:
-            raise ConfigError("--prompt", chosen.get("prompt"), "goes with --completion, and with no other column")
-        return "pairs", dict(chosen), said
-    if "label" not in chosen:
-        return "text", dict(chosen), (*said, "Without --label its texts alone are learnt.")
-    label = columns[chosen["label"]]
-    text = chosen.get("text") or _longest(columns, but=label.name)
-    if text is not None and label.separator is not None:
-        return "tagged", {"text": text, "labels": label.name}, said
-    if text is not None and label.is_number and not label.is_label:
-        return "rated", {"text": text, "target": label.name}, said
-    if not 2 <= len(label.values) <= MOST_LABELS:
-        bound = f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters"
-        raise ConfigError("--label", label.name, bound)
-    if text is None:
-        raise ConfigError("--label", label.name, "needs a column of text beside it")
-    return "labelled", {"text": text, "label": label.name}, said
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """What the columns of a file are, by what was chosen, then by names that data sets share, then by values."""
+
+    columns: Columns
+    chosen: Mapping[str, str]
+    path: Path
+
+    def made(self) -> _Made:
+        roles = set(self.chosen)
+        if roles == {"text"}:
+            return _Made("text", dict(self.chosen), {"text": "chosen; without --label its texts alone are learnt"})
+        self._refuse_unwanted()
+        layouts = [one for one in _LAYOUTS if roles <= {part.role for part in one[1]}]
+        for kind, parts in layouts:
+            if (found := self._laid_out(kind, parts)) is not None:
+                return found
+        if "label" in self.chosen or roles <= {"text", "target"}:
+            found = self._answered() or (None if roles else self._plain())
+            if found is not None:
+                return found
+        raise self._misfit(layouts)
+
+    def _laid_out(self, kind: Kind, parts: Sequence[_Part]) -> _Made | None:
+        roles: dict[str, str] = {}
+        needed = [part for part in parts if not part.optional]
+        for part in (*needed, *(part for part in parts if part.optional)):
+            name = self.chosen.get(part.role)
+            if name is None and not (part.optional and all(one.role in self.chosen for one in needed)):
+                name = self._named(part.names, part.fits, but=(*roles.values(), *self.chosen.values()))
+            if name is not None and part.fits(self.columns[name]):
+                roles[part.role] = name
+            elif not part.optional or name is not None:
+                return None
+        ordered = {part.role: roles[part.role] for part in parts if part.role in roles}
+        if kind == "pairs" and key_of(roles["prompt"]) == "instruction":
+            kind = "instructions"
+        why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
+        few = self.columns[roles["completion"]] if "completion" in roles else None
+        notes = (
+            (f"Column {few.name} has {counted(len(few.labels), 'value')}: to learn it as a label, --label {few.name}.",)
+            if few is not None and few.is_label
+            else ()
+        )
+        return _Made(kind, ordered, why, notes)
+
+    def _answered(self) -> _Made | None:
+        """A text with a label, several, or a number."""
+        answer, why = self._answer()
+        if answer is None:
+            return None
+        text, of_text = self._text(but=answer.name)
+        if text is None:
+            raise ConfigError(
+                f"--{'label' if self.chosen else 'text'}", answer.name, "needs a column of text beside it"
+            )
+        notes = []
+        if answer.separator is not None:
+            kind: Kind = "tagged"
+            role, mark = "labels", answer.separator
+            why += "; it holds lists" if mark == "[" else f"; it has {mark} between several labels"
+        elif answer.is_number and not answer.is_label:
+            kind, role = "rated", "target"
+            why += f"; it holds numbers, nearly all from {answer.scale[0]:g} to {answer.scale[1]:g}"
+        else:
+            kind, role = "labelled", "label"
+            why += f"; it has {counted(len(answer.labels), 'value')} in {counted(answer.filled, 'row')}"
+            if answer.is_number and len(answer.labels) > 2:
+                notes.append("Its labels are numbers. If their order matters, change own_data to own_order.")
+        pair = next((two for two in _ALIKE if all(self._named((name,), _is_text) for name in two)), ())
+        if pair:
+            named = " and ".join(str(self._named((name,), _is_text)) for name in pair)
+            notes.append(
+                f"The file has pairs of texts, {named}, and a classifier reads one text: join both in one column."
+            )
+        return _Made(kind, {"text": text, role: answer.name}, {"text": of_text, role: why}, tuple(notes))
+
+    def _answer(self) -> tuple[Column | None, str]:
+        name = self.chosen.get("label") or self.chosen.get("target")
+        if name is not None:
+            if not _is_answer(self.columns[name]):
+                raise ConfigError("--label", name, self._no_answer(self.columns[name]))
+            return self.columns[name], "chosen"
+        taken = tuple(self.chosen.values())
+        name = self._named((*_LABELS, *_NUMBERS), _is_answer, but=taken)
+        if name is not None:
+            named = (f"{key_of(name)}{more}" for more in _NAMES_OF)
+            names = self._named(tuple(named), lambda one: one.is_label and not one.is_number)
+            if names is not None and self.columns[name].is_number:
+                return self.columns[names], f"the names of {name}"
+            return self.columns[name], "its name"
+        for one in self.columns.values():  # what is called a label and none: another column would be learnt in silence
+            if key_of(one.name) in (*_LABELS, *_NUMBERS) and one.filled and not one.is_text and one.name not in taken:
+                raise DataError(
+                    f"{self.path}, column {one.name}",
+                    one.holds,
+                    f"{self._no_answer(one)}; or choose with --text COLUMN",
+                )
+        few = [one for one in self.columns.values() if one.name not in taken and not is_person(one)]
+        lists = next((one for one in few if one.separator == "["), None)
+        few = [one for one in few if one.is_label]
+        fewest = min(few, key=lambda one: (is_place(one.name), len(one.labels), one.name), default=None)
+        return lists or fewest, "its values"
+
+    @staticmethod
+    def _no_answer(one: Column) -> str:
+        if one.is_vector:
+            return "must be lists of the labels' names: vectors of 0 and 1 name none"
+        return f"must be a label or a number; it holds {_OTHER_NUMBERS}" if one.nearly("other number") else _LABEL_BOUND
+
+    def _plain(self) -> _Made | None:
+        text, why = self._text()
+        if text is None:
+            return None
+        return _Made("text", {"text": text}, {"text": f"{why}; no label stands beside it"})
+
+    def _text(self, but: str = "") -> tuple[str | None, str]:
+        """The column with the texts, by its name or else by their length."""
+        if "text" in self.chosen:
+            return self.chosen["text"], "chosen"
+        texts = [one for one in self.columns.values() if one.is_text and one.name != but and not is_person(one)]
+        texts = [one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ)]
+        most = max((one.filled for one in texts), default=0)
+        texts = [
+            one for one in texts if 2 * one.filled >= most
+        ]  # a remark that few rows have is not what they are about
+        texts = (
+            [one for one in texts if not (one.is_code or one.nearly("target") or one.is_label)]
+            or [one for one in texts if not one.nearly("target")]
+            or texts
+        )
+        by_key = {key_of(one.name): one.name for one in reversed(texts)}
+        if name := next((by_key[name] for name in _TEXTS if name in by_key), None):
+            return name, "its name"
+        return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
+
+    def _named(self, names: Sequence[str], fits: Callable[[Column], bool], *, but: Iterable[str] = ()) -> str | None:
+        """The column with the first of these names whose values suit."""
+        by_key = {key_of(one.name): one.name for one in self.columns.values() if one.name not in but and fits(one)}
+        return next((by_key[name] for name in names if name in by_key), None)
+
+    def _refuse_unwanted(self) -> None:
+        """Refuse what other programs learn not to write (KTO), and answers without what they answer."""
+        any_of = {
+            role: self._named(names, lambda one: one.says)
+            for role, names in (
+                ("prompt", (*_PROMPTS, *_CHATS)),
+                ("completion", _COMPLETIONS),
+                ("chosen", ("chosen",)),
+                ("rejected", ("rejected",)),
+            )
+        }
+        flag = self._named(("label", "labels", "desirable", "preferred"), lambda one: one.is_flag)
+        if flag and any_of["prompt"] and any_of["completion"] and not self.chosen:
+            bound = (
+                f"may say which {any_of['completion']} is not wanted (KTO), and a run would learn all: keep the rows "
+            )
+            bound += "with true in a file without this column, or choose with --prompt and --completion, or --label"
+            raise DataError(f"{self.path}, column {flag}", "true or false", bound)
+        pair = [name for role in ("chosen", "rejected") if (name := any_of[role])]
+        if (
+            len(pair) == 2
+            and not self.chosen
+            and not any(self._laid_out(kind, parts) for kind, parts in _LAYOUTS if kind == "preferences")
+        ):
+            kind = "turns of a conversation" if self.columns[pair[0]].nearly("messages") else "text"
+            bound = f"must stand beside what they answer, {kind} in a column prompt; or choose one to learn with --text"
+            raise DataError(f"columns {pair[0]} and {pair[1]}", f"answers in {kind}, and no prompt", bound)
+
+    def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
+        """Why what was chosen makes no kind of file, or why the file is none."""
+        for _, parts in layouts if self.chosen else ():
+            for part in parts:
+                name = self.chosen.get(part.role)
+                if name is not None and not part.fits(self.columns[name]):
+                    return ConfigError(f"--{_OPTION_OF[part.role]}", name, part.bound)
+        for _, parts in layouts if self.chosen else ():
+            lacking = [part for part in parts if part.role not in self.chosen and not part.optional]
+            role, name = list(self.chosen.items())[-1]
+            needs = " and ".join(f"--{_OPTION_OF[part.role]}" for part in lacking)
+            return ConfigError(f"--{_OPTION_OF[role]}", name, f"goes with {needs}, and no column is called so")
+        if self.chosen:
+            role, name = list(self.chosen.items())[-1]
+            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or "a file without texts"
+            return ConfigError(f"--{_OPTION_OF[role]}", name, f"does not go with {others}")
+        listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
+        return DataError(str(self.path), f"columns {listed or 'without a name'}", "must hold a column of text")
 
 
-def _guessed(columns: Mapping[str, Column], first: Sequence[Row], path: Path) -> _Guess:
-    """The first kind that the columns fit: names that data sets share come before what values look like."""
-    guesses: tuple[Callable[[], _Guess | None], ...] = (
-        lambda: _as_preferences(columns, first),
-        lambda: _as_chat(columns, first),
-        lambda: _as_instructions(columns),
-        lambda: _as_triplets(columns),
-        lambda: _as_scored(columns),
-        lambda: _as_pairs(columns),
-        lambda: _as_tagged(columns),
-        lambda: _as_classification(columns),
-        lambda: _as_rated(columns),
-        lambda: _as_text(columns),
-    )
-    for guess in guesses:
-        if (found := guess()) is not None:
-            return found
-    raise DataError(str(path), f"columns {_listed(columns) or 'without a name'}", "must hold a column of text")
+def _is_answer(one: Column) -> bool:
+    return one.separator is not None or one.is_label or one.is_number
 
 
-def _as_chat(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
-    name = _named(columns, _CHATS)
-    if name is None or not any(_is_conversation(row.get(name)) for row in first):
-        return None
-    return "chat", {"messages": name}, (f"Column {name} holds turns of a conversation.",)
+def _with_person(made: _Made, columns: Columns, chosen: str | None) -> _Made:
+    """The same by person, where a column says whose a record is: the first that does."""
+    people = [one for one in columns.values() if one.name not in made.roles.values() and is_person(one)]
+    people.sort(key=lambda one: next(place for place, name in enumerate(_PEOPLE) if key_of(one.name).startswith(name)))
+    name = chosen or next((one.name for one in people), None)
+    if name is None:
+        return made
+    why = "chosen" if chosen else "its name: whose a record is (--unit record protects each record alone)"
+    return replace(made, roles={**made.roles, "user": name}, why={**made.why, "user": why})
 
 
-def _as_instructions(columns: Mapping[str, Column]) -> _Guess | None:
-    prompt, completion = (_named(columns, (name,)) for name in ("instruction", "output"))
-    if prompt is None or completion is None:
-        return None
-    extra = {role: name for role in ("input", "system") if (name := _named(columns, (role,))) is not None}
-    roles = {"prompt": prompt, **extra, "completion": completion}
-    return "instructions", roles, _has(roles)
+def key_of(name: str) -> str:
+    """A column's name as names are compared: `Patient ID`, `patient_id` and `PatientID` are one."""
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
-def _as_preferences(columns: Mapping[str, Column], first: Sequence[Row]) -> _Guess | None:
-    chosen, rejected = (_named(columns, (name,)) for name in ("chosen", "rejected"))
-    if chosen is None or rejected is None:
-        return None
-    answers = {"chosen": chosen, "rejected": rejected}
-    turns = next((found for row in first if (found := _turns(row.get(chosen)))), [])
-    if not (turns or columns[chosen].is_text):
-        return None
-    if turns and turns[0]["role"] != "assistant":  # whole ones: what stands beside them repeats how they begin
-        return "preferences", answers, _has(answers)
-    beside = [
-        name
-        for role in ("instruction", *_PROMPTS, *_CHATS)
-        if (name := _named(columns, (role,))) and any(_is_conversation(row.get(name)) for row in first) == bool(turns)
-    ]
-    if not beside:
-        kind = "turns of a conversation" if turns else "text"
-        bound = f"must stand beside what they answer, {kind} in a column prompt; or choose one to learn with --text"
-        raise DataError(f"columns {chosen} and {rejected}", f"answers in {kind}, and no prompt", bound)
-    roles = {"messages": beside[0]} if turns else {"prompt": beside[0]}
-    for role in () if turns else ("input", "system"):
-        if (name := _named(columns, (role,))) not in (None, beside[0]):
-            roles[role] = str(name)
-    return "preferences", roles | answers, _has(roles | answers)
+def is_person(one: Column) -> bool:
+    """Whether a column looks like it says whose a record is."""
+    return bool(_OF_PEOPLE.fullmatch(key_of(one.name))) and one.is_id and one.mean_characters <= _LONGEST_ID
 
 
-def _turns(value: object) -> list[dict[str, str]]:
-    """Those of an answer; none where it is a text, or nothing that can be read."""
-    try:
-        return turns_said(said_of(value, "")) or []
-    except DataError:
-        return []
-
-
-def _as_triplets(columns: Mapping[str, Column]) -> _Guess | None:
-    found = [name for names in _TRIPLETS if (name := _named(columns, names)) is not None and columns[name].is_text]
-    if len(found) < len(_TRIPLETS):
-        return None
-    roles = dict(zip(("anchor", "positive", "negative"), found, strict=True))
-    return "triplets", roles, _has(roles)
-
-
-def _as_scored(columns: Mapping[str, Column]) -> _Guess | None:
-    score = _named(columns, _SCORES)
-    if score is None or not columns[score].is_number:
-        return None
-    for names in _ALIKE:
-        text, other = (_named(columns, (name,)) for name in names)
-        if text is not None and other is not None and columns[text].is_text and columns[other].is_text:
-            low, high = columns[score].scale
-            why = f"Column {score} has numbers, which a scale from {low:g} to {high:g} holds, for {text} and {other}."
-            return "scored", {"text": text, "other": other, "target": score}, (why,)
-    return None
-
-
-def _as_pairs(columns: Mapping[str, Column]) -> _Guess | None:
-    prompt = _named(columns, _PROMPTS)
-    completion = _named({name: one for name, one in columns.items() if name != prompt}, _COMPLETIONS)
-    if prompt is None or completion is None or not (columns[prompt].is_text and columns[completion].is_text):
-        return None
-    if columns[completion].is_label and columns[completion].name.lower() == "target":
-        return None
-    roles = {"prompt": prompt, "completion": completion}
-    return "pairs", roles, _has(roles)
-
-
-def _as_classification(columns: Mapping[str, Column]) -> _Guess | None:
-    few = [one for one in columns.values() if one.is_label and one.name.lower() not in _PEOPLE]
-    label = next((one for name in _LABELS for one in few if one.name.lower() == name), None)
-    label = label or min(few, key=lambda one: (is_place(one.name), len(one.values), one.name), default=None)
-    text = None if label is None else _longest(columns, but=label.name)
-    if label is None or text is None:
-        return None
-    values, rows = counted(len(label.values), "value"), counted(label.filled, "row")
-    why = [f"Column {label.name} has {values} in {rows}, so it is the label; {text} has the longest texts."]
-    others = [one.name for one in few if one.name != label.name and not is_place(one.name)]
-    if others:
-        why.append(f"Other columns with few values: {', '.join(others)}. Choose with --label COLUMN --text COLUMN.")
-    if label.is_number and len(label.values) > 2:
-        why.append("Its labels are numbers: if their order matters, build on own_order in place of own_data.")
-    return "labelled", {"text": text, "label": label.name}, tuple(why)
-
-
-def _as_tagged(columns: Mapping[str, Column]) -> _Guess | None:
-    several = {name: one for name, one in columns.items() if one.separator is not None}
-    labels = _named(several, _LABELS) or next((name for name, one in several.items() if one.separator == "["), None)
-    text = None if labels is None else _longest(columns, but=labels)
-    if labels is None or text is None:
-        return None
-    mark = several[labels].separator
-    how = "lists" if mark == "[" else f"texts with {mark} between them"
-    return "tagged", {"text": text, "labels": labels}, (f"Column {labels} holds several labels, as {how}.",)
-
-
-def _as_rated(columns: Mapping[str, Column]) -> _Guess | None:
-    numbers = {name: one for name, one in columns.items() if one.is_number and not one.is_label}
-    target = _named(numbers, _NUMBERS)
-    text = None if target is None else _longest(columns, but=target)
-    if target is None or text is None:
-        return None
-    one = numbers[target]
-    return "rated", {"text": text, "target": target}, (f"Column {target} holds numbers, {one.low:g} to {one.high:g}.",)
-
-
-def _as_text(columns: Mapping[str, Column]) -> _Guess | None:
-    text = _longest({name: one for name, one in columns.items() if not (one.is_label and name.lower() in _LABELS)})
-    if text is None:
-        return None
-    others = [one.name for one in columns.values() if one.is_text and one.name.lower() not in (text.lower(), *_PEOPLE)]
-    why = [f"Column {text} has the longest texts, and no label stands beside it."]
-    named = (columns[name] for name in columns if name.lower() in _LABELS)
-    why += [
-        f"Column {one.name} is no label: labels are texts or whole numbers, and it holds {', '.join(one.types)}."
-        for one in named
-        if one.filled and not set(one.types) <= {"text", "whole number"}
-    ]
-    if others:
-        why.append(f"Other columns of text: {', '.join(others)}. Choose with --prompt COLUMN --completion COLUMN.")
-    return "text", {"text": text}, tuple(why)
-
-
-def _longest(columns: Mapping[str, Column], but: str = "") -> str | None:
-    """The column with the longest texts."""
-    texts = [one for one in columns.values() if one.is_text and one.name != but]
-    texts = [one for one in texts if one.name.lower() not in (*_IDS, *_PEOPLE)]
-    most = max((one.filled for one in texts), default=0)
-    texts = [one for one in texts if 2 * one.filled >= most]  # a remark that few rows have is not what they are about
-    return max(texts, key=lambda one: one.mean_characters).name if texts else None
-
-
-def _has(roles: Mapping[str, str]) -> tuple[str]:
-    return (f"It has the columns {', '.join(roles.values())}.",)
+def is_place(name: str) -> bool:
+    """Whether a column's name says that it names places, such as `hospital_id`."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    return not _PLACES.isdisjoint(re.split(r"[^a-z]+", words))
 
 
 def _listed(columns: Iterable[str]) -> str:
     """Names of columns for a message: a file may have thousands, and without a header they are texts."""
     names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
     return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
-
-
-def _named(columns: Iterable[str], names: Sequence[str]) -> str | None:
-    """The column with the first of these names, in any case of letters."""
-    by_name = {name.lower(): name for name in columns}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
-def is_place(name: str) -> bool:
-    """Whether a column's name says that it names places, such as `hospital_id`."""
-    return not _PLACES.isdisjoint(re.split(r"[^a-z]+", name.lower()))
-
-
-def _is_conversation(value: object) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return False
-    return bool(value) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in value)

@@ -6,8 +6,9 @@ import math
 import os
 import re
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
+from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
+from fedtune.data.values import one_form, split_labels
 from fedtune.preparation.alike import spelt_alike
 from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import Found, Kind, is_place
@@ -34,11 +37,15 @@ _LONGEST_TOLD = 4096
 _STEP = 16
 _MOST_TOKENS = 256
 """Of an example, where the file has longer ones: time and memory grow with it."""
+_WHOLE = 0.99
+"""Of the records are as long as `max_length` or shorter: which one is the longest does not decide what is public."""
 _SITES = ((1000, 2), (3000, 3))
 """Records and sites: with fewer records than the number, its sites; with more than all, one site more."""
-_FEW_UNITS = 200
+_FEW_UNITS, _FEW_OF_LABEL = 200, 5
 _MOST_SITES = 20
 """That a column is taken to name."""
+_LEAST_UNITS = 20
+"""Of a site: with fewer, all may be kept for the test."""
 _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)
@@ -74,6 +81,9 @@ class Measured:
         lengths: (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records.
         turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
         users: how many persons the records are of; None: nothing says whose they are, or each has one.
+        labels: how many of the records have each label; without those that only rows have which cannot be used.
+        places: units by the value of the column of places ("": none).
+        torn: persons with records at several places.
     """
 
     usable: int
@@ -81,6 +91,9 @@ class Measured:
     lengths: npt.NDArray[np.int64]
     turns: Literal["none", "model", "plain"]
     users: int | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
+    torn: int = 0
 
     @property
     def units(self) -> int:
@@ -108,9 +121,10 @@ class Plan:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of an example: the longest one's, rounded up, within reason."""
-        longest = int(self.measured.lengths.max(initial=1))
-        return min(_MOST_TOKENS, max(_STEP, math.ceil(longest / _STEP) * _STEP))
+        """The most tokens of an example: those of nearly all, rounded up, within reason."""
+        lengths = self.measured.lengths if len(self.measured.lengths) else [1]
+        most = int(np.quantile(lengths, _WHOLE, method="lower"))
+        return min(_MOST_TOKENS, max(_STEP, math.ceil(most / _STEP) * _STEP))
 
     @property
     def num_cut(self) -> int:
@@ -128,9 +142,9 @@ def left_open(base: str) -> Sequence[str]:
     return _LEFT_OPEN.get(base, ("data.labels=[a,b]",))
 
 
-def sites_for(rows: int) -> int:
-    """How many sites a simulation on this many records has."""
-    return next((count for most, count in _SITES if rows < most), 1 + _SITES[-1][1])
+def sites_for(units: int) -> int:
+    """How many sites a simulation on this many records or persons has."""
+    return next((count for most, count in _SITES if units < most), 1 + _SITES[-1][1])
 
 
 def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int) -> Measured:
@@ -146,23 +160,46 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
     data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
     faults = Faults()
-    records = usable_records(found.path, found.roles, fault=task.fault(data), faults=faults, lenient=False)
+    places = _places(found)
+    columns = {**found.roles, **({} if places is None else {GROUP: places.name})}
+    records = usable_records(found.path, columns, fault=task.fault(data), faults=faults, lenient=False)
     counts: list[int] = []
-    users: set[str] = set()
+    at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
+    labels: Counter[str] = Counter()
     usable = 0
     for chunk in chunks(records):
         usable += len(chunk)
-        users |= {record.fields["user"] for record in chunk if "user" in found.roles}
+        for record in chunk:
+            at[record.fields.get(GROUP, "")][record.fields.get("user", "")] += 1
+            labels.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
+            labels.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:
             continue
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
+    users = Counter(user for of_place in at.values() for user in of_place)
+    left_out = faults.left_out(used=usable)
+    # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
+    by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
     return Measured(
         usable=usable,
-        left_out=faults.left_out(used=usable),
+        left_out=left_out,
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
         turns=data.chat_template,
-        users=len(users) if 0 < len(users) < usable else None,
+        users=len(users) if by_user and usable else None,
+        labels={label: labels[label] for label in in_order(labels)},
+        places={} if places is None else {place: len(at[place]) if by_user else at[place].total() for place in at},
+        torn=sum(count > 1 for count in users.values()) if by_user else 0,
     )
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels as people order them: numbers by their value, also within texts."""
+
+    def parts(label: str) -> list[tuple[float, str]]:
+        found = re.split(r"((?:(?<!\w)-)?[0-9]{1,15}(?:\.[0-9]{1,15})?)", label)
+        return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(found)]
+
+    return sorted(labels, key=lambda label: (parts(label), label))
 
 
 def _templates(found: Found) -> dict[str, str]:
@@ -244,14 +281,14 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
-        yield from (f"    - {_scalar(label)}" for label in sorted(found.labels))
-    places = _places(found)
-    if places is not None:
-        yield from _by_place(found, plan, places)
+        yield from (f"    - {_scalar(label)}" for label in plan.measured.labels)
+    by_place = _by_place(found, plan)
+    yield from (f"  # {line}" for line in by_place)
     yield "federation:"
     yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to this many sites')}"
-    if places is not None:
-        yield f"  # {_line('num_sites', len(places.values), f'by {places.name}')}"
+    if any(line.startswith("partition:") for line in by_place):
+        count = sum(place != "" for place in plan.measured.places)
+        yield f"  # {_line('num_sites', count, 'by the column of sites')}"
     yield "privacy:"
     if plan.measured.users is not None:
         yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
@@ -292,24 +329,37 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
 def _places(found: Found) -> Column | None:
     """A column that may name the site of each record."""
     named = (one for one in found.columns.values() if is_place(one.name) and one.name not in found.roles.values())
-    few = (one for one in named if one.is_label and one.filled == found.rows and len(one.values) <= _MOST_SITES)
+    few = (one for one in named if one.is_label and len(one.labels) <= _MOST_SITES)
     # The lines are comments, which the end of a line in a name would end.
-    return next((one for one in few if all(map(str.isprintable, (one.name, *one.values, *found.roles.values())))), None)
+    return next((one for one in few if all(map(str.isprintable, (one.name, *one.labels, *found.roles.values())))), None)
 
 
-def _by_place(found: Found, plan: Plan, places: Column) -> Iterator[str]:
-    """Settings by which a simulation gives each site the records that a column says, as comments."""
-    values = sorted(places.values)
-    # How many persons a site has is not known: their share is taken to be that of the records.
-    units = [places.values[value] * plan.measured.units / found.rows for value in values]
-    yield f"  # Column {places.name} may say at which site each record is.  To deal records out by it, put these lines"
-    yield "  # in place of columns and declared_sizes, and the other num_sites in place of the first."
-    for key, value in (
-        ("columns", {**found.roles, "site": places.name}),
-        ("declared_sizes", [_declared(plan, count) for count in units]),
-        ("partition", {"kind": "column", "sites": {value: place for place, value in enumerate(values)}}),
-    ):
-        yield f"  # {key}: {_scalar(value)}"
+def _by_place(found: Found, plan: Plan) -> list[str]:
+    """Settings by which a simulation gives each site the records that a column says; or why there are none."""
+    places, measured = _places(found), plan.measured
+    if places is None:
+        return []
+    about = f"Column {places.name} may say at which site each record is"
+    units = {place: measured.places[place] for place in in_order(measured.places) if place}
+    if measured.torn:
+        return [
+            f"{about}, but {measured.torn:,} of {counted(measured.users or 0, 'person')} have records at several, and a",
+            "person is protected at one site.  What works: num_sites below, which deals persons out; one site for each",
+            f"person in {places.name}; or --unit record, which protects each record alone.",
+        ]
+    if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
+        return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
+    lacking = {"unusable": "leave_out"} if "" in measured.places and not measured.left_out.count else {}
+    settings: dict[str, Any] = {
+        "columns": {**found.roles, "site": places.name},
+        "declared_sizes": [_declared(plan, count) for count in units.values()],
+        "partition": {"kind": "column", "sites": {value: place for place, value in enumerate(units)}},
+    }
+    return [
+        f"{about}.  To deal records out by it, put these lines",
+        "in place of columns and declared_sizes, and the other num_sites in place of the first.",
+        *(f"{key}: {_scalar(value)}" for key, value in (settings | lacking).items()),
+    ]
 
 
 def about_spellings(labels: Iterable[str]) -> list[str]:
@@ -317,6 +367,9 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
     return [
         f"The labels {', '.join(map(repr, some))} differ in case or spaces alone, and are learnt as different ones: if "
         "they are one, spell them alike in the file."
+        if len({one_form(label) for label in some}) == len(some)
+        else f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: they differ in "
+        "invisible letters or Unicode's form. Write them alike in the file."
         for some in spelt_alike(labels)
     ]
 
@@ -326,7 +379,9 @@ def notes(found: Found, plan: Plan) -> list[str]:
     size = declared_size(plan)
     told = [
         f"declared_sizes: {size:,} was set near a site's share. This number becomes public; at a real site, the site "
-        "chooses it in its site.toml."
+        "chooses it in its site.toml.",
+        "Labels, target_range and max_length were proposed from nearly all records of the file, and become public too: "
+        "change what says more than it should.",
     ]
     if plan.measured.users is not None:
         told.append(
@@ -340,9 +395,14 @@ def notes(found: Found, plan: Plan) -> list[str]:
         )
     if plan.measured.left_out.count:
         told.append(f"{plan.measured.left_out}. A run leaves such rows out (unusable: leave_out).")
-    told += about_spellings(found.labels)
-    if (places := _places(found)) is not None:
-        told.append(f"Column {places.name} may say at which site each record is: comments in the file say what to do.")
+    told += about_spellings(plan.measured.labels)
+    if rare := [label for label, count in plan.measured.labels.items() if count < _FEW_OF_LABEL]:
+        told.append(f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public.")
+    if unusable := len(found.labels) - len(plan.measured.labels):
+        told.append(f"{counted(unusable, 'label')} of rows that cannot be used stand for no class.")
+    if about := _by_place(found, plan):
+        told.append(f"{about[0].removesuffix(', and a')}: comments in the file say what to do.")
+    told += found.notes
     if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
     return told

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import stat
 from pathlib import Path
+
+from fedtune.spec import FedtuneError, RunError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
+"""In the words of the operating system, which libraries in other languages repeat, and of SQLite."""
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Say what a full disk or quota has no room for, where that is why an error was raised; None: it is not why."""
+    while error is not None:
+        says_so = any(words in str(error) for words in _SAY_SO)
+        if isinstance(error, RunError) and says_so:
+            return str(error)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return f"the disk is full: no room for {error.filename}" if error.filename else "the disk is full"
+        if says_so and not isinstance(error, FedtuneError):
+            return "the disk is full"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raise the error of a full disk, unless a file of `num_bytes` has room in `folder`, with a MiB to spare."""
+    if shutil.disk_usage(folder).free < num_bytes + (1 << 20):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -19,12 +47,17 @@ def write_durably(path: Path, data: bytes) -> None:
     temporary.unlink(missing_ok=True)  # of a process that had this number, and was killed
     # A link that somebody put there is not followed.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
-        _keep_owner(descriptor, path)
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _keep_owner(descriptor, path)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take what room is left
+        error.filename = str(path)  # which an error of a write does not name
+        raise
     fsync_folder(path.parent)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from fedtune.config import RunConfig
 from fedtune.report import recompute, signing
-from fedtune.report.model import SCHEMA_VERSION, Report, SiteReport
+from fedtune.report.derive.facts import settings_problems
+from fedtune.report.model import SCHEMA_VERSION, Problem, Report, SiteReport
 from fedtune.spec import RunError
 from fedtune.words import counted
 
@@ -25,16 +27,19 @@ class Check:
     name: str
     state: Literal["right", "wrong", "not_checked"]
     text: str
-    problems: tuple[recompute.Problem, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
-def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tuple[Check, ...]:
+def checks(
+    report: Report, *, key: str | None, config_sha256: str | None = None, config: RunConfig | None = None
+) -> tuple[Check, ...]:
     """All checks of a report.
 
     Args:
         report: that was read, and so has the form of one.
-        key: public key that must have signed it, if one is known.
-        config_sha256: hash that the run's configuration must have, if it is known.
+        key: public key that must have signed it, if one is known from elsewhere.
+        config_sha256: hash that the run's settings must have, if it is known.
+        config: the run's settings, where they are at hand.
     """
     form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
     return (
@@ -42,7 +47,7 @@ def checks(report: Report, *, key: str | None, config_sha256: str | None) -> tup
         _signature(report, key),
         *_figures(report),
         *_taken(report),
-        _configuration(report, config_sha256),
+        _configuration(report, config_sha256, config),
     )
 
 
@@ -54,8 +59,13 @@ def _signature(report: Report, key: str | None) -> Check:
     if signer is None:
         text = "It is not signed: anybody could have changed what cannot be computed again."
         return Check(name="signature", state="not_checked", text=text)
-    whose = "the key given" if key else "nobody checked who owns that key: give the key that you know with --key"
-    return Check(name="signature", state="right", text=f"It is signed by {signer} ({whose}), and nothing was changed.")
+    if key is None:
+        text = (
+            f"It was made with the key in the file, {signer}: not checked. Anybody can sign with a key of their own; "
+            "give the key that you know with --key."
+        )
+        return Check(name="signature", state="not_checked", text=text)
+    return Check(name="signature", state="right", text=f"It is signed with the key {key}, and nothing was changed.")
 
 
 def _figures(report: Report) -> Iterator[Check]:
@@ -81,7 +91,7 @@ def _taken(report: Report) -> Iterator[Check]:
     if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
         text = (
             f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
-            "runs), taken from a report that the site signed."
+            "runs). The lead took them from the site's own report, whose signature is not in this file."
         )
         yield Check(name="taken", state="not_checked", text=text)
 
@@ -90,14 +100,24 @@ def _is_joined(site: SiteReport) -> bool:
     return site.source == "signed_site_report" and site.lifetime is not None
 
 
-def _configuration(report: Report, expected: str | None) -> Check:
-    said = report.provenance.config_sha256
-    if expected is None:
-        text = "The run's configuration is not at hand: give its SHA-256 with --config."
-        if report.kind == "ledger":
-            text = "A ledger covers many runs and has no single configuration."
+def _configuration(report: Report, sha256: str | None, config: RunConfig | None) -> Check:
+    """The run's settings against the report: their digest, and the plan that they give."""
+    if report.kind == "ledger":
+        text = "A ledger covers many runs and has no single configuration."
         return Check(name="configuration", state="not_checked", text=text)
-    if said != expected:
-        problem = recompute.Problem("provenance.config_sha256", said, expected)
-        return Check(name="configuration", state="wrong", text="It is of another configuration:", problems=(problem,))
-    return Check(name="configuration", state="right", text=f"It is of the configuration {expected}.")
+    problems = [*settings_problems(report, config)] if config is not None else []
+    said = report.provenance.config_sha256
+    if sha256 not in (None, said):
+        problems.insert(0, Problem("provenance.config_sha256", said, sha256))
+    if problems:
+        text = "The run's settings say something else:"
+        return Check(name="configuration", state="wrong", text=text, problems=tuple(problems))
+    if config is not None:
+        text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
+        return Check(name="configuration", state="right", text=text)
+    text = (
+        "The run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
+    )
+    if sha256 is not None:
+        text = f"It is of the configuration {sha256}, whose settings are not at hand: {text[0].lower()}{text[1:]}"
+    return Check(name="configuration", state="not_checked", text=text)

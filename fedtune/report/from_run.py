@@ -23,7 +23,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report import recompute, signing
 from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.audit_bounds import judged, read_audit
-from fedtune.report.derive.facts import NOT_RECORDED, RunFacts
+from fedtune.report.derive.facts import NOT_RECORDED, RunFacts, differing
 from fedtune.report.derive.profile import charged_events, largest, mechanism_of
 from fedtune.report.derive.rules import report_of
 from fedtune.report.model import (
@@ -101,7 +101,7 @@ def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
         final=finite_scores(final.metrics),
         non_private=None,
         findings=final.findings,
-        cost=final.cost,
+        energy=final.energy,
         detail=final.detail,
         kept=record.kept,
         selection=record.selection,
@@ -209,17 +209,7 @@ def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bo
         return True
     if (report.unit, report.delta, run.most_rounds) != (plan.unit, plan.delta, plan.most_rounds):
         return True
-    asked = mechanism_of(plan, run=record.run, rounds=1, sampling=NOT_RECORDED)
-    keys = (
-        "sampling_rate",
-        "noise_multiplier",
-        "local_steps",
-        "metrics_noise_multiplier",
-        "records_per_user",
-        "shared",
-    )
-    ran = [mechanism for mechanism in own.mechanisms if mechanism.run == record.run]
-    return any(getattr(mechanism, key) != getattr(asked, key) for mechanism in ran for key in keys)
+    return any(True for row in own.mechanisms if row.run == record.run for _ in differing(row, plan))
 
 
 def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
@@ -302,7 +292,7 @@ def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts,
         meaning=None,
         mechanisms=tuple(rows),
         curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
-        steps=tuple(_steps(record, site, record.settled(site, charged.rounds))),
+        steps=tuple(_steps(record, site, charged.rounds)),
         releases=tuple(_releases(record, site)),
         by_trust=reliance.by_trust(
             # What scores ended claims its whole plan.
@@ -348,15 +338,6 @@ def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
             time=result.ended or None,
             epsilon=_epsilon_after(record.plan, so_far, charged),
         )
-
-
-def planned_path(plan: Plan, *, most: int) -> Iterator[tuple[int, float]]:
-    """(round, epsilon) of up to `most` rounds of a plan and its last; nothing where nothing bounds it."""
-    every = math.ceil(plan.num_rounds / most)
-    for number in sorted({1, *range(every, plan.num_rounds, every), plan.num_rounds}):
-        epsilon = _epsilon_after(plan, number, plan.num_rounds) if plan.private else None
-        if epsilon is not None:
-            yield number, epsilon
 
 
 def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:

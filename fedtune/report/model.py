@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.federation.cost import Cost
+from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.events import Charge as Charge
@@ -317,7 +317,7 @@ class Utility:
 
     Attributes:
         findings: what they say against the training.
-        cost: of the machine that wrote the report; None: not asked for.
+        energy: of the machine that ran this; None: not asked for.
         detail: what stands behind the final ones, where the task has labels.
         kept: what the scores of the rounds decided, where the settings let them.
         selection: that the run was picked in a search; None: it was not.
@@ -328,7 +328,7 @@ class Utility:
     non_private: Scores | None
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
-    cost: Cost | None = None
+    energy: Energy | None = None
     detail: Detail | None = None
     kept: Kept | None = None
     selection: Selection | None = None
@@ -431,7 +431,7 @@ class Problem(NamedTuple):
 
 LATER = (
     *("provenance/start_adapter", "provenance/purpose"),
-    *("utility/findings", "utility/cost", "utility/detail", "utility/kept", "utility/selection"),
+    *("utility/findings", "utility/energy", "utility/detail", "utility/kept", "utility/selection"),
     *("sites/*/spent/ended_by_scores", "sites/*/by_trust", "sites/*/mechanisms/*/shared"),
     "sites/*/meaning/right_of_100_with_all_others",
 )

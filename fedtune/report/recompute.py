@@ -15,18 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dp_accounting import (
-    ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
     NonPrivateDpEvent,
     PoissonSampledDpEvent,
-    SelfComposedDpEvent,
 )
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Spent
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
-from fedtune.privacy.selection import MOST_TRIALS, Selection, best_of_poisson
+from fedtune.privacy.selection import MOST_TRIALS, Selection
 from fedtune.report.derive import profile, reliance, rules, verdicts
 from fedtune.report.derive.audit_bounds import audit_problems, refutes
 from fedtune.report.derive.facts import LedgerFacts, RunFacts
@@ -212,27 +210,10 @@ def _kept(report: Report) -> Iterator[Problem]:
 def _of_selection(report: Report, told: Selection, charged: Charges) -> Iterator[Problem]:
     yield from _compared("delta", told.delta, report.delta)
     yield from _compared("epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
-    mean = told.mean_trials
-    if told.trials != (told.most_trials if mean is None else None):
-        yield Problem("trials", told.trials, f"{told.most_trials}, or none where the number was drawn")
-    if told.method not in (("random",) if mean is not None else ("grid", "random", "tpe")):
-        yield Problem("method", told.method, "random, or where no number was drawn grid or tpe")
-    if not 1 <= told.most_trials <= min(sum(charged.values()), MOST_TRIALS):
-        yield Problem("most_trials", told.most_trials, "no more trials than what they were charged")
-    if mean is not None and not 1 <= mean <= MOST_TRIALS / 2:
-        yield Problem("mean_trials", mean, f"1 to {MOST_TRIALS // 2}")
-        return
-    picked = most = None
-    if mean is not None and told.most_trials >= 1:
-        trial = ComposedDpEvent(
-            tuple(SelfComposedDpEvent(event, count // told.most_trials) for event, count in charged.items())
-        )
-        if any(count % told.most_trials for count in charged.values()):
-            yield Problem("most_trials", told.most_trials, "a number of equal trials")
-            return
-        picked, most = best_of_poisson(trial, mean=mean, delta=told.delta)
-        yield from _compared("most_trials", told.most_trials, most)
-    yield from _compared("epsilon_of_picked", told.epsilon_of_picked, picked)
+    if told.method not in ("grid", "random", "tpe"):
+        yield Problem("method", told.method, "grid, random or tpe")
+    if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
+        yield Problem("trials", told.trials, "no more trials than what they were charged")
     for site in report.sites:
         if charges_of(site) - charged:
             yield Problem("charges", _listed(charged), f"at least what {site.site} was charged for this run")

@@ -93,7 +93,7 @@ def _search(report: Report) -> str:
     picked = report.utility.selection if report.utility else None
     if picked is None:
         return ""
-    return f"picked by {picked.judged_by} out of {picked.trials or 'a random number of'} trials of {picked.search}"
+    return f"picked by {picked.judged_by} out of {picked.trials} trials of {picked.search}"
 
 
 def to_text(report: Report, about: AboutSpec) -> str:

@@ -77,6 +77,10 @@ class SavedModel:
         """Put an adapter into the model."""
         copy_tensors(self._tensors[name], _places_in(self.model))
 
+    def fields_of(self, text: str, *, at: str) -> dict[str, str]:
+        """A text as the fields of a record to be answered; see `Task.prompt_fields`."""
+        return self.model.task.prompt_fields(text, self.config.data, at=at)
+
     def prompt_ids(self, fields: Mapping[str, str], *, at: str, room: int = 1) -> npt.NDArray[np.int32]:
         """The tokens from which an answer is written.
 

@@ -226,7 +226,7 @@ def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.
     if config.privacy.unit != "user":
         return None
     try:
-        users = column_values(records, config.data.columns["user"], key="data.columns.user")
+        users = column_values(records, config.data.columns["user"], key="data.columns.user", role="user")
     except DataError:
         return None
     return users_of([Record({"user": user}) for user in users])

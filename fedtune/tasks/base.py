@@ -7,6 +7,7 @@ A task is one object without state.  To add one: write its file in this folder, 
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
@@ -18,6 +19,7 @@ from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
 from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
+from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError
@@ -139,6 +141,35 @@ class Task(ABC):
     def asked_by(self, data: DataSpec) -> dict[str, str]:
         """Role to column of what the tuned model is asked by: all that a record has but its answer."""
         return data.needed_columns(set(self.roles_in(data)) - self.answers)
+
+    def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
+        """A text that a person asks the tuned model with, as the fields of a record.
+
+        Args:
+            text: the question.
+            data: of the run.
+            at: names the text in a message.
+
+        Raises:
+            ConfigError: it is blank or no text, or a record of the run has more parts than one.
+        """
+        if not text.strip():
+            raise ConfigError(at, text, "must not be blank")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
+        roles = self.asked_by(data)
+        if "messages" in roles:
+            return {
+                "messages": json.dumps([{"role": "user", "content": text}], separators=(",", ":"), ensure_ascii=False)
+            }
+        main = next((role for role in ("text", "prompt") if role in roles), None)
+        if main is None or set(roles) - OPTIONAL_ROLES != {main}:
+            wanted = ", ".join(roles)
+            bound = f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)"
+            raise ConfigError(at, text, bound)
+        return {role: text if role == main else "" for role in roles}
 
     def check_data(self, data: DataSpec) -> None:
         """Check that columns and labels fit the task; errors name keys of `data`.

@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode, most_characters
+from fedtune.data.tokenise import (
+    UNSUPERVISED,
+    MarkedTokenizer,
+    Targets,
+    TextDataset,
+    Tokenizer,
+    cut,
+    encode,
+    most_characters,
+)
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
@@ -58,11 +67,10 @@ class CausalLM(Task):
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """Those of the layout; of a prompt also the template's, and the system's where there are turns."""
-        for role in ("messages", "text"):
-            if role in data.columns:
-                return (role,)
         system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
-        return (*self.roles, *data.template_roles, *system)
+        if "text" in data.columns:
+            return ("text",)
+        return (*(("messages",) if "messages" in data.columns else (*self.roles, *data.template_roles)), *system)
 
     def check_data(self, data: DataSpec) -> None:
         named = [role for role in ("messages", "text", "prompt") if role in data.columns]
@@ -106,7 +114,7 @@ class CausalLM(Task):
     ) -> TextDataset:
         """What stands before an answer, the answer, and the tokens that end it; the last two are supervised.
 
-        The parts are encoded apart, so that what stands before an answer is what generation starts from.  The
+        A chat is encoded whole, as its template writes it, and a prompt and its completion apart.  The
         tokenizer's begin-of-text token leads where it is one that adds it.  Of an example that exceeds
         `data.max_length` the answer stays, and what is before it is cut at its beginning; of a chat, that is all before
         its last answer.  An answer that alone exceeds it, and a plain text, are cut at their end.
@@ -119,9 +127,9 @@ class CausalLM(Task):
         examples = [laid_out(layout, record, lenient=lenient_within is not None) for record in records]
         input_ids, targets = [], []
         for tokens in layout.encoded(examples, tokenizer, within=lenient_within):
-            fitted = tokens.fitted(data.max_length) or [_Token(layout.end, learnt=False)]
-            input_ids.append(np.array([token.number for token in fitted], dtype=np.int32))
-            learnt = np.array([token.learnt for token in fitted])
+            fitted = tokens.fitted(data.max_length)
+            input_ids.append(np.array(fitted.numbers or [layout.end], dtype=np.int32))
+            learnt = np.array(fitted.learnt or [False])
             learnt[0] = False  # nothing stands before it
             targets.append(np.where(learnt, input_ids[-1], UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets))
@@ -147,12 +155,12 @@ class CausalLM(Task):
                 "messages", str(error), "must be turns of user and assistant that end in a user's"
             ) from None
         (tokens,) = layout.encoded([example], tokenizer)
-        return np.array([token.number for token in tokens.context], dtype=np.int32)
+        return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
     def end_ids(self, tokenizer: Tokenizer, *, data: DataSpec) -> frozenset[int]:
         """End of text and, where there are turns, the end of the assistant's."""
         layout = Layout.of(tokenizer, data)
-        return frozenset({layout.end, *(layout.chat.ending[-1:] if layout.chat else ())})
+        return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
@@ -162,12 +170,13 @@ class CausalLM(Task):
             return None
         layout = Layout.of(tokenizer, data)
         examples = [laid_out(layout, record, lenient=False) for record in records]
+        asked = [replace(example, answer=()) for example in examples]
         prompts = []
-        for record, tokens in zip(records, layout.encoded(examples, tokenizer), strict=True):
-            fitted = replace(tokens, answer=()).fitted(data.max_length)
-            if not fitted:
+        for record, tokens in zip(records, layout.encoded(asked, tokenizer), strict=True):
+            prompt = replace(tokens, numbers=tokens.numbers[: tokens.context]).fitted(data.max_length).numbers
+            if not prompt:
                 raise DataError(record.at("prompt"), "no tokens", "must give a token to generate from")
-            prompts.append(np.array([token.number for token in fitted], dtype=np.int32))
+            prompts.append(np.array(prompt, dtype=np.int32))
         return tuple(prompts), [example.reference for example in examples]
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
@@ -249,8 +258,8 @@ class _Example:
     """A record before it is encoded.
 
     Attributes:
-        context: what stands before the last answer, led by the begin-of-text token; a plain text has that alone.
-        answer: what is learnt last, with what ends it.
+        context: what stands before the last answer; a plain text has nothing.
+        answer: what is learnt last; in a chat with what ends it.
         reference: the answer as the record has it.
     """
 
@@ -259,29 +268,39 @@ class _Example:
     reference: str = ""
 
 
-class _Token(NamedTuple):
-    number: int
-    learnt: bool
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """An encoded example; `start`: how many tokens of the context stay in any case."""
+    """An encoded example.
 
-    context: Sequence[_Token] = ()
-    answer: Sequence[_Token] = ()
+    Attributes:
+        numbers: (t,) its token ids.
+        learnt: (t,) whether each is supervised.
+        context: how many stand before the last answer.
+        start: how many of these stay in any case.
+    """
+
+    numbers: Sequence[int] = ()
+    learnt: Sequence[bool] = ()
+    context: int = 0
     start: int = 0
 
-    def fitted(self, length: int, *, room_for: int = 0) -> list[_Token]:
+    @property
+    def answer(self) -> int:
+        """The tokens of the last answer."""
+        return len(self.numbers) - self.context
+
+    def fitted(self, length: int, *, room_for: int = 0) -> _Tokens:
         """At most `length` tokens, of which one stands before the answer if there is any.
 
         The context is cut as for an answer of at least `room_for` tokens, so that it is the same before several.
         """
-        most = length - max(self.start, min(1, len(self.context)))
-        answer = self.answer[:most]
-        begin, rest = self.context[: self.start], self.context[self.start :]
-        room = length - len(begin) - max(len(answer), min(room_for, most))
-        return [*begin, *rest[max(0, len(rest) - room) :], *answer]
+        most = length - max(self.start, min(1, self.context))
+        answer = min(self.answer, most)
+        room = length - self.start - max(answer, min(room_for, most))
+        cut = max(0, self.context - self.start - room)
+        kept = [*range(self.start), *range(self.start + cut, self.context + answer)]
+        numbers, learnt = [self.numbers[place] for place in kept], [self.learnt[place] for place in kept]
+        return _Tokens(numbers, learnt, self.context - cut, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,15 +308,17 @@ class Layout:
     """How a run lays out its records.
 
     Attributes:
-        start: the begin-of-text token, where examples have one.
+        start: the begin-of-text token, where the tokenizer puts one before a text.
         end: the end-of-text token.
         chat: how turns are written; None: a prompt and its completion as they are.
+        literal: encodes a plain text, in which no name makes a special token; None: records are no plain texts.
         data: the run's settings.
     """
 
     start: tuple[int, ...]
     end: int
     chat: ChatFormat | None
+    literal: MarkedTokenizer | None
     data: DataSpec
 
     @classmethod
@@ -305,9 +326,8 @@ class Layout:
         """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
         end, start = end_of_text(tokenizer), _start_ids(tokenizer)
         if data.chat_template == "none":
-            return cls(start, end, None, data)
-        chat = chat_format(data.chat_template, tokenizer, start=start, end=end)
-        return cls(chat.start, end, chat, data)
+            return cls(start, end, None, _literal(tokenizer) if "text" in data.columns else None, data)
+        return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
     def prompt(self, fields: Mapping[str, str]) -> Sequence[Piece]:
         """What stands before an answer to `fields`, which hold none.
@@ -319,11 +339,11 @@ class Layout:
         if "messages" not in fields:
             prompt = fields["text"] if "text" in fields else _filled(self.data.prompt_template, fields)
             if self.chat is None:
-                return Piece(self.start), Piece(prompt)
+                return [Piece(prompt, said=True)]
             return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())])
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
-        return self.chat.prompt(turns_in(fields["messages"]))
+        return self.chat.prompt(_turns(fields))
 
     def example(self, fields: Mapping[str, str]) -> _Example:
         """A whole record, its texts cut to the characters that an example may need.
@@ -331,46 +351,80 @@ class Layout:
         Raises:
             NoConversation: for messages that are no turns, or that hold no answer.
         """
-        length, end = self.data.max_length, Piece((self.end,), learnt=True)
+        length = self.data.max_length
         if "text" in fields:
-            return _Example([Piece(self.start)], [Piece(cut(fields["text"], length), learnt=True), end])
+            return _Example((), [Piece(cut(fields["text"], length), said=True, learnt=True)])
         if self.chat is None or "messages" not in fields:
             context, reference = self.prompt(fields), fields["completion"]
         else:
-            asked, reference = before_last_answer(turns_in(fields["messages"]))
+            asked, reference = before_last_answer(_turns(fields))
             context = self.chat.prompt(asked)
         said = cut(reference, length)
-        answer = [Piece(said, learnt=True), end] if self.chat is None else self.chat.answer(said)
-        return _Example([context[0], *_last(context[1:], length)], answer, reference)
+        answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.answer(said)
+        return _Example(_last(context, length), answer, reference)
 
     def encoded(
         self, examples: Sequence[_Example], tokenizer: Tokenizer, *, within: int | None = None
     ) -> Iterator[_Tokens]:
-        """The tokens of each example; none where a part of it cannot be encoded: half a record is another."""
-        pieces = [piece for example in examples for piece in (*example.context, *example.answer)]
-        texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
-        # Without turns, prompt and completion may hold special tokens by name: templates of 0.1.0 could write turns so.
-        literal = self.chat is not None or "text" in self.data.columns
-        ids_of_texts = encode(texts, tokenizer, special_tokens=False, within=within, literal=literal)
+        """The tokens of each example; none where a part of it cannot be encoded: half a record is another.
 
-        def tokens(some: Sequence[Piece]) -> tuple[list[_Token], bool]:
-            found, whole = [], True
-            for piece in some:
-                ids = next(ids_of_texts) if isinstance(piece.content, str) else piece.content
-                whole &= bool(ids) or not isinstance(piece.content, str) or not piece.content.strip()
-                found += [_Token(number, piece.learnt) for number in ids]
-            return found, whole
+        A conversation is one text, encoded whole, so that its tokens are those that transformers gives it.  A prompt
+        and its completion are encoded apart: there nothing says where one ends but that.
+        """
+        if self.chat is not None:
+            texts = ["".join(piece.text for piece in (*one.context, *one.answer)) for one in examples]
+            encoded = self.chat.tokenizer.encode(texts, within=within)
+            lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
+            for example, (ids, places) in zip(examples, encoded, strict=True):
+                # A token before the text belongs to what comes first in it.
+                yield (
+                    _placed(example, [*lead, *ids], [*[(0, 0)] * len(lead), *places], start=begins)
+                    if ids
+                    else _Tokens()
+                )
+            return
+        parts = ["".join(piece.text for piece in part) for one in examples for part in (one.context, one.answer)]
+        if self.literal is not None:
+            ids_of_parts = (ids for ids, _ in self.literal.encode(parts, within=within))
+        else:
+            # These may hold special tokens by name: templates of 0.1.0 could write turns so.
+            ids_of_parts = encode(parts, tokenizer, special_tokens=False, within=within)
+        whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
+        for (context, one), (answer, other) in zip(whole, whole, strict=True):
+            before = [*self.start, *context]
+            learnt = [False] * len(before) + [True] * (len(answer) + 1)
+            found = _Tokens([*before, *answer, self.end], learnt, len(before), len(self.start))
+            yield found if one and other else _Tokens()
 
-        for example in examples:
-            (context, one), (answer, other) = tokens(example.context), tokens(example.answer)
-            yield _Tokens(context, answer, len(self.start)) if one and other else _Tokens()
+
+def _placed(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, int]], *, start: int) -> _Tokens:
+    """The tokens of a conversation that was encoded whole; a token belongs to the piece that holds its last character.
+
+    None where a piece of more than spaces has no part in a token.
+    """
+    pieces = [*example.context, *example.answer]
+    ends = np.cumsum([len(piece.text) for piece in pieces], dtype=np.int64)
+    first, end = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    for piece, until in zip(pieces, ends, strict=True):
+        if piece.text.strip() and not ((first < until) & (end > until - len(piece.text))).any():
+            return _Tokens()
+    of_piece = np.searchsorted(ends, np.maximum(first, end - 1), side="right").clip(max=len(pieces) - 1)
+    learnt = np.array([piece.learnt for piece in pieces])[of_piece]
+    context = int(np.searchsorted(of_piece, len(example.context)))
+    return _Tokens(ids, learnt.tolist(), context, start)
 
 
 def _require_answer(record: Record) -> None:
     try:
-        before_last_answer(turns_in(record.fields["messages"]))
+        before_last_answer(_turns(record.fields))
     except NoConversation as error:
         raise DataError(record.at("messages"), str(error), "must have at least one answer to learn from") from None
+
+
+def _turns(fields: Mapping[str, str]) -> list[Turn]:
+    """The turns of a conversation, led by what its record says as the system where they do not say it themselves."""
+    turns, system = turns_in(fields["messages"]), fields.get(SYSTEM, "")
+    return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
 
 def laid_out(layout: Layout, record: Record, *, lenient: bool) -> _Example:
@@ -390,18 +444,18 @@ def laid_out(layout: Layout, record: Record, *, lenient: bool) -> _Example:
 
 
 def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
-    """The pieces from which the last tokens of an example come, without the characters that it can not need."""
-    room, num_tokens, kept = most_characters(length), 0, []
+    """The pieces from which the last tokens of a context come, and the template's first one.
+
+    What a record says is cut to the characters that an example may need; what a template writes stays whole.
+    """
+    room, kept = most_characters(length), []
     for piece in reversed(pieces):
-        if room <= 0 or num_tokens >= length:
+        if room <= 0:
             break
-        if isinstance(piece.content, str):
-            kept.append(replace(piece, content=piece.content[-room:]))
-            room -= len(piece.content)
-        else:
-            kept.append(piece)
-            num_tokens += len(piece.content)
-    return kept[::-1]
+        kept.append(piece._replace(text=piece.text[-room:]) if piece.said else piece)
+        room -= len(piece.text)
+    start = [] if pieces[0].said or len(kept) == len(pieces) else [pieces[0]]
+    return [*start, *kept[::-1]]
 
 
 def _filled(template: str, fields: Mapping[str, str]) -> str:
@@ -435,6 +489,11 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_token_id is None:
         raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
     return tokenizer.eos_token_id
+
+
+@lru_cache(maxsize=4)
+def _literal(tokenizer: Tokenizer) -> MarkedTokenizer:
+    return MarkedTokenizer.of(tokenizer, ())
 
 
 def _start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

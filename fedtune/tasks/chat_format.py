@@ -1,4 +1,4 @@
-"""Conversations as tokens: what a chat template writes between the contents of turns, found out once for a model.
+"""Conversations as one text each: what a chat template writes between contents of turns, found out once for a model.
 
 A template is a program that came with the model.  It is rendered over made-up conversations alone, never over a record:
 what it does to one text and not to another, and how long it takes for it, then tells nothing about records.  Most
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.tokenise import Tokenizer, encode
+from fedtune.data.tokenise import MarkedTokenizer, Tokenizer
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:
@@ -37,36 +37,51 @@ class NoConversation(ValueError):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation; `train`: whether it is learnt, where it is the assistant's."""
 
     role: str
     content: str
+    train: bool = True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A part of an example: a text that is to be encoded, or tokens; `learnt`: whether its tokens are supervised."""
+class Piece(NamedTuple):
+    """A part of an example's text.
 
-    content: str | tuple[int, ...]
+    Attributes:
+        text: in the names of a `MarkedTokenizer`.
+        said: whether a record says it; otherwise a template does.
+        learnt: whether its tokens are supervised.
+    """
+
+    text: str
+    said: bool = False
     learnt: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatFormat:
-    """How a conversation becomes tokens.
+    """How a conversation becomes one text, which is encoded whole: as the template writes it, so are its tokens.
 
     Attributes:
-        start: the begin-of-text token, where a conversation begins with one.
-        joints: the tokens between two contents; those behind `start` and behind `ending` where they follow.
+        tokenizer: encodes that text.
+        lead: the tokens that go before that text.
+        start: the begin-of-text token's name, where the template itself begins with it.
+        joints: the texts between two contents; that behind `start` where it begins with it.
         contents: what is written of a turn's content, by role.
-        ending: the tokens that end an assistant's turn, always taught; the last one says that it has ended.
+        ending: what ends the last answer, always taught.
+        between: what ends an answer with turns behind it, taught too; blank where the template ends it by no mark.
+        end: the token that says that an answer has ended.
         has_system: otherwise a system turn is put before the first user's content, with a blank line between them.
     """
 
-    start: tuple[int, ...]
-    joints: Mapping[Joint, tuple[int, ...]]
+    tokenizer: MarkedTokenizer
+    lead: tuple[int, ...]
+    start: str
+    joints: Mapping[Joint, str]
     contents: Mapping[str, Callable[[str], str]]
-    ending: tuple[int, ...]
+    ending: str
+    between: str
+    end: int
     has_system: bool
 
     def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
@@ -76,17 +91,17 @@ class ChatFormat:
             NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
                 with a system turn before them or none.
         """
-        pieces, before = [Piece(self.start)], START
+        pieces, before, learnt = [Piece(self.start)], START, False
         for turn in (*self._placed(turns), Turn(ANSWER, "")):
-            if before == ASSISTANT:
-                pieces.append(Piece(self.ending, learnt=True))
             joint = self.joints.get((before, turn.role))
             if joint is None:
                 raise NoConversation("turns in another order")
+            if before == ASSISTANT:
+                pieces.append(Piece(self.between, learnt=learnt))
             pieces.append(Piece(joint))
             if turn.role != ANSWER:
                 pieces.append(self._said(turn))
-            before = turn.role
+            before, learnt = turn.role, turn.train
         return pieces
 
     def answer(self, content: str) -> list[Piece]:
@@ -94,7 +109,7 @@ class ChatFormat:
         return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
     def _said(self, turn: Turn) -> Piece:
-        return Piece(self.contents[turn.role](turn.content), learnt=turn.role == ASSISTANT)
+        return Piece(self.contents[turn.role](turn.content), said=True, learnt=turn.role == ASSISTANT and turn.train)
 
     def _placed(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns, a system turn where the format has it; a blank one counts as none."""
@@ -116,23 +131,23 @@ def turns_in(text: str) -> list[Turn]:
         NoConversation: it is none.
     """
     try:
-        turns = [Turn(turn["role"], turn["content"]) for turn in json.loads(text)]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        turns = [Turn(turn["role"], turn["content"], turn.get("train", True)) for turn in json.loads(text)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NoConversation("no list of turns") from error
-    if not all(isinstance(part, str) for turn in turns for part in turn):
+    if not all(isinstance(part, str) for turn in turns for part in turn[:2]):
         raise NoConversation("a turn that is no text")
     return turns
 
 
 def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
-    """The turns before the assistant's last one, and what that says.
+    """The turns before the assistant's last one that is learnt, and what that says.
 
     Raises:
         NoConversation: there is none.
     """
-    places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT]
+    places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
-        raise NoConversation("no turn of the assistant")
+        raise NoConversation("no turn of the assistant that is learnt")
     return turns[: places[-1]], turns[places[-1]].content
 
 
@@ -153,35 +168,91 @@ def chat_format(
     if kind == "plain":
         return _plain(tokenizer, start, end)
     try:
-        chain = _chain_of(_template_of(tokenizer), tuple(_special_texts(tokenizer).items()))
-        joints = {joint: _ids(text, tokenizer) for joint, text in chain.joints.items()}
-        _check_marks({number for ids in joints.values() for number in ids}, tokenizer)
+        return _own(tokenizer, _template_of(tokenizer), end)
     except _NoChain as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
-    behind = joints.pop((ASSISTANT, END))
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    place = next((place for place, number in enumerate(behind) if number in special), None)
-    ending = (end,) if place is None else behind[: place + 1]
-    between = joints[ASSISTANT, USER]
-    if between[: len(ending)] == ending:
-        joints[ASSISTANT, USER] = between[len(ending) :]
-    starts = {joint: ids for joint, ids in joints.items() if joint[0] == START}
-    begin = joints[START, USER][:1]
-    if begin != (tokenizer.bos_token_id,) or any(ids[:1] != begin for ids in starts.values()):
-        begin = ()
-    joints |= {joint: ids[len(begin) :] for joint, ids in starts.items()}
-    return ChatFormat(begin, joints, chain.contents(), ending, has_system=(START, SYSTEM) in joints)
 
 
+@lru_cache(maxsize=4)
 def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat:
     """`System: ...`, `User: ...`, `Assistant: ...`; a space leads each content, as words are encoded with it."""
+    marked = MarkedTokenizer.of(tokenizer, {end})
     names = {SYSTEM: "System:", USER: "User:", ASSISTANT: "Assistant:", ANSWER: "Assistant:"}
-    first = {(START, role): _ids(names[role], tokenizer) for role in (SYSTEM, USER)}
     following = ((SYSTEM, USER), (USER, ASSISTANT), (USER, ANSWER), (ASSISTANT, USER))
-    joints = first | {(before, role): _ids(f"\n\n{names[role]}", tokenizer) for before, role in following}
+    joints = {(START, role): names[role] for role in (SYSTEM, USER)}
+    joints |= {(before, role): f"\n\n{names[role]}" for before, role in following}
     contents = dict.fromkeys((SYSTEM, USER, ASSISTANT), lambda content: f" {content.strip()}")
-    return ChatFormat(start, joints, contents, (end,), has_system=True)
+    ending = marked.names[end]
+    return ChatFormat(marked, start, "", joints, contents, ending, ending, end, has_system=True)
+
+
+@lru_cache(maxsize=4)
+def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
+    """Raises _NoChain."""
+    from fedtune.tasks.counted_template import texts_in
+
+    compiled = _compiled(template)
+    chain, tried = _derived(compiled, texts_in(template, compiled.environment), _special_texts(tokenizer))
+    found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
+    marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
+    joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
+    _check_tokens(replace(chain, joints=joints), tried, tokenizer, marked)
+
+    behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
+    if last is not None:
+        end = last.number
+        ending = behind[: behind.index(marked.names[end]) + len(marked.names[end])]
+    else:
+        ending = marked.names[end]
+    between = ending if joints[ASSISTANT, USER].startswith(ending) else ""
+    joints[ASSISTANT, USER] = joints[ASSISTANT, USER].removeprefix(between)
+    begin = marked.names.get(-1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id, "")
+    starts = [joint for joint in joints if joint[0] == START]
+    if not begin or not all(joints[joint].startswith(begin) for joint in starts):
+        begin = ""
+    joints |= {joint: joints[joint].removeprefix(begin) for joint in starts}
+    has_system = (START, SYSTEM) in joints
+    return ChatFormat(marked, (), begin, joints, chain.contents(), ending, between, end, has_system)
+
+
+class _Mark(NamedTuple):
+    """A token that no letters make, and where it stands in a text."""
+
+    number: int
+    first: int
+    end: int
+
+
+def _marks_in(text: str, tokenizer: Tokenizer) -> list[_Mark]:
+    """The added tokens that the tokenizer finds by name in a text, without those of spaces alone."""
+    added, found = tokenizer.added_tokens_decoder, []
+    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+    for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
+        name = added[number].content if number in added else ""
+        # Some take the spaces beside them along; the one for unknown letters stands for what it is not called.
+        if name.strip() and name in text[first:end]:
+            place = text.index(name, first)
+            found.append(_Mark(number, place, place + len(name)))
+    return found
+
+
+def _named(text: str, marks: Sequence[_Mark], marked: MarkedTokenizer) -> str:
+    for mark in reversed(marks):
+        text = text[: mark.first] + marked.names[mark.number] + text[mark.end :]
+    return text
+
+
+def _check_tokens(
+    chain: _Chain, tried: Mapping[_Conversation, str], tokenizer: Tokenizer, marked: MarkedTokenizer
+) -> None:
+    """Refuse a template whose conversations, encoded whole, get other tokens than transformers gives them."""
+    for turns, text in tried.items():
+        if any(_marks_in(turn.content, tokenizer) for turn in turns):
+            continue  # text for us, and a mark for transformers
+        ((ours, _),) = marked.encode([chain.text(turns)])
+        if ours != tokenizer([text], add_special_tokens=False)["input_ids"][0]:
+            raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
 
 
 # What a model's own template writes, as texts.
@@ -223,12 +294,11 @@ class _NoChain(Exception):
     """Why a template is refused, as the end of a sentence about it."""
 
 
-@lru_cache(maxsize=8)
-def _chain_of(template: str, special: tuple[tuple[str, str], ...]) -> _Chain:
-    return _derived(_compiled(template), dict(special))
+def _derived(
+    template: Template, own_texts: Collection[str], special: Mapping[str, str]
+) -> tuple[_Chain, Mapping[_Conversation, str]]:
+    """The chain, and what the template writes of the conversations that it was tried on."""
 
-
-def _derived(template: Template, special: Mapping[str, str]) -> _Chain:
     def rendered(turns: _Conversation) -> str:
         return _rendered(template, turns, special)
 
@@ -249,10 +319,10 @@ def _derived(template: Template, special: Mapping[str, str]) -> _Chain:
     chain = _Chain(joints, dict.fromkeys(roles, str), lead)
     for role in roles:
         chain = _trimmed(rendered, chain, role)
-    for turns in _tried(has_system=SYSTEM in roles):
-        if rendered(turns) != chain.text(turns):
-            raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
-    return chain
+    tried = {turns: rendered(turns) for turns in _tried((*own_texts, *special.values()), has_system=SYSTEM in roles)}
+    if any(text != chain.text(turns) for turns, text in tried.items()):
+        raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
+    return chain, tried
 
 
 def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
@@ -289,8 +359,11 @@ def _trimmed(rendered: Callable[[_Conversation], str], chain: _Chain, role: str)
     raise _NoChain(f"changes what the {role} says")
 
 
-def _tried(*, has_system: bool) -> Iterator[_Conversation]:
-    """Made-up conversations of several lengths, with contents that a template might treat in a way of their own."""
+def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
+    """Made-up conversations of several lengths, with contents that a template might treat in a way of their own.
+
+    Such as those that hold one of its own texts: what it cuts off there, such as a thought, it has to look for.
+    """
     odd = ('\n\nLines\n\nof "text", <b> & {{ x }}\n', "Ünï: 文字 [INST] #1", " two words\n", "word")
     unsaid = ("", "  ", *odd)  # of a user, who may say nothing
     for shift in range(len(unsaid)):
@@ -300,38 +373,48 @@ def _tried(*, has_system: bool) -> Iterator[_Conversation]:
             turns = (*turns, Turn(USER, user), Turn(ASSISTANT, assistant))
         for first in ((), (Turn(SYSTEM, odd[shift % len(odd)]),)) if has_system else ((),):
             yield from ((*first, *turns[:count]) for count in range(1, len(turns) + 1))
+    roles = (*((SYSTEM,) if has_system else ()), USER, ASSISTANT, USER, ASSISTANT)
+    for text in (*sorted(set(own_texts)), "</think>", "long " * 1000):
+        for content in (f"{text}said", f"said {text} and {text} more", f"said{text}"):
+            yield tuple(Turn(role, content) for role in roles)
 
 
-_WITHHELD = ("strftime_now", "range", "lipsum")
-"""What a template of transformers may call and none of a record's may depend on: a clock, long loops, chance.  Where
-it asks whether they are there, it hears no."""
+_WITHHELD = ("strftime_now", "lipsum")
+"""What a template of transformers may call and no record may depend on: a clock, chance.  Where it asks whether they
+are there, it hears no."""
 
 
 def _compiled(template: str) -> Template:
-    """The template in transformers' own sandbox."""
-    from jinja2 import TemplateError
+    """The template with what transformers' own sandbox has, under counts."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     from fedtune.model.quiet import first_line
+    from fedtune.tasks.counted_template import CountedEnvironment, TooMuchWork
 
     if len(template) > _MOST_TEMPLATE:
         raise _NoChain(f"has {len(template)} characters, more than {_MOST_TEMPLATE}")
+    environment = CountedEnvironment(_compile_jinja_template("").environment)
     try:
-        compiled: Template = _compile_jinja_template(template)
-    except (TemplateError, RecursionError) as error:
+        return environment.from_string(template)
+    except TooMuchWork as error:
+        raise _NoChain(str(error)) from None
+    except Exception as error:  # whatever its own words make of Jinja and of Python's compiler
         raise _NoChain(f"cannot be read ({first_line(error)})") from None
-    return compiled
 
 
 def _rendered(template: Template, turns: _Conversation, special: Mapping[str, str]) -> str:
     from jinja2 import Undefined
 
     from fedtune.model.quiet import first_line
+    from fedtune.tasks.counted_template import TooMuchWork
 
     given = {name: Undefined(name=name) for name in _WITHHELD} | dict.fromkeys(("tools", "documents")) | dict(special)
     messages = [turn._asdict() for turn in turns]
+    template.environment.work = 0
     try:
         return template.render(given, messages=messages, add_generation_prompt=turns[-1].role != ASSISTANT)
+    except TooMuchWork as error:
+        raise _NoChain(str(error)) from None
     except Exception as error:  # of a made-up conversation, whatever the template raises
         roles = ", ".join(turn.role for turn in turns)
         raise _NoChain(f"refuses turns of {roles} ({first_line(error)})") from None
@@ -348,15 +431,3 @@ def _template_of(tokenizer: Tokenizer) -> str:
 def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     """The special tokens by the names that a template knows, such as `bos_token`."""
     return {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
-
-
-def _check_marks(ids: Collection[int], tokenizer: Tokenizer) -> None:
-    """Refuse marks of turns that the text of a record would give as well."""
-    for number, token in tokenizer.added_tokens_decoder.items():
-        if number in ids and token.content.strip() and number in _ids(token.content, tokenizer, literal=True):
-            raise _NoChain(f"marks turns by {token.content!r}, which is no special token: a record could hold it, too")
-
-
-def _ids(text: str, tokenizer: Tokenizer, *, literal: bool = False) -> tuple[int, ...]:
-    (ids,) = encode([text], tokenizer, special_tokens=False, literal=literal)
-    return tuple(ids)

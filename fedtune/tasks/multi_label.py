@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.records import Record, split_labels
+from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset
+from fedtune.data.values import split_labels
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import measures

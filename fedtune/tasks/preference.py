@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.records import Record, messages_of, turns_said
+from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
+from fedtune.data.values import messages_of, turns_said
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Ids, Model, Task, error_of
@@ -103,15 +104,15 @@ class Preference(CausalLM):
         self.require_usable(records, data=data)
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
         examples = [laid_out(layout, one, lenient=lenient) for record in records for one in both(record)]
-        encoded = layout.encoded(examples, tokenizer, within=lenient_within)  # one at a time: a token is an object
+        encoded = layout.encoded(examples, tokenizer, within=lenient_within)
         input_ids, targets = [], []
         for pair in zip(encoded, encoded, strict=True):
-            longer = max(len(tokens.answer) for tokens in pair)
+            longer = max(tokens.answer for tokens in pair)
             fitted = [tokens.fitted(data.max_length, room_for=longer) for tokens in pair]
-            is_pair = all(tokens.answer for tokens in pair) and fitted[0] != fitted[1]
-            for tokens, kept in zip(pair, fitted, strict=True):
-                ids = np.array([token.number for token in kept] or [layout.end], dtype=np.int32)
-                is_answer = np.arange(len(ids)) >= max(1, len(ids) - len(tokens.answer))
+            is_pair = all(tokens.answer for tokens in pair) and fitted[0].numbers != fitted[1].numbers
+            for kept in fitted:
+                ids = np.array(kept.numbers or [layout.end], dtype=np.int32)
+                is_answer = np.arange(len(ids)) >= max(1, kept.context)
                 input_ids.append(ids)
                 targets.append(np.where(is_answer & is_pair, ids, UNSUPERVISED).astype(np.int64))
         return TextDataset(tuple(input_ids), tuple(targets), texts=2)

@@ -22,7 +22,7 @@ from typing import Any
 
 import readme_table
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.flower.simulation import simulate
 from fedtune.privacy.durable import write_durably
 from fedtune.report.page.drawing import Panel, Series, chart

@@ -62,7 +62,7 @@ def prepare(settings: list[str], folder: Path) -> None:
 def _prepare(settings: list[str], folder: Path) -> None:
     from unittest.mock import patch
 
-    from fedtune.cli.compose import compose_run
+    from fedtune.api.compose import compose_run
     from fedtune.model.base_model import load_base, save_plain
     from fedtune.sites import shared_model
 

@@ -54,7 +54,7 @@ def of_fedtune(
     folder: Path, *settings: str, rounds: int, steps: int, processes: int, go: Callable[[float | None], None]
 ) -> None:
     """A whole run, which waits for `go` before each round; the lead scores nothing."""
-    from fedtune.cli.compose import compose_run
+    from fedtune.api.compose import compose_run
     from fedtune.flower.simulation import simulate
 
     files = ["data.validation_file=null", "data.test_file=null"]

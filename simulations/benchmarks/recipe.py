@@ -29,7 +29,7 @@ import readme_table
 import torch
 from opacus_recipe import Peer, Private, Work, made_private, prepare, take_steps
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model

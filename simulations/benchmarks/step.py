@@ -29,7 +29,7 @@ import readme_table
 import torch
 from opacus.grad_sample import GradSampleHooks
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.data import Batch
 from fedtune.model.layers import layer_stack
 from fedtune.privacy.durable import write_durably

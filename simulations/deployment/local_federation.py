@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Machine

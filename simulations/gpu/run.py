@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fedtune.api.compose import compose_run
 from fedtune.audit import sensitivity
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.compose import compose_run
 from fedtune.data import Batch, Shapes
 from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.four_bit import FourBit, keep_in_four_bits

@@ -16,7 +16,7 @@ from process import Job
 import fedtune.flower.client as client
 import fedtune.flower.simulation as simulation
 import fedtune.sites.virtual_site as virtual_site
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Brought, Reply, RoundRequest, Signed

@@ -25,7 +25,7 @@ import torch
 from run import DATA, Problem, problems
 from torch.nn import functional
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.accountant import calibrate_noise
 from fedtune.tasks import build_task_model

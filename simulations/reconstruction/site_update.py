@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import answer

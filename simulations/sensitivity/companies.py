@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from run import LINES
 
+from fedtune.api.compose import compose_run
 from fedtune.audit.sensitivity import made_up
-from fedtune.cli.compose import compose_run
 from fedtune.data import Shapes
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.examples import SiteExamples

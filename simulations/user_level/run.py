@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shared_states import shared_frozen_states
 from study import run_line
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record, unit_hash, users_of
 from fedtune.data.load import Dealing, split_key

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.api.compose import compose_run
 from fedtune.audit.experiment import auditable, run_audit
 from fedtune.audit.gradient_attack import (
     RAW_SIZE,
@@ -23,7 +24,6 @@ from fedtune.audit.gradient_attack import (
     Tally,
 )
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.compose import compose_run
 from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 
 from .widths import COLUMNS, too_wide
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.display import Display, show_result
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
@@ -110,7 +110,7 @@ def test_on_a_narrow_terminal_it_is_two(config: RunConfig, state: Callable[..., 
     out = io.StringIO()
     failing = state(1, failed_sites={"site-2": "plan_exhausted"})
     text = shown(config, state(3), failing, width=COLUMNS)
-    show_result(Console(file=out, width=COLUMNS), config, result(), Path("runs/a"), whole_s=99.0)
+    show_result(Console(file=out, width=COLUMNS), config, result(), whole_s=99.0)
     assert too_wide(text + out.getvalue()) == []
     assert "round  3/10 | 2/2 sites | validation: loss 1.235, macro-f1 0.500 | epsilon 0." in text
     assert "\n  2.0 s | about 3 min 30 s left\n" in text
@@ -201,7 +201,7 @@ def result(**changes: Any) -> RunResult:
 
 def table(config: RunConfig, result: RunResult) -> str:
     out = io.StringIO()
-    show_result(Console(file=out, width=250), config, result, Path("runs/a"), whole_s=99.0)
+    show_result(Console(file=out, width=250), config, result, whole_s=99.0)
     return out.getvalue()
 
 

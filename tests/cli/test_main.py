@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import inspect
 import os
@@ -115,7 +116,7 @@ def test_help_waits_for_no_slow_import() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
     code = (
         "import sys; from fedtune.cli.main import main\n"
-        "for words in ([], ['watch'], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
+        "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
         "    assert main([*words, '--help']) == 0\n"
         f"print([name for name in {slow} if name in sys.modules])"
     )
@@ -188,3 +189,50 @@ def test_what_large_libraries_made_is_never_looked_through(
         for number in range(new):
             monkeypatch.setitem(sys.modules, f"a_part_of_a_library_{number}", sys)
     assert bool(frozen_at) is frozen
+
+
+# Terminals and disks.
+
+
+def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
+    """The command in a process of its own: its exit code, and what it wrote."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "fedtune", *words]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
+    done = subprocess.run(command, stdout=to, stderr=subprocess.PIPE, env=environment, check=False)
+    return done.returncode, (done.stdout or b"").decode("latin-1"), done.stderr.decode("latin-1")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str) -> None:
+    code, out, err = started("plan", "experiment=debug", PYTHONIOENCODING=encoding)
+    assert (code, err) == (0, "")
+    assert "?" in out
+    code, out, err = started("d\u0101nce", PYTHONIOENCODING=encoding)
+    assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
+
+
+def test_output_that_has_no_room_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        assert started("--version", to=full) == (1, "", "fedtune: the disk is full\n")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0)])
+def test_a_stream_that_is_closed_is_not_written_to(closed: str, code: int) -> None:
+    assert started("model-hash", "--help", closed=closed)[0] == code
+
+
+def no_room(file: str) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+
+def test_a_full_disk_is_named_and_no_setting_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    def fails(*_: object) -> None:
+        raise no_room("nobody")
+
+    target = tmp_path / "page.html"
+    monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
+    outcome = command("plan", "experiment=debug", "--output", str(target))
+    assert (outcome.code, outcome.message) == (1, f"the disk is full: no room for {target}")
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.cli.report import verdict_line
+from fedtune.deploy.kits.members import Roster
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.report import signing
+from fedtune.report import from_run, signing
 from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import catalogue
+from fedtune.report.record.run_record import read_run
 
 from ..conftest import parsed
 from .widths import too_wide
@@ -160,12 +161,7 @@ def test_a_label_is_drawn_beside_the_report(
     assert "DATENSCHUTZ-ETIKETT" in label
     assert hashlib.sha256((tmp_path / "report.json").read_bytes()).hexdigest() in label
     assert f"label.svg:   {tmp_path / 'label.svg'}" in told.out
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    told = command("report", str(run_folder), "--label", "--output", str(tmp_path / "without"))
-    assert told.code == 0, told.err
-    assert "label.png needs Pillow: pip install 'fedtune[pdf]'" in " ".join(told.out.split())
-    assert {path.name for path in (tmp_path / "without").iterdir()} == {"label.svg", "report.html", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"label.svg", "report.html", "report.json"}
 
 
 def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:
@@ -287,7 +283,8 @@ def test_verify_prints_a_line_for_each_check(signed: Path, key_file: Path, comma
 def test_a_missing_signature_or_key_is_said(signed: Path, key_file: Path, command: Any) -> None:
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
-    assert "nobody checked who owns that key" in " ".join(outcome.out.split())
+    made = f"made with the key in the file, {SigningKey.load(key_file).public}: not checked"
+    assert re.search(f"signature +not checked +It was {made}", outcome.out)
     edit(signed, "signature", to=None)
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
@@ -360,6 +357,53 @@ def test_a_report_of_another_run_is_found_in_a_folder(signed: Path, looser: Path
     outcome = command("report", "verify", str(other))
     assert outcome.code == 1
     assert outcome.message.endswith("does not hold: configuration")
+
+
+def test_a_plan_that_the_settings_beside_it_do_not_give_is_found(signed: Path, key_file: Path, command: Any) -> None:
+    record, key = read_run(signed.parent), SigningKey.load(key_file)
+    forged = from_run.of_record(
+        signed.parent, replace(record, plan=replace(record.plan, noise_multiplier=20.0)), own={}
+    )
+    signed.write_text(signing.to_text(signing.signed(forged, key)))
+    outcome = command("report", "verify", str(signed), "--key", key.public)
+    assert outcome.code == 1
+    assert outcome.message.endswith("does not hold: configuration")
+    assert re.search(r"site-1\.mechanisms\.\S+\.noise_multiplier says 20.0, found 4.0", outcome.out)
+
+
+def test_a_raised_cap_under_another_key_is_not_the_site_s_word(joined: Any, run_proposal: Any, command: Any) -> None:
+    here = joined("a")
+    here.start_run(run_proposal(), 1)
+    own = here.folder / "site_key.pem"
+    assert command("report", str(here.toml), "--sign", str(own)).code == 0
+    path = next(here.folder.rglob("report.json"))
+    roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
+    assert re.search("signature +right", command("report", "verify", str(path), "--roster", str(roster)).out)
+    report, other = signing.read(path.read_bytes()), SigningKey(Ed25519PrivateKey.generate())
+    (site,) = report.sites
+    assert site.verification
+    assert site.approved
+    forged = replace(
+        site,
+        approved=replace(site.approved, max_epsilon_per_run=99.0),
+        verification=replace(site.verification, site_key=other.public),
+    )
+    path.write_text(signing.to_text(signing.signed(replace(report, sites=(forged,)), other)))
+    assert re.search("signature +not checked", command("report", "verify", str(path)).out)
+    outcome = command("report", "verify", str(path), "--roster", str(roster))
+    assert outcome.code == 1
+    assert re.search("signature +WRONG", outcome.out)
+
+
+def test_a_run_s_report_is_the_lead_s_if_the_same_key_signed_the_roster(
+    joined: Any, signed: Path, key_file: Path, command: Any
+) -> None:
+    roster = next(joined("a").folder.parent.joinpath("federation").rglob("roster.json"))
+    outcome = command("report", "verify", str(signed), "--roster", str(roster))
+    assert outcome.code == 1
+    assert "not signed by the lead, who signed" in outcome.message
+    roster.write_bytes(Roster.read(roster).signed(SigningKey.load(key_file)).to_bytes())
+    assert re.search("signature +right", command("report", "verify", str(signed), "--roster", str(roster)).out)
 
 
 @given(data=st.data())

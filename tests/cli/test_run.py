@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run, write_config
+from fedtune.api.compose import compose_run, write_config
 from fedtune.cli.run import composed
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits import provisioning

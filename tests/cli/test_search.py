@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli import search as module
+from fedtune.api.compose import compose_run
 from fedtune.cli.command import Command
-from fedtune.cli.compose import compose_run
 from fedtune.cli.display import Display
 from fedtune.cli.search import asked_for, check_room, prepared_for
 from fedtune.privacy import accountant, events
@@ -98,7 +97,7 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, comma
     selection = report.utility.selection
     assert selection is not None
     assert (selection.search, selection.method, selection.judged_by) == ("s", "random", "accuracy")
-    assert (selection.trials, selection.most_trials, selection.epsilon_of_picked) == (3, 3, None)
+    assert selection.trials == 3
     assert selection.epsilon == noted["price"]["epsilon"]
     assert "out of" in (picked / "report.html").read_text().split("The run was picked by accuracy")[1][:100]
     assert "The run was picked by accuracy on the lead's own validation file, out of 3 trials" in (
@@ -123,17 +122,11 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any
 
     assert "utility.selection.epsilon" in problem(epsilon=told["utility"]["selection"]["epsilon"] / 2)
     assert "utility.selection.trials" in problem(trials=4)
-    assert "utility.selection.epsilon_of_picked" in problem(epsilon_of_picked=0.1)
     assert "utility.selection.delta" in problem(delta=1e-3)
     (charge,) = told["utility"]["selection"]["charges"]
     assert "utility.selection.charges" in problem(charges=[], epsilon=0.0)
     assert "utility.selection.epsilon" in problem(charges=[charge | {"count": 4}])
-    drawn = {"trials": None, "mean_trials": 1.0, "epsilon_of_picked": 0.3}
-    assert "utility.selection.most_trials" in problem(**drawn)
-    assert "utility.selection.method" in problem(**drawn, method="tpe")
-    assert "utility.selection.mean_trials" in problem(**drawn | {"mean_trials": 1e9}), "and at once"
-    assert "utility.selection.most_trials" in problem(trials=1000, most_trials=1000)
-    for trials in (0, 1, None):
+    for trials in (0, 1000, None):
         assert "utility.selection.trials" in problem(trials=trials)
     assert "utility.selection.method" in problem(method="by hand")
 
@@ -166,27 +159,6 @@ def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, 
     assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
     shutil.rmtree(folder / "mine")
     assert files_in(folder) == before
-
-
-@pytest.mark.parametrize("change", [{"number": 9}, {"number": "a"}, {"seed": "5"}, {"seed": None}], ids=str)
-def test_what_was_drawn_is_not_changed_by_hand(
-    outcome: Any, command: Any, words: list[str], folder: Path, change: dict[str, Any]
-) -> None:
-    """Or the sites would be charged for trials that nobody was told of."""
-    path = folder / "s/search.json"
-    before = path.read_bytes()
-    path.write_text(json.dumps(json.loads(before) | change))
-    spent = charged(folder / "s/sites")
-    again = command("search", *words, "--trials", "3")
-    path.write_bytes(before)
-    assert (again.code, again.message) == (2, f"name = 's': is taken: {path} was changed; choose another")
-    assert charged(folder / "s/sites") == spent
-
-
-def test_the_command_that_goes_on_names_the_same_mean(tiny: Any, tmp_path: Path) -> None:
-    words = tiny(SPACE[0], *SHORT, into=tmp_path, name="s")
-    search = asked_for(words, "random", trials=None, mean_trials=2.3456789)
-    assert module._again(words, search).endswith(" name=s --method=random --mean-trials=2.3456789")
 
 
 def test_ctrl_c_in_a_trial_charges_nothing_twice(
@@ -240,9 +212,9 @@ def test_twelve_trials_are_refused_by_a_ledger_with_room_for_eight_before_the_fi
     assert command("search", *words, learnt, "--method", "grid").code == 3
     assert files_in(tmp_path) == before
     for method in ("random", "tpe"):
-        check_room(prepared_for(asked_for(asked, method, trials=8, mean_trials=None)))
+        check_room(prepared_for(asked_for(asked, method, trials=8)))
         with pytest.raises(RefusedError):
-            check_room(prepared_for(asked_for(asked, method, trials=9, mean_trials=None)))
+            check_room(prepared_for(asked_for(asked, method, trials=9)))
 
 
 def test_what_others_have_spent_and_set_aside_counts(command: Any, tiny: Any, tmp_path: Path) -> None:
@@ -267,52 +239,6 @@ def test_a_rule_that_a_possible_trial_breaks_is_told_before_the_first(command: A
     assert missing.code == 2
     assert "runtime.sites_dir" in missing.message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
-
-
-def test_a_drawn_number_stays_with_the_lead(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 2)
-    words = tiny(SPACE[0], *SHORT, into=tmp_path, name="s")
-    outcome = command("search", *words, "--mean-trials", "2")
-    assert (outcome.code, outcome.err) == (0, "")
-    noted = json.loads((tmp_path / "s/search.json").read_text())
-    assert noted["number"] == 2
-    assert len(noted["seed"]) == 32
-    picked = tmp_path / "s" / noted["picked"]
-    report = from_json((picked / "report.json").read_text())
-    assert report.utility is not None
-    selection = report.utility.selection
-    assert selection is not None
-    assert (selection.trials, selection.mean_trials) == (None, 2.0)
-    assert selection.most_trials == noted["price"]["trials"] > 2, "what is charged at most tells nothing of the number"
-    assert selection.epsilon_of_picked == noted["price"]["epsilon_of_picked"]
-    assert command("report", "verify", str(picked)).code == 0
-    assert not {"1", "2"} & {path.name.rsplit("-", 1)[1] for path in (tmp_path / "s").glob("s-trial-*")}
-    # Drawn once: what the second command would draw does not count.
-    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 5)
-    assert command("search", *words, "--mean-trials", "2").code == 0
-    assert len(list((tmp_path / "s").glob("s-trial-*"))) == 2
-
-
-def test_a_drawn_number_needs_room_for_the_most_there_can_be(command: Any, tiny: Any, tmp_path: Path) -> None:
-    """A refusal must not tell which number was drawn."""
-    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
-    for _ in range(3):
-        refused = command("search", *words, SPACE[0], "--mean-trials", "2")
-        assert (refused.code, refused.message.split(";")[0]) == (
-            3,
-            "--mean-trials = 2 (at most 12 trials): site site-1 has room for 8 of these trials",
-        )
-
-
-def test_of_no_trials_nothing_is_picked(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "draw_number", lambda mean, *, most: 0)
-    outcome = command("search", *tiny(SPACE[0], *SHORT, into=tmp_path, name="s"), "--mean-trials", "1")
-    assert outcome.code == 0
-    assert "Nothing is picked: the number drawn is 0." in outcome.out
 
 
 def test_on_public_data_it_costs_what_it_trains(command: Any, tiny: Any, tmp_path: Path) -> None:
@@ -357,19 +283,17 @@ def test_the_commands_of_the_page_are_understood(
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
     command(*words)
     (told,) = asked
-    search = asked_for(told["overrides"], told["method"], trials=told["trials"], mean_trials=told["mean_trials"])
+    search = asked_for(told["overrides"], told["method"], trials=told["trials"])
     assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 
 BAD = [
-    ((SPACE[0],), "--trials: or --mean-trials must be given"),
-    ((SPACE[0], "--trials", "2", "--mean-trials", "2"), "--trials = 2: or --mean-trials must be given, not both"),
+    ((SPACE[0],), "--trials: must be given"),
     ((SPACE[0], "--trials", "0"), "--trials = 0: must be a finite number of at least 1"),
     ((SPACE[0], "--trials", "1001"), "--trials = 1001: must be at most 1000"),
     (("lora.rank=4", "--trials", "2"), "KEY=VALUE: must give some setting several values, as in lora.rank=4,8"),
     (("lora.rank=4,8", "--trials", "2", "--method", "grid"), "--trials: does not go with --method grid"),
     ((SPACE[0], "--method", "grid"), "training.learning_rate = '0.001 to 0.1': has no end of values"),
-    ((SPACE[0], "--mean-trials", "2", "--method", "tpe"), "--mean-trials = 2.0: does not go with --method tpe"),
     (("lora.rank=log(0,8)", "--trials", "2"), "lora.rank = 'log(0,8)': must go from a smaller number to a larger one"),
     (("lora.rank=uniform(1,8)", "--trials", "2"), "lora.rank = 'uniform(1,8)': must be values with commas"),
     (("lora.rnak=4,8", "--trials", "2"), "lora.rnak = '8': is not a setting of fedtune; did you mean lora.rank?"),
@@ -380,10 +304,6 @@ BAD = [
     (("privacy.delta=1e-5,1e-6", "--method", "grid"), "privacy.delta = 1e-06: must be the same in all trials"),
     (("data.validation_rows=5,10", "--method", "grid"), "KEY=VALUE = 'data.validation_rows': must leave the task"),
     (("training.local_steps=1,2", "--trials", "2", "--method", "tpe"), "training.local_steps: decides what a trial"),
-    (
-        ("training.local_steps=1,2", "--mean-trials", "2"),
-        "training.local_steps: decides what a trial costs, which --me",
-    ),
     (
         (SPACE[0], "data.validation_file=null", "--trials", "2"),
         "data.validation_file = null: must be a file of the lead's own",

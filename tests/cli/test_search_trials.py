@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fedtune.cli import search_trials
-from fedtune.cli.search_trials import Searched, Tpe, at_random, ends, grid, name_from
+from fedtune.cli.search_trials import Searched, Tpe, at_random, ends, grid
 from fedtune.spec import ConfigError
 
 RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
@@ -48,7 +48,6 @@ def test_each_random_trial_has_a_seed_of_its_own() -> None:
     assert many[:2] == few
     assert len({one["training.learning_rate"] for one in many}) == 5
     assert at_random([RATE, RANK], seed="2", number=2).trials != few
-    assert len({name_from("1", place) for place in range(50)}) == 50
 
 
 def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run, compose_sweep
+from fedtune.api.compose import compose_run, compose_sweep
 from fedtune.cli.display import Display
 from fedtune.cli.sweep import SweptRun, best_of, run_sweep
 from fedtune.federation.lead import RoundResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.cli.working_folder import folder_of, has_begun, is_running, make, only_one, run_in_folder
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import saved_checkpoints
@@ -163,6 +164,56 @@ def test_what_began_stays_and_says_how_to_go_on(config: RunConfig, folder: Path,
     assert ("Continue with: fedtune AGAIN" in said) is not isinstance(error, RefusedError)
     assert saved_config(folder) == config
     assert "INFO fedtune.somewhere it was here" in (folder / "log.txt").read_text()
+
+
+def full(where: str = "x") -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+
+
+def test_a_full_disk_ends_a_run_with_the_command_that_goes_on(config: RunConfig, folder: Path) -> None:
+    assert "Continue with: fedtune AGAIN" in attempt(config, folder, full(), begun=True)
+
+
+def test_a_simulated_site_that_has_no_room_is_told_of(config: RunConfig, folder: Path) -> None:
+    def work(config: RunConfig, folder: Path, display: object) -> Any:
+        logging.getLogger("fedtune.site").error("failed", exc_info=full("sites/ledger.db"))
+        raise RunError("too few sites")
+
+    with pytest.raises(RunError, match=r"^too few sites; the disk is full: no room for sites/ledger\.db$"):
+        run_in_folder(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+
+
+def test_a_log_that_has_no_room_ends_no_run_and_prints_nothing(
+    config: RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work(config: RunConfig, folder: Path, display: object) -> Any:
+        (logger,) = logging.getLogger("fedtune").handlers
+        assert isinstance(logger, logging.FileHandler)
+        logger.setStream(open("/dev/full", "w", encoding="utf-8")).close()  # noqa: SIM115 - the handler closes it
+        logging.getLogger("fedtune.site").error("failed")
+        raise RunError("too few sites")
+
+    with pytest.raises(RunError, match=r"^too few sites$"):
+        run_in_folder(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_scores_are_shown_before_a_report_that_has_no_room(
+    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(config: RunConfig, folder: Path, display: object) -> Any:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "round-0000.safetensors").touch()
+
+    def no_room(*_: object, **__: object) -> None:
+        raise full()
+
+    monkeypatch.setattr("fedtune.cli.display.show_result", lambda console, *_, **__: console.print("the scores"))
+    monkeypatch.setattr("fedtune.report.page.render.write_report", no_room)
+    said = io.StringIO()
+    with pytest.raises(OSError, match="No space"):
+        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
+    assert said.getvalue().splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
 def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:

@@ -76,7 +76,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     "null": ("a.jsonl", b'{"question": null, "intent": "b"}', COLUMNS, "a.jsonl:1, column 'question'", "'null'"),
     "a number for a text": ("a.jsonl", b'{"question": 3, "intent": "b"}', COLUMNS, "column 'question'", "must be text"),
     "a list for a text": ("a.jsonl", b'{"question": [], "intent": "b"}', COLUMNS, "column 'question'", "'array'"),
-    "NaN for a label": ("a.jsonl", b'{"question": "a", "intent": NaN}', COLUMNS, "column 'intent'", "an integer"),
+    "NaN for a label": ("a.jsonl", b'{"question": "a", "intent": NaN}', COLUMNS, "column 'intent'", "not be null"),
     "a fraction for a label": (
         "a.jsonl",
         b'{"question": "a", "intent": 1.5}',
@@ -84,7 +84,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         "column 'intent'",
         "an integer",
     ),
-    "true for a label": ("a.jsonl", b'{"question": "a", "intent": true}', COLUMNS, "column 'intent'", "'boolean'"),
+    "true for a text": ("a.jsonl", b'{"question": true, "intent": "a"}', COLUMNS, "column 'question'", "'boolean'"),
     "blank": ("a.jsonl", b'{"question": " ", "intent": "b"}', COLUMNS, "column 'question'", "must not be blank"),
     "half a surrogate": ("a.jsonl", b'{"question": "\\ud800", "intent": "b"}', COLUMNS, "column 'question'", "Unicode"),
     "latin-1": (

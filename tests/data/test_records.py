@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
-from fedtune.data.records import labels_of, record_of, said_of, turns_said, usable_records
+from fedtune.data.records import record_of, usable_records
+from fedtune.data.values import labels_of, said_of, turns_said
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.deploy.doctor import site_checks
 from fedtune.deploy.doctor.check import Check, PrivateLog, Status, exit_code_of

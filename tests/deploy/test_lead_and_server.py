@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.deploy.health import Health
 from fedtune.deploy.kits import provisioning

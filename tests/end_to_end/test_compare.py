@@ -73,10 +73,6 @@ def test_sites_are_told_by_the_column_that_dealt_them_out(command: Any, tmp_path
     pooled = next(model for model in told["models"] if model["name"] == "pooled")
     log = (Path(pooled["folder"]) / "run.json").read_text()
     assert list(json.loads(log)["privacy"]["sites"]) == ["all"]
-    page = (tmp_path / "runs" / "offices" / "compare.html").read_text()
-    for words in ("by site", "by desk", "Gaps by desk", "north alone", "<svg", "95 %"):
-        assert words in page
-    assert "<script" not in page
 
 
 def test_after_ctrl_c_the_command_that_is_named_goes_on(command: Callable[..., Any], tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
     final = result["final"]
     assert set(final) == {
-        "metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail", "cost", "kept"
+        "metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail", "energy", "kept"
     }  # fmt: skip
     assert final["seconds"] > 0
     assert final["peak_memory_bytes"] > 50 * 2**20

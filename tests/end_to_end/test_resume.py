@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run, write_config
+from fedtune.api.compose import compose_run, write_config
 from fedtune.config import saved_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run

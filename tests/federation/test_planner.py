@@ -11,6 +11,7 @@ import pytest
 from fedtune.federation import planner
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.run_plan import Plan
+from fedtune.spec import ConfigError
 
 SIZES = {"a": 1200, "b": 560, "c": 320}
 
@@ -160,3 +161,12 @@ def test_what_raises_the_signal_and_what_does_not() -> None:
     assert planner.signal_to_noise(golden(noise_multiplier=2.0), SIZES, values=1000) == pytest.approx(plain / 2)
     assert planner.signal_to_noise(golden(max_grad_norm=9.0), SIZES, values=1000) == pytest.approx(plain)
     assert planner.signal_to_noise(golden(noise_multiplier=0.0), SIZES, values=1000) == math.inf
+
+
+def test_a_run_of_which_nothing_is_likely_to_be_learnt_is_refused_by_public_numbers() -> None:
+    clear = planner.signal_to_noise(golden(), SIZES, values=1000)
+    just_enough = golden(noise_multiplier=clear / planner.LEAST_SIGNAL)
+    planner.check_signal(just_enough, SIZES, values=1000)
+    planner.check_signal(golden(noise_multiplier=0.0), SIZES, values=10**9)
+    with pytest.raises(ConfigError, match="at this size and epsilon nothing is likely"):
+        planner.check_signal(just_enough, SIZES, values=1010)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.flower import flower_records
-from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears
+from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears, run_deployed
 from fedtune.flower.wire.remote_grid import Heard as Answered
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -22,6 +27,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy
+from fedtune.spec import ConfigError, RunError
 
 NONCE = "0a" * 16
 
@@ -207,3 +213,34 @@ def test_nobody_needs_to_listen(line: Line) -> None:
     deaf = _Ears(line.sites, None, most_rounds=0)
     answer = Message(flower_records.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
     assert deaf(1, line.question("north"), answer).again_s == _ASK_AGAIN_S
+
+
+def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
+    tiny: Any, tmp_path: Path, lead_key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
+    config = compose_run(tiny(*weak, into=tmp_path))
+    sites = [KnownSite(name=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
+    asked: list[str] = []
+
+    class Grid:
+        def __enter__(self) -> Grid:
+            asked.append("the server")
+            raise RunError("no server")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("fedtune.flower.deployment._grid", lambda *_, **__: Grid())
+    receipts = ReceiptBook(tmp_path / "receipts")
+
+    def run(config: RunConfig) -> None:
+        to: Any = SimpleNamespace(key=lead_key, sites=sites)
+        listener: Any = MagicMock()
+        run_deployed(config, tmp_path / "run", connection=to, receipts=receipts, listener=listener)
+
+    with pytest.raises(ConfigError, match=r"training\.go_on_without_signal = false"):
+        run(config)
+    assert not asked
+    with pytest.raises(RunError, match="no server"):
+        run(replace(config, training=replace(config.training, go_on_without_signal=True)))
+    assert asked

@@ -158,7 +158,7 @@ class _Silent:
 @cache
 def run_folder() -> Path:
     """A finished run of the smallest kind, with a report."""
-    from fedtune.cli.compose import compose_run, write_config
+    from fedtune.api.compose import compose_run, write_config
     from fedtune.flower.simulation import simulate
     from fedtune.report import from_run, signing
 

@@ -199,14 +199,6 @@ ACCOUNTING = (
         tests=("tests/federation/test_lead.py",),
     ),
     Mutant(
-        name="picked-at-the-whole-delta",
-        fault="The bound for the picked adapter takes all of delta, and the cut of the number of trials takes more.",
-        file="fedtune/privacy/selection.py",
-        old=".get_epsilon(delta / 2))",
-        new=".get_epsilon(delta))",
-        tests=("tests/privacy/test_selection.py",),
-    ),
-    Mutant(
         name="search-costs-one-trial",
         fault="The price of a search is that of its dearest trial.",
         file="fedtune/privacy/selection.py",

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-LOAD, RECORDS, FORMATS = (f"fedtune/data/{name}.py" for name in ("load", "records", "formats"))
+LOAD, VALUES, FORMATS = (f"fedtune/data/{name}.py" for name in ("load", "values", "formats"))
 TEXT_ROWS = "fedtune/data/text_rows.py"
 CAUSAL, CHAT = "fedtune/tasks/causal_lm.py", "fedtune/tasks/chat_format.py"
 CHECK, CLEAN = "fedtune/preparation/check_data.py", "fedtune/preparation/clean.py"
@@ -95,7 +95,7 @@ _READING = (
     Mutant(
         name="wrong-turns-pass",
         fault="The turns of a conversation may follow one another in any order.",
-        file=RECORDS,
+        file=VALUES,
         old="        if roles[place] != wanted:",
         new='        if roles[place] == "system":',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
@@ -103,10 +103,34 @@ _READING = (
     Mutant(
         name="unknown-role-ignored",
         fault="A turn of an unknown speaker, such as a tool, is taken for the user's.",
-        file=RECORDS,
-        old="_SPEAKERS.get(speaker) if",
-        new='_SPEAKERS.get(speaker, "user") if',
+        file=VALUES,
+        old="_SPEAKERS.get(speaker.strip().lower()) if",
+        new='_SPEAKERS.get(speaker.strip().lower(), "user") if',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
+    ),
+    Mutant(
+        name="marked-answers-are-learnt",
+        fault="An answer with weight 0 or train false, which others do not learn, is learnt.",
+        file=VALUES,
+        old="    return all(value for _, value in given)\n",
+        new="    return bool(given) or True\n",
+        tests=("tests/data/test_values.py::test_an_answer_that_others_do_not_learn_is_marked",),
+    ),
+    Mutant(
+        name="an-id-in-two-forms",
+        fault="An id in two Unicode forms, or with a letter that nobody sees, is two users, each protected by half.",
+        file=VALUES,
+        old="    found = one_form(text)\n",
+        new="    found = text\n",
+        tests=("tests/data/test_values.py::test_one_person_has_one_id",),
+    ),
+    Mutant(
+        name="nobody-is-a-person",
+        fault="All rows without an id that a table calls NA are one user, and whoever is in them is not protected.",
+        file=VALUES,
+        old="    if found in _NO_ID:\n",
+        new="    if not found:\n",
+        tests=("tests/data/test_values.py::test_who_has_no_id_is_no_person",),
     ),
     Mutant(
         name="site-reads-all-its-columns",
@@ -124,26 +148,26 @@ _LAYOUT = (
         name="control-tokens-in-records",
         fault="The name of a special token in a chat's text becomes that token: a record can end its own turn, and "
         "speak as the assistant or the system.",
-        file=CAUSAL,
-        old='literal = self.chat is not None or "text" in self.data.columns',
-        new='literal = "text" in self.data.columns',
+        file="fedtune/data/tokenise.py",
+        old='"".join(secrets.choice(string.ascii_lowercase) for _ in range(24))',
+        new="tokenizer.convert_ids_to_tokens(number)",
         tests=(f"{OF_CHAT}::test_a_mark_in_a_record_is_text",),
     ),
     Mutant(
         name="marks-that-a-record-writes",
         fault="A template may mark its turns by what is no special token, so that a record's text can do it, too.",
-        file=CHAT,
-        old="        _check_marks({number for ids in joints.values() for number in ids}, tokenizer)\n",
-        new="",
-        tests=(f"{OF_CHAT}::test_a_mark_that_a_record_could_write_is_refused",),
+        file="fedtune/data/tokenise.py",
+        old='if token["special"]}.union(marks)',
+        new='if token["special"]}',
+        tests=(f"{OF_CHAT}::test_a_mark_in_a_record_is_text",),
     ),
     Mutant(
         name="template-not-tried",
         fault="A chat template is taken for a chain without a try: one that treats some contents in a way of their own "
         "trains on other text than the model is asked with.",
         file=CHAT,
-        old="        if rendered(turns) != chain.text(turns):",
-        new="        if not rendered(turns):",
+        old="if any(text != chain.text(turns) for turns, text in tried.items()):",
+        new="if not all(tried.values()):",
         tests=(f"{OF_CHAT}::test_a_template_that_is_no_chain_is_refused",),
     ),
     Mutant(
@@ -176,7 +200,7 @@ _LAYOUT = (
         fault="What stands before an answer is encoded whole: one long record decides how much memory and time a site "
         "needs.",
         file=CAUSAL,
-        old="_Example([context[0], *_last(context[1:], length)], answer, reference)",
+        old="_Example(_last(context, length), answer, reference)",
         new="_Example(context, answer, reference)",
         tests=(f"{OF_CAUSAL}::test_a_record_is_bounded_in_characters_before_it_is_encoded",),
     ),
@@ -184,16 +208,16 @@ _LAYOUT = (
         name="prompt-tokens-are-learnt",
         fault="A language model learns to write prompts, too: what users asked comes out of it.",
         file=CAUSAL,
-        old="np.array([token.learnt for token in fitted])",
-        new="np.array([True for token in fitted])",
+        old="learnt = [False] * len(before) + [True]",
+        new="learnt = [True] * len(before) + [True]",
         tests=(OF_CAUSAL,),
     ),
     Mutant(
         name="answer-cut-instead-of-prompt",
         fault="An example that is too long loses its answer, and teaches nothing.",
         file=CAUSAL,
-        old="return [*begin, *rest[max(0, len(rest) - room) :], *answer]",
-        new="return [*begin, *rest, *answer][:length]",
+        old="kept = [*range(self.start), *range(self.start + cut, self.context + answer)]",
+        new="kept = [*range(min(length, len(self.numbers)))]",
         tests=(f"{OF_CAUSAL}::test_a_prompt_is_cut_from_the_left",),
     ),
 )

@@ -230,7 +230,7 @@ _COMPARISONS = (
     ),
     Mutant(
         name="cost-goes-to-sites",
-        fault="A run's price goes to the sites: another price is another run to them.",
+        fault="Whether energy is measured goes to the sites: without it, it is another run to them.",
         file="fedtune/sites/shared_settings.py",
         old="        cost=CostSpec(),\n",
         new="",
@@ -238,7 +238,7 @@ _COMPARISONS = (
     ),
     Mutant(
         name="cost-in-digest",
-        fault="Whether a run's cost is told makes it another run, so that it cannot be resumed with a price.",
+        fault="Whether a run's cost is told makes it another run, so that it cannot be resumed without its energy.",
         file="fedtune/config.py",
         old='("name", "resume", "tracking", "report", "cost")',
         new='("name", "resume", "tracking", "report")',

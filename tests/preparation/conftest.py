@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 
 TEAMS = ("billing", "sales")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.load import Dealing
 from fedtune.model import load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.data import read_records
 from fedtune.data.faults import LeftOut
 from fedtune.model import load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason, Refused
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 
 
 class PowerCut(Exception):
@@ -233,7 +234,7 @@ from fedtune.privacy.ledger import store
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 try:
     with store.writing(path) as file:
         store.store_reply(file, run="r", request="q", reply=bytes(100_000))
@@ -477,6 +478,23 @@ def test_durable_writing_leaves_the_old_bytes_or_the_new(tmp_path: Path, monkeyp
     durable.write_durably(file, b"new")
     assert file.read_bytes() == b"new"
     assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        durable.write_durably(tmp_path / "file", b"x")
+    assert list(tmp_path.iterdir()) == []
+    refused = ConfigError("--output", "file", "must be a file that can be written")
+    refused.__context__ = caught.value
+    assert durable.full_disk(refused) == f"the disk is full: no room for {tmp_path / 'file'}"
+    assert durable.full_disk(ValueError("I/O error: No space left on device (os error 28)")) == "the disk is full"
+    ledger = RunError("ledger l.db cannot be read or written (database or disk is full); nothing is trained without it")
+    assert durable.full_disk(ledger) == str(ledger)
+    assert durable.full_disk(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 
 
 def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -79,6 +81,16 @@ def test_a_refused_request_leaves_the_anchor_alone(anchored: Any, anchor: Path, 
     with pytest.raises(Refused):
         ledger.reserve(proposal(rank=9), round=1, request="q")
     assert (anchor.stat().st_mtime_ns, anchor.read_bytes()) == before
+
+
+def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any, proposal: Any) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
+
+    ledger = anchored()
+    with pytest.raises(OSError, match=r"runs/a\.json"):
+        ledger.reserve(proposal(), round=1, request="a", unless=full)
+    assert ledger.receipt("r").charged_rounds == 0
 
 
 def test_a_ledger_older_than_its_anchor_stops(anchored: Any, proposal: Any, path: Path, copied: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.cost import Cost, Energy
+from fedtune.federation.cost import Energy
 from fedtune.report import recompute
 from fedtune.report.derive import cells, rules
 from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
@@ -205,10 +205,9 @@ def wide_run(a_report: Make) -> Report:
         )
         for number in range(1, 61)
     )
-    energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0, how="estimate")
-    cost = Cost(energy=energy, money=3.1, currency="EUR")
+    energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
-    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9}, detail=detail, cost=cost)
+    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9}, detail=detail, energy=energy)
     exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.sections import Section, as_figure, as_html, as_page, pairs
+from fedtune.cli.sections import Section, as_html, as_page, pairs
 from fedtune.report.model import to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.drawing import MOST_LINES, Panel, Series, chart, intervals, stacked
 
 from .shown import NAMES, lookup, page_of, reports_of
 
@@ -42,26 +41,17 @@ class Opened:
 
 Open = Callable[..., Opened]
 PLAIN = "plain"
-"""In place of a report's name: a page such as `plan` and `data check` write, with every kind of chart."""
+"""In place of a report's name: a page such as `data check` writes."""
 
 
 def plain_page() -> str:
-    lines = [Series(points=[(1, n), (2, 2 * n + 1)], number=n, label=f"site-{n}") for n in range(MOST_LINES)]
-    bars = [Series(points=[(1, 2), (2, 3)], number=n, label=f"part-{n}", kind="bars") for n in range(2)]
-    panels = [Panel(series=of, y="seconds", x="round") for of in (lines, bars)]
-    how: Any = {"named": ("title", "description"), "number": "{:g}".format}
-    rows = [(f"model-{n}", 0.1, 0.2, 0.3) for n in range(3)]
     rounds = [("1", *["0.123456"] * 12)]
-    parts = [("site-1", (1.0, 0.5, 2.0)), ("site-2", (0.5, 0.0, 3.0))]
     body = [
         as_html(pairs({"model": "all-MiniLM-L6-v2", "data": "a " + "very " * 40 + "long line"}, title="Facts")),
-        as_figure("What is seen", chart("one", panels, **how)),
-        as_figure("What is left", stacked("two", parts, ["spent", "held", "left"], x="epsilon", **how)),
-        as_figure("What is better", intervals("three", rows, x="accuracy", **how)),
         as_html(Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=rounds, words=frozenset())),
         as_html(Section(title="Notes", notes=("One.", "Two."))),
     ]
-    return as_page("A page", promise="What matters most.", holds=False, body=body, last="Last.", banners=["STUDY"])
+    return as_page("A page", promise="What matters most.", body=body, last="Last.")
 
 
 @pytest.fixture
@@ -258,9 +248,7 @@ FAINT = """
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(
-    ("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en"), (PLAIN, "en")]
-)
+@pytest.mark.parametrize(("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en")])
 def test_drawings_can_be_read_on_a_light_screen_and_on_a_dark_one(
     name: str, language: str, scheme: str, opened: Open
 ) -> None:
@@ -288,7 +276,6 @@ def test_a_page_of_a_command_is_whole_at_every_width_and_on_paper(opened: Open) 
     tab = page.at(A4)
     tab.emulate_media(media="print")
     assert [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01] == []
-    assert tab.locator(".banner").is_visible()
     assert page.messages == []
     assert page.requests == [page.tab.url]
 

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 import fedtune.report
 from fedtune.federation import results
-from fedtune.federation.cost import Energy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import PERIODS
-from fedtune.report import watch_page as watch
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
@@ -41,16 +39,14 @@ CODES: dict[str, set[str]] = {
     "leaves_out": set(rules.LEAVES_OUT),
     "not_protected": set(rules.NOT_PROTECTED),
     "unprotected_figure": set(rules.UNPROTECTED_FIGURES),
-    "refusal": {str(reason) for reason in Reason} | {watch.ASKED, watch.UPDATE, watch.NOTHING},
+    "refusal": {str(reason) for reason in Reason},
     "source": set(get_args(get_type_hints(SiteReport)["source"])),
     "status": set(get_args(get_type_hints(Assumption)["status"])),
     "field": {row.code for row in cells.ROWS},
     "fact": {name for row in cells.ROWS for name in (*row.facts, *row.of_the_site)},
     "period": set(PERIODS),
-    "phase": set(get_args(watch.Phase)),
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
-    "energy": set(get_args(get_type_hints(Energy)["how"])),
     "banner": {"simulation", "seeded"},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
@@ -162,10 +158,10 @@ def test_no_text_is_left_over() -> None:
     written = "\n".join(sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
-    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "scores", "reliability"}
+    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "reliability"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
-    whole |= {("watch", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
+    whole |= {("unfinished", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
     whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}

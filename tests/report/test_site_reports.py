@@ -187,11 +187,11 @@ def test_figures_over_all_runs_that_do_not_cover_this_run_are_found(folder: Path
 
 def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
     joined = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
-    (taken,) = [one for one in checks(joined, key=None, config_sha256=None) if one.name == "taken"]
+    (taken,) = [one for one in checks(joined, key=None) if one.name == "taken"]
     assert taken.state == "not_checked"
     assert "site-1" in taken.text
     assert "all runs" in taken.text
-    alone = checks(from_run.build(folder / "second"), key=None, config_sha256=None)
+    alone = checks(from_run.build(folder / "second"), key=None)
     assert [one for one in alone if one.name == "taken"] == []
 
 

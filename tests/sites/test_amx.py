@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.model.products import rounded_product
 from fedtune.sites.shared_model import SharedModel
 

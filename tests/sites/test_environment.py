@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fedtune
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.model import model_sha256
 from fedtune.sites import environment
 from fedtune.sites.environment import note_environment, read_environments

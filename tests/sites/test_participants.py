@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
 from fedtune.federation.site_round import Trained

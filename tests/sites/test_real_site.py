@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,12 @@ def test_a_site_that_cannot_keep_the_settings_charges_nothing(site: Any, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(real_site, "write_durably", fail)
+    assert site.refusal() is Reason.SITE_ERROR
+    assert site.ledger().history.runs == {}
+
+
+def test_a_site_that_could_not_keep_its_reply_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
 

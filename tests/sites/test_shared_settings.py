@@ -145,8 +145,6 @@ NEUTRAL: dict[str, Any] = {
     "tracking.send_to": "https://canary.example",
     "cost.energy": True,
     "cost.country": "DEU",
-    "cost.price_per_hour": 3.5,
-    "cost.currency": "canary",
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey

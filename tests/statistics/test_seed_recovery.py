@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.cli.compose import compose_run
+from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest

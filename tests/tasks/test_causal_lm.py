@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
+from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset, tokenise
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -107,8 +108,37 @@ def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, c
     silent = Record(chat(*contents), file="a.jsonl", line=3)
     assert LM.fault(data)(silent) is not None
     assert LM.fault(data)(Record(chat("where", "lost"))) is None
-    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3, messages = 'no turn of the assistant that is learnt'"):
         LM.tokenise([silent], leading_tokenizer, data=data)
+
+
+def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_tokenizer: Any) -> None:
+    """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
+    data = settings("messages", chat_template="plain")
+    turns = json.loads(chat("where", "lost", "is", "there")["messages"])
+
+    def marked(*places: int) -> list[int]:
+        some = [turn | ({"train": False} if place in places else {}) for place, turn in enumerate(turns)]
+        return one({"messages": json.dumps(some)}, leading_tokenizer, data)[1]
+
+    ids, whole = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    later = one(chat("where", "lost"), leading_tokenizer, data)
+    assert [number for number in marked(1) if number != HIDDEN] == [number for number in whole if number != HIDDEN][-2:]
+    assert len(marked(1)) == len(ids)
+    assert marked(3) == later[1], "nothing is learnt behind the last answer that is"
+    assert LM.fault(data)(Record({"messages": json.dumps([turn | {"train": False} for turn in turns])})) is not None
+
+
+def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> None:
+    data = settings("messages", "system", chat_template="plain")
+    assert LM.roles_in(data) == ("messages", "system")
+    turns = json.loads(chat("where", "lost")["messages"])
+    led = [{"role": "system", "content": "is"}, *turns]
+    expected = one({"messages": json.dumps(led)}, leading_tokenizer, data)
+    assert one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected
+    assert one({"messages": json.dumps(led), "system": "my"}, leading_tokenizer, data) == expected, "its own counts"
+    without = one({"messages": json.dumps(turns)}, leading_tokenizer, data)
+    assert one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
 
 
 def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokenizer: Any) -> None:
@@ -122,24 +152,23 @@ def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokeni
 
 
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, chat("P", "A"), {"text": "A"}])
-def test_a_record_is_bounded_in_characters_before_it_is_encoded(fields: dict[str, str]) -> None:
+def test_a_record_is_bounded_in_characters_before_it_is_encoded(
+    fields: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
-    tokenizer = make_tokenizer(post=None)
+    original = tokenise._each
 
-    class Counting:
-        bos_token_id, eos_token_id, name_or_path = CLS, SEP, "counting"
+    def counting(texts: Sequence[str], *others: Any) -> Any:
+        calls.extend(texts)
+        return original(texts, *others)
 
-        def __call__(self, text: list[str], **options: Any) -> Any:
-            calls.extend(text)
-            return tokenizer(text, **options)
-
+    monkeypatch.setattr(tokenise, "_each", counting)
     long = {
         role: text.replace("P", "my " * 100_000 + "name").replace("A", "lost " * 100_000)
         for role, text in fields.items()
     }
     given = {"chat_template": "plain"} if "messages" in fields else {}
-    (ids, targets) = one(long, Counting(), settings(*fields, max_length=5, **given))
-    assert max(map(len, calls)) <= 64 * 5 + 1
+    (ids, targets) = one(long, make_tokenizer(post=None), settings(*fields, max_length=5, **given))
     assert sum(map(len, calls)) <= 3 * 64 * 5
     assert len(ids) == 5
     assert targets[-1] == LOST

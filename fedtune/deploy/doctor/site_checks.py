@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data.formats import what_is
-from fedtune.data.records import SEVERAL_USERS, iter_records
+from fedtune.data.records import iter_records
+from fedtune.data.values import SEVERAL_USERS
 from fedtune.deploy.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
 from fedtune.deploy.kits.certificates import SOON_DAYS, check_private
 from fedtune.deploy.kits.kit_file import Kit

@@ -66,6 +66,11 @@ class Ledger:
                 self._store.note("policy", policy=policy.to_json(), sha256=policy.digest())
 
     @property
+    def folder(self) -> Path:
+        """Where the file lies."""
+        return self._store.path.parent
+
+    @property
     def history(self) -> History:
         """What the events add up to, as of the last transaction."""
         return self._store.history

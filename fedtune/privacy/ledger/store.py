@@ -169,6 +169,15 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
         raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
 
 
+@contextmanager
+def _using(anchor: Path | None) -> Iterator[None]:
+    """Name the anchor where the operating system refuses it, and not where it refuses what else a transaction does."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); nothing is trained") from error
+
+
 class Place(TypedDict, total=False):
     """Where an event belongs; what is left out is empty."""
 
@@ -216,18 +225,16 @@ class EventStore:
         try:
             with writing(self.path) as file:
                 self._catch_up(file)
-                self._require_anchored()
+                with _using(self._anchor):
+                    self._require_anchored()
                 before, self._open_file = self.history.length, file
                 yield
-            if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
-                self._write_anchor(self._anchor)
-        except BaseException as error:
+            with _using(self._anchor):
+                if self._anchor is not None and (self.history.length > before or not self._anchor.exists()):
+                    self._write_anchor(self._anchor)
+        except BaseException:
             if self.history.length != before:
                 self.history = History()  # what was followed may not have been written
-            if isinstance(error, OSError):
-                raise RunError(
-                    f"anchor {self._anchor} cannot be used ({error.strerror}); nothing is trained"
-                ) from error
             raise
         finally:
             self._open_file = None

@@ -6,7 +6,8 @@ need from the report itself, as favourably as it allows.  The rules are the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,12 +18,14 @@ from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.model import Provenance, Report, SiteReport, StartAdapter
+from fedtune.report.derive import profile
+from fedtune.report.model import Mechanism, Problem, Provenance, Report, SiteReport, StartAdapter
 from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.sites.environment import UNKNOWN
 from fedtune.words import finite
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
+    from fedtune.config import RunConfig
     from fedtune.report.record.run_record import RunRecord
 
 NOT_RECORDED = "not_recorded"
@@ -30,6 +33,9 @@ NOT_RECORDED = "not_recorded"
 _UPDATES = {False: "updates", True: "masked_updates"}
 """What a site's training releases, by whether it is readable in a secure sum alone."""
 _Place = TypeVar("_Place", int, str)
+_CALIBRATED = 1e-3
+"""Relative; what the noise that two versions find for one target may differ by.  Epsilon differs by as little."""
+_LAST_DIGITS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,3 +361,78 @@ def noted_inexact(policies: Sequence[Mapping[str, Any]]) -> str:
     """What the policies that a ledger noted say of inexact gradients, as in `LedgerFacts`."""
     said = {policy["allow"].get("inexact_gradients") for policy in policies}
     return "true" if True in said else "false" if said == {False} else "not noted"
+
+
+def settings_problems(report: Report, config: RunConfig) -> Iterator[Problem]:
+    """Every figure of a run's report that its settings deny.
+
+    Guarantee: where there is none, each mechanism in the report has the noise, sampling rate, clip norm and number of
+    steps that the settings ask for, no site has more rounds than the plan, and the whole plan costs what it says.
+
+    Args:
+        report: of a run.
+        config: its settings; that they are the run's own shows their digest.
+    """
+    if config.digest() != report.provenance.config_sha256:
+        yield Problem("provenance.config_sha256", report.provenance.config_sha256, config.digest())
+        return
+    plan = _plan_of(config, report)
+    sizes = config.declared_sizes()
+    rounds = len(report.utility.rounds) if report.utility else 0
+    stopped = "end_independent_of_releases" in {one.code for one in report.assumptions}
+    early = stopped or bool(report.utility and report.utility.kept and report.utility.kept.ended_early)
+    for where, said, asked in (
+        ("unit", report.unit, plan.unit),
+        ("delta", report.delta, plan.delta),
+        ("target_epsilon", report.target_epsilon, config.privacy.epsilon if plan.private else None),
+        ("seeded_noise", report.seeded_noise, report.seeded_noise or config.runtime.seeded_noise),
+        ("provenance.model", report.provenance.model, config.model.shown_path),
+        ("provenance.dataset", report.provenance.dataset, config.data.dataset),
+        ("provenance.task", report.provenance.task, config.task),
+        ("sites", ", ".join(site.site for site in report.sites), ", ".join(sizes)),
+        ("utility.rounds", rounds, rounds if early else max(rounds, plan.num_rounds)),
+    ):
+        if said != asked:
+            yield Problem(where, said, asked)
+    for site in report.sites:
+        for key, is_so, should_be in _of_site(site, plan, declared=sizes.get(site.site)):
+            yield Problem(f"sites.{site.site}.{key}", is_so, should_be)
+
+
+def differing(row: Mechanism, plan: Plan) -> Iterator[tuple[str, object, object]]:
+    """What a site did otherwise than its plan asked: the figure, as it is and as the plan has it."""
+    asked = profile.mechanism_of(plan, run=row.run, rounds=1, sampling=row.sampling_run)
+    for key in (
+        *("sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps"),
+        *("metrics_noise_multiplier", "records_per_user", "shared"),
+    ):
+        if getattr(row, key) != getattr(asked, key):
+            yield key, getattr(row, key), getattr(asked, key)
+
+
+def _of_site(site: SiteReport, plan: Plan, *, declared: int | None) -> Iterator[tuple[str, object, object]]:
+    if site.declared_size != declared:
+        yield "declared_size", site.declared_size, declared
+    for row in site.mechanisms:
+        for key, said, asked in differing(row, plan):
+            yield f"mechanisms.{row.run}.{key}", said, asked
+        if row.rounds > plan.most_rounds:
+            yield f"mechanisms.{row.run}.rounds", row.rounds, f"at most {plan.most_rounds}"
+    if site.spent is None:
+        return
+    whole = profile.epsilon_pld([plan.whole], plan.delta, interval=profile.interval_of(site.source))
+    planned = site.spent.planned_epsilon
+    if planned != whole and not (planned and whole and math.isclose(planned, whole, rel_tol=_LAST_DIGITS)):
+        yield "spent.planned_epsilon", planned, whole
+
+
+def _plan_of(config: RunConfig, report: Report) -> Plan:
+    """The plan that settings give, with the report's own noise where that is what a search for it finds."""
+    plan = config.plan()
+    rows = [row for site in report.sites for row in site.mechanisms]
+    said = {row.shared.noise_multiplier if row.shared else row.noise_multiplier for row in rows}
+    if config.privacy.noise_multiplier is None and len(said) == 1:
+        (noise,) = said
+        if noise > 0 and math.isclose(noise, plan.noise_multiplier, rel_tol=_CALIBRATED):
+            return replace(config, privacy=replace(config.privacy, noise_multiplier=noise)).plan()
+    return plan

@@ -53,24 +53,8 @@ class Charts:
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
         x = self._said(self._axis_of_steps(lines))
-        if path := self._planned():
-            series.insert(0, Series(points=path, number=0, label=self._said("planned"), kind="path"))
-        panel = Panel(
-            series=series, levels=levels, notes=self._now(lines), x=x, y=self._said("axis_epsilon"), scale="whole"
-        )
+        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale="whole")
         return self._chart("epsilon_spent", self._tables.steps(), [panel] if series else [], seen=self._rose(lines))
-
-    def _planned(self) -> list[tuple[float, float]]:
-        """Of a live page: what the plan would spend, to its end."""
-        path = self._words.at("/progress/path") if self._words.is_live else []
-        return [(point["round"], point["epsilon"]) for point in path]
-
-    def _now(self, lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float, str]]:
-        """Of a live page: where on its path the run is."""
-        worst = self._words.worst
-        if worst is None or worst not in lines or not self._words.is_live:
-            return []
-        return [(*lines[worst][-1], self._said("now"))]
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
         """How high the line of the site that spent most rises."""
@@ -173,30 +157,6 @@ class Charts:
         series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
         panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
         return self._chart("reliability", self._tables.named("reliability"), [panel] if found else [])
-
-    def scores(self) -> Chart:
-        """By round: scores above, losses under them."""
-        names = self._tables.score_names()
-        losses = [name for name in names if "loss" in name]
-        panels: list[Panel] = []
-        for group in ([name for name in names if name not in losses], losses):
-            lines = [
-                Series(
-                    points=points, number=number + 2 * len(panels), label=shortened(score_words(name), _LONGEST_NAME)
-                )
-                for number, name in enumerate(group[:MOST_LINES])
-                if (points := self._by_round(pointer("scores", name)))
-            ]
-            one = shortened(score_words(group[0]), _LONGEST_NAME) if len(group) == 1 else None
-            y = one or self._words.text("utility.score").unescape()
-            if lines:
-                panels.append(Panel(series=lines, x=self._said("axis_round"), y=y, scale="whole", from_zero=False))
-        main = next((name for name in names if name not in losses), names[0] if names else "")
-        return self._chart("scores", self._tables.utility(), panels, seen=self._moved(main) if main else None)
-
-    def _by_round(self, at: str) -> list[tuple[float, float]]:
-        found = [(self._words.at(f"{row}/round"), self._words.at(row + at)) for row in self._tables.rounds()]
-        return [(number, value) for number, value in found if value is not None]
 
     def mechanism(self) -> Chart:
         """Noise and sampling of each run at each site."""

@@ -25,7 +25,6 @@ MARKERS = (
 )
 LIMIT, BEFORE, WITHOUT_PRIVACY = "5 4", "1 2", "7 4"
 """Dashes of levels that lines are compared with."""
-_PATH = "#767676"
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
 _LETTER = 5.6  # about the width of one
 _SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
@@ -43,7 +42,7 @@ class Series:
     points: Points
     number: int
     label: str = ""
-    kind: Literal["line", "points", "bars", "limit", "path"] = "line"
+    kind: Literal["line", "points", "bars", "limit"] = "line"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,8 +274,6 @@ def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis, *, code: str) 
     elif one.kind == "limit":
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
         yield _line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
-    elif one.kind == "path":
-        yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), _PATH, "3 3")
     else:
         colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
         if one.kind == "line":
@@ -306,7 +303,7 @@ def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
 
 def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     """Height, label and mark of what is named beside its right end; nothing where there is one thing alone."""
-    lines = [one for one in panel.series if one.kind in ("line", "limit", "path")]
+    lines = [one for one in panel.series if one.kind in ("line", "limit")]
     if len(lines) + len(panel.levels) < 2:
         return
     for one in lines:

@@ -1,29 +1,25 @@
-"""A report on one screen, for a model card, a slide or a web page: as SVG, and as PNG where Pillow is installed.
+"""A report on one screen, for a model card, a slide or a web page, as SVG.
 
 What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of areas,
-discs and texts in units of 1200 x 675; SVG and PNG are two ways to write that list.
+discs and texts in units of 1200 x 675.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from markupsafe import escape
+from markupsafe import Markup, escape
 
 from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import COIN_TOSSING, PageOne
 from fedtune.report.page.tables import Words, shortened
-from fedtune.spec import NOT_GIVEN, ConfigError
 
-SVG, PNG = "label.svg", "label.png"
+SVG = "label.svg"
 _WIDTH, _HEIGHT, _MARGIN = 1200, 675, 44
 _INK, _SOFT, _RULE, _BLUE, _RED, _PAPER = "#1a1a1a", "#555555", "#c4c4c4", "#0b3d66", "#8f1d00", "#ffffff"
 _LEFT, _RIGHT = 580, 640
@@ -31,14 +27,6 @@ _LEFT, _RIGHT = 580, 640
 _NAME_LETTERS, _VALUE_LETTERS = 32, 44
 _FAMILY = "'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans Condensed', sans-serif"
 _MONO = "'Liberation Mono', 'DejaVu Sans Mono', Consolas, monospace"
-_FONTS = {
-    "plain": ("LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf", "DejaVuSansCondensed.ttf", "DejaVuSans.ttf"),
-    "bold": ("LiberationSans-Bold.ttf", "Arial Bold.ttf", "arialbd.ttf", "DejaVuSansCondensed-Bold.ttf"),
-    "mono": ("LiberationMono-Regular.ttf", "DejaVuSansMono.ttf", "Courier New.ttf", "cour.ttf"),
-}
-"""Where a PNG's letters come from: the first that the machine has."""
-_SCALE, _FINER = 2, 2
-"""Pixels of a PNG for each unit, and what areas are drawn larger by before they are smoothed."""
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"
 
 
@@ -103,46 +91,6 @@ def _drawn(mark: _Mark) -> str:
     anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
     place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
     return f"<text {place}{family}{anchor}>{escape(mark.text)}</text>"
-
-
-def as_png(report: Report, *, language: str) -> bytes:
-    """The label as PNG of 2400 x 1350 pixels; equal reports give equal bytes on one machine.
-
-    Raises:
-        ConfigError: Pillow is not installed, or the machine has none of the fonts.
-    """
-    try:
-        image, drawing, fonts = (importlib.import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))
-    except ImportError:
-        raise ConfigError("--label", NOT_GIVEN, f"{PNG} needs Pillow: pip install 'fedtune[pdf]'") from None
-    marks = list(_marks(Words(report, catalogue(language))))
-    times = _SCALE * _FINER
-    large = image.new("RGB", (_WIDTH * times, _HEIGHT * times), _PAPER)
-    canvas = drawing.Draw(large)
-    for mark in marks:
-        if isinstance(mark, _Area):
-            canvas.polygon([(x * times, y * times) for x, y in mark.points], fill=mark.fill)
-        elif isinstance(mark, _Disc):
-            ends = [(place + by) * times for by in (-mark.radius, mark.radius) for place in (mark.x, mark.y)]
-            canvas.ellipse(ends, fill=mark.fill, outline=mark.ring, width=round(1.5 * times))
-    shown = large.resize((_WIDTH * _SCALE, _HEIGHT * _SCALE), image.Resampling.LANCZOS)
-    canvas = drawing.Draw(shown)
-    for mark in marks:
-        if isinstance(mark, _Text):
-            font, place = _font(fonts, mark.font, mark.size * _SCALE), (mark.x * _SCALE, mark.y * _SCALE)
-            canvas.text(place, mark.text, fill=mark.fill, anchor="rs" if mark.anchor == "end" else "ls", font=font)
-    written = io.BytesIO()
-    shown.save(written, format="PNG", optimize=True)
-    return written.getvalue()
-
-
-def _font(fonts: Any, kind: str, size: float) -> Any:
-    for name in _FONTS[kind]:
-        try:
-            return fonts.truetype(name, size)
-        except OSError:
-            continue
-    raise ConfigError("--label", NOT_GIVEN, f"{PNG} needs a font (on Debian: apt-get install fonts-liberation)")
 
 
 def _marks(words: Words) -> Iterator[_Mark]:
@@ -299,9 +247,9 @@ def _length(text: str) -> float:
     return sum(widths)
 
 
-def _plain(text: Any) -> str:
+def _plain(text: Markup | str) -> str:
     """A text of the catalogue, or a name in it, as letters that can be drawn in one line."""
-    unescaped = text.unescape() if hasattr(text, "unescape") else str(text)
+    unescaped = text.unescape() if isinstance(text, Markup) else text
     return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")
 
 

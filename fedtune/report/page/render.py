@@ -30,6 +30,7 @@ from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
+from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
@@ -48,11 +49,12 @@ _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "docum
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 
 
-def render(report: Report, *, language: str, fillable: bool = False) -> str:
+def render(report: Report, *, language: str, fillable: bool = False, unfinished: Unfinished | None = None) -> str:
     """The page of a report, in "en" or "de"; equal reports give equal pages.
 
     Every figure on it carries its place in report.json.  Where it is `fillable`, what a person fills in on page 1 are
-    fields, for `as_pdf`; otherwise they are drawn for the pen.
+    fields, for `as_pdf`; otherwise they are drawn for the pen.  A page of an `unfinished` run says so, and loads itself
+    again while the run goes on.
 
     Raises:
         ConfigError: there are no texts in this language.
@@ -67,6 +69,9 @@ def render(report: Report, *, language: str, fillable: bool = False) -> str:
         .render(
             language=language,
             fillable=fillable,
+            unfinished=unfinished,
+            again_s=AGAIN_S,
+            written=words.catalogue.figure(unfinished.written, "moment") if unfinished else "",
             report=report,
             words=words,
             t=words.text,

@@ -83,16 +83,14 @@ class Words:
     Args:
         report: the whole.
         catalogue: of the language.
-        shown: of a live page, the report as JSON with more beside it.
     """
 
-    def __init__(self, report: Report, catalogue: Catalogue, *, shown: dict[str, Any] | None = None) -> None:
+    def __init__(self, report: Report, catalogue: Catalogue) -> None:
         self.report = report
         self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
-        self.json, self.is_live = shown or model.to_json(report), shown is not None
-        places = range(len(report.sites))
-        self.order = tuple(places if shown else sorted(places, key=self._favour))
-        """Places of the sites, the least favourable result first; on a live page they keep their order."""
+        self.json = model.to_json(report)
+        self.order = tuple(sorted(range(len(report.sites)), key=self._favour))
+        """Places of the sites, the least favourable result first."""
 
     def _favour(self, place: int) -> tuple[int, float]:
         site = self.report.sites[place]
@@ -353,9 +351,9 @@ class Tables:
         self._sites = [f"/sites/{place}" for place in words.order]
 
     def named(self, name: str) -> Table:
-        """The table with a name; a ledger's and a run's, a record's and a user's, and a live page's may differ."""
+        """The table with a name; a ledger's and a run's, a record's and a user's may differ."""
         kind, unit = self._words.report.kind, self._words.report.unit
-        names = (*([f"{name}_live"] if self._words.is_live else []), name, f"{name}_of_{kind}", f"{name}_by_{unit}")
+        names = (name, f"{name}_of_{kind}", f"{name}_by_{unit}")
         layout = next(layouts()[name] for name in names if name in layouts())
         caption = self._words.text(layout.caption, delta=self._words.figure("/delta", "exact"))
         rows, columns, last = self._rows(layout.rows), layout.columns, layout.rows.startswith("/utility/rounds")
@@ -363,7 +361,7 @@ class Tables:
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
             columns = tuple(column for column in columns if column.heading != same)
-        if columns[0].at == "@site" and len(self._sites) > 1 and not self._words.is_live:
+        if columns[0].at == "@site" and len(self._sites) > 1:
             return self._together(self._words.table(caption, columns, rows, most=len(rows)))
         return self._words.table(caption, columns, rows, last=last)
 

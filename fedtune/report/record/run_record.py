@@ -10,7 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,6 @@ class RunRecord:
         rounds: the finished ones.
         environments: what it was made on.
         inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
-        asked: of a run that may be under way, (round, sites) of each time that a round was asked for, oldest first.
-        answers: likewise of real sites, what each last answered, and when.
         selection: that it was picked in a search; None: not on file.
     """
 
@@ -59,8 +57,6 @@ class RunRecord:
     rounds: Sequence[RoundResult]
     environments: tuple[Environment, ...]
     inexact_gradients: bool | None = None
-    asked: Sequence[tuple[int, Sequence[str]]] = ()
-    answers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     selection: Selection | None = None
 
     @property
@@ -194,21 +190,6 @@ class RunRecord:
             return max(known, updates, self._noted(site), self.plan.most_rounds), True
         return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
 
-    @property
-    def under_way(self) -> int | None:
-        """The round that was asked for after the last finished one."""
-        newest = max((round for round, _ in self.asked), default=0)
-        return newest if newest > len(self.rounds) else None
-
-    def settled(self, site: str, charged: int) -> int:
-        """Of the rounds `charged`, those without the one that is under way, which belongs to none of the finished."""
-        receipt, unanswered = self.receipts.get(site), self.state.unanswered if self.state else {}
-        known, silent = receipt.charged_rounds if receipt else 0, unanswered.get(site, 0)
-        under_way = sum(site in sites for round, sites in self.asked if round > len(self.rounds))
-        if not under_way or charged > known + silent:  # the site's word is missing, and its whole plan counts
-            return charged
-        return max(known, min(known + silent - under_way, self.plan.most_rounds))
-
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
     """The record of a run folder.
@@ -244,7 +225,7 @@ def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
     try:
-        policies = [tomllib.loads((sites / name / "site.toml").read_text()) for name in config.federation.active]
+        policies = [tomllib.loads((sites / name / "site.toml").read_text("utf-8")) for name in config.federation.active]
         accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -317,58 +298,3 @@ def _state(folder: Path, digest: str, result: RunResult | None) -> LeadState | N
             raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
         return None
     return Checkpoints(files.checkpoints, digest).load()
-
-
-def read_run_under_way(folder: Path, config: RunConfig, *, plan: Plan | None = None) -> RunRecord:
-    """The record of a folder that a run may be writing to, also before it asked for anything.
-
-    Args:
-        folder: the run's.
-        config: of its `config.yaml`.
-        plan: of an earlier reading.
-
-    Raises:
-        ConfigError: its files belong to different runs.
-        RunError: what it holds is damaged.
-        OSError: there is no such folder any more: a run that fails before it begins takes it away.
-    """
-    files = RunFolder(folder)
-    if files.saved_checkpoints or files.result.exists():
-        # Looked at before the checkpoint is, which tells what these mean for the budget.
-        asked, answers = tuple(_asked(files.asked)), _answers(files.answers)
-        return replace(read_run(folder, plan=plan), asked=asked, answers=answers)
-    files.config.stat()
-    return not_begun(config, plan=plan, environments=read_environments(folder))
-
-
-def not_begun(config: RunConfig, *, plan: Plan | None = None, environments: tuple[Environment, ...] = ()) -> RunRecord:
-    """The record of a run that asked no site for anything yet."""
-    return RunRecord(
-        config=config,
-        plan=plan or config.plan(),
-        config_sha256=config.digest(),
-        result=None,
-        state=None,
-        rounds=(),
-        environments=environments,
-    )
-
-
-def _asked(journal: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rounds in the journal of rounds that were asked for."""
-    for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-        if line.endswith(b"\n"):
-            try:
-                fields = json.loads(line)
-                yield int(fields["round"]), tuple(map(str, fields["sites"]))
-            except (ValueError, TypeError, KeyError):
-                continue
-
-
-def _answers(path: Path) -> Mapping[str, Mapping[str, str]]:
-    """What real sites last answered; a simulation has none."""
-    try:
-        known = json.loads(path.read_bytes()) if path.exists() else {}
-        return {site: {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return {}

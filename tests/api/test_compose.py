@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.compose import compose_run, compose_sweep, write_config
-from fedtune.cli.experiment_file import config_folder
+from fedtune.api.compose import compose_run, compose_sweep, write_config
+from fedtune.api.experiment_file import config_folder
 from fedtune.config import saved_config
 from fedtune.spec import ConfigError
 
@@ -185,3 +185,44 @@ def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
 def test_a_sweep_of_too_many_runs_is_refused(swept: str) -> None:
     with pytest.raises(ConfigError, match="must give at most 1000 runs to the sweep"):
         compose_sweep(["experiment=debug", swept, "privacy.delta=range(1,30)"])
+
+
+SECURE = "federation.aggregation=secure"
+
+
+def chosen_for_sums(*overrides: str) -> tuple[int, int, int | None, str, float, float | None]:
+    """What a run with secure sums takes of what it may choose."""
+    config = compose_run(["name=x", *overrides])
+    training, federation = config.training, config.federation
+    assert training.learning_rate != "auto"
+    rates = training.learning_rate, training.head_learning_rate
+    return federation.num_rounds, training.local_steps, federation.threshold, training.schedule, *rates
+
+
+def test_secure_sums_choose_their_rounds_steps_and_rates() -> None:
+    by_hand = ["federation.threshold=4", "training.local_steps=1", "federation.num_rounds=50"]
+    by_hand += ["training.schedule=linear", "training.learning_rate=5", "training.head_learning_rate=40"]
+    assert chosen_for_sums(SECURE) == (50, 1, 4, "linear", 5.0, 40.0)  # simulations/aggregation
+    assert compose_run([SECURE, "name=x"]) == compose_run([SECURE, "name=x", *by_hand])
+    slower = chosen_for_sums(SECURE, "federation.num_sites=2", "federation.site_names=[]")
+    assert slower == (50, 1, 2, "linear", 4.24, 33.9), "noise is less by the root of the number of sites"
+    assert chosen_for_sums(SECURE, "federation.colluders=1")[-1] == 40.0
+    adam = chosen_for_sums(SECURE, "experiment=debug", "federation.num_sites=4")
+    assert adam == (4, 1, 4, "linear", 0.01, None), "Adam moves as far whatever the noise"
+    labels = [*OWN, "experiment=own_data"]
+    assert compose_run([SECURE, "name=x", *labels]).training.learning_rate != "auto"
+
+
+def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
+    assert chosen_for_sums(SECURE, "federation.num_rounds=7", "training.head_learning_rate=9") == (
+        *(7, 1, 4, "linear"),
+        *(5.0, 9.0),
+    )
+    assert chosen_for_sums(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
+    with pytest.raises(ConfigError, match=r"training\.local_steps = 5: must be 1 with federation\.aggregation"):
+        compose_run([SECURE, "training.local_steps=5", "name=x"])
+    plain, secure = tmp_path / "plain.yaml", tmp_path / "secure.yaml"
+    plain.write_text("defaults: [banks_intents]\nfederation: {num_rounds: 3}\n")
+    secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
+    assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
+    assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)

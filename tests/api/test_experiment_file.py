@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.cli.compose import compose_run, compose_sweep
+from fedtune.api.compose import compose_run, compose_sweep
 from fedtune.spec import ConfigError
 
 PAGE = """\

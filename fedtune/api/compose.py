@@ -1,4 +1,4 @@
-"""From overrides on the command line to validated configurations; the only place that knows Hydra."""
+"""From overrides on the command line to validated configurations; Hydra's one room."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedtune.cli.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
-from fedtune.config import RunConfig, parse, saved_config
+from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
+from fedtune.config import RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -98,6 +98,12 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
         outer = {_key(override).partition(".")[0] for override in overrides}
         settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - outer if key in file.settings}
+    if settings.get("federation", {}).get("aggregation") == "secure":
+        # What was said where secure sums were asked for, or later, stays; the rest had plain rounds in mind.
+        said = {_key(override) for override in overrides}
+        if file is not None and file.sets("federation.aggregation"):
+            said |= {f"{group}.{key}" for group in ("federation", "training") for key in file.settings.get(group, ())}
+        settings = with_secure_sums(settings, keep=said)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
@@ -112,6 +118,38 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if unknown else error
         typed = any(_key(override) == error.key for override in overrides) or error.key in maps
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
+
+
+def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Compose and validate one run, from values in place of typed words.
+
+    Args:
+        recipe: the name of an experiment of conf/, an experiment file, or a whole configuration; None: the default.
+        settings: values by dotted key, and options by group.
+
+    Raises:
+        ConfigError: as `compose_run`.
+    """
+    words = [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
+    if isinstance(recipe, RunConfig):
+        return _changed(recipe, words, fixed={})
+    return compose_run(words if recipe is None else [f"experiment={recipe}", *words])
+
+
+def _word(value: Any) -> str:
+    """A value as a word of Hydra's grammar."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return f"{{{','.join(f'{_word(key)}:{_word(inner)}' for key, inner in value.items())}}}"
+        case list() | tuple():
+            return f"[{','.join(map(_word, value))}]"
+        case str() | Path():
+            return _quoted(str(value))
+    return repr(value)
 
 
 def _require_one_experiment(overrides: Sequence[str]) -> None:
@@ -197,14 +235,18 @@ def _chooses_option(override: str) -> bool:
 def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
     """`resume=FOLDER` continues with the folder's own configuration, changed by single values only."""
     folder, saved = _run_folder(name.strip("'\""))
+    # The name is how the sites' ledgers know the run: another one would start their count at zero.
+    return _changed(saved, overrides, fixed={"resume": str(folder), "name": saved.name})
+
+
+def _changed(known: RunConfig, overrides: Sequence[str], *, fixed: Mapping[str, Any]) -> RunConfig:
+    """A whole configuration, changed by single values."""
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
-        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(saved.to_json()), changes))
+        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(known.to_json()), changes))
     except (OmegaConfBaseException, YAMLError) as error:
         raise in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
-    # The name is how the sites' ledgers know the run: another one would start their count at zero.
-    fixed = {"resume": str(folder), "name": saved.name}
     return parse({**{str(key): value for key, value in settings.items()}, **fixed})
 
 

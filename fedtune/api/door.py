@@ -1,0 +1,336 @@
+"""What `import fedtune` offers: runs, plans, scores, ledgers and reports as values.
+
+Each function takes settings by their dotted keys, as the command line does, raises `ValueError` with the same message
+for a person's mistake, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fedtune
+from fedtune.api.compose import compose_recipe
+from fedtune.config import RunConfig, saved_config
+from fedtune.data.records import Record
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.ledger.verify import verify as verify_ledger
+from fedtune.spec import ConfigError
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    import pandas
+
+    from fedtune.federation.lead import LeadState, RoundResult, Scores
+    from fedtune.federation.planner import Price
+    from fedtune.federation.results import PrivacyResult, RunResult
+    from fedtune.privacy.ledger.spending import Spending
+    from fedtune.privacy.proposal import Proposal
+    from fedtune.report.checks import Check
+    from fedtune.report.model import Report
+    from fedtune.sites.saved_model import BesideBase, SavedModel
+    from fedtune.sites.shared_model import SharedModel
+
+Recipe = str | Path | RunConfig
+"""A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
+Settings = Mapping[str, Any]
+"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none"}`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is, as `progress` is told.
+
+    Attributes:
+        stage: in words, such as "scoring the model before training"; "round" after each round.
+        done: of `total` parts; 0 of 0 where nobody knows how many there are.
+        round: what the newest round came to; None before the first one.
+    """
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    round: RoundResult | None = None
+
+
+class _Teller:
+    """Tells a callback of a run; notes on the data are warnings."""
+
+    def __init__(self, config: RunConfig, progress: Callable[[Progress], None]) -> None:
+        self._rounds, self._progress = config.federation.num_rounds, progress
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self._progress(Progress(stage=what, done=done, total=total))
+
+    def note(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        self._progress(Progress(stage="training", done=state.round, total=self._rounds))
+
+    def site_replied(self, number: int) -> None:
+        """A round tells of itself when it is over."""
+
+    def round_finished(self, state: LeadState) -> None:
+        self._progress(Progress(stage="round", done=state.round, total=self._rounds, round=state.rounds[-1]))
+
+
+def simulate(
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    *,
+    progress: Callable[[Progress], None] = lambda told: None,
+) -> Run:
+    """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
+
+    The run's folder is `tracking.output_dir`/`name`, by default runs/ and a time stamp.  After an interrupt,
+    `simulate(settings={"resume": folder})` goes on; every round that was charged stays charged.
+
+    Args:
+        recipe: what to run; None: the default, four banks on Banking77.
+        settings: that differ from the recipe's.
+        progress: is called as the run goes on, in this thread; what it raises ends the run as an interrupt does.
+
+    Raises:
+        ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
+        RunError: too few sites replied.
+    """
+    from fedtune.api.working_folder import folder_of, run_in_folder
+    from fedtune.flower import simulation
+    from fedtune.sites.virtual_site import fitted
+
+    config = compose_recipe(recipe, settings)
+    if config.runtime.kind == "deployment":
+        raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
+    if fedtune.torch_came_first:
+        text = (
+            "import fedtune before torch: MKL's settings come too late, and a run's own trial may refuse this process"
+        )
+        warnings.warn(text, stacklevel=2)
+    folder = folder_of(config)
+    if config.resume is None:
+        config = fitted(config, folder)
+    run_in_folder(config, folder, _Teller(config, progress), work=simulation.simulate)
+    return load(folder)
+
+
+def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
+    """What a run would cost in privacy, by site and round, from settings and declared sizes alone.
+
+    Guarantee: every epsilon is an upper bound, but `epsilon_of_one_round`, which is one for a single round.  No record
+    is read and nothing is charged.
+
+    >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
+    >>> price.epsilon <= 3, len(price.rounds), price.steps
+    (True, 10, 150)
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    from fedtune.federation.planner import price
+
+    config = compose_recipe(recipe, settings)
+    return price(config.plan(), config.declared_sizes())
+
+
+def load(folder: str | Path) -> Run:
+    """The run in a folder, finished or not; the folder may be the `adapter` in it.
+
+    Raises:
+        ValueError: the folder holds no run.
+        RunError: what it holds is damaged.
+    """
+    path = Path(folder)
+    if not RunFolder(path).config.exists() and RunFolder(path.absolute().parent).adapter == path.absolute():
+        path = path.absolute().parent
+    return Run(folder=path, config=saved_config(path))
+
+
+def evaluate(run: Run, data: str | Path) -> BesideBase:
+    """Score a run's adapter and its start on a file, with intervals (95 %) that draw the same records for both.
+
+    The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
+
+    Raises:
+        ValueError: the run is not finished, or the file cannot be used.
+    """
+    from fedtune.sites.saved_model import beside_base
+
+    return beside_base(run.config, run.adapter, str(data))
+
+
+def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
+    """Check a report.json: form, signature, every epsilon again from its events, verdict, settings beside it.
+
+    Args:
+        file: the report, or the folder that holds it.
+        key: the public key, in hex, that must have signed it.
+
+    Returns:
+        One value for each check, whose `state` is "right", "wrong" or "not_checked".
+
+    Raises:
+        ValueError: there is no report.
+    """
+    from fedtune.report.checks import check_file
+
+    return check_file(Path(file), key=key)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in its folder; made by `simulate` and `load`.
+
+    Attributes:
+        folder: with configuration, results, adapter, report and, of a simulation, the sites' ledgers.
+        config: of the run.
+    """
+
+    folder: Path
+    config: RunConfig = field(repr=False)
+
+    @cached_property
+    def result(self) -> RunResult:
+        """The content of run.json.
+
+        Raises:
+            ValueError: the run has come to nothing yet.
+        """
+        from fedtune.report.record.run_record import read_run
+
+        result = read_run(self.folder).result
+        if result is None:
+            raise ConfigError("run folder", str(self.folder), "must hold a run.json; resume the run first")
+        return result
+
+    @property
+    def metrics(self) -> Scores:
+        """Scores of the final adapter on the lead's test records; not covered by the guarantee."""
+        return self.result.final.metrics
+
+    @property
+    def rounds(self) -> tuple[RoundResult, ...]:
+        """What each finished round came to."""
+        return self.result.rounds
+
+    @property
+    def privacy(self) -> PrivacyResult:
+        """What is promised: epsilon at delta, for the run and for each site, derived from what was charged."""
+        return self.result.privacy
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the final adapter, which `peft.PeftModel.from_pretrained` loads.
+
+        Raises:
+            ValueError: there is none yet, or nobody may use it.
+        """
+        return RunFolder(self.folder).finished_adapter()
+
+    def predict(self, texts: Sequence[str]) -> list[object]:
+        """What the tuned model says of each text: likeliest labels with probabilities, or a number.
+
+        Raises:
+            ValueError: the run's task writes or compares texts, or a record of it is more than one text.
+        """
+        task = self._model.model.task
+        if not task.answers or task.predicts_tokens:
+            raise ConfigError("task", self.config.task, "has no label or number to predict: see generate and evaluate")
+        return [self._model.answer(Record(self._model.fields_of(text, at="text")))[1] for text in texts]
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> str:
+        """What the tuned model writes after a prompt; greedy, unless `temperature` is above 0.
+
+        Raises:
+            ValueError: the run's task writes no text, or the prompt is too long.
+        """
+        from fedtune.evaluation.spec import WritingSpec
+
+        spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        if not self._model.model.task.predicts_tokens:
+            raise ConfigError("task", self.config.task, "writes no text: see predict")
+        ids = self._model.prompt_ids(self._model.fields_of(prompt, at="prompt"), at="prompt")
+        return "".join(self._model.written(ids, spec))
+
+    @cached_property
+    def _model(self) -> SavedModel:
+        """The base with this run's adapter in it; kept, since loading takes seconds."""
+        from fedtune.sites.saved_model import SavedModel
+
+        model = SavedModel(self.config, {"tuned": self.adapter})
+        model.use("tuned")
+        return model
+
+    def report(self) -> Report:
+        """The privacy report, derived anew from the run's folder."""
+        from fedtune.report import from_run
+
+        return from_run.build(self.folder)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for each round: seconds, bytes, sites, scores on the validation file."""
+        rows = [
+            {
+                "round": one.round,
+                "seconds": one.seconds,
+                "sites": len(one.sites),
+                "bytes_down": one.bytes_down,
+                "bytes_up": one.bytes_up,
+                **one.metrics,
+            }
+            for one in self.rounds
+        ]
+        return _frame(rows).set_index("round")
+
+
+class Ledger:
+    """A site's ledger, read and verified; nothing is written into it.
+
+    Guarantee: nobody without the site's key changed, deleted, inserted or reordered an event.  That none is missing at
+    the end takes an anchor: `fedtune ledger verify --anchor`.
+
+    Args:
+        path: the ledger.db.
+        site_key: the site's public key in hex, from a source you trust; None: the one that the ledger names.
+
+    Raises:
+        ValueError: there is no such file.
+        RunError: says what does not fit.
+    """
+
+    def __init__(self, path: str | Path, *, site_key: str | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError("ledger", str(path), "must be a ledger.db")
+        self.verified: Verified = verify_ledger(self.path, site_key=site_key)
+
+    @property
+    def spending(self) -> Spending:
+        """What is spent over the ledger's life, in the current period and by each run, derived from its events."""
+        from fedtune.privacy.ledger.spending import spending
+
+        history = self.verified.history
+        return spending(history, history.now())
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for each event: when, what kind, of which run and round."""
+        return _frame(
+            [
+                {"sequence": one.sequence, "time": one.time, "kind": str(one.kind), "run": one.run, "round": one.round}
+                for one in self.verified.events
+            ]
+        ).set_index("sequence")
+
+
+def _frame(rows: Sequence[Mapping[str, object]]) -> pandas.DataFrame:
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError("to_frame", None, "needs pandas: pip install 'fedtune[notebook]'") from None
+    return pandas.DataFrame(rows)

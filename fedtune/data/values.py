@@ -1,0 +1,408 @@
+"""One value of a data file as a role needs it: the reader of runs, and of those who look at what a file is.
+
+Each value is read alone.  Error messages name a place and never quote what stands there: they end up in logs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeGuard, cast
+
+from fedtune.data.text_rows import GROUP, json_type
+from fedtune.spec import DataError
+
+# Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
+CATEGORY_ROLES = frozenset({"label", "site", "user"})
+NO_TEXT = CATEGORY_ROLES | {"labels", "target", GROUP}
+"""Roles whose values are no texts that somebody wrote."""
+SAID = ("chosen", "rejected")
+"""Roles whose values are texts or turns."""
+OPTIONAL_ROLES = frozenset({"input", "system", GROUP})
+"""Roles that a record may lack, or have blank."""
+_BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
+"""What lists of names are written with, and so no part of a user's id; what a message calls a record of several."""
+_NO_ID = frozenset({"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"})
+"""What tables write where nobody is named: all such rows together are of no one person."""
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
+"""Letters without a shape of their own (Unicode's Default_Ignorable_Code_Point)."""
+_WHOLE_DECIMAL = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
+_SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
+    ("assistant", "gpt", "bot", "model"), "assistant"
+)
+_TRAINED = ("weight", "train", "training", "loss")
+"""What other programs call it whether an answer is learnt: 0 or false for one that is not."""
+_PARTS_TRAINED = ("train_detail", "training_detail")
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_OTHER_NUMBER = re.compile(r"[$€£¥]? ?[+-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?", re.ASCII)
+_LONGEST_NUMBER = 400
+"""Characters of a number: every float has a shorter one, and no text may keep a site busy."""
+_LIKE_TURNS = re.compile(r"\s*\[\s*\{")
+"""How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
+_WRITTEN_TURNS = '[{"role":"'
+"""The same as this file writes them."""
+_PRINTED = re.compile(r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?\d+)(?:\.0*)?""", re.ASCII)
+_PRINTED_LIST = re.compile(rf"\[\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=\])))*+\]", re.ASCII)
+"""A list as Python and numpy print it, with or without commas, and as pandas writes it into tables."""
+
+
+def read_value(value: object, role: str, *, at: str) -> str:
+    """The checked text of a value.
+
+    Args:
+        value: as the file has it; a number that is none (NaN) is null.
+        role: of its column.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is not what the role needs.
+    """
+    if is_null(value):
+        raise DataError(at, "null", f"must not be null (role {role})")
+    if role in _READ_ALONE:
+        text = _READ_ALONE[role](value, at)
+    elif role in CATEGORY_ROLES:
+        text = _name(value, role, at=at)
+    else:
+        text = _text(value, role, accepted="text", at=at)
+    _require_unicode(text, at=at, role=role)
+    return text
+
+
+def is_null(value: object) -> bool:
+    """Whether a file has nothing there: null, or in a column of numbers one that is none (NaN)."""
+    return value is None or value != value
+
+
+def is_missing(value: object) -> bool:
+    """Whether there is nothing, or a blank text."""
+    return is_null(value) or (isinstance(value, str) and not value.strip())
+
+
+def is_whole(value: object) -> TypeGuard[float]:
+    """Whether a decimal is a whole number: tables turn all of a column's into decimals where one record has none.
+
+    Those beyond 2**53 are not taken: two names may have become one there.
+    """
+    return isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+
+
+def one_form(text: str) -> str:
+    """A name in one form: composed (NFC), without invisible letters, with one space where there are several.
+
+    >>> one_form("Jose\\u0301\\u200b ") == "Jos\\u00e9"
+    True
+    """
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
+
+
+def _text(value: object, role: str, *, accepted: str, at: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(at, json_type(value), f"must be {accepted} (role {role})")
+    if not value.strip():
+        raise DataError(at, "blank", f"must not be blank (role {role})")
+    return value
+
+
+def _name(value: object, role: str, *, at: str) -> str:
+    """A label, a site or a user."""
+    if role == "user":
+        _require_one_user(value, at=at)
+    if type(value) is int or is_whole(value):
+        value = str(int(value))
+    elif role == "label" and isinstance(value, bool):
+        value = str(value).lower()
+    text = _text(value, role, accepted="text or an integer", at=at).strip()
+    return _user(text, at=at) if role == "user" else text
+
+
+def _user(text: str, *, at: str) -> str:
+    """An id in the one form in which ids are compared, so that no person counts as several."""
+    found = one_form(text)
+    if found in _NO_ID:
+        raise DataError(at, "no id", "must name a user (role user)")
+    whole = _WHOLE_DECIMAL.fullmatch(found)
+    return whole[1] if whole else found
+
+
+def _require_one_user(value: object, *, at: str) -> None:
+    """Refuse a record of several users: it would count for one of them, and the others would not be protected."""
+    several = isinstance(value, list) or (isinstance(value, str) and any(mark in value for mark in _BETWEEN_NAMES))
+    if several:
+        marks = " ".join(_BETWEEN_NAMES)
+        bound = f"must name one user (role user): a value with one of {marks} is read as several, and the record of"
+        raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
+
+
+def _group(value: object, at: str) -> str:
+    """The group that a value names, in one form of its letters; "" for what names none, and leaves no record out."""
+    if isinstance(value, int) or is_whole(value):
+        value = str(value).lower() if isinstance(value, bool) else str(int(value))
+    return unicodedata.normalize("NFC", value.strip()) if isinstance(value, str) and value.isprintable() else ""
+
+
+# Turns.
+
+
+def messages_of(value: object, *, at: str) -> str:
+    """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
+
+    An answer that is not to be learnt also has "train": false.
+
+    Args:
+        value: turns with `role` and `content` (as OpenAI writes them) or with `from` and `value` (ShareGPT), one object
+            with a list of each (Hugging Face), or the same as JSON text.  A first turn of the system may lead; then
+            user and assistant take turns.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is no such conversation.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            bound = (
+                "must be a JSON list of turns (role messages); Python's json.dumps writes one, str and pandas do not"
+            )
+            raise DataError(at, "text that is no JSON", bound) from None
+    value = _rows_of(value)
+    if not isinstance(value, list):
+        raise DataError(at, json_type(value), "must be a list of turns (role messages)")
+    turns = _turns(value, at=at)
+    _require_alternation([turn["role"] for turn in turns], at=at)
+    return _as_json(turns)
+
+
+def said_of(value: object, at: str) -> str:
+    """What is said after a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
+
+    A turn alone is one of a list.
+
+    Raises:
+        DataError: it is neither.
+    """
+    value = _rows_of(value)
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list) and value:
+        return _as_json(_turns(value, at=at))
+    if not isinstance(value, str):
+        raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
+    if not value.strip():
+        raise DataError(at, "blank", "must not be blank: it is what the model learns to write, or not to")
+    try:
+        turns = _turns_in(value)
+    except RecursionError:  # taken as text here, it might be turns where the stack is less deep
+        raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
+    return value if turns is None else _as_json(turns)
+
+
+def turns_said(text: str) -> list[dict[str, Any]] | None:
+    """The turns in a field of the roles `chosen` and `rejected`, as `said_of` wrote it; None: it is a text."""
+    if not text.startswith(_WRITTEN_TURNS):
+        return None
+    with suppress(RecursionError):  # turns that were written once are not deep
+        return _turns_in(text)
+    return None
+
+
+def speakers_of(value: object) -> list[str]:
+    """Who speaks in a value that is turns, readable or not, also as JSON text; nobody where it is none."""
+    if isinstance(value, str) and _LIKE_TURNS.match(value):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    value = _rows_of(value)
+    listed = value if isinstance(value, list) else [value]
+    turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
+    if len(turns) < len(listed):
+        return []
+    said = (str(turn.get("role") or turn.get("from")).strip().lower() for turn in turns)
+    return [_SPEAKERS.get(speaker, speaker) for speaker in said]
+
+
+def _rows_of(value: object) -> object:
+    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay."""
+    if not isinstance(value, dict) or not value or not all(isinstance(one, list) for one in value.values()):
+        return value
+    if len(set(map(len, value.values()))) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
+def _turns_in(text: str) -> list[dict[str, Any]] | None:
+    if not _LIKE_TURNS.match(text):
+        return None
+    with suppress(DataError):
+        return _turns(_json_list(text.lstrip()) or [None], at="")
+    return None
+
+
+def _turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
+    return [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
+
+
+def _as_json(values: Sequence[object]) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+
+
+def _turn(turn: object, *, at: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise DataError(at, json_type(turn), "must be an object with role and content, or from and value")
+    # A table has one set of columns: beside a turn of the other form, a turn has nulls under that form's names.
+    who, what = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
+    if who not in turn or what not in turn:
+        raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
+    speaker, content = turn[who], _only_part(turn[what])
+    role = _SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_SPEAKERS)
+        raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: turns of tools are not supported")
+    if not isinstance(content, str):
+        raise DataError(f"{at}, {what}", json_type(content), "must be text")
+    if role != "assistant":
+        return {"role": role, "content": content}
+    if not content.strip():
+        raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
+    return {"role": role, "content": content} | ({} if _is_learnt(turn, at=at) else {"train": False})
+
+
+def _only_part(content: object) -> object:
+    """The text of a content that is a list of one part, which is a text; others stay."""
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        return content[0].get("text", content)
+    return content
+
+
+def _is_learnt(turn: Mapping[str, object], *, at: str) -> bool:
+    """Whether an answer is to be learnt, by the marks of other programs."""
+    for mark in _PARTS_TRAINED:
+        if turn.get(mark):
+            raise DataError(f"{at}, {mark}", "marks of parts", "must not be there: an answer is learnt whole, or not")
+    given = [(mark, turn[mark]) for mark in _TRAINED if not is_null(turn.get(mark))]
+    for mark, value in given:
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(f"{at}, {mark}", "another weight", "must be 0 or 1, false or true")
+    return all(value for _, value in given)
+
+
+def _require_alternation(roles: Sequence[str], *, at: str) -> None:
+    first = 1 if roles[:1] == ["system"] else 0
+    for place in range(first, len(roles)):
+        wanted = ("user", "assistant")[(place - first) % 2]
+        if roles[place] != wanted:
+            bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
+            raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
+
+
+# Labels and numbers.
+
+
+def labels_of(value: object, at: str) -> str:
+    """The labels of a record that may have several: a list as JSON, or the text as it is.
+
+    No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
+    deep one may be depends on who reads it, and `split_labels` must find what was found here.
+
+    Args:
+        value: of the cell; a list may also be text, as JSON has it or as Python prints it.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is no text, number or list of these.
+    """
+    listed: Any
+    try:
+        listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
+    except RecursionError:
+        listed = [None]
+    if isinstance(value, str) and listed is None and (listed := _printed_list(value.strip())) is None:
+        return value.strip()
+    listed = listed if isinstance(listed, list) else [listed]
+    if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
+        raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
+    labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
+    if len(set(labels)) < len(labels):
+        bound = "must name each label once (role labels); a vector of 0 and 1 is no list of labels: write their names"
+        raise DataError(at, "a label twice", bound)
+    return _as_json(labels)
+
+
+def _json_list(text: str) -> list[Any] | None:
+    """A text as the JSON list that it is; None: it is none."""
+    if not text.startswith("["):
+        return None
+    try:
+        found: list[Any] = json.loads(text)
+    except ValueError:
+        return None
+    return found
+
+
+def _printed_list(text: str) -> list[str] | None:
+    if not _PRINTED_LIST.fullmatch(text):
+        return None
+    found = ((one or other, number) for one, other, number in _PRINTED.findall(text))
+    return [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
+
+
+def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
+    """The labels of a field of the role `labels`, as a record has it.
+
+    >>> split_labels("late; damaged", separator=";")
+    ('late', 'damaged')
+    >>> split_labels('["late","damaged"]', separator=";")
+    ('late', 'damaged')
+    """
+    listed = _json_list(text)
+    return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
+
+
+def number_of(value: object, at: str) -> str:
+    """The number in the role `target`, as Python writes it.
+
+    Raises:
+        DataError: it is none.
+    """
+    number = math.nan
+    if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
+        with suppress(OverflowError):
+            number = float(cast(float | str, value))
+    if not math.isfinite(number):
+        kind = "text that is no number" if isinstance(value, str) else json_type(value)
+        raise DataError(at, kind, "must be a finite number, with a point before decimals (role target)")
+    return repr(number)
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None
+
+
+def is_number_in_another_form(value: object) -> bool:
+    """Whether a text that is no number to a run is one to people: 3,5 or $1,200 or 50%."""
+    return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
+
+
+_READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
+    "messages": lambda value, at: messages_of(value, at=at),
+    "labels": labels_of,
+    "target": number_of,
+    **dict.fromkeys(SAID, said_of),
+    GROUP: _group,
+}
+"""Roles whose values need not be texts in a file, and how they become some."""
+
+
+def _require_unicode(text: str, *, at: str, role: str) -> None:
+    """Refuse what cannot be encoded: JSON may escape half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None

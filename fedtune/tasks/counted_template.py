@@ -1,0 +1,178 @@
+"""A chat template rendered under counts: it ends after so much work, whatever it says, and on every machine alike.
+
+A template is a program that came with a model.  One with a loop in a loop, or with a text that it doubles forty times,
+would hang a site or fill its memory.  Here each step costs what it reads and what it makes, in characters and items,
+before either can grow; who passes the bound is refused.  There is no clock in it, so a slow machine refuses no other
+templates than a fast one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from typing import Any
+
+from jinja2 import TemplateError, nodes, pass_context
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+MOST_WORK = 1 << 20
+"""Characters and items that one rendering may read and make.  Known templates need about ten thousand."""
+_MOST_MADE = 1 << 25
+"""What one call could make at most, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
+_WITHHELD = ("format", "random")
+"""Filters: one makes a text as long as a number in a text says, and one draws."""
+
+
+class TooMuchWork(TemplateError):
+    """A template passed the bound."""
+
+    def __init__(self) -> None:
+        super().__init__(f"takes more than {MOST_WORK} steps for a short conversation")
+
+
+class CountedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with the tags, filters and functions of another, and a count.
+
+    Attributes:
+        work: what was done since it was last set to 0.
+    """
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self, like: Any) -> None:
+        super().__init__(
+            trim_blocks=like.trim_blocks,
+            lstrip_blocks=like.lstrip_blocks,
+            extensions=list(map(type, like.extensions.values())),
+        )
+        self.work = 0
+        self.globals.update(like.globals)
+        given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
+        self.filters = {name: self._counted(one, self._before) for name, one in given.items()}
+        self.tests = {name: self._counted(one, self.spend) for name, one in like.tests.items()}
+        self.filters["counted"] = _counted_filter
+        self.finalize = self._written
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        found: nodes.Template = _Hooks().visit(super()._parse(source, name, filename))
+        found.set_environment(self)
+        return found
+
+    def spend(self, value: object = None, steps: int = 1) -> None:
+        """Count steps, and all that a value holds.
+
+        Raises:
+            TooMuchWork: the bound is passed.
+        """
+        waiting = [value]
+        while True:
+            self.work += steps
+            if self.work > MOST_WORK:
+                raise TooMuchWork
+            if not waiting:
+                return
+            held = waiting.pop()
+            steps = 1 + _size(held)
+            if isinstance(held, Namespace):
+                held = held._Namespace__attrs
+            if isinstance(held, dict):
+                waiting += [*held, *held.values()]
+            elif isinstance(held, list | tuple):
+                waiting += held
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(__obj, "__name__", "") in ("format", "format_map"):
+            raise TemplateError("a text with places for others has no bound")
+        given = (getattr(__obj, "__self__", None), *args, *(one for name, one in kwargs.items() if name[:1] != "_"))
+        __self._before(given)
+        return __self._after(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            raise TemplateError("a text with places for others has no bound")
+        if operator == "**" or (operator == "*" and not (_is_number(left) and _is_number(right))):
+            self._before((left, right))
+        return self._after(super().call_binop(context, operator, left, right))
+
+    def _before(self, given: tuple[Any, ...]) -> None:
+        """Count what a call reads, and refuse one that could make very much of it."""
+        for one in given:
+            self.spend(one)
+        if math.prod(1 + abs(one) if _is_number(one) else 1 + _size(one) for one in given) > _MOST_MADE:
+            raise TooMuchWork
+
+    def _after(self, made: Any) -> Any:
+        # Such as what map and select give: counted now, not one by one where nobody sees.
+        if isinstance(made, Iterator) and type(made).__name__ == "generator":
+            made = list(made)
+        self.spend(made)
+        return made
+
+    def _counted(self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], None]) -> Callable[..., Any]:
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))
+            return self._after(function(*args, **kwargs))
+
+        return counted
+
+    def _written(self, value: Any) -> Any:
+        """What is written of a value: a text, a number or nothing."""
+        if isinstance(value, list | tuple | dict | Namespace):
+            raise TemplateError(f"it writes a {type(value).__name__} as it is")
+        self.spend(value)
+        return value
+
+
+@pass_context
+def _counted_filter(context: Context, value: Any, steps: int = 1) -> Any:
+    environment = context.environment
+    assert isinstance(environment, CountedEnvironment)
+    environment.spend(value, steps)
+    return value
+
+
+class _Hooks(NodeTransformer):
+    """Puts the count into what the sandbox does not call anything for: loops, macros, texts side by side, lists."""
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **kwargs)
+        match node:
+            case nodes.For(body=body) | nodes.Macro(body=body) | nodes.CallBlock(body=body) | nodes.Block(body=body):
+                steps = sum(1 + len(getattr(one, "data", "")) for part in body for one in part.find_all(nodes.Node))
+                body.insert(0, nodes.Output([_count(nodes.Const(""), 1 + steps)]))
+                if isinstance(node, nodes.For) and node.test is not None:
+                    node.test = _count(node.test)
+            case nodes.Concat():
+                return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None, lineno=node.lineno)
+            case nodes.Compare():
+                node.expr = _count(node.expr)
+                for operand in node.ops:
+                    operand.expr = _count(operand.expr)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _count(node)
+        return node
+
+
+def texts_in(template: str, environment: CountedEnvironment) -> set[str]:
+    """The texts that a template holds in quotes: what it may look for in a content."""
+    return {str(one.value) for one in environment.parse(template).find_all(nodes.Const) if isinstance(one.value, str)}
+
+
+def _count(node: nodes.Expr, steps: int = 1) -> nodes.Filter:
+    return nodes.Filter(node, "counted", [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _size(value: object) -> int:
+    """The characters or items of a value; of a whole number the words that its square takes."""
+    if isinstance(value, str | bytes | list | tuple | Mapping | range):
+        return len(value)
+    return value.bit_length() ** 2 // 4096 if isinstance(value, int) else 0

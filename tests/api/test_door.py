@@ -1,0 +1,168 @@
+"""`import fedtune` as an application or a notebook uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune
+from fedtune.api import door
+from fedtune.spec import ConfigError
+
+TINY: Mapping[str, Any] = {
+    "runtime.device": "cpu",
+    "runtime.num_threads": 1,
+    "privacy.noise_multiplier": 4.0,
+    "data.train_fraction": 0.02,
+    "data.declared_sizes": 90,
+    "data.max_length": 16,
+    "data.validation_rows": 10,
+    "data.test_rows": 10,
+}
+
+
+def tiny(folder: Path, **others: Any) -> dict[str, Any]:
+    return {**TINY, "tracking.output_dir": folder, "name": "run", **others}
+
+
+@pytest.fixture(scope="module")
+def told() -> list[fedtune.Progress]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) -> fedtune.Run:
+    return fedtune.simulate("debug", tiny(tmp_path_factory.mktemp("door")), progress=told.append)
+
+
+def test_a_run_is_a_value_with_what_it_came_to(run: fedtune.Run) -> None:
+    assert set(run.metrics) >= {"accuracy", "loss"}
+    assert [one.round for one in run.rounds] == [1, 2]
+    assert run.privacy.epsilon is not None and 0 < run.privacy.epsilon < 8
+    assert (run.adapter / "adapter_config.json").is_file()
+    assert run.report().epsilon == run.privacy.epsilon
+    assert (run.folder / "report.html").is_file()
+
+
+def test_progress_is_told_in_the_order_of_the_run(run: fedtune.Run, told: list[fedtune.Progress]) -> None:
+    rounds = [one for one in told if one.stage == "round"]
+    assert [one.round for one in rounds] == list(run.rounds)
+    assert [(one.done, one.total) for one in rounds] == [(1, 2), (2, 2)]
+    assert told.index(next(one for one in told if one.stage == "training")) < told.index(rounds[0])
+
+
+def test_a_model_says_labels_with_probabilities_and_writes_no_text(run: fedtune.Run) -> None:
+    first, second = run.predict(["I lost my card", "Where is my money?"])
+    assert first and first != second
+    with pytest.raises(ValueError, match="task = 'classification': writes no text"):
+        run.generate("Hello")
+    with pytest.raises(ValueError, match="must not be blank"):
+        run.predict([" "])
+
+
+def test_a_run_is_loaded_from_its_folder_or_its_adapters(run: fedtune.Run) -> None:
+    assert fedtune.load(run.folder) == fedtune.load(str(run.adapter)) == run
+    with pytest.raises(ValueError, match=r"must hold a config\.yaml"):
+        fedtune.load(run.folder / "sites")
+
+
+def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
+    path = run.folder / "sites" / "site-1" / "ledger.db"
+    before = path.read_bytes()
+    ledger = fedtune.Ledger(path)
+    assert [one.rounds for one in ledger.spending.runs] == [2]
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"must be a ledger\.db"):
+        fedtune.Ledger(run.folder / "none.db")
+
+
+def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path: Path, command: Any) -> None:
+    for settings in ({"privacy.epsilon": -1}, {"privacy.epsilo": 3}, {"privacy": "nonee"}, {"lora.rank": None}):
+        ((key, value),) = settings.items()
+        with pytest.raises(ValueError) as raised:
+            fedtune.simulate("debug", tiny(tmp_path, **settings))
+        typed = "null" if value is None else f"'{value}'" if isinstance(value, str) else value
+        words = [f"{name}={word}" for name, word in tiny(tmp_path).items()]
+        outcome = command("simulate", "experiment=debug", *words, f"{key}={typed}")
+        assert outcome.code == 2
+        assert " ".join(str(raised.value).split()) in " ".join(outcome.err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a'b", 'a"b', "a,b", "ends in \\", "\\'", "{prompt}\nnew line", "ä = [1]", "null", "3"]
+)
+def test_a_text_arrives_as_it_is(text: str) -> None:
+    config = door.compose_recipe("debug", {"data.columns": {"text": text, "label": "category"}})
+    assert config.data.columns["text"] == text
+
+
+def test_a_configuration_is_a_recipe_too(tmp_path: Path) -> None:
+    config = door.compose_recipe("debug", tiny(tmp_path))
+    changed = door.compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
+    assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
+    assert fedtune.plan(changed).epsilon < fedtune.plan(config).epsilon
+    with pytest.raises(ConfigError, match="not a setting"):
+        door.compose_recipe(config, {"privacy.epsilo": 3})
+
+
+def test_a_run_works_inside_a_running_event_loop_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: fedtune.Run
+) -> None:
+    async def cell() -> fedtune.Run:
+        return fedtune.simulate("debug", tiny(tmp_path, **{"runtime.seeded_noise": True}))
+
+    assert asyncio.run(cell()).rounds
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_an_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    def interrupt(progress: fedtune.Progress) -> None:
+        if progress.stage == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedtune.simulate("debug", tiny(tmp_path), progress=interrupt)
+    resumed = fedtune.simulate(settings={"resume": tmp_path / "run"})
+    assert [one.round for one in resumed.rounds] == [1, 2]
+    assert {site.rounds for site in resumed.privacy.sites.values()} == {2}
+
+
+def test_what_never_began_leaves_no_folder(tmp_path: Path) -> None:
+    def interrupt(progress: fedtune.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedtune.simulate("debug", tiny(tmp_path / "runs"), progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> None:
+    code = (
+        "import sys, fedtune, os;"
+        "print(sorted({'torch', 'flwr', 'hydra', 'pydantic', 'numpy'} & set(sys.modules)));"
+        "print(os.environ['MKL_CBWR'], os.environ['FLWR_TELEMETRY_ENABLED'], fedtune.torch_came_first);"
+        "import torch; del sys.modules['fedtune'], os.environ['MKL_CBWR']; import fedtune; print(fedtune.torch_came_first)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\nAUTO,STRICT 0 False\nTrue\n"
+
+
+def test_each_name_of_the_door_is_documented_and_no_room() -> None:
+    rooms = {path.name for path in Path(fedtune.__file__).parent.iterdir() if path.is_dir()}
+    for name in fedtune.__all__:
+        assert getattr(fedtune, name).__doc__
+        assert name not in rooms
+
+
+@pytest.mark.parametrize("module", [fedtune, door], ids=["fedtune", "door"])
+def test_its_examples_are_right(module: Any) -> None:
+    done = doctest.testmod(module)
+    assert done.attempted >= 2 and not done.failed

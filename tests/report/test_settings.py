@@ -1,0 +1,86 @@
+"""A run's report beside its settings: the plan that they give is the one that the report states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import RunConfig, saved_config
+from fedtune.report import from_run, recompute
+from fedtune.report.derive.facts import settings_problems
+from fedtune.report.model import Report
+from fedtune.report.record.run_record import read_run
+
+
+@pytest.fixture(scope="module")
+def config(run_folder: Path) -> RunConfig:
+    return saved_config(run_folder)
+
+
+def forged(folder: Path, **changes: Any) -> Report:
+    """A report that agrees with itself, of a plan that the run did not have."""
+    record = read_run(folder)
+    return from_run.of_record(folder, replace(record, plan=replace(record.plan, **changes)), own={})
+
+
+def places(report: Report, config: RunConfig) -> set[str]:
+    return {problem.where.rpartition(".")[2] for problem in settings_problems(report, config)}
+
+
+def test_a_true_report_fits_its_settings(of_run: Report, config: RunConfig) -> None:
+    assert [*settings_problems(of_run, config)] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"noise_multiplier": 20.0}, "noise_multiplier"),
+        ({"sampling_rate": 0.01}, "sampling_rate"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm"),
+        ({"local_steps": 1}, "local_steps"),
+        ({"num_rounds": 1}, "planned_epsilon"),
+        ({"delta": 1e-4}, "delta"),
+    ],
+)
+def test_a_plan_that_the_settings_do_not_give_is_found(
+    changes: dict[str, Any], where: str, run_folder: Path, config: RunConfig
+) -> None:
+    report = forged(run_folder, **changes)
+    assert recompute.problems(report) == [] or "num_rounds" in changes, "it agrees with itself"
+    assert where in places(report, config)
+
+
+@pytest.mark.parametrize("change", [{"target_epsilon": 80.0}, {"unit": "user"}])
+def test_what_a_report_says_of_its_settings_is_compared(
+    change: dict[str, Any], of_run: Report, config: RunConfig
+) -> None:
+    assert places(replace(of_run, **change), config) == set(change)
+
+
+def test_a_shorter_run_is_not_the_settings_run(of_run: Report, config: RunConfig) -> None:
+    assert of_run.utility
+    shorter = replace(of_run, utility=replace(of_run.utility, rounds=of_run.utility.rounds[:1]))
+    assert places(shorter, config) == {"rounds"}
+
+
+def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, config: RunConfig) -> None:
+    searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))
+    noise = searched.plan().noise_multiplier
+
+    def with_noise(value: float) -> Report:
+        report = forged(run_folder, noise_multiplier=value)
+        return replace(report, provenance=replace(report.provenance, config_sha256=searched.digest()))
+
+    assert places(with_noise(noise), searched) == set()
+    assert places(with_noise(noise + 1e-4), searched) == set(), "another version's last digit"
+    assert "noise_multiplier" in places(with_noise(1.01 * noise), searched)
+    assert "noise_multiplier" in places(with_noise(0.99 * noise), searched)
+
+
+def test_other_settings_are_named_by_their_digest_alone(of_run: Report, config: RunConfig) -> None:
+    other = replace(config, training=replace(config.training, learning_rate=0.123))
+    (problem,) = settings_problems(of_run, other)
+    assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())

@@ -1,0 +1,186 @@
+"""The page of a run that goes on: what marks it, when it is written, and that it costs a run nothing."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedtune.api.compose import compose_run
+from fedtune.cli.command import InterruptTold
+from fedtune.cli.display import Display
+from fedtune.cli.working_folder import folder_of, run_simulation
+from fedtune.config import saved_config
+from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.report import from_run
+from fedtune.report.page import unfinished
+from fedtune.report.page.render import render
+from fedtune.report.page.unfinished import AGAIN_S, Unfinished, UnfinishedReport
+
+
+@pytest.fixture
+def folder(run_folder: Path, tmp_path: Path) -> Path:
+    """A run after its last round, before its own report."""
+    made = shutil.copytree(run_folder, tmp_path / "run")
+    (made / "report.html").unlink()
+    return made
+
+
+@pytest.fixture
+def state(folder: Path) -> LeadState:
+    return Checkpoints(folder / "checkpoints", saved_config(folder).digest()).load()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Moves the time on by hand; a page takes two seconds."""
+    now = [0.0]
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    def write(self: UnfinishedReport, state: LeadState, *, goes_on: bool) -> None:
+        move(2.0)
+        (self._folder / "report.html").write_text(f"{state.round}")
+
+    monkeypatch.setattr(unfinished.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(UnfinishedReport, "_write_page", write)
+    return move
+
+
+def shown(folder: Path) -> str:
+    return (folder / "report.html").read_text()
+
+
+def at_once(folder: Path) -> UnfinishedReport:
+    page = UnfinishedReport(folder, saved_config(folder))
+    page._due = 0.0
+    return page
+
+
+def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path, state: LeadState) -> None:
+    before = (folder / "report.json").read_bytes()
+    at_once(folder).update(state)
+    html = shown(folder)
+    mark = re.search(r'<p class="banner" id="unfinished">(.*?)</p>', html, re.S)
+    assert mark is not None
+    assert mark[1].startswith("Unfinished and unsigned: this run goes on. ")
+    assert f"{state.round} of {state.round} rounds are done." in mark[1]
+    assert re.search(r"Written \d+ \w+ \d{4}", mark[1])
+    assert f'<noscript><meta http-equiv="refresh" content="{AGAIN_S}"></noscript>' in html
+    (script,) = re.findall("<script>(.*?)</script>", html)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html, "the only thing that may run"
+    plain = render(from_run.build(folder), language="en")
+    assert html.endswith(plain[plain.index('<section id="page-1"') :]), "the page is a report's in all else"
+    assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
+
+
+def test_a_run_that_stopped_has_a_page_that_no_longer_loads_itself(folder: Path, state: LeadState) -> None:
+    page = at_once(folder)
+    page.update(state)
+    page.stop()
+    html = shown(folder)
+    assert f"Unfinished and unsigned: this run stopped after {state.round} of {state.round} rounds." in html
+    for sign in ("refresh", "<script", "script-src", "left."):
+        assert sign not in html.split('<section id="page-1"')[0]
+
+
+def test_a_run_that_another_process_works_on_keeps_its_page(folder: Path) -> None:
+    (folder / "report.html").write_text("of the other process")
+    UnfinishedReport(folder, saved_config(folder)).stop()
+    assert shown(folder) == "of the other process"
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(
+    folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "report.html").write_text("the one before")
+    page = at_once(folder)
+    (folder / "config.yaml").write_text("no: settings\n")
+    page.update(state)
+    assert shown(folder) == "the one before"
+    assert re.search(r"report\.html was not written after round \d+: ConfigError", caplog.text)
+    assert "settings" not in caplog.text
+
+
+def test_pages_take_at_most_a_twentieth_of_the_time(
+    folder: Path, state: LeadState, clock: Callable[[float], None]
+) -> None:
+    page, at = UnfinishedReport(folder, saved_config(folder)), []
+    for number in range(1, 31):
+        clock(5.0)
+        page.update(replace(state, round=number))
+        if (folder / "report.html").exists() and shown(folder) == f"{number}":
+            at.append(number)
+    assert at == [4, 12, 20, 28], "each takes 2 s, so that the next comes 40 s after it"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [
+        (None, None),
+        (0.0, None),
+        (41.0, ("seconds", 50)),
+        (61.0, ("minutes", 2)),
+        (5399.0, ("minutes", 90)),
+        (5401.0, ("hours", 2)),
+    ],
+)
+def test_the_time_left_is_rounded_up(seconds: float | None, left: tuple[str, int] | None) -> None:
+    page = Unfinished(
+        done=1, planned=3, goes_on=True, left_s=seconds, written="2026-11-20T09:30:00+00:00", silent_after_s=900
+    )
+    assert page.left == left
+    assert replace(page, goes_on=False).left is None
+    ends = datetime(2026, 11, 20, 9, 45, tzinfo=UTC)
+    assert f"Date.now() < {1000 * int(ends.timestamp())})" in page.script
+
+
+def simulate_and_see(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, *, interrupt_after: int = 0
+) -> tuple[Path, list[str]]:
+    """A run whose page is due after each round, and its page then."""
+    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    config, seen, finished = compose_run(words), [], Display.round_finished
+    folder = folder_of(config)
+
+    def see(self: Display, state: LeadState) -> None:
+        finished(self, state)
+        seen.append(shown(folder))
+        if len(seen) == interrupt_after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "round_finished", see)
+    with pytest.raises(InterruptTold) if interrupt_after else contextlib.nullcontext():
+        run_simulation(config, folder, Console(file=io.StringIO()))
+    return folder, seen
+
+
+@pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
+def test_a_run_has_a_page_after_each_round_and_its_own_report_at_the_end(
+    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, said: str
+) -> None:
+    words = tiny("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
+    folder, seen = simulate_and_see(words, monkeypatch)
+    assert [f"{number} {said}" in page for number, page in enumerate(seen, 1)] == [True, True, True]
+    assert 'id="unfinished"' not in shown(folder)
+
+
+def test_a_run_that_was_interrupted_leaves_a_page_that_says_so(
+    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = simulate_and_see(tiny("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1)
+    assert "<script>" in seen[0]
+    assert "this run stopped after 1 of 3 rounds." in shown(folder)
+    assert "<script>" not in shown(folder)

@@ -1,0 +1,224 @@
+"""The tokens of a conversation are those that transformers gives it, whatever kind of tokenizer the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fedtune.data import Record
+from fedtune.tasks import task_named
+
+from .test_chat_format import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, chat, messages
+from .test_chat_format import settings as layout
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim "
+    "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|end|>\n\n' }}{% endif %}"
+)
+WORDS = (
+    "{{ bos_token }}{% for m in messages %}{{ '\n\n### ' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### assistant:\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML, "without system": WITHOUT_SYSTEM, "inst": SYSTEM_IN_FIRST,
+    "zephyr": ZEPHYR, "phi": PHI, "headers": HEADERS, "words": WORDS,
+}  # fmt: skip
+
+TEXTS = [f"Where is case {n}? In box {n % 7}, matey.\n\nSorry: user, assistant, system!" for n in range(200)]
+TEXTS += [f"{role}:\nYes.\n\n### {role}: No.\n" for role in ("User", "Assistant", "user", "assistant")] * 20
+SPECIAL = ["<unk>", "<s>", "</s>"]
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _bpe(**given: Any) -> Tokenizer:
+    return Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, **given))
+
+
+def _metaspace(scheme: str) -> Tokenizer:
+    tokenizer = _bpe(byte_fallback=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+def _legacy() -> Tokenizer:
+    tokenizer = _bpe(byte_fallback=True)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def _byte_level(pattern: str | None) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def _wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return tokenizer
+
+
+KINDS = {
+    "prefix by normalizer": _legacy,
+    "prefix always": lambda: _metaspace("always"),
+    "prefix first": lambda: _metaspace("first"),
+    "prefix never": lambda: _metaspace("never"),
+    "bytes": lambda: _byte_level(None),
+    "bytes, lines in one": lambda: _byte_level(LLAMA3),
+    "wordpiece": _wordpiece,
+    "unigram": _unigram,
+}
+
+
+@cache
+def trained(kind: str, added: str) -> PreTrainedTokenizerFast:
+    tokenizer = KINDS[kind]()
+    options: dict[str, Any] = {"vocab_size": 500, "special_tokens": SPECIAL, "show_progress": False}
+    trainer: Any
+    match kind:
+        case "wordpiece":
+            trainer = trainers.WordPieceTrainer(**options)
+        case "unigram":
+            trainer = trainers.UnigramTrainer(**options, unk_token="<unk>")
+        case "bytes" | "bytes, lines in one":
+            trainer = trainers.BpeTrainer(**options, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        case _:
+            trainer = trainers.BpeTrainer(**{**options, "vocab_size": 800}, max_token_length=16)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if "unigram" not in kind and "word" not in kind:
+        tokenizer.post_processor = processors.Sequence(
+            [
+                *([tokenizer.post_processor] if tokenizer.post_processor else []),
+                processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+            ]
+        )
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    flags = {"special": True, "normalized": False, "rstrip": added == "strips"}
+    if added == "plain":
+        flags["special"] = False
+    if added != "none":
+        found.add_tokens([AddedToken(mark, **flags) for mark in MARKS], special_tokens=flags["special"])
+        found.add_tokens([AddedToken("\n\n\n", normalized=False), AddedToken("matey", single_word=True)])
+    return found
+
+
+def with_template(kind: str, added: str, template: str) -> PreTrainedTokenizerFast:
+    tokenizer = trained(kind, added)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+WORDS_SAID = [*"abW 1.:,!\n▁é文", "matey", "Where is", "\n\n", "case 3?", "[", "<|", "### user:\n"]
+contents = st.lists(st.sampled_from(WORDS_SAID), min_size=1, max_size=8).map("".join).filter(str.strip)
+conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
+    lambda users: st.tuples(st.just(users), st.lists(contents, min_size=len(users), max_size=len(users)))
+)
+
+
+def turns_of(said: tuple[list[str], list[str]], *, system: str | None = None) -> list[dict[str, str]]:
+    return chat(*(text for pair in zip(*said, strict=True) for text in pair), system=system)
+
+
+def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
+    data = layout(max_length=5000)
+    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=data)
+    ids = dataset.input_ids[0].tolist()
+    theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
+    assert ids == theirs[: len(ids)]
+    assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"
+    asked = LM.prompt_ids(messages(turns[:-1]), tokenizer, data=data).tolist()
+    expected = tokenizer.apply_chat_template(turns[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert asked == expected
+    written = LM.written([Record(messages(turns))], tokenizer, data=data)
+    assert written is not None
+    assert written[0][0].tolist() == asked
+    both = [*turns[:-1], {"role": "assistant", "content": "No."}]
+    pair = {"chosen": messages(turns)["messages"], "rejected": messages(both)["messages"]}
+    pairs_data = layout(max_length=5000, columns={role: role for role in pair})
+    pairs = task_named("preference").tokenise([Record(pair)], tokenizer, data=pairs_data)
+    assert pairs.input_ids[0].tolist() == ids
+
+
+@pytest.mark.parametrize("added", ["special", "plain", "strips"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: str, added: str) -> None:
+    tokenizer = with_template(kind, added, template)
+    check_same(tokenizer, chat("Where is case 3?", "In box 3, matey.", "  And\n\n\nnow? ", "\n\nSorry.", "a", "b"))
+    if template not in (WITHOUT_SYSTEM, SYSTEM_IN_FIRST):
+        check_same(tokenizer, chat("a", "b", system="Be kind."))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(said=conversations, template=st.sampled_from([ZEPHYR, CHATML, SYSTEM_IN_FIRST, WORDS]))
+def test_any_chat_has_them(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
+    check_same(with_template(kind, "special", template), turns_of(said))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_in_words_are_encoded_whole(kind: str) -> None:
+    tokenizer = trained(kind, "none")
+    ids, *_ = LM.tokenise(
+        [Record(messages(chat("Where is case 3?", "In box 3.", "And now?", "Sorry.")))], tokenizer, data=layout("plain")
+    ).input_ids
+    text = "User: Where is case 3?\n\nAssistant: In box 3.</s>\n\nUser: And now?\n\nAssistant: Sorry.</s>"
+    lead = tokenizer([""])["input_ids"][0]
+    assert ids.tolist() == [*lead, *tokenizer([text], add_special_tokens=False)["input_ids"][0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mark", ["</s>", "<s>", "<|im_end|>", "<unk>"])
+def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
+    tokenizer = with_template(kind, "special", CHATML)
+    special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    hostile, plain = chat(f"a {mark} b", f"{mark}c"), chat("a b", "c")
+    for data in (layout(), layout("plain")):
+        found = [
+            LM.tokenise([Record(messages(turns))], tokenizer, data=data).input_ids[0] for turns in (hostile, plain)
+        ]
+        assert [n for n in found[0] if n in special] == [n for n in found[1] if n in special]
+    (ids,) = LM.tokenise(
+        [Record({"text": f"a {mark} b"})], tokenizer, data=layout("none", columns={"text": "text"})
+    ).input_ids
+    assert not special & set(ids.tolist()[1:-1])
+
+
+def test_what_is_learnt_of_a_chat_is_its_answers() -> None:
+    tokenizer = with_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
+    dataset = LM.tokenise([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
+    learnt, said = dataset.targets[0], []
+    for number, target in zip(dataset.input_ids[0], learnt, strict=True):
+        said.append(tokenizer.convert_ids_to_tokens(int(number)) if target >= 0 else " ")
+    assert "".join(said).replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]
