@@ -88,7 +88,7 @@ def _line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -
 
 
 def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
-    """Delta at `epsilon`, to nine digits."""
+    """Delta at `epsilon`, to eight digits."""
 
     def of(adding: bool) -> float:
         tilt = best_tilt(rate, noise, steps, epsilon, adding=adding)
