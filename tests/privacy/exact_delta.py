@@ -88,7 +88,7 @@ def _line(rate: float, noise: float, steps: int, tilt: float, *, adding: bool) -
 
 
 def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
-    """Delta at `epsilon`, to nine digits."""
+    """Delta at `epsilon`, to eight digits."""
 
     def of(adding: bool) -> float:
         tilt = best_tilt(rate, noise, steps, epsilon, adding=adding)
@@ -103,7 +103,7 @@ def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
 
 def epsilon(rate: float, noise: float, steps: int, at: float) -> float:
     """Epsilon at delta `at`."""
-    return float(optimize.brentq(lambda e: math.log(delta(rate, noise, steps, e) / at), 1e-3, 60.0, xtol=1e-10))
+    return float(optimize.brentq(lambda e: math.log(max(delta(rate, noise, steps, e), 1e-200) / at), 0.01, 60.0, xtol=1e-10))
 
 
 def precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:

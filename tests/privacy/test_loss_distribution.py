@@ -35,9 +35,9 @@ def test_epsilon_is_never_below_the_exact_one_and_little_above(width: float, row
 
 
 @pytest.mark.parametrize("row", EXACT[::5], ids=lambda row: f"{row['rate']}-{row['delta']}")
-def test_the_reference_has_nine_digits(row: dict[str, float]) -> None:
+def test_the_reference_has_eight_digits(row: dict[str, float]) -> None:
     assert exact_delta.delta(row["rate"], row["noise"], int(row["steps"]), row["epsilon"]) == pytest.approx(
-        row["delta"], rel=1e-9
+        row["delta"], rel=1e-8
     )
 
 
