@@ -473,7 +473,9 @@ class _Guess:
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
         texts = [one for one in self.columns.values() if one.is_text and one.name != but and not is_person(one)]
-        texts = [one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ)]
+        texts = [
+            one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ, *(_LABELS if one.is_label else ()))
+        ]
         most = max((one.filled for one in texts), default=0)
         texts = [
             one for one in texts if 2 * one.filled >= most
