@@ -126,7 +126,7 @@ def _is_score(one: Column) -> bool:
 
 
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
-_CONTEXT = _Part("input", _CONTEXTS, _is_text, optional=True)
+_CONTEXT = _Part("input", _CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
 _TURNS = "must hold turns of a conversation"
 
 
@@ -169,7 +169,7 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     # What is asked of a text is answered in words, however few the answers are.
     *(
         ("pairs", (_Part("prompt", _PROMPTS, _is_text), context, _SYSTEM, _Part("completion", _COMPLETIONS, fits)))
-        for context, fits in ((replace(_CONTEXT, optional=False), _is_text), (_CONTEXT, _is_written))
+        for context, fits in ((replace(_CONTEXT, fits=_is_text, optional=False), _is_text), (_CONTEXT, _is_written))
     ),
 )
 """Files that are known by the names of their columns; the first that fits counts."""
@@ -405,10 +405,10 @@ class _Guess:
         if answer is None:
             return None
         text, of_text = self._text(but=answer.name)
+        if text is None and self.chosen:
+            raise ConfigError("--label", answer.name, "needs a column of text beside it")
         if text is None:
-            raise ConfigError(
-                f"--{'label' if self.chosen else 'text'}", answer.name, "needs a column of text beside it"
-            )
+            return None
         notes = []
         if answer.separator is not None:
             kind: Kind = "tagged"
@@ -434,7 +434,8 @@ class _Guess:
         name = self.chosen.get("label") or self.chosen.get("target")
         if name is not None:
             if not _is_answer(self.columns[name]):
-                raise ConfigError("--label", name, self._no_answer(self.columns[name]))
+                option = "label" if "label" in self.chosen else "score"
+                raise ConfigError(f"--{option}", name, self._no_answer(self.columns[name]))
             return self.columns[name], "chosen"
         taken = tuple(self.chosen.values())
         name = self._named((*_LABELS, *_NUMBERS), _is_answer, but=taken)
@@ -445,7 +446,8 @@ class _Guess:
                 return self.columns[names], f"the names of {name}"
             return self.columns[name], "its name"
         for one in self.columns.values():  # what is called a label and none: another column would be learnt in silence
-            if key_of(one.name) in (*_LABELS, *_NUMBERS) and one.filled and not one.is_text and one.name not in taken:
+            is_named = key_of(one.name) in (*_LABELS, *_NUMBERS) and one.name not in taken
+            if is_named and one.filled and not (one.is_text or one.nearly("target")):
                 raise DataError(
                     f"{self.path}, column {one.name}",
                     one.holds,
@@ -474,7 +476,9 @@ class _Guess:
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
         texts = [one for one in self.columns.values() if one.is_text and one.name != but and not is_person(one)]
-        texts = [one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ)]
+        texts = [
+            one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ, *(_LABELS if one.is_label else ()))
+        ]
         most = max((one.filled for one in texts), default=0)
         texts = [
             one for one in texts if 2 * one.filled >= most
@@ -529,10 +533,12 @@ class _Guess:
                 name = self.chosen.get(part.role)
                 if name is not None and not part.fits(self.columns[name]):
                     return ConfigError(f"--{_OPTION_OF[part.role]}", name, part.bound)
-        for _, parts in layouts if self.chosen else ():
-            lacking = [part for part in parts if part.role not in self.chosen and not part.optional]
+        beside = [
+            [part.role for part in parts if part.role not in self.chosen and not part.optional] for _, parts in layouts
+        ]
+        if self.chosen and (lacking := min(beside, key=len, default=[])):
             role, name = list(self.chosen.items())[-1]
-            needs = " and ".join(f"--{_OPTION_OF[part.role]}" for part in lacking)
+            needs = " and ".join(f"--{_OPTION_OF[other]}" for other in lacking)
             return ConfigError(f"--{_OPTION_OF[role]}", name, f"goes with {needs}, and no column is called so")
         if self.chosen:
             role, name = list(self.chosen.items())[-1]

@@ -175,7 +175,8 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         if len(counts) >= MEASURED_ROWS:
             continue
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
-    users = Counter(user for of_place in at.values() for user in of_place)
+    users = {user for of_place in at.values() for user in of_place}
+    places_of = Counter(user for place, of_place in at.items() if place for user in of_place)
     left_out = faults.left_out(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
@@ -187,7 +188,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         users=len(users) if by_user and usable else None,
         labels={label: labels[label] for label in in_order(labels)},
         places={} if places is None else {place: len(at[place]) if by_user else at[place].total() for place in at},
-        torn=sum(count > 1 for count in users.values()) if by_user else 0,
+        torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
     )
 
 
@@ -341,10 +342,12 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
     about = f"Column {places.name} may say at which site each record is"
     units = {place: measured.places[place] for place in in_order(measured.places) if place}
     if measured.torn:
+        persons = counted(measured.users or 0, "person")
         return [
-            f"{about}, but {measured.torn:,} of {counted(measured.users or 0, 'person')} have records at several,",
-            "and a person is protected at one site.  What works: num_sites below, which deals persons out; one site",
-            f"for each person in {places.name}; or --unit record, which protects each record alone.",
+            f"{about}, but {measured.torn:,} of {persons} have records at several.",
+            "A person is protected at one site.  What works: to deal persons out by chance, as num_sites does;",
+            f"to write one site for each person into {places.name};",
+            "or data init with --unit record, which protects each record.",
         ]
     if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
         return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
@@ -355,8 +358,9 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
         "partition": {"kind": "column", "sites": {value: place for place, value in enumerate(units)}},
     }
     return [
-        f"{about}.  To deal records out by it, put these lines",
-        "in place of columns and declared_sizes, and the other num_sites in place of the first.",
+        f"{about}.",
+        "To deal records out by it, put these lines in place of columns and declared_sizes, and the other num_sites in",
+        "place of the first.",
         *(f"{key}: {_scalar(value)}" for key, value in (settings | lacking).items()),
     ]
 
@@ -400,7 +404,7 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if unusable := len(found.labels) - len(plan.measured.labels):
         told.append(f"{counted(unusable, 'label')} of rows that cannot be used stand for no class.")
     if about := _by_place(found, plan):
-        told.append(f"{about[0].removesuffix(', and a')}: comments in the file say what to do.")
+        told.append(f"{about[0].removesuffix('.')}: comments in the file say what to do.")
     told += found.notes
     if len(plan.measured.lengths) == MEASURED_ROWS:
         told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path, monkeypa
     text, _ = plan_for(table(tmp_path, 60, labels=labels))
     (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert compose_run(["experiment=./own.yaml"]).data.labels == tuple(sorted(labels))
+    assert compose_run(["experiment=./own.yaml"]).data.labels == ("1", "# c", "a: b", "null", "yes", "ä")
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
@@ -182,5 +183,64 @@ def test_labels_that_differ_in_case_and_many_rows_left_out_are_said(tmp_path: Pa
     path.write_text(path.read_text() + "a text,YES\n" * 6 + ",yes\n" * 30)
     _, plan = plan_for(path)
     told = starter.notes(look_at(path, {}), plan)
-    assert any("The labels 'yes', 'YES' differ in case or spaces alone" in note for note in told)
+    assert any("The labels 'YES', 'yes' differ in case or spaces alone" in note for note in told)
     assert any(note.startswith("A LARGE PART, 30 of 96 rows (31.2 %), cannot be used: 30 must not be") for note in told)
+
+
+def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_left(tmp_path: Path) -> None:
+    path = table(tmp_path, 200, labels=tuple(map(str, range(1, 11))))
+    path.write_text(path.read_text() + ",never with a text\n" * 30)
+    text, plan = plan_for(path)
+    assert yaml.safe_load(text)["data"]["labels"] == list(map(str, range(1, 11)))
+    assert "1 label of rows that cannot be used stand for no class." in starter.notes(look_at(path, {}), plan)
+    assert starter.in_order(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
+
+
+@pytest.mark.parametrize("labels", [("Re\u0301clamation", "R\u00e9clamation"), ("Question", "Que\u200bstion")])
+def test_labels_that_look_alike_are_said(labels: tuple[str, str]) -> None:
+    (said,) = starter.about_spellings([*labels, "other"])
+    assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
+
+
+def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> None:
+    path = table(tmp_path, 120)
+    _, before = plan_for(path)
+    path.write_text(path.read_text() + f"{'word ' * 200},yes\n")
+    _text, plan = plan_for(path)
+    assert (plan.max_length, plan.num_cut) == (before.max_length, 1)
+    assert any(
+        "max_length were proposed from nearly all records" in one for one in starter.notes(look_at(path, {}), plan)
+    )
+
+
+def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0) -> Path:
+    rows = [
+        f"text {number},{'ab'[number % 2]},{'' if number < blank else 'NS'[number // 100]},{person(number)}"
+        for number in range(200)
+    ]
+    (folder / "visits.csv").write_text("\n".join(["body,team,org,PatientID", *rows]) + "\n")
+    return folder / "visits.csv"
+
+
+def test_persons_at_several_places_are_counted_and_get_what_works(tmp_path: Path) -> None:
+    text, plan = plan_for(visits(tmp_path, lambda number: f"p{number % 60}"))
+    assert plan.measured.torn == 60
+    assert "Column org may say at which site each record is, but 60 of 60 persons have records at several." in text
+    assert "--unit record" in text
+    assert "# partition:" not in text
+
+
+def test_places_get_the_number_of_their_persons(tmp_path: Path) -> None:
+    text, plan = plan_for(visits(tmp_path, lambda number: f"p{number // 4}", blank=2))
+    assert (plan.measured.torn, plan.measured.users) == (0, 50)
+    assert plan.measured.places == {"": 1, "N": 25, "S": 25}
+    (line,) = (line for line in text.splitlines() if line.startswith("  # declared_sizes"))
+    assert line == "  # declared_sizes: [17, 17]"
+    assert "  # unusable: leave_out" in text.splitlines()
+
+
+def test_rows_without_an_id_keep_the_unit(tmp_path: Path) -> None:
+    text, plan = plan_for(visits(tmp_path, lambda number: f"p{number}" if number else ""))
+    assert (plan.measured.users, plan.measured.usable, plan.measured.left_out.count) == (199, 199, 1)
+    assert yaml.safe_load(text)["privacy"]["unit"] == "user"
+    assert yaml.safe_load(text)["data"]["unusable"] == "leave_out"
