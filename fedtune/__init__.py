@@ -3,7 +3,7 @@
 >>> import fedtune
 >>> price = fedtune.plan("banks_intents", {"privacy.epsilon": 3})
 >>> round(price.plan.noise_multiplier, 1), price.epsilon <= 3
-(1.2, True)
+(3.2, True)
 """
 
 import os

@@ -126,7 +126,7 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
 
     >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
     >>> price.epsilon <= 3, len(price.rounds), price.steps
-    (True, 10, 150)
+    (True, 10, 50)
 
     Raises:
         ValueError: a setting is wrong.

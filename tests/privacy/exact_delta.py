@@ -103,7 +103,9 @@ def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
 
 def epsilon(rate: float, noise: float, steps: int, at: float) -> float:
     """Epsilon at delta `at`."""
-    return float(optimize.brentq(lambda e: math.log(max(delta(rate, noise, steps, e), 1e-200) / at), 0.01, 60.0, xtol=1e-10))
+    return float(
+        optimize.brentq(lambda e: math.log(max(delta(rate, noise, steps, e), 1e-200) / at), 0.01, 60.0, xtol=1e-10)
+    )
 
 
 def precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:
