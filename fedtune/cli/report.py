@@ -141,7 +141,7 @@ def build(
     verdict, style = verdict_line(report)
     say(verdict, style=style)
     if report.epsilon:
-        say(catalogue("en").text(f"budget.two_figures_{report.kind}").unescape())
+        say(catalogue("en").text("budget.two_figures").unescape())
     for written in paths:
         say(f"{written.name + ':':<12} {written}")
     for remark in remarks:

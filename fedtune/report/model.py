@@ -104,8 +104,6 @@ class Meaning:
         expected_failures: declared size times delta.
         right_of_100_with_all_others: the least ceiling that holds although all other sites of secure sums tell what
             they added; None where every site made its own noise.
-        right_of_100_for_2: the same about somebody with two records, or about two persons where the unit is a person,
-            and `right_of_100_for_5` about five; None: an earlier version did not say.
     """
 
     right_of_100_ceiling: float
@@ -114,8 +112,6 @@ class Meaning:
     hit_rates: tuple[HitRate, ...]
     expected_failures: float | None
     right_of_100_with_all_others: float | None = None
-    right_of_100_for_2: float | None = None
-    right_of_100_for_5: float | None = None
 
 
 @spec
@@ -437,7 +433,7 @@ LATER = (
     *("provenance/start_adapter", "provenance/purpose"),
     *("utility/findings", "utility/energy", "utility/detail", "utility/kept", "utility/selection"),
     *("sites/*/spent/ended_by_scores", "sites/*/by_trust", "sites/*/mechanisms/*/shared"),
-    *(f"sites/*/meaning/right_of_100_{which}" for which in ("with_all_others", "for_2", "for_5")),
+    "sites/*/meaning/right_of_100_with_all_others",
 )
 """Places of what came after 0.1.0, left out where it says nothing: older reports' signatures still fit."""
 _ADAPTER = TypeAdapter(Report)
