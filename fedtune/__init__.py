@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # speed where something else runs beside it (docs/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Flower reads it when it is imported: nothing is told to anybody outside the federation.
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
     from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
