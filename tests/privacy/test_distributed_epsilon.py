@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
-from dp_accounting.pld import PLDAccountant
 from scipy import stats
 
 from fedtune.privacy import accountant, events
@@ -30,6 +29,7 @@ from fedtune.privacy.distributed_noise import (
     share_of,
     together,
 )
+from fedtune.privacy.loss_distribution import Composition
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.training.dp_step import add_clipped
@@ -53,11 +53,11 @@ def shared(noise: float, sites: int, *, threshold: int | None = None, colluders:
 
 def claimed_delta(event: DpEvent, epsilon: float, *, times: int = 1) -> float:
     """What the accountant says of `event`, `times` times."""
-    return float(composed(event, times).get_delta(epsilon))
+    return composed(event, times).delta(epsilon)
 
 
 @lru_cache(maxsize=64)
-def composed(event: DpEvent, times: int) -> PLDAccountant:
+def composed(event: DpEvent, times: int) -> Composition:
     return composed_pld(tuple(events.grouped({event: times}).items()), FINE)
 
 
