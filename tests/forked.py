@@ -252,6 +252,10 @@ def _become(request: dict[str, Any]) -> None:
     for target, source in enumerate(request["descriptors"]):
         os.dup2(source, target)
         os.close(source)
+    # Those of the server remember whether its own files could be sought.
+    sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - they live as long as the process
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["numpy"].random.seed()
     kind, *rest = request["words"]
