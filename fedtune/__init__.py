@@ -22,8 +22,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
 # speed where something else runs beside it (docs/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Flower reads it when it is imported: nothing is told to anybody outside the federation.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
     from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify

@@ -11,11 +11,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TextIO
 
-# Before anything imports torch or transformers: no threads that tokenizers would fork.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
-# speed where something else runs beside it (docs/LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Flower reads it when it is imported: nothing is told to anybody outside the federation.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 

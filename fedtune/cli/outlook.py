@@ -31,7 +31,6 @@ class Outlook:
         lead_assumed: policies were asked for the first lead that each allows.
         model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
         secure_sums: what they would give in place of a plain run; None: they are planned, or cannot be.
-        energy: of all training on this one machine; None: it was not asked for.
     """
 
     config: RunConfig
