@@ -146,7 +146,7 @@ def _word(value: Any) -> str:
         case bool():
             return str(value).lower()
         case Mapping():
-            return f"{{{','.join(f'{_word(key)}:{_word(inner)}' for key, inner in value.items())}}}"
+            return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
         case list() | tuple():
             return f"[{','.join(map(_word, value))}]"
         case str() | Path():
@@ -310,7 +310,8 @@ def _if_open(word: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
+    # A quote is escaped, and so is what stands before one: the grammar takes other backslashes as they are.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def _key(override: str) -> str:

@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedtune
 from fedtune.api.compose import compose_recipe
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.ledger.verify import verify as verify_ledger
+from fedtune.process import torch_came_first
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -106,7 +107,7 @@ def simulate(
     config = compose_recipe(recipe, settings)
     if config.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
-    if fedtune.torch_came_first:
+    if torch_came_first:
         text = (
             "import fedtune before torch: MKL's settings come too late, and a run's own trial may refuse this process"
         )
@@ -176,9 +177,12 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     Raises:
         ValueError: there is no report.
     """
-    from fedtune.report.checks import check_file
+    from fedtune.report.checks import check_report, read_report
 
-    return check_file(Path(file), key=key)
+    if key is not None:
+        check_public_key("key", key)
+    path, report = read_report(str(file))
+    return check_report(path, report, key=key)
 
 
 @dataclass(frozen=True)

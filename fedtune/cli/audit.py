@@ -14,10 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
+from fedtune.api.working_folder import folder_of, make
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
-from fedtune.cli.working_folder import folder_of, make, run_in_folder
+from fedtune.cli.shown_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
@@ -75,7 +76,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
         return run_audit(config, spec, folder, display)
 
     again = "a new audit, for this one cannot be continued"
-    run_in_folder(config, folder, console, work=work, again=again, began=began)
+    show_run(config, folder, console, work=work, again=again, began=began)
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
     if as_json:

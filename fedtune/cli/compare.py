@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
+from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import json_text, print_json, say, show, write_file
+from fedtune.cli.shown_run import run_simulation
 from fedtune.cli.sweep import continued, result_in
-from fedtune.cli.working_folder import folder_of, run_simulation
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup
 
-from fedtune import __version__
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.sections import SCHEMA_VERSION, Section
 from fedtune.data.records import Record, column_values
@@ -21,6 +20,7 @@ from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.drawing import intervals
+from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +36,6 @@ class Display:
     Args:
         shown: False prints nothing until the result.
         every_s: where there is no terminal, what takes long is told of no more often.
-        follow: is told of each state, too.
 
     Attributes:
         earlier_s: how long the run had taken before it was resumed.
@@ -49,10 +48,8 @@ class Display:
         *,
         shown: bool,
         every_s: float = 15.0,
-        follow: Callable[[LeadState], None] = lambda state: None,
     ) -> None:
         self._console, self._config, self._shown, self._every_s = console, config, shown, every_s
-        self._follow = follow
         self.earlier_s = 0.0
         self._plan: Plan | None = None
         self._done = 0
@@ -113,7 +110,6 @@ class Display:
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
         """Show what is about to run."""
-        self._follow(state)
         self._plan, self._done = proposal.plan, state.round * len(self._config.federation.active)
         self.earlier_s = state.seconds
         self._remove_bar(True)
@@ -156,7 +152,6 @@ class Display:
 
     def round_finished(self, state: LeadState) -> None:
         """Print the round's line."""
-        self._follow(state)
         self._done = state.round * len(self._config.federation.active)
         if self._task is not None:
             said = self._round_text(state.round + 1, 0)

@@ -16,10 +16,10 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
 
-from fedtune import __version__
 from fedtune.cli.command import SETTINGS, InterruptTold, folded, importing
 from fedtune.privacy.durable import full_disk
 from fedtune.spec import ConfigError, FedtuneError
+from fedtune.version import __version__
 
 COMMANDS: Mapping[str, str] = {
     "data": "look at your data, and write a first experiment for it",

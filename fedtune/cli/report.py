@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import Check, checks
+from fedtune.report.checks import Check, check_report, read_report
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
@@ -220,13 +219,9 @@ def verify(
         check_public_key("--key", key)
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
-    path, report = _read(file)
-    of_run = report.kind == "run" and (path.parent / "config.yaml").is_file()
-    found = checks(
-        report,
-        key=key or (_key_by_roster(report, roster) if roster else None),
-        config_sha256=config,
-        config=saved_config(path.parent) if of_run else None,
+    path, report = read_report(file)
+    found = check_report(
+        path, report, key=key or (_key_by_roster(report, roster) if roster else None), config_sha256=config
     )
     if as_json:
         print_json({"file": str(path), "checks": found})
@@ -248,7 +243,7 @@ def diff(
 
     A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
     """
-    pairs = [_read(before), _read(after)]
+    pairs = [read_report(before), read_report(after)]
     for path, report in pairs:
         try:
             signing.check(report)
@@ -297,26 +292,6 @@ def _settings(path: Path, report: Report) -> Mapping[str, Any]:
         return {}
     config = saved_config(path.parent)
     return config.decisive() if config.digest() == report.provenance.config_sha256 else {}
-
-
-def _read(name: str) -> tuple[Path, Report]:
-    """The report in a file, or in the report.json of a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
-    bound = "must be a report.json, or a folder with one"
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
-            raise ConfigError("report", name, bound)
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
-    try:
-        return path, signing.read(data)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def verdict_line(report: Report) -> tuple[str, str]:

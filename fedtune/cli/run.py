@@ -19,9 +19,10 @@ from click.exceptions import Exit
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
+from fedtune.api.working_folder import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
 from fedtune.cli.sections import Section, print_json, say, show
-from fedtune.cli.working_folder import folder_of, has_begun, is_running, run_in_folder, told
+from fedtune.cli.shown_run import show_run, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Member
@@ -196,7 +197,7 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None, renew: bool) 
         if config.resume is None:
             config = told(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"
-        run_in_folder(config, folder, console, work=lead.run, again=again, began=began)
+        show_run(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -25,8 +25,8 @@ from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.search_price import check_trials, price_section, promise
 from fedtune.cli.search_trials import Listed, Proposer, Searched, Values, split_searched
 from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show
+from fedtune.cli.shown_run import run_simulation
 from fedtune.cli.sweep import SweptRun, as_json_table, best_of, ran, row_of, score_of, show_table, write_table
-from fedtune.cli.working_folder import run_simulation
 from fedtune.config import RunConfig, saved_config
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedtune.api.compose import Sweep
+from fedtune.api.working_folder import folder_of
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
-from fedtune.cli.working_folder import folder_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder

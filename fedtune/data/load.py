@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fedtune
 from fedtune.data.faults import NONE_LEFT_OUT, Faults, LeftOut
 from fedtune.data.partition import is_selected, partition_records, split_heldout, unit_hash
 from fedtune.data.records import Fault, Record, resolve_file, usable_records, without_records
@@ -17,7 +16,7 @@ from fedtune.data.spec import SITE, DataSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 
-_PACKAGE = Path(fedtune.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _ROWS_KEY = b"fedtune rows"
 """One for all runs, so that a score on some rows of a file is about the same rows in each."""
 FAR = 1.5

@@ -22,7 +22,6 @@ from typing import IO, Literal
 
 from dp_accounting import DpEvent
 
-from fedtune import __version__
 from fedtune.deploy.files import new_folder, writing
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.renewal import NEWEST, revoked_beside
@@ -35,6 +34,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.version import __version__
 
 Kind = Literal["site", "server", "lead"]
 _LIST = "backup.json"

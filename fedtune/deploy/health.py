@@ -27,8 +27,8 @@ from typing import Any, ClassVar, Literal, TypedDict, get_args
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedtune import __version__
 from fedtune.spec import ConfigError, check_one_of
+from fedtune.version import __version__
 
 State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from fedtune import __version__
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
@@ -20,6 +19,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.measures import Detail
+from fedtune.version import __version__
 from fedtune.words import finite, finite_scores
 
 SCHEMA_VERSION = 1

@@ -21,13 +21,13 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune import __version__
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.machine import usable_cores
 from fedtune.training.spec import RuntimeSpec
+from fedtune.version import __version__
 
 
 class Outcome:

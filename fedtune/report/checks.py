@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
+from fedtune.federation.run_folder import RunFolder
 from fedtune.report import recompute, signing
 from fedtune.report.derive.facts import settings_problems
 from fedtune.report.model import SCHEMA_VERSION, Problem, Report, SiteReport
-from fedtune.spec import RunError
+from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted
 
 
@@ -28,6 +31,13 @@ class Check:
     state: Literal["right", "wrong", "not_checked"]
     text: str
     problems: tuple[Problem, ...] = ()
+
+
+def check_report(path: Path, report: Report, *, key: str | None, config_sha256: str | None = None) -> tuple[Check, ...]:
+    """`checks` of a report that lies at `path`, with the settings that lie beside a run's."""
+    of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
+    config = saved_config(path.parent) if of_run else None
+    return checks(report, key=key, config_sha256=config_sha256, config=config)
 
 
 def checks(
@@ -121,3 +131,23 @@ def _configuration(report: Report, sha256: str | None, config: RunConfig | None)
     if sha256 is not None:
         text = f"It is of the configuration {sha256}, whose settings are not at hand: {text[0].lower()}{text[1:]}"
     return Check(name="configuration", state="not_checked", text=text)
+
+
+def read_report(name: str) -> tuple[Path, Report]:
+    """The report in a file, or in the report.json of a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
+    bound = "must be a report.json, or a folder with one"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
+            raise ConfigError("report", name, bound)
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
+    try:
+        return path, signing.read(data)
+    except ConfigError as error:
+        raise error.in_file(path) from None

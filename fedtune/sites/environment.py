@@ -12,12 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedtune
 from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError, spec
 from fedtune.tasks import task_named
+from fedtune.version import __version__
 
 if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
@@ -125,7 +125,7 @@ def _here(shared: SharedModel) -> Environment:
     trains = shared.config.runtime.kind != "deployment"
     return Environment(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
-        fedtune_version=fedtune.__version__,
+        fedtune_version=__version__,
         python=platform.python_version(),
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",

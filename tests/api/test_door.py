@@ -150,12 +150,12 @@ def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> Non
     code = (
         "import sys, fedtune, os;"
         "print(sorted({'torch', 'flwr', 'hydra', 'pydantic', 'numpy'} & set(sys.modules)));"
-        "print(os.environ['MKL_CBWR'], os.environ['FLWR_TELEMETRY_ENABLED'], fedtune.torch_came_first);"
-        "import torch; del sys.modules['fedtune'], os.environ['MKL_CBWR']; import fedtune;"
-        "print(fedtune.torch_came_first)"
+        "print(os.environ['MKL_CBWR'], fedtune.process.torch_came_first);"
+        "import torch; del sys.modules['fedtune.process'], os.environ['MKL_CBWR']; import fedtune.process as late;"
+        "print(late.torch_came_first)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[]\nAUTO,STRICT 0 False\nTrue\n"
+    assert done.stdout == "[]\nAUTO,STRICT False\nTrue\n"
 
 
 def test_each_name_of_the_door_is_documented_and_no_room() -> None:

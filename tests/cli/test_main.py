@@ -13,10 +13,10 @@ from typing import Any
 import click
 import pytest
 
-from fedtune import __version__
 from fedtune.cli.command import importing
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
+from fedtune.version import __version__
 
 from ..conftest import parsed
 

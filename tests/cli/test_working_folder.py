@@ -21,7 +21,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.working_folder import folder_of, has_begun, is_running, make, only_one, run_in_folder
+from fedtune.api.working_folder import folder_of, has_begun, is_running, make, only_one
+from fedtune.cli.shown_run import show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.spec import ConfigError, RefusedError, RunError
@@ -107,7 +108,7 @@ def test_a_folder_that_may_only_be_read_can_be_looked_at(config: RunConfig, fold
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     code = (
-        "import sys, time; from pathlib import Path; from fedtune.cli.working_folder import only_one\n"
+        "import sys, time; from pathlib import Path; from fedtune.api.working_folder import only_one\n"
         "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -143,7 +144,7 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
         raise error
 
     with pytest.raises(type(error)):
-        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
+        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
     return said.getvalue()
 
 
@@ -180,7 +181,7 @@ def test_a_simulated_site_that_has_no_room_is_told_of(config: RunConfig, folder:
         raise RunError("too few sites")
 
     with pytest.raises(RunError, match=r"^too few sites; the disk is full: no room for sites/ledger\.db$"):
-        run_in_folder(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
 
 
 def test_a_log_that_has_no_room_ends_no_run_and_prints_nothing(
@@ -194,7 +195,7 @@ def test_a_log_that_has_no_room_ends_no_run_and_prints_nothing(
         raise RunError("too few sites")
 
     with pytest.raises(RunError, match=r"^too few sites$"):
-        run_in_folder(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -212,7 +213,7 @@ def test_scores_are_shown_before_a_report_that_has_no_room(
     monkeypatch.setattr("fedtune.report.page.render.write_report", no_room)
     said = io.StringIO()
     with pytest.raises(OSError, match="No space"):
-        run_in_folder(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
+        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
     assert said.getvalue().splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
@@ -228,7 +229,7 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
 def test_a_folder_that_somebody_else_made_is_not_cleared_away(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     with pytest.raises(ConfigError, match="is taken"):
-        run_in_folder(
+        show_run(
             config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="", began=0.0
         )
     assert saved_config(folder) == config

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fedtune import __version__
 from fedtune.deploy import health as module
 from fedtune.deploy.health import Health, ask, serve_health
 from fedtune.spec import ConfigError
+from fedtune.version import __version__
 
 KEYS = {"state", "since", "last_contact", "rounds_answered", "version"}
 

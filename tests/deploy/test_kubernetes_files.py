@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import __version__
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
 from fedtune.deploy.services.lead_and_server import ServerDesk
+from fedtune.version import __version__
 
 from ..conftest import parsed
 from .conftest import Desk

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-FOLDER, OF_FOLDER = "fedtune/cli/working_folder.py", "tests/cli/test_working_folder.py"
+FOLDER, OF_FOLDER = "fedtune/api/working_folder.py", "tests/cli/test_working_folder.py"
 APPROVE, LEDGER = "fedtune/cli/site_actions.py", "fedtune/cli/ledger.py"
 OF_SITE, OF_LEDGER = "tests/cli/test_site_commands.py", "tests/cli/test_ledger.py"
 SEARCH, OF_SEARCH = "fedtune/cli/search.py", "tests/cli/test_search.py"
@@ -134,14 +134,14 @@ CLI_FAULTS = (
         name="somebody-elses-folder-removed",
         fault="A run that ends before it began clears the folder away, also one that was there before.",
         file=FOLDER,
-        old="        if made and not begun:\n            _remove(made)",
-        new="        if not begun:\n            _remove(made or [folder])",
+        old="        elif made:\n            _remove(made)",
+        new="        else:\n            _remove(made or [folder])",
         tests=(f"{OF_FOLDER}::test_a_resumed_folder_is_never_cleared_away",),
     ),
     Mutant(
         name="sigterm-not-taken",
         fault="A run that is ended by SIGTERM says nothing, and leaves a folder in which nothing began.",
-        file=FOLDER,
+        file="fedtune/cli/shown_run.py",
         old="interrupt) for each in (signal.SIGINT, signal.SIGTERM)}",
         new="interrupt) for each in (signal.SIGINT,)}",
         tests=(f"{OF_FOLDER}::test_a_run_that_is_stopped_while_it_loads_leaves_nothing",),

@@ -20,7 +20,8 @@ def test_a_report_of_0_1_0_is_read_and_lacks_rounding_alone(name: str, state: st
     data = (OLD / f"{name}.json").read_bytes()
     report = signing.read(data)
     assert signing.to_text(report).encode() == data
-    # Its epsilons by PLD lack the rounding that is counted now, a hundred-millionth: each is found, and nothing else is.
+    # Its epsilons by PLD lack the rounding that is counted now, a hundred-millionth: each is found, and nothing else
+    # is.
     for problem in recompute.problems(report):
         least = float(str(problem.found).removeprefix("at least "))
         assert problem.said < least <= problem.said * (1 + 2e-8), problem

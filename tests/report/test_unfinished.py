@@ -17,15 +17,16 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
+from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import InterruptTold
 from fedtune.cli.display import Display
-from fedtune.cli.working_folder import folder_of, run_simulation
+from fedtune.cli.shown_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.report import from_run
-from fedtune.report.page import unfinished
+from fedtune.report import from_run, run_page
 from fedtune.report.page.render import render
-from fedtune.report.page.unfinished import AGAIN_S, Unfinished, UnfinishedReport
+from fedtune.report.page.unfinished import AGAIN_S, Unfinished
+from fedtune.report.run_page import UnfinishedReport
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
         move(2.0)
         (self._folder / "report.html").write_text(f"{state.round}")
 
-    monkeypatch.setattr(unfinished.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_page.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(UnfinishedReport, "_write_page", write)
     return move
 
@@ -151,7 +152,7 @@ def simulate_and_see(
     words: list[str], monkeypatch: pytest.MonkeyPatch, *, interrupt_after: int = 0
 ) -> tuple[Path, list[str]]:
     """A run whose page is due after each round, and its page then."""
-    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    monkeypatch.setattr(run_page, "_SHARE", 0)
     config, seen, finished = compose_run(words), [], Display.round_finished
     folder = folder_of(config)
 

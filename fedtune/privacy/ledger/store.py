@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from fedtune import __version__
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import EVENT, Doubt, Event, Head, Kind, canonical, check_chain, check_signature
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.restored import Restored
 from fedtune.spec import ConfigError, RunError
+from fedtune.version import __version__
 
 LOCK_TIMEOUT_S = 60.0
 _APPLICATION_ID = 0x66656474  # "fedt"

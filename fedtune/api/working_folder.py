@@ -1,116 +1,103 @@
-"""A run's folder on disk while a command runs it: made, locked, logged to, and cleared away where nothing began."""
+"""A run's folder on disk while it runs: made, locked, logged to, and cleared away where nothing began."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from fedtune.api.compose import write_config
-from fedtune.cli.command import InterruptTold, importing
-from fedtune.cli.sections import say
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import full_disk
 from fedtune.spec import ConfigError, RunError, StuckError, shown
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.cli.display import Display
+if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
+    from fedtune.flower.federation_run import Listener
+    from fedtune.privacy.proposal import Proposal
+    from fedtune.report.run_page import UnfinishedReport
+    from fedtune.sites.shared_model import SharedModel
+    from fedtune.tracking import Tracked
 
-Work = Callable[[RunConfig, Path, "Display"], "RunResult"]
-"""Runs a configuration in its folder, and shows it."""
+Work = Callable[[RunConfig, Path, Any], "RunResult"]
+"""Runs a configuration in its folder, and tells a listener, of the kind that its runtime knows."""
+
+
+class _Followed:
+    """A listener whose run is followed by trackers and by its own page, too."""
+
+    def __init__(self, listener: Listener, tracked: Tracked, page: UnfinishedReport) -> None:
+        self._listener, self._tracked, self._page = listener, tracked, page
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        self._follow(state)
+        self._listener.prepared(shared, proposal, state)
+
+    def round_finished(self, state: LeadState) -> None:
+        self._follow(state)
+        self._listener.round_finished(state)
+
+    def _follow(self, state: LeadState) -> None:
+        self._tracked.update(state)
+        self._page.update(state)
 
 
 def run_in_folder(
-    config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float
+    config: RunConfig,
+    folder: Path,
+    listener: Listener,
+    *,
+    work: Work,
+    during: AbstractContextManager[object] | None = None,
+    scored: Callable[[RunResult], None] = lambda result: None,
 ) -> RunResult:
     """Run in a folder, which is made unless a run is resumed, with a report at the end.
 
+    A folder in which nothing had begun is removed again.
+
     Args:
         config: the run's.
-        folder: its own; removed again where nothing had begun.
-        console: where progress and result are shown.
+        folder: its own.
+        listener: is told how the run goes.
         work: the run.
-        again: the command that continues it.
-        began: when it began, by `time.monotonic`, before libraries that take seconds to load.
+        during: is entered while it runs, and left before its result is told.
+        scored: is told the result before anything else is written: there may be no room for it.
     """
-    from fedtune.cli.display import Display, show_result
-    from fedtune.report.page.unfinished import UnfinishedReport
+    from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked
-
-    def note(text: str) -> None:
-        say(text, style="yellow", console=console)
 
     page = UnfinishedReport(folder, config)
     made: list[Path] = []
     try:
-        with Tracked(config, note=note) as tracked:
-
-            def follow(state: LeadState) -> None:
-                tracked.update(state)
-                page.update(state)
-
-            display = Display(console, config, shown=config.tracking.progress, follow=follow)
-            with _interrupted_by_signals():
+        with Tracked(config, note=listener.note) as tracked:
+            with during or nullcontext():
                 if config.resume is None:
                     made = make(folder, config)
-                with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level), display:
+                with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level):
                     tracked.begin()
-                    result = work(config, folder, display)
-            # Scores are shown before anything else is written: there may be no room for it.
-            show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
+                    result = work(config, folder, _Followed(listener, tracked, page))
+            scored(result)
             from fedtune.report.model_card import write_card
             from fedtune.report.page.render import write_report  # draws, which takes a second to import
 
             write_card(folder, write_report(folder, language=config.report.language))
             tracked.finish(result, folder)
-    except BaseException as error:
-        begun = bool(RunFolder(folder).saved_checkpoints)
-        if made and not begun:
-            _remove(made)  # nothing ran: leave nothing behind
-        hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
-        if isinstance(error, KeyboardInterrupt):
-            say(f"\nInterrupted. {hint}", console=console)
-        elif full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
-            say(hint, console=console)
-        if begun:
+    except BaseException:
+        if RunFolder(folder).saved_checkpoints:
             page.stop()
-        if isinstance(error, KeyboardInterrupt):
-            raise InterruptTold from error
+        elif made:
+            _remove(made)  # nothing ran: leave nothing behind
         raise
-    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
     return result
-
-
-def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
-    """Run a simulation in its folder, new or begun.
-
-    Args:
-        config: the run's.
-        folder: its own.
-        console: where progress and result are shown.
-        again: the command that continues it; empty: one that resumes this run alone.
-    """
-    began = time.monotonic()
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    with importing():
-        from fedtune.flower.simulation import simulate
-        from fedtune.sites.virtual_site import fitted
-
-    if config.resume is None:
-        config = told(console, config, fitted(config, folder))
-    again = again or f"fedtune simulate resume={folder}"
-    return run_in_folder(config, folder, console, work=simulate, again=again, began=began)
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -171,14 +158,6 @@ def make(folder: Path, config: RunConfig) -> list[Path]:
     return new
 
 
-def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
-    if fits != asked:
-        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
-        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
-    return fits
-
-
 def _remove(made: Sequence[Path]) -> None:
     """Remove what `make` made: a run's folder whole, and those around it as long as nothing else is in them."""
     folder, *parents = made
@@ -186,21 +165,6 @@ def _remove(made: Sequence[Path]) -> None:
     with suppress(OSError):
         for parent in parents:
             parent.rmdir()
-
-
-@contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @contextmanager

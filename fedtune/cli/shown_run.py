@@ -1,0 +1,104 @@
+"""A run as a command shows it: on the terminal, until a signal ends it, and with how to go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.api.working_folder import Work, run_in_folder
+from fedtune.cli.command import InterruptTold, importing
+from fedtune.cli.sections import say
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import full_disk
+from fedtune.spec import RunError, StuckError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.federation.results import RunResult
+
+
+def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
+    """Run in a folder, as `run_in_folder` does, and show it.
+
+    Args:
+        config: the run's.
+        folder: its own.
+        console: where progress and result are shown.
+        work: the run.
+        again: the command that continues it.
+        began: when it began, by `time.monotonic`, before libraries that take seconds to load.
+    """
+    from fedtune.cli.display import Display, show_result
+
+    display = Display(console, config, shown=config.tracking.progress)
+
+    def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
+        with display:
+            return work(config, folder, listener)
+
+    def scored(result: RunResult) -> None:
+        show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
+
+    try:
+        result = run_in_folder(config, folder, display, work=shown, during=_interrupted_by_signals(), scored=scored)
+    except BaseException as error:
+        begun = bool(RunFolder(folder).saved_checkpoints)
+        hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
+        if isinstance(error, KeyboardInterrupt):
+            say(f"\nInterrupted. {hint}", console=console)
+            raise InterruptTold from error
+        if full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
+            say(hint, console=console)
+        raise
+    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
+    return result
+
+
+def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
+    """Run a simulation in its folder, new or begun.
+
+    Args:
+        config: the run's.
+        folder: its own.
+        console: where progress and result are shown.
+        again: the command that continues it; empty: one that resumes this run alone.
+    """
+    began = time.monotonic()
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    with importing():
+        from fedtune.flower.simulation import simulate
+        from fedtune.sites.virtual_site import fitted
+
+    if config.resume is None:
+        config = told(console, config, fitted(config, folder))
+    again = again or f"fedtune simulate resume={folder}"
+    return show_run(config, folder, console, work=simulate, again=again, began=began)
+
+
+def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
+    if fits != asked:
+        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
+    return fits
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,16 @@
+"""What a process settles once, before torch first computes."""
+
+import os
+import sys
+
+torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
+"""Whether torch may have computed before these settings were made, which it reads once."""
+
+# Before torch first computes: MKL otherwise chooses kernels, and parts sums among threads, by how many rows a product
+# has, and so rounds an example by its neighbours.  Whether it does is tried on each machine (training/preflight.py).
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# No threads that tokenizers would fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
+# speed where something else runs beside it (docs/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,82 @@
+"""`report.html` of a run that goes on: written anew after its rounds, marked as unfinished, and loaded again by itself.
+
+Nobody signs it.  At the end of the run, the report itself takes its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.run_plan import Plan
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.config import RunConfig
+    from fedtune.federation.lead import LeadState
+
+log = logging.getLogger(__name__)
+_SILENT_ROUNDS, _SILENT_S = 10, 900
+_SHARE = 20  # of the run's time, one part makes pages
+_FIRST_S = 1.0  # what the first page is thought to take
+
+
+class UnfinishedReport:
+    """Keeps the page of a run that goes on.
+
+    It ends no run and slows none: a page that cannot be written is left out, and making pages takes at most a twentieth
+    of the run's time.  Short rounds therefore share one.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self._folder, self._config = folder, config
+        self._plan: Plan | None = None
+        self._state: LeadState | None = None
+        self._due = time.monotonic() + _SHARE * _FIRST_S
+
+    def update(self, state: LeadState) -> None:
+        """Write the page of a state that lies in the run's newest checkpoint, if it is time for one."""
+        self._state = state
+        if state.round and time.monotonic() >= self._due:
+            self._write(state, goes_on=True)
+
+    def stop(self) -> None:
+        """Say that the run stopped before its end; a run that this process never worked on is left alone."""
+        if self._state is not None:
+            self._write(self._state, goes_on=False)
+
+    def _write(self, state: LeadState, *, goes_on: bool) -> None:
+        began = time.monotonic()
+        try:
+            self._write_page(state, goes_on=goes_on)
+        except Exception as error:
+            log.warning("report.html was not written after round %d: %s", state.round, type(error).__name__)
+        self._due = time.monotonic() + _SHARE * (time.monotonic() - began)
+
+    def _write_page(self, state: LeadState, *, goes_on: bool) -> None:
+        # These draw, which takes a while to import.
+        from fedtune.federation.kept_round import rounds_in_all
+        from fedtune.report import from_run
+        from fedtune.report.page.render import render
+        from fedtune.report.page.unfinished import Unfinished
+        from fedtune.report.record.run_record import read_run
+
+        record = read_run(self._folder, plan=self._plan)
+        self._plan = record.plan
+        planned = rounds_in_all(state.rounds, self._config.federation)
+        pace = state.pace_s or (state.rounds[-1].seconds if state.rounds else 0.0)
+        unfinished = Unfinished(
+            done=state.round,
+            planned=planned,
+            goes_on=goes_on,
+            left_s=None if state.pace_s is None else (planned - state.round) * state.pace_s,
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            silent_after_s=max(_SILENT_S, _SILENT_ROUNDS * pace),
+        )
+        # What sites released of their ledgers is joined when the run's own report is written.
+        report = from_run.of_record(self._folder, record, own={})
+        html = render(report, language=self._config.report.language, unfinished=unfinished)
+        write_durably(self._folder / "report.html", html.encode())
