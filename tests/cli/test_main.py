@@ -231,7 +231,7 @@ def test_a_full_disk_is_named_and_no_setting_is_blamed(
     def fails(*_: object) -> None:
         raise no_room("nobody")
 
-    target = tmp_path / "page.html"
+    target = tmp_path / "plan.json"
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
     outcome = command("plan", "experiment=debug", "--output", str(target))
     assert (outcome.code, outcome.message) == (1, f"the disk is full: no room for {target}")

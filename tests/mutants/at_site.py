@@ -183,11 +183,14 @@ AT_SITE = (
         "charges another round and trains none.",
         file="fedtune/federation/site_round.py",
         old="""        run.store(brought.adapter if brought.difference is not None else None)
+        # A round whose reply could not be kept would be charged for nothing.
+        require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
 """,
         new="""\
-        pass
+        # A round whose reply could not be kept would be charged for nothing.
+        require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     run.store(None)

@@ -259,7 +259,7 @@ _READING = (
         name="labels-by-depth",
         fault="A list of labels that is too deep to be read is a text, which a reader higher in the stack finds a "
         "list.",
-        file="fedtune/data/records.py",
+        file="fedtune/data/values.py",
         old="    except RecursionError:\n        listed = [None]\n",
         new="    except RecursionError:\n        listed = None\n",
         tests=("tests/data/test_records.py::test_labels_are_the_same_from_every_depth",),
@@ -347,7 +347,7 @@ _PREFERENCES = (
     Mutant(
         name="answers-by-depth",
         fault="An answer in brackets that is too deep to be read is a text, which is found to be turns later.",
-        file="fedtune/data/records.py",
+        file="fedtune/data/values.py",
         old='        raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None\n',
         new="        turns = None\n",
         tests=("tests/data/test_records.py::test_an_answer_stays_what_it_was_read_as_at_every_depth",),
