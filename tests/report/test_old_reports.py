@@ -1,4 +1,4 @@
-"""Reports that fedtune 0.1.0 wrote are read, agree with their events but for rounding, and say on their page what they said then."""
+"""Reports that fedtune 0.1.0 wrote are read, agree with their events but for rounding, and say what they said then."""
 
 from __future__ import annotations
 
