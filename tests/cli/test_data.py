@@ -200,7 +200,11 @@ def test_options_that_cannot_be(here: Path, command: Any, words: tuple[str, ...]
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
-    ("a.jsonl", '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9, "a.jsonl = 'columns n (object, number), label"),
+    (
+        "a.jsonl",
+        '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
+        "a.jsonl = 'columns n (object, number), label",
+    ),
     ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
 ])  # fmt: skip
 def test_a_file_of_which_no_experiment_can_be_made(
