@@ -234,6 +234,9 @@ def _leaves(policy: Policy) -> Iterator[str]:
 
 
 def _stated(policy: Policy) -> Iterator[str]:
+    if policy.simulated:
+        yield "Nothing: in a simulation nobody is asked. Reports assume that nobody is among two sites' records."
+        return
     yield "No software can check this; reports show it as stated by the site."
     yield (
         "Nobody of this population is among another site's records."

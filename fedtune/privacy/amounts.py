@@ -109,7 +109,7 @@ def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Cau
     if not policy.releases.reply_after_s:
         text = f"0: {AT_ONCE}; choose more than a round takes"
         yield Caution(key="releases.reply_after_s", text=text)
-    if not policy.asserted.no_person_at_another_site:
+    if policy.asserted.no_person_at_another_site is False:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
         yield Caution(key="asserted.no_person_at_another_site", text=text)
     yield from _cautions_of_files(policy, folder)

@@ -91,8 +91,9 @@ def _lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
         yield f"{key if _BARE_KEY.fullmatch(key) else _toml(key)} = {_toml(value)}"
     for key, value in table.items():
         inner = f"{name}.{key}" if name else key
-        if isinstance(value, Mapping) and value:
-            yield from ("", f"[{inner}]", *_lines(value, inner))
+        if isinstance(value, Mapping):
+            lines = list(_lines(value, inner))
+            yield from ("", f"[{inner}]", *lines) if lines else ()
         elif _holds_tables(value):
             for item in value:
                 yield from ("", f"[[{inner}]]", *_lines(item, inner))

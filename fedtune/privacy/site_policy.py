@@ -28,6 +28,7 @@ from fedtune.privacy.release import METRICS, Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import (
+    NOT_GIVEN,
     ConfigError,
     check_at_least,
     check_at_most,
@@ -303,10 +304,11 @@ class Asserted:
     """What the site states and no software can check; reports show it as asserted.
 
     Attributes:
-        no_person_at_another_site: nobody of this population is among another site's records.
+        no_person_at_another_site: nobody of this population is among another site's records; null: nobody said so or
+            denied it.  A real site's policy has an answer; a simulation asks nobody.
     """
 
-    no_person_at_another_site: bool
+    no_person_at_another_site: bool | None = None
 
 
 @spec
@@ -340,7 +342,7 @@ class Policy:
     limits: Limits
     allow: Allow
     releases: Releases
-    asserted: Asserted
+    asserted: Asserted = Asserted()
     approval: Literal["automatic", "manual"] = "automatic"
     final_adapter: Literal["keep", "decline"] = "keep"
     machine: Machine = Machine()
@@ -360,6 +362,10 @@ class Policy:
         ids = [dataset.id for dataset in self.dataset]
         if len(set(ids)) != len(ids):
             raise ConfigError("dataset", ids, "must not repeat an id")
+        if not self.simulated and self.asserted.no_person_at_another_site is None:
+            bound = "must be true (nobody of this population is among another site's records)"
+            bound += " or false (some may be, or you do not know)"
+            raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
         for dataset in self.dataset:
             if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:
                 bound = "must name the column for role 'user', as population.unit is user"

@@ -98,7 +98,8 @@ def site_report(record: LedgerRecord, figures: Spending) -> tuple[SiteReport, Le
         lifetime=lifetime,
         verification=_verification(record),
         releases=releases(record.events, history),
-        asserted=dataclasses.asdict(policy.asserted),
+        # Nobody stands behind a simulated site who could state anything, whatever its policy says.
+        asserted={} if record.simulated else dataclasses.asdict(policy.asserted),
         by_trust=reliance.by_trust(
             ran, lambda spent: finite(filter.epsilon_filter(spent, order=history.order, delta=history.delta))
         ),

@@ -43,7 +43,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import (
     DEFAULT_MIN_GRAD_NORM,
     Allow,
-    Asserted,
     Budget,
     Dataset,
     Limits,
@@ -135,8 +134,7 @@ class VirtualSites:
         return replace(files, policy=replace(files.policy, simulated=True))
 
     def _policy(self, site: str) -> Policy:
-        policy = generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
-        return replace(policy, simulated=True)
+        return generated_policy(self.config, self.plan, site, lead=self.lead_key().public)
 
     def ledger(self, site: str) -> Ledger:
         """The site's ledger, opened under its policy as both stand now."""
@@ -272,8 +270,8 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         ),
         # Nobody is there from whom the time of a reply could be hidden.
         releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
-        asserted=Asserted(no_person_at_another_site=True),
         trust=_trust_in(plan),
+        simulated=True,
     )
 
 

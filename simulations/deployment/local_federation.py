@@ -21,7 +21,7 @@ from typing import Any
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.site_policy import Machine
+from fedtune.privacy.site_policy import Asserted, Machine
 from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
@@ -64,7 +64,14 @@ class LocalFederation:
             dataset = replace(policy.dataset[0], path="records.csv", columns={role: role for role in roles})
             # Room for several runs; one thread, since all sites share this machine.
             budget = replace(policy.budget, max_epsilon=20 * policy.budget.max_epsilon)
-            policy = replace(policy, dataset=(dataset,), budget=budget, machine=Machine(num_threads=1))
+            policy = replace(
+                policy,
+                dataset=(dataset,),
+                budget=budget,
+                machine=Machine(num_threads=1),
+                simulated=False,
+                asserted=Asserted(no_person_at_another_site=True),
+            )
             write_policy(policy, place / "site.toml")
             commands.append(["site", "init", "--site", f"{name}/site.toml"])
             commands.append(

@@ -62,10 +62,11 @@ class SiteFolder:
             "leads": f'["{self.lead.public}"]',
             "base_models": f'["{"ab" * 32}"]',
             "path": '"letters.csv"',
+            "no_person_at_another_site": "true",
         }
         for key, value in {**values, **changes}.items():
             line = "" if value is None else f"{key} = {value}"
-            text, count = re.subn(rf"^{key} = .*$", line, text, flags=re.MULTILINE)
+            text, count = re.subn(rf"^(?:# )?{key} = .*$", line, text, flags=re.MULTILINE)
             assert count == 1, key
         self.policy.write_text(text)
 

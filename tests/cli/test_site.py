@@ -56,12 +56,28 @@ def test_the_template_is_a_policy(command: Any, tmp_path: Path) -> None:
     outcome = command("site", "template")
     assert outcome.code == 0
     assert outcome.out == template_file().read_text(encoding="utf-8")
-    (tmp_path / "site.toml").write_text(outcome.out)
+    (tmp_path / "site.toml").write_text(answered(outcome.out))
     assert read_policy(tmp_path / "site.toml").site == "north-hospital"
 
 
+def answered(template: str) -> str:
+    """The template with an answer to what a person must state."""
+    return template.replace("# no_person_at_another_site = ?", "no_person_at_another_site = true")
+
+
 def test_the_template_sets_every_key() -> None:
-    assert keys_in(tomllib.loads(template_file().read_text(encoding="utf-8"))) == keys_of()
+    assert keys_in(tomllib.loads(answered(template_file().read_text(encoding="utf-8")))) == keys_of()
+
+
+@pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
+def test_no_command_takes_a_policy_before_a_person_has_answered(
+    words: tuple[str, ...], site: Any, command: Any, tmp_path: Path
+) -> None:
+    site.write_policy(no_person_at_another_site=None)
+    outcome = command("site", *words, str(site.policy))
+    assert outcome.code == 2
+    assert re.search(r"asserted.no_person_at_another_site:? must be true", " ".join((outcome.out + outcome.err).split()))
+    assert not (site.folder / "kit").exists()
 
 
 def test_the_template_explains_every_key() -> None:
@@ -74,8 +90,9 @@ def test_the_template_explains_every_key() -> None:
             assert explained, line
 
 
-def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any) -> None:
-    outcome = command("site", "check-policy", str(template_file()), "--json")
+def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(answered(template_file().read_text(encoding="utf-8")))
+    outcome = command("site", "check-policy", str(tmp_path / "site.toml"), "--json")
     warnings = {warning["key"]: warning["text"] for warning in json.loads(outcome.out)["warnings"]}
     assert warnings.keys() == {"allow.leads", "allow.base_models"}
     assert warnings["allow.leads"] == "empty: every request is refused"

@@ -18,7 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.site_policy import Machine, Policy
+from fedtune.privacy.site_policy import Asserted, Machine, Policy
 from fedtune.sites.run_records import dealing
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
@@ -84,6 +84,8 @@ def policy_for(site: str, *, lead: str) -> Policy:
             policy.allow, base_models=(*policy.allow.base_models, MINILM), target_modules=modules, max_rank=8
         ),
         machine=Machine(num_threads=1),
+        simulated=False,
+        asserted=Asserted(no_person_at_another_site=True),
     )
 
 

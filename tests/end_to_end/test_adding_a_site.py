@@ -26,7 +26,6 @@ from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy import filter
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 
 from ..conftest import parsed
@@ -226,7 +225,6 @@ def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(follow
             else:
                 yield f"{prefix}{key}", value
 
-    read_policy(followed.folder / "template.toml")
     ours, template = (
         dict(flat(tomllib.loads((followed.folder / name).read_text())))
         for name in ("south-hospital/site.toml", "template.toml")

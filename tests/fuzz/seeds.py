@@ -23,7 +23,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
-from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.site_policy import Asserted, Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
@@ -78,7 +78,8 @@ def plan() -> Any:
 @cache
 def policy() -> Policy:
     made = generated_policy(for_sites(config()), plan(), "north", lead=key(1).public)
-    return replace(made, budget=replace(made.budget, max_epsilon=5 * made.budget.max_epsilon))
+    budget = replace(made.budget, max_epsilon=5 * made.budget.max_epsilon)
+    return replace(made, budget=budget, simulated=False, asserted=Asserted(no_person_at_another_site=True))
 
 
 @cache

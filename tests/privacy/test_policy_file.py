@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Dataset, Policy, Reference
+from fedtune.privacy.site_policy import Asserted, Dataset, Policy, Reference
 from fedtune.spec import ConfigError
 
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
@@ -27,6 +28,15 @@ TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
 def site_toml(tmp_path: Path, policy: Any) -> Path:
     write_policy(policy(), tmp_path / "site.toml")
     return tmp_path / "site.toml"
+
+
+@pytest.fixture
+def filled_in(tmp_path: Path) -> Path:
+    """The template after its one question was answered."""
+    text, count = re.subn(r"^# (no_person_at_another_site) = \?$", r"\1 = false", TEMPLATE.read_text(), flags=re.M)
+    assert count == 1
+    (tmp_path / "filled_in.toml").write_text(text)
+    return tmp_path / "filled_in.toml"
 
 
 def error_of(path: Path, *edits: tuple[str, str]) -> str:
@@ -77,11 +87,11 @@ def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(
     )
 
 
-def test_what_a_file_leaves_out_is_what_the_template_says(policy: Any, site_toml: Path) -> None:
+def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, filled_in: Path) -> None:
     left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
     lines = site_toml.read_text().splitlines(keepends=True)
     site_toml.write_text("".join(line for line in lines if line.partition(" = ")[0] not in left_out))
-    for site in (read_policy(site_toml), read_policy(TEMPLATE)):
+    for site in (read_policy(site_toml), read_policy(filled_in)):
         found = {
             key: value
             for table in (site.limits, site.allow, site.releases)
@@ -196,9 +206,25 @@ def test_no_key_is_read_twice_or_forgotten(site_toml: Path) -> None:
     assert set(table) == {field.name for field in dataclasses.fields(Policy)}
 
 
-def test_the_template_names_every_key_and_explains_it(policy: Any) -> None:
-    table = tomllib.loads(TEMPLATE.read_text())
-    read = read_policy(TEMPLATE)
+@pytest.mark.parametrize(
+    "left_out", ["no_person_at_another_site = true\n", "[asserted]\nno_person_at_another_site = true\n"]
+)
+def test_a_real_sites_person_says_whether_anybody_is_at_two_sites(site_toml: Path, policy: Any, left_out: str) -> None:
+    said = (
+        "asserted.no_person_at_another_site: must be true (nobody of this population is among another site's records)"
+    )
+    assert error_of(site_toml, (left_out, "")) == f"{said} or false (some may be, or you do not know)"
+    with pytest.raises(ConfigError, match=r"must be true .* or false"):
+        read_policy(TEMPLATE)  # nobody states it by leaving the template as it is
+    # A simulation has nobody to ask.
+    made_up = dataclasses.replace(policy(), simulated=True, asserted=Asserted())
+    write_policy(made_up, site_toml)
+    assert read_policy(site_toml) == made_up == policy_of(made_up.to_json())
+
+
+def test_the_template_names_every_key_and_explains_it(filled_in: Path) -> None:
+    table = tomllib.loads(filled_in.read_text())
+    read = read_policy(filled_in)
     for name, spec in [("", read), *((field.name, getattr(read, field.name)) for field in dataclasses.fields(read))]:
         if dataclasses.is_dataclass(spec):
             keys = {field.name for field in dataclasses.fields(spec)}
@@ -211,8 +237,10 @@ def test_the_template_names_every_key_and_explains_it(policy: Any) -> None:
         before = line
 
 
-def test_the_template_lets_a_usual_run_through(tmp_path: Path, proposal: Any, site_key: Any, lead_key: Any) -> None:
-    template = read_policy(TEMPLATE)
+def test_the_template_lets_a_usual_run_through(
+    tmp_path: Path, filled_in: Path, proposal: Any, site_key: Any, lead_key: Any
+) -> None:
+    template = read_policy(filled_in)
     allow = dataclasses.replace(template.allow, leads=(lead_key.public,))
     site = dataclasses.replace(template, allow=allow, approval="automatic")
     usual: Reference = site.budget.reference

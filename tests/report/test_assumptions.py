@@ -79,7 +79,6 @@ def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> N
                 assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
             if status == "verified":
                 assert "tests/" not in said, "a test of the program is no check of this report"
-    assert [code for code, status in statuses(own).items() if status == "asserted"] == ["units_at_one_site_only"]
 
 
 def test_of_a_simulation_the_process_itself_knows(run_folder: Path) -> None:
@@ -183,6 +182,17 @@ def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
     found = of_run(replace(record, state=state), from_run.build(run_folder).sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
+
+
+def test_of_a_simulation_nobody_states_anything(run_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    policy = copy / "sites/site-1/site.toml"
+    assert "no_person_at_another_site" not in policy.read_text()
+    for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
+        policy.write_text(policy.read_text() + more)
+        for report in (from_run.build(copy), from_ledger.build(policy)):
+            assert statuses(report)["units_at_one_site_only"] == "assumed"
+            assert all(site.asserted == {} for site in report.sites)
 
 
 def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:

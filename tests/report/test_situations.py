@@ -123,6 +123,7 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
         ledger.unlink()
         (ledger.parent / "site.toml").write_text(
             text.replace("simulated = true\n", "").replace("site-1", ledger.parent.name)
+            + "\n[asserted]\nno_person_at_another_site = true\n"
         )
     simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
     own = from_ledger.build(kept / "site-1/site.toml")

@@ -28,7 +28,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Machine
+from fedtune.privacy.site_policy import Asserted, Machine
 from fedtune.sites import shared_model
 from fedtune.sites.real_site import RealSite, SitePlaces
 from fedtune.sites.shared_model import SharedModel
@@ -248,7 +248,9 @@ def station(
         dataset = replace(policy.dataset[0], path=made.data.name, columns=columns)
         budget = replace(policy.budget, max_epsilon=10 * policy.budget.max_epsilon)
         machine = Machine(device="cpu", num_threads=1)
-        write_policy(replace(policy, dataset=(dataset,), budget=budget, machine=machine), made.site_toml)
+        stated = Asserted(no_person_at_another_site=True)
+        real = replace(policy, dataset=(dataset,), budget=budget, machine=machine, simulated=False, asserted=stated)
+        write_policy(real, made.site_toml)
         write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
         return made
 
