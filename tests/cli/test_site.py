@@ -76,7 +76,9 @@ def test_no_command_takes_a_policy_before_a_person_has_answered(
     site.write_policy(no_person_at_another_site=None)
     outcome = command("site", *words, str(site.policy))
     assert outcome.code == 2
-    assert re.search(r"asserted.no_person_at_another_site:? must be true", " ".join((outcome.out + outcome.err).split()))
+    assert re.search(
+        r"asserted.no_person_at_another_site:? must be true", " ".join((outcome.out + outcome.err).split())
+    )
     assert not (site.folder / "kit").exists()
 
 
