@@ -21,7 +21,7 @@ from fedtune.cli.ledger_sections import (
     show_made_up,
     show_verdict,
 )
-from fedtune.cli.sections import Section, json_text, print_json, say, show, write_file
+from fedtune.cli.sections import Section, json_text, print_json, require_agreed, say, show, write_file
 from fedtune.deploy.backup import anchors_at_hand, make_up_for
 from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
@@ -47,6 +47,7 @@ These write nothing into the ledger. PATH is the file, or a folder with a ledger
   fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
   fedtune ledger restore --policy site.toml --anchor anchor.json
   fedtune ledger freeze --policy site.toml --why "consent withdrawn"
+  fedtune ledger confirm-date --policy site.toml          after a jump of the clock, or a long time without a request
 docs/site_policy.md explains backups, anchors and the figures.
 """
 )
@@ -199,6 +200,30 @@ def freeze(
     verify(site.ledger)
     site.open().freeze(why)
     say(f"{site.ledger} is frozen: all training on this population has ended for ever.")
+
+
+@command(app, "say that this machine's date is right", name="confirm-date")
+def confirm_date(
+    policy: PolicyFile,
+    path: OwnLedger = None,
+    yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+) -> None:
+    """Let the period of the budget begin that this machine's date is in.
+
+    A clock that was set forward would open a new period, whose budget is unspent. So a site opens only the next one by
+    itself, and only if the server's time is in it too; any other waits for this command. Compare the date with a clock
+    that neither this machine nor the federation sets.
+    """
+    site = _own_site(policy, path)
+    history = verify(site.ledger).history
+    say(
+        f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC; the ledger's newest event is of "
+        f"{history.last_time:%Y-%m-%d %H:%M} UTC. This cannot be taken back."
+    )
+    if not yes:
+        require_agreed("Is the date of this machine right?", otherwise="nothing is changed: the date is not confirmed")
+    site.open().confirm_date()
+    say("Noted in the ledger.")
 
 
 def ledger_file(name: str) -> Path:

@@ -228,6 +228,8 @@ def remarks(history: History) -> Iterator[str]:
     if len(set(caps)) > 1:
         changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap in history.policies)
         yield f"The lifetime cap was changed: {changes}. A cap promises most when it never moves."
+    if why := history.held_back():
+        yield f"{why[0].upper()}{why[1:]}."
 
 
 def findings(verified: Verified) -> tuple[list[str], list[str]]:

@@ -168,6 +168,8 @@ def _noted(detail: dict[str, Any]) -> str:
             return f"policy in force: {_caps(detail['policy']['budget'])} (digest {detail['sha256'][:12]}...)"
         case "run_ended":
             return "run over: what it had set aside and not spent is free again"
+        case "date_confirmed":
+            return "a person at the site confirmed the date, so that a new period of the budget may begin"
         case "restored":
             gap = [mechanism_text(dp_events.from_json(data), count) for data, count in detail["gap"]]
             return (

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import printable
-from fedtune.cli.sections import SCHEMA_VERSION, Section, agreed, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
@@ -289,8 +289,9 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
         {"lead": made.lead_key, "authority": made.authority.fingerprint},
     )
     say("")
-    if not already and not agreed("Did the site read out the same?"):
-        raise RunError(f"nothing is changed: {request.site} comes in once its keys are compared")
+    if not already:
+        otherwise = f"nothing is changed: {request.site} comes in once its keys are compared"
+        require_agreed("Did the site read out the same?", otherwise=otherwise)
 
 
 def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fedtune.cli.command import folded
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 from fedtune.words import jsonable
 
 SCHEMA_VERSION = 1
@@ -184,12 +184,17 @@ def say(text: str, *, style: str = "", console: Console | None = None) -> None:
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
-def agreed(question: str) -> bool:
-    """Ask a person; no answer, as of a script without an input, is no."""
+def require_agreed(question: str, *, otherwise: str) -> None:
+    """Ask a person; no answer, as of a script without an input, is no.
+
+    Raises:
+        RunError: the answer is no; it says what is `otherwise`.
+    """
     sys.stdout.write(f"{question} [y/N] ")
     sys.stdout.flush()
     there = sys.stdin is not None and not sys.stdin.closed
-    return there and sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not (there and sys.stdin.readline().strip().lower() in ("y", "yes")):
+        raise RunError(otherwise)
 
 
 def _harmless(text: str) -> str:

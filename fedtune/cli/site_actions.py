@@ -21,7 +21,7 @@ from fedtune.cli.command import folded
 from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
-from fedtune.cli.sections import SCHEMA_VERSION, Section, agreed, pairs, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
@@ -65,7 +65,7 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
     Raises:
         ConfigError: no such run waits.
         RefusedError: policy or budget would refuse it all the same.
-        RunError: the ledger cannot be trusted.
+        RunError: the ledger cannot be trusted, or the person says no.
     """
     pending = _chosen(state.waiting(), run)
     verdict = ask(site_toml, pending.proposal, declared_sizes={})
@@ -74,9 +74,8 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
         raise RunError(verdict.note)
     if not verdict.allowed:
         raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
-    if not yes and not agreed("Let it start?"):
-        say("Not approved.")
-        return
+    if not yes:
+        require_agreed("Let it start?", otherwise="not approved: the run still waits")
     files.open().approve(pending.proposal)
     state.forget(pending.proposal)
     say("Approved, and noted in the ledger. It begins with the lead's next request.")

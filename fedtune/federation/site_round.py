@@ -364,6 +364,8 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
 def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     """Note the refusal in the log and the ledger, and make it a reply."""
     log.warning("%s refused %s: %s", site.name, _about(request), refused)
+    if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.held_back):
+        log.warning("%s: %s", site.name, why)
     if request is not None:
         try:
             site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())

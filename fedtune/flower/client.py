@@ -59,7 +59,9 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
             with panics_as_errors():
                 answer, settings = read(message.content), flower_records.to_settings(message.content)
                 reason = Reason.SITE_ERROR
-                return Message(answer(site_of(context, settings)), reply_to=message)
+                site = site_of(context, settings)
+                site.ledger.asked_at(message.metadata.created_at)
+                return Message(answer(site), reply_to=message)
         except Exception:
             log.exception("%s could not answer", name_of(context))
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)

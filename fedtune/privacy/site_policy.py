@@ -108,7 +108,8 @@ class Budget:
         delta: of every run and of the lifetime figure.
         max_epsilon: over all runs, leads and years, by the Renyi filter.  Infinite: nothing is promised.
         max_epsilon_per_run: of one run's whole plan, by PLD; null: no bound of its own.
-        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.
+        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.  What opens a
+            period: `History.now`.
         period: "month", "quarter" or "year".
         reference: a typical run.
     """
@@ -495,7 +496,7 @@ def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
     return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)
 
 
-def period_of(moment: datetime, period: str) -> tuple[int, int]:
-    """The calendar period that a UTC `moment` lies in, as (year, number within the year)."""
+def period_of(moment: datetime, period: str) -> int:
+    """The number of the calendar period that a UTC `moment` lies in; the next period has the next number."""
     months = {"month": 1, "quarter": 3, "year": 12}[period]
-    return moment.year, (moment.month - 1) // months
+    return (12 * moment.year + moment.month - 1) // months

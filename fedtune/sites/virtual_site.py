@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -138,7 +139,9 @@ class VirtualSites:
 
     def ledger(self, site: str) -> Ledger:
         """The site's ledger, opened under its policy as both stand now."""
-        return self.files(site).open()
+        ledger = self.files(site).open()
+        ledger.asked_at(time.time())  # by this machine, which is the server too
+        return ledger
 
     def allow(self, *, within: Budget) -> None:
         """Write policies that allow this run and no other, within a budget that several runs share."""

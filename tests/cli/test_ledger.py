@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +417,28 @@ def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None
     outcome = restored(put_back, command)
     assert outcome.code == 2
     assert outcome.message == "--anchor: is required, since the policy names no anchor"
+
+
+@pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
+def test_a_person_confirms_the_date_of_a_clock_that_jumped(
+    lived: Any, command: Run, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Far(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2099, 7, 1, tzinfo=tz)
+
+    monkeypatch.setattr("fedtune.privacy.ledger.history.datetime", Far)
+    told = "charges count for the year of"
+    assert told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    outcome = command("ledger", "confirm-date", "--policy", str(lived.policy))
+    assert "clock says 2099-07-01 00:00 UTC" in " ".join(outcome.out.split())
+    assert outcome.code == (0 if confirmed else 1)
+    assert ("the date is not confirmed" in outcome.err) is not confirmed
+    assert (told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())) is not confirmed
+    noted = "a person at the site confirmed the date"
+    assert (noted in command("ledger", "show", str(lived.ledger), "--rounds").out) is confirmed
 
 
 def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run) -> None:

@@ -176,11 +176,10 @@ def test_what_is_let_in_is_what_was_compared(
     request, other = request_of("north"), request_of("north", kit="other")
     compared = JoinRequest.read(request)
 
-    def swap(_: str) -> bool:
+    def swap(_: str, **__: str) -> None:
         request.write_bytes(other.read_bytes())
-        return True
 
-    monkeypatch.setattr("fedtune.cli.provision.agreed", swap)
+    monkeypatch.setattr("fedtune.cli.provision.require_agreed", swap)
     provision("add-site", str(request), "--federation", "cardiology")
     (member,) = read_roster(Path("cardiology/server/roster.json"))
     assert member.node_key == compared.node_key != JoinRequest.read(request).node_key

@@ -104,6 +104,16 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     assert again.reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
+def test_the_ledger_hears_when_the_server_asked(
+    site: Callable[..., Site], request_: RecordDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What opens a period of the site's budget; a ledger that hears nothing opens none."""
+    told: list[float] = []
+    monkeypatch.setattr(Ledger, "asked_at", lambda _, server_time: told.append(server_time))
+    app = SiteApp(lambda settings: site(), name="a")
+    assert asked(app, request_).message.metadata.created_at == told[0]
+
+
 def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
     others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
     wrong = RecordDict({**request_, **flower_records.from_brought(Brought(adapter=Adapter(others)))})

@@ -29,8 +29,8 @@ CLI_FAULTS = (
         name="approved-unasked",
         fault="`site approve RUN` approves without a person's word.",
         file=APPROVE,
-        old='    if not yes and not agreed("Let it start?"):',
-        new='    if yes and not agreed("Let it start?"):',
+        old='    if not yes:\n        require_agreed("Let it start?"',
+        new='    if yes:\n        require_agreed("Let it start?"',
         tests=(f"{OF_SITE}::test_a_person_is_asked",),
     ),
     Mutant(
@@ -45,8 +45,8 @@ CLI_FAULTS = (
         name="admitted-uncompared",
         fault="A site is let in before a person has said that its keys were compared.",
         file="fedtune/cli/provision.py",
-        old='    if not already and not agreed("Did the site read out the same?"):',
-        new='    if already and not agreed("Did the site read out the same?"):',
+        old="    if not already:\n        otherwise",
+        new="    if already:\n        otherwise",
         tests=("tests/cli/test_provision.py::test_nothing_is_changed_before_a_person_has_compared",),
     ),
     Mutant(

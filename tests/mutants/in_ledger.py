@@ -152,6 +152,22 @@ LEDGER_FAULTS = (
         tests=(f"{OF_LEDGER}::test_a_run_is_let_in_only_with_room_for_its_spare_rounds",),
     ),
     Mutant(
+        name="a-clock-set-forward",
+        fault="The machine's clock alone opens a period of the budget: set forward, it makes a fresh one.",
+        file=HISTORY,
+        old="        told = min(clock, server or clock)\n",
+        new="        told = clock\n",
+        tests=("tests/privacy/test_clock.py::test_a_period_begins_by_both_clocks_and_no_further_than_the_next",),
+    ),
+    Mutant(
+        name="a-period-without-a-person",
+        fault="The clock here and the server's together open any period, however far from the newest event.",
+        file=HISTORY,
+        old="return max(last, told) if reached <= begun + 1 else last",
+        new="return max(last, told)",
+        tests=("tests/privacy/test_clock.py::test_a_period_begins_by_both_clocks_and_no_further_than_the_next",),
+    ),
+    Mutant(
         name="a-clock-set-back",
         fault="The machine's clock is believed: set back, it opens a period whose budget was spent.",
         file=HISTORY,

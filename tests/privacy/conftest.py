@@ -146,11 +146,14 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(path: Path, policy: Callable[..., Policy], site_key: SigningKey) -> Callable[..., Ledger]:
-    """Open the ledger as a fresh process would; keywords change policy, key, path or anchor."""
+    """Open the ledger as a fresh process would; keywords change its policy, key, path, anchor or server's time."""
 
     def make(**changes: Any) -> Ledger:
-        values = {"path": path, "policy": policy(), "key": site_key, "anchor": None} | changes
-        return Ledger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
+        values = {"path": path, "policy": policy(), "key": site_key, "anchor": None, "server": None} | changes
+        ledger = Ledger(values["path"], values["policy"], values["key"], anchor=values["anchor"])
+        if values["server"] is not None:
+            ledger.asked_at(values["server"].timestamp())
+        return ledger
 
     return make
 

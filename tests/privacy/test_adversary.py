@@ -7,6 +7,7 @@ apart from the ledger, from the reservations that it gave.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -67,6 +68,7 @@ class Game:
     def __init__(self, path: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal]) -> None:
         self.path, self.policy, self.key, self.proposal = path, policy, key, proposal
         self.clock = Clock()
+        self.server: datetime | None = self.clock.time
         self.ledger = Ledger(path, policy, key)
         self.order = self.ledger.history.order
         self.charged: list[tuple[datetime, str, DpEvent]] = []
@@ -77,7 +79,8 @@ class Game:
 
     def would_accept(self, proposal: Proposal) -> bool:
         """What the adversary computes from the site's own figures; nothing is asked of the site."""
-        now = max(self.clock.time, self.ledger.history.last_time or self.clock.time)
+        self.hear()
+        now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
         asked = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
         held = self.ledger.history.set_aside(now)
         try:
@@ -91,6 +94,7 @@ class Game:
         """One request; returns why it was refused."""
         new = proposal.run not in self.ledger.history.runs
         before = self.ledger.history.charged()
+        self.hear()
         try:
             granted = self.ledger.reserve(proposal, round=round, request=request)
         except Refused as refused:
@@ -110,6 +114,10 @@ class Game:
         self.check()
         return None
 
+    def hear(self) -> None:
+        """What the server says of the time comes with each request."""
+        self.ledger.asked_at(self.server.timestamp() if self.server else math.nan)
+
     def end(self, proposal: Proposal) -> None:
         self.ledger.end(proposal.run)
         self.expires.pop(proposal.run, None)
@@ -127,7 +135,7 @@ class Game:
         charged = events.grouped([event for _, _, event in self.charged])
         assert history.charged() == charged
         assert history.last_time is not None
-        held = self.held(max(self.clock.time, history.last_time))
+        held = self.held(history.now(server=self.server or history.last_time))
         surcharge = filter.surcharge(self.order, budget.delta)
         both = divergence_of(charged + held, self.order) + surcharge
         assert both <= budget.max_epsilon + 1e-9, "charged and set aside"
@@ -135,7 +143,7 @@ class Game:
         assert now >= self.spent, "monotone"
         self.spent = now
         if budget.max_epsilon_per_period is not None:
-            sums: dict[tuple[int, int], Counter[DpEvent]] = {}
+            sums: dict[int, Counter[DpEvent]] = {}
             for moment, _, event in self.charged:
                 sums.setdefault(period_of(moment, budget.period), Counter()).update(events.grouped([event]))
             for each in sums.values():
@@ -167,7 +175,9 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     elif action == "end" and game.started:
         game.end(draw(st.sampled_from(game.started)))
     elif action == "time":
-        game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31])))
+        game.clock.time += timedelta(days=draw(st.sampled_from([-400, -1, 20, 31, 400])))
+        lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
+        game.server = draw(st.sampled_from(lies))
     elif action == "reopen":
         game.ledger = Ledger(game.path, game.policy, game.key)
         game.check()

@@ -463,12 +463,14 @@ def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, policy: Any, propo
     monthly = policy(budget={"max_epsilon_per_period": two_rounds + 1e-9, "period": "month"})
     for month in range(4):
         for number in (1, 2):
-            answered(opened(policy=monthly), proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1)
+            answered(
+                opened(policy=monthly, server=clock.time), proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1
+            )
         late = proposal(run=f"{month}-3", plan={"num_rounds": 1})
-        assert refusal_of(opened(policy=monthly), late).reason is Reason.MAX_EPSILON_PER_PERIOD
+        assert refusal_of(opened(policy=monthly, server=clock.time), late).reason is Reason.MAX_EPSILON_PER_PERIOD
         clock.forward(days=31)
-    answered(opened(policy=monthly), proposal(run="4", plan={"num_rounds": 1}), 1)
-    figures = opened(policy=monthly).spending()
+    answered(opened(policy=monthly, server=clock.time), proposal(run="4", plan={"num_rounds": 1}), 1)
+    figures = opened(policy=monthly, server=clock.time).spending()
     one_round = filter.epsilon_filter([one], order=order, delta=1e-5)
     nine_rounds = filter.epsilon_filter([one] * 9, order=order, delta=1e-5)
     assert (figures.period_epsilon, figures.epsilon) == pytest.approx((one_round, nine_rounds))
@@ -480,11 +482,11 @@ def test_a_period_holds_what_open_runs_may_still_spend_in_it(
     one = proposal().plan.event()
     four = filter.epsilon_filter([one] * 4, order=opened().history.order, delta=1e-5)
     monthly = policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
-    answered(opened(policy=monthly), proposal(plan={"num_rounds": 3}), 1)
+    answered(opened(policy=monthly, server=clock.time), proposal(plan={"num_rounds": 3}), 1)
     asked = proposal(run="2", plan={"num_rounds": 2})
-    assert refusal_of(opened(policy=monthly), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
+    assert refusal_of(opened(policy=monthly, server=clock.time), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
     clock.forward(days=25)  # February: one round less is held
-    answered(opened(policy=monthly), asked, 1)
+    answered(opened(policy=monthly, server=clock.time), asked, 1)
 
 
 def test_a_clock_set_back_opens_no_new_period(opened: Open, policy: Any, proposal: Any, clock: Any) -> None:

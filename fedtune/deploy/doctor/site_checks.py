@@ -371,6 +371,10 @@ def budget(history: History, policy: Policy) -> Check:
     if history.seeded:
         fix = "Keep real records out of it: it is marked for ever."
         return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
+    if why := history.held_back():
+        return warning(
+            name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
+        )
     epsilon = epsilon_text(filter.epsilon_filter(taken, order=history.order, delta=history.delta))
     if math.isinf(cap):
         found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"

@@ -34,7 +34,7 @@ class Kind(StrEnum):
     COMMIT = "commit"  # its reply is stored; sending may begin
     RELEASE = "release"  # something was handed out beside a round's reply
     REFUSAL = "refusal"
-    NOTE = "note"  # opened, policy, approved, denied, run_ended, in_doubt, restored, frozen
+    NOTE = "note"  # opened, policy, approved, denied, run_ended, in_doubt, restored, date_confirmed, frozen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -301,6 +301,8 @@ class History:
             case "run_ended":
                 ended = self.runs[event.run]
                 ended.expires, ended.adapter = None, str(event.detail.get("adapter_sha256", ""))
+            case "date_confirmed":
+                pass  # its time is what it says
             case "restored":
                 self._restore(Restored.of(event.detail, doubts=self.doubts), event.sequence, moment)
             case "in_doubt":  # an older one names no run
@@ -390,10 +392,42 @@ class History:
             total.update(run.set_aside(now))
         return dp_events.grouped(total)
 
-    def now(self) -> datetime:
-        """The time, but never before the newest event: a clock that is set back opens no new period."""
+    @property
+    def clock(self) -> datetime:
+        """The time by this machine, but never before the newest event."""
         now = datetime.now(UTC)
         return now if self.last_time is None else max(now, self.last_time)
+
+    def now(self, *, server: datetime | None = None) -> datetime:
+        """The ledger's time: this machine's clock, unless it would open a period of the budget that is held back.
+
+        Guarantee: never before the newest event, so that a clock set back opens no period.  Where a calendar period has
+        a cap, never in a later period than the one that follows the newest event's, nor than the `server`'s time, where
+        that is given.  So a clock set forward opens no period alone, the server's time opens none at all, and both
+        together open no more than the next one.  For more a person confirms the date, which is an event.
+        """
+        clock, last = self.clock, self.last_time
+        if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
+            return clock
+        told = min(clock, server or clock)
+        begun, reached, wanted = (period_of(moment, self.policy.budget.period) for moment in (last, told, clock))
+        if wanted == begun or wanted == reached == begun + 1:
+            return clock
+        return max(last, told) if reached <= begun + 1 else last
+
+    def held_back(self, *, server: datetime | None = None) -> str:
+        """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
+        if self.policy is None or self.last_time is None:
+            return ""
+        clock, time, period = self.clock, self.now(server=server), self.policy.budget.period
+        if period_of(clock, period) <= period_of(time, period):
+            return ""
+        told = f", the server's time is {server:%Y-%m-%d %H:%M}" if server else ""
+        return (
+            f"this machine's clock says {clock:%Y-%m-%d %H:%M} UTC{told}, and the ledger's newest event is of "
+            f"{self.last_time:%Y-%m-%d}: charges count for the {period} of {time:%Y-%m-%d}. If the clock is right, "
+            "say so with `fedtune ledger confirm-date --policy site.toml`"
+        )
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
         """Whether the event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""

@@ -14,7 +14,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Ledger:
         """
         with self._store.transaction():
             self._require_newest_policy()
-            now, run = self.history.now(), self.history.runs.get(proposal.run)
+            now, run = self._store.now(), self.history.runs.get(proposal.run)
             if run is None:
                 self.require_startable(proposal)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
@@ -136,7 +136,7 @@ class Ledger:
     def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
         """Record that a request was refused, and why; that it still waits for a person, once a day."""
         with self._store.transaction():
-            today = self.history.now().date()
+            today = self._store.now().date()
             if refused.reason.is_waiting and (today, run, refused.reason.value) in self.history.refused:
                 return
             asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
@@ -183,6 +183,23 @@ class Ledger:
         """End all training on the population, for ever."""
         with self._store.transaction():
             self._store.note("frozen", why=why)
+
+    def asked_at(self, server_time: float) -> None:
+        """Take the server's time of the request that is answered next, in seconds since 1970; nonsense says nothing."""
+        try:
+            self._store.server_time = datetime.fromtimestamp(server_time, UTC)
+        except (ValueError, OverflowError, OSError):
+            self._store.server_time = None
+
+    def confirm_date(self) -> None:
+        """Note that a person says that this machine's date is right: the period of the budget that it is in begins."""
+        with self._store.transaction():
+            self._store.note("date_confirmed", not_before=self.history.clock)
+
+    @property
+    def held_back(self) -> str:
+        """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
+        return self.history.held_back(server=self._store.server_time)
 
     def receipt(self, run: str, *, reply: str = "") -> Receipt:
         """What `run` has been charged so far, signed together with the digest of the reply that it comes with."""
@@ -256,7 +273,9 @@ class Ledger:
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
                 doubts = frozenset(one for one in doubts if not self._store.knows(one, besides=restored))
-            self._store.note("restored", **replace(restored, doubts=doubts).to_json())
+            # What was charged there counts in the anchor's period, or in a later one.
+            lost = datetime.fromisoformat(anchor.time)
+            self._store.note("restored", not_before=lost, **replace(restored, doubts=doubts).to_json())
             self._require_fitting()
         return gap
 
@@ -288,7 +307,7 @@ class Ledger:
 
     def require_acceptable(self, proposal: Proposal) -> None:
         """Raise the reason to refuse a new run, as of the last transaction."""
-        spending.require_acceptable(self.history, self.policy, proposal, self.history.now())
+        spending.require_acceptable(self.history, self.policy, proposal, self._store.now())
 
     def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
         """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it.
@@ -305,13 +324,13 @@ class Ledger:
         if approved and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
             good_for = timedelta(days=self.policy.limits.run_expires_after_days)
-            if since is None or self.history.now() - since > good_for:
+            if since is None or self._store.now() - since > good_for:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
     def require_another_round(self, proposal: Proposal) -> None:
         """Raise the reason to refuse one more round of a run that was accepted, as of the last transaction."""
         if (known := self.history.runs.get(proposal.run)) is not None:
-            self._require_another_round(known, self.history.now())
+            self._require_another_round(known, self._store.now())
 
     def fingerprint_key(self) -> bytes:
         """Secret key of the records' HMAC; a plain hash would let anyone test a candidate data set."""
@@ -351,7 +370,7 @@ class Ledger:
 
     def _has_room_for_answer(self, *, stranger: bool = False) -> bool:
         most = MOST_STRANGERS_A_DAY if stranger else MOST_ANSWERS_A_DAY
-        return self.history.answers[self.history.now().date(), stranger] < most
+        return self.history.answers[self._store.now().date(), stranger] < most
 
     def _require_newest_policy(self) -> None:
         if self.history.policy != self.policy:

@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -201,10 +202,12 @@ class EventStore:
 
     Attributes:
         history: what the events add up to, as of the last transaction.
+        server_time: as of the newest request; None: nobody asked anything.
     """
 
     def __init__(self, path: Path, key: SigningKey, anchor: Path | None) -> None:
         self.path, self.history = path, History()
+        self.server_time: datetime | None = None
         self._key, self._anchor = key, anchor
         self._open_file: sqlite3.Connection | None = None
         try:
@@ -244,12 +247,19 @@ class EventStore:
         assert self._open_file is not None, "outside a transaction"
         return self._open_file
 
-    def append(self, kind: Kind, detail: dict[str, Any], **place: Unpack[Place]) -> None:
+    def now(self) -> datetime:
+        """The time of what is written now; without a word of the server's no period of the budget begins."""
+        return self.history.now(server=self.server_time or self.history.last_time)
+
+    def append(
+        self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **place: Unpack[Place]
+    ) -> None:
         """Write one event behind the newest one, and follow it."""
+        now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
             "kind": kind,
-            "time": self.history.now().isoformat(),
+            "time": max(now, not_before or now).isoformat(),
             **_NOWHERE,
             **place,
             "cohort": "",
@@ -261,9 +271,9 @@ class EventStore:
         insert(self._file, event)
         self.history.follow(event)
 
-    def note(self, what: str, *, run: str = "", **detail: Any) -> None:
+    def note(self, what: str, *, run: str = "", not_before: datetime | None = None, **detail: Any) -> None:
         """Append a note."""
-        self.append(Kind.NOTE, {"what": what, **detail}, run=run)
+        self.append(Kind.NOTE, {"what": what, **detail}, not_before=not_before, run=run)
 
     def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
         """Keep `reply` as the newest of `run`."""

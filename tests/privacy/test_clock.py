@@ -1,0 +1,174 @@
+"""What opens a period of the budget: the clock here and the server's time together, or a person; never one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy import filter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import history
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_policy import PERIODS, Policy, period_of
+
+from .conftest import Clock
+
+JANUARY = datetime(2030, 1, 10, tzinfo=UTC)
+FEBRUARY, MARCH = JANUARY + timedelta(days=31), JANUARY + timedelta(days=62)
+
+
+@pytest.fixture
+def full(opened: Callable[..., Ledger], policy: Any, proposal: Any, clock: Clock) -> Callable[..., Ledger]:
+    """A ledger whose one round of January is spent, opened anew for a request at which the server says its time."""
+    order = opened().history.order
+    cap = filter.epsilon_filter([proposal().plan.event()], order=order, delta=1e-5) + 1e-9
+    monthly = policy(budget={"max_epsilon_per_period": cap, "period": "month"})
+    charge(opened(policy=monthly, server=clock.time), proposal(run="january", plan={"num_rounds": 1}))
+
+    def make(*, server: datetime | None) -> Ledger:
+        return opened(policy=monthly, server=server)
+
+    return make
+
+
+def charge(ledger: Ledger, proposal: Any) -> Reason | None:
+    """Charge a round, or say why not."""
+    try:
+        granted = ledger.reserve(proposal, round=1, request=proposal.run)
+    except Refused as refused:
+        ledger.refuse(refused, run=proposal.run, round=1, request=proposal.run)
+        return refused.reason
+    assert isinstance(granted, Reservation)
+    ledger.commit(granted, b"reply")
+    return None
+
+
+@pytest.mark.parametrize(
+    ("here", "server", "opens"),
+    [
+        (FEBRUARY, FEBRUARY, True),
+        (FEBRUARY, MARCH, True),
+        (FEBRUARY, JANUARY, False),  # a clock set forward alone
+        (JANUARY, FEBRUARY, False),  # the server's alone
+        (JANUARY, MARCH, False),
+        (FEBRUARY, None, False),  # a person's command, at which no server says anything
+        (MARCH, FEBRUARY, True),  # into February
+        (MARCH, MARCH, False),  # further than to the next period
+        (datetime(2999, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC), False),
+    ],
+)
+def test_a_period_begins_by_both_clocks_and_no_further_than_the_next(
+    full: Callable[..., Ledger], proposal: Any, clock: Clock, here: datetime, server: datetime | None, opens: bool
+) -> None:
+    clock.time = here
+    asked = proposal(run="next", plan={"num_rounds": 1})
+    assert charge(full(server=server), asked) is (None if opens else Reason.MAX_EPSILON_PER_PERIOD)
+    last = full(server=server).history.last_time
+    assert last is not None
+    assert period_of(last, "month") - period_of(JANUARY, "month") == int(opens)
+
+
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
+def test_a_server_s_time_that_is_none_opens_nothing(
+    full: Callable[..., Ledger], proposal: Any, clock: Clock, nonsense: float
+) -> None:
+    clock.time, ledger = FEBRUARY, full(server=None)
+    ledger.asked_at(nonsense)
+    assert charge(ledger, proposal(run="next", plan={"num_rounds": 1})) is Reason.MAX_EPSILON_PER_PERIOD
+
+
+def test_what_others_write_opens_nothing(full: Callable[..., Ledger], proposal: Any, clock: Clock) -> None:
+    """Refusals, approvals and ends are events too: by none of them does a clock set forward become the ledger's."""
+    clock.time, asked = FEBRUARY, proposal(run="next", plan={"num_rounds": 1})
+    ledger = full(server=None)
+    ledger.refuse(Refused(Reason.PAUSED), run="next", round=1, request="x")
+    ledger.end("january")
+    with pytest.raises(Refused):
+        ledger.approve(asked)
+    assert charge(full(server=JANUARY), asked) is Reason.MAX_EPSILON_PER_PERIOD
+
+
+def test_a_person_confirms_the_date(full: Callable[..., Ledger], proposal: Any, clock: Clock, path: Path) -> None:
+    clock.time, ledger = MARCH, full(server=JANUARY)
+    asked = proposal(run="next", plan={"num_rounds": 1})
+    assert charge(ledger, asked) is Reason.MAX_EPSILON_PER_PERIOD
+    for words in ("clock says 2030-03-13", "server's time is 2030-01-10", "month of 2030-01-10", "confirm-date"):
+        assert words in ledger.held_back
+    full(server=None).confirm_date()
+    assert charge(full(server=JANUARY), asked) is None
+    assert full(server=JANUARY).held_back == ""
+    found = verify(path).history
+    assert found.last_time == MARCH
+    # Only the period that was confirmed: the clock may go on in it, and no further.
+    clock.forward(days=31)
+    more = proposal(run="more", plan={"num_rounds": 1})
+    assert charge(full(server=MARCH), more) is Reason.MAX_EPSILON_PER_PERIOD
+
+
+def test_without_a_cap_for_a_period_nothing_is_held_back(
+    opened: Callable[..., Ledger], proposal: Any, clock: Clock
+) -> None:
+    opened()
+    clock.time = datetime(2099, 1, 1, tzinfo=UTC)
+    ledger = opened(server=JANUARY)
+    assert charge(ledger, proposal(plan={"num_rounds": 1})) is None
+    assert (ledger.history.last_time, ledger.held_back) == (clock.time, "")
+
+
+def test_what_a_lost_ledger_was_charged_counts_in_its_anchor_s_period(
+    full: Callable[..., Ledger], proposal: Any, clock: Clock, path: Path
+) -> None:
+    backup = path.read_bytes()
+    clock.time = FEBRUARY
+    assert charge(full(server=FEBRUARY), proposal(run="february", plan={"num_rounds": 1})) is None
+    anchor = full(server=None).head()
+    path.write_bytes(backup)
+    full(server=None).charge_gap(anchor)  # by a person, whom no server tells the time
+    assert full(server=None).history.last_time == FEBRUARY
+    late = proposal(run="late", plan={"num_rounds": 1})
+    assert charge(full(server=FEBRUARY), late) is Reason.MAX_EPSILON_PER_PERIOD
+
+
+MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    period=st.sampled_from(PERIODS),
+    moves=st.lists(st.tuples(MOMENTS, st.none() | MOMENTS, st.sampled_from(["ask", "ask", "confirm", "end"]))),
+)
+def test_no_history_of_clocks_opens_a_period_that_neither_both_of_them_nor_a_person_opened(
+    tmp_path_factory: pytest.TempPathFactory, policy: Any, site_key: SigningKey, period: Any, moves: Any
+) -> None:
+    site: Policy = policy(budget={"max_epsilon_per_period": 5.0, "period": period})
+    clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(history, "datetime", clock)
+        Ledger(path, site, site_key)
+        for here, server, move in moves:
+            clock.time, ledger = here, Ledger(path, site, site_key)
+            before = ledger.history.last_time
+            assert before is not None
+            ledger.asked_at(server.timestamp() if server else float("nan"))
+            if move == "confirm":
+                ledger.confirm_date()
+            else:
+                ledger.refuse(Refused(Reason.SITE_ERROR), run=move, round=1, request="x")
+            after = ledger.history.last_time
+            assert after is not None
+            assert before <= after <= max(before, here), "the server's time is never the ledger's future"
+            old, new = period_of(before, period), period_of(after, period)
+            if move != "confirm" and new > old:
+                assert server is not None
+                assert new == old + 1
+                assert new <= min(period_of(here, period), period_of(server, period))
+            if move == "confirm":
+                assert after == max(before, here)
