@@ -108,8 +108,7 @@ class Budget:
         delta: of every run and of the lifetime figure.
         max_epsilon: over all runs, leads and years, by the Renyi filter.  Infinite: nothing is promised.
         max_epsilon_per_run: of one run's whole plan, by PLD; null: no bound of its own.
-        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.  What opens a
-            period: `History.now`.
+        max_epsilon_per_period: in one calendar period (UTC), by the filter; null: no bound of its own.
         period: "month", "quarter" or "year".
         reference: a typical run.
     """
@@ -364,8 +363,7 @@ class Policy:
         if len(set(ids)) != len(ids):
             raise ConfigError("dataset", ids, "must not repeat an id")
         if not self.simulated and self.asserted.no_person_at_another_site is None:
-            bound = "must be true (nobody of this population is among another site's records)"
-            bound += " or false (some may be, or you do not know)"
+            bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
             raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
         for dataset in self.dataset:
             if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:

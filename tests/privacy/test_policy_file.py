@@ -213,7 +213,7 @@ def test_a_real_sites_person_says_whether_anybody_is_at_two_sites(site_toml: Pat
     said = (
         "asserted.no_person_at_another_site: must be true (nobody of this population is among another site's records)"
     )
-    assert error_of(site_toml, (left_out, "")) == f"{said} or false (some may be, or you do not know)"
+    assert error_of(site_toml, (left_out, "")) == f"{said} or false (or not known)"
     with pytest.raises(ConfigError, match=r"must be true .* or false"):
         read_policy(TEMPLATE)  # nobody states it by leaving the template as it is
     # A simulation has nobody to ask.
