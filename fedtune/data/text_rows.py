@@ -39,6 +39,8 @@ _MARKS = {
 }
 """What a file is that begins so and is no text in UTF-8."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
+_LONGEST_HEADER = 1 << 16
+"""Of a header that is looked at for its commas."""
 _BLANK = b" \t\r\n,;"
 """Of a table's line that holds nothing."""
 _BLOCK_BYTES = 1 << 20
@@ -123,20 +125,26 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> 
 
 
 def _comma_of_header(path: Path) -> str:
-    """A semicolon where the first line that is not blank has one, and no other mark; by that line, not by records."""
+    """A semicolon where it parts the first line that is not blank into most cells; by that line, not by records."""
     lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
-    first = next(lines, None) or b""
-    return ";" if b";" in first and not any(mark in first for mark in (b",", b"\t", b"|")) else ","
+    first = (next(lines, None) or b"")[:_LONGEST_HEADER].decode(errors="replace").replace("\r", " ")
+    cells = {mark: len(next(csv.reader([first], delimiter=mark), ())) for mark in ",;\t|"}
+    return ";" if cells[";"] > max(cells[mark] for mark in ",\t|") else ","
 
 
 def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
-    at = at_line(path, line)
-    cells = _cells(_text(raw, at=at), comma=comma, at=at)
-    if not cells:
-        return None
-    if len(cells) != len(header):
-        raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
-    return dict(zip(header, cells, strict=True))
+    at, text = at_line(path, line), _text(raw, at=at_line(path, line))
+    try:
+        cells = _cells(text, comma=comma, at=at)
+        if cells and len(cells) != len(header):
+            raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
+    except DataError as error:
+        if not (more := text.rstrip().count("\n")):
+            raise
+        # In a table that was written without quoting, a quote takes whole rows along.
+        bound = f"{error.bound}; a quote at a cell's beginning takes the lines up to the next quote along"
+        raise DataError(at, f"{error.value}, over {more + 1} lines", bound) from None
+    return dict(zip(header, cells, strict=True)) if cells else None
 
 
 def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) -> Sequence[str]:
@@ -144,7 +152,8 @@ def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) ->
     for line, raw in rows:
         at = at_line(path, line)
         if cells := _cells(_text(raw, at=at), comma=comma, at=at):
-            header = [name.strip() for name in cells]
+            # A table may have columns without a name; each is one of its own.
+            header = [name.strip() or (f"(column {place})" if place > 1 else "") for place, name in enumerate(cells, 1)]
             _require_separated(header, comma=comma, at=at)
             check_header(header, columns, at=at)
             return header

@@ -34,23 +34,33 @@ _INVISIBLE = re.compile(
 )
 """Letters without a shape of their own (Unicode's Default_Ignorable_Code_Point)."""
 _WHOLE_DECIMAL = re.compile(r"([+-]?\d+)\.0+", re.ASCII)
+_WITH_EXPONENT = re.compile(r"\d+(\.\d+[eE]\+?|[eE]\+)\d+", re.ASCII)
+"""How spreadsheets write long ids, without their last digits."""
 _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human": "user"} | dict.fromkeys(
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _TRAINED = ("weight", "train", "training", "loss")
 """What other programs call it whether an answer is learnt: 0 or false for one that is not."""
 _PARTS_TRAINED = ("train_detail", "training_detail")
+_CALLS = ("tool_calls", "function_call")
+READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
+"""What a run looks at in a turn."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"[$€£¥]? ?[+-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
+_PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
+"""How Python and pandas print turns, which nothing reads safely."""
 _WRITTEN_TURNS = '[{"role":"'
 """The same as this file writes them."""
 _PRINTED = re.compile(r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?\d+)(?:\.0*)?""", re.ASCII)
-_PRINTED_LIST = re.compile(rf"\[\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=\])))*+\]", re.ASCII)
-"""A list as Python and numpy print it, with or without commas, and as pandas writes it into tables."""
+_ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
+_PRINTED_LIST = re.compile(
+    rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
+)
+"""A list, tuple, set or array as Python and numpy print it, with or without commas, and as pandas writes it."""
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
@@ -128,6 +138,8 @@ def _user(text: str, *, at: str) -> str:
     found = one_form(text)
     if found in _NO_ID:
         raise DataError(at, "no id", "must name a user (role user)")
+    if _WITH_EXPONENT.fullmatch(found):
+        raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")
     whole = _WHOLE_DECIMAL.fullmatch(found)
     return whole[1] if whole else found
 
@@ -150,6 +162,8 @@ def _group(value: object, at: str) -> str:
 
 # Turns.
 
+_JSON_TURNS = "must be a JSON list of turns; Python's json.dumps writes one, str and pandas do not"
+
 
 def messages_of(value: object, *, at: str) -> str:
     """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
@@ -169,10 +183,7 @@ def messages_of(value: object, *, at: str) -> str:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            bound = (
-                "must be a JSON list of turns (role messages); Python's json.dumps writes one, str and pandas do not"
-            )
-            raise DataError(at, "text that is no JSON", bound) from None
+            raise DataError(at, "text that is no JSON", f"{_JSON_TURNS} (role messages)") from None
     value = _rows_of(value)
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
@@ -202,6 +213,8 @@ def said_of(value: object, at: str) -> str:
         turns = _turns_in(value)
     except RecursionError:  # taken as text here, it might be turns where the stack is less deep
         raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
+    if turns is None and _PRINTED_TURNS.match(value):
+        raise DataError(at, "text that is no JSON", _JSON_TURNS)
     return value if turns is None else _as_json(turns)
 
 
@@ -214,18 +227,23 @@ def turns_said(text: str) -> list[dict[str, Any]] | None:
     return None
 
 
-def speakers_of(value: object) -> list[str]:
-    """Who speaks in a value that is turns, readable or not, also as JSON text; nobody where it is none."""
+def turns_like(value: object) -> list[dict[str, Any]]:
+    """The turns that a value is meant to be, readable or not, also as JSON text; none where it is something else."""
+    if isinstance(value, str) and _PRINTED_TURNS.match(value):
+        return [{"role": "printed"}]  # a run says what is wrong with it
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     value = _rows_of(value)
     listed = value if isinstance(value, list) else [value]
     turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
-    if len(turns) < len(listed):
-        return []
-    said = (str(turn.get("role") or turn.get("from")).strip().lower() for turn in turns)
-    return [_SPEAKERS.get(speaker, speaker) for speaker in said]
+    return turns if len(turns) == len(listed) else []
+
+
+def speaker_of(name: object) -> str:
+    """Who speaks, by the name that a file has for it: `system`, `user`, `assistant` or the name itself."""
+    said = str(name).strip().lower()
+    return _SPEAKERS.get(said, said)
 
 
 def _rows_of(value: object) -> object:
@@ -261,12 +279,16 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
     if who not in turn or what not in turn:
         raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
     speaker, content = turn[who], _only_part(turn[what])
-    role = _SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
-    if role is None:
+    role = speaker_of(speaker)
+    calls = [name for name in _CALLS if turn.get(name)]
+    if calls:
+        raise DataError(f"{at}, {calls[0]}", "a call", "must not be there: turns of tools are not supported")
+    if role not in _SPEAKERS.values():
         known = ", ".join(_SPEAKERS)
         raise DataError(f"{at}, {who}", "another speaker", f"must be one of {known}: turns of tools are not supported")
     if not isinstance(content, str):
-        raise DataError(f"{at}, {what}", json_type(content), "must be text")
+        bound = "must be text, or a list of one part that is text: pictures and other parts are not supported"
+        raise DataError(f"{at}, {what}", json_type(content), bound)
     if role != "assistant":
         return {"role": role, "content": content}
     if not content.strip():
@@ -276,9 +298,8 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
 
 def _only_part(content: object) -> object:
     """The text of a content that is a list of one part, which is a text; others stay."""
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        return content[0].get("text", content)
-    return content
+    one = content[0] if isinstance(content, list) and len(content) == 1 else None
+    return one.get("text", content) if isinstance(one, dict) else content
 
 
 def _is_learnt(turn: Mapping[str, object], *, at: str) -> bool:
@@ -349,7 +370,8 @@ def _json_list(text: str) -> list[Any] | None:
 def _printed_list(text: str) -> list[str] | None:
     if not _PRINTED_LIST.fullmatch(text):
         return None
-    found = ((one or other, number) for one, other, number in _PRINTED.findall(text))
+    inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
+    found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
     return [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
 
 

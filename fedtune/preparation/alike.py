@@ -1,6 +1,6 @@
 """Which records say what an earlier one said: the same by a digest, or almost by MinHash, both in bounded memory.
 
-Also which labels are one but for case, spaces, invisible letters and Unicode's form.
+Also which labels are probably meant as one.
 
 A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
 one record more would change what becomes of another.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
@@ -105,8 +107,9 @@ class _Index:
 
 
 def spelling(label: str) -> str:
-    """What labels have in common that differ in case, spaces, invisible letters or Unicode's form alone."""
-    return "".join(one_form(label).casefold().split())
+    """What labels have in common that differ in case, spaces, form, invisible letters or `.0` of a number alone."""
+    text = unicodedata.normalize("NFKC", one_form(label)).casefold()
+    return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
 
 def spelt_alike(labels: Iterable[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""A column of a data file: what nearly all of its values say, by the reader that runs have."""
+"""A column of a data file: what it is called, and what nearly all of its values say, by the reader of runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
+    READ_OF_TURNS,
     is_missing,
     is_number_in_another_form,
     labels_of,
     number_of,
     read_value,
-    speakers_of,
+    speaker_of,
     split_labels,
+    turns_like,
 )
 from fedtune.spec import DataError, shown
 
@@ -39,7 +41,88 @@ _OUTSIDE = 0.005
 """Of the numbers at either end: so few do not decide a scale, which becomes public."""
 _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
+_WORDS_OF_A_NAME = 4
 _ODD_SHOWN = 3
+_FLAGS = frozenset(
+    {"true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "desirable", "undesirable", "chosen", "rejected"}
+    | {"up", "down", "like", "dislike", "accept", "reject", "accepted", "positive", "negative"}
+)
+"""What people say of an answer that is wanted or not."""
+
+
+# What columns are called, the usual first; compared without the case of letters and other marks.
+
+TEXTS = (
+    *("text", "body", "content", "review", "sentence", "tweet", "comment", "message", "post", "utterance", "passage"),
+    *("document", "article", "abstract", "description", "note", "transcript", "premise", "sentence1", "question"),
+    *("query", "prompt", "title", "headline"),
+)
+LABELS = (
+    *("label", "labels", "category", "class", "intent", "topic", "team"),
+    *("sentiment", "target", "type", "tag", "tags", "answer"),
+)
+NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
+NAMES_OF = ("text", "name", "names", "str", "string")
+"""Behind the name of a column of numbers: what its labels are called."""
+PROMPTS = (
+    *("instruction", "prompt", "question", "query", "source", "input", "mr", "problem", "document", "article"),
+    *("dialogue", "context"),
+)
+CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
+COMPLETIONS = (
+    *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
+    "chosen",
+)
+OFTEN_LABELS = frozenset({"answer", "target", "ref", "reply", "summary", "solution"})
+"""Completions that are labels where they have few values."""
+WANTED = ("label", "labels", "desirable", "preferred", "ktotag", "iscorrect", "correct", "isgood", "feedback", "thumbs")
+"""What may say whether an answer is one to learn."""
+SPEAKERS = ("role", "from", "speaker", "sender", "author")
+ALIKE = (
+    *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
+    *(("texta", "textb"), ("premise", "hypothesis"), ("sent1", "sent2")),
+)
+SCORES = ("score", "similarity", "similarityscore", "relatedness", "relatednessscore", "isduplicate")
+CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
+_PEOPLE = (
+    *("patient", "patientin", "subject", "participant", "respondent", "person", "proband", "teilnehmer", "mrn", "pid"),
+    *("ssn", "nhs", "customer", "client", "kunde", "kunden", "klient", "member", "mitglied", "versicherte", "employee"),
+    *(
+        "mitarbeiter",
+        "student",
+        "worker",
+        "caller",
+        "user",
+        "nutzer",
+        "benutzer",
+        "username",
+        "uid",
+        "account",
+        "konto",
+    ),
+    *("holder", "household", "donor", "owner", "author", "autor", "speaker", "sender", "reviewer", "screen", "handle"),
+    *("email", "pseudonym", "pseudo", "device", "doctor", "physician", "therapist", "agent"),
+)
+"""Whose a record is; where several columns say so, the first counts."""
+_BEFORE = (
+    "anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk"
+)
+_BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|identifier|kennung"
+_OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(_PEOPLE)})(?:s|r|n|en)?(?:{_BEHIND})*")
+_PLACES = frozenset(
+    {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
+    | {"center", "facility", "company", "standort", "klinik", "filiale"}
+)
+"""Words in the name of a column that says where a record is."""
+_IDS = frozenset({"id", "uuid", "guid", "index", "idx", "key", "rowid", "recordid", "unnamed0"})
+NEVER_READ = {
+    "history": "earlier turns: what is asked is learnt without them; write them with it as messages",
+    "tools": "turns of tools are not supported",
+    "rejected": "what is not wanted is learnt beside a column chosen alone",
+    "rejectedresponse": "what is not wanted is learnt beside a column chosen alone",
+    "weight": "all records count alike",
+}
+_LONGEST_ID = 64
 
 
 @dataclass(slots=True)
@@ -51,8 +134,9 @@ class Column:
         filled: rows with a value that is not blank.
         types: how often each type of value came.
         reads: how many values a run can read in a role (label, user, target), or are of a kind: a conversation
-            (messages), one that begins with what is answered (whole chat), a text without spaces (code), a number as
-            people write it and runs do not (other number), a whole number (whole), a vector of 0 and 1 (vector).
+            (messages), one that begins with what is answered (whole chat), a text without spaces (code), or of few
+            words, a number as people write it and runs do not (other number), a whole number (whole), a vector of 0
+            and 1 (vector).
         values: how often each label came, by the type of its values; empty where there are too many, or too long ones.
         characters: of all its texts together.
         parts: how often each label came where values are lists, by what separates them ("[": a list); empty where there
@@ -60,6 +144,7 @@ class Column:
         several: by the same, how many values have more than one label.
         numbers: of them the first `_MOST_NUMBERS`.
         odd: by type, the first values with the numbers of their rows.
+        beside: what turns have beside what a run reads of them, such as "name", and how often.
     """
 
     name: str
@@ -72,6 +157,7 @@ class Column:
     several: Counter[str] = field(default_factory=Counter)
     numbers: array[float] = field(default_factory=lambda: array("d"))
     odd: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    beside: Counter[str] = field(default_factory=Counter)
     _open: bool = True
 
     def note(self, value: object, row: int) -> None:
@@ -84,12 +170,16 @@ class Column:
         if len(self.odd[kind]) < _ODD_SHOWN:
             self.odd[kind].append((row, shown(value)))
         self.reads["other number"] += is_number_in_another_form(value)
-        speakers = speakers_of(value)
-        self.reads["messages"] += bool(speakers)
-        self.reads["whole chat"] += speakers[:1] not in ([], ["assistant"])
+        turns = turns_like(value)
+        self.reads["messages"] += bool(turns)
+        self.reads["whole chat"] += (
+            bool(turns) and speaker_of(turns[0].get("role") or turns[0].get("from")) != "assistant"
+        )
+        self.beside.update(key for turn in turns for key in turn if key not in READ_OF_TURNS and turn[key])
         if isinstance(value, str):
             self.characters += len(value.strip())
             self.reads["code"] += _CODE.fullmatch(value.strip()) is not None
+            self.reads["few words"] += len(value.split()) <= _WORDS_OF_A_NAME
         self._note_parts(value)
         for role in ("user", "label"):
             try:
@@ -153,12 +243,12 @@ class Column:
     @property
     def separator(self) -> str | None:
         """What stands between the labels of a column of several; "[": they are lists; None: it is no such column."""
-        if self.is_vector:
+        if self.is_vector or self.nearly("other number"):
             return None
         for mark, counts in self.parts.items():
             often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
             # Names with a comma in each are no lists: labels that come in several combinations are.
-            if often and self.several[mark] and (mark == "[" or self._combines(counts)):
+            if often and (mark == "[" or (self.several[mark] and self._combines(counts))):
                 return mark
         return None
 
@@ -172,6 +262,12 @@ class Column:
         if "text" in types and "number as text" in self.values:  # a text is a text, also where it could be a number
             types = [*dict.fromkeys((*types, "number as text"))]
         return sum((self.values[kind] for kind in types), Counter())
+
+    def classes(self, several: bool) -> dict[str, int]:
+        """How often each label came, most first; without those of one row alone, where two others are left."""
+        found = (self.parts[self.separator or "["] if several else self.labels).most_common()
+        shared = {label: count for label, count in found if count > 1}
+        return shared if len(shared) > 1 else dict(found)
 
     @property
     def is_number(self) -> bool:
@@ -190,8 +286,9 @@ class Column:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it says yes or no."""
-        return self.nearly("true or false") or {label.lower() for label in self.labels} == {"true", "false"}
+        """Whether it says yes or no, or good or bad."""
+        said = {label.lower() for label in self.labels}
+        return self.nearly("true or false") or (len(said) == 2 and said <= _FLAGS)
 
     @property
     def is_label(self) -> bool:
@@ -231,3 +328,68 @@ class Column:
     def mean_characters(self) -> float:
         """Of a text."""
         return self.characters / max(1, self.filled)
+
+
+def key_of(name: str) -> str:
+    """A column's name as names are compared: `Patient ID`, `patient_id` and `PatientID` are one."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def _words_of(name: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+
+
+def person_of(name: str) -> int | None:
+    """Where in the order of people a column stands that is called as people are; None: it is not."""
+    found = _OF_PEOPLE.fullmatch(key_of(name))
+    return _PEOPLE.index(found["who"]) if found else None
+
+
+def is_person(one: Column) -> bool:
+    """Whether a column looks like it says whose a record is: its values are ids or names, not what somebody wrote."""
+    is_name = not one.is_text or (one.mean_characters <= _LONGEST_ID and one.nearly("few words"))
+    return person_of(one.name) is not None and one.is_id and is_name
+
+
+def is_place(name: str) -> bool:
+    """Whether a column's name says that it names places, such as `hospital_id`."""
+    return not _PLACES.isdisjoint(_words_of(name))
+
+
+def is_of_records(name: str) -> bool:
+    """Whether a column's name says that it numbers the records, such as `message_id`, or it has none."""
+    return not name.strip() or key_of(name) in _IDS or _words_of(name)[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
+
+
+OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"
+
+
+def why_unread(one: Column, *, teaches: bool) -> str:
+    """Why no run reads a column, and what chooses it; `teaches`: the file is one of prompts or conversations."""
+    name = key_of(one.name)
+    if not one.filled:
+        return "it is empty"
+    if name in NEVER_READ:
+        return NEVER_READ[name]
+    if is_person(one):
+        return f"it may say whose a record is: --user {one.name}"
+    if person_of(one.name) is not None and one.nearly("list"):
+        return "it may say whose a record is, and a record is of one person: write one id in each row"
+    if is_place(one.name):
+        return "it may say at which site a record is"
+    if one.is_vector:
+        return "vectors of 0 and 1, which name no labels"
+    if one.nearly("other number"):
+        return OTHER_NUMBERS
+    if one.is_label or one.separator is not None:
+        return f"few values; to learn them: --label {one.name}"
+    if is_of_records(one.name):
+        return "numbers or ids of the records"
+    if len(one.labels) == 1:
+        return "its value is always the same"
+    if one.is_code:
+        return "links, or marks without a space"
+    if one.is_text:
+        more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
+        return f"a second text: {more}"
+    return f"no role reads it so ({one.holds})"

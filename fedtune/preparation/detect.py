@@ -6,7 +6,6 @@ anybody else does; no run and no site calls it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,20 @@ from typing import Any, Literal, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.preparation.columns import LONGEST_LABEL, MOST_LABELS, Column
+from fedtune.data.values import speaker_of
+from fedtune.preparation import columns as called
+from fedtune.preparation.columns import (
+    LONGEST_LABEL,
+    MOST_LABELS,
+    OTHER_NUMBERS,
+    Column,
+    is_of_records,
+    is_person,
+    is_place,
+    key_of,
+    person_of,
+    why_unread,
+)
 from fedtune.preparation.patterns import OddTexts
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
@@ -36,55 +48,6 @@ KINDS: Mapping[Kind, str] = {
 }
 SHOWN_ROWS = 5
 
-# What columns are called, the usual first; compared without the case of letters and marks between words.
-_TEXTS = (
-    *("text", "body", "content", "review", "sentence", "tweet", "comment", "message", "post", "utterance", "passage"),
-    *("document", "article", "abstract", "description", "note", "transcript", "premise", "sentence1", "question"),
-    *("query", "prompt", "title", "headline"),
-)
-_LABELS = (
-    *("label", "labels", "category", "class", "intent", "topic", "team"),
-    *("sentiment", "target", "type", "tag", "tags", "answer"),
-)
-_NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
-_NAMES_OF = ("text", "name", "names", "str", "string")
-"""Behind the name of a column of numbers: what its labels are called."""
-_PROMPTS = (
-    *("instruction", "prompt", "question", "query", "source", "input", "mr", "problem", "document", "article"),
-    *("dialogue", "context"),
-)
-_CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
-_COMPLETIONS = (
-    *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
-    "chosen",
-)
-_OFTEN_LABELS = frozenset({"answer", "target", "ref", "reply", "summary", "solution"})
-"""Completions that are labels where they have few values."""
-_ALIKE = (
-    *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
-    *(("texta", "textb"), ("premise", "hypothesis"), ("sent1", "sent2")),
-)
-_SCORES = ("score", "similarity", "similarityscore", "relatedness", "relatednessscore", "isduplicate")
-_CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
-_PEOPLE = (
-    *("patient", "subject", "participant", "respondent", "person", "customer", "client", "member", "employee"),
-    *("student", "worker", "caller", "user", "author", "speaker", "reviewer", "username", "email", "uid", "mrn"),
-)
-"""Whose a record is."""
-_OF_PEOPLE = re.compile(rf"({'|'.join(_PEOPLE)})s?(id|uuid|key|no|nr|num|number|name|code|hash|handle)?")
-_PLACES = frozenset(
-    {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
-    | {"center", "facility", "company", "standort", "klinik", "filiale"}
-)
-"""Words in the name of a column that says where a record is."""
-_IDS = ("id", "uuid", "guid", "index", "idx", "key", "rowid", "recordid", "unnamed0", "")
-_NEVER_READ = {
-    "history": "earlier turns: what is asked is learnt without them; write them with it as messages",
-    "tools": "turns of tools are not supported",
-    "rejected": "what is not wanted is learnt beside a column chosen alone",
-    "weight": "all records count alike",
-}
-_LONGEST_ID = 64
 _LABEL_BOUND = f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters"
 
 Columns: TypeAlias = Mapping[str, Column]
@@ -118,57 +81,48 @@ def _is_chat(one: Column) -> bool:
 
 
 def _is_written(one: Column) -> bool:
-    return one.is_text and not (one.is_label and key_of(one.name) in _OFTEN_LABELS)
+    return one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)
 
 
 def _is_score(one: Column) -> bool:
-    return one.is_number and (key_of(one.name) in _SCORES or not one.is_label)
+    return one.is_number and (key_of(one.name) in called.SCORES or not one.is_label)
 
 
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
-_CONTEXT = _Part("input", _CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
-_TURNS = "must hold turns of a conversation"
+_CONTEXT = _Part("input", called.CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
+_PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of a conversation"
+_SCORE = _Part("target", (*called.SCORES, "label", "target"), _is_score, "must hold numbers, and not always the same")
 
 
 def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, _Part]:
     return _Part("chosen", ("chosen",), fits, bound), _Part("rejected", ("rejected",), fits, bound)
 
 
+def _texts(**names: tuple[str, ...]) -> tuple[_Part, ...]:
+    return tuple(_Part(role, some, _is_text) for role, some in names.items())
+
+
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
-    ("preferences", (_Part("messages", (*_PROMPTS, *_CHATS), _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
-    ("preferences", (_Part("prompt", _PROMPTS, _is_text), _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
-    ("chat", (_Part("messages", _CHATS, _is_chat, _TURNS), _SYSTEM)),
+    ("preferences", (_Part("messages", called.PROMPTS + called.CHATS, _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
+    ("preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
+    ("chat", (_Part("messages", called.CHATS, _is_chat, _TURNS), _SYSTEM)),
     (
         "triplets",
-        (
-            _Part("anchor", ("anchor", "query", "question"), _is_text),
-            _Part("positive", ("positive", "pos"), _is_text),
-            _Part("negative", ("negative", "neg"), _is_text),
-        ),
+        _texts(anchor=("anchor", "query", "question"), positive=("positive", "pos"), negative=("negative", "neg")),
     ),
-    *(
-        (
-            "scored",
-            (
-                _Part("text", (one,), _is_text),
-                _Part("other", (other,), _is_text),
-                _Part("target", (*_SCORES, "label", "target"), _is_score, "must hold numbers, and not always the same"),
-            ),
-        )
-        for one, other in _ALIKE
-    ),
+    *(("scored", (*_texts(text=(one,), other=(other,)), _SCORE)) for one, other in called.ALIKE),
     (
         "pairs",
         (
-            _Part("prompt", ("user", "human", "prompt"), _is_text),
+            *_texts(prompt=("user", "human", "prompt")),
             _SYSTEM,
-            _Part("completion", ("assistant", "gpt", "bot", "model"), _is_text),
+            *_texts(completion=("assistant", "gpt", "bot", "model")),
         ),
     ),
     # What is asked of a text is answered in words, however few the answers are.
     *(
-        ("pairs", (_Part("prompt", _PROMPTS, _is_text), context, _SYSTEM, _Part("completion", _COMPLETIONS, fits)))
+        ("pairs", (_PROMPT, context, _SYSTEM, _Part("completion", called.COMPLETIONS, fits)))
         for context, fits in ((replace(_CONTEXT, fits=_is_text, optional=False), _is_text), (_CONTEXT, _is_written))
     ),
 )
@@ -212,12 +166,9 @@ class Found:
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many values are each label, most first; empty where the kind has none."""
-        if "labels" in self.roles:
-            column = self.columns[self.roles["labels"]]
-            return dict(column.parts[column.separator or "["].most_common())
-        name = self.roles.get("label")
-        return {} if name is None else dict(self.columns[name].labels.most_common())
+        """How many values are each label, most first; none that one row alone has, since labels become public."""
+        name = self.roles.get("labels") or self.roles.get("label")
+        return {} if name is None else self.columns[name].classes("labels" in self.roles)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -238,35 +189,9 @@ class Found:
         """(column, why) of each that no run reads."""
         for one in self.columns.values():
             if one.name not in self.roles.values():
-                yield one.name, self._why_unread(one)
-
-    def _why_unread(self, one: Column) -> str:
-        name, teaches = key_of(one.name), {"prompt", "messages"} & set(self.roles)
-        if not one.filled:
-            return "it is empty"
-        if name in _NEVER_READ:
-            return _NEVER_READ[name]
-        if is_person(one):
-            return f"it may say whose a record is: --user {one.name}"
-        if is_place(one.name):
-            return "it may say at which site a record is"
-        if one.is_vector:
-            return "vectors of 0 and 1, which name no labels"
-        if one.nearly("other number"):
-            return _OTHER_NUMBERS
-        if one.is_label or one.separator is not None:
-            return f"few values; to learn them: --label {one.name}"
-        if name in _IDS:
-            return "numbers or ids of the records"
-        if one.is_code:
-            return "links, or marks without a space"
-        if one.is_text:
-            more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
-            return f"a second text: {more}"
-        return f"no role reads it so ({one.holds})"
-
-
-_OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"
+                yield one.name, why_unread(one, teaches=bool({"prompt", "messages"} & set(self.roles)))
+            elif one.nearly("messages"):
+                yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
 
 
 def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) -> Found:
@@ -336,8 +261,11 @@ def _require_header(columns: Columns, path: Path) -> None:
     One of them is then among the column's own values, and the texts' own header is as long as a text; a class may be
     called as its column is.
     """
+    if sum(one.filled > 0 for one in columns.values() if one.name.startswith("(column ")) > 1:
+        bound = "must have a name for each in the first row: remove titles and notes above it"
+        raise DataError(str(path), "columns without a name", bound)
     longest = max(columns.values(), key=lambda one: one.mean_characters)
-    if key_of(longest.name) in _TEXTS or 3 * len(longest.name) < longest.mean_characters:
+    if key_of(longest.name) in called.TEXTS or 3 * len(longest.name) < longest.mean_characters:
         return
     for number, column in enumerate(columns.values(), 1):
         if any(values[column.name.strip()] for values in column.values.values()):
@@ -371,9 +299,11 @@ class _Guess:
             if (found := self._laid_out(kind, parts)) is not None:
                 return found
         if "label" in self.chosen or roles <= {"text", "target"}:
-            found = self._answered() or (None if roles else self._plain())
-            if found is not None:
+            if (found := self._answered()) is not None:
                 return found
+            text, why = (None, "") if roles else self._text()
+            if text is not None:
+                return _Made("text", {"text": text}, {"text": f"{why}; no label stands beside it"})
         raise self._misfit(layouts)
 
     def _laid_out(self, kind: Kind, parts: Sequence[_Part]) -> _Made | None:
@@ -422,12 +352,10 @@ class _Guess:
             why += f"; it has {counted(len(answer.labels), 'value')} in {counted(answer.filled, 'row')}"
             if answer.is_number and len(answer.labels) > 2:
                 notes.append("Its labels are numbers. If their order matters, change own_data to own_order.")
-        pair = next((two for two in _ALIKE if all(self._named((name,), _is_text) for name in two)), ())
-        if pair:
-            named = " and ".join(str(self._named((name,), _is_text)) for name in pair)
-            notes.append(
-                f"The file has pairs of texts, {named}, and a classifier reads one text: join both in one column."
-            )
+        for pair in called.ALIKE:
+            if all(names := [self._named((name,), _is_text) for name in pair]):
+                both = " and ".join(map(str, names))
+                notes.append(f"The file has pairs of texts, {both}, and a classifier reads one text: join both in one.")
         return _Made(kind, {"text": text, role: answer.name}, {"text": of_text, role: why}, tuple(notes))
 
     def _answer(self) -> tuple[Column | None, str]:
@@ -438,23 +366,23 @@ class _Guess:
                 raise ConfigError(f"--{option}", name, self._no_answer(self.columns[name]))
             return self.columns[name], "chosen"
         taken = tuple(self.chosen.values())
-        name = self._named((*_LABELS, *_NUMBERS), _is_answer, but=taken)
+        name = self._named(
+            (*called.LABELS, *called.NUMBERS), lambda one: _is_answer(one) and not one.nearly("other number"), but=taken
+        )
         if name is not None:
-            named = (f"{key_of(name)}{more}" for more in _NAMES_OF)
-            names = self._named(tuple(named), lambda one: one.is_label and not one.is_number)
+            spelt_out = [f"{key_of(name)}{more}" for more in called.NAMES_OF]
+            names = self._named(spelt_out, lambda one: one.is_label and not one.is_number)
             if names is not None and self.columns[name].is_number:
                 return self.columns[names], f"the names of {name}"
             return self.columns[name], "its name"
-        for one in self.columns.values():  # what is called a label and none: another column would be learnt in silence
-            is_named = key_of(one.name) in (*_LABELS, *_NUMBERS) and one.name not in taken
-            if is_named and one.filled and not (one.is_text or one.nearly("target")):
-                raise DataError(
-                    f"{self.path}, column {one.name}",
-                    one.holds,
-                    f"{self._no_answer(one)}; or choose with --text COLUMN",
-                )
-        few = [one for one in self.columns.values() if one.name not in taken and not is_person(one)]
-        lists = next((one for one in few if one.separator == "["), None)
+        named = {*called.LABELS, *called.NUMBERS, *called.COMPLETIONS}
+        for one in self.columns.values():  # what is called an answer and is none: others would be learnt in silence
+            is_named = key_of(one.name).removesuffix("s") in named and one.name not in taken
+            if is_named and one.filled and (one.nearly("other number") or not (one.is_text or one.nearly("target"))):
+                bound = f"{self._no_answer(one)}; or choose with --text COLUMN"
+                raise DataError(f"{self.path}, column {one.name}", one.holds, bound)
+        few = [one for one in self.columns.values() if one.name not in taken and person_of(one.name) is None]
+        lists = next((one for one in few if one.separator == "[" and one.several["["]), None)
         few = [one for one in few if one.is_label]
         fewest = min(few, key=lambda one: (is_place(one.name), len(one.labels), one.name), default=None)
         return lists or fewest, "its values"
@@ -463,33 +391,23 @@ class _Guess:
     def _no_answer(one: Column) -> str:
         if one.is_vector:
             return "must be lists of the labels' names: vectors of 0 and 1 name none"
-        return f"must be a label or a number; it holds {_OTHER_NUMBERS}" if one.nearly("other number") else _LABEL_BOUND
-
-    def _plain(self) -> _Made | None:
-        text, why = self._text()
-        if text is None:
-            return None
-        return _Made("text", {"text": text}, {"text": f"{why}; no label stands beside it"})
+        if _is_chat(one):
+            return "must be a text: write all turns of a record as one list in a column messages"
+        return f"must be a label or a number; it holds {OTHER_NUMBERS}" if one.nearly("other number") else _LABEL_BOUND
 
     def _text(self, but: str = "") -> tuple[str | None, str]:
         """The column with the texts, by its name or else by their length."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        texts = [one for one in self.columns.values() if one.is_text and one.name != but and not is_person(one)]
-        texts = [
-            one for one in texts if key_of(one.name) not in (*_IDS, *_NEVER_READ, *(_LABELS if one.is_label else ()))
-        ]
-        most = max((one.filled for one in texts), default=0)
-        texts = [
-            one for one in texts if 2 * one.filled >= most
-        ]  # a remark that few rows have is not what they are about
-        texts = (
-            [one for one in texts if not (one.is_code or one.nearly("target") or one.is_label)]
-            or [one for one in texts if not one.nearly("target")]
-            or texts
-        )
+        others = {but, *(one.name for one in self.columns.values() if is_person(one) or is_of_records(one.name))}
+        texts = [one for one in self.columns.values() if one.is_text and one.name not in others]
+        texts = [one for one in texts if key_of(one.name) not in (*called.NEVER_READ, *(called.LABELS * one.is_label))]
+        # A remark that few rows have is not what they are about.
+        texts = [one for one in texts if 2 * one.filled >= max(other.filled for other in texts)]
+        words = [one for one in texts if not one.nearly("target")]
+        texts = [one for one in words if not (one.is_code or one.is_label)] or words or texts
         by_key = {key_of(one.name): one.name for one in reversed(texts)}
-        if name := next((by_key[name] for name in _TEXTS if name in by_key), None):
+        if name := next((by_key[name] for name in called.TEXTS if name in by_key), None):
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
 
@@ -500,29 +418,23 @@ class _Guess:
 
     def _refuse_unwanted(self) -> None:
         """Refuse what other programs learn not to write (KTO), and answers without what they answer."""
-        any_of = {
-            role: self._named(names, lambda one: one.says)
-            for role, names in (
-                ("prompt", (*_PROMPTS, *_CHATS)),
-                ("completion", _COMPLETIONS),
-                ("chosen", ("chosen",)),
-                ("rejected", ("rejected",)),
-            )
-        }
-        flag = self._named(("label", "labels", "desirable", "preferred"), lambda one: one.is_flag)
-        if flag and any_of["prompt"] and any_of["completion"] and not self.chosen:
-            bound = (
-                f"may say which {any_of['completion']} is not wanted (KTO), and a run would learn all: keep the rows "
-            )
-            bound += "with true in a file without this column, or choose with --prompt and --completion, or --label"
-            raise DataError(f"{self.path}, column {flag}", "true or false", bound)
-        pair = [name for role in ("chosen", "rejected") if (name := any_of[role])]
-        if (
-            len(pair) == 2
-            and not self.chosen
-            and not any(self._laid_out(kind, parts) for kind, parts in _LAYOUTS if kind == "preferences")
-        ):
-            kind = "turns of a conversation" if self.columns[pair[0]].nearly("messages") else "text"
+        if self.chosen:
+            return
+        prompt = self._named((*called.PROMPTS, *called.CHATS), lambda one: one.says)
+        answers = self._named(called.CHATS, _is_chat) or (
+            prompt and self._named(called.COMPLETIONS, lambda one: one.says)
+        )
+        if answers and (flag := self._named(called.WANTED, lambda one: one.is_flag)):
+            says = " or ".join(sorted(self.columns[flag].labels, reverse=True))
+            bound = f"may say which {answers} is not wanted (KTO), and a run would learn all: keep the rows with the "
+            bound += "wanted ones in a file without this column, or choose with --prompt and --completion, --messages "
+            raise DataError(f"{self.path}, column {flag}", says, f"{bound}or --label")
+        if speaks := self._named(called.SPEAKERS, lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
+            bound = "says who speaks: write the turns of each conversation as one list in a column messages, "
+            raise DataError(f"{self.path}, column {speaks}", "speakers", f"{bound}or choose with --text")
+        pair = [self._named((role,), lambda one: one.says) for role in ("chosen", "rejected")]
+        if all(pair) and not any(self._laid_out(kind, parts) for kind, parts in _LAYOUTS if kind == "preferences"):
+            kind = "turns of a conversation" if _is_chat(self.columns[str(pair[0])]) else "text"
             bound = f"must stand beside what they answer, {kind} in a column prompt; or choose one to learn with --text"
             raise DataError(f"columns {pair[0]} and {pair[1]}", f"answers in {kind}, and no prompt", bound)
 
@@ -534,16 +446,14 @@ class _Guess:
                 if name is not None and not part.fits(self.columns[name]):
                     return ConfigError(f"--{_OPTION_OF[part.role]}", name, part.bound)
         beside = [
-            [part.role for part in parts if part.role not in self.chosen and not part.optional] for _, parts in layouts
+            [one.role for one in parts if one.role not in self.chosen and not one.optional] for _, parts in layouts
         ]
-        if self.chosen and (lacking := min(beside, key=len, default=[])):
-            role, name = list(self.chosen.items())[-1]
-            needs = " and ".join(f"--{_OPTION_OF[other]}" for other in lacking)
-            return ConfigError(f"--{_OPTION_OF[role]}", name, f"goes with {needs}, and no column is called so")
         if self.chosen:
             role, name = list(self.chosen.items())[-1]
+            needs = " and ".join(f"--{_OPTION_OF[other]}" for other in min(beside, key=len, default=[]))
             others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or "a file without texts"
-            return ConfigError(f"--{_OPTION_OF[role]}", name, f"does not go with {others}")
+            bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
+            return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
         return DataError(str(self.path), f"columns {listed or 'without a name'}", "must hold a column of text")
 
@@ -555,28 +465,12 @@ def _is_answer(one: Column) -> bool:
 def _with_person(made: _Made, columns: Columns, chosen: str | None) -> _Made:
     """The same by person, where a column says whose a record is: the first that does."""
     people = [one for one in columns.values() if one.name not in made.roles.values() and is_person(one)]
-    people.sort(key=lambda one: next(place for place, name in enumerate(_PEOPLE) if key_of(one.name).startswith(name)))
+    people.sort(key=lambda one: (person_of(one.name), one.name))
     name = chosen or next((one.name for one in people), None)
     if name is None:
         return made
     why = "chosen" if chosen else "its name: whose a record is (--unit record protects each record alone)"
     return replace(made, roles={**made.roles, "user": name}, why={**made.why, "user": why})
-
-
-def key_of(name: str) -> str:
-    """A column's name as names are compared: `Patient ID`, `patient_id` and `PatientID` are one."""
-    return re.sub(r"[\W_]+", "", name).lower()
-
-
-def is_person(one: Column) -> bool:
-    """Whether a column looks like it says whose a record is."""
-    return bool(_OF_PEOPLE.fullmatch(key_of(one.name))) and one.is_id and one.mean_characters <= _LONGEST_ID
-
-
-def is_place(name: str) -> bool:
-    """Whether a column's name says that it names places, such as `hospital_id`."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    return not _PLACES.isdisjoint(re.split(r"[^a-z]+", words))
 
 
 def _listed(columns: Iterable[str]) -> str:

@@ -21,10 +21,10 @@ from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import one_form, split_labels
+from fedtune.data.values import split_labels
 from fedtune.preparation.alike import spelt_alike
-from fedtune.preparation.columns import Column
-from fedtune.preparation.detect import Found, Kind, is_place
+from fedtune.preparation.columns import Column, is_place
+from fedtune.preparation.detect import Found, Kind
 from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import counted
@@ -83,6 +83,7 @@ class Measured:
         labels: how many of the records have each label; without those that only rows have which cannot be used.
         places: units by the value of the column of places ("": none).
         torn: persons with records at several places.
+        alike: persons whose id is another's but for case.
     """
 
     usable: int
@@ -93,6 +94,7 @@ class Measured:
     labels: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, int] = field(default_factory=dict)
     torn: int = 0
+    alike: int = 0
 
     @property
     def units(self) -> int:
@@ -189,6 +191,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         labels={label: labels[label] for label in in_order(labels)},
         places={} if places is None else {place: len(at[place]) if by_user else at[place].total() for place in at},
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
+        alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
     )
 
 
@@ -368,11 +371,8 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
 def about_spellings(labels: Iterable[str]) -> list[str]:
     """What to say of labels that are probably meant as one."""
     return [
-        f"The labels {', '.join(map(repr, some))} differ in case or spaces alone, and are learnt as different ones: if "
-        "they are one, spell them alike in the file."
-        if len({one_form(label) for label in some}) == len(some)
-        else f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: they differ in "
-        "invisible letters or Unicode's form. Write them alike in the file."
+        f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: write them alike in "
+        "the file if they are one. They differ in case, spaces, form or invisible letters alone."
         for some in spelt_alike(labels)
     ]
 
@@ -391,6 +391,11 @@ def notes(found: Found, plan: Plan) -> list[str]:
             f"The {plan.measured.usable:,} records are of {plan.measured.users:,} persons, each of whom is protected "
             "as a whole (privacy.unit: user)."
         )
+    if plan.measured.alike:
+        told.append(
+            f"{counted(plan.measured.alike, 'id')} of persons are like another but for case, and count as other "
+            "persons: write them alike in the file if they are one."
+        )
     if plan.measured.units < _FEW_UNITS * plan.num_sites:
         unit = "record" if plan.measured.users is None else "person"
         told.append(
@@ -402,7 +407,7 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if rare := [label for label, count in plan.measured.labels.items() if count < _FEW_OF_LABEL]:
         told.append(f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public.")
     if unusable := len(found.labels) - len(plan.measured.labels):
-        told.append(f"{counted(unusable, 'label')} of rows that cannot be used stand for no class.")
+        told.append(f"No class, since no row that can be used has it: {counted(unusable, 'label')}.")
     if about := _by_place(found, plan):
         told.append(f"{about[0].removesuffix('.')}: comments in the file say what to do.")
     told += found.notes

@@ -185,7 +185,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
         b'question,intent\na,b\n"c,d\ne,f\n',
         COLUMNS,
         "a.csv:3",
-        "'a quote that is not closed'",
+        "'a quote that is not closed, over 2 lines'",
     ),
     "text behind a quote": ("a.tsv", b'question\tintent\n"a"b\tc\n', COLUMNS, "a.tsv:2", "text behind a closing quote"),
     # gzip

@@ -55,8 +55,8 @@ _READING = (
         name="a-record-chooses-the-comma",
         fault="What separates the cells of a table depends on its records: one of them changes what all others are.",
         file=TEXT_ROWS,
-        old='    first = next(lines, None) or b""\n',
-        new='    first = b"".join(raw or b"" for raw in lines)\n',
+        old='    first = (next(lines, None) or b"")[',
+        new='    first = b"".join(raw or b"" for raw in lines)[',
         tests=(f"{OF_FORMATS}::test_the_header_line_alone_says_whether_cells_end_in_semicolons",),
     ),
     Mutant(
@@ -104,8 +104,8 @@ _READING = (
         name="unknown-role-ignored",
         fault="A turn of an unknown speaker, such as a tool, is taken for the user's.",
         file=VALUES,
-        old="_SPEAKERS.get(speaker.strip().lower()) if",
-        new='_SPEAKERS.get(speaker.strip().lower(), "user") if',
+        old="    return _SPEAKERS.get(said, said)\n",
+        new='    return _SPEAKERS.get(said, "user")\n',
         tests=(f"{MALFORMED}::test_a_malformed_file_is_named_with_place_and_bound",),
     ),
     Mutant(

@@ -183,7 +183,7 @@ def test_labels_that_differ_in_case_and_many_rows_left_out_are_said(tmp_path: Pa
     path.write_text(path.read_text() + "a text,YES\n" * 6 + ",yes\n" * 30)
     _, plan = plan_for(path)
     told = starter.notes(look_at(path, {}), plan)
-    assert any("The labels 'YES', 'yes' differ in case or spaces alone" in note for note in told)
+    assert any("The labels 'YES', 'yes' look alike" in note for note in told)
     assert any(note.startswith("A LARGE PART, 30 of 96 rows (31.2 %), cannot be used: 30 must not be") for note in told)
 
 
@@ -192,7 +192,7 @@ def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_lef
     path.write_text(path.read_text() + ",never with a text\n" * 30)
     text, plan = plan_for(path)
     assert yaml.safe_load(text)["data"]["labels"] == list(map(str, range(1, 11)))
-    assert "1 label of rows that cannot be used stand for no class." in starter.notes(look_at(path, {}), plan)
+    assert "No class, since no row that can be used has it: 1 label." in starter.notes(look_at(path, {}), plan)
     assert starter.in_order(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
 
 
