@@ -162,7 +162,7 @@ def _group(value: object, at: str) -> str:
 
 # Turns.
 
-_JSON_TURNS = "must be a JSON list of turns; Python's json.dumps writes one, str and pandas do not"
+_JSON_TURNS = "must be a JSON list of turns, as Python's json.dumps writes it and str and pandas do not"
 
 
 def messages_of(value: object, *, at: str) -> str:

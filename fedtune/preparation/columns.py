@@ -263,12 +263,6 @@ class Column:
             types = [*dict.fromkeys((*types, "number as text"))]
         return sum((self.values[kind] for kind in types), Counter())
 
-    def classes(self, several: bool) -> dict[str, int]:
-        """How often each label came, most first; without those of one row alone, where two others are left."""
-        found = (self.parts[self.separator or "["] if several else self.labels).most_common()
-        shared = {label: count for label, count in found if count > 1}
-        return shared if len(shared) > 1 else dict(found)
-
     @property
     def is_number(self) -> bool:
         """Whether it holds numbers, of more than one value."""
@@ -316,8 +310,8 @@ class Column:
 
     @property
     def is_id(self) -> bool:
-        """Whether it tells several persons apart: rows without an id are no matter."""
-        return self.reads["user"] > 0 and not self.nearly("list", "object")
+        """Whether it may tell persons apart: rows without an id are no matter, nor how a run reads them."""
+        return self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
 
     @property
     def says(self) -> bool:
@@ -389,6 +383,8 @@ def why_unread(one: Column, *, teaches: bool) -> str:
         return "its value is always the same"
     if one.is_code:
         return "links, or marks without a space"
+    if one.is_number:
+        return f"numbers; to learn them: --score {one.name}"
     if one.is_text:
         more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
         return f"a second text: {more}"

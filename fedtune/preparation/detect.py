@@ -166,9 +166,11 @@ class Found:
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many values are each label, most first; none that one row alone has, since labels become public."""
-        name = self.roles.get("labels") or self.roles.get("label")
-        return {} if name is None else self.columns[name].classes("labels" in self.roles)
+        """How many values are each label, most first; empty where the kind has none."""
+        if "labels" in self.roles:
+            column = self.columns[self.roles["labels"]]
+            return dict(column.parts[column.separator or "["].most_common())
+        return dict(self.columns[self.roles["label"]].labels.most_common()) if "label" in self.roles else {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -426,8 +428,10 @@ class _Guess:
         )
         if answers and (flag := self._named(called.WANTED, lambda one: one.is_flag)):
             says = " or ".join(sorted(self.columns[flag].labels, reverse=True))
-            bound = f"may say which {answers} is not wanted (KTO), and a run would learn all: keep the rows with the "
-            bound += "wanted ones in a file without this column, or choose with --prompt and --completion, --messages "
+            bound = (
+                f"may say in which rows {answers} is not wanted (KTO), and a run would learn all: write those that are "
+            )
+            bound += "wanted to a file without this column, or choose with --prompt and --completion, --messages "
             raise DataError(f"{self.path}, column {flag}", says, f"{bound}or --label")
         if speaks := self._named(called.SPEAKERS, lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
             bound = "says who speaks: write the turns of each conversation as one list in a column messages, "
@@ -455,7 +459,10 @@ class _Guess:
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
-        return DataError(str(self.path), f"columns {listed or 'without a name'}", "must hold a column of text")
+        bound = "must hold a column of text"
+        if chat := self._named(called.CHATS, lambda one: True):
+            bound += f", or in {chat} turns with role and content, or from and value"
+        return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
 
 
 def _is_answer(one: Column) -> bool:

@@ -158,7 +158,10 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         within: token ids are below this number.
     """
     task = task_named(base.task)
-    own: dict[str, Any] = {"columns": dict(found.roles), "labels": tuple(found.labels), "max_length": _LONGEST_TOLD}
+    # A label becomes public: that of one record alone is no class.
+    shared = [label for label, count in found.labels.items() if count > 1]
+    labels = tuple(shared if len(shared) > 1 else found.labels)
+    own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
     data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
     faults = Faults()
     places = _places(found)
@@ -166,14 +169,14 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     records = usable_records(found.path, columns, fault=task.fault(data), faults=faults, lenient=False)
     counts: list[int] = []
     at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
-    labels: Counter[str] = Counter()
+    num_of: Counter[str] = Counter()
     usable = 0
     for chunk in chunks(records):
         usable += len(chunk)
         for record in chunk:
             at[record.fields.get(GROUP, "")][record.fields.get("user", "")] += 1
-            labels.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
-            labels.update([record.fields["label"]] if "label" in record.fields else ())
+            num_of.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
+            num_of.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:
             continue
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
@@ -188,7 +191,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
         turns=data.chat_template,
         users=len(users) if by_user and usable else None,
-        labels={label: labels[label] for label in in_order(labels)},
+        labels={label: num_of[label] for label in in_order(num_of)},
         places={} if places is None else {place: len(at[place]) if by_user else at[place].total() for place in at},
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
@@ -407,7 +410,7 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if rare := [label for label, count in plan.measured.labels.items() if count < _FEW_OF_LABEL]:
         told.append(f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public.")
     if unusable := len(found.labels) - len(plan.measured.labels):
-        told.append(f"No class, since no row that can be used has it: {counted(unusable, 'label')}.")
+        told.append(f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}.")
     if about := _by_place(found, plan):
         told.append(f"{about[0].removesuffix('.')}: comments in the file say what to do.")
     told += found.notes

@@ -121,7 +121,7 @@ def test_a_developer_is_the_system() -> None:
         ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "turn 2, content = 'array': must be text"),
         ([ASKED | {"content": [{"type": "text", "text": "a"}] * 2}], "turn 1, content = 'array': must be text"),
         ({"role": ["user"], "content": []}, "must be a list of turns"),
-        (str([ASKED, SAID]), "Python's json.dumps writes one, str and pandas do not"),
+        (str([ASKED, SAID]), "as Python's json.dumps writes it and str and pandas do not"),
     ],
 )
 def test_a_conversation_that_cannot_be_read_says_why(value: Any, why: str) -> None:

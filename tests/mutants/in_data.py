@@ -55,8 +55,8 @@ _READING = (
         name="a-record-chooses-the-comma",
         fault="What separates the cells of a table depends on its records: one of them changes what all others are.",
         file=TEXT_ROWS,
-        old='    first = (next(lines, None) or b"")[',
-        new='    first = b"".join(raw or b"" for raw in lines)[',
+        old='b"", next(lines, None) or b"")\n',
+        new='b"", b"".join(raw or b"" for raw in lines))\n',
         tests=(f"{OF_FORMATS}::test_the_header_line_alone_says_whether_cells_end_in_semicolons",),
     ),
     Mutant(

@@ -360,7 +360,7 @@ def test_two_texts_beside_a_label_are_said(tmp_path: Path) -> None:
     [
         (
             lambda n: {"prompt": texts(n), "completion": texts(n), "label": n % 2 == 0},
-            "column label = 'true or false': may say which completion is not wanted",
+            "column label = 'true or false': may say in which rows completion is not wanted",
         ),
         (lambda n: {"text": texts(n), "labels": [n % 2, 1, 0]}, "vectors of 0 and 1 name none"),
         (lambda n: {"text": texts(n), "labels": [float(n % 2), 0.0]}, "vectors of 0 and 1 name none"),

@@ -37,9 +37,9 @@ def table(folder: Path, *lines: str) -> Path:
     ("row", "message"),
     [
         (lambda n: {"prompt": texts(n), "completion": texts(n), "label": n % 2}, "column label = '1 or 0': may say"),
-        (lambda n: {"question": texts(n), "answer": texts(n), "label": ["good", "bad"][n % 2]}, "which answer is not"),
-        (lambda n: {"instruction": texts(n), "input": "", "output": texts(n), "kto_tag": n % 2 > 0}, "which output is"),
-        (lambda n: {"conversations": [ASK, SAY], "kto_tag": n % 2 > 0}, "which conversations is not wanted"),
+        (lambda n: {"question": texts(n), "answer": texts(n), "label": ["good", "bad"][n % 2]}, "rows answer is not"),
+        (lambda n: {"instruction": texts(n), "input": "", "output": texts(n), "kto_tag": n % 2 > 0}, "rows output is"),
+        (lambda n: {"conversations": [ASK, SAY], "kto_tag": n % 2 > 0}, "rows conversations is not wanted"),
         (lambda n: {"role": ["prompter", "assistant"][n % 2], "text": texts(n)}, "column role = 'speakers': says who"),
         (lambda n: {"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
         (lambda n: {"question": texts(n), "answers": {"text": ["a"]}}, "column answers = 'object': must have 2 to"),
@@ -62,6 +62,7 @@ def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, row: Rows, mess
         (lambda n: {"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
         (lambda n: {"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
         (lambda n: {"text": texts(n), "label": "one"}, "label", "always the same"),
+        (lambda n: {"text": texts(n), "label": "ab"[n % 2], "age": str(n)}, "age", "--score age"),
         (lambda n: {"text": texts(n), "parent_id": texts(n)}, "parent_id", "ids of the records"),
         (lambda n: {"text": texts(n), "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
         (
@@ -106,6 +107,11 @@ def test_an_id_that_lost_digits_is_no_person(value: str) -> None:
     assert read_value("12e45678", "user", at="a") == "12e45678", "a hash"
 
 
+def test_persons_whose_ids_no_run_can_read_stay_the_unit(tmp_path: Path) -> None:
+    found = seen(tmp_path, lambda n: {"text": texts(n), "label": "ab"[n % 2], "user_id": f"1.23{n % 9}E+11"})
+    assert found.roles["user"] == "user_id"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -129,7 +135,7 @@ def test_lists_of_one_label_are_lists(tmp_path: Path) -> None:
 def test_turns_as_python_prints_them_are_no_text(tmp_path: Path, printed: str) -> None:
     assert seen(tmp_path, lambda n: {"id": n, "messages": printed}).kind == "chat"
     for role in ("messages", "chosen"):
-        with pytest.raises(DataError, match="dumps writes one"):
+        with pytest.raises(DataError, match="dumps writes it and str and pandas do not"):
             read_value(printed, role, at="a")
 
 
@@ -146,11 +152,6 @@ def test_a_turn_that_is_more_than_text_is_refused(turn: dict[str, Any], message:
         messages_of([ASK, turn], at="a")
 
 
-def test_a_label_of_one_row_is_not_made_public(tmp_path: Path) -> None:
-    found = seen(tmp_path, lambda n: {"text": texts(n), "label": "a rare case" if n == 5 else "ab"[n % 2]})
-    assert list(found.labels) == ["a", "b"]
-
-
 @pytest.mark.parametrize("labels", [("1", "1.0"), ("A", "\uff21"), ("very good", "very\u00a0good"), ("Ok", "ok")])
 def test_labels_that_are_one_in_another_form_are_named(labels: tuple[str, str]) -> None:
     (said,) = starter.about_spellings([*labels, "other", "2.5"])
@@ -162,6 +163,9 @@ def test_semicolons_part_cells_whatever_a_name_holds(tmp_path: Path) -> None:
     assert [row for _, row in table_rows(path, None, comma=",")] == [
         {"Text": "a, b", "Alter, Jahre": "3,5", "Art": "x"}
     ]
+    path.write_text("text;label\n", encoding="utf-16")
+    with pytest.raises(DataError, match="UTF-16"):
+        list(table_rows(path, None, comma=","))
     path = table(tmp_path, '"a;b;c",label', "x;y,1")
     assert [row for _, row in table_rows(path, None, comma=",")] == [{"a;b;c": "x;y", "label": "1"}]
 

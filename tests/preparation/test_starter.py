@@ -192,7 +192,9 @@ def test_labels_stand_in_the_order_of_numbers_and_those_without_a_record_are_lef
     path.write_text(path.read_text() + ",never with a text\n" * 30)
     text, plan = plan_for(path)
     assert yaml.safe_load(text)["data"]["labels"] == list(map(str, range(1, 11)))
-    assert "No class, since no row that can be used has it: 1 label." in starter.notes(look_at(path, {}), plan)
+    assert "No class, since one row alone or none that can be used has it: 1 label." in starter.notes(
+        look_at(path, {}), plan
+    )
     assert starter.in_order(["10 stars", "-1", "2 stars", "b", "1.5"]) == ["-1", "1.5", "2 stars", "10 stars", "b"]
 
 
@@ -211,6 +213,17 @@ def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> 
     assert any(
         "max_length were proposed from nearly all records" in one for one in starter.notes(look_at(path, {}), plan)
     )
+
+
+@pytest.mark.parametrize("separator", ["", ";b"])
+def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -> None:
+    labels = [f"{label}{separator}" for label in ("yes", "no")]
+    path = table(tmp_path, 60, labels=(*labels, "yes"))
+    path.write_text(path.read_text() + f"a text,a rare case{separator}\n")
+    text, plan = plan_for(path)
+    declared = yaml.safe_load(text)["data"]["labels"]
+    assert declared == sorted({"no", "yes", *separator.removeprefix(";")})
+    assert any(one.endswith("can be used has it: 1 label.") for one in starter.notes(look_at(path, {}), plan))
 
 
 def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0) -> Path:
