@@ -36,7 +36,7 @@ checks:
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 nightly: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m nightly
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m nightly --result tests/nightly_result.json
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .

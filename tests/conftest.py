@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
+import time
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +48,7 @@ from fedtune.privacy.site_policy import (
 from fedtune.spec import DataError
 
 REPOSITORY = Path(__file__).parents[1]
+_BEGAN = time.monotonic()
 # Ledgers and run folders are synced at every step, and a disk takes longer for that than the tests take otherwise.  No
 # test cuts the power, so their folders are in memory where there is room.
 _MEMORY, _ROOM = Path("/dev/shm"), 8 << 30
@@ -87,6 +90,31 @@ def _judged_once(
 
 OmegaConf.load = staticmethod(_load_yaml_once)  # type: ignore[method-assign]
 records.judged = _judged_once
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make nightly` asks for."""
+    parser.addoption("--result", type=Path, metavar="FILE", help="write what the tests came to into FILE, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Write what the tests came to, for the repository to keep."""
+    if (file := config.getoption("--result")) is None:
+        return
+    git = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+    bad = [*terminalreporter.stats.get("failed", []), *terminalreporter.stats.get("error", [])]
+    result = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip(),
+        "changed_since": bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()),
+        "selected": config.getoption("-m"),
+        **counts,
+        "minutes": round((time.monotonic() - _BEGAN) / 60, 1),
+        "cores": os.cpu_count(),
+        "not_passed": sorted({report.nodeid for report in bad}),
+    }
+    file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:

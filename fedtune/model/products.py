@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
+_HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
+
+
 class _Product(torch.autograd.Function):
     """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,), in float32; only values get a gradient."""
 
@@ -79,8 +82,9 @@ def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     """
     rounded = values.bfloat16()
     if values.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        exact = None if bias is None else bias.float()
-        return nn.functional.linear(rounded.float(), weight.float(), exact).bfloat16().to(values.dtype)
+        # By oneDNN here too: MKL's product of a row differs between 2, 3 and more rows on some CPUs.
+        exact = product(rounded.float(), weight.float(), None if bias is None else bias.float())
+        return exact.bfloat16().to(values.dtype)
     return nn.functional.linear(rounded, weight, bias).to(values.dtype)
 
 
@@ -99,7 +103,8 @@ def round_products(layers: nn.Module) -> None:
 
 def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,): torch's own but for rounding."""
-    if weight.requires_grad or weight.dtype != torch.float32 or values.dtype != torch.float32 or not values.numel():
+    float32 = weight.dtype == values.dtype == torch.float32
+    if weight.requires_grad or not float32 or not values.numel() or not _HAS_ONEDNN:
         return nn.functional.linear(values, weight, bias)
     return _Product.apply(values, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -109,7 +114,7 @@ def multiply_by_onednn(base: nn.Module) -> None:
 
     Elsewhere nothing changes: nobody has tried whether a row's product depends on its neighbours there.
     """
-    if not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"):
+    if not _HAS_ONEDNN:
         return
     for module in base.modules():
         if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in module.parameters()):

@@ -155,13 +155,14 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
 def test_a_label_is_drawn_beside_the_report(
     run_folder: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = command("report", str(run_folder), "--label", "--language", "de", "--output", str(tmp_path))
+    into = tmp_path / "written"
+    told = command("report", str(run_folder), "--label", "--language", "de", "--output", str(into))
     assert told.code == 0, told.err
-    label = (tmp_path / "label.svg").read_text()
+    label = (into / "label.svg").read_text()
     assert "DATENSCHUTZ-ETIKETT" in label
-    assert hashlib.sha256((tmp_path / "report.json").read_bytes()).hexdigest() in label
-    assert f"label.svg:   {tmp_path / 'label.svg'}" in told.out
-    assert {path.name for path in tmp_path.iterdir()} == {"label.svg", "report.html", "report.json"}
+    assert hashlib.sha256((into / "report.json").read_bytes()).hexdigest() in label
+    assert f"label.svg:   {into / 'label.svg'}" in told.out
+    assert {path.name for path in into.iterdir()} == {"label.svg", "report.html", "report.json"}
 
 
 def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:

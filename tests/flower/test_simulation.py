@@ -241,7 +241,9 @@ def test_what_a_node_does_not_see_is_named(
 ) -> None:
     (tmp_path / "model").mkdir()
     config = composed(CLUSTER)
-    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
+    (tmp_path / "train.csv").write_text("text,label\n")
+    data = replace(config.data, train_file=str(tmp_path / "train.csv"))
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")), data=data)
     assert on_ray(config, tmp_path) is STATE
     started.clear()
     ray.elsewhere = {key: ""}

@@ -123,6 +123,7 @@ NEUTRAL: dict[str, Any] = {
     "federation.enough_sites": 2,
     "federation.grace_s": 5.0,
     "evaluation.max_tokens": 64,
+    "training.go_on_without_signal": True,
     "runtime.kind": "simulation",
     "runtime.device": "auto",
     "runtime.num_devices": 2,

@@ -100,11 +100,6 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     return replace(site, verdict=verdict, meaning=profile.as_stated(means))
 
 
-def of_settings(facts: RunFacts) -> Iterator[str]:
-    """The reasons that a run's settings give before anything is spent."""
-    yield from _holding(no_noise=not facts.private, seeded_noise=facts.seeded)
-
-
 def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
     """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
     spent = site.spent
