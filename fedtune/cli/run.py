@@ -21,7 +21,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
-from fedtune.cli.sections import Section, print_json, say, show
+from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.shown_run import show_run, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
@@ -31,6 +31,7 @@ from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import finite
@@ -62,7 +63,8 @@ def run(
       fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites; a round needs two of them
       fedtune run status runs/trial                                            how far it is, what each site has spent
       fedtune run stop runs/trial                                              stop; what was charged stays charged
-      fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites that it is over
+      fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites; needs no folder
+      fedtune run status --kit LEAD                                            which sites are online
       fedtune run resume runs/trial --kit LEAD                                 go on from its last round
       fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
       fedtune run --kit LEAD --background name=trial ...                       begin, and give the terminal back
@@ -78,6 +80,9 @@ def run(
     if first not in _ACTIONS:
         if (left := _left_of(words) if or_resume else words) is not None:
             _start(left, kit=_lead_kit(kit), metrics=metrics, renew=renew)
+        return
+    if first == "status" and not rest and kit is not None:
+        _show_online(_lead_kit(kit), as_json=as_json)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -268,6 +273,10 @@ def _names(override: str) -> list[str]:
 
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:
+    if kit is not None and not RunFolder(folder).config.is_file():
+        lead = LeadService(kit=kit)
+        _end(lead.run_named(str(folder)), lead.everyone, lead=lead)  # the folder is lost: the lead's key is enough
+        return
     config = saved_config(folder)
     if is_running(folder):
         pid = running_process(folder)
@@ -284,10 +293,25 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
     else:
         say(f"{folder} is not running.")
     if kit is not None:
-        heard = LeadService(kit=kit).end(config, timeout_s=30.0)
-        say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
-        if silent := [site for site in config.federation.active if site not in heard]:
-            say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
+        from fedtune.sites.shared_settings import for_sites  # torch takes seconds to import
+
+        _end(for_sites(config).run_id(), config.federation, lead=LeadService(kit=kit))
+
+
+def _end(run: str, federation: FederationSpec, *, lead: LeadService) -> None:
+    heard = lead.end(run, federation, timeout_s=30.0)
+    say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
+    if silent := [site for site in federation.active if site not in heard]:
+        say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
+
+
+def _show_online(kit: Kit, *, as_json: bool) -> None:
+    found = LeadService(kit=kit).online()
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "online": found})
+        return
+    rows = [(site, "online" if there else "not heard") for site, there in found.items()]
+    show(Console(), [Section(headings=("site", "now"), rows=rows, words=frozenset(range(2)))])
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:

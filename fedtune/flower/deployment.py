@@ -125,15 +125,27 @@ def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConf
     return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
 
-def end_deployed(config: RunConfig, *, connection: LeadConnection, timeout_s: float) -> list[str]:
-    """Tell the sites that a run is over, without a final adapter; returns those that heard it."""
-    run = for_sites(config).run_id()
+def end_deployed(run: str, federation: FederationSpec, *, connection: LeadConnection, timeout_s: float) -> list[str]:
+    """Tell the sites that a run is over, without a final adapter; returns those that heard it.
+
+    Args:
+        run: its whole name, as its sites have it.
+        federation: its sites.
+        connection: of the lead that began it; nothing else of the run is needed.
+        timeout_s: how long to wait for sites.
+    """
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
-    with _grid(connection, config.federation) as grid:
+    with _grid(connection, federation) as grid:
         content = flower_records.from_signed(notice)
         messages = [Message(content, number, f"query.{flower_records.END}") for number in grid.get_node_ids()]
         heard = grid.send_and_receive(messages, timeout=timeout_s)
     return [connection.sites[answer.metadata.src_node_id - 1].name for answer in heard]
+
+
+def online_sites(federation: FederationSpec, *, connection: LeadConnection) -> list[str]:
+    """The sites that have a line to the server now."""
+    with _grid(connection, federation) as grid:
+        return [connection.sites[number - 1].name for number in grid.online()]
 
 
 def _invited(config: RunConfig, connection: LeadConnection) -> Invited:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,13 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.spec import FederationSpec
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 
 SIZES = {"north": 230, "south": 180, "west": 90}
@@ -197,7 +203,7 @@ def test_a_kit_is_needed(command: Any, kit: Kit, tmp_path: Path) -> None:
     assert outcome.message == f"{server / 'kit.toml'}: kind = 'server': must be 'lead' here"
 
 
-@pytest.mark.parametrize("action", ["status", "stop", "resume"])
+@pytest.mark.parametrize("action", ["stop", "resume"])
 def test_an_action_needs_a_folder(command: Any, kit: Kit, action: str) -> None:
     outcome = command("run", action, "--kit", str(kit.folder))
     assert outcome.code == 2
@@ -301,10 +307,10 @@ def test_a_run_that_does_not_stop_is_said_to_go_on(
 def test_stopping_for_good_says_which_sites_heard_it(
     command: Any, kit: Kit, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[RunConfig] = []
+    asked: list[tuple[str, FederationSpec]] = []
 
-    def tell(config: RunConfig, *, connection: Any, timeout_s: float) -> list[str]:
-        asked.append(config)
+    def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
+        asked.append((run, federation))
         assert process.poll() is not None, "first it is stopped"
         return [site.name for site in connection.sites if site.name != "south"]
 
@@ -312,11 +318,60 @@ def test_stopping_for_good_says_which_sites_heard_it(
     process = runner()
     outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     assert outcome.code == 0
-    assert asked == [saved_config(folder)]
+    config = saved_config(folder)
+    assert asked == [(for_sites(config).run_id(), config.federation)]
     stopped, told, silent = outcome.out.splitlines()
     assert "is stopped" in stopped
     assert told == "Told that it is over: north, west."
     assert silent == "Not reached: south; their budget is free when the run expires."
+
+
+@pytest.fixture
+def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
+    """Which runs were ended at which sites."""
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
+        asked.append((run, tuple(site.name for site in connection.sites)))
+        return list(federation.active)
+
+    monkeypatch.setattr("fedtune.flower.deployment.end_deployed", tell)
+    return asked
+
+
+def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
+    command: Any, kit: Kit, at_its_end: list[Any], site_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
+    # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
+    assert command(*stop, whole).out == "Told that it is over: north, south, west.\n"
+    unknown = command(*stop, "runs/trial")
+    assert unknown.code == 2
+    assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in unknown.message
+    ledger = Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "key.pem"))
+    book = ReceiptBook(kit.folder / "receipts.json")
+    book.keep({"north": ledger.receipt(whole)})
+    try:
+        assert command(*stop, "runs/trial").code == 0
+        other = command(*stop, "runs/other")
+        assert other.code == 2
+        assert f"sites were last charged for {whole}" in other.message
+    finally:
+        book.path.unlink()
+    assert at_its_end == [(whole, ("north", "south", "west"))] * 2
+
+
+def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.flower.deployment.online_sites", lambda federation, *, connection: ["west", "north"])
+    outcome = command("run", "status", "--kit", str(kit.folder))
+    assert [line.split() for line in outcome.out.splitlines()[-3:]] == [
+        ["north", "online"],
+        ["south", "not", "heard"],
+        ["west", "online"],
+    ]
+    shown = json.loads(command("run", "status", "--kit", str(kit.folder), "--json").out)
+    assert shown["online"] == {"north": True, "south": False, "west": True}
+    assert command("run", "status").code == 2
 
 
 def test_without_its_server_nobody_hears_that_a_run_is_over(command: Any, kit: Kit, folder: Path) -> None:

@@ -91,8 +91,9 @@ def test_a_server_has_bounds_on_files_memory_and_processes() -> None:
     assert service["MemoryMax"] == "4G"
     assert int(service["TasksMax"]) <= 1024
     compose = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["server"]
-    assert compose["ulimits"]["nofile"] == {"soft": 4096, "hard": 4096}
+    assert compose["ulimits"] == {"core": 0, "nofile": {"soft": 4096, "hard": 4096}}
     assert (compose["mem_limit"], compose["pids_limit"]) == ("4g", 512)
+    assert service["LimitCORE"] == "0"
 
 
 def test_sites_and_leads_have_a_bound_on_memory() -> None:
@@ -100,6 +101,10 @@ def test_sites_and_leads_have_a_bound_on_memory() -> None:
     assert unit(DEPLOYMENT / "systemd/fedtune-lead@.service")["MemoryMax"] == "8G"
     site = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
     assert (site["mem_limit"], site["pids_limit"]) == ("${SITE_MEMORY:-16g}", 4096)
+    # Neither swap nor a core file: records would lie on a disk.
+    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+    assert (service["MemorySwapMax"], site["memswap_limit"]) == ("0", site["mem_limit"])
+    assert (service["LimitCORE"], site["ulimits"]) == ("0", {"core": 0})
 
 
 def test_no_site_can_write_its_policy() -> None:

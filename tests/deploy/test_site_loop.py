@@ -104,6 +104,21 @@ def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pyte
     assert "trying again" not in caught.text
 
 
+def test_a_certificate_that_ends_while_an_answer_waits_is_shown_as_such(
+    tmp_path: Path, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is away, and when it comes back it would not take the site: the answer waits for a new certificate."""
+    stop = threading.Event()
+    health = Told(stop, "expired")
+    ended = datetime.now(UTC) - timedelta(minutes=1)
+    state = SiteState.of(tmp_path)
+    loop = _Loop(Untouched(), Quiet(), object(), state, health, stop, until=lambda: ended)  # type: ignore[arg-type]
+    monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
+    loop._send(Exchange(None))  # type: ignore[arg-type]
+    assert health.states == ["expired"]
+    assert "this site's own certificate ended at" in caught.text
+
+
 def test_a_site_that_waits_has_loaded_nothing_that_trains() -> None:
     """They come with the first message: a site starts in a second or two, and waits in a third of the memory."""
     code = (

@@ -180,7 +180,7 @@ class Connection:
         via = f" through the proxy {self._proxy}, as HTTPS_PROXY says" if self._proxy else ""
         goal = str(self._proxy) if self._proxy else self._server
         try:
-            self._open().close()
+            self._plain = self._open()  # TLS goes on with it: a connection without any is an attack to the server
         except ProxyRefused as refused:
             return _failed(TCP, f"the proxy {self._proxy} {refused}", fix=refused.fix)
         except ConnectionRefusedError:
@@ -207,7 +207,7 @@ class Connection:
             found = f"the kit's certificates cannot be used ({getattr(error, 'reason', None) or error.strerror})"
             return failed(TLS, found, fix="Put right what the lines on kit and certificate name.")
         try:
-            with closing(self._open()) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
+            with closing(self._plain) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
                 _wait_for_alert(encrypted)
                 answer = self._ask(encrypted)
                 return self._encrypted(encrypted, answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from fedtune.deploy.kits.members import Member, Roster, read_roster
 from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, digest_of
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
@@ -105,7 +107,7 @@ class LeadService:
         """
         from fedtune.flower.deployment import run_deployed
 
-        connection = self._connection(config)
+        connection = self._connection(config.federation)
         with _running(folder):
             return run_deployed(
                 config,
@@ -125,15 +127,44 @@ class LeadService:
             return config
         from fedtune.flower.deployment import fitted_deployed
 
-        return fitted_deployed(config, connection=self._connection(config))
+        return fitted_deployed(config, connection=self._connection(config.federation))
 
-    def end(self, config: RunConfig, *, timeout_s: float) -> list[str]:
-        """Tell the run's sites that it is over for good; returns those that heard it."""
+    def end(self, run: str, federation: FederationSpec, *, timeout_s: float) -> list[str]:
+        """Tell a run's sites that it is over for good; returns those that heard it."""
         from fedtune.flower.deployment import end_deployed
 
-        return end_deployed(config, connection=self._connection(config), timeout_s=timeout_s)
+        return end_deployed(run, federation, connection=self._connection(federation), timeout_s=timeout_s)
 
-    def _connection(self, config: RunConfig) -> LeadConnection:
+    def online(self) -> dict[str, bool]:
+        """Site of the roster -> whether it has a line to the server now."""
+        from fedtune.flower.deployment import online_sites
+
+        found = online_sites(everyone := self.everyone, connection=self._connection(everyone))
+        return {site: site in found for site in everyone.active}
+
+    @property
+    def everyone(self) -> FederationSpec:
+        """All sites of the roster that are not revoked."""
+        names = tuple(member.site for member in members(self.kit, ()))
+        return FederationSpec(num_sites=len(names), site_names=names)
+
+    def run_named(self, name: str) -> str:
+        """The whole name of a run, as its sites have it: given so, or as in the newest receipt of any site.
+
+        Raises:
+            ConfigError: no run is known by this name.
+        """
+        if re.fullmatch(r".+-[0-9a-f]{32}", name):
+            return name
+        known = sorted({receipt.run for receipt in ReceiptBook(self.kit.folder / RECEIPTS).read().values()})
+        found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
+        if len(found) != 1:
+            newest = f"; sites were last charged for {', '.join(known)}" if known else ""
+            bound = "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it"
+            raise ConfigError("run folder", name, bound + newest)
+        return found[0]
+
+    def _connection(self, federation: FederationSpec) -> LeadConnection:
         from fedtune.flower.deployment import KnownSite, LeadConnection
 
         keeper = self._keeper()
@@ -143,7 +174,7 @@ class LeadService:
             key=SigningKey.load(self.kit.lead_key),
             sites=[
                 KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
-                for member in members(self.kit, config.federation.active)
+                for member in members(self.kit, federation.active)
             ],
             has_new_certificate=keeper.look,
         )

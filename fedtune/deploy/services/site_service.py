@@ -229,6 +229,7 @@ class _Loop:
         """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
         while not exchange.is_void(time.time()):
             try:
+                self._require_certificate()
                 self._fleet.reply(exchange.reply)
                 self._sent = time.monotonic()
                 return
@@ -237,7 +238,6 @@ class _Loop:
                 return
             except (Unreachable, Unauthorised) as error:
                 self._trouble(error)
-                self._until()
             if self._stop.is_set() or self._state.left.exists():
                 return  # the ledger has the bytes, and the lead will ask again
 

@@ -340,7 +340,9 @@ class Gate:
         return member.site if member else ""
 
     def _note(self, scope: Scope, refusal: NotAllowed) -> None:
-        path = scope.get("path", "")
+        path, peer = scope.get("path", ""), _peer(scope)
+        if path == "/" and peer is not None and (known := self._with(peer.key)) is not None and not known.revoked:
+            return  # a member's doctor looks whether this is HTTP, and what the time is
         event: Event = "call refused"
         if path in _LEAD_CALLS:
             event = "lead's call refused"
@@ -348,8 +350,8 @@ class Gate:
             event = "message refused"
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
         # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
-        known = path if path in {HELLO, WAIT} | _DESK_CALLS | _SITE_CALLS | _LEAD_CALLS else ""
-        about = {"path": known, "reason": reason, **self._about(_peer(scope))}
+        named = path if path in {HELLO, WAIT} | _DESK_CALLS | _SITE_CALLS | _LEAD_CALLS else ""
+        about = {"path": named, "reason": reason, **self._about(peer)}
         if self._audit.note(event, **about):
             log.warning("%s: %s", event, reason, extra=about)
 

@@ -121,6 +121,10 @@ class RemoteGrid(StreamingGrid):
     def get_node_ids(self) -> Sequence[int]:
         return list(self._numbers.values())
 
+    def online(self) -> list[int]:
+        """The nodes that the server hears now."""
+        return sorted(self._opened.nodes(self._numbers))
+
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The answers that come within `timeout` seconds, or until the rule closes, each from the node asked."""
         open_ = {message.metadata.dst_node_id: _Question(message, set()) for message in messages}
