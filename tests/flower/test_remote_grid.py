@@ -72,6 +72,7 @@ def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_rost
         answers = grid.send_and_receive(questions(1, 2), timeout=30)
         assert sites_of(answers) == {1: "b", 2: "a"}
         assert sites_of(grid.send_and_receive(questions(2), timeout=30)) == {2: "a"}, "only who is asked answers"
+        assert grid.online() == [1, 2]
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
         assert list(arrays) == list(VALUES)
