@@ -24,7 +24,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-
 _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
 
 
