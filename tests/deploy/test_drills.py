@@ -27,6 +27,8 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
+pytestmark = pytest.mark.nightly
+
 
 def ledger_of(folder: Path) -> Ledger:
     """The ledger, as the site's process opens it."""

@@ -24,6 +24,8 @@ from ..conftest import parsed
 from .conftest import Desk
 from .deployment_files import KUBERNETES, PROCESSES, documents, helm, name_of, only, pod_of, run, template_of, tool
 
+pytestmark = pytest.mark.nightly
+
 OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/kustomization.yaml"))
 POLICIES = [
     *sorted(KUBERNETES.glob("*/network_policy.yaml")),

@@ -25,6 +25,8 @@ from .networks import Loopback
 from .processes import FEDTUNE, Process
 from .site_folder import SiteFolder
 
+pytestmark = pytest.mark.nightly
+
 LONG_AGO = datetime.now(UTC) - timedelta(days=3)
 RECORDS = 20
 

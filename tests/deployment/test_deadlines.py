@@ -16,6 +16,8 @@ from .books import check_average, check_books
 from .federation import NAMES, Federation, settings
 from .processes import wait_for
 
+pytestmark = pytest.mark.nightly
+
 DEADLINE_S = 10.0
 """Several times what a round takes once models are loaded, also on a slow machine."""
 TWO_OF_THREE = (f"federation.round_timeout_s={DEADLINE_S}", "federation.min_sites=2")

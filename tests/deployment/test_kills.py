@@ -11,6 +11,8 @@ from .books import check_average, check_books
 from .federation import NAMES, Federation, settings
 from .processes import RUN_S
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def whole(make_federation: Callable[..., Federation]) -> Federation:

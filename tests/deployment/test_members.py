@@ -30,6 +30,8 @@ from .federation import Federation, dealt, settings
 from .networks import Loopback
 from .processes import RUN_S, wait_for
 
+pytestmark = pytest.mark.nightly
+
 LONG_AGO = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
 LEFT_S = 75.0
 """That the certificates which are renewed here still have.  A renewal takes 6 s, of which a process waits 5."""

@@ -15,6 +15,8 @@ from .federation import LEAD, Federation, settings
 from .networks import SERVER, free_port
 from .processes import FEDTUNE, RUN_S, environment, wait_for
 
+pytestmark = pytest.mark.nightly
+
 _READ = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=30).read().decode())"
 
 

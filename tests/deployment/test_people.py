@@ -17,6 +17,8 @@ from .federation import LEAD, Federation, settings
 from .processes import FEDTUNE, RUN_S, wait_for
 from .site_folder import SiteFolder
 
+pytestmark = pytest.mark.nightly
+
 SITES = ("north", "south")
 
 

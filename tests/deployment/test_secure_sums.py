@@ -14,6 +14,8 @@ from fedtune.privacy.trust import Trust
 from .books import check_books, check_same_adapter
 from .federation import NAMES, Federation
 
+pytestmark = pytest.mark.nightly
+
 ROUNDS = 3
 SETTINGS = (
     "experiment=debug",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from .books import check_books
 from .federation import LEAD, Federation, settings
 from .networks import best_network
 from .processes import RUN_S
+
+pytestmark = pytest.mark.nightly
 
 NAMES = ("north", "south")
 

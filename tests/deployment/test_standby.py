@@ -12,6 +12,8 @@ from .federation import LEAD, Federation, dealt, settings
 from .networks import Namespaces
 from .processes import FEDTUNE, RUN_S
 
+pytestmark = pytest.mark.nightly
+
 NAMES, STANDBY = ("north", "south"), "standby"
 
 

@@ -31,6 +31,8 @@ from fedtune.privacy.site_files import SiteFiles
 from ..conftest import parsed
 from ..forked import forked_commands
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "adding_a_site.md"
 PORT = "9092"

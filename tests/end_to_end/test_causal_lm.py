@@ -19,6 +19,8 @@ from fedtune.data.load import chosen_rows
 from fedtune.model.base_model import tiny_base
 from fedtune.tasks import load_task_model
 
+pytestmark = pytest.mark.nightly
+
 REPOSITORY = Path(__file__).parents[2]
 _SCORES = {"loss", "perplexity", "bleu", "rouge_l"}
 

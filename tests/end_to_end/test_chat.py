@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 ANSWERS = {"red": "stop", "green": "go", "blue": "swim"}
 ROWS = 60
 

@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.end_to_end.test_user_level import arguments
 from tests.forked import Forked
+
+pytestmark = pytest.mark.nightly
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 

@@ -14,6 +14,8 @@ import fedtune.sites.virtual_site as participants
 import fedtune.sites.work as site_work
 from fedtune.model import Adapter
 
+pytestmark = pytest.mark.nightly
+
 CANARY = "patient-4711-has-hepatitis"
 
 

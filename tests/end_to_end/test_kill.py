@@ -19,6 +19,8 @@ from fedtune.privacy.ledger.verify import verify
 
 from ..forked import Forked
 
+pytestmark = pytest.mark.nightly
+
 REPOSITORY = Path(__file__).parents[2]
 # `fedtune`, but training at one site in one round does not come back before it is killed.
 _HANGING = """

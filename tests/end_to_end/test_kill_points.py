@@ -11,6 +11,8 @@ import pytest
 
 from ..forked import run_forked
 
+pytestmark = pytest.mark.nightly
+
 REPOSITORY = Path(__file__).parents[2]
 KILLS = 20
 

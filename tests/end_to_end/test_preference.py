@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
 SCORES = ["accuracy", "accuracy_length_controlled", "margin", "margin_length_controlled", "loss"]
 

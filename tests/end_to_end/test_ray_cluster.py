@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 NUM_SITES = 8
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node"),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 LABELS = ("damaged", "late", "lost")
 GRADES = ("low", "mid", "high")
 ROLES = {"multi_label": "labels", "ordinal": "label", "regression": "target"}

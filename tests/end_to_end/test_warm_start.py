@@ -17,6 +17,8 @@ from fedtune.privacy.ledger.verify import verify
 
 from .test_resume import Follower, Stop
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def first(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

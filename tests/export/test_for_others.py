@@ -22,6 +22,8 @@ from fedtune.tasks import TASKS, TaskModel, load_task_model
 
 from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 
+pytestmark = pytest.mark.nightly
+
 PAIRS = [
     pytest.param(name, format, marks=[pytest.mark.nightly] if name == "minilm" else [])
     for name, formats in FORMATS.items()

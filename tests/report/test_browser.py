@@ -18,6 +18,8 @@ from fedtune.report.page.catalogue import LANGUAGES, catalogue
 
 from .shown import NAMES, lookup, page_of, reports_of
 
+pytestmark = pytest.mark.nightly
+
 DESKTOP, PHONE = 1280, 390
 PHONE_HEIGHT, MOST_SCREENS = 844, 8
 A4 = 703  # pixels between the margins of a printed page, and its height

