@@ -27,7 +27,7 @@ TIME_LIMIT_S = 300.0
 _LEFT_OUT = (".*", "__pycache__", "*.egg-info", "runs", "dist", "outputs", "multirun")
 _WITHOUT_MODELS = ("tests/privacy/", "tests/test_spec_module.py", tempfile.gettempdir())
 """Tests that need no torch."""
-_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
+_OPTIONS = ("-x", "-q", "-m", "nightly or not nightly", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
 # A test that ends in one of these says that the mutated code is broken, not that it is caught.
 _CRASHES = {
     "AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError", "TypeError",
