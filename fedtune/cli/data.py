@@ -205,7 +205,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
     """The experiment, whose name or file may stand without `experiment=`; with a site's own file in place of its."""
     if not settings:
         raise ConfigError("experiment", "", "must be a file such as tickets.yaml, or a name from conf/experiment")
-    names = [word for word in settings if "=" not in word]
+    names = [word for word in settings if "=" not in word or Path(word).is_file()]
     for word in names[1:]:
         raise ConfigError("experiment", word, f"must be one experiment: {names[0]} is given, too")
     for word in names:
@@ -214,7 +214,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
                 "must be a file of settings that ends in .yaml: `fedtune data init` writes one for a file of records"
             )
             raise ConfigError("experiment", word, bound)
-    config = compose_run([word if "=" in word else f"experiment={word}" for word in settings])
+    config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     return config if site is None else at_own_site(config, read_policy(site), folder=site.parent)
 
 

@@ -26,8 +26,8 @@ OPTIONAL_ROLES = frozenset({"input", "system", GROUP})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """What lists of names are written with, and so no part of a user's id; what a message calls a record of several."""
-_NO_ID = frozenset({"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "NULL", "null", "None", "none"})
-"""What tables write where nobody is named: all such rows together are of no one person."""
+NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
+"""What tables write where there is no value: all such rows together are of no one person."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -136,7 +136,7 @@ def _name(value: object, role: str, *, at: str) -> str:
 def _user(text: str, *, at: str) -> str:
     """An id in the one form in which ids are compared, so that no person counts as several."""
     found = one_form(text)
-    if found in _NO_ID:
+    if found in NO_NAME:
         raise DataError(at, "no id", "must name a user (role user)")
     if _WITH_EXPONENT.fullmatch(found):
         raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")

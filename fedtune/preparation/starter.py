@@ -21,7 +21,7 @@ from fedtune.data.records import chunks, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import split_labels
+from fedtune.data.values import NO_NAME, split_labels
 from fedtune.preparation.alike import spelt_alike
 from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
@@ -407,6 +407,8 @@ def notes(found: Found, plan: Plan) -> list[str]:
     if plan.measured.left_out.count:
         told.append(f"{plan.measured.left_out}. A run leaves such rows out (unusable: leave_out).")
     told += about_spellings(plan.measured.labels)
+    if none := NO_NAME & set(plan.measured.labels):
+        told.append(f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels.")
     if rare := [label for label, count in plan.measured.labels.items() if count < _FEW_OF_LABEL]:
         told.append(f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public.")
     if unusable := len(found.labels) - len(plan.measured.labels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -188,10 +189,7 @@ class CausalLM(Task):
         """(rows,) float32, from what each row's tokens lose, `added_up`."""
         import torch
 
-        losses = []
-        for total, places in added_up(model, batch):
-            losses.append(total / len(places))
-        return torch.stack(losses)
+        return torch.stack([total / len(places) for total, places in added_up(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.losses(batch), "tokens": (_next_tokens(batch) != UNSUPERVISED).sum(dim=1)}
@@ -205,11 +203,11 @@ class CausalLM(Task):
         """
         losses, num_tokens = figures["loss"], figures["tokens"]
         if not num_tokens.any():
-            bound = "needs an answer within data.max_length"
-            raise DataError("evaluation data", "no token to predict", bound)
+            raise DataError("evaluation data", "no token to predict", "needs an answer within data.max_length")
+        of_token = float(losses @ num_tokens / num_tokens.sum())
         return {
             "loss": float(np.mean(losses)),
-            "perplexity": _perplexity(float(losses @ num_tokens / num_tokens.sum())),
+            "perplexity": math.exp(of_token) if of_token < math.log(sys.float_info.max) else math.inf,
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
@@ -377,11 +375,8 @@ class Layout:
             lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
             for example, (ids, places) in zip(examples, encoded, strict=True):
                 # A token before the text belongs to what comes first in it.
-                yield (
-                    _placed(example, [*lead, *ids], [*[(0, 0)] * len(lead), *places], start=begins)
-                    if ids
-                    else _Tokens()
-                )
+                places = [*[(0, 0)] * len(lead), *places]
+                yield _placed(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
             return
         parts = ["".join(piece.text for piece in part) for one in examples for part in (one.context, one.answer)]
         if self.literal is not None:
@@ -500,10 +495,3 @@ def _start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The begin-of-text token, where the tokenizer puts one before a text."""
     (ids,) = encode([""], tokenizer, special_tokens=True)
     return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
-
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

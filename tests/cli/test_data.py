@@ -266,10 +266,10 @@ def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, 
         assert outcome.message.endswith("it breaks off, and lacks ] at its end")
 
 
-def test_a_folder_may_have_a_comma_and_a_link_keeps_its_name(
+def test_a_folder_may_have_signs_of_settings_and_a_link_keeps_its_name(
     here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = here / "My Files, 2024"
+    folder = here / "My Files, 2024 = last"
     (folder / "blobs").mkdir(parents=True)
     (here / "tickets.csv").rename(folder / "blobs" / "5f2b9c")
     (folder / "current.csv").symlink_to("blobs/5f2b9c")

@@ -48,7 +48,7 @@ def test_one_person_has_one_id(values: tuple[object, ...], user: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", " ", "\u200b", "NA", "nan", "None", "null", "n/a", None, float("nan"), True, 1.5]
+    "value", ["", " ", "\u200b", "NA", "nan", "None", "null", "n/a", "#N/A", "-", None, float("nan"), True, 1.5]
 )
 def test_who_has_no_id_is_no_person(value: object) -> None:
     assert "(role user)" in refused(value, "user")

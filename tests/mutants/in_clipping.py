@@ -107,8 +107,8 @@ CLIPPING = (
         fault="The loss is a mean over the batch's tokens, as a Transformers model returns it: one record's length "
         "rescales the gradients of the others.",
         file="fedtune/tasks/causal_lm.py",
-        old="losses.append(total / len(places))",
-        new="losses.append(total / (batch.targets != UNSUPERVISED).sum())",
+        old="[total / len(places) for",
+        new="[total / (batch.targets != UNSUPERVISED).sum() for",
         tests=OF_STEP,
     ),
     Mutant(

@@ -128,7 +128,7 @@ _READING = (
         name="nobody-is-a-person",
         fault="All rows without an id that a table calls NA are one user, and whoever is in them is not protected.",
         file=VALUES,
-        old="    if found in _NO_ID:\n",
+        old="    if found in NO_NAME:\n",
         new="    if not found:\n",
         tests=("tests/data/test_values.py::test_who_has_no_id_is_no_person",),
     ),

@@ -226,6 +226,14 @@ def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -
     assert any(one.endswith("can be used has it: 1 label.") for one in starter.notes(look_at(path, {}), plan))
 
 
+def test_a_label_that_may_be_no_value_is_named(tmp_path: Path) -> None:
+    path = table(tmp_path, 60, labels=("yes", "nan"))
+    _, plan = plan_for(path)
+    assert "A label may stand for no value: nan. If so, take it out of labels." in starter.notes(
+        look_at(path, {}), plan
+    )
+
+
 def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0) -> Path:
     rows = [
         f"text {number},{'ab'[number % 2]},{'' if number < blank else 'NS'[number // 100]},{person(number)}"
@@ -250,6 +258,13 @@ def test_places_get_the_number_of_their_persons(tmp_path: Path) -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("  # declared_sizes"))
     assert line == "  # declared_sizes: [17, 17]"
     assert "  # unusable: leave_out" in text.splitlines()
+
+
+def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
+    path = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
+    _, plan = plan_for(path)
+    assert (plan.measured.users, plan.measured.alike) == (100, 50)
+    assert any(one.startswith("50 ids of persons are like another") for one in starter.notes(look_at(path, {}), plan))
 
 
 def test_rows_without_an_id_keep_the_unit(tmp_path: Path) -> None:
