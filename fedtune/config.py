@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import GROUP
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
@@ -32,7 +32,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, spec
+from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_at_least, check_schema, spec
 from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -57,27 +57,6 @@ PATHS = frozenset(
 """Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
 _MOST_YAML = 1 << 24
 """Bytes of a file of settings."""
-_LATER: dict[tuple[str, str], object] = {
-    ("data", "chat_template"): "none",
-    ("data", "validation_fraction"): 0.0,
-    ("data", "test_fraction"): 0.0,
-    ("data", "unusable"): "stop",
-    ("data", "pairs"): dataclasses.asdict(PairsSpec()),
-    ("data", "preferences"): dataclasses.asdict(PreferenceSpec()),
-    ("data", "label_separator"): ";",
-    ("data", "target_range"): None,
-    ("model", "adapter_sha256"): None,
-    ("lora", "kind"): "lora",
-    ("lora", "alternate"): False,
-    ("federation", "stop_after"): None,
-    ("federation", "keep_round"): "last",
-    ("federation", "bits"): 32,
-    ("federation", "aggregation"): "plain",
-    ("federation", "threshold"): None,
-    ("federation", "colluders"): 0,
-    ("privacy", "metrics_groups"): (),
-}
-"""Settings that came after 0.1.0, with the values under which a run is the one that it was without them."""
 
 
 @spec
@@ -310,11 +289,6 @@ class RunConfig:
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         for group, key in (("evaluation", "max_tokens"), *patience, *places):
             del fields[group][key]
-        if self.privacy.unit == "record":
-            del fields["privacy"]["records_per_user"]  # of no effect; runs from before there was one go on
-        for (group, key), default in _LATER.items():  # likewise
-            if fields[group][key] == default:
-                del fields[group][key]
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:
@@ -351,16 +325,23 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         return super().construct_mapping(node, deep)
 
 
+def settings_to_save(config: RunConfig) -> dict[str, Any]:
+    """What the `config.yaml` of a run folder says; `saved_settings` reads it back."""
+    return {"schema_version": RUN_SCHEMA, **config.to_json()}
+
+
 def saved_settings(folder: Path) -> dict[str, Any]:
     """What the `config.yaml` of a run folder says, yet to be validated.
 
     Raises:
-        ConfigError: there is none, or it is not YAML of keys and values.
+        ConfigError: there is none, it is not YAML of keys and values, or another version wrote it.
     """
     path = RunFolder(folder).config
     if not path.is_file():
         raise ConfigError("run folder", str(folder), f"must hold a config.yaml{run_folders_near(folder)}")
-    return plain_yaml(path, key="run folder")
+    settings = plain_yaml(path, key="run folder")
+    check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")
+    return settings
 
 
 def saved_config(folder: Path) -> RunConfig:

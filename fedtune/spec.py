@@ -16,6 +16,13 @@ from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
+# One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
+LEDGER_SCHEMA: Final = 2  # ledger.db and its anchor
+REPORT_SCHEMA: Final = 3  # report.json
+RUN_SCHEMA: Final = 2  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
+KIT_SCHEMA: Final = 2  # kit.toml, roster.json, join requests, and the lead's own files beside them
+WIRE_SCHEMA: Final = 3  # what lead and sites say to each other
+
 
 class FedtuneError(Exception):
     """Base of every error that fedtune raises on purpose; `exit_code` is what the command line returns."""
@@ -131,6 +138,13 @@ def check_one_of(key: str, value: object, allowed: Collection[object]) -> None:
     """Require `value` to be one of `allowed`."""
     if value not in allowed:
         raise ConfigError(key, value, f"must be one of {', '.join(map(str, allowed))}")
+
+
+def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
+    """Require the number of a format that this version reads; `of` says what was written in it."""
+    if type(found) is not int or found != schema:
+        bound = f"must be {schema}: another version of fedtune wrote this {of}, and that version reads it"
+        raise ConfigError(key, NOT_GIVEN if found is None else found, bound)
 
 
 def check_name(key: str, name: str) -> None:

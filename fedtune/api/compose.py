@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
-from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
+from fedtune.config import PATHS, RunConfig, parse, saved_config, settings_to_save, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError
 
@@ -226,7 +226,7 @@ def require_few(parsed: Sequence[Any]) -> None:
 def write_config(config: RunConfig, folder: Path) -> None:
     """Write `config.yaml`; `saved_config` reads it back."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.to_json()), RunFolder(folder).config)
+    OmegaConf.save(OmegaConf.create(settings_to_save(config)), RunFolder(folder).config)
 
 
 def _chooses_option(override: str) -> bool:

@@ -38,7 +38,7 @@ class RoundResult:
         metrics: of the aggregated adapter on the lead's validation file.
         site_scores: site -> its noised statistics of held-out units, for the adapter that the round began with; with
             `privacy.metrics=noised`, the noised score and the noised share of the declared number.
-        ended: UTC, when the round was aggregated and scored; empty in runs of versions that did not note it.
+        ended: UTC, when the round was aggregated and scored.
         diverged: the average, or its score, was not finite; the run went back to the adapter before, whose `metrics`
             these are.  The round is charged all the same.
     """
@@ -290,15 +290,15 @@ class Checkpoints:
             state = LeadState(
                 round=_count(about["round"]),
                 adapter=_tensors(tensors, "adapter", about["adapter"]),
-                best=_tensors(tensors, "best", about["best"]) if about.get("best") else None,
+                best=_tensors(tensors, "best", about["best"]) if about["best"] else None,
                 strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
                 receipts={site: receipt_from_json(fields) for site, fields in about["receipts"].items()},
                 unanswered={site: _count(rounds) for site, rounds in about["unanswered"].items()},
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],
                 metrics_before=about["metrics_before"],
-                start_adapter=about.get("start_adapter"),  # absent where the run began in a new adapter
-                data_changed=tuple(map(str, about.get("data_changed", ()))),
+                start_adapter=about["start_adapter"],
+                data_changed=tuple(map(str, about["data_changed"])),
             )
         except Exception as error:
             raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_way_on(found)}") from error

@@ -16,10 +16,8 @@ from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json
-from fedtune.spec import ConfigError, check_name
+from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
 
-PROTOCOL = 2
-"""Raised when lead and site of two versions cannot understand each other.  2: an update travels as it is stored."""
 INVITATION, ROUND, END, SUM = "invitation", "round request", "end of run", "step of a secure sum"
 """Purposes of a lead's signatures."""
 _MOST_CHARACTERS = 1 << 16
@@ -88,7 +86,7 @@ class Invitation(_Uncharged):
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
         about = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
-        return Signed.by(lead, INVITATION, {"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()})
+        return Signed.by(lead, INVITATION, {"protocol": WIRE_SCHEMA, **about, "proposal": self.proposal.to_json()})
 
     @classmethod
     def of(cls, signed: Signed) -> Invitation:
@@ -131,7 +129,7 @@ class RoundRequest:
     def signed(self, lead: SigningKey) -> Signed:
         """The request as it is sent."""
         receipt = None if self.receipt is None else asdict(self.receipt)
-        fields = {"protocol": PROTOCOL, **self._asked(), "receipt": receipt, "expires": self.expires}
+        fields = {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
         if self.reference_digest:
             fields["reference_digest"] = self.reference_digest
         return Signed.by(lead, ROUND, fields)
@@ -209,7 +207,7 @@ class SumRequest(_Uncharged):
     def signed(self, lead: SigningKey) -> Signed:
         """The question as it is sent."""
         about = {name: getattr(self, name) for name in ("site", "expires", "step", "session", "parts_digest")}
-        return Signed.by(lead, SUM, {"protocol": PROTOCOL, **about, "proposal": self.proposal.to_json()})
+        return Signed.by(lead, SUM, {"protocol": WIRE_SCHEMA, **about, "proposal": self.proposal.to_json()})
 
     @classmethod
     def of(cls, signed: Signed) -> SumRequest:
@@ -325,14 +323,14 @@ def _opened(signed: Signed, purpose: str, read: Callable[[dict[str, Any]], _T], 
 
 
 def _in_this_protocol(read: Callable[[dict[str, Any]], _T]) -> Callable[[dict[str, Any]], _T]:
-    """`read`, for what says that it is of this version's protocol; up to version 0.1.0 nothing was said."""
+    """`read`, for what says that it is of this version's protocol."""
 
     def checked(fields: dict[str, Any]) -> _T:
-        spoken = fields.pop("protocol", 1 if "proposal" in fields else None)
+        spoken = fields.pop("protocol")
         if type(spoken) is not int or not 0 < spoken < _MOST_ROUNDS:
             raise ValueError("protocol")
-        if spoken != PROTOCOL:
-            here = f"protocol {PROTOCOL}: lead and site run different versions of fedtune"
+        if spoken != WIRE_SCHEMA:
+            here = f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
             raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken}", allowed=here)
         return read(fields)
 

@@ -18,12 +18,10 @@ from fedtune.federation.lead import LeadState, RoundResult, Scores
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
+from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
 from fedtune.words import finite, finite_scores
-
-SCHEMA_VERSION = 1
-
 
 DIVERGED = "diverged"
 WORSE = "worse_than_before"
@@ -232,16 +230,16 @@ class RunProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`; one of a version before 0.2 has no `provenance`."""
+    """The content of `run.json`."""
 
-    schema_version: int = SCHEMA_VERSION
-    fedtune_version: str = ""
-    config_sha256: str = ""
-    task: str = ""
+    schema_version: int = RUN_SCHEMA
+    fedtune_version: str
+    config_sha256: str
+    task: str
     rounds: tuple[RoundResult, ...]
     final: FinalResult
     privacy: PrivacyResult
-    provenance: RunProvenance | None = None
+    provenance: RunProvenance
 
     @classmethod
     def of(
@@ -254,7 +252,7 @@ class RunResult:
         task: str,
         config_sha256: str,
         seeded_noise: bool,
-        provenance: RunProvenance | None = None,
+        provenance: RunProvenance,
     ) -> RunResult:
         """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}

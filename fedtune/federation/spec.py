@@ -76,7 +76,7 @@ class FederationSpec:
     aggregation: Literal["plain", "secure"] = "plain"
     threshold: int | None = None
     colluders: int = 0
-    bits: int | None = 32  # as in 0.1.0, whose settings name no bits; conf/ says null
+    bits: int | None = 32  # conf/ says null
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0

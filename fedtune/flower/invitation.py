@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.federation.protocol import PROTOCOL, Invitation, Reply
+from fedtune.federation.protocol import Invitation, Reply
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
@@ -23,7 +23,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, RefusedError, RunError
+from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, RunError
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
 def _unsigned(reason: Reason) -> str:
     if reason is not Reason.MALFORMED_REQUEST:
         return reason.value
-    return f"{reason.value}, so it may run another version of fedtune than this lead, which speaks protocol {PROTOCOL}"
+    here = f"this lead, which speaks protocol {WIRE_SCHEMA}"
+    return f"{reason.value}, so it may run another version of fedtune than {here}"
 
 
 def readable(received: Iterable[Message], asked: Invited) -> Iterator[tuple[str, Reply, Message]]:
@@ -139,8 +140,6 @@ def readable(received: Iterable[Message], asked: Invited) -> Iterator[tuple[str,
             if reply.receipt and reply.receipt.site_key != asked.site_keys.get(site, reply.receipt.site_key):
                 log.warning("%s: its receipt is signed with a key that the roster does not know", site)
                 reply = replace(reply, receipt=None)
-            if reply.receipt and not reply.receipt.reply:
-                log.warning("%s: its receipt signs no reply, as those of fedtune 0.1.0: it has to be updated", site)
         except ConfigError as error:
             log.warning("%s sent an unreadable reply: %s", site, error)
             continue

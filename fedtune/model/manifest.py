@@ -35,7 +35,7 @@ may read from a folder, for a model of text.  Read there and left out on purpose
 `tekken.json` (a package that is not pinned reads it), `additional_chat_templates/`, `*.py` and pickles."""
 
 _FIRST_LINE = "fedtune model manifest 1\n"
-"""So that no other list of hashes, as of 0.1.0's shards, can be taken for a manifest."""
+"""So that no other list of hashes can be taken for a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +60,6 @@ class Manifest:
         return self.files[0][1] if self._gguf else hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
-    def weights_sha256(self) -> str:
-        """What fedtune 0.1.0 took for the model's hash: that of the weights alone."""
-        weights = tuple((name, digest) for name, digest in self.files if name.endswith((".safetensors", ".gguf")))
-        return weights[0][1] if len(weights) == 1 else hashlib.sha256(_lines(weights).encode()).hexdigest()
-
-    @property
     def _gguf(self) -> bool:
         return len(self.files) == 1 and self.files[0][0].endswith(".gguf")
 
@@ -77,18 +71,7 @@ class Manifest:
         """
         if sha256 == self.sha256:
             return
-        bound = f"is not the hash of {path}, which is {self.sha256}"
-        if sha256 == self.weights_sha256:
-            bound = old_hash(path)
-        raise ConfigError("model.sha256", sha256, bound)
-
-
-def old_hash(path: object) -> str:
-    """What a person is told whose settings name a hash of 0.1.0."""
-    return (
-        "is the hash of the weights alone, as fedtune 0.1.0 wrote it; now the hash of all files is needed: "
-        f"`fedtune model-hash {path}` prints it"
-    )
+        raise ConfigError("model.sha256", sha256, f"is not the hash of {path}, which is {self.sha256}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.site_policy import DEFAULT_MIN_GRAD_NORM, Policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
@@ -31,11 +31,9 @@ def read_policy(path: Path) -> Policy:
     """
     table = read_toml(path, key="policy")
     try:
-        policy = from_table(Policy, table)
-        policy.check_delta()
+        return from_table(Policy, table)
     except ConfigError as error:
         raise error.in_file(path) from None
-    return policy
 
 
 def read_toml(path: Path, *, key: str) -> dict[str, Any]:
@@ -62,12 +60,9 @@ def policy_of(fields: object) -> Policy:
     if not isinstance(fields, Mapping):
         raise ConfigError("policy", fields, "must be a table")
     table = _without_nulls(fields)
-    budget, limits = table.get("budget"), table.get("limits")
+    budget = table.get("budget")
     if isinstance(budget, dict):
         budget.setdefault("max_epsilon", math.inf)  # JSON has no infinity
-    if isinstance(limits, dict) and type(most := limits.get("max_grad_norm")) is float:
-        # A policy from before there was a floor may have had its ceiling below today's.
-        limits.setdefault("min_grad_norm", min(DEFAULT_MIN_GRAD_NORM, most))
     return from_table(Policy, table)
 
 

@@ -84,7 +84,7 @@ class Proposal:
         fields = dataclasses.asdict(self)
         for key, before in (("start_adapter", ""), ("adapter", "lora")):
             if fields[key] == before:
-                del fields[key]  # proposals from before there was another keep their digest
+                del fields[key]  # what is usual is not said, so that one proposal has one digest
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     @classmethod

@@ -322,10 +322,8 @@ class Receipt:
     reply: str = ""
 
     def message(self) -> bytes:
-        """The bytes that are signed; without `reply` where it is empty, as receipts of 0.1.0 were signed."""
+        """The bytes that are signed."""
         fields = {name: getattr(self, name) for name in self.__slots__ if name != "signature"}
-        if not self.reply:
-            del fields["reply"]
         return json.dumps(fields, sort_keys=True).encode()
 
     def is_signed(self) -> bool:

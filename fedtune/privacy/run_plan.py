@@ -209,8 +209,8 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes.
 
-        A plan of records has no `records_per_user`, and one without groups no `metrics_groups`, so that it is written
-        as it was before there were others: ledgers and requests of that time keep their digests.
+        A plan of records has no `records_per_user`, and one without groups no `metrics_groups`: what says nothing is
+        left out.
         """
         fields = dataclasses.asdict(self) | {"metrics_groups": list(self.metrics_groups)}
         if self.unit == "record":

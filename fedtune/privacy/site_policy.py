@@ -369,16 +369,7 @@ class Policy:
             if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:
                 bound = "must name the column for role 'user', as population.unit is user"
                 raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
-
-    def check_delta(self) -> None:
-        """Check that delta is below one over the population's size, or publishing one record whole would keep to it.
-
-        Apart from the other checks, since a ledger's notes hold policies of versions that compared delta with the
-        largest data set alone, and stay readable.
-
-        Raises:
-            ConfigError: it is not, and the policy promises something.
-        """
+        # Otherwise publishing one record whole would keep to delta.
         size = self.population_size
         if self.budget.delta >= 1 / size and math.isfinite(self.budget.max_epsilon):
             bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
@@ -416,7 +407,7 @@ class Policy:
         fields = dataclasses.asdict(self)
         if math.isinf(self.budget.max_epsilon):
             fields["budget"]["max_epsilon"] = None
-        if not self.simulated:  # so that a real site's digest stays what it was before there was the mark
+        if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["about"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.

@@ -12,8 +12,8 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import recompute, signing
 from fedtune.report.derive.facts import settings_problems
-from fedtune.report.model import SCHEMA_VERSION, Problem, Report, SiteReport
-from fedtune.spec import ConfigError, RunError
+from fedtune.report.model import Problem, Report, SiteReport
+from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.words import counted
 
 
@@ -51,7 +51,7 @@ def checks(
         config_sha256: hash that the run's settings must have, if it is known.
         config: the run's settings, where they are at hand.
     """
-    form = Check(name="schema", state="right", text=f"It is a report of schema version {SCHEMA_VERSION}.")
+    form = Check(name="schema", state="right", text=f"It is a report of schema version {REPORT_SCHEMA}.")
     return (
         form,
         _signature(report, key),

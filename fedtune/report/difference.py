@@ -116,7 +116,7 @@ def _figures(report: Report) -> dict[Group, Figures]:
             "bytes_down": sum(one.bytes_down for one in rounds),
             "bytes_up": sum(one.bytes_up for one in rounds),
             "sites_that_failed": sum(len(one.failed_sites) for one in rounds),
-            **_picked({"energy": data["utility"].get("energy")}, ("energy.*",), ""),
+            **_picked(data["utility"], ("energy.*",), ""),
         }
     return found
 

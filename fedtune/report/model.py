@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
@@ -20,10 +20,9 @@ from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
-from fedtune.spec import ConfigError, spec
+from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail
 
-SCHEMA_VERSION = 2
 Scores = Mapping[str, float | None]
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
@@ -289,7 +288,7 @@ class SiteReport:
 class Assumption:
     """Something that the guarantee rests on; `evidence` names a version and a test, a file, or who states it.
 
-    derive/rules.py says what each status means; versions that had no "ensured" called it "verified".
+    derive/rules.py says what each status means.
     """
 
     code: str
@@ -412,7 +411,7 @@ class Report:
     utility: Utility | None = None
     audit: Audit | None = None
     signature: Signature | None = None
-    schema_version: Literal[2] = 2
+    schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
 
     @property
     def banners(self) -> tuple[str, ...]:
@@ -429,28 +428,12 @@ class Problem(NamedTuple):
     found: object
 
 
-LATER = (
-    *("provenance/start_adapter", "provenance/purpose"),
-    *("utility/findings", "utility/energy", "utility/detail", "utility/kept", "utility/selection"),
-    *("sites/*/spent/ended_by_scores", "sites/*/by_trust", "sites/*/mechanisms/*/shared"),
-    "sites/*/meaning/right_of_100_with_all_others",
-)
-"""Places of what came after 0.1.0, left out where it says nothing: older reports' signatures still fit."""
 _ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON, of what is `LATER` that which says something; `from_json` gives the report back."""
-    fields = dict(_ADAPTER.dump_python(report, mode="json"))
-    for path in LATER:
-        *way, key = path.split("/")
-        places = [fields]
-        for part in way:
-            places = [inner for one in places for inner in (one if part == "*" else [one[part]]) if inner]
-        for place in places:
-            if not place[key]:
-                del place[key]
-    return fields
+    """Plain JSON; `from_json` gives the report back."""
+    return dict(_ADAPTER.dump_python(report, mode="json"))
 
 
 def from_json(text: str | bytes) -> Report:
@@ -462,11 +445,15 @@ def from_json(text: str | bytes) -> Report:
     try:
         return _ADAPTER.validate_json(text, strict=True)  # strict: "1" and true are no numbers
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        problems = error.errors(include_url=False)
+        if number := [one for one in problems if one["loc"] == ("schema_version",)]:
+            found = None if number[0]["type"] == "missing" else number[0]["input"]
+            check_schema("schema_version", found, REPORT_SCHEMA, of="report")
+        first = problems[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"
-        found = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")
-        bound = f"must be as in a report of schema version {SCHEMA_VERSION} (fedtune report schema)"
-        raise ConfigError(where, found, bound) from None
+        said = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")
+        bound = f"must be as in a report of schema version {REPORT_SCHEMA} (fedtune report schema)"
+        raise ConfigError(where, said, bound) from None
 
 
 def json_schema() -> dict[str, Any]:

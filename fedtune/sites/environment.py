@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import ConfigError, RunError, spec
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, spec
 from fedtune.tasks import task_named
 from fedtune.version import __version__
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
 
-_SCHEMA_VERSION = 1
 UNKNOWN = "unknown"
 """Stands in run.json for what no file says of the adapter that the run began in."""
 _LIBRARIES = (
@@ -47,7 +46,7 @@ class Environment:
         since: UTC; when the run was first started, or resumed, here.
         machine: such as "x86_64", with the number of its cores.
         device: that the model was on.
-        model_sha256: of the base model as it was loaded, see `fedtune.model.manifest`; 0.1.0 noted that of its weights.
+        model_sha256: of the base model as it was loaded, see `fedtune.model.manifest`.
         sampling: how units joined a step, where training took place in this process; None: elsewhere.
         randomness: "operating_system" or "seeded", likewise.
     """
@@ -69,7 +68,7 @@ def note_environment(folder: Path, shared: SharedModel) -> None:
     known, here = read_environments(folder), _here(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
-    fields = {"schema_version": _SCHEMA_VERSION, "environments": [asdict(one) for one in (*known, here)]}
+    fields = {"schema_version": RUN_SCHEMA, "environments": [asdict(one) for one in (*known, here)]}
     write_durably(RunFolder(folder).environment, json.dumps(fields, indent=1).encode() + b"\n")
 
 
@@ -84,7 +83,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         return ()
     try:
         fields = json.loads(path.read_bytes())
-        if fields["schema_version"] != _SCHEMA_VERSION:
+        if fields["schema_version"] != RUN_SCHEMA:
             raise ValueError("schema_version")
         return tuple(Environment(**one) for one in fields["environments"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, settings_to_save
 from fedtune.data.formats import files_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
@@ -210,7 +210,7 @@ class RealSite:
         folder = self._places.adapters / run
         save_task_model(shared.model, RunFolder(folder).adapter)
         # JSON is YAML, too.
-        write_durably(RunFolder(folder).config, json.dumps(config.to_json(), indent=1).encode() + b"\n")
+        write_durably(RunFolder(folder).config, json.dumps(settings_to_save(config), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
 
 

@@ -98,7 +98,7 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
 
 def _plan_of(fields: dict[str, Any]) -> Plan:
     """The plan of settings that are yet to be validated."""
-    groups = tuple(fields["privacy"].get("metrics_groups", ()))
+    groups = tuple(fields["privacy"]["metrics_groups"])
     privacy, federation = PrivacySpec(**{**fields["privacy"], "metrics_groups": groups}), fields["federation"]
     if privacy.private and privacy.noise_multiplier is None:
         raise ValueError("noise that is yet to be calibrated")

@@ -64,8 +64,6 @@ LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"
 RECEIPTS = "receipts.json"
 POLICY = "site.toml"
-_DEALT_BEFORE = {"privacy.unit": "record", "data.validation_fraction": 0.0, "data.test_fraction": 0.0}
-"""All there was when these were not noted."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +335,7 @@ def read_dealt_out(path: Path, *, keys: Iterable[str]) -> dict[str, Any]:
         RunError: the file cannot be read, or lacks one of them.
     """
     try:
-        noted = _DEALT_BEFORE | json.loads(path.read_bytes())
+        noted = json.loads(path.read_bytes())
         return {key: noted[key] for key in keys}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         bound = "restore it: without it nobody knows which records each ledger has counted"

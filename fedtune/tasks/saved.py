@@ -29,15 +29,13 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
-from fedtune.model.manifest import manifest_of
 from fedtune.model.scales import PEFT_SCALES, as_peft
-from fedtune.model.source import model_folder, public_place
-from fedtune.model.spec import RANDOM, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError, shown
+from fedtune.model.source import public_place
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, shown
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
-_SCHEMA_VERSION = 1
 _SETTINGS = "fedtune.json"
 _SAME = 1e-4
 """What two machines may compute from the same seed, or the same labels, differs by less."""
@@ -272,7 +270,7 @@ class StartAdapter:
         }
 
     def _require_base(self, model: ModelSpec) -> None:
-        was, now = _pinned_whole(replace(model, sha256=self.spec.model.sha256)).sha256, model_sha256(model)
+        was, now = self.spec.model.sha256, model_sha256(model)
         if was != now:
             bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
             raise ConfigError("model.adapter", str(self.folder), bound)
@@ -308,14 +306,14 @@ def _settings(model: TaskModel) -> dict[str, Any]:
     # Its start's digest stays; the folder where that lay is nobody else's.
     pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
-    return {"schema_version": _SCHEMA_VERSION, **spec, "adapter_digest": Adapter.of(model).digest()}
+    return {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
 
 
 def _spec_from(settings: dict[str, Any], model: ModelSpec | None) -> TaskModelSpec:
     spec = _spec_of(settings)
     # A base that lies elsewhere is still pinned to the model that the adapter was trained on.
     here = spec.model if model is None else replace(model, sha256=spec.model.sha256)
-    return replace(spec, model=_pinned_whole(here))
+    return replace(spec, model=here)
 
 
 def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
@@ -325,22 +323,12 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         head=HeadSpec(**_with_tuples(settings["head"])),
         task=settings["task"],
         labels=tuple(settings["labels"]),
-        target_range=_with_tuples(settings).get("target_range"),
+        target_range=_with_tuples(settings)["target_range"],
         seed=settings["seed"],
-        **{key: settings[key] for key in ("texts", "beta", "per_token") if key in settings},
+        texts=settings["texts"],
+        beta=settings["beta"],
+        per_token=settings["per_token"],
     )
-
-
-def _pinned_whole(model: ModelSpec) -> ModelSpec:
-    """The same base by its whole manifest's hash, where fedtune 0.1.0 saved that of its weights.
-
-    That weakens nothing: sites never load saved adapters, only the lead does to score or use its own, and 0.1.0
-    promised no more than the same weights.  A run's model is never pinned so.
-    """
-    if model.path.startswith(RANDOM) or model.sha256 is None:
-        return model
-    manifest = manifest_of(model_folder(model), gguf_file=model.gguf_file)
-    return replace(model, sha256=manifest.sha256) if model.sha256 == manifest.weights_sha256 else model
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -373,8 +361,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "no JSON in UTF-8"
         raise ConfigError("adapter", str(path), f"must be an adapter's settings ({why})") from error
-    if not isinstance(settings, dict) or settings.get("schema_version") != _SCHEMA_VERSION:
-        raise ConfigError("adapter", str(path), f"must be an adapter's settings of version {_SCHEMA_VERSION}")
+    if not isinstance(settings, dict):
+        raise ConfigError("adapter", str(path), "must be an adapter's settings (no object)")
+    check_schema(f"{path}: schema_version", settings.get("schema_version"), RUN_SCHEMA, of="adapter")
     return settings
 
 

@@ -90,7 +90,7 @@ def test_users_whose_records_are_clipped_one_by_one_are_found(searched: Any, bre
 
 
 def test_padding_that_follows_the_company_is_found(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in 0.1.0: records by length, padded to the longest of the micro-batch; a longer one moves the others' bits."""
+    """Records by length, padded to the longest of the micro-batch; a longer one moves the others' bits."""
 
     def cut(self: Any, places: Any, num_tokens: Any) -> Any:
         ordered = places[np.argsort(num_tokens[places], kind="stable")]

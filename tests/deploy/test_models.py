@@ -99,16 +99,6 @@ def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any
     assert names(site.folder / "models") == {digest}
 
 
-def test_a_kit_of_0_1_0_is_told_which_hash_it_needs(folder: Path, kit: Any) -> None:
-    old = sha256(folder / "model.safetensors")
-    error = refused(folder, kit(old), because="is the hash of the weights alone, as fedtune 0.1.0 wrote it")
-    assert "`fedtune model-hash" in error.bound
-    site = kit(old)
-    shutil.copytree(folder, site.folder / "models" / old)  # as 0.1.0 installed it
-    with pytest.raises(ConfigError, match="the hash of the weights alone"):
-        verify_model(site.folder, old)
-
-
 def test_a_folder_that_redirects_the_loader_is_not_installed(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')

@@ -20,7 +20,7 @@ from fedtune.deploy.kits.certificates import make_key, read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import Roster
-from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
+from fedtune.deploy.kits.renewal import CertificateKeeper, RenewalRequest, RosterBook, is_due, issued_to
 from fedtune.deploy.services.lead_and_server import LeadService, ServerDesk, exchange
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
@@ -142,24 +142,9 @@ def test_the_server_keeps_the_newest_whatever_is_copied_into_its_kit(desk: Desk,
     kit.roster.write_bytes(old)
     for served in (ServerDesk(kit, tmp_path), ServerDesk(kit, tmp_path)):  # it starts again, too
         assert [one.site for one in served.look().sites] == ["north"]
-    unsigned = {**json.loads(old), "number": 0, "signature": ""}
-    kit.roster.write_text(json.dumps(unsigned))
-    assert ServerDesk(kit, tmp_path).look().number == RosterBook.of(kit, tmp_path / NEWEST).newest().number  # type: ignore[union-attr]
     kit.roster.write_text(json.dumps({**json.loads(old), "sites": [], "number": 1 << 40}))
     with pytest.raises(ConfigError, match="must be signed by the federation's lead"):
         ServerDesk(kit, tmp_path).look()
-
-
-def test_a_roster_of_0_1_0_is_served_until_a_signed_one_is_there(desk: Desk, tmp_path: Path) -> None:
-    kit = Kit.read(desk.folder / "server", kind="server")
-    old = {key: value for key, value in asdict(roster(desk)).items() if key in ("version", "federation", "sites")}
-    kit.roster.write_text(json.dumps(old))
-    served = ServerDesk(kit, tmp_path)
-    assert (served.look().number, served.look().sites) == (0, ())
-    desk.join("north")
-    assert [one.site for one in served.look().sites] == ["north"]
-    kit.roster.write_text(json.dumps(old))
-    assert [one.site for one in served.look().sites] == ["north"]
 
 
 def asked(desk: Desk, kit: Kit, *, later: timedelta) -> provisioning.Answered:
@@ -223,17 +208,13 @@ def test_a_renewal_that_is_killed_anywhere_needs_no_hand(
 
 
 def test_the_roster_says_which_certificate_a_server_has(desk: Desk, tmp_path: Path) -> None:
-    """As for one whose new certificate lies in the federation's folder alone, since 0.1.0 could be killed there."""
+    """As for one whose new certificate lies in the federation's folder alone."""
     kit = Kit.read(shutil.copytree(desk.folder / "server", tmp_path / "elsewhere"), kind="server")
     before = roster(desk)
     provisioning.renew(desk.folder, "server", days=None, now=desk.now + timedelta(days=1))
     for name in ("server", "lead"):
         (desk.folder / name / "roster.json").write_bytes(before.to_bytes())
     assert asked(desk, kit, later=timedelta(days=300)).renewed.keys() == {"server"}
-    old = {key: value for key, value in asdict(before).items() if key in ("version", "federation", "sites")}
-    (desk.folder / "server/roster.json").write_text(json.dumps(old))
-    kit.certificate.write_bytes((desk.folder / "server/server.pem").read_bytes())
-    assert asked(desk, kit, later=timedelta(days=600)).renewed.keys() == {"server"}, "0.1.0's roster names none"
 
 
 def test_nobody_else_gets_one(desk: Desk, north: Kit) -> None:

@@ -48,7 +48,7 @@ def test_bounds(key: str, changes: dict[str, Any]) -> None:
 
 
 def test_bits_that_nobody_chose() -> None:
-    assert FederationSpec().travelling_bits == 32, "as in 0.1.0, whose configurations do not say"
+    assert FederationSpec().travelling_bits == 32
     assert FederationSpec(bits=None).travelling_bits == 8
     assert FederationSpec(bits=4).travelling_bits == 4
     secure = {"num_sites": 3, "aggregation": "secure", "bits": None}

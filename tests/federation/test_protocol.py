@@ -12,7 +12,7 @@ from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refused
-from fedtune.spec import ConfigError
+from fedtune.spec import WIRE_SCHEMA, ConfigError
 
 
 @pytest.fixture
@@ -149,13 +149,12 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, s
             EndOfRun.of(Signed(text=text, signature=lead_key.sign(END, text.encode())))
 
 
-@pytest.mark.parametrize("spoken", [None, 1, 3])
+@pytest.mark.parametrize("spoken", [1, WIRE_SCHEMA - 1, WIRE_SCHEMA + 1])
 def test_a_lead_of_another_version_is_told_that_versions_differ(
-    request_: RoundRequest, lead_key: SigningKey, spoken: int | None
+    request_: RoundRequest, lead_key: SigningKey, spoken: int
 ) -> None:
     def other(fields: dict[str, Any]) -> str:
-        del fields["protocol"]  # as up to version 0.1.0
-        return json.dumps(fields if spoken is None else fields | {"protocol": spoken})
+        return json.dumps(fields | {"protocol": spoken})
 
     asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
     question = json.loads(asked.signed(lead_key).text)
@@ -166,8 +165,8 @@ def test_a_lead_of_another_version_is_told_that_versions_differ(
         with pytest.raises(Refused) as refused:
             read(signed)
         assert refused.value.reason is Reason.MALFORMED_REQUEST
-        assert refused.value.asked == f"protocol {spoken or 1}"
-        assert refused.value.allowed == "protocol 2: lead and site run different versions of fedtune"
+        assert refused.value.asked == f"protocol {spoken}"
+        assert refused.value.allowed == f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
             RoundRequest.of(

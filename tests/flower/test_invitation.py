@@ -30,7 +30,7 @@ def charged(made: Any) -> list[str]:
 
 def test_one_sites_refusal_costs_the_others_nothing(federation: Callable[..., Any]) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
-    for _ in range(2):  # in 0.1.0 each try cost the others a round
+    for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(
             RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
         ):

@@ -19,7 +19,6 @@ from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
 from fedtune.model.base_model import expanded_gguf
 from fedtune.model.manifest import Manifest, manifest_of, staged
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import load_task_model, save_task_model
 
 BERT = ModelSpec(path="random:bert")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -42,7 +41,7 @@ def sha256(content: bytes) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """What 0.1.0 pinned."""
+    """Of the weights alone."""
     return sha256((folder / "model.safetensors").read_bytes())
 
 
@@ -107,7 +106,7 @@ def test_the_hash_of_a_sharded_model_covers_the_index_and_every_shard(folder: Pa
     assert len(shards) > 1
     assert {"model.safetensors.index.json", *shards} < dict(manifest.files).keys()
     lines = "".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in shards)
-    assert manifest.weights_sha256 == sha256(lines.encode()) != manifest.sha256, "no list of shards is a manifest"
+    assert manifest.sha256 != sha256(lines.encode()), "no list of shards is a manifest"
     spec = ModelSpec(path=str(folder), sha256=manifest.sha256)
     before = load_base(BERT).state_dict()
     assert all(torch.equal(one, before[name]) for name, one in load_base(spec).named_parameters())
@@ -117,7 +116,7 @@ def test_a_gguf_file_keeps_its_plain_hash(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "config.json").write_text("not read")
     manifest = manifest_of(tmp_path, gguf_file="a.gguf")
-    assert manifest.sha256 == manifest.weights_sha256 == sha256(b"GGUF")
+    assert manifest.sha256 == sha256(b"GGUF")
     assert manifest.text == f"{sha256(b'GGUF')}  a.gguf\n"
 
 
@@ -194,33 +193,12 @@ def test_a_snapshot_of_the_hub_s_cache_may_link_into_that_cache(folder: Path, tm
         manifest_of(snapshot)
 
 
-# --- hashes of 0.1.0 ---
-
-
-def test_a_hash_of_the_weights_alone_is_refused_with_what_to_do(folder: Path) -> None:
+def test_a_hash_of_the_weights_alone_is_refused(folder: Path) -> None:
     spec = ModelSpec(path=str(folder), sha256=weights_hash(folder))
     for load in (lambda: load_base(spec), lambda: load_tokenizer(spec)):
-        with pytest.raises(ConfigError, match=r"the hash of the weights alone, as fedtune 0\.1\.0 wrote it") as caught:
+        with pytest.raises(ConfigError, match="is not the hash of") as caught:
             load()
         assert caught.value.key == "model.sha256"
-        assert f"`fedtune model-hash {folder}` prints it" in caught.value.bound
-
-
-def test_an_adapter_that_0_1_0_saved_loads_with_the_weights_it_names(
-    folder: Path, trained: Any, tmp_path: Path
-) -> None:
-    model = trained(model=ModelSpec(path=str(folder)))
-    save_task_model(model, tmp_path / "adapter")
-    settings = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())
-    assert settings["model"]["sha256"] == manifest_of(folder).sha256, "now the whole model is named"
-    settings["model"]["sha256"] = weights_hash(folder)
-    (tmp_path / "adapter" / "fedtune.json").write_text(json.dumps(settings))
-    loaded = load_task_model(tmp_path / "adapter")
-    assert loaded.spec.model == replace(model.spec.model, sha256=manifest_of(folder).sha256)
-    settings["model"]["sha256"] = "0" * 64
-    (tmp_path / "adapter" / "fedtune.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="is not the hash of"):
-        load_task_model(tmp_path / "adapter")
 
 
 # --- GGUF ---

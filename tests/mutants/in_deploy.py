@@ -92,8 +92,8 @@ DEPLOY_FAULTS = (
         name="newest-roster-of-anybody",
         fault="Who can write a server's newest roster lets a revoked site in again by it.",
         file="fedtune/deploy/kits/renewal.py",
-        old="            if roster.number:  # one of 0.1.0",
-        new="            if False:  # one of 0.1.0",
+        old="            roster.check_signed(self.lead)",
+        new="            pass",
         tests=("tests/deploy/test_renewal.py::test_a_newest_roster_that_somebody_changed_is_not_believed",),
     ),
     Mutant(

@@ -396,7 +396,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="update-without-a-receipt",
-        fault="An update without its site's signature enters the average, as in 0.1.0.",
+        fault="An update without its site's signature enters the average.",
         file="fedtune/federation/replies.py",
         old="        if not own:\n",
         new="        if not own and reply.receipt:\n",
@@ -412,7 +412,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="update-of-any-size",
-        fault="An update of any finite value enters the average: one site's 1e30 ends the run, as in 0.1.0.",
+        fault="An update of any finite value enters the average: one site's 1e30 ends the run.",
         file="fedtune/federation/replies.py",
         old="if within else",
         new="if True else",
@@ -468,7 +468,7 @@ FEDERATION_FAULTS = (
     ),
     Mutant(
         name="nobody-asked-beforehand",
-        fault="A run begins without asking who takes part: one site's refusal costs the others a round, as in 0.1.0.",
+        fault="A run begins without asking who takes part: one site's refusal costs the others a round.",
         file="fedtune/flower/server_app.py",
         old="    if state.round == 0:\n",
         new="    if state.round < 0:\n",

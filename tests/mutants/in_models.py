@@ -29,10 +29,10 @@ _BASE = (
     ),
     Mutant(
         name="weights-alone-are-a-model",
-        fault="A hash of the weights is taken for the model's, as by 0.1.0: tokenizer and config may be anybody's.",
+        fault="A hash of the weights is taken for the model's: tokenizer and config may be anybody's.",
         file=MANIFEST,
         old="        if sha256 == self.sha256:",
-        new="        if sha256 in (self.sha256, self.weights_sha256):",
+        new="        if sha256 in (self.sha256, *(digest for _, digest in self.files)):",
         tests=OF_MANIFEST,
     ),
     Mutant(

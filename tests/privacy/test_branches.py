@@ -115,7 +115,7 @@ def test_no_entry_of_the_sites_own_lowers_what_was_charged(
     trained(ledger, proposal(), 1)
     ((one, _),) = ledger.history.charged().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
-    detail |= {"seeded": False, "frozen": False, "clears_doubt": True}
+    detail |= {"seeded": False, "frozen": False, "denied": [], "caps": [], "users": [], "doubts": []}
     if "gap" in forged:
         forged = {"gap": [[events.to_json(one), forged["gap"]]]}
     elif "runs" in forged:

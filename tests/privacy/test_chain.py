@@ -29,7 +29,7 @@ def event(sequence: int, **changes: Any) -> Event:
         "attempt": 1,
         "dataset": "d",
         "cohort": "",
-        "code": "0.1.0",
+        "code": "0.2.0",
         "detail": {"what": "frozen", "why": ""},
     }
     return Event(**(fields | changes))

@@ -273,15 +273,6 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
     assert not dataclasses.replace(with_a_reply, reply="").is_signed()
 
 
-def test_a_receipt_of_0_1_0_is_still_signed(site_key: SigningKey) -> None:
-    fields = dataclasses.asdict(signed(site_key))
-    del fields["reply"]
-    message = json.dumps({key: value for key, value in fields.items() if key != "signature"}, sort_keys=True).encode()
-    old = receipt_from_json(fields)
-    assert old.message() == message
-    assert old.is_signed()
-
-
 def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))

@@ -318,9 +318,9 @@ def test_delta_must_be_below_one_over_the_whole_population(policy: Any) -> None:
         r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets added"
     )
     with pytest.raises(ConfigError, match=message):
-        policy(dataset=two).check_delta()
-    policy(dataset=(two[0], dataclasses.replace(two[1], declared_size=39_999))).check_delta()
-    policy(dataset=two, budget={"max_epsilon": math.inf}).check_delta()  # promises nothing
+        policy(dataset=two)
+    policy(dataset=(two[0], dataclasses.replace(two[1], declared_size=39_999)))
+    policy(dataset=two, budget={"max_epsilon": math.inf})  # promises nothing
 
 
 def test_an_infinite_cap_promises_nothing_and_is_null_in_json(policy: Any) -> None:

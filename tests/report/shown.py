@@ -83,7 +83,7 @@ def filled(report: Report, **changes: Any) -> Report:
         Assumption(code="one_record_is_one_unit", status="assumed", evidence="unit=record"),
         Assumption(code="sites_run_their_own_software", status="asserted", evidence="tests/deployment"),
         *(
-            Assumption(code=code, status="ensured", evidence="fedtune 0.1.0: tests/training/test_dp_step.py")
+            Assumption(code=code, status="ensured", evidence="fedtune 0.2.0: tests/training/test_dp_step.py")
             for code in ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness")
         ),
         *(

@@ -18,7 +18,7 @@ from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
-from fedtune.report.derive.facts import RunFacts, noted_inexact
+from fedtune.report.derive.facts import RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
@@ -123,12 +123,6 @@ def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
     assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
     made.edit(allow={"inexact_gradients": False})
     assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
-    # A policy that says nothing is of a version whose bound was not exact yet.
-    says_no: dict[str, Any] = {"allow": {"inexact_gradients": False}}
-    found = [
-        noted_inexact([says_no, *later]) for later in ([], [{"allow": {}}], [{"allow": {"inexact_gradients": True}}])
-    ]
-    assert found == ["false", "not noted", "true"]
 
 
 def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,8 @@ from fedtune.config import RunConfig
 from fedtune.model import ModelSpec, load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
 from fedtune.privacy.release import Reason, Update
-from fedtune.sites.saved_model import beside_base
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
-from fedtune.tasks import build_task_model, save_task_model
 
 
 @pytest.fixture
@@ -111,19 +107,3 @@ def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(
     config = letters(task="causal_lm", model={"path": str(tmp_path), "sha256": None}, data=data)
     with pytest.raises(ConfigError, match="its tokenizer must have an end-of-text token"):
         SharedModel(config)
-
-
-def test_an_adapter_of_0_1_0_can_still_be_scored(folder: Path, station: Callable[..., Any], tmp_path: Path) -> None:
-    """Its run folder names the hash of the weights alone, in its settings and beside its adapter."""
-    old = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    site = station(model={"path": str(folder), "sha256": manifest_of(folder).sha256})
-    save_task_model(build_task_model(site.config.task_model()), tmp_path / "adapter")
-    saved = tmp_path / "adapter" / "fedtune.json"
-    saved.write_text(saved.read_text().replace(manifest_of(folder).sha256, old))
-    config = replace(
-        site.config,
-        model=replace(site.config.model, sha256=old),
-        data=replace(site.config.data, columns={"text": "body", "label": "kind"}),
-    )
-    found = beside_base(config, tmp_path / "adapter", str(site.data)).scores["accuracy"]
-    assert 0 <= found.tuned.value <= 1

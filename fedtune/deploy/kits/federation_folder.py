@@ -29,7 +29,6 @@ from fedtune.deploy.kits.certificates import (
     read_certificate,
 )
 from fedtune.deploy.kits.kit_file import (
-    VERSION,
     Address,
     KitFile,
     KitModel,
@@ -41,7 +40,7 @@ from fedtune.deploy.kits.kit_file import (
 from fedtune.deploy.kits.members import Member, Roster
 from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError, check_one_of, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.words import spoken
 
 SETTINGS, CHANGE = "federation.toml", "change.json"
@@ -102,7 +101,7 @@ class _RetiredKeys:
     fingerprints: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="folder")
 
 
 @spec
@@ -117,7 +116,7 @@ class _Change:
     files: dict[str, str]
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +231,7 @@ class FederationFolder:
 
         before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
         roster = Roster(
-            version=VERSION,
+            version=KIT_SCHEMA,
             federation=self.federation,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
@@ -242,7 +241,7 @@ class FederationFolder:
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
         with writing(self.folder, key="--federation"):
-            write_durably(self.folder / CHANGE, _json_of(_Change(version=VERSION, files=encoded)))
+            write_durably(self.folder / CHANGE, _json_of(_Change(version=KIT_SCHEMA, files=encoded)))
         _complete(self.folder)
 
     def retired(self) -> frozenset[str]:
@@ -260,7 +259,7 @@ class FederationFolder:
     def retiring(self, node_key: bytes) -> dict[str, bytes]:
         """The file that remembers a connection key which must never be used again, for `change`."""
         fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
-        return {_RETIRED: _json_of(_RetiredKeys(version=VERSION, fingerprints=fingerprints))}
+        return {_RETIRED: _json_of(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
     def check_served(self) -> None:
         """Require that the server's certificate is for the address that new kits name."""
@@ -272,7 +271,7 @@ class FederationFolder:
     def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Names and bytes of what is not secret in a kit, but for the roster."""
         kit = KitFile(
-            version=VERSION,
+            version=KIT_SCHEMA,
             kind=kind,
             federation=self.federation,
             server=self.server,

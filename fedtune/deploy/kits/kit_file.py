@@ -24,7 +24,7 @@ from fedtune.deploy.kits.certificates import (
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import from_table, read_toml
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import NOT_GIVEN, ConfigError, check_name, check_one_of, spec
+from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, spec
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from fedtune.flower.wire.identity import Tls
 
 T = TypeVar("T")
-VERSION = 1
-"""Of kit.toml, roster.json and join requests."""
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"
@@ -166,7 +164,7 @@ class KitFile:
     model: tuple[KitModel, ...] = ()
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="kit")
         check_name("federation", self.federation)
         Address.of(self.server)
         check_public_key("lead", self.lead)

@@ -31,11 +31,11 @@ from fedtune.deploy.kits.certificates import (
     private_pem,
     public_pem,
 )
-from fedtune.deploy.kits.kit_file import VERSION, read_json
+from fedtune.deploy.kits.kit_file import read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, check_name, check_one_of, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, check_schema, spec
 from fedtune.words import spoken
 
 PURPOSE, ROSTER = "join request", "roster"
@@ -116,22 +116,21 @@ class Roster:
 
     Attributes:
         sites: revoked ones too, in the order in which they joined.
-        number: seconds since 1970 at which it was made, and more than that of the one before; 0: made by 0.1.0, which
-            neither numbered nor signed it.
-        server, lead: their certificates in PEM form; empty in one of 0.1.0.
+        number: seconds since 1970 at which it was made, and more than that of the one before.
+        server, lead: their certificates in PEM form.
         signature: the lead's, over the rest.
     """
 
     version: int
     federation: str
     sites: tuple[Member, ...]
-    number: int = 0
-    server: str = ""
-    lead: str = ""
+    number: int
+    server: str
+    lead: str
     signature: str = ""
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="file")
         _check_distinct(self.sites)
 
     @classmethod
@@ -165,7 +164,7 @@ class Roster:
     def certificate_of(self, name: str) -> str | None:
         """In PEM form, of a site that takes part, of "server" or "lead"; None: there is none."""
         if name in ("server", "lead"):
-            return getattr(self, name) or None
+            return str(getattr(self, name))
         return next((one.certificate for one in self.sites if one.site == name and one.revoked is None), None)
 
 
@@ -259,7 +258,7 @@ class JoinRequest:
     signature: str = ""
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="file")
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
         if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):
@@ -370,7 +369,7 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
     csr = x509.CertificateSigningRequestBuilder(name).sign(connection, hashes.SHA384())
     fields = {
-        "version": VERSION,
+        "version": KIT_SCHEMA,
         "site": policy.site,
         "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
         "site_key": site_key.public,

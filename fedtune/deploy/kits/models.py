@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedtune.deploy.files import locked
 from fedtune.deploy.kits.kit_file import Kit, KitModel
-from fedtune.model.manifest import Manifest, manifest_of, old_hash
+from fedtune.model.manifest import Manifest, manifest_of
 from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
 from fedtune.privacy.durable import fsync_folder
@@ -64,8 +64,6 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
     """
     folder = installed_model(kit_folder, sha256)
     manifest = _manifest(folder, key="base model")
-    if sha256 == manifest.weights_sha256 != manifest.sha256:
-        raise ConfigError("base model", sha256, old_hash(folder))
     if manifest.sha256 != sha256:
         raise ConfigError("base model", sha256, f"is not what lies in its folder, which has SHA-256 {manifest.sha256}")
 
@@ -111,8 +109,6 @@ def install_model(path: Path, kit: Kit) -> Installed:
     manifest = _manifest(folder, gguf_file=gguf_file, key=_OPTION)
     model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
-        if any(model.sha256 == manifest.weights_sha256 for model in kit.model):
-            raise ConfigError(_OPTION, str(path), f"kit.toml names {manifest.weights_sha256}, which {old_hash(path)}")
         allowed = ", ".join(f"{model.sha256} ({model.name})" for model in kit.model) or "no model at all"
         raise ConfigError(_OPTION, str(path), f"has SHA-256 {manifest.sha256}, and kit.toml names {allowed}")
     target = model_place(kit.folder, manifest.sha256)

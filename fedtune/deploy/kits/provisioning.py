@@ -229,12 +229,11 @@ def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -
 
 
 def _holder(federation: FederationFolder, name: str) -> x509.Certificate:
-    """The certificate that its holder has now, by the newest roster alone, which may reach it; 0.1.0's lack two."""
+    """The certificate that its holder has now, by the newest roster alone, which may reach it."""
     if name not in _OWN:
         return _member_named(name, federation.members).issued
     pem = federation.roster.certificate_of(name)
-    if pem is None:
-        return read_certificate(federation.folder / name / f"{name}.pem")
+    assert pem is not None, "of the server and the lead"
     return x509.load_pem_x509_certificate(pem.encode())
 
 

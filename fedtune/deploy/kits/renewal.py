@@ -31,10 +31,10 @@ from fedtune.deploy.kits.certificates import (
     read_certificate,
     read_connection_key,
 )
-from fedtune.deploy.kits.kit_file import VERSION, Kit, read_json
+from fedtune.deploy.kits.kit_file import Kit, read_json
 from fedtune.deploy.kits.members import Roster, signed_bytes
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import ConfigError, RunError, check_one_of, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, RunError, check_schema, spec
 
 log = logging.getLogger(__name__)
 NEWEST = "newest_roster.json"
@@ -71,7 +71,7 @@ class RenewalRequest:
     signature: str = ""
 
     def __post_init__(self) -> None:
-        check_one_of("version", self.version, (VERSION,))
+        check_schema("version", self.version, KIT_SCHEMA, of="request")
 
     @classmethod
     def of(cls, data: bytes) -> RenewalRequest:
@@ -83,7 +83,7 @@ class RenewalRequest:
         """The request for the certificate of `kit`, signed with its key."""
         certificate, key = read_certificate(kit.certificate), read_connection_key(kit.key)
         name, replaces = Certificate.of(certificate).name, digest_of(certificate)
-        made = cls(version=VERSION, federation=kit.federation, name=name, replaces=replaces)
+        made = cls(version=KIT_SCHEMA, federation=kit.federation, name=name, replaces=replaces)
         signature = key.sign(made._signed_bytes(), ec.ECDSA(hashes.SHA384())).hex()
         return json.dumps(dataclasses.asdict(dataclasses.replace(made, signature=signature))).encode()
 
@@ -143,8 +143,7 @@ class RosterBook:
             return None
         try:
             roster = Roster.read(self.path)
-            if roster.number:  # one of 0.1.0 is not signed, and older than all others
-                roster.check_signed(self.lead)
+            roster.check_signed(self.lead)
         except ConfigError as error:
             bound = f"{error.bound}. Move the file away, and have the lead run `fedtune provision sync`"
             raise ConfigError(

@@ -82,7 +82,7 @@ class LeadService:
     def meet(self) -> bool:
         """Give the server the lead's roster or take the server's, whichever is newer; and ask for a new certificate.
 
-        A server that is away, or of an earlier version, changes nothing: the run will say so where it matters.
+        A server that is away changes nothing: the run will say so where it matters.
 
         Returns:
             Whether the lead has another roster than before.
@@ -235,19 +235,18 @@ def desk_of(kit: Kit) -> DeskLine:
     return DeskLine(server=kit.server, tls=kit.tls(), lead=SigningKey.load(kit.lead_key))
 
 
-def exchange(desk: DeskLine, book: RosterBook) -> Roster | None:
-    """Leave both the lead's machine and the server with the newer of their rosters; it, or None: neither is signed.
+def exchange(desk: DeskLine, book: RosterBook) -> Roster:
+    """Leave both the lead's machine and the server with the newer of their rosters, and return it.
 
     Raises:
         ConfigError: the server's is not the lead's.
         RunError: the server cannot be reached, or does not know this call.
     """
     own, said = book.newest(), desk.roster()
-    at_server = Roster.of(said).number
-    if own is not None and own.number > at_server:
+    if own is not None and own.number > Roster.of(said).number:
         desk.send_roster(own.to_bytes())
         return own
-    return book.take(said) if at_server else None
+    return book.take(said)
 
 
 @contextmanager
@@ -312,7 +311,7 @@ class ServerDesk:
         copied, newest = Roster.of(data), self.book.newest()
         if newest is not None and copied.number < newest.number:
             return newest
-        return self.book.take(data) if copied.number else copied  # one of 0.1.0 is not signed
+        return self.book.take(data)
 
     def roster(self) -> bytes:
         """It, as a file's bytes."""

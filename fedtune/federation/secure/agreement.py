@@ -16,11 +16,8 @@ from fedtune.federation.secure.masks import is_mask_key
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.threshold import Server, least_threshold
-from fedtune.spec import ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
+from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
 
-PROTOCOL = 2
-"""Raised with whatever changes masks or messages: between sites of two versions masks would not cancel.  2: shares are
-signed."""
 MOST_SITES = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
@@ -125,7 +122,8 @@ class Terms:
 
     def digest(self) -> str:
         """SHA-256, in hex."""
-        fields = {**asdict(self), "members": dict(self.members), "protocol": PROTOCOL}
+        # The number of the wire format is in it, since masks of two versions would not cancel.
+        fields = {**asdict(self), "members": dict(self.members), "protocol": WIRE_SCHEMA}
         return hashlib.sha256(canonical(fields)).hexdigest()
 
     def check_survivors(self, survivors: Sequence[str]) -> None:

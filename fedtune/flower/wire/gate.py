@@ -213,7 +213,7 @@ class Gate:
                 await self._desk_call(scope, receive, send, desk=self._desk)
             elif path == HELLO:
                 site = self._member(headers_of(scope), _peer(scope)).site
-                await answer(send, 200, {"site": site, "time": time.time()})  # sites of 0.1.0 read the time, too
+                await answer(send, 200, {"site": site, "time": time.time()})
             else:
                 raise NotAllowed(404, "no such call")
         except NotAllowed as refusal:

@@ -73,7 +73,7 @@ class Bell:
 
     @property
     def works(self) -> bool:
-        """Whether the server is known to ring it; not so one of an earlier version, or one that is away."""
+        """Whether the server is known to ring it; not so one that is away."""
         return self._works
 
     def show_certificate(self) -> None:

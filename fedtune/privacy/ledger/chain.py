@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
 from fedtune.words import spoken_start
 
 START = "0" * 64
@@ -122,7 +122,7 @@ class Head:
         frozen: whether all training on the population has ended for ever.
         doubts: receipts that showed that events are missing, and that nothing has made up for.
         denied: digest of each proposal that a person at the site denied.
-        policy: digest of the policy; empty in an older anchor, as are the fields beside it.
+        policy: digest of the policy.
         caps: lifetime caps so far, the newest last; None: no cap.
         users: which column says who a user is, by data set and by file, as policies named them.
         site_key: public key of the site.
@@ -141,11 +141,11 @@ class Head:
     made_up: tuple[tuple[int, str], ...]
     seeded: bool
     frozen: bool
-    doubts: tuple[Doubt, ...] = ()
-    denied: tuple[str, ...] = ()
-    policy: str = ""
-    caps: tuple[float | None, ...] = ()
-    users: tuple[tuple[str, str, str], ...] = ()
+    doubts: tuple[Doubt, ...]
+    denied: tuple[str, ...]
+    policy: str
+    caps: tuple[float | None, ...]
+    users: tuple[tuple[str, str, str], ...]
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -154,15 +154,14 @@ class Head:
         return cls(**fields, site_key=key.public, signature=key.sign(HEAD, unsigned.message()))
 
     def message(self) -> bytes:
-        """The bytes that are signed; a field that came later is left out while it says nothing, as in older anchors."""
-        later = {field.name: field.default for field in fields(self) if field.default is not MISSING}
-        said = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        """The bytes that are signed."""
+        said = {"schema": LEDGER_SCHEMA, **asdict(self)}
         del said["signature"]
         return canonical(said)
 
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps({"schema": LEDGER_SCHEMA, **asdict(self)}, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
@@ -173,18 +172,24 @@ class Head:
         """
         try:
             found = json.loads(path.read_bytes())
+            schema = found.pop("schema", None)
+            if schema != LEDGER_SCHEMA:
+                bound = f"must be {LEDGER_SCHEMA}: go on with the version of fedtune that wrote it and its ledger"
+                raise ConfigError(f"{path}: schema", NOT_GIVEN if schema is None else schema, bound)
             charged = tuple((dict(event), count) for event, count in found["charged"])
             runs = tuple((str(run), int(rounds)) for run, rounds in found["runs"])
             paths = {name: tuple((int(n), str(hash)) for n, hash in found[name]) for name in ("path", "made_up")}
-            doubts = tuple(Doubt.read(each) for each in found.get("doubts", ()))
-            denied = tuple(str(digest) for digest in found.get("denied", ()))
-            caps = tuple(None if cap is None else float(cap) for cap in found.get("caps", ()))
-            users = tuple((str(kind), str(name), str(column)) for kind, name, column in found.get("users", ()))
+            doubts = tuple(Doubt.read(each) for each in found["doubts"])
+            denied = tuple(str(digest) for digest in found["denied"])
+            caps = tuple(None if cap is None else float(cap) for cap in found["caps"])
+            users = tuple((str(kind), str(name), str(column)) for kind, name, column in found["users"])
             said = {"charged": charged, "runs": runs, **paths, "doubts": doubts, "denied": denied, "caps": caps}
             said["users"] = users
             head = cls(**{**found, **said})
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
-        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
         if not right:
             raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")

@@ -300,13 +300,13 @@ class History:
                 self.denied.add(Proposal.from_json(event.detail["proposal"]).digest())
             case "run_ended":
                 ended = self.runs[event.run]
-                ended.expires, ended.adapter = None, str(event.detail.get("adapter_sha256", ""))
+                ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
             case "date_confirmed":
                 pass  # its time is what it says
             case "restored":
-                self._restore(Restored.of(event.detail, doubts=self.doubts), event.sequence, moment)
-            case "in_doubt":  # an older one names no run
-                rounds = event.detail.get("rounds", 0)
+                self._restore(Restored.of(event.detail), event.sequence, moment)
+            case "in_doubt":
+                rounds = event.detail["rounds"]
                 self.doubts |= {Doubt.read((event.detail["sequence"], event.detail["head"], event.run, rounds))}
             case "frozen":
                 self.frozen = True

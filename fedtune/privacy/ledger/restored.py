@@ -72,15 +72,8 @@ class Restored:
         }
 
     @classmethod
-    def of(cls, detail: dict[str, Any], *, doubts: frozenset[Doubt]) -> Restored:
-        """Read the note's detail; raises ValueError, TypeError or KeyError for anything else.
-
-        An older note says whether it clears the `doubts` that the ledger had, and nothing of denials, caps and users.
-        """
-        if "doubts" in detail:
-            doubts = frozenset(Doubt.read(each) for each in detail["doubts"])
-        elif detail["clears_doubt"]:
-            doubts = frozenset()
+    def of(cls, detail: dict[str, Any]) -> Restored:
+        """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
         # Charges are never taken back, so that no entry can lower what an earlier one added.
         for what, counts, least in (
             ("a run's rounds", detail["runs"].values(), 0),
@@ -97,8 +90,8 @@ class Restored:
             runs=dict(detail["runs"]),
             seeded=bool(detail["seeded"]),
             frozen=bool(detail["frozen"]),
-            denied=frozenset(map(str, detail.get("denied", ()))),
-            caps=tuple(None if cap is None else float(cap) for cap in detail.get("caps", ())),
-            users=frozenset((str(kind), str(name), str(column)) for kind, name, column in detail.get("users", ())),
-            doubts=doubts,
+            denied=frozenset(map(str, detail["denied"])),
+            caps=tuple(None if cap is None else float(cap) for cap in detail["caps"]),
+            users=frozenset((str(kind), str(name), str(column)) for kind, name, column in detail["users"]),
+            doubts=frozenset(Doubt.read(each) for each in detail["doubts"]),
         )

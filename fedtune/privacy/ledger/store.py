@@ -20,7 +20,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import EVENT, Doubt, Event, Head, Kind, canonical, check_chain, check_signature
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.restored import Restored
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import LEDGER_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
 LOCK_TIMEOUT_S = 60.0
@@ -157,15 +157,25 @@ def _event(row: dict[str, object]) -> Event:
 def _make_or_check_tables(file: sqlite3.Connection, path: Path) -> None:
     if file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
         file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA}")
         for statement in SCHEMA:
             file.execute(statement)
     _check_tables(file, path)
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file with other tables, triggers or views than fedtune's."""
-    found = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    """Refuse a file with other tables, triggers or views than fedtune's, or of another version's schema.
+
+    A refusal must not invite a fresh budget: it names the version that goes on with the ledger, and no other way.
+    """
+    (schema,) = file.execute("PRAGMA user_version").fetchone()
     (application,) = file.execute("PRAGMA application_id").fetchone()
+    if application == _APPLICATION_ID and schema != LEDGER_SCHEMA:
+        raise RunError(
+            f"ledger {path} has schema {schema}, and fedtune {__version__} reads schema {LEDGER_SCHEMA}: go on with "
+            "the version of fedtune that wrote it; all that it has charged stays charged"
+        )
+    found = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
     if found != set(SCHEMA) or application != _APPLICATION_ID:
         raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
 

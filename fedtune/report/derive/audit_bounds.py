@@ -18,9 +18,8 @@ from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
 from fedtune.report.model import Problem, Report, SiteReport
-from fedtune.spec import RunError
+from fedtune.spec import RUN_SCHEMA, RunError
 
-_SCHEMA_VERSION = 1
 _MOST_CANARIES = 10**6
 _MOST_EPSILON = 1e3
 """Far more than that many canaries can show."""
@@ -40,7 +39,7 @@ def mark(folder: Path, what: str) -> None:
 
 def write_audit(folder: Path, audit: Audit) -> None:
     """Write `audit.json`."""
-    fields = {**_ADAPTER.dump_python(audit, mode="json"), "schema_version": _SCHEMA_VERSION}
+    fields = {**_ADAPTER.dump_python(audit, mode="json"), "schema_version": RUN_SCHEMA}
     write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
 
 
@@ -55,7 +54,7 @@ def read_audit(folder: Path) -> Audit | None:
         return None
     try:
         fields = json.loads(path.read_bytes())
-        if fields.pop("schema_version") != _SCHEMA_VERSION:
+        if fields.pop("schema_version") != RUN_SCHEMA:
             raise ValueError("schema_version")
         return _ADAPTER.validate_json(json.dumps(fields), strict=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError) as error:

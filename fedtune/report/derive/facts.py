@@ -7,10 +7,10 @@ need from the report itself, as favourably as it allows.  The rules are the same
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedtune.federation.kept_round import Kept, rounds_in_all
 from fedtune.privacy.ledger.chain import Kind
@@ -162,8 +162,7 @@ class LedgerFacts(_Facts):
 
     Attributes:
         randomness: the worst source of noise of all runs.
-        inexact: what its policies said of inexact gradients: "true" if one accepted them, "false" if all did not, "not
-            noted" by a version that was not exact yet.
+        inexact: whether one of its policies accepted inexact gradients.
         cap_raised: whether a lifetime cap was raised after something was charged.
         spent_without_cap: whether something was charged while no lifetime cap was in force.
         above_run_cap: whether a plan is above the cap on one run that was in force when it was accepted.
@@ -174,7 +173,7 @@ class LedgerFacts(_Facts):
     """
 
     randomness: str
-    inexact: str
+    inexact: bool
     cap_raised: bool
     spent_without_cap: bool
     above_run_cap: bool
@@ -215,7 +214,7 @@ class LedgerFacts(_Facts):
                 *(("lost_branches",) if history.restored else ()),
             ),
             provenance=_provenance_of_ledger(record, versions),
-            inexact=noted_inexact([event.detail["policy"] for event in policies]),
+            inexact=any(event.detail["policy"]["allow"]["inexact_gradients"] is not False for event in policies),
             cap_raised=cap_was_raised(caps, charges),
             spent_without_cap=spent_without_cap(caps, charges),
             above_run_cap=above_run_cap,
@@ -241,7 +240,7 @@ class LedgerFacts(_Facts):
             unit=report.unit,
             seeded=report.seeded_noise,
             randomness=report.randomness,
-            inexact="not noted" if "clipping_but_for_rounding" in stated else "false",
+            inexact="clipping_but_for_rounding" in stated,
             cap_raised=cap_was_raised(caps, days),
             spent_without_cap=spent_without_cap(caps, days),
             above_run_cap="above_run_cap" in site.verdict.reasons,
@@ -355,12 +354,6 @@ def cap_was_raised(caps: Sequence[tuple[_Place, float | None]], charges: Sequenc
         place > min(charges) and before is not None and (after is None or after > before)
         for (_, before), (place, after) in pairwise(caps)
     )
-
-
-def noted_inexact(policies: Sequence[Mapping[str, Any]]) -> str:
-    """What the policies that a ledger noted say of inexact gradients, as in `LedgerFacts`."""
-    said = {policy["allow"].get("inexact_gradients") for policy in policies}
-    return "true" if True in said else "false" if said == {False} else "not noted"
 
 
 def settings_problems(report: Report, config: RunConfig) -> Iterator[Problem]:

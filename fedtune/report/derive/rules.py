@@ -70,7 +70,7 @@ _Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 _WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "ensured", "verified")
 CLIPPING = ("clipping_exact", "clipping_but_for_rounding")
 """A report states one of these.  The second is for machines that a site accepts although they round a record by its
-neighbours, and for all reports made before there was the first."""
+neighbours."""
 
 FOUNDATIONS = (
     "configuration_unchanged",
@@ -85,11 +85,6 @@ _Found = tuple[str, _Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
-_ONCE_VERIFIED = {
-    "run": {"noise_in_every_step", "clipping_exact", "poisson_sampling", "unpredictable_randomness"},
-    "ledger": {"noise_in_every_step", "clipping_exact"},
-}
-"""What the program ensures, and versions that had no word for that called "verified"."""
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
@@ -352,11 +347,10 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
         yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}"
     if without:
         yield "clipping_exact", "violated", _named(without)
-    elif facts.inexact == "false":
-        yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
+    elif facts.inexact:
+        yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
-        evidence = f"allow.inexact_gradients: {facts.inexact}; docs/guarantee.md"
-        yield "clipping_but_for_rounding", "assumed", evidence
+        yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
     yield from _of_figures([site], delta=facts.delta, unit=facts.unit)
     yield from _of_file(facts, site.verification, in_doubt=bool(life and life.in_doubt))
     if life:
@@ -425,16 +419,12 @@ def _assumption_problems(report: Report) -> Iterator[Problem]:
     stated = [one.code for one in report.assumptions]
     for code in sorted(derived.keys() - set(stated)):
         yield Problem(f"assumptions.{code}", None, "stated")
-    # Earlier versions said of runs without noise, too, that nobody can predict it.
-    for code in sorted(set(stated) - derived.keys() - {*CLIPPING, "unpredictable_randomness"}):
+    for code in sorted(set(stated) - derived.keys() - set(CLIPPING)):
         yield Problem(f"assumptions.{code}", "stated", f"none of a {report.kind} by {report.unit}")
     if len(set(stated)) < len(stated) or set(CLIPPING) <= set(stated):
         yield Problem("assumptions", ", ".join(stated), "each once, and one about clipping")
-    by_an_earlier_version = all(one.status != "ensured" for one in report.assumptions)
     for one in report.assumptions:
         best = derived.get(one.code, one.status)
-        if by_an_earlier_version and best == "ensured" and one.code in _ONCE_VERIFIED[report.kind]:
-            best = "verified"
         if _WORST_FIRST.index(one.status) > _WORST_FIRST.index(best):
             yield Problem(f"assumptions.{one.code}.status", one.status, best)
     violated = {one.code for one in report.assumptions if one.status == "violated"}

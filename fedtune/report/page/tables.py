@@ -31,7 +31,6 @@ _LONGEST_IN_CHART = 18
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ABSENT = object()
-_LATER = frozenset(path.rpartition("/")[2] for path in model.LATER)
 _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
@@ -279,12 +278,7 @@ def found_at(data: Any, pointer: str) -> Any:
     for part in pointer.split("/")[1:]:
         if data is None:
             return _ABSENT
-        if isinstance(data, list | tuple):
-            data = data[int(part)]
-        elif (name := _unescaped(part)) in _LATER and name not in data:
-            return _ABSENT  # left out of report.json where it says nothing
-        else:
-            data = data[name]
+        data = data[int(part)] if isinstance(data, list | tuple) else data[_unescaped(part)]
     return data
 
 

@@ -27,7 +27,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.sites.environment import Environment, read_environments
 from fedtune.sites.shared_settings import for_sites
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema
 
 _RESULT = TypeAdapter(RunResult)
 _SELECTION = TypeAdapter(Selection)
@@ -72,8 +72,9 @@ class RunRecord:
     @property
     def start_adapter(self) -> Mapping[str, Any]:
         """What the run noted of the adapter that it began in; empty where it noted nothing."""
-        made = self.result.provenance if self.result else None
-        noted = self.state.start_adapter if self.state else made.start_adapter if made else None
+        noted = (
+            self.state.start_adapter if self.state else self.result.provenance.start_adapter if self.result else None
+        )
         return noted if isinstance(noted, Mapping) else {}
 
     @cached_property
@@ -203,7 +204,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         RunError: what it holds is damaged.
     """
     config, result = _config(folder), _result(folder)
-    digest = (result.config_sha256 if result else "") or config.digest()
+    digest = result.config_sha256 if result else config.digest()
     state = _state(folder, digest, result)
     return RunRecord(
         config=config,
@@ -246,11 +247,15 @@ def _result(folder: Path) -> RunResult | None:
     if not path.is_file():
         return None
     try:
-        result = _RESULT.validate_json(path.read_bytes(), strict=True)
+        data = path.read_bytes()
+        check_schema(f"{path}: schema_version", json.loads(data)["schema_version"], RUN_SCHEMA, of="run folder")
+        result = _RESULT.validate_json(data, strict=True)
         json.dumps(result.to_json(), allow_nan=False)  # a ValueError for a number that is not finite
         if not result.privacy.sites:
             raise ValueError("privacy.sites")
-    except (ValueError, ValidationError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, LookupError, ValidationError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
     return result
 

@@ -187,7 +187,7 @@ def test_a_key_is_for_one_run_its_proposal_and_its_terms(other: dict[str, Any]) 
 def test_a_key_is_for_one_version_of_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = terms_of(3, 3)
     messages = announced(terms)
-    monkeypatch.setattr(agreement, "PROTOCOL", 1)
+    monkeypatch.setattr(agreement, "WIRE_SCHEMA", 1)
     with pytest.raises(Rejected) as error:
         session_of(terms, messages)
     assert wrong(error) is Wrong.WRONG_TERMS
