@@ -518,7 +518,7 @@ def test_a_revoked_key_is_not_back_after_a_roster_that_lacks_its_site(desk: Desk
         assert book(desk, tmp_path / "seen.json").newest() == dropped
     (tmp_path / "seen.json").unlink()
     refused(tmp_path / "seen.json")
-    # A newest roster of an earlier version has no such list beside it yet.
+    # A newest roster without such a list beside it.
     (tmp_path / "older.json").write_bytes(revoked.to_bytes())
     book(desk, tmp_path / "older.json").take(dropped.to_bytes())
     refused(tmp_path / "older.json")
@@ -537,7 +537,7 @@ def test_a_crash_while_a_roster_is_taken_forgets_no_revoked_key(desk: Desk, tmp_
     step, done = 0, False
     while not done:
         own = book(desk, tmp_path / f"{step}.json")
-        own.path.write_bytes(revoked.to_bytes())  # of an earlier version
+        own.path.write_bytes(revoked.to_bytes())
         with pytest.MonkeyPatch.context() as patch:
             killed_at(step, patch)
             try:

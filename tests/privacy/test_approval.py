@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,9 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.distributed_noise import SharedNoise
-from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
@@ -276,56 +273,6 @@ def test_other_refusals_are_recorded_each_time(manual: Open, path: Path) -> None
 def test_only_a_person_s_decision_is_waited_for() -> None:
     assert {reason for reason in Reason if reason.is_waiting} == {Reason.AWAITING_APPROVAL, Reason.PAUSED}
     assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
-
-
-# Ledgers from before.
-
-_NEW_KEYS = ("approval", "final_adapter", "machine")
-
-
-@pytest.fixture
-def old_ledger(opened: Open, proposal: Any, monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """A ledger with a run, made when policies had none of the new keys; the policy that it was made under."""
-    to_json = Policy.to_json
-
-    def without(self: Policy) -> dict[str, Any]:
-        return {key: value for key, value in to_json(self).items() if key not in _NEW_KEYS}
-
-    with monkeypatch.context() as then:
-        then.setattr(Policy, "to_json", without)
-        ledger = opened()
-        granted = reserve(ledger, proposal())
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, b"reply")
-    return ledger.policy
-
-
-def policy_note(path: Path) -> Event:
-    return next(event for event in verify(path).events if event.detail.get("what") == "policy")
-
-
-def test_an_old_ledger_can_be_read(old_ledger: Policy, path: Path, site_key: Any) -> None:
-    detail = policy_note(path).detail
-    assert not set(_NEW_KEYS) & detail["policy"].keys(), "it is an old one"
-    assert detail["sha256"] == hashlib.sha256(json.dumps(detail["policy"], sort_keys=True).encode()).hexdigest()
-    assert detail["sha256"] != old_ledger.digest()
-    history = verify(path, site_key=site_key.public).history
-    assert history.policy == old_ledger == policy_of(detail["policy"])
-    assert (history.policy.approval, history.policy.final_adapter) == ("automatic", "keep")
-    assert not history.approved
-
-
-def test_an_old_ledger_goes_on_under_the_new_program(
-    old_ledger: Policy, path: Path, opened: Open, manual: Open, proposal: Any
-) -> None:
-    before = verify(path).events
-    ledger = opened()
-    assert verify(path).events == before, "the same policy is not noted again"
-    assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply"
-    assert isinstance(reserve(ledger, proposal(), 2), Reservation)
-    changed = manual()
-    assert [event.detail.get("what") for event in verify(path).events].count("policy") == 2
-    assert isinstance(reserve(changed, proposal(), 3), Reservation)
 
 
 # The end of a run.

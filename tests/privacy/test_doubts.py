@@ -237,16 +237,3 @@ def test_a_restore_does_not_forget_who_a_user_is(
 def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, policy: Any, path: Path) -> None:
     named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
     assert opened(policy=policy(dataset=(named,))).head().users == ()
-
-
-def test_an_older_ledgers_notes_are_read(opened: Any, proposal: Any, path: Path, backup: Path) -> None:
-    """They had one doubt, of no run, and said of a restore whether it cleared that."""
-    shutil.copy(backup, path)
-    ledger = opened()
-    older = {"shared": 1, "end": 1, "path": [], "gap": [], "runs": {}, "seeded": False, "frozen": False}
-    for clears, left in ((False, 1), (True, 0)):
-        with ledger._store.transaction():
-            ledger._store.note("in_doubt", sequence=9, head="0" * 64)
-            ledger._store.note("restored", **older, clears_doubt=clears)
-        assert len(verify(path).history.doubts) == left
-    trained(opened(), proposal(run="new"), 1)

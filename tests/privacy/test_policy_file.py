@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
-from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy, Reference
@@ -63,30 +62,6 @@ def test_a_policy_survives_its_file(policy: Any, tmp_path: Path) -> None:
         assert policy_of(json.loads(json.dumps(each.to_json()))) == each
 
 
-def test_a_policy_of_an_earlier_version_reads_as_it_was_meant(policy: Any, site_toml: Path) -> None:
-    # Before there were users.  A ledger's notes of that time equal today's policy, so that none is noted again.
-    fields = policy().to_json()
-    del fields["limits"]["max_records_per_user"]
-    assert policy_of(fields) == policy()
-    site_toml.write_text(site_toml.read_text().replace("max_records_per_user = 64\n", ""))
-    assert read_policy(site_toml) == policy()
-
-
-def test_a_policy_from_before_there_was_a_floor_of_the_clip_norm_stays_readable(policy: Any, site_toml: Path) -> None:
-    fields = policy().to_json()
-    del fields["limits"]["min_grad_norm"]
-    assert policy_of(fields) == policy()
-    site_toml.write_text(site_toml.read_text().replace("min_grad_norm = 0.001\n", ""))
-    assert "min_grad_norm" not in site_toml.read_text()
-    assert read_policy(site_toml) == policy()
-    # A ceiling below today's floor: what a ledger noted stays readable, and a site.toml is told what to mend.
-    fields["limits"]["max_grad_norm"] = 1e-6
-    assert policy_of(fields).limits.min_grad_norm == 1e-6
-    assert error_of(site_toml, ("max_grad_norm = 1.0", "max_grad_norm = 1e-6")).startswith(
-        "limits.min_grad_norm = 0.001: must be at most max_grad_norm = 1e-06"
-    )
-
-
 def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, filled_in: Path) -> None:
     left_out = {"min_grad_norm": 1e-3, "max_adapter_value": 2.0, "inexact_gradients": False, "reply_after_s": 600.0}
     lines = site_toml.read_text().splitlines(keepends=True)
@@ -98,16 +73,6 @@ def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, fille
             for key, value in dataclasses.asdict(table).items()
         }
         assert {key: found[key] for key in left_out} == left_out
-
-
-def test_a_ledger_whose_delta_was_compared_with_the_largest_data_set_alone_stays_readable(
-    policy: Any, opened: Any, path: Path, site_toml: Path
-) -> None:
-    old = policy(budget={"delta": 0.00045})  # below 1 / 2,000 and above 1 / 2,500
-    opened(policy=old)
-    assert verify(path).history.policy == old
-    write_policy(old, site_toml)
-    assert error_of(site_toml).startswith("budget.delta = 0.00045: must be below")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

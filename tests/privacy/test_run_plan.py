@@ -75,8 +75,7 @@ def test_every_field_is_in_its_json(plan: Any) -> None:
         assert Plan.from_json(each.to_json()) == each
 
 
-def test_a_plan_of_records_is_written_as_it_was_before_there_were_users(plan: Any) -> None:
-    # Ledgers and requests of that time are read, and keep their digests; the golden one above is theirs.
+def test_a_plan_of_records_says_nothing_of_users(plan: Any) -> None:
     assert "records_per_user" not in plan().to_json()
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
 
@@ -88,7 +87,7 @@ def test_groups_of_scores_change_what_is_released_and_not_what_it_costs(plan: An
     assert [each.num_groups for each in (plan(), scored, grouped)] == [1, 1, 3]
     assert grouped.event(rounds=3) == scored.event(rounds=3)
     assert grouped.digest() != scored.digest()
-    assert "metrics_groups" not in scored.to_json(), "as it was written before there were groups"
+    assert "metrics_groups" not in scored.to_json(), "what says nothing is left out"
 
 
 @pytest.mark.parametrize("groups", [[], ["a", "a"], "a", [1], None, {"a": 1}, [["a"]], ["a"] * 101])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
-from fedtune.report import from_run
 from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
 from fedtune.report.page.label import as_svg
@@ -141,18 +139,6 @@ def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report
     assert "<b>" not in body.replace("\\<b\\>", "")
     assert "\\[click\\]\\(http://x\\)" in body
     assert ModelCard(card).data.license_name == front["license_name"]
-
-
-def test_a_run_of_an_earlier_version_has_a_card_too(run_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(run_folder, folder)
-    record = read_run(folder)
-    assert record.result is not None
-    assert record.result.provenance is not None
-    older = replace(record, result=replace(record.result, provenance=None))
-    card = card_text(older, from_run.build(folder), FORM)
-    assert "| Adapter it started from | none |" in card
-    assert "On the records of the lead's own test file" in card
 
 
 @pytest.mark.parametrize(

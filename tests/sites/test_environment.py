@@ -15,7 +15,7 @@ from fedtune.api.compose import compose_run
 from fedtune.model import model_sha256
 from fedtune.sites import environment
 from fedtune.sites.environment import note_environment, read_environments
-from fedtune.spec import RunError
+from fedtune.spec import RUN_SCHEMA, RunError
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_a_run_that_noted_nothing_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 2, "environments": []}',
-                '{"schema_version": 1, "environments": [{}]}']
+    "content", ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "environments": []}',
+                '{"schema_version": 2, "environments": [{}]}']
 )  # fmt: skip
 def test_a_damaged_note_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
@@ -87,4 +87,4 @@ def test_the_file_has_a_version(shared: Callable[..., Any], tmp_path: Path) -> N
     note_environment(tmp_path, shared())
     fields = json.loads((tmp_path / "environment.json").read_bytes())
     assert fields.keys() == {"schema_version", "environments"}
-    assert fields["schema_version"] == 1
+    assert fields["schema_version"] == RUN_SCHEMA

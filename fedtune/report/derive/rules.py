@@ -20,6 +20,7 @@ from fedtune.report.audit_findings import Audit
 from fedtune.report.derive import cells, profile, reliance, verdicts
 from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts, updates_of
 from fedtune.report.model import Assumption, Lifetime, Problem, Report, SiteReport, Utility, Verification
+from fedtune.spec import REPORT_SCHEMA
 
 LEAVES_OUT = (
     "other_runs",
@@ -128,6 +129,7 @@ def report_of(
         provenance=facts.provenance,
         utility=utility,
         audit=audit,
+        schema_version=REPORT_SCHEMA,
     )
     return replace(report, cells=cells.rows({**known, **cells.of_report(report)}))
 

@@ -72,9 +72,8 @@ class RunRecord:
     @property
     def start_adapter(self) -> Mapping[str, Any]:
         """What the run noted of the adapter that it began in; empty where it noted nothing."""
-        noted = (
-            self.state.start_adapter if self.state else self.result.provenance.start_adapter if self.result else None
-        )
+        made = self.state or (self.result.provenance if self.result else None)
+        noted = made.start_adapter if made else None
         return noted if isinstance(noted, Mapping) else {}
 
     @cached_property
