@@ -144,7 +144,7 @@ def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
     """Require the number of a format that this version reads; `of` says what was written in it."""
     if type(found) is not int or found != schema:
         bound = f"must be {schema}: another version of fedtune wrote this {of}, and that version reads it"
-        raise ConfigError(key, NOT_GIVEN if found is None else found, bound)
+        raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)
 
 
 def check_name(key: str, name: str) -> None:

@@ -17,7 +17,7 @@ from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import signing
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import room_of
-from fedtune.report.model import LATER, ByTrust, Report, Verdict, to_json
+from fedtune.report.model import ByTrust, Report, Verdict, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.label import as_svg
@@ -427,16 +427,6 @@ def test_how_to_check_the_hash_stands_beside_it(rendered: Rendered, language: st
     assert len(digest) == 64
     assert commands == ["sha256sum report.json", "fedtune report verify report.json"]
     assert f"{digest} (" in words_of(note), "nothing that a copy would take along"
-
-
-@pytest.mark.parametrize("path", LATER)
-def test_what_is_left_out_where_it_says_nothing_can_be_asked_for(path: str, a_report: Make) -> None:
-    """And is there where it says something."""
-    place = "/" + path.replace("*", "0")
-    data = json.loads(json.dumps(to_json(a_report())))
-    with pytest.raises(KeyError):
-        lookup(data, place)
-    assert Words(a_report(), catalogue("en")).at(place) is None
 
 
 def test_a_person_with_several_records_is_told_how_much_less(rendered: Rendered, reports: dict[str, Report]) -> None:

@@ -40,7 +40,7 @@ from fedtune.deploy.kits.kit_file import (
 from fedtune.deploy.kits.members import Member, Roster
 from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import KIT_SCHEMA, ConfigError, check_schema, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, spec
 from fedtune.words import spoken
 
 SETTINGS, CHANGE = "federation.toml", "change.json"
@@ -100,9 +100,6 @@ class _RetiredKeys:
     version: int
     fingerprints: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="folder")
-
 
 @spec
 class _Change:
@@ -114,9 +111,6 @@ class _Change:
 
     version: int
     files: dict[str, str]
-
-    def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

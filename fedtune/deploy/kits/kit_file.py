@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fedtune.deploy.kits.certificates import (
     Certificate,
@@ -96,7 +96,7 @@ def read_spec(cls: type[T], path: Path) -> T:
     """
     table = read_toml(path, key="file")
     try:
-        return from_table(cls, table)
+        return _of_this_version(cls, table)
     except ConfigError as error:
         raise error.in_file(path) from None
 
@@ -108,12 +108,19 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
         ConfigError: names the key, its value and what would be accepted; `key` is what a person calls the file.
     """
     try:
-        fields = json.loads(data)
+        found = json.loads(data)
     except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):  # a file of another kind is not quoted
+        found = None
+    if not isinstance(found, dict):  # a file of another kind is not quoted
         raise ConfigError(key, "something else", "must be JSON: one object, whole")
-    return from_table(cls, fields)
+    return _of_this_version(cls, found)
+
+
+def _of_this_version(cls: type[T], table: dict[str, Any]) -> T:
+    # First: another version's file may have other keys, too.
+    if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
+        check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
+    return from_table(cls, table)
 
 
 @spec
@@ -164,7 +171,6 @@ class KitFile:
     model: tuple[KitModel, ...] = ()
 
     def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="kit")
         check_name("federation", self.federation)
         Address.of(self.server)
         check_public_key("lead", self.lead)

@@ -35,7 +35,7 @@ from fedtune.deploy.kits.kit_file import read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, check_schema, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, spec
 from fedtune.words import spoken
 
 PURPOSE, ROSTER = "join request", "roster"
@@ -130,7 +130,6 @@ class Roster:
     signature: str = ""
 
     def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="file")
         _check_distinct(self.sites)
 
     @classmethod
@@ -258,7 +257,6 @@ class JoinRequest:
     signature: str = ""
 
     def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="file")
         check_site_name(self.site)
         check_public_key("site_key", self.site_key)
         if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):

@@ -34,7 +34,7 @@ from fedtune.deploy.kits.certificates import (
 from fedtune.deploy.kits.kit_file import Kit, read_json
 from fedtune.deploy.kits.members import Roster, signed_bytes
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import KIT_SCHEMA, ConfigError, RunError, check_schema, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, RunError, spec
 
 log = logging.getLogger(__name__)
 NEWEST = "newest_roster.json"
@@ -69,9 +69,6 @@ class RenewalRequest:
     name: str
     replaces: str
     signature: str = ""
-
-    def __post_init__(self) -> None:
-        check_schema("version", self.version, KIT_SCHEMA, of="request")
 
     @classmethod
     def of(cls, data: bytes) -> RenewalRequest:

@@ -175,7 +175,7 @@ class Head:
             schema = found.pop("schema", None)
             if schema != LEDGER_SCHEMA:
                 bound = f"must be {LEDGER_SCHEMA}: go on with the version of fedtune that wrote it and its ledger"
-                raise ConfigError(f"{path}: schema", NOT_GIVEN if schema is None else schema, bound)
+                raise ConfigError(f"{path}: schema", schema if type(schema) is int else NOT_GIVEN, bound)
             charged = tuple((dict(event), count) for event, count in found["charged"])
             runs = tuple((str(run), int(rounds)) for run, rounds in found["runs"])
             paths = {name: tuple((int(n), str(hash)) for n, hash in found[name]) for name in ("path", "made_up")}

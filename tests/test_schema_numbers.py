@@ -1,0 +1,113 @@
+"""Each format has one number: a reader refuses every other one, with one sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import compose_run, write_config
+from fedtune.config import saved_config
+from fedtune.deploy.kits.kit_file import KitFile, read_spec
+from fedtune.deploy.kits.members import JoinRequest, Roster
+from fedtune.deploy.kits.renewal import RenewalRequest
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.report import signing
+from fedtune.report.record.run_record import read_run
+from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError, RunError
+from fedtune.tasks.saved import load_task_model
+
+A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
+
+
+def around(number: int) -> list[object]:
+    """What is not `number`; None: the file says none."""
+    return [number - 1, number + 1, 0, None, str(number), True]
+
+
+def sentence(key: str, number: int, *, of: str) -> str:
+    bound = f"must be {number}: another version of fedtune wrote this {of}, and that version reads it"
+    return f"{re.escape(key)}( = -?\\d+)?: {re.escape(bound)}$"
+
+
+@pytest.fixture
+def kept(tmp_path: Path, site_policy: Callable[..., Any]) -> Ledger:
+    return Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "site_key.pem"))
+
+
+def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(
+    kept: Ledger, tmp_path: Path, site_policy: Callable[..., Any]
+) -> None:
+    path, key = tmp_path / "ledger.db", SigningKey.load(tmp_path / "site_key.pem")
+    for number in (0, LEDGER_SCHEMA - 1, LEDGER_SCHEMA + 1):
+        with sqlite3.connect(path) as file:
+            file.execute(f"PRAGMA user_version = {number}")
+        file.close()
+        before = path.read_bytes()
+        for opened in (lambda: verify(path), lambda: Ledger(path, site_policy("north"), key)):
+            with pytest.raises(RunError) as caught:
+                opened()
+            said = str(caught.value)
+            assert f"has schema {number}" in said
+            assert f"reads schema {LEDGER_SCHEMA}: go on with the version of fedtune that wrote it" in said
+            assert "all that it has charged stays charged" in said
+            assert not re.search(r"\bnew\b|remove|delete|move|start|begin", said)
+        assert path.read_bytes() == before
+
+
+def test_an_anchor_of_another_number_is_refused(kept: Ledger, tmp_path: Path) -> None:
+    anchor, whole = tmp_path / "anchor.json", json.loads(kept.head().to_bytes())
+    for number in around(LEDGER_SCHEMA):
+        anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
+        with pytest.raises(ConfigError, match="go on with the version of fedtune that wrote it and its ledger"):
+            Head.read(anchor)
+
+
+def test_a_report_of_another_number_is_refused() -> None:
+    whole = json.loads(A_REPORT.read_text())
+    for number in around(REPORT_SCHEMA):
+        changed = {**whole, "schema_version": number, "verdict": None}  # another version's may have other fields
+        if number is None:
+            del changed["schema_version"]
+        with pytest.raises(ConfigError, match=sentence("schema_version", REPORT_SCHEMA, of="report")):
+            signing.read(json.dumps(changed).encode())
+
+
+def test_a_run_folder_of_another_number_is_refused(tmp_path: Path) -> None:
+    write_config(compose_run(["experiment=debug"]), tmp_path)
+    config, text = tmp_path / "config.yaml", (tmp_path / "config.yaml").read_text()
+    for number in around(RUN_SCHEMA):
+        config.write_text(text.replace(f"schema_version: {RUN_SCHEMA}", f"schema_version: {json.dumps(number)}"))
+        for read in (saved_config, read_run):
+            with pytest.raises(ConfigError, match=sentence(f"{config}: schema_version", RUN_SCHEMA, of="run folder")):
+                read(tmp_path)
+        config.write_text(text)
+        (tmp_path / "run.json").write_text(json.dumps({"schema_version": number}))
+        key = f"{tmp_path / 'run.json'}: schema_version"
+        with pytest.raises(ConfigError, match=sentence(key, RUN_SCHEMA, of="run folder")):
+            read_run(tmp_path)
+        (tmp_path / "run.json").unlink()
+        (tmp_path / "fedtune.json").write_text(json.dumps({"schema_version": number}))
+        key = f"{tmp_path / 'fedtune.json'}: schema_version"
+        with pytest.raises(ConfigError, match=sentence(key, RUN_SCHEMA, of="adapter")):
+            load_task_model(tmp_path)
+
+
+def test_a_kit_of_another_number_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "kit.toml"
+    for number in (KIT_SCHEMA - 1, KIT_SCHEMA + 1, 0):
+        file.write_text(f"version = {number}\nother = 1\n")
+        with pytest.raises(ConfigError, match=sentence(f"{file}: version", KIT_SCHEMA, of="file")):
+            read_spec(KitFile, file)
+    for kind in (Roster, JoinRequest, RenewalRequest):
+        for number in around(KIT_SCHEMA):
+            with pytest.raises(ConfigError, match=sentence("version", KIT_SCHEMA, of="file")):
+                kind.of(json.dumps({"version": number, "other": 1}).encode())
