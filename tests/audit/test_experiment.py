@@ -136,7 +136,7 @@ def test_a_model_that_learns_its_records_by_heart_is_found(
 def test_what_is_written_is_in_the_report(sound: Any) -> None:
     _, found, folder = sound
     written = json.loads((folder / "audit.json").read_text())
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
     in_report = json.loads((folder / "report.json").read_text())["audit"]
     assert in_report == {key: value for key, value in written.items() if key != "schema_version"}
@@ -166,7 +166,7 @@ def test_sites_of_an_audit_take_any_adapter(sound: Any) -> None:
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "audit.json").write_text('{"schema_version": 1}')
+    (tmp_path / "audit.json").write_text('{"schema_version": 2}')
     with pytest.raises(RunError, match="damaged"):
         read_audit(tmp_path)
     assert read_audit(tmp_path / "nowhere") is None

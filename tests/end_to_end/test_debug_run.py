@@ -77,7 +77,7 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
     assert set(result) == {
         "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
     }  # fmt: skip
-    assert (result["schema_version"], result["task"]) == (1, "classification")
+    assert (result["schema_version"], result["task"]) == (2, "classification")
     made = result["provenance"]
     assert made["population"] == {
         "dataset": "banking77", "unit": "record", "declared_sizes": {"site-1": 230, "site-2": 230}

@@ -390,8 +390,8 @@ FEDERATION_FAULTS = (
         name="reply-outside-the-signature",
         fault="The digest of the reply stands in the receipt and is not signed, so that a server can change both.",
         file="fedtune/privacy/release.py",
-        old="        if not self.reply:\n            del fields",
-        new="        if True:\n            del fields",
+        old='for name in self.__slots__ if name != "signature"}',
+        new='for name in self.__slots__ if name not in ("signature", "reply")}',
         tests=("tests/privacy/test_release.py",),
     ),
     Mutant(

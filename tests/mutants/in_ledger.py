@@ -295,10 +295,10 @@ LEDGER_FAULTS = (
     ),
     Mutant(
         name="anchor-half-signed",
-        fault="What anchors came to say later is not signed: whoever holds one takes a doubt or a denial out of it.",
+        fault="What anchors say of doubts and denials is not signed: whoever holds one takes a doubt or a denial out of it.",
         file="fedtune/privacy/ledger/chain.py",
-        old="if name not in later or value != later[name]}",
-        new="if name not in later}",
+        old='        del said["signature"]\n',
+        new='        del said["signature"], said["doubts"], said["denied"]\n',
         tests=("tests/privacy/test_chain.py::test_a_head_survives_its_file_and_every_field_is_signed",),
     ),
 )

@@ -182,8 +182,8 @@ _START = (
         name="start-outside-the-digest",
         fault="A run that begins in another adapter has the same id, and goes on under the charge of the first.",
         file="fedtune/config.py",
-        old="            if fields[group][key] == default:",
-        new='            if fields[group][key] == default or key == "adapter_sha256":',
+        old='("cache_dir", "public_id", "adapter")]',
+        new='("cache_dir", "public_id", "adapter", "adapter_sha256")]',
         tests=(f"{OF_SETTINGS}::test_whatever_decides_a_result_makes_another_run",),
     ),
     Mutant(

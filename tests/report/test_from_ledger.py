@@ -350,7 +350,7 @@ def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
     one, other = (signing.to_text(from_ledger.build(charged.site_toml)) for _ in range(2))
     assert one == other
     assert signing.read(one.encode()) == from_ledger.build(charged.site_toml)
-    assert json.loads(one)["schema_version"] == 2
+    assert json.loads(one)["schema_version"] == 3
 
 
 def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(

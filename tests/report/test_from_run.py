@@ -114,7 +114,7 @@ def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
 
 
 def test_a_damaged_environment_is_an_error(folder: Path) -> None:
-    (folder / "environment.json").write_text('{"schema_version": 1}')
+    (folder / "environment.json").write_text('{"schema_version": 2}')
     with pytest.raises(RunError, match=r"environment\.json is damaged"):
         from_run.build(folder)
 
@@ -246,17 +246,17 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
         "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
                         "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": []}],
     }  # fmt: skip
-    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1}))
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2}))
     report = from_run.build(folder)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
     assert recompute.problems(report) == []
-    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1, "delta": 1e-4}))
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2, "delta": 1e-4}))
     with pytest.raises(RunError, match="of another run: its delta is"):
         from_run.build(folder)
     # Nor does it help that the bounds are gone while it says that one was passed.
-    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 1, "bounds": []}))
+    (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2, "bounds": []}))
     assert [site.verdict.state for site in from_run.build(folder).sites] == ["no_guarantee"] * 2
 
 
@@ -268,7 +268,7 @@ def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing
     assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2
     assert [site.meaning for site in report.sites] == [None, None]
     assert recompute.problems(report) == []
-    found = {"schema_version": 1, "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False,
+    found = {"schema_version": 2, "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False,
              "exceeded": False, "bounds": [], "membership": []}  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(found))
     report = from_run.build(folder)

@@ -233,7 +233,7 @@ def test_a_folder_that_was_changed_is_refused(trained: Any, tmp_path: Path) -> N
         ({"lora": settings["lora"] | {"rank": 3}}, ConfigError),
         ({"lora": settings["lora"] | {"rang": 3}}, ConfigError),
         ({"model": settings["model"] | {"sha256": "0" * 64}}, ConfigError),
-        ({"schema_version": 2}, ConfigError),
+        ({"schema_version": 1}, ConfigError),
         ({"labels": None}, ConfigError),
     ):
         rewrite(**changes)

@@ -155,7 +155,7 @@ def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
     assert not StartAdapter.read(str(tmp_path)).has_head_for(spec)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "model": 5}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "model": 5}'])
 def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "fedtune.json").write_text(content)
