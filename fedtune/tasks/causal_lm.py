@@ -382,7 +382,7 @@ class Layout:
         if self.literal is not None:
             ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
-            # These may hold special tokens by name: templates of 0.1.0 could write turns so.
+            # These may hold special tokens by name: a template may write turns so.
             ids_of_parts = (ids for ids in encode(parts, tokenizer, special_tokens=False, within=within))
         whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
         for (context, one), (answer, other) in zip(whole, whole, strict=True):

@@ -295,7 +295,7 @@ LEDGER_FAULTS = (
     ),
     Mutant(
         name="anchor-half-signed",
-        fault="What anchors say of doubts and denials is not signed: whoever holds one takes a doubt or a denial out of it.",
+        fault="Doubts and denials of an anchor are not signed: whoever holds it takes one of them out.",
         file="fedtune/privacy/ledger/chain.py",
         old='        del said["signature"]\n',
         new='        del said["signature"], said["doubts"], said["denied"]\n',
