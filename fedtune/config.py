@@ -289,6 +289,8 @@ class RunConfig:
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
         for group, key in (("evaluation", "max_tokens"), *patience, *places):
             del fields[group][key]
+        if self.privacy.unit == "record":
+            del fields["privacy"]["records_per_user"]  # of no effect
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:

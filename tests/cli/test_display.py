@@ -30,6 +30,7 @@ from fedtune.federation.results import (
 from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 
+from ..builders import run_result
 from .widths import COLUMNS, too_wide
 
 
@@ -196,7 +197,7 @@ def result(**changes: Any) -> RunResult:
     final = FinalResult(
         metrics={"accuracy": 0.5}, metrics_before={"accuracy": 0.1}, seconds=61.0, peak_memory_bytes=2**30
     )
-    return RunResult(rounds=(), final=final, privacy=replace(privacy, **changes))
+    return run_result(rounds=(), final=final, privacy=replace(privacy, **changes))
 
 
 def table(config: RunConfig, result: RunResult) -> str:

@@ -302,7 +302,7 @@ class Claimed:
         return self._roster.to_bytes()
 
     def requests(self) -> list[bytes]:
-        return [b'{"version": 1, "federation": "cardiology", "name": "north", "replaces": "00", "signature": "00"}']
+        return [b'{"version": 2, "federation": "cardiology", "name": "north", "replaces": "00", "signature": "00"}']
 
     def send_roster(self, data: bytes) -> None:
         self.sent.append(data)

@@ -20,6 +20,8 @@ from fedtune.federation.lead import RoundResult
 from fedtune.federation.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.spec import RunError
 
+from ..builders import run_result
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 
 
@@ -180,7 +182,7 @@ def result(validation: Mapping[str, float | None], *, test: float = 0.5, finding
         ),
     )
     final = FinalResult(metrics={"accuracy": test, "loss": test}, findings=findings)
-    return RunResult(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
+    return run_result(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
 
 
 @pytest.fixture

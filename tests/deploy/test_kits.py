@@ -27,7 +27,7 @@ from fedtune.deploy.kits.certificates import certificate_pem, p384_of, read_cert
 from fedtune.deploy.kits.kit_file import Address, Kit, KitFile, KitModel, read_spec
 from fedtune.deploy.kits.members import read_roster
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError
+from fedtune.spec import KIT_SCHEMA, ConfigError
 
 KINDS = ("server", "lead", "site")
 
@@ -103,7 +103,6 @@ def test_a_key_that_others_can_read_is_refused(kits: dict[str, Path], kind: str,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("version = 2", "version = 2: must be one of 1"),
         ('server = "fl.example.org"', "server = 'fl.example.org': must be host:port"),
         ('lead = "00"', "lead = '00': must be a public key"),
         ('site = "../etc"', "site = '../etc': must be made of"),
@@ -224,8 +223,6 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields.update(version=2), "version = 2: must be one of 1"),
-        (lambda fields: fields.update(version=True), "version = true: must be a whole number"),
         (lambda fields: fields.update(extra=1), "extra: is not a key here"),
         (lambda fields: fields.update(sites={}), "sites = {}: must be a list"),
         (lambda fields: fields["sites"].append(fields["sites"][0]), "site = 'north': must not repeat"),
@@ -330,7 +327,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 )
 def test_any_licence_comes_back_from_kit_toml(tmp_path_factory: pytest.TempPathFactory, licence: str) -> None:
     kit = KitFile(
-        version=1,
+        version=KIT_SCHEMA,
         kind="site",
         federation="f",
         server="[::1]:1",

@@ -299,7 +299,7 @@ def test_a_change_for_which_there_is_no_room_is_not_made(desk: Desk, monkeypatch
 
 def test_a_change_that_somebody_damaged_is_named(desk: Desk) -> None:
     before = whole(desk.folder)
-    for text in ("nothing", '{"version": 1, "files": {"lead/roster.json": "x"}}', '{"version": 2, "files": {}}'):
+    for text in ("nothing", '{"version": 2, "files": {"lead/roster.json": "x"}}', '{"version": 3, "files": {}}'):
         (desk.folder / CHANGE).write_text(text)
         with pytest.raises(ConfigError, match=r"change\.json"):
             FederationFolder.open(desk.folder)
@@ -329,7 +329,7 @@ def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
 
 def test_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
     request = desk.request("north")
-    for text in ("nothing", '{"version": 1}', '{"version": 1, "fingerprints": [1]}'):
+    for text in ("nothing", '{"version": 2}', '{"version": 2, "fingerprints": [1]}'):
         (desk.folder / "retired_keys.json").write_text(text)
         with pytest.raises(ConfigError, match=r"retired_keys\.json"):
             desk.add(request)

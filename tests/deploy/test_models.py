@@ -23,7 +23,7 @@ from fedtune.deploy.kits.models import install_model, installed_model, licence_f
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
 
 
 @pytest.fixture
@@ -34,7 +34,14 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
 
     def make(*hashes: str) -> Kit:
         named = tuple(KitModel(name=f"m{n}", sha256=found, licence="MIT") for n, found in enumerate(hashes, 1))
-        about = {"version": 1, "kind": "site", "federation": "f", "server": "h:1", "lead": "ab" * 32, "site": "north"}
+        about = {
+            "version": KIT_SCHEMA,
+            "kind": "site",
+            "federation": "f",
+            "server": "h:1",
+            "lead": "ab" * 32,
+            "site": "north",
+        }
         return Kit(folder=folder, model=named, **about)
 
     return make

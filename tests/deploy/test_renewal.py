@@ -433,7 +433,7 @@ def test_the_server_keeps_no_request_that_the_lead_would_refuse(desk: Desk, nort
         ("south", RenewalRequest.make(north), "must be in the name of south, who asks"),
         ("north", json.dumps(asdict(replace(request, signature="00"))).encode(), "must be signed with the key"),
         ("north", json.dumps(asdict(replace(request, federation="other"))).encode(), "must be for the certificate"),
-        ("north", b"{}", "is required"),
+        ("north", b'{"version": 2}', "is required"),
         ("north", b"", "must be JSON"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -14,6 +14,8 @@ from fedtune.model import Adapter
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 
+from ..builders import run_result
+
 
 @pytest.fixture
 def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Callable[..., dict[str, Any]]:
@@ -39,6 +41,7 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
             task="classification",
             config_sha256="00",
             seeded_noise=False,
+            provenance=run_result(rounds=(), final=final, privacy=None).provenance,
         ).to_json()
 
     return make

@@ -20,7 +20,7 @@ from fedtune.config import saved_config
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec
-from fedtune.deploy.kits.members import VERSION, Roster, read_roster
+from fedtune.deploy.kits.members import Roster, read_roster
 from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.lead import Checkpoints, ReceiptBook
@@ -35,7 +35,7 @@ from fedtune.report.checks import checks
 from fedtune.report.difference import differences
 from fedtune.report.record.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
-from fedtune.spec import ConfigError, DataError, FedtuneError, RunError
+from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
 from fedtune.tasks import load_task_model
 
 from . import seeds
@@ -181,7 +181,9 @@ def _federation(folder: Path) -> FederationFolder:
 def _roster_seed() -> Any:
     path = seeds.folder() / "roster.json"
     if not path.exists():
-        made = Roster(version=VERSION, federation="clinics", sites=(_member(),), number=7, signature="ab")
+        made = Roster(
+            version=KIT_SCHEMA, server="", lead="", federation="clinics", sites=(_member(),), number=7, signature="ab"
+        )
         path.write_bytes(made.to_bytes())
     return json.loads(path.read_bytes())
 
@@ -206,7 +208,9 @@ def _member() -> Any:
 
 
 def _kit_seed() -> str:
-    kit = KitFile(version=1, kind="site", federation="clinics", server="a.b:1", lead=seeds.key(1).public, site="north")
+    kit = KitFile(
+        version=KIT_SCHEMA, kind="site", federation="clinics", server="a.b:1", lead=seeds.key(1).public, site="north"
+    )
     return kit.to_toml() + '\n[[model]]\nname = "m"\nsha256 = "' + "ab" * 32 + '"\nlicence = "MIT"\n'
 
 
@@ -316,7 +320,7 @@ TARGETS = (
     ),
     Target(
         name="retired keys",
-        broken=_json(lambda: {"version": 1, "fingerprints": ["ab" * 32]}),
+        broken=_json(lambda: {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}),
         parse=_in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
         errors=_OURS,
     ),
