@@ -75,8 +75,6 @@ def test_a_report_of_another_number_is_refused() -> None:
     whole = json.loads(A_REPORT.read_text())
     for number in around(REPORT_SCHEMA):
         changed = {**whole, "schema_version": number, "verdict": None}  # another version's may have other fields
-        if number is None:
-            del changed["schema_version"]
         with pytest.raises(ConfigError, match=sentence("schema_version", REPORT_SCHEMA, of="report")):
             signing.read(json.dumps(changed).encode())
 

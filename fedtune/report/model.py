@@ -446,9 +446,9 @@ def from_json(text: str | bytes) -> Report:
         return _ADAPTER.validate_json(text, strict=True)  # strict: "1" and true are no numbers
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        if number := [one for one in problems if one["loc"] == ("schema_version",)]:
-            found = None if number[0]["type"] == "missing" else number[0]["input"]
-            check_schema("schema_version", found, REPORT_SCHEMA, of="report")
+        for one in problems:
+            if one["loc"] == ("schema_version",) and one["type"] != "missing":
+                check_schema("schema_version", one["input"], REPORT_SCHEMA, of="report")
         first = problems[0]
         where = ".".join(str(part) for part in first["loc"]) or "report"
         said = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")

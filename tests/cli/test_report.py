@@ -565,8 +565,8 @@ def test_a_pipe_is_no_report(run_folder: Path, command: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{}", "kind = 'absent': must be as in a report of schema version 2"),
-    ("[1]", "report = 'another value': must be as in a report of schema version 2"),
+    ("{}", "kind = 'absent': must be as in a report of schema version 3"),
+    ("[1]", "report = 'another value': must be as in a report of schema version 3"),
     ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
     ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
 ])  # fmt: skip

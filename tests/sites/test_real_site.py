@@ -16,7 +16,7 @@ import pytest
 import fedtune.sites.real_site as real_site
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Brought, Reply
 from fedtune.model import Adapter
@@ -637,7 +637,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     assert receipt is not None
     assert receipt.charged_rounds == 1
     folder = kept_folder(site)
-    config = parse(json.loads((folder / "config.yaml").read_text()))
+    config = saved_config(folder)
     found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)
     data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
