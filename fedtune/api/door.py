@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.compose import compose_recipe
@@ -31,10 +32,12 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.results import PrivacyResult, RunResult
     from fedtune.privacy.ledger.spending import Spending
     from fedtune.privacy.proposal import Proposal
+    from fedtune.report.audit_findings import Audit
     from fedtune.report.checks import Check
     from fedtune.report.model import Report
     from fedtune.sites.saved_model import BesideBase, SavedModel
     from fedtune.sites.shared_model import SharedModel
+    from fedtune.sites.side_by_side import SideBySide
 
 Recipe = str | Path | RunConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
@@ -119,6 +122,40 @@ def simulate(
     return load(folder)
 
 
+def audit(
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    *,
+    attack: Mapping[str, Any] = MappingProxyType({}),
+    progress: Callable[[Progress], None] = lambda told: None,
+) -> tuple[Run, Audit]:
+    """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
+
+    Args:
+        recipe: as of `simulate`.
+        settings: as of `simulate`.
+        progress: as of `simulate`.
+        attack: values by the names of `fedtune.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
+
+    Raises:
+        ValueError, RunError: as `simulate`; and for a setting of the attack.
+    """
+    from fedtune.api.working_folder import folder_of, run_in_folder
+    from fedtune.audit.experiment import auditable, run_audit
+    from fedtune.audit.spec import AuditSpec
+    from fedtune.report.derive.audit_bounds import read_audit
+
+    spec = AuditSpec(**attack)
+    config = auditable(compose_recipe(recipe, settings), spec)
+    folder = folder_of(config)
+    run_in_folder(
+        config, folder, _Teller(config, progress), work=lambda *run: run_audit(run[0], spec, run[1], listener=run[2])
+    )
+    found = read_audit(folder)
+    assert found is not None, "an audit that ended has written what it found"
+    return load(folder), found
+
+
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
     """What a run would cost in privacy, by site and round, from settings and declared sizes alone.
 
@@ -162,6 +199,28 @@ def evaluate(run: Run, data: str | Path) -> BesideBase:
     from fedtune.sites.saved_model import beside_base
 
     return beside_base(run.config, run.adapter, str(data))
+
+
+def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySide:
+    """Score finished runs, and their base before training, on the same records.
+
+    `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
+    the same records for both; `estimate(NAME, score)` is one's own score.  Scores are exact, and no guarantee covers
+    them.
+
+    Args:
+        runs: by the names that they are to have; the first one's settings say which the records are.
+        data: a file with the columns that these settings name; None: the first run's test records.
+
+    Raises:
+        ValueError: a run is not finished, or the runs' scores say nothing about each other.
+    """
+    from fedtune.sites.side_by_side import Finished, side_by_side
+
+    if not runs:
+        raise ConfigError("runs", {}, "must name at least one run")
+    finished = {name: Finished(folder=run.folder, config=run.config, adapter=run.adapter) for name, run in runs.items()}
+    return side_by_side(finished, file=None if data is None else str(data))
 
 
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:

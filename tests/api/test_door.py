@@ -75,6 +75,32 @@ def test_a_run_is_loaded_from_its_folder_or_its_adapters(run: fedtune.Run) -> No
         fedtune.load(run.folder / "sites")
 
 
+def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
+    found = fedtune.compare({"tuned": run})
+    assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
+    difference = found.comparison("base", "tuned").difference
+    assert difference.low <= difference.value <= difference.high
+    with pytest.raises(ValueError, match="must name at least one run"):
+        fedtune.compare({})
+
+
+def test_rounds_and_events_are_tables(run: fedtune.Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    rounds = run.to_frame()
+    assert isinstance(rounds, pandas.DataFrame)
+    assert list(rounds["sites"]) == [len(one.sites) for one in run.rounds]
+    events = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").to_frame()
+    assert list(events["kind"]).count("commit") == 2
+
+
+def test_a_run_is_audited(tmp_path: Path) -> None:
+    found, audit = door.audit("debug", tiny(tmp_path), attack={"canaries": 20})
+    assert found.rounds
+    assert not audit.exceeded
+    with pytest.raises(ValueError, match="canaries"):
+        door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+
+
 def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
     path = run.folder / "sites" / "site-1" / "ledger.db"
     before = path.read_bytes()

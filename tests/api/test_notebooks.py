@@ -1,0 +1,47 @@
+"""docs/notebooks as their readers run them, and an application that uses fedtune as a library."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+DOCS = Path(__file__).parents[2] / "docs"
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
+    client = NotebookClient(
+        nbformat.read(path, as_version=4), timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+
+
+def test_an_application_of_forty_lines_picks_the_strongest_promise_that_serves(tmp_path: Path) -> None:
+    application = shutil.copy(DOCS / "notebooks" / "application.py", tmp_path)
+    assert len(Path(application).read_text().splitlines()) <= 40
+    done = subprocess.run(
+        [sys.executable, application, "debug", "--needs", "0", "--epsilon", "1", "8"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("epsilon 1: ")
+    assert (tmp_path / "runs" / "debug-at-1" / "report.html").is_file()
+    assert not (tmp_path / "runs" / "debug-at-8").exists(), "a weaker promise was not needed"
