@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from fedtune.spec import DataError
+from fedtune.words import counted
 
 GROUP = "group"
 """The role by which scores that sites release are told apart."""
@@ -134,7 +135,7 @@ def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str
     try:
         cells = _cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
-            raise DataError(at, f"{len(cells)} cells", f"must have {len(header)} cells, as the header")
+            raise DataError(at, counted(len(cells), "cell"), f"must have {counted(len(header), 'cell')}, as the header")
     except DataError as error:
         if not (more := text.rstrip().count("\n")):
             raise

@@ -101,13 +101,28 @@ _PEOPLE = (
         "konto",
     ),
     *("holder", "household", "donor", "owner", "author", "autor", "speaker", "sender", "reviewer", "screen", "handle"),
-    *("email", "pseudonym", "pseudo", "device", "doctor", "physician", "therapist", "agent"),
+    *(
+        "email",
+        "phone",
+        "pseudonym",
+        "pseudo",
+        "subj",
+        "pat",
+        "cust",
+        "emp",
+        "usr",
+        "device",
+        "doctor",
+        "physician",
+        "agent",
+    ),
+    *("therapist", "commenter", "poster"),
 )
 """Whose a record is; where several columns say so, the first counts."""
 _BEFORE = (
     "anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk"
 )
-_BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|identifier|kennung"
+_BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|address|identifier|kennung"
 _OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(_PEOPLE)})(?:s|r|n|en)?(?:{_BEHIND})*")
 _PLACES = frozenset(
     {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
@@ -334,8 +349,12 @@ def _words_of(name: str) -> list[str]:
 
 
 def person_of(name: str) -> int | None:
-    """Where in the order of people a column stands that is called as people are; None: it is not."""
-    found = _OF_PEOPLE.fullmatch(key_of(name))
+    """Where in the order of people a column stands that is called as people are; None: it is not.
+
+    Before `author_id` may stand other words, such as `tweet`.
+    """
+    words = _words_of(name)
+    found = _OF_PEOPLE.fullmatch(key_of(name)) or (len(words) > 2 and _OF_PEOPLE.fullmatch("".join(words[-2:])))
     return _PEOPLE.index(found["who"]) if found else None
 
 

@@ -178,7 +178,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, str], str, str]] = {
     ),
     "a column twice": ("a.csv", b"question,intent,intent\na,b,c\n", COLUMNS, "column 'intent'", "must appear once"),
     "a header alone": ("a.csv", b"question,intent\n", COLUMNS, "a.csv", "'no records'"),
-    "a cell too few": ("a.csv", b"question,intent\na,b\nc\n", COLUMNS, "a.csv:3", "'1 cells': must have 2 cells"),
+    "a cell too few": ("a.csv", b"question,intent\na,b\nc\n", COLUMNS, "a.csv:3", "'1 cell': must have 2 cells"),
     "a cell too many": ("a.csv", b"question,intent\na,b,c\n", COLUMNS, "a.csv:2", "'3 cells'"),
     "an open quote": (
         "a.csv",

@@ -81,6 +81,7 @@ def test_what_is_not_read_is_named(tmp_path: Path, row: Rows, column: str, why: 
     [
         *("patient_nr", "PatientNummer", "Patient-ID", "id_patient", "hashed_patient_id", "pseudo_id", "Kundennummer"),
         *("kunden_nr", "account_id", "screen_name", "pid", "SSN", "nhs_number", "customer email", "anon_user"),
+        *("tweet_author_id", "user.screen_name", "cust_id", "PatID", "Patienten-ID", "Email Address"),
     ],
 )
 def test_a_column_called_as_people_are_is_the_unit(tmp_path: Path, name: str) -> None:
@@ -88,7 +89,9 @@ def test_a_column_called_as_people_are_is_the_unit(tmp_path: Path, name: str) ->
     assert found.roles == {"text": "text", "label": "label", "user": name}
 
 
-@pytest.mark.parametrize("name", ["user_rating", "customer_type", "patient_age", "personal", "screening", "covid"])
+@pytest.mark.parametrize(
+    "name", ["user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score"]
+)
 def test_what_is_said_of_people_is_no_id(tmp_path: Path, name: str) -> None:
     assert "user" not in seen(tmp_path, lambda n: {"text": texts(n), "label": "ab"[n % 2], name: n % 9}).roles
 
