@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +16,9 @@ from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import json_text, print_json, say, show, write_file
+from fedtune.cli.sections import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.cli.shown_run import run_simulation
-from fedtune.cli.sweep import continued, result_in
+from fedtune.cli.sweep import continued, in_one_line, result_in
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
@@ -25,8 +26,10 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.sites.from_run_to_run import from_run_to_run
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
+from fedtune.words import counted
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.results import RunResult
@@ -98,8 +101,16 @@ def compare(
         into = Path(runs[0].config.tracking.output_dir)
         options = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
         flags = ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
-        with from_run_to_run():
-            lines = _run_all(runs, console, again=_again(words, into, options, flags))
+        again = _again(words, into, options, flags)
+        _say_price(runs, console)
+        if not words:
+            require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
+        try:
+            with from_run_to_run():
+                lines = _run_all(runs, console, again=again)
+        except BaseException:
+            say(f"Continue with: {again}", console=console)
+            raise
     with Console(stderr=True).status("Scoring ..."):
         compared = scored(lines, data=data, by=by, smallest=smallest, generate=generate)
     written = _write(compared, output, into)
@@ -219,6 +230,16 @@ def _again(words: Sequence[str], into: Path, options: Mapping[str, object], flag
     return shlex.join(["fedtune", "compare", *named, f"name={into.name}", *given, *flags])
 
 
+def _say_price(runs: Sequence[Planned], console: Console) -> None:
+    plan = runs[0].config.plan()
+    names, rounds = ", ".join(run.name for run in runs), counted(plan.num_rounds, "round")
+    say(f"{counted(len(runs), 'run')} of {rounds}, one after the other: {names}.", console=console)
+    if plan.private:
+        epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
+        said = f"Each spends epsilon {epsilon} at delta {plan.delta:g} of its records; together they spend more."
+        say(said, console=console)
+
+
 def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[Line]:
     """Run what is not finished yet, each in a folder of its own."""
     known: list[tuple[Planned, RunConfig, Path, RunResult | None]] = []
@@ -228,9 +249,9 @@ def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[L
         known.append((run, config, folder, result_in(folder, finished=True)))
     lines = []
     for number, (run, config, folder, earlier) in enumerate(known, start=1):
-        if earlier is None:
-            say(f"{run.name} ({number} of {len(known)})", style="bold", console=console)
-        result = earlier or run_simulation(config, folder, console, again=again)
+        result = earlier or in_one_line(
+            console, f"{number} of {len(known)}, {run.name}", partial(run_simulation, config, folder, again=again)
+        )
         lines.append(
             Line(name=run.name, kind=run.kind, site=run.site, private=run.private, folder=folder, result=result)
         )

@@ -21,6 +21,7 @@ from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
+from fedtune.model.products import multiplies_rounded
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.privacy.proposal import Proposal
@@ -353,6 +354,11 @@ def _settings_table(config: RunConfig, shared: SharedModel, plan: Plan) -> Table
         ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
         weak, words = ratio < WEAK_SIGNAL, signal_words(ratio)
         rows["signal"] = f"[yellow]{words}[/yellow]" if weak else words
+    if config.model.dtype == "mixed" and str(shared.device) == "cpu" and not multiplies_rounded():
+        rows["format"] = (
+            "[yellow]model.dtype=mixed makes this run slower: this CPU has no instructions for bfloat16, and "
+            "model.dtype=float32 needs less time here[/yellow]"
+        )
     if not shared.keeps_states:
         rows["memory"] = (
             f"[yellow]runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which "
@@ -383,7 +389,8 @@ def _promise(config: RunConfig, plan: Plan) -> str:
         return "[yellow]none (privacy=none)[/yellow]"
     marked = "; [yellow]seeded noise: a study without a guarantee[/yellow]" if config.runtime.seeded_noise else ""
     return (
-        f"epsilon at most {config.privacy.epsilon:g} at delta {plan.delta:g} for each {plan.unit}: "
+        f"epsilon at most {epsilon_text(charged_epsilons(plan, plan.most_rounds)[0])} at delta {plan.delta:g} for each "
+        f"{plan.unit}: "
         f"clip {plan.max_grad_norm:g}, noise {noise_words(plan)}{_contribution(plan)}{marked}"
     )
 

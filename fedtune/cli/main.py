@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
+from threading import Timer
 from typing import TextIO
 
 # Flower reads it when it is imported: nothing is told to anybody outside the federation.
@@ -64,6 +65,21 @@ def _scipy_without_its_notes() -> Iterator[None]:
         NumpyDocString._parse = parse
 
 
+_LOADING_S = 0.5
+
+
+@contextmanager
+def _said_where_slow() -> Iterator[None]:
+    """Say on a terminal that libraries are loaded, where that takes longer than a person waits in silence."""
+    timer = Timer(_LOADING_S, _tell, ["loading libraries ..."])
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class _Fedtune(click.Group):
     """The commands, of which only the one that is called is imported: torch, Hydra and the accountants take seconds."""
 
@@ -73,7 +89,11 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        with importing(), _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext():
+        with (
+            importing(),
+            _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext(),
+            _said_where_slow(),
+        ):
             found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
         return found
 

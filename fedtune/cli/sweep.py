@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,9 +167,20 @@ def run_sweep(
 def ran(row: SweptRun, console: Console, *, run: Callable[[RunConfig, Path, Console], RunResult]) -> SweptRun:
     """The row after its run, whatever ended that."""
     try:
-        return replace(row, result=run(row.config, row.folder, console))
+        return replace(row, result=in_one_line(console, row.folder.name, partial(run, row.config, row.folder)))
     except BaseException as error:
         return replace(row, error=error, result=result_in(row.folder))
+
+
+def in_one_line(console: Console, name: str, run: Callable[[Console], RunResult]) -> RunResult:
+    """Do one of several runs, and say in a line what it came to; its folder has the rest."""
+    began = time.monotonic()
+    with console.status(f"{name} ..."):
+        result = run(Console(file=io.StringIO(), width=console.width))
+    scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
+    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
+    say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
+    return result
 
 
 def best_of(rows: Sequence[SweptRun], *, fewest: int = 2) -> SweptRun | None:

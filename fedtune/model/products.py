@@ -27,6 +27,11 @@ from transformers.pytorch_utils import Conv1D
 _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
 
 
+def multiplies_rounded() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them, rounding costs time and saves none."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
+
+
 class _Product(torch.autograd.Function):
     """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,), in float32; only values get a gradient."""
 

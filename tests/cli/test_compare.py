@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def test_the_same_command_again_runs_nothing_and_says_the_same(
     made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
     again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
     assert json.loads(again.out) == json.loads(outcome.out)
-    assert "of 8)" not in again.err
+    assert "of 8, " not in again.err
     assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
 
 
@@ -130,8 +131,19 @@ def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], 
     assert again.code == 0, again.err
     names = [model["name"] for model in json.loads(again.out)["models"]]
     assert names == ["base", "federated", "pooled"]
-    assert "federated (1 of 2)" in again.err
-    assert "pooled (2 of 2)" in again.err
+    about, spends, *lines = again.err.splitlines()
+    assert about.endswith("one after the other: federated, pooled.")
+    assert spends.startswith("Each spends epsilon ")
+    assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
+
+
+def test_without_an_experiment_it_says_the_price_and_asks(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.cli.compare._run_all", lambda *_, **__: pytest.fail("nobody agreed"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    outcome = command("compare")
+    assert (outcome.code, outcome.message) == (1, "nothing is trained; experiment=NAME names other records")
+    assert "Each spends epsilon 7.9" in outcome.out or "Each spends epsilon 8.000" in outcome.out
+    assert "Train them now? [y/N]" in outcome.out
 
 
 def test_runs_that_are_there_are_scored_on_one_file(

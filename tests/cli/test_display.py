@@ -28,6 +28,7 @@ from fedtune.federation.results import (
     SiteResult,
 )
 from fedtune.model import Adapter
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import Receipt
 
 from ..builders import run_result
@@ -135,7 +136,21 @@ def test_settings_come_first(config: RunConfig) -> None:
     out = shown(config)
     assert "banking77, declared sizes: site-1 90, site-2 90" in out
     assert "10 rounds x 2 steps, sampling rate 0.2" in out
-    assert "epsilon at most 8 at delta 1e-05 for each record: clip 1, noise multiplier 4" in out
+    plan = config.plan()
+    epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
+    assert float(epsilon) < 4, "its own, and not the target's 8"
+    assert f"epsilon at most {epsilon} at delta 1e-05 for each record: clip 1, noise multiplier 4" in out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "told"), [("mixed", False, True), ("mixed", True, False), ("float32", False, False)]
+)
+def test_a_format_that_makes_a_run_slower_is_told_before_it_trains(
+    config: RunConfig, dtype: Any, has: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.cli.display.multiplies_rounded", lambda: has)
+    out = shown(replace(config, model=replace(config.model, dtype=dtype)))
+    assert ("model.dtype=mixed makes this run slower" in out) is told
 
 
 def test_no_privacy_is_said(tiny: Any, tmp_path: Path) -> None:

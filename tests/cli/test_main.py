@@ -3,10 +3,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import inspect
+import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,28 @@ def test_neither_help_nor_a_plan_waits_for_a_model() -> None:
         "print([name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules])"
     )
     assert printed(code).endswith("\n[]\n")
+
+
+def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        said = threading.Event()
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            self.said.set()
+            return super().write(text)
+
+    def slow(name: str) -> Any:
+        assert screen.said.wait(60), "it is said while they are loaded"
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    monkeypatch.setattr("fedtune.cli.main._LOADING_S", 0.0)
+    monkeypatch.setattr("fedtune.cli.main.import_module", slow)
+    assert fedtune.get_command(click.Context(fedtune), "ledger") is not None
+    assert screen.getvalue() == "fedtune: loading libraries ...\n"
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:

@@ -18,6 +18,7 @@ from fedtune.cli.display import Display
 from fedtune.cli.sweep import SweptRun, best_of, run_sweep
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
 
 from ..builders import run_result
@@ -139,7 +140,7 @@ def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(
 
     again = command("simulate", "-m", *words)
     assert (again.code, again.err) == (0, "")
-    assert "resuming after round 1" in again.out
+    assert verify(tmp_path / "stopped-seed=2/sites/site-1/ledger.db").history.charged().total() == 2, "none twice"
     assert "1 run had been finished before" in again.out
     lines = lines_of(tmp_path / "stopped.csv")
     assert [line["state"] for line in lines] == ["finished"] * 3
