@@ -140,7 +140,7 @@ def build(
     verdict, style = verdict_line(report)
     say(verdict, style=style)
     if report.epsilon:
-        say(catalogue("en").text("budget.two_figures").unescape())
+        say(catalogue("en").text(f"budget.two_figures_{report.kind}").unescape())
     for written in paths:
         say(f"{written.name + ':':<12} {written}")
     for remark in remarks:

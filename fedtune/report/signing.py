@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -82,6 +83,12 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
         if other not in (None, signature.key):
             raise RunError(f"the report is signed by {signature.key}, not by {other}")
     return signature.key
+
+
+def digest_of_key(key: str) -> str:
+    """The beginning of a public key's SHA-256, by which two people compare the key; `printf %s KEY | sha256sum`."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return " ".join(digest[place : place + 4] for place in range(0, 16, 4))
 
 
 def _ledger_keys(report: Report) -> list[str]:

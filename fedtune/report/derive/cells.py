@@ -149,6 +149,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     meanings = [site.meaning for site in sites if site.meaning]
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
+    right = by_mechanism if None not in by_mechanism else [meaning.right_of_100_ceiling for meaning in meanings]
     ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     technologies = ["federated_learning", *(["differential_privacy"] if promised else [])]
@@ -159,8 +160,8 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "expected_failures": _number(max(failures, default=None)),
         "right_of_100_ceiling": ceiling,
         "right_of_100_mechanism": _by_mechanism(by_mechanism) if promised else None,
-        "singling_out_bound": ceiling,
-        "linkability_bound": ceiling,
+        "singling_out_bound": _of_100(right) if promised else "100",
+        "linkability_bound": _of_100(right) if promised else "100",
         "sampling_run": _listed(sorted(mechanisms)),
         "technologies_on": _listed(technologies),
         "technologies_off": _listed(["secure_aggregation", *([] if promised else ["differential_privacy"])]),

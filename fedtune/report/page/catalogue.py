@@ -18,12 +18,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
-from fedtune.report.derive.profile import right_of_several
 from fedtune.spec import check_one_of
 
 LANGUAGES = ("en", "de")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_MOST_RIGHT = Decimal("99.99")  # of 100 guesses; rounded up, what is above it would read as certain
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
 _ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
 _PREFIXES = ("", "k", "M", "G", "T")
@@ -76,8 +76,8 @@ class Catalogue:
         """`value` as this language writes a figure of a kind.
 
         Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
-        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole), "of_100_for_5"
-        (of somebody with five records, where the value is for one; up, whole), "of_100_fine" (up), "percent" (up),
+        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole; above 99 in hundredths, since 100
+        would be certain), "of_100_fine" (up), "percent" (up),
         "seconds", "bytes", "day", "moment", "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
@@ -104,8 +104,6 @@ class Catalogue:
         return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
 
     def _number(self, value: float, kind: str) -> str:
-        if kind.startswith("of_100_for_"):
-            value, kind = right_of_several(value, members=int(kind.removeprefix("of_100_for_"))), "of_100"
         exact = Decimal(repr(value))
         match kind:
             case "cap" | "exact":
@@ -118,9 +116,11 @@ class Catalogue:
                 return self._marks(str(_rounded(exact, 4, ROUND_HALF_EVEN)))
             case "count":
                 return self._marks(f"{value:,}")
-            case "of_100":
+            case "of_100" if exact <= 99:
                 return str(_rounded(exact, 0, ROUND_CEILING))
-            case "of_100_fine":
+            case "of_100" if exact > _MOST_RIGHT:
+                return self.texts["word"]["over"].format(figure=self._marks(str(_MOST_RIGHT)))
+            case "of_100" | "of_100_fine":
                 return self._marks(str(_rounded(exact, 2, ROUND_CEILING)))
             case "percent":
                 return self._plain(_significant(100 * exact, 4, "failures")) + " %"

@@ -1,13 +1,12 @@
 """A report on one screen, for a model card, a slide or a web page, as SVG.
 
-What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of areas,
-discs and texts in units of 1200 x 675.
+What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of areas
+and texts in units of 1200 x 675.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from markupsafe import Markup, escape
 from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import COIN_TOSSING, PageOne
+from fedtune.report.page.render import PageOne
 from fedtune.report.page.tables import Words, shortened
 
 SVG = "label.svg"
@@ -51,18 +50,7 @@ class _Area:
     fill: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Disc:
-    """A filled circle, with a ring around it in `ring`."""
-
-    x: float
-    y: float
-    radius: float
-    fill: str
-    ring: str
-
-
-_Mark = _Text | _Area | _Disc
+_Mark = _Text | _Area
 
 
 def as_svg(report: Report, *, language: str) -> str:
@@ -81,12 +69,8 @@ def as_svg(report: Report, *, language: str) -> str:
 
 
 def _drawn(mark: _Mark) -> str:
-    match mark:
-        case _Area():
-            return f'<path d="M{"L".join(f"{x:g} {y:g}" for x, y in mark.points)}z" fill="{mark.fill}"/>'
-        case _Disc():
-            place = f'cx="{mark.x:g}" cy="{mark.y:g}" r="{mark.radius:g}"'
-            return f'<circle {place} fill="{mark.fill}" stroke="{mark.ring}" stroke-width="1.5"/>'
+    if isinstance(mark, _Area):
+        return f'<path d="M{"L".join(f"{x:g} {y:g}" for x, y in mark.points)}z" fill="{mark.fill}"/>'
     family = f' font-family="{_MONO}"' if mark.font == "mono" else ' font-weight="700"' if mark.font == "bold" else ""
     anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
     place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
@@ -122,7 +106,7 @@ def _head(words: Words) -> Iterator[_Mark]:
 
 
 def _promise(words: Words) -> Iterator[_Mark]:
-    """The one figure, as a picture of 100 guesses, and the promise in a sentence."""
+    """The one figure, large, and the promise in a sentence."""
     report, worst, text = words.report, words.worst, words.text
     top = 172.0
     if not words.promises or worst is None or words.at(f"{worst}/meaning") is None:
@@ -141,32 +125,12 @@ def _promise(words: Words) -> Iterator[_Mark]:
         said = _plain(one.about_ceiling(worst))
         yield from _lines(said, x=_MARGIN, y=lines[-1].y + 40, size=17, width=width, most=4)
         return
-    yield from _guesses(words, f"{worst}/meaning/right_of_100_{one.right(worst)}", top=top)
-    yield from _lines(_plain(promise), x=_MARGIN, y=top + 262, size=17, width=width, most=5, font="bold")
-
-
-def _guesses(words: Words, at: str, *, top: float) -> Iterator[_Mark]:
-    """The best attacker's figure, and its picture of 100 guesses."""
-    text, figure = words.text, words.catalogue.figure(words.at(at), "of_100")
-    yield _Text(x=_MARGIN, y=top + 18, text=_plain(text("meaning.at_most_of_100", number=figure)), size=40, font="bold")
-    yield from _lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 46, size=17, width=_LEFT - _MARGIN, most=2)
-    right = min(100, math.ceil(words.at(at)))
-    for number in range(100):
-        x, y = _MARGIN + 11 + number % 20 * 24.6, top + 98 + number // 20 * 24.6
-        yield _guess("luck" if number < min(right, COIN_TOSSING) else "more" if number < right else "wrong", x, y)
-    x = float(_MARGIN)
-    for guess in ("luck", "more", "wrong"):
-        said = _plain(text(f"meaning.{guess}"))
-        yield _guess(guess, x + 11, top + 226)
-        yield _Text(x=x + 26, y=top + 231, text=said, size=14, fill=_SOFT)
-        x += 44 + 14 * _length(said)
-
-
-def _guess(guess: str, x: float, y: float) -> _Mark:
-    """One of 100 guesses: right by luck, right through what was released, or wrong."""
-    if guess == "more":
-        return _Area(points=((x, y - 10), (x + 10, y), (x, y + 10), (x - 10, y)), fill=_BLUE)
-    return _Disc(x=x, y=y, radius=7.5, fill="#8a8a8a" if guess == "luck" else _PAPER, ring="#8a8a8a")
+    right = words.catalogue.figure(words.at(f"{worst}/meaning/right_of_100_{one.right(worst)}"), "of_100")
+    yield _Text(x=_MARGIN, y=top + 50, text=f"{right} %", size=84, font="bold")
+    said = [*_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4)]
+    yield from said
+    promise = f"{promise} {text('promise.average')}"
+    yield from _lines(_plain(promise), x=_MARGIN, y=said[-1].y + 54, size=17, width=width, most=6)
 
 
 def _facts(words: Words) -> Iterator[_Mark]:
@@ -187,7 +151,8 @@ def _rows(words: Words) -> Iterator[tuple[str, str]]:
     known = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
     limit = PageOne(words).limit()
     used = figure(report.epsilon, "epsilon") if words.promises else str(text("word.unbounded"))
-    epsilon = text("label.epsilon_of", used=used, limit=figure(words.at(limit), "cap")) if limit else used
+    of_limit = f"label.of_limit_{report.kind}"
+    epsilon = text(of_limit, used=used, limit=figure(words.at(limit), "cap")) if limit else used
     yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
     yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
     yield _plain(text("label.epsilon")), _plain(epsilon)

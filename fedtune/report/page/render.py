@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib
 import logging
-import math
 import os
 import re
 import warnings
@@ -26,7 +25,7 @@ from markupsafe import Markup
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.cells import CODES, NUMBERS
-from fedtune.report.derive.verdicts import above, room_of
+from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Charts
@@ -40,7 +39,6 @@ _LONGEST_NAME = 28  # in the running footer, and within a sentence
 _LONGEST_TITLE = 40
 _LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
-COIN_TOSSING = 50
 _SAYS_NOTHING = 99
 """Right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody."""
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
@@ -48,6 +46,7 @@ _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 _MOST_FOR_SUBTRACTION = 2
 Group = Literal["impact", "health", "documentation"]
 _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
+_RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 
 
@@ -81,6 +80,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
             code=words.code,
             tables=tables,
             charts=Charts(words, tables),
+            key_digest=signing.digest_of_key(report.signature.key) if report.signature else "",
             one=PageOne(words),
             fields=Fields(words),
             columns=data()["access"]["columns"],
@@ -263,15 +263,6 @@ class PageOne:
         found = "/target_epsilon" if is_run else f"{worst}/approved/max_epsilon"
         return found if worst and self._words.at(found) is not None else None
 
-    def bar(self) -> Bar | None:
-        """What was used of the limit; None: there is no limit, or nothing bounds what was used."""
-        at, limit, worst = self._words.at, self.limit(), self._words.worst
-        used = at(f"{worst}/spent/epsilon") if limit else None
-        if limit is None or used is None or not at(limit):
-            return None
-        taken = max(used, (at(f"{worst}/lifetime/with_set_aside") if self._words.report.kind == "ledger" else 0) or 0)
-        return Bar(used=used, taken=taken, limit=at(limit))
-
     def assumptions(self) -> tuple[Assumption, ...]:
         """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
 
@@ -282,6 +273,12 @@ class PageOne:
         asked = [one for one in found if one.status == "assumed" and self._words.catalogue.has("question", one.code)]
         room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self._words.promises else 0
         return (*violated, *asked[:room])
+
+    def to_do(self) -> Markup:
+        """What the officer who reads the page must do next."""
+        report = self._words.report
+        state = report.verdict.state if report.verdict.state != "within" else report.kind
+        return self._words.text(f"verdict.to_do_{'full' if room_of(report) else state}")
 
     def limits(self, *, several: bool) -> list[str]:
         """What is not protected that an officer must know; `several`: figures tell of several records already."""
@@ -312,77 +309,6 @@ class PageOne:
             return [text(f"again.{code}") for code in ("next_run", "other_use", *attack, "date")]
         left = [text("again.runs_left", runs=self._words.figure(runs, "count"))] if self._words.at(runs) else []
         return [*left, *(text(f"again.{code}") for code in ("limit", *attack, "date"))]
-
-    def guesses(self, pointer: str | None = None) -> Markup:
-        """A picture of 100 guesses, or a coin's: discs are right by luck, diamonds right beyond that, rings wrong."""
-        right = COIN_TOSSING if pointer is None else min(100, math.ceil(self._words.at(pointer)))
-        lucky = min(right, COIN_TOSSING)
-        guesses = ["luck"] * lucky + ["more"] * (right - lucky) + ["wrong"] * (100 - right)
-        marks = (_mark(guess, number % 20 * 10 + 5, number // 20 * 10 + 5) for number, guess in enumerate(guesses))
-        label = self._words.text("meaning.picture", number=right)
-        return Markup('<svg class="guesses" viewBox="0 0 200 50" role="img" aria-label="{}">{}</svg>').format(
-            label, Markup("").join(marks)
-        )
-
-    def key(self) -> Markup:
-        """The picture's marks with their meaning; drawn, since browsers print no backgrounds."""
-        mark = Markup('<span><svg viewBox="0 0 10 10" aria-hidden="true">{}</svg> {}</span>')
-        return Markup(" ").join(
-            mark.format(_mark(guess, 5, 5), self._words.text(f"meaning.{guess}")) for guess in _MARKS
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bar:
-    """What was `used`, what is `taken` with what is held for open runs, and the `limit`: epsilons on one scale."""
-
-    used: float
-    taken: float
-    limit: float
-
-    @property
-    def end(self) -> str:
-        """Where the limit is, as a share of the bar's width."""
-        return f"{100 * self.limit / max(self.limit, self.taken):.4g}%"
-
-    @property
-    def is_held(self) -> bool:
-        """Whether anything is held for open runs."""
-        return self.taken > self.used
-
-    @property
-    def is_over(self) -> bool:
-        """Whether more is used than the limit."""
-        return above(self.used, self.limit)
-
-    def svg(self, label: Markup) -> Markup:
-        """The bar, stretched to the width that there is; drawn, since browsers print no backgrounds."""
-        scale = 100 / max(self.limit, self.taken)
-        used, held, end = self.used * scale, self.taken * scale, self.limit * scale
-        parts = [(0.0, end, "#fff", 2, 8), (0.0, min(used, end), "#0b3d66", 2, 8)]
-        parts += [(used, held, "#6b93b8", 2, 8)] if self.is_held else []
-        parts += [(end, used, "#8f1d00", 2, 8)] if self.is_over else []
-        parts += [(max(0, end - 0.8), end, "#1a1a1a", 0, 12)]
-        drawn = (
-            Markup('<rect x="{:.4g}" y="{}" width="{:.4g}" height="{}" fill="{}"/>').format(x, y, to - x, height, fill)
-            for x, to, fill, y, height in parts
-        )
-        frame = Markup('<path d="M0 2H{0:.4g}V10H0z" fill="none" stroke="#666" stroke-width=".3"/>').format(end)
-        return Markup(
-            '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label="{}">{}{}</svg>'
-        ).format(label, Markup("").join(drawn), frame)
-
-
-_MARKS: Mapping[str, str] = {
-    "luck": '<circle cx="{x}" cy="{y}" r="3.2" fill="#767676"/>',
-    "more": '<path d="M{x} {top}l4.4 4.4-4.4 4.4-4.4-4.4z" fill="#0b3d66"/>',
-    "wrong": '<circle cx="{x}" cy="{y}" r="3" fill="#fff" stroke="#666"/>',
-}
-"""What a guess was -> its mark in the picture and in the picture's key."""
-
-
-def _mark(guess: str, x: float, y: float) -> Markup:
-    return Markup(_MARKS[guess]).format(x=x, y=y, top=y - 4.4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -422,7 +348,11 @@ class Fields:
         found: dict[str, list[Part]] = {}
         for place, cell in enumerate(self._words.report.cells):
             if _group(cell.code) == group:
-                facts = tuple((self._words.code("fact", key), self._value(place, key)) for key in cell.facts)
+                # Of two bounds on one figure the page names the better one, here as on page 1.
+                by_method = _NUMBER.fullmatch(cell.facts.get("right_of_100_mechanism", ""))
+                shown = [key for key in cell.facts if key != "right_of_100_ceiling" or not by_method]
+                shown = [key for key in shown if key != "right_of_100_mechanism" or by_method]
+                facts = tuple((self._words.code("fact", key), self._value(place, key)) for key in shown)
                 found.setdefault(cell.code, []).append(Part(state=cell.state, facts=facts))
         return [Field(name=self._words.code("field", code), parts=tuple(parts)) for code, parts in found.items()]
 
@@ -442,11 +372,12 @@ class Fields:
     def _token(self, section: str | None, key: str, token: str) -> Markup:
         if section and self._words.catalogue.has(section, token):
             return self._words.code(section, token)
+        if key in _RIGHT_GUESSES:
+            return Markup("{} %").format(self._words.catalogue.figure(float(token), "of_100"))
         return Markup("{}").format(_NUMBER.sub(self._number, token) if key in NUMBERS else token)
 
     def _number(self, found: re.Match[str]) -> str:
-        text = found.group()
-        return self._words.catalogue.digits(text)
+        return self._words.catalogue.digits(found.group())
 
 
 def _group(code: str) -> Group:

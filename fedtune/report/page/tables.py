@@ -75,6 +75,16 @@ class Table:
     rows: tuple[tuple[Markup, ...], ...]
     all: int
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether two halves of it fit beside each other, and are worth it."""
+        return len(self.columns) <= 3 and len(self.rows) > 3
+
+    def parts(self) -> tuple[Table, ...]:
+        """Its two halves where it is narrow, else itself."""
+        half = (len(self.rows) + 1) // 2
+        return (replace(self, rows=self.rows[:half]), replace(self, rows=self.rows[half:])) if self.is_narrow else (self,)
+
 
 class Words:
     """A report and the language that it is told in.
@@ -304,7 +314,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
-PAGE_ONE_SITES = 4
+PAGE_ONE_SITES = 8
 """Sites on page 1, the least favourable first; later tables list each."""
 
 
@@ -385,13 +395,17 @@ class Tables:
         return [f"{of}/{place}" for place in range(len(self._words.at(of) or ()))]
 
     def budget(self) -> Table:
-        """Page 1's table of sites, equal ones in one line, without columns that hold nothing."""
+        """Page 1's table of sites, each by its name, without columns that hold nothing."""
         columns = layouts()[f"budget_of_{self._words.report.kind}"].columns
-        groups = _alike(tuple(self._words.cell(site, column) for column in columns) for site in self._sites)
-        used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in group[0][n] for group in groups)]
-        table = self._words.table(self._words.text("budget.heading"), [columns[n] for n in used], [])
-        rows = tuple((self._named(group), *(group[0][n] for n in used[1:])) for group in groups[:PAGE_ONE_SITES])
-        return replace(table, rows=rows, all=len(groups))
+        rows = [tuple(self._words.cell(site, column) for column in columns) for site in self._sites]
+        used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in row[n] for row in rows)]
+        return self._words.table(
+            self._words.text("budget.heading"),
+            [columns[n] for n in used],
+            self._sites,
+            last=False,
+            most=PAGE_ONE_SITES,
+        )
 
     def _named(self, alike: Sequence[tuple[Markup, ...]]) -> Markup:
         """What a line of sites that are alike is called."""
