@@ -74,7 +74,7 @@ report lies in its folder, a ledger's in a folder beside it that ends in .report
 )
 _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
 _NO_ROOM = "bold yellow"
-_LOUD = re.compile("^(Within|Exceeded|No guarantee|Closed|Used up)")
+_LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
 """How the page's words for a result begin, which a line of text says in capitals."""
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),

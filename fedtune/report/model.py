@@ -104,7 +104,7 @@ class Meaning:
         right_of_100_with_all_others: the least ceiling that holds although all other sites of secure sums tell what
             they added; None where every site made its own noise.
         right_of_100_for_2: the same about somebody with two records, or about two persons where the unit is a person,
-            and `right_of_100_for_5` about five; None: an earlier version did not say.
+            and `right_of_100_for_5` about five.
     """
 
     right_of_100_ceiling: float
@@ -112,9 +112,9 @@ class Meaning:
     posterior: tuple[Posterior, ...]
     hit_rates: tuple[HitRate, ...]
     expected_failures: float | None
+    right_of_100_for_2: float
+    right_of_100_for_5: float
     right_of_100_with_all_others: float | None = None
-    right_of_100_for_2: float | None = None
-    right_of_100_for_5: float | None = None
 
 
 @spec

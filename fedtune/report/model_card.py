@@ -214,6 +214,9 @@ def _privacy(words: Words) -> Mapping[str, Any]:
         "promised": words.promises,
         "epsilon": text("documentation.privacy_text", epsilon=epsilon, delta=delta, unit=unit),
         "verdict": text(f"verdict.{report.verdict.state}_run"),
+        "spent": text("verdict.spent_run", spent=epsilon, approved=texts.figure(report.target_epsilon, "cap"))
+        if words.promises and report.target_epsilon is not None
+        else None,
         "reasons": [_Verbatim(words.code("reason", code).unescape()) for code in report.verdict.reasons],
         "promise": text(f"promise.{report.unit}", factor=factor, delta=delta)
         if words.promises

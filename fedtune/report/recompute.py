@@ -244,8 +244,6 @@ def _figures(report: Report, site: SiteReport, charged: Charges) -> Iterator[Pro
         yield from _compared(f"curve.{number}.epsilon_rdp", point.epsilon_rdp, again.epsilon_rdp)
     if site.meaning is not None:
         meant = reliance.means(site, charged, delta=delta, fixed=verdicts.were_fixed(site))
-        if site.meaning.right_of_100_for_2 is None and site.meaning.right_of_100_for_5 is None:  # before there were any
-            meant = dataclasses.replace(meant, right_of_100_for_2=None, right_of_100_for_5=None)
         yield from _compared("meaning", dataclasses.asdict(site.meaning), dataclasses.asdict(meant))
     before: float | None = 0.0
     for number, step in enumerate(site.steps):

@@ -120,10 +120,10 @@ def test_the_schema_is_printed(command: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "state", "said"),
     [
-        ("run", "within", "WITHIN this run's budget: "),
-        ("ledger", "within", "WITHIN the approved budget: "),
-        ("run", "exceeded", "EXCEEDED: more than this run's budget (x): "),
-        ("ledger", "exceeded", "EXCEEDED: more was spent than approved (x): "),
+        ("run", "within", "The lead's limit for this run was kept: "),
+        ("ledger", "within", "The site's own limit for all runs was kept: "),
+        ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+        ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
         ("run", "no_guarantee", "NO GUARANTEE (x): "),
     ],
 )
@@ -140,9 +140,9 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
     assert outcome.code == 0
     banner, verdict, two_figures, *others = outcome.out.splitlines()
     assert banner == catalogue("en").texts["banner"]["simulation"]
-    assert verdict.startswith("WITHIN this run's budget: epsilon 0.")
+    assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
-    assert two_figures == catalogue("en").texts["budget"]["two_figures"]
+    assert two_figures == catalogue("en").texts["budget"]["two_figures_run"]
     assert [line.split()[-1] for line in others] == [
         str(run_folder / f"report.{ending}") for ending in ("json", "html")
     ]

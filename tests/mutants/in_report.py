@@ -6,7 +6,7 @@ VERDICTS, FACTS, RULES = (f"fedtune/report/derive/{name}.py" for name in ("verdi
 OF_LEDGER, CONTRADICTIONS, RECOMPUTE = (
     f"tests/report/test_{name}.py" for name in ("from_ledger", "contradictions", "recompute")
 )
-PAGE = "tests/report/test_page.py"
+PAGE, OF_PROFILE = "tests/report/test_page.py", "tests/report/test_profile.py"
 BOOTSTRAP, OF_BOOTSTRAP = "fedtune/evaluation/bootstrap.py", "tests/evaluation/test_bootstrap.py"
 
 REPORT_FAULTS = (
@@ -100,11 +100,11 @@ REPORT_FAULTS = (
     ),
     Mutant(
         name="several-records-count-as-one",
-        fault="Page 1 tells a person with ten records that an attacker is right about them as seldom as with one.",
+        fault="Page 1 tells a person with five records that an attacker is right about them as seldom as with one.",
         file="fedtune/report/derive/profile.py",
-        old="return min(100.0, 50 + members * (right - 50))",
-        new="return min(100.0, right)",
-        tests=(f"{PAGE}::test_a_person_with_several_records_is_told_how_much_less",),
+        old="return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))",
+        new="return right",
+        tests=(f"{OF_PROFILE}::test_of_several_records_without_a_plan_epsilon_and_the_triangle_bound",),
     ),
     Mutant(
         name="all-others-told-no-more-than-a-few",
@@ -151,19 +151,19 @@ REPORT_FAULTS = (
         tests=("tests/report/test_registry_entry.py::test_the_figures_are_those_of_the_report",),
     ),
     Mutant(
-        name="limit-never-passed-in-the-picture",
-        fault="Page 1 draws the limit's end where the used part ends, however far that is above the limit.",
-        file="fedtune/report/page/render.py",
-        old="used, held, end = self.used * scale, self.taken * scale, self.limit * scale",
-        new="used, held, end = self.used * scale, self.taken * scale, 100.0",
-        tests=(f"{PAGE}::test_what_was_used_is_drawn_to_the_scale_of_its_limit",),
+        name="several-records-move-a-step-as-one",
+        fault="However many records of a person a sample takes, they are counted as if they moved its sum by one norm.",
+        file="fedtune/report/derive/profile.py",
+        old="[float(n) for n in moved],",
+        new="[float(n > 0) for n in moved],",
+        tests=(f"{OF_PROFILE}::test_of_several_records_no_attacker_guesses_better",),
     ),
     Mutant(
-        name="limit-that-says-nothing-in-a-picture",
-        fault="Page 1 and the label show 100 of 100 guesses where only epsilon and delta bound a site's several runs.",
+        name="limit-that-says-nothing-as-a-figure",
+        fault="Page 1 and the label show 99.98 % of guesses where only epsilon and delta bound a site's several runs.",
         file="fedtune/report/page/render.py",
-        old='return self.right(site) == "ceiling" and by_ceiling > _SAYS_NOTHING',
-        new='return self.right(site) == "ceiling" and by_ceiling > 100',
+        old="return found > (_SAYS_NOTHING if",
+        new="return found > (100 if",
         tests=(f"{PAGE}::test_a_limit_that_says_nothing_is_no_figure",),
     ),
     Mutant(
@@ -207,12 +207,12 @@ REPORT_FAULTS = (
         tests=("tests/cli/test_report.py::test_a_run_s_report_lies_in_its_folder",),
     ),
     Mutant(
-        name="one-mark-for-every-guess",
-        fault="The key to the picture of guesses explains three marks by one.",
+        name="violated-and-nothing-to-do",
+        fault="What an officer must do leaves out that an assumption is known not to hold.",
         file="fedtune/report/page/render.py",
-        old="mark.format(_mark(guess, 5, 5), self._words",
-        new='mark.format(_mark("luck", 5, 5), self._words',
-        tests=(f"{PAGE}::test_each_mark_of_the_guesses_is_explained_by_that_very_mark",),
+        old='first = ["violated"] if any(',
+        new='first = [""][1:] if any(',
+        tests=(f"{PAGE}::test_page_one_answers_three_questions_first",),
     ),
     Mutant(
         name="simulation-says-nothing",

@@ -12,7 +12,7 @@ import pytest
 from fedtune.federation.cost import Energy
 from fedtune.report import recompute
 from fedtune.report.derive import cells, rules
-from fedtune.report.model import Assumption, Cap, Release, Report, Spent, Step, Verdict
+from fedtune.report.model import Assumption, Cap, Release, Report, SiteReport, Spent, Step, Verdict
 from fedtune.report.page import render
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
@@ -32,6 +32,7 @@ NAMES = (
     "used_up",
     "no_run_fits",
     "alike",
+    "site_reports",
     "wide_run",
     "wide_ledger",
     "secure",
@@ -142,7 +143,15 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "used_up": filled(without_room(a_ledger_report(), left=0.0)),
         "no_run_fits": filled(without_room(a_ledger_report(), left=0.3)),
         "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
+        "site_reports": filled(replace(run, sites=told_by_their_sites(run, a_ledger_report()))),
     }
+
+
+def told_by_their_sites(run: Report, ledger: Report) -> tuple[SiteReport, ...]:
+    """Nine sites, all of which told the lead what they spent over all runs."""
+    (site,), first = ledger.sites, run.sites[0]
+    told = {"lifetime": site.lifetime, "approved": site.approved, "reported": "2026-03-01T09:30:00+00:00"}
+    return tuple(replace(first, site=f"northern-university-clinic-{n}", **told) for n in range(1, 10))
 
 
 def without_room(ledger: Report, *, left: float) -> Report:

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.nightly
 
 DESKTOP, PHONE = 1280, 390
 PHONE_HEIGHT, MOST_SCREENS = 844, 8
-A4 = 703  # pixels between the margins of a printed page, and its height
-A4_HEIGHT = 1028
+A4 = 703  # pixels between the margins of a printed page, and its height but for 5 mm
+A4_HEIGHT = 1020
 SMALLEST_IN_PRINT = 12  # pixels; 9 pt
 
 

@@ -167,13 +167,15 @@ def test_no_text_is_left_over() -> None:
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
     whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
-    whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_", "limited_")}
-    whole |= {("meaning", guess) for guess in ("luck", "more", "wrong")}
+    whole |= {("promise", key + unit) for unit in CODES["unit"] for key in ("", "unit_")}
     whole |= {("meaning", f"{key}_note") for key in ("ceiling", "mechanism")}
-    whole |= {("verdict", f"{key}_{kind}") for key in ("spent", "limit") for kind in CODES["kind"]}
+    by_kind = (("verdict", "spent"), ("verdict", "to_do"), ("check", "owner"), ("label", "of_limit"))
+    whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
+    whole |= {("budget", f"two_figures_{kind}") for kind in CODES["kind"]}
+    whole |= {("verdict", f"kept_{state}") for state in STATES}
+    whole |= {("verdict", f"to_do_{code}") for code in (*STATES, "violated", "full", "closed")}
     whole |= {("verdict", room) for room in get_args(verdicts.Room)}
     whole |= {("sign_off", f"heading_{kind}") for kind in CODES["kind"]}
-    whole |= {("limits", f"members_{number}") for number in (1, 2, 5, 10)}
     whole |= {("question", code) for section, code in KEYS if section == "assumption"}
     whole |= {("again", code) for code in re.findall(r'"(\w+)"', (PACKAGE / "page" / "render.py").read_text())}
     whole |= {("language", f"month_{number}") for number in range(1, 13)}
@@ -257,14 +259,17 @@ def test_words_say_what_was_compared_and_judge_nothing() -> None:
         ("failures", 0.01201, "0.013", "0,013"),
         ("failures", 0.0, "0", "0"),
         ("score", 0.75, "0.7500", "0,7500"),
+        ("score", -0.00001, "0.0000", "0,0000"),
         ("score", None, "not known", "nicht bekannt"),
         ("count", 1234567, "1,234,567", "1.234.567"),
-        ("of_100", 75.11, "76", "76"),
-        ("of_100", 50.0, "50", "50"),
-        ("of_100", 99.97, "100", "100"),
+        ("of_100", 75.11, "76\N{NO-BREAK SPACE}%", "76\N{NO-BREAK SPACE}%"),
+        ("of_100", 50.0, "50\N{NO-BREAK SPACE}%", "50\N{NO-BREAK SPACE}%"),
+        ("of_100", 99.951, "99.96\N{NO-BREAK SPACE}%", "99,96\N{NO-BREAK SPACE}%"),
+        ("of_100", 99.9966, "99.997\N{NO-BREAK SPACE}%", "99,997\N{NO-BREAK SPACE}%"),
+        ("of_100", 100.0, "unbounded", "unbegrenzt"),
         ("of_100_fine", 99.9712, "99.98", "99,98"),
-        ("percent", 0.999665, "99.97 %", "99,97 %"),
-        ("percent", 0.01, "1 %", "1 %"),
+        ("percent", 0.999665, "99.97\N{NO-BREAK SPACE}%", "99,97\N{NO-BREAK SPACE}%"),
+        ("percent", 0.01, "1\N{NO-BREAK SPACE}%", "1\N{NO-BREAK SPACE}%"),
         ("seconds", 2.54, "2.5", "2,5"),
         ("bytes", 0, "0 B", "0 B"),
         ("bytes", 40000, "40 kB", "40 kB"),
@@ -290,7 +295,9 @@ def test_a_loss_is_never_rounded_down_nor_what_is_left_up(value: float) -> None:
     german = catalogue("de")
     assert read(german.figure(value, "epsilon")) >= value
     assert read(german.figure(value, "left")) <= value
-    assert read(german.figure(value, "of_100")) >= value
+    right = german.figure(value, "of_100")
+    assert value > 99.9999 if right == "unbegrenzt" else read(right.removesuffix("\N{NO-BREAK SPACE}%")) >= value
+    assert right != "100\N{NO-BREAK SPACE}%", "which would be certain"
 
 
 @given(

@@ -59,7 +59,10 @@ def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: s
 def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
     epsilon = epsilon_text(of_run.epsilon)
-    assert f"![Privacy label: Within this run's budget, epsilon {epsilon} at delta 0.00001, for one record" in text
+    assert (
+        f"![Privacy label: The lead's limit for this run was kept, epsilon {epsilon} at delta 0.00001, for one record"
+        in text
+    )
     assert "](label.svg)" in text
     label = (run_folder / "adapter" / "label.svg").read_text()
     assert label == as_svg(of_run, language="en")
@@ -68,10 +71,9 @@ def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Repo
 
 def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
-    assert f"at most {factor_text(of_run.epsilon)}-fold, plus " in text
+    assert f"more than {factor_text(of_run.epsilon)} times as likely (apart from a chance of 0.00001)." in text
     assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
-    assert "plus a chance of 0.00001." in text
-    assert "**Within this run's budget.**" in text
+    assert f"**The lead's limit for this run was kept.** Used: epsilon {epsilon_text(of_run.epsilon)} of " in text
     assert text.count("\n- ") == len(of_run.not_protected)
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text

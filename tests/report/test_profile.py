@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -23,7 +24,7 @@ def sampled(rate: float, sigma: float, steps: int = 1) -> dict[DpEvent, int]:
 
 
 def forget() -> None:
-    for cached in (profile._pld, profile._rdp, profile._epsilon_pld, profile._hit_rate_of):
+    for cached in (profile._pld, profile._rdp, profile._epsilon_pld, profile._hit_rate_of, profile._right_by_mixture):
         cached.cache_clear()
 
 
@@ -181,6 +182,59 @@ def test_hardly_any_noise_is_bounded_all_the_same() -> None:
     rate = profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01)
     assert rate == pytest.approx(1.0)
     assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
+
+
+def of_several(spent: dict[DpEvent, int], members: int) -> float:
+    right = profile.right_of_100(spent)
+    return profile.right_of_several(spent, right, epsilon=8.0, delta=1e-5, members=members)
+
+
+def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Density of one step's noise, moved by as many records of the person as a Poisson sample takes."""
+    shares = [math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)]
+    return lambda x: sum(
+        share * np.exp(-(((x - n) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
+        for n, share in enumerate(shares)
+    )
+
+
+@pytest.mark.parametrize("members", profile.SEVERAL)
+@pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.9), (0.3, 2.0), (1.0, 3.0)])
+def test_of_several_records_no_attacker_guesses_better(rate: float, sigma: float, members: int) -> None:
+    """The best one's share is (1 + total variation) / 2: here summed over the outcomes of two steps, without losses."""
+    points, width = np.linspace(-12 * sigma, members + 12 * sigma, 4001, retstep=True)
+    without, having = (mixture(rate, sigma, of)(points) * width for of in (0, members))
+    variation = np.abs(np.outer(without, without) - np.outer(having, having)).sum() / 2
+    best = 50 * (1 + float(variation))
+    assert best - 1e-6 <= of_several(sampled(rate, sigma, 2), members) <= best + 0.2
+
+
+def test_two_records_at_epsilon_8_are_no_certain_hit() -> None:
+    """By dividing likelihoods of drawn outcomes: 91.6 of 100 for two records and 99.93 for five, at 76 for one."""
+    rate, sigma, steps = 0.1, 1.1297368779778485, 200
+    assert 7.99 < profile.epsilon_pld(sampled(rate, sigma, steps), 1e-5, interval=accountant.FINE) <= 8
+    drawn = np.random.default_rng(7).normal(0, sigma, (20_000, steps))
+    without = np.log(mixture(rate, sigma, 0)(drawn)).sum(axis=1)
+    for members, about in ((1, 76.1), (2, 91.6), (5, 99.94)):
+        ratio = np.exp(np.log(mixture(rate, sigma, members)(drawn)).sum(axis=1) - without)
+        apart = np.maximum(0, 1 - ratio)
+        best, error = 50 * (1 + apart.mean()), 50 * apart.std() / math.sqrt(len(apart))
+        found = of_several(sampled(rate, sigma, steps), members)
+        assert best - 4 * error <= found <= best + 4 * error + 0.2
+        assert found == pytest.approx(about, abs=0.1)
+
+
+def test_of_several_records_without_a_plan_epsilon_and_the_triangle_bound() -> None:
+    """(1.6, 1e-5) for one record is (3.2, 6e-5) for two: 96 of 100, where the triangle inequality allows 100."""
+    for epsilon, members in ((1.6, 2), (1.6, 5), (0.1, 2), (8.0, 2)):
+        right = profile.right_of_100_ceiling(epsilon, 1e-5)
+        found = profile.right_of_several(None, right, epsilon=epsilon, delta=1e-5, members=members)
+        for_all = profile.right_of_100_ceiling(*profile.group(epsilon, 1e-5, members=members))
+        assert found == min(100, 50 + members * (right - 50), for_all)
+        assert right < found
+    many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
+    assert of_several(many, 2) == 50 + 2 * (profile.right_of_100(many) - 50), "of so many plans no curve is computed"
+    assert profile._right_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
 
 
 def test_nothing_spent_helps_no_attacker() -> None:

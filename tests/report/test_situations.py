@@ -110,9 +110,9 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
     # Two figures for one training, and page 1 of each says why.
     ours, theirs = (signing.read((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own"))
     assert ours < theirs
-    for at in (folder, tmp_path / "own"):
+    for at, kind in ((folder, "run"), (tmp_path / "own", "ledger")):
         first = (at / "report.html").read_text().partition('<nav aria-labelledby="contents">')[0]
-        assert catalogue("en").text("budget.two_figures") in first
+        assert catalogue("en").text(f"budget.two_figures_{kind}") in first
     # A policy that says nothing of it, as earlier versions wrote them for kept sites.
     kept = tmp_path / "kept"
     shutil.copytree(folder / "sites", kept)

@@ -43,10 +43,13 @@ FALSE_ALARMS = (0.01, 0.001)
 """Shares of false alarms in the reports' tables."""
 TIERS_SOURCE = "arXiv 2303.00654"
 _TIERS = ((1.0, "strong"), (10.0, "reasonable"))
+SEVERAL = (2, 5)
+"""Of how many records of one person the reports tell."""
 _INTERVAL_OF_SEVERAL = 0.02
-"""Width of the buckets for several records.  They only ever raise the figure; a hundredth of that would move it by less
-than 0.1 of 100 guesses."""
+"""Width of the buckets for several records.  They only ever raise the figure, by less than 0.2 of 100 guesses; finer
+ones take ten times as long."""
 _LEAST_NOISE_OF_SEVERAL = 0.2  # below it, a distribution takes minutes
+_MOST_PLANS_OF_SEVERAL = 8  # each takes a second
 _LARGEST_EXPONENT = 700.0  # e to it is still a number
 _THIRTEEN_DIGITS = Context(prec=13, rounding=ROUND_HALF_EVEN)
 _NINE_DIGITS = Context(prec=9, rounding=ROUND_CEILING)
@@ -153,22 +156,32 @@ def right_of_100_ceiling(epsilon: float, delta: float) -> float:
     return 100 * (1 + delta * factor) / (1 + factor)
 
 
-def right_of_several(right: float, *, members: int, spent: Spent | None = None) -> float:
-    """Of 100 guesses about somebody with `members` records, at most so many are right where `right` are for one record.
+def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta: float, members: int) -> float:
+    """Of 100 guesses about somebody with `members` records, at most so many are right.
 
-    What one record shifts, each further one shifts again at most: total variation obeys the triangle inequality.  Where
-    what was `spent` was fixed beforehand, its own curve says more: of k records, a Poisson sample has a binomial number
-    in it, and the sum moves by that many clip norms at most.  This mixture of Gaussians dominates every step (Ganesh
-    2024, arXiv 2401.10294, Theorem 2).
+    The least of three bounds.  What one record shifts, each further one shifts again at most: total variation obeys the
+    triangle inequality.  (epsilon, delta) for one record is another pair for several.  Where what was `spent` was fixed
+    beforehand, its own curve says most: of k records, a Poisson sample has a binomial number in it, and the sum moves
+    by that many clip norms at most.  This mixture of Gaussians dominates every step (Ganesh 2024, arXiv 2401.10294,
+    Theorem 2).
+
+    Args:
+        spent: everything charged; None: not fixed beforehand, so that its curve bounds nothing.
+        right: of 100 guesses about one record.
+        epsilon: of one record.
+        delta: that it is stated at.
+        members: records of the person, or persons of a family where the unit is a person.
     """
-    least = min(100.0, 50 + members * (right - 50))
+    found = [50 + members * (right - 50), right_of_100_ceiling(*group(epsilon, delta, members=members))]
     by_mixture = None if spent is None else _right_by_mixture(_counted(spent), members)
-    return least if by_mixture is None else min(least, by_mixture)
+    return min(100.0, *found, *([] if by_mixture is None else [by_mixture]))
 
 
 @lru_cache(maxsize=256)
 def _right_by_mixture(counted: Counted, members: int) -> float | None:
     """By the mechanism's own curve; None where it is unbounded, or its distribution would take long to compute."""
+    if len(counted) > _MOST_PLANS_OF_SEVERAL:
+        return None
     total = None
     for event, count in counted:
         rate, gaussian = (
@@ -339,7 +352,12 @@ def meaning(
         hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
         expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
         right_of_100_with_all_others=None if others is None else _right_with(*others, delta=delta, fixed=fixed),
-        **{f"right_of_100_for_{n}": right_of_several(best, members=n, spent=spent if fixed else None) for n in (2, 5)},
+        **{
+            f"right_of_100_for_{members}": right_of_several(
+                spent if fixed else None, best, epsilon=stated, delta=delta, members=members
+            )
+            for members in SEVERAL
+        },
     )
 
 

@@ -177,8 +177,6 @@ def _cell_problems(report: Report) -> Iterator[Problem]:
     names = {name for row in cells.ROWS for name in row.facts}
     stated = {name: value for cell in report.cells for name, value in cell.facts.items() if value and name in names}
     derived = {**cells.of_provenance(report), **cells.of_report(report)}
-    looser = derived.get("right_of_100_ceiling")  # what earlier versions said of these
-    derived |= {name: looser for name in ("singling_out_bound", "linkability_bound") if stated.get(name) == looser}
     denied = [
         Problem(f"cells.{cell.code}.{name}", value, derived[name])
         for cell in report.cells

@@ -23,7 +23,7 @@ from fedtune.spec import check_one_of
 LANGUAGES = ("en", "de")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TIMES = "\N{MULTIPLICATION SIGN}"
-_MOST_RIGHT = Decimal("99.99")  # of 100 guesses; rounded up, what is above it would read as certain
+MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth a number bounds them
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
 _ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
 _PREFIXES = ("", "k", "M", "G", "T")
@@ -76,8 +76,8 @@ class Catalogue:
         """`value` as this language writes a figure of a kind.
 
         Kinds: "epsilon" (up), "factor" (e to that power, up), "cap" (as it was set), "left" (down), "exact"
-        (as it was set), "number" (six digits), "score", "count", "of_100" (up, whole; above 99 in hundredths, since 100
-        would be certain), "of_100_fine" (up), "percent" (up),
+        (as it was set), "number" (six digits), "score", "count", "of_100" (a share of guesses, up: whole, and above 99
+        in as many digits as tell it from 100, which would be certain), "of_100_fine" (up), "percent" (up),
         "seconds", "bytes", "day", "moment", "length" (of a list).
         None is "unbounded" for an epsilon, "no limit" for a cap and what is left of one, else "not known".
         """
@@ -116,14 +116,15 @@ class Catalogue:
                 return self._marks(str(_rounded(exact, 4, ROUND_HALF_EVEN)))
             case "count":
                 return self._marks(f"{value:,}")
-            case "of_100" if exact <= 99:
-                return str(_rounded(exact, 0, ROUND_CEILING))
-            case "of_100" if exact > _MOST_RIGHT:
-                return self.texts["word"]["over"].format(figure=self._marks(str(_MOST_RIGHT)))
-            case "of_100" | "of_100_fine":
+            case "of_100" if exact > MOST_RIGHT:
+                return self.texts["word"]["unbounded"]
+            case "of_100":
+                places = -(100 - exact).adjusted() if exact > 99 else 0
+                return self._marks(str(_rounded(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
+            case "of_100_fine":
                 return self._marks(str(_rounded(exact, 2, ROUND_CEILING)))
             case "percent":
-                return self._plain(_significant(100 * exact, 4, "failures")) + " %"
+                return self._plain(_significant(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
             case "seconds":
                 return self._marks(str(_rounded(exact, 1, ROUND_HALF_EVEN)))
             case "bytes":
@@ -180,7 +181,8 @@ def power_of_ten(exponent: int) -> str:
 
 
 def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:
-    return value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
+    found = value.quantize(Decimal(1).scaleb(-places), rounding=rounding, context=_ANY_FLOAT)
+    return _ANY_FLOAT.plus(found)  # which makes 0 of -0
 
 
 def _significant(value: Decimal, digits: int, kind: str) -> Decimal:

@@ -126,11 +126,11 @@ def _promise(words: Words) -> Iterator[_Mark]:
         yield from _lines(said, x=_MARGIN, y=lines[-1].y + 40, size=17, width=width, most=4)
         return
     right = words.catalogue.figure(words.at(f"{worst}/meaning/right_of_100_{one.right(worst)}"), "of_100")
-    yield _Text(x=_MARGIN, y=top + 50, text=f"{right} %", size=84, font="bold")
-    said = [*_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4)]
-    yield from said
-    promise = f"{promise} {text('promise.average')}"
-    yield from _lines(_plain(promise), x=_MARGIN, y=said[-1].y + 54, size=17, width=width, most=6)
+    yield _Text(x=_MARGIN, y=top + 50, text=right, size=84, font="bold")
+    about = list(_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4))
+    yield from about
+    promise += " " + text("promise.average")
+    yield from _lines(_plain(promise), x=_MARGIN, y=about[-1].y + 54, size=17, width=width, most=6)
 
 
 def _facts(words: Words) -> Iterator[_Mark]:

@@ -27,7 +27,7 @@ from fedtune.report import signing
 from fedtune.report.derive.cells import CODES, NUMBERS
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
-from fedtune.report.page.catalogue import catalogue
+from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
 from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
 from fedtune.report.page.unfinished import AGAIN_S, Unfinished
@@ -277,8 +277,10 @@ class PageOne:
     def to_do(self) -> Markup:
         """What the officer who reads the page must do next."""
         report = self._words.report
-        state = report.verdict.state if report.verdict.state != "within" else report.kind
-        return self._words.text(f"verdict.to_do_{'full' if room_of(report) else state}")
+        first = ["violated"] if any(one.status == "violated" for one in report.assumptions) else []
+        full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(room_of(report) or "")
+        then = full or (report.kind if report.verdict.state == "within" else report.verdict.state)
+        return Markup(" ").join(self._words.text(f"verdict.to_do_{code}") for code in (*first, then))
 
     def limits(self, *, several: bool) -> list[str]:
         """What is not protected that an officer must know; `several`: figures tell of several records already."""
@@ -292,13 +294,15 @@ class PageOne:
 
     def says_nothing(self, site: str) -> bool:
         """Whether all that is proved of the best attacker at a site is about what nothing would be."""
-        by_ceiling = self._words.at(f"{site}/meaning/right_of_100_ceiling")
-        return self.right(site) == "ceiling" and by_ceiling > _SAYS_NOTHING
+        found: float = self._words.at(f"{site}/meaning/right_of_100_{self.right(site)}")
+        return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
 
     def about_ceiling(self, site: str) -> Markup:
         """Why no more is proved of the best attacker than what follows from epsilon and delta."""
         runs = {row["run"] for row in self._words.at(f"{site}/mechanisms") if row["rounds"]}
         key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
+        if self.right(site) == "mechanism":
+            key = "meaning.too_little_noise"
         return self._words.text(key, section=self._words.text("curve.heading"))
 
     def triggers(self) -> list[Markup]:
@@ -373,7 +377,7 @@ class Fields:
         if section and self._words.catalogue.has(section, token):
             return self._words.code(section, token)
         if key in _RIGHT_GUESSES:
-            return Markup("{} %").format(self._words.catalogue.figure(float(token), "of_100"))
+            return Markup("{}").format(self._words.catalogue.figure(float(token), "of_100"))
         return Markup("{}").format(_NUMBER.sub(self._number, token) if key in NUMBERS else token)
 
     def _number(self, found: re.Match[str]) -> str:

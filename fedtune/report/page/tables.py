@@ -83,7 +83,9 @@ class Table:
     def parts(self) -> tuple[Table, ...]:
         """Its two halves where it is narrow, else itself."""
         half = (len(self.rows) + 1) // 2
-        return (replace(self, rows=self.rows[:half]), replace(self, rows=self.rows[half:])) if self.is_narrow else (self,)
+        return (
+            (replace(self, rows=self.rows[:half]), replace(self, rows=self.rows[half:])) if self.is_narrow else (self,)
+        )
 
 
 class Words:
@@ -366,12 +368,12 @@ class Tables:
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
             columns = tuple(column for column in columns if column.heading != same)
         if columns[0].at == "@site" and len(self._sites) > 1:
-            return self._together(self._words.table(caption, columns, rows, most=len(rows)))
+            return self._together(self._words.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self._words.table(caption, columns, rows, last=last)
 
-    def _together(self, table: Table) -> Table:
-        """The first lines of a table, with one for what several sites have alike."""
-        rows = tuple((self._named(group), *group[0][1:]) for group in _alike(table.rows))
+    def _together(self, table: Table, *, named: bool) -> Table:
+        """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
+        rows = tuple((self._called(group, named=named), *group[0][1:]) for group in _alike(table.rows))
         return replace(table, rows=rows[:MOST_ROWS], all=len(rows))
 
     def _rows(self, of: str) -> list[str]:
@@ -407,11 +409,11 @@ class Tables:
             most=PAGE_ONE_SITES,
         )
 
-    def _named(self, alike: Sequence[tuple[Markup, ...]]) -> Markup:
+    def _called(self, alike: Sequence[tuple[Markup, ...]], *, named: bool) -> Markup:
         """What a line of sites that are alike is called."""
         name, others = alike[0][0], len(alike) - 1
-        if not others:
-            return name
+        if named or not others:
+            return Markup(", ").join([name, *(row[0].striptags() for row in alike[1:])])
         return self._words.text("budget.alike", name=name, others=Markup('<span class="rows">{}</span>').format(others))
 
     def steps(self) -> Table:
