@@ -83,11 +83,13 @@ def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
             posterior=(posterior,),
             hit_rates=(rate,),
             expected_failures=230 * 1e-05,
+            right_of_100_for_2=75 * (1 + abs(last) * math.ulp(1.0)),
+            right_of_100_for_5=99.0,
         )
     )
     assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
     assert (stated.right_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
-    assert stated.posterior == (posterior,)
+    assert (stated.right_of_100_for_2, stated.posterior) == (75.0, (posterior,))
 
 
 def test_an_unknown_language_writes_nothing(run_folder: Path) -> None:
