@@ -87,7 +87,10 @@ def line_rows(path: Path) -> RawRows:
 
 def _json_row(path: Path, line: int, raw: bytes | None) -> Row | None:
     text = _text(raw, at=at_line(path, line)).rstrip()
-    return _json_object(text, path, line, bound="must be one whole JSON object on a line") if text else None
+    bound = "must be one whole JSON object on a line"
+    if text[:1] == "[":
+        bound += "; a file that is an array of objects ends in .json"
+    return _json_object(text, path, line, bound=bound) if text else None
 
 
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:

@@ -46,7 +46,7 @@ _CALLS = ("tool_calls", "function_call")
 READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
 """What a run looks at in a turn."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_OTHER_NUMBER = re.compile(r"[$€£¥]? ?[+-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?", re.ASCII)
+_OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")

@@ -30,7 +30,7 @@ _MOST_VALUES = 300
 """Different values of a column that are counted; a column with more is no label."""
 LONGEST_LABEL = 80
 MOST_LABELS = 200
-_RECORDS_A_LABEL = 5
+RECORDS_A_LABEL = 5
 """A column is a label only if each value has this many records on average."""
 _SEPARATORS = ";|,"
 """What a text of several labels has between them."""
@@ -71,12 +71,17 @@ PROMPTS = (
 CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
 COMPLETIONS = (
     *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
-    "chosen",
+    *("correctanswer", "bestanswer", "targettext", "chosen"),
 )
 OFTEN_LABELS = frozenset({"answer", "target", "ref", "reply", "summary", "solution"})
 """Completions that are labels where they have few values."""
-WANTED = ("label", "labels", "desirable", "preferred", "ktotag", "iscorrect", "correct", "isgood", "feedback", "thumbs")
+WANTED = (
+    *("label", "labels", "desirable", "preferred", "ktotag", "iscorrect", "correct", "good", "isgood", "feedback"),
+    *("thumbs", "vote", "liked", "helpful", "accepted", "isaccepted", "isanswer", "score", "rating", "reward"),
+)
 """What may say whether an answer is one to learn."""
+BETTER = ("winner", "preference", "preferred", "choice", "better")
+"""What may say which of two answers is the better one."""
 SPEAKERS = ("role", "from", "speaker", "sender", "author")
 ALIKE = (
     *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
@@ -261,7 +266,7 @@ class Column:
         if self.is_vector or self.nearly("other number"):
             return None
         for mark, counts in self.parts.items():
-            often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
+            often = self.filled >= RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
             # Names with a comma in each are no lists: labels that come in several combinations are.
             if often and (mark == "[" or (self.several[mark] and self._combines(counts))):
                 return mark
@@ -303,7 +308,7 @@ class Column:
     def is_label(self) -> bool:
         """Whether it has few values, each of which comes often."""
         labels = self.labels
-        few = 2 <= len(labels) <= MOST_LABELS and self.filled >= _RECORDS_A_LABEL * len(labels)
+        few = 2 <= len(labels) <= MOST_LABELS and self.filled >= RECORDS_A_LABEL * len(labels)
         return few and self.nearly("label") and not (self.is_number and self.reads["whole"] < NEARLY * self.filled)
 
     @property

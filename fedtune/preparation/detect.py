@@ -19,6 +19,7 @@ from fedtune.preparation.columns import (
     LONGEST_LABEL,
     MOST_LABELS,
     OTHER_NUMBERS,
+    RECORDS_A_LABEL,
     Column,
     is_of_records,
     is_person,
@@ -48,7 +49,10 @@ KINDS: Mapping[Kind, str] = {
 }
 SHOWN_ROWS = 5
 
-_LABEL_BOUND = f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters"
+_LABEL_BOUND = (
+    f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on average "
+    f"in {RECORDS_A_LABEL} rows or more"
+)
 
 Columns: TypeAlias = Mapping[str, Column]
 
@@ -94,8 +98,8 @@ _PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of
 _SCORE = _Part("target", (*called.SCORES, "label", "target"), _is_score, "must hold numbers, and not always the same")
 
 
-def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, _Part]:
-    return _Part("chosen", ("chosen",), fits, bound), _Part("rejected", ("rejected",), fits, bound)
+def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
+    return tuple(_Part(role, (role, f"{role}response"), fits, bound) for role in ("chosen", "rejected"))
 
 
 def _texts(**names: tuple[str, ...]) -> tuple[_Part, ...]:
@@ -380,7 +384,9 @@ class _Guess:
         named = {*called.LABELS, *called.NUMBERS, *called.COMPLETIONS}
         for one in self.columns.values():  # what is called an answer and is none: others would be learnt in silence
             is_named = key_of(one.name).removesuffix("s") in named and one.name not in taken
-            if is_named and one.filled and (one.nearly("other number") or not (one.is_text or one.nearly("target"))):
+            is_other = one.nearly("other number") or not (one.is_text or one.nearly("target"))
+            too_many = key_of(one.name) in ("label", "labels") and one.is_text and one.mean_characters < LONGEST_LABEL
+            if is_named and one.filled and (is_other or (too_many and len(one.labels) != 1)):
                 bound = f"{self._no_answer(one)}; or choose with --text COLUMN"
                 raise DataError(f"{self.path}, column {one.name}", one.holds, bound)
         few = [one for one in self.columns.values() if one.name not in taken and person_of(one.name) is None]
@@ -436,6 +442,13 @@ class _Guess:
         if speaks := self._named(called.SPEAKERS, lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
             bound = "says who speaks: write the turns of each conversation as one list in a column messages, "
             raise DataError(f"{self.path}, column {speaks}", "speakers", f"{bound}or choose with --text")
+        keys = {key_of(name) for name in self.columns}
+        two = next((key[:-1] for key in sorted(keys) if key[-1:] == "a" and f"{key[:-1]}b" in keys), None)
+        if two and (better := self._named(called.BETTER, lambda one: one.is_label)):
+            bound = "says which of two is better: write them as columns prompt, chosen and rejected, "
+            raise DataError(
+                f"{self.path}, column {better}", f"beside {two}a and {two}b", f"{bound}or choose with --text"
+            )
         pair = [self._named((role,), lambda one: one.says) for role in ("chosen", "rejected")]
         if all(pair) and not any(self._laid_out(kind, parts) for kind, parts in _LAYOUTS if kind == "preferences"):
             kind = "turns of a conversation" if _is_chat(self.columns[str(pair[0])]) else "text"

@@ -152,7 +152,8 @@ def test_what_is_chosen_wins(tmp_path: Path) -> None:
         ({"label": "gone"}, "--label = 'gone': must be one of the columns body, n"),
         (
             {"label": "body"},
-            "--label = 'body': must have 2 to 200 different texts or whole numbers of at most 80 characters",
+            "--label = 'body': must have 2 to 200 different texts or whole numbers of at most 80 characters, on "
+            "average in 5 rows or more",
         ),
         ({"score": "n", "prompt": "body"}, "--prompt = 'body': does not go with --score"),
         ({"score": "body", "other": "n"}, "--other = 'n': must hold texts"),
@@ -378,7 +379,7 @@ def test_what_is_not_wanted_can_be_chosen(tmp_path: Path) -> None:
     assert (found.kind, set(dict(found.unread))) == ("pairs", {"label"})
 
 
-@pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00"])
+@pytest.mark.parametrize("number", ["{},5", "${}", "{} %", "1.{},00", "({}.5)", "\u2212{}"])
 def test_numbers_in_another_form_are_refused_with_what_to_write(tmp_path: Path, number: str) -> None:
     rows = [{"text": texts(n), "cost": number.format(100 + n)} for n in range(60)]
     assert "write 3.5" in dict(seen(tmp_path, rows).unread)["cost"]

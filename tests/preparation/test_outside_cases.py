@@ -39,6 +39,13 @@ def table(folder: Path, *lines: str) -> Path:
         (lambda n: {"prompt": texts(n), "completion": texts(n), "label": n % 2}, "column label = '1 or 0': may say"),
         (lambda n: {"question": texts(n), "answer": texts(n), "label": ["good", "bad"][n % 2]}, "rows answer is not"),
         (lambda n: {"instruction": texts(n), "input": "", "output": texts(n), "kto_tag": n % 2 > 0}, "rows output is"),
+        (lambda n: {"prompt": texts(n), "completion": texts(n), "score": n % 2}, "column score = '1 or 0': may say"),
+        (lambda n: {"question": texts(n), "answer": texts(n), "accepted": n % 2 > 0}, "rows answer is not"),
+        (
+            lambda n: {"prompt": texts(n), "answer_a": "a", "answer_b": texts(n), "winner": "ab"[n % 2]},
+            "which of two is",
+        ),
+        (lambda n: {"text": texts(n), "label": f"c{n % 30}"}, "on average in 5 rows"),
         (lambda n: {"conversations": [ASK, SAY], "kto_tag": n % 2 > 0}, "rows conversations is not wanted"),
         (lambda n: {"role": ["prompter", "assistant"][n % 2], "text": texts(n)}, "column role = 'speakers': says who"),
         (lambda n: {"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
@@ -87,6 +94,11 @@ def test_what_is_not_read_is_named(tmp_path: Path, row: Rows, column: str, why: 
 def test_a_column_called_as_people_are_is_the_unit(tmp_path: Path, name: str) -> None:
     found = seen(tmp_path, lambda n: {"text": texts(n), "label": "ab"[n % 2], name: f"p{n % 9}"})
     assert found.roles == {"text": "text", "label": "label", "user": name}
+
+
+def test_answers_by_another_name_are_preferences(tmp_path: Path) -> None:
+    found = seen(tmp_path, lambda n: {"prompt": texts(n), "chosen_response": texts(n), "rejected_response": "no"})
+    assert found.kind == "preferences"
 
 
 @pytest.mark.parametrize(
