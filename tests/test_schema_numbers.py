@@ -22,9 +22,10 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
 from fedtune.report.record.run_record import read_run
-from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError, RunError
+from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import load_task_model
 
+GO_ON = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
 A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
 
 
@@ -53,13 +54,9 @@ def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(
         file.close()
         before = path.read_bytes()
         for opened in (lambda: verify(path), lambda: Ledger(path, site_policy("north"), key)):
-            with pytest.raises(RunError) as caught:
+            with pytest.raises(ConfigError) as caught:
                 opened()
-            said = str(caught.value)
-            assert f"has schema {number}" in said
-            assert f"reads schema {LEDGER_SCHEMA}: go on with the version of fedtune that wrote it" in said
-            assert "all that it has charged stays charged" in said
-            assert not re.search(r"\bnew\b|remove|delete|move|start|begin", said)
+            assert str(caught.value) == f"{path}: schema = {number}: must be {LEDGER_SCHEMA}: {GO_ON}"
         assert path.read_bytes() == before
 
 
@@ -67,7 +64,7 @@ def test_an_anchor_of_another_number_is_refused(kept: Ledger, tmp_path: Path) ->
     anchor, whole = tmp_path / "anchor.json", json.loads(kept.head().to_bytes())
     for number in around(LEDGER_SCHEMA):
         anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
-        with pytest.raises(ConfigError, match="go on with the version of fedtune that wrote it and its ledger"):
+        with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
             Head.read(anchor)
 
 

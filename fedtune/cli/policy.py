@@ -51,7 +51,7 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     else:
         _show_beside(beside)
     for key, made_for, asked in beside.differences:
-        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; make a new ledger for it"
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; set it back"
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 

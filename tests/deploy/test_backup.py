@@ -233,6 +233,21 @@ def test_another_ledger_is_not_replaced(north: Path, run_proposal: Propose, comm
     assert (north / "ledger.db").read_bytes() == older
 
 
+def test_a_ledger_of_another_version_is_not_taken_for_a_damaged_one(
+    north: Path, run_proposal: Propose, command: Any
+) -> None:
+    """Else a backup would take its place, and what it has charged since would be forgotten."""
+    train(north, run_proposal(), 1)
+    assert command("site", "backup", str(north / "backup.zip"), *words(north)).code == 0
+    with closing(sqlite3.connect(north / "ledger.db")) as file:
+        file.execute("PRAGMA user_version = 1")
+        file.commit()
+    there = (north / "ledger.db").read_bytes()
+    outcome = command("site", "restore", str(north / "backup.zip"), *words(north))
+    assert (outcome.code, "go on with the version of fedtune that wrote it" in outcome.message) == (2, True)
+    assert (north / "ledger.db").read_bytes() == there
+
+
 def test_a_site_that_runs_is_not_restored(north: Path, run_proposal: Propose, command: Any) -> None:
     train(north, run_proposal(), 1)
     file = north / "backup.zip"

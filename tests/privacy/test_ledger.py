@@ -302,7 +302,9 @@ def test_a_ledger_is_of_one_population_site_and_delta(
     opened: Open, policy: Any, path: Path, what: str, change: dict[str, Any]
 ) -> None:
     opened()
-    with pytest.raises(RunError, match=rf"was made for {what} = .*; to change it, make a new ledger"):
+    with pytest.raises(
+        RunError, match=rf"was made for {what} = .*; set it back, since it is fixed for the ledger's life"
+    ):
         opened(policy=policy(**change))
     assert kinds_of(path) == OPENED
 

@@ -304,7 +304,7 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
     """Why nothing would be trained with a ledger that is whole."""
     name = "ledger"
     for key, made_for, says in history.opened.differences(files.policy):
-        fix = f"Set {key} in site.toml back; to change it, make a new ledger."
+        fix = f"Set {key} in site.toml back: it is fixed for the ledger's life."
         yield failed(name, f"was made for {key} = {made_for}, and the policy says {says}", fix=fix)
     if files.anchor is not None and not files.anchor.is_file() and history.charged():
         fix = f"Bring the anchor back, or make a new one with `fedtune ledger anchor` ({_PAGE})."

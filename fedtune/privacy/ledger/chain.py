@@ -102,6 +102,20 @@ class Doubt(NamedTuple):
         return cls(int(sequence), str(head), str(run), int(rounds))
 
 
+def check_ledger_schema(path: Path, found: object) -> None:
+    """Refuse the ledger or anchor `path` of another format than this version's.
+
+    Guarantee: the sentence names the version that goes on with it, and so invites no fresh budget.
+
+    Raises:
+        ConfigError: no RunError, which stands for a damaged ledger, in whose place a backup may be put.
+    """
+    if type(found) is not int or found != LEDGER_SCHEMA:
+        go_on = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
+        bound = f"must be {LEDGER_SCHEMA}: {go_on}"
+        raise ConfigError(f"{path}: schema", found if type(found) is int else NOT_GIVEN, bound)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The end of a ledger at some moment, signed by the site.
@@ -172,10 +186,7 @@ class Head:
         """
         try:
             found = json.loads(path.read_bytes())
-            schema = found.pop("schema", None)
-            if schema != LEDGER_SCHEMA:
-                bound = f"must be {LEDGER_SCHEMA}: go on with the version of fedtune that wrote it and its ledger"
-                raise ConfigError(f"{path}: schema", schema if type(schema) is int else NOT_GIVEN, bound)
+            check_ledger_schema(path, found.pop("schema", None))
             charged = tuple((dict(event), count) for event, count in found["charged"])
             runs = tuple((str(run), int(rounds)) for run, rounds in found["runs"])
             paths = {name: tuple((int(n), str(hash)) for n, hash in found[name]) for name in ("path", "made_up")}

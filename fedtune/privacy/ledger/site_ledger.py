@@ -385,7 +385,7 @@ class Ledger:
             if made_for != says:
                 raise RunError(
                     f"ledger {self._store.path} was made for {key} = {made_for}, the policy says {says}; "
-                    "to change it, make a new ledger"
+                    "set it back, since it is fixed for the ledger's life"
                 )
 
 

@@ -17,7 +17,17 @@ from typing import Any, TypedDict, Unpack
 
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import EVENT, Doubt, Event, Head, Kind, canonical, check_chain, check_signature
+from fedtune.privacy.ledger.chain import (
+    EVENT,
+    Doubt,
+    Event,
+    Head,
+    Kind,
+    canonical,
+    check_chain,
+    check_ledger_schema,
+    check_signature,
+)
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.restored import Restored
 from fedtune.spec import LEDGER_SCHEMA, ConfigError, RunError
@@ -52,6 +62,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
     It is on disk when the block ends, and undone when the block raises.
 
     Raises:
+        ConfigError: the ledger has another format than this version's.
         RunError: the file cannot be opened, locked or written, or is no ledger.
     """
     try:
@@ -164,17 +175,11 @@ def _make_or_check_tables(file: sqlite3.Connection, path: Path) -> None:
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:
-    """Refuse a file with other tables, triggers or views than fedtune's, or of another version's schema.
-
-    A refusal must not invite a fresh budget: it names the version that goes on with the ledger, and no other way.
-    """
+    """Refuse a file with other tables, triggers or views than fedtune's, or of another version's schema."""
     (schema,) = file.execute("PRAGMA user_version").fetchone()
     (application,) = file.execute("PRAGMA application_id").fetchone()
-    if application == _APPLICATION_ID and schema != LEDGER_SCHEMA:
-        raise RunError(
-            f"ledger {path} has schema {schema}, and fedtune {__version__} reads schema {LEDGER_SCHEMA}: go on with "
-            "the version of fedtune that wrote it; all that it has charged stays charged"
-        )
+    if application == _APPLICATION_ID:
+        check_ledger_schema(path, schema)
     found = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
     if found != set(SCHEMA) or application != _APPLICATION_ID:
         raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
