@@ -50,12 +50,11 @@ def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command:
     outcome = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json")
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)
-    settings = yaml.safe_load((here.folder / "kit" / "adapters" / "first" / "config.yaml").read_text())
-    from fedtune.config import parse
+    from fedtune.config import saved_config
     from fedtune.tasks import task_named
 
     key = SigningKey.load(here.folder / "site_key.pem").secret("held-out split")
-    data = parse(settings).data
+    data = saved_config(here.folder / "kit" / "adapters" / "first").data
     fault = task_named("classification").fault(data)
     expected = own_records(data, columns=dict(data.columns), fault=fault, key=key).heldout
     assert told["records"] == len(expected) > 30
