@@ -242,7 +242,8 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
         raise ConfigError("--model", model, bound)
-    config = _first_settings(base, model if known else None)
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
+    config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     spec = config.model if known else locate(str(model))
     tokenizer = _tokenizer(spec, key="--model", other="--model")
     measured = starter.measured(found, tokenizer, config, within=_num_ids(tokenizer))
@@ -258,12 +259,6 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         measured=measured,
     )
     return spec, plan
-
-
-def _first_settings(base: str, option: str | None) -> RunConfig:
-    """An experiment of conf/, with another option of conf/model."""
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
-    return compose_run([f"experiment={base}", *left_open, *([f"model={option}"] if option else [])])
 
 
 def _tokenizer(spec: ModelSpec, *, key: str, other: str) -> PreTrainedTokenizerBase:

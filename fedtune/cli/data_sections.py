@@ -174,7 +174,10 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         headings=("where", "what is there", "what a run needs"),
         rows=file.errors,
         words=frozenset({0, 1, 2}),
-        notes=[f"and {left:,} more; in all:" if left else "In all:", *map(_reason, file.num_errors.items())]
+        notes=[
+            f"and {left:,} more; in all:" if left else "In all:",
+            *(f"{count:,} {why}" for why, count in file.num_errors.items()),
+        ]
         if file.errors
         else (),
     )
@@ -201,11 +204,6 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         yield _histogram(file.lengths, max_length)
     if file.languages:
         yield _languages(file.languages)
-
-
-def _reason(counted_reason: tuple[str, int]) -> str:
-    reason, count = counted_reason
-    return f"{count:,} {reason}"
 
 
 def _finding(one: Finding, usable: int) -> tuple[str, ...]:

@@ -110,12 +110,14 @@ class Dealing:
             if by_file
             else partition_records(of_files[0], spec.partition, num_sites=len(self.sites), key=key, unit=unit)
         )
+        # By user, the sites that have records of it.
+        users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
         return Dealt(
             sites=tuple(self._split(name, records, key=key) for name, records in zip(self.sites, sites, strict=True)),
             validation=lead["validation"],
             test=lead["test"],
             left_out=left_out,
-            shared_users=_at_several(sites) if unit == "user" else 0,
+            shared_users=sum(count > 1 for count in users.values()),
         )
 
     def _files(self) -> Iterator[Path]:
@@ -142,12 +144,6 @@ def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str 
     if share and unit_hash(record, purpose="validation", key=key, unit=unit) < share:
         return "validation"
     return None
-
-
-def _at_several(sites: Sequence[Sequence[Record]]) -> int:
-    """How many users' ids are at more than one site."""
-    times = Counter(user for site in sites for user in {record.fields["user"] for record in site})
-    return sum(count > 1 for count in times.values())
 
 
 def own_records(

@@ -239,14 +239,12 @@ def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> 
     Raises:
         DataError: a value is absent, or not what its role needs.
     """
-    at = at_line(file, line)
-    return Record({role: _field(row, column, role=role, at=at) for role, column in columns.items()}, file, line)
-
-
-def _field(row: Row, column: str, *, role: str, at: str) -> str:
-    """The checked text of one field."""
-    if role in OPTIONAL_ROLES and is_missing(row.get(column)):
-        return ""
-    if column not in row:
-        raise absent(row, column, role=role, at=at)
-    return read_value(row[column], role, at=f"{at}, column {column!r}")
+    at, fields = at_line(file, line), {}
+    for role, column in columns.items():
+        if role in OPTIONAL_ROLES and is_missing(row.get(column)):
+            fields[role] = ""
+        elif column not in row:
+            raise absent(row, column, role=role, at=at)
+        else:
+            fields[role] = read_value(row[column], role, at=f"{at}, column {column!r}")
+    return Record(fields, file, line)

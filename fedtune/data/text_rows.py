@@ -386,7 +386,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, some at a time; without a byte order mark."""
     line = 1
     try:
-        with _open(path) as stream:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as opened:
+            stream = cast(BufferedReader, opened)
             block = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8) or stream.read1(_BLOCK_BYTES)
             while block:
                 yield block
@@ -397,7 +398,3 @@ def _blocks(path: Path) -> Iterator[bytes]:
         raise DataError(at_line(path, line), found, "must be a whole gzip file") from None
     except OSError as error:
         raise DataError(str(path), error.strerror, "must be a file that can be read") from None
-
-
-def _open(path: Path) -> BufferedReader:
-    return cast(BufferedReader, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")

@@ -82,7 +82,10 @@ def read_value(value: object, role: str, *, at: str) -> str:
         text = _name(value, role, at=at)
     else:
         text = _text(value, role, accepted="text", at=at)
-    _require_unicode(text, at=at, role=role)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
+        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None
     return text
 
 
@@ -122,19 +125,19 @@ def _text(value: object, role: str, *, accepted: str, at: str) -> str:
 
 
 def _name(value: object, role: str, *, at: str) -> str:
-    """A label, a site or a user."""
-    if role == "user":
-        _require_one_user(value, at=at)
+    """A label, a site or a user; an id is in the one form in which ids are compared, so that no person is several."""
+    if role == "user" and (isinstance(value, list) or (isinstance(value, str) and set(_BETWEEN_NAMES) & set(value))):
+        # It would count for one of them, and the others would not be protected.
+        marks = " ".join(_BETWEEN_NAMES)
+        bound = f"must name one user (role user): a value with one of {marks} is read as several, and the record of"
+        raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
     if type(value) is int or is_whole(value):
         value = str(int(value))
     elif role == "label" and isinstance(value, bool):
         value = str(value).lower()
     text = _text(value, role, accepted="text or an integer", at=at).strip()
-    return _user(text, at=at) if role == "user" else text
-
-
-def _user(text: str, *, at: str) -> str:
-    """An id in the one form in which ids are compared, so that no person counts as several."""
+    if role != "user":
+        return text
     found = one_form(text)
     if found in NO_NAME:
         raise DataError(at, "no id", "must name a user (role user)")
@@ -142,15 +145,6 @@ def _user(text: str, *, at: str) -> str:
         raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")
     whole = _WHOLE_DECIMAL.fullmatch(found)
     return whole[1] if whole else found
-
-
-def _require_one_user(value: object, *, at: str) -> None:
-    """Refuse a record of several users: it would count for one of them, and the others would not be protected."""
-    several = isinstance(value, list) or (isinstance(value, str) and any(mark in value for mark in _BETWEEN_NAMES))
-    if several:
-        marks = " ".join(_BETWEEN_NAMES)
-        bound = f"must name one user (role user): a value with one of {marks} is read as several, and the record of"
-        raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
 
 
 def _group(value: object, at: str) -> str:
@@ -278,7 +272,9 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
     who, what = ("from", "value") if turn.get("role") is None and "from" in turn else ("role", "content")
     if who not in turn or what not in turn:
         raise DataError(at, "no speaker or no text", "must have role and content, or from and value")
-    speaker, content = turn[who], _only_part(turn[what])
+    speaker, content = turn[who], turn[what]
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        content = content[0].get("text", content)  # a list of one part, which is a text
     role = speaker_of(speaker)
     calls = [name for name in _CALLS if turn.get(name)]
     if calls:
@@ -294,12 +290,6 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
     if not content.strip():
         raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
     return {"role": role, "content": content} | ({} if _is_learnt(turn, at=at) else {"train": False})
-
-
-def _only_part(content: object) -> object:
-    """The text of a content that is a list of one part, which is a text; others stay."""
-    one = content[0] if isinstance(content, list) and len(content) == 1 else None
-    return one.get("text", content) if isinstance(one, dict) else content
 
 
 def _is_learnt(turn: Mapping[str, object], *, at: str) -> bool:
@@ -420,11 +410,3 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     GROUP: _group,
 }
 """Roles whose values need not be texts in a file, and how they become some."""
-
-
-def _require_unicode(text: str, *, at: str, role: str) -> None:
-    """Refuse what cannot be encoded: JSON may escape half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None

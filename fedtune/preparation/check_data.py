@@ -270,7 +270,9 @@ class _Look:
             return "unused"
         if is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
             return "held out"
-        name = site or self._site_of(record)
+        if not (name := site):  # the one to which a simulation deals it
+            names = self.config.federation.names
+            name = names[assign_site(record, data.partition, num_sites=len(names), key=self._key, unit=unit)]
         self._records[name] += 1
         if unit == "user":
             self._users[name].add(record.fields["user"])
@@ -279,13 +281,6 @@ class _Look:
     def size(self, site: str) -> int:
         """How many records, or users, a site would train on."""
         return len(self._users[site]) if self.config.privacy.unit == "user" else self._records[site]
-
-    def _site_of(self, record: Record) -> str:
-        """The site to which a simulation deals a record."""
-        federation, partition = self.config.federation, self.config.data.partition
-        unit = self.config.privacy.unit
-        place = assign_site(record, partition, num_sites=federation.num_sites, key=self._key, unit=unit)
-        return federation.names[place]
 
     def tokens(self, records: Sequence[Record], *, length: int) -> TextDataset:
         """The examples that a run would make of records, with another bound on their length."""
@@ -365,7 +360,11 @@ class _Tally:
             self._labels.update(label for label in self._look.labels(record) if label in self._labels)
             self._take_twins(record, use)
             self._take_shared(record)
-            for kind, what, role in dict.fromkeys(_in_texts(record)):
+            found: dict[tuple[Kind, str, str], None] = {}
+            for role, text in record.texts():
+                found |= dict.fromkeys(("personal", one.kind, role) for one in identifiers(text))
+                found |= dict.fromkeys(("damage", what, role) for what in damage(text))
+            for kind, what, role in found:
                 self._note(record, kind, what, self._look.config.data.columns[role])
             self._take_language(record)
 
@@ -439,12 +438,9 @@ class _Tally:
         if len(some.lines) < SHOWN:
             some.lines.append((record.line, like))
 
-    def _most(self, kind: Kind) -> str:
-        """In how many records the most frequent text is, where that was found."""
-        return f"(one is in {max(count for _, count in self._texts.values()):,})" if kind == "shared" else ""
-
     def result(self, path: Path) -> FileCheck:
         """All that was found."""
+        most = f"(one is in {max((count for _, count in self._texts.values()), default=0):,})"
         return FileCheck(
             path=str(path),
             places="lines" if self._form in _BY_LINE else "rows",
@@ -454,7 +450,11 @@ class _Tally:
             num_errors=self._faults.left_out(used=0).reasons,
             findings=tuple(
                 Finding(
-                    kind=kind, what=what or self._most(kind), column=column, count=some.count, lines=tuple(some.lines)
+                    kind=kind,
+                    what=what or most * (kind == "shared"),
+                    column=column,
+                    count=some.count,
+                    lines=tuple(some.lines),
                 )
                 for (kind, what, column), some in sorted(self._found.items(), key=lambda one: _KINDS.index(one[0][0]))
             ),
@@ -463,13 +463,6 @@ class _Tally:
             lengths=_lengths(self._lengths),
             languages=dict(self._languages.most_common()),
         )
-
-
-def _in_texts(record: Record) -> Iterator[tuple[Kind, str, str]]:
-    """What patterns find in a record: (kind of finding, what, role)."""
-    for role, text in record.texts():
-        yield from (("personal", one.kind, role) for one in identifiers(text))
-        yield from (("damage", what, role) for what in damage(text))
 
 
 def _supervised(examples: TextDataset) -> list[int]:

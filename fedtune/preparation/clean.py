@@ -60,7 +60,10 @@ class Cleaning:
         try:
             record = record_of(row, self._columns, file=file, line=line)
         except DataError:
-            yield from ("empty", "unusable") if self._is_empty(row) else ("unusable",)
+            needed = [row.get(column) for role, column in self._columns.items() if role not in OPTIONAL_ROLES]
+            if any(value is None or (isinstance(value, str) and not value.strip()) for value in needed):
+                yield "empty"
+            yield "unusable"
             return
         if self._fault(record) is not None:
             yield "unusable"
@@ -76,10 +79,6 @@ class Cleaning:
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
             if any(twin.mark[1] == record.answer for twin in some):
                 yield rule
-
-    def _is_empty(self, row: Row) -> bool:
-        needed = [row.get(column) for role, column in self._columns.items() if role not in OPTIONAL_ROLES]
-        return any(value is None or (isinstance(value, str) and not value.strip()) for value in needed)
 
     def masked(self, row: Row, kinds: Counter[str]) -> Row:
         """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""

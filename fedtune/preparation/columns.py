@@ -268,12 +268,9 @@ class Column:
         for mark, counts in self.parts.items():
             often = self.filled >= RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
             # Names with a comma in each are no lists: labels that come in several combinations are.
-            if often and (mark == "[" or (self.several[mark] and self._combines(counts))):
+            if often and (mark == "[" or (self.several[mark] and not (self._open and len(self.labels) < len(counts)))):
                 return mark
         return None
-
-    def _combines(self, counts: Counter[str]) -> bool:
-        return not self._open or len(self.labels) >= len(counts)
 
     @property
     def labels(self) -> Counter[str]:

@@ -84,18 +84,15 @@ def _is_chat(one: Column) -> bool:
     return one.nearly("messages")
 
 
-def _is_written(one: Column) -> bool:
-    return one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)
-
-
-def _is_score(one: Column) -> bool:
-    return one.is_number and (key_of(one.name) in called.SCORES or not one.is_label)
-
-
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
 _CONTEXT = _Part("input", called.CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
 _PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of a conversation"
-_SCORE = _Part("target", (*called.SCORES, "label", "target"), _is_score, "must hold numbers, and not always the same")
+_SCORE = _Part(
+    "target",
+    (*called.SCORES, "label", "target"),
+    lambda one: one.is_number and (key_of(one.name) in called.SCORES or not one.is_label),
+    "must hold numbers, and not always the same",
+)
 
 
 def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
@@ -127,7 +124,10 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     # What is asked of a text is answered in words, however few the answers are.
     *(
         ("pairs", (_PROMPT, context, _SYSTEM, _Part("completion", called.COMPLETIONS, fits)))
-        for context, fits in ((replace(_CONTEXT, fits=_is_text, optional=False), _is_text), (_CONTEXT, _is_written))
+        for context, fits in (
+            (replace(_CONTEXT, fits=_is_text, optional=False), _is_text),
+            (_CONTEXT, lambda one: one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)),
+        )
     ),
 )
 """Files that are known by the names of their columns; the first that fits counts."""

@@ -443,12 +443,7 @@ def _beside(path: Path, file: Path) -> str:
     return str(target.relative_to(folder) if target.is_relative_to(folder) else target)
 
 
-def _shown(file: Path) -> str:
-    """The path of an experiment as a person types it: a bare name would be one of conf/."""
-    text = str(file)
-    return text if "/" in text else f"./{text}"
-
-
 def next_line(file: Path) -> str:
-    """The command to type next."""
-    return shlex.join(["fedtune", "simulate", f"experiment={_shown(file)}"])
+    """The command to type next; a bare name would be one of conf/."""
+    path = str(file)
+    return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in path else './'}{path}"])

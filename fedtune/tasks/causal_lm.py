@@ -322,7 +322,8 @@ class Layout:
     @classmethod
     def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:
         """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
-        end, start = end_of_text(tokenizer), _start_ids(tokenizer)
+        end, (ids,) = end_of_text(tokenizer), encode([""], tokenizer, special_tokens=True)
+        start = (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
         if data.chat_template == "none":
             return cls(start, end, None, _literal(tokenizer) if "text" in data.columns else None, data)
         return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
@@ -489,9 +490,3 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 @lru_cache(maxsize=4)
 def _literal(tokenizer: Tokenizer) -> MarkedTokenizer:
     return MarkedTokenizer.of(tokenizer, ())
-
-
-def _start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The begin-of-text token, where the tokenizer puts one before a text."""
-    (ids,) = encode([""], tokenizer, special_tokens=True)
-    return (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()

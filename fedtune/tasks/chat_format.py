@@ -190,7 +190,8 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
 @lru_cache(maxsize=4)
 def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Raises _NoChain."""
-    chain, tried = _derived(_compiled(template), _special_texts(tokenizer))
+    special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    chain, tried = _derived(_compiled(template), special)
     found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
     marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
     joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
@@ -420,8 +421,3 @@ def _template_of(tokenizer: Tokenizer) -> str:
     if not isinstance(template, str):
         raise _NoChain("is missing")
     return template
-
-
-def _special_texts(tokenizer: Tokenizer) -> dict[str, str]:
-    """The special tokens by the names that a template knows, such as `bos_token`."""
-    return {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
