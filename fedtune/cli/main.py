@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (full := full_disk(error)) is None:
             raise
-        _tell(full)
+        _tell(f"{full}; make room, and give the command again")
     try:
         sys.stdout.flush()
     except OSError:  # what could not be printed is lost; or Python would try again, and say so on many lines

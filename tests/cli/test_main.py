@@ -238,7 +238,11 @@ def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str
 
 def test_output_that_has_no_room_is_one_line() -> None:
     with open("/dev/full", "wb") as full:
-        assert started("--version", to=full) == (1, "", "fedtune: the disk is full\n")
+        assert started("--version", to=full) == (
+            1,
+            "",
+            "fedtune: the disk is full; make room, and give the command again\n",
+        )
 
 
 @pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0)])
@@ -259,5 +263,8 @@ def test_a_full_disk_is_named_and_no_setting_is_blamed(
     target = tmp_path / "plan.json"
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
     outcome = command("plan", "experiment=debug", "--output", str(target))
-    assert (outcome.code, outcome.message) == (1, f"the disk is full: no room for {target}")
+    assert (outcome.code, outcome.message) == (
+        1,
+        f"the disk is full: no room for {target}; make room, and give the command again",
+    )
     assert list(tmp_path.iterdir()) == []
