@@ -63,6 +63,11 @@ def score_words(name: str) -> str:
     return " ".join(word.upper() if word in _ABBREVIATED else word for word in name.split("_"))
 
 
+def score_text(value: float | None) -> str:
+    """A score in four digits: 0.7500, and never -0.0000."""
+    return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
+
+
 def counted(count: int, noun: str) -> str:
     """`1 round`, `2 rounds`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

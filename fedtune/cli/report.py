@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
 from fedtune.report.page.catalogue import catalogue
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import counted
+from fedtune.words import counted, score_text, score_words
 
 
 class _Report(Group):
@@ -84,6 +83,7 @@ _MARKS: Mapping[str, tuple[str, str]] = {
 _MOST_PROBLEMS = 12
 _UNBOUNDED = ("epsilon", "epsilon_pld", "epsilon_rdp", "planned_epsilon", "with_set_aside", "period_epsilon")
 _NO_LIMIT = ("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "target_epsilon", "left")
+_WHEN = {"before": "before training", "final": "after training", "non_private": "without privacy"}
 _TITLES: Mapping[ChangeGroup, str] = {
     "settings": "Settings",
     "privacy": "Privacy",
@@ -256,8 +256,8 @@ def diff(
         print_json({"before": str(before_path), "after": str(after_path), "changes": changes})
         return
     for subject in GROUPS:
-        alike = _alike([one for one in changes if one.group == subject], sites=[site.site for site in first.sites])
-        _show_differences(subject, alike, names=(before, after))
+        named = _named([one for one in changes if one.group == subject], sites=[site.site for site in first.sites])
+        _show_differences(subject, named, names=(before, after))
     if not all(settings) and first.kind != "ledger":
         say("The runs' configurations are not beside the reports: only the settings in them are compared.")
 
@@ -319,29 +319,44 @@ def _checked(found: Sequence[Check]) -> Section:
     return Section(rows=rows, words=frozenset({0, 1, 2}), whole=frozenset({0, 1}), styles=styles)
 
 
-def _alike(changes: Sequence[Change], *, sites: Sequence[str]) -> list[Change]:
-    """The changes, with one that several sites share told once."""
-    groups: dict[tuple[bool, str, tuple[str, str]], list[tuple[str, Change]]] = {}
+def _named(changes: Sequence[Change], *, sites: Sequence[str]) -> list[tuple[str, Change]]:
+    """The changes and what people call them: of the whole report, of all sites, then of some, which share a line."""
+    groups: dict[tuple[str, tuple[str, str]], list[tuple[str, Change]]] = {}
     for change in changes:
         site = next((one for one in sites if change.key.startswith(f"sites.{one}.")), "")
         what = change.key.removeprefix(f"sites.{site}.") if site else change.key
-        groups.setdefault((bool(site), what, _both(change)), []).append((site, change))
-    told = []
-    for (_, what, _), same in groups.items():
+        groups.setdefault((f"{bool(site)} {what}", _both(change)), []).append((site, change))
+    told: list[tuple[int, str, Change]] = []
+    for same in groups.values():
         site, change = same[0]
-        who = f"all {len(sites)}" if len(same) == len(sites) else f"{site} and {len(same) - 1} more"
-        told.append(change if len(same) == 1 else replace(change, key=f"sites.{who}.{what}"))
-    return told
+        what = _words(change.key.removeprefix(f"sites.{site}."))
+        if not site:
+            told.append((0, what, change))
+        elif len(same) == len(sites) > 1:
+            told.append((1, f"all {len(sites)} sites: {what}", change))
+        else:
+            told.append((2, f"{site}{f' and {len(same) - 1} more' if len(same) > 1 else ''}: {what}", change))
+    return [(name, change) for _, name, change in sorted(told, key=lambda one: one[0])]
 
 
-def _show_differences(subject: ChangeGroup, changes: Sequence[Change], *, names: tuple[str, str]) -> None:
+def _words(key: str) -> str:
+    """A place of report.json in words; a setting keeps the name that a person types."""
+    if key.startswith("config."):
+        return key.removeprefix("config.")
+    when, _, score = key.partition(".")
+    if when in _WHEN:
+        return f"{score_words(score)} {_WHEN[when]}"
+    return key.removeprefix("mechanism.").removeprefix("spent.").replace("_", " ").replace(".", " ")
+
+
+def _show_differences(subject: ChangeGroup, changes: Sequence[tuple[str, Change]], *, names: tuple[str, str]) -> None:
     if not changes:
         say(f"{_TITLES[subject]}: no difference.")
         return
     section = Section(
         title=f"{_TITLES[subject]}: {counted(len(changes), 'difference')}",
         headings=("", *map(printable, names)),
-        rows=tuple((printable(change.key), *_both(change)) for change in changes),
+        rows=tuple((printable(name), *_both(change)) for name, change in changes),
         words=frozenset({0, 1, 2}),
     )
     show(Console(), [section])
@@ -350,8 +365,10 @@ def _show_differences(subject: ChangeGroup, changes: Sequence[Change], *, names:
 def _both(change: Change) -> tuple[str, str]:
     """Both values, in as many digits as it takes to tell them apart."""
     pair = (_text(change.key, change.before), _text(change.key, change.after))
-    if pair[0] == pair[1]:
-        pair = (repr(change.before), repr(change.after))
+    digits = 6
+    while isinstance(change.before, float) and isinstance(change.after, float) and pair[0] == pair[1] and digits < 17:
+        digits += 1
+        pair = (f"{change.before:.{digits}g}", f"{change.after:.{digits}g}")
     before, after = map(printable, pair)
     return "not there" if change.missing == "before" else before, "not there" if change.missing == "after" else after
 
@@ -364,4 +381,6 @@ def _text(key: str, value: Value) -> str:
         return {True: "yes", False: "no", "": "none"}.get(value, str(value))
     if name in _UNBOUNDED:
         return epsilon_text(value)
+    if key.partition(".")[0] in _WHEN:
+        return score_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

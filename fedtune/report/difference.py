@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedtune.report.model import Report, to_json
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 Group = Literal["settings", "privacy", "utility", "cost"]
 GROUPS: tuple[Group, ...] = ("utility", "privacy", "settings", "cost")
@@ -28,6 +28,7 @@ _OF_SITE: Mapping[Group, Sequence[str]] = {
         *("lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left"),
         *("lifetime.frozen", "lifetime.in_doubt", "lifetime.restored"),
         *("meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures"),
+        *("meaning.right_of_100_for_2", "meaning.right_of_100_for_5"),
     ),
 }
 _OF_MECHANISM: Mapping[Group, Sequence[str]] = {
@@ -73,7 +74,8 @@ def differences(
         ConfigError: a run's report and a ledger's cannot be compared.
     """
     if before.kind != after.kind:
-        raise ConfigError("kind", after.kind, f"must be that of the first report, {before.kind}")
+        bound = f"the first report is of a {before.kind} and the second of a {after.kind}: give two of one kind"
+        raise ConfigError("report diff", NOT_GIVEN, bound)
     configurations = [{f"config.{key}": value for key, value in _flat(one)} for one in settings]
     old, new = _figures(before), _figures(after)
     old["settings"] |= configurations[0]

@@ -28,6 +28,7 @@ from fedtune.report.page.render import TEMPLATES
 from fedtune.report.page.tables import Words
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.tasks import task_named
+from fedtune.words import score_text, score_words
 
 CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
@@ -172,12 +173,13 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
         kept=kept,
-        kept_score=_figure(kept.score) if kept else "",
+        spoken=score_words,
+        kept_score=score_text(kept.score) if kept else "",
         picked=picked,
         picked_epsilon=catalogue("en").figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
         rounds=len(utility.rounds) if utility else 0,
         labels=len(data.labels),
-        scores={name: tuple(map(_figure, both)) for name, both in _scores(report).items()},
+        scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
         loading=None if without_base else _Verbatim(form.loading.strip()),
         not_loadable=_Verbatim(_NOT_LOADABLE),
         **_privacy(Words(report, catalogue("en"))),
@@ -224,10 +226,6 @@ def _privacy(words: Words) -> Mapping[str, Any]:
         "against": text("promise.against"),
         "limits": [_Verbatim(words.code("not_protected", code).unescape()) for code in report.not_protected],
     }
-
-
-def _figure(score: float | None) -> str:
-    return "not a number" if score is None else f"{score:.4f}"
 
 
 def _escaped(value: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError
+from fedtune.words import spoken
 
 PURPOSE = "report"
 """Of the signature; one made for a receipt or a ledger does not pass for it."""
@@ -87,8 +88,7 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
 
 def digest_of_key(key: str) -> str:
     """The beginning of a public key's SHA-256, by which two people compare the key; `printf %s KEY | sha256sum`."""
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    return " ".join(digest[place : place + 4] for place in range(0, 16, 4))
+    return spoken(hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 def _ledger_keys(report: Report) -> list[str]:

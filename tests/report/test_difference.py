@@ -125,5 +125,5 @@ def test_the_runs_configurations_are_settings(a_report: Make) -> None:
 
 
 def test_a_run_and_a_ledger_cannot_be_compared(a_report: Make, a_ledger_report: Make) -> None:
-    with pytest.raises(ConfigError, match="first report, run"):
+    with pytest.raises(ConfigError, match="first report is of a run and the second of a ledger"):
         differences(a_report(), a_ledger_report())

@@ -23,6 +23,7 @@ from fedtune.report.derive.verdicts import worst
 from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
 from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.tasks import task_named
+from fedtune.words import score_text
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.report.record.run_record import RunRecord
@@ -192,7 +193,7 @@ def _of_every_report(provenance: Provenance | None) -> Facts:
 
 def _scores(metrics: Scores) -> str | None:
     shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
-    return _listed(f"{name} {value:.4f}" for name, value in shown)
+    return _listed(f"{name} {score_text(value)}" for name, value in shown)
 
 
 def _by_mechanism(values: Sequence[float | None]) -> str | None:

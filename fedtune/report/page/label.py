@@ -130,6 +130,8 @@ def _promise(words: Words) -> Iterator[_Mark]:
     about = list(_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4))
     yield from about
     promise += " " + text("promise.average")
+    if report.verdict.state == "within":
+        promise += " " + text("verdict.no_approval")
     yield from _lines(_plain(promise), x=_MARGIN, y=about[-1].y + 54, size=17, width=width, most=6)
 
 
@@ -138,12 +140,12 @@ def _facts(words: Words) -> Iterator[_Mark]:
     y = 172.0
     for number, (name, value) in enumerate(_rows(words)):
         if number:
-            yield _box(_RIGHT, y - 30, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
+            yield _box(_RIGHT, y - 27, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
         yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
         lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
         for place, line in enumerate(lines):
             yield _Text(x=_RIGHT + 170, y=y + 24 * place, text=line, size=19, font="bold")
-        y += 24 * len(lines) + 20
+        y += 24 * len(lines) + 15
 
 
 def _rows(words: Words) -> Iterator[tuple[str, str]]:
@@ -198,7 +200,7 @@ def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
     """Lines that fit a width."""
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
-    for word in text.split():
+    for word in text.split(" "):
         if lines and _length(f"{lines[-1]} {word}") * size <= width:
             lines[-1] += f" {word}"
         else:

@@ -32,6 +32,7 @@ from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
 from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.words import score_words
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
@@ -47,6 +48,7 @@ _MOST_FOR_SUBTRACTION = 2
 Group = Literal["impact", "health", "documentation"]
 _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
 _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
+_SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 
 
@@ -78,6 +80,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
             t=words.text,
             figure=words.figure,
             code=words.code,
+            spoken=score_words,
             tables=tables,
             charts=Charts(words, tables),
             key_digest=signing.digest_of_key(report.signature.key) if report.signature else "",
@@ -378,6 +381,9 @@ class Fields:
             return self._words.code(section, token)
         if key in _RIGHT_GUESSES:
             return Markup("{}").format(self._words.catalogue.figure(float(token), "of_100"))
+        if key in _SCORES:
+            name, _, score = token.rpartition(" ")
+            token = f"{score_words(name)} {score}"
         return Markup("{}").format(_NUMBER.sub(self._number, token) if key in NUMBERS else token)
 
     def _number(self, found: re.Match[str]) -> str:
