@@ -196,8 +196,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     device = device_for(runtime.device, must_exist=False)
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes = config.declared_sizes()
-    bits = config.federation.travelling_bits
-    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, bits=bits), device.type
+    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
 
 
 def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import torch
 from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
-from fedtune.privacy.packing import packed_bytes
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
@@ -63,7 +62,6 @@ def forecast(
     declared_sizes: Mapping[str, int],
     max_length: int,
     runtime: RuntimeSpec,
-    bits: int = 32,
 ) -> Forecast:
     """Bytes and time for `plan` at sites of these declared sizes.
 
@@ -73,14 +71,13 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
-        bits: of each value that travels, but for those of secure sums.
 
     Raises:
         ConfigError: for `runtime.kept_states_folder`.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     shared = plan.shared
-    down = up = packed_bytes(num_values, bits)
+    down = up = 4 * num_values
     if shared is not None:
         up = upload_bytes(shared.num_sites, length=num_values, bits=bits_needed(shared.num_sites, shared.largest_value))
     num_records = sum(declared_sizes.values()) * plan.records_per_user

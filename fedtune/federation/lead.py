@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.federation.protocol import Reply
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
-from fedtune.model import Adapter, AdapterError
+from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, Update, receipt_from_json
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole
@@ -205,28 +205,12 @@ class Checkpoints:
         self._folder = folder
         self._config = config_sha256
         self._asked = folder / ASKED
-        self._reference = folder / "reference.safetensors"
         self._session = folder / "session.json"
 
     @property
     def arrived(self) -> Path:
         """The folder of a round's updates until they are averaged."""
         return self._folder / "arrived"
-
-    def keep_reference(self, adapter: Adapter) -> None:
-        """Keep the adapter that the run begins in, to which differences are added."""
-        write_durably(self._reference, adapter.to_bytes())
-
-    def reference(self) -> Adapter:
-        """What `keep_reference` kept.
-
-        Raises:
-            RunError: it is gone or damaged.
-        """
-        try:
-            return Adapter.from_bytes(self._reference.read_bytes())
-        except (OSError, AdapterError) as error:
-            raise RunError(f"{self._reference} is missing or damaged: {error}") from error
 
     def keep_session(self, session: bytes) -> None:
         """Keep what the lead knows of the secure sums: the session that goes on, and whose shares were wrong."""

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fedtune.federation.secure.agreement import Terms, bits_needed
-from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json
@@ -108,7 +106,6 @@ class RoundRequest:
         adapter_digest: of the adapter that travels with the request.
         receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
         expires: seconds since 1970 after which the request is void.
-        reference_digest: of the run's reference adapter, where the adapter travels as a difference to that; else empty.
         session: the lead's name for the session of the secure sum that the round is a release of; else empty.
     """
 
@@ -118,7 +115,6 @@ class RoundRequest:
     adapter_digest: str
     receipt: Receipt | None
     expires: float
-    reference_digest: str = ""
     session: str = ""
 
     @property
@@ -130,8 +126,6 @@ class RoundRequest:
         """The request as it is sent."""
         receipt = None if self.receipt is None else asdict(self.receipt)
         fields = {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
-        if self.reference_digest:
-            fields["reference_digest"] = self.reference_digest
         return Signed.by(lead, ROUND, fields)
 
     @classmethod
@@ -144,8 +138,8 @@ class RoundRequest:
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
             check_name("site", request.site)  # it goes into a site's log
             numbers = type(request.round) is int and _is_moment(request.expires)
-            digests = [request.adapter_digest, request.reference_digest or request.adapter_digest]
-            right = numbers and 1 <= request.round < _MOST_ROUNDS and all(map(_SHA256.fullmatch, digests))
+            known = _SHA256.fullmatch(request.adapter_digest) is not None
+            right = numbers and known and 1 <= request.round < _MOST_ROUNDS
             named = _NONCE.fullmatch(request.session) if proposal.plan.shared else request.session == ""
             if not (right and named):
                 raise ValueError("wrong type or out of range")
@@ -223,39 +217,6 @@ class SumRequest(_Uncharged):
 def digest_of_parts(parts: Iterable[bytes]) -> str:
     """SHA-256, in hex, of the messages that travel with a `SumRequest`, in their order."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Brought:
-    """The adapter that travels with a request, unchecked: whole, or as what is added to the run's reference.
-
-    The reference is the adapter that the run began in.  It travels until a site has taken part in a round, and is
-    kept there for the run.
-
-    Attributes:
-        adapter: where there is a difference, the reference; None: the site has it.
-        difference: None where the adapter is whole.
-    """
-
-    adapter: Adapter | None
-    difference: Difference | None = None
-
-    def made_of(self, kept: Adapter | None, *, digest: str) -> Adapter:
-        """The adapter itself, given the reference that the site keeps, and the reference's digest.
-
-        Raises:
-            Refused: there is no such reference, or it has other names or shapes.
-        """
-        begin = kept if self.adapter is None else self.adapter
-        if begin is None:
-            raise Refused(Reason.REFERENCE_MISSING)
-        if self.difference is None:
-            return begin
-        if begin.digest() != digest:
-            raise Refused(Reason.REFERENCE_MISSING if self.adapter is None else Reason.ADAPTER_DIFFERS)
-        if not self.difference.fits(begin.tensors):
-            raise Refused(Reason.ADAPTER_SHAPE)
-        return Adapter(self.difference.added_to(begin.tensors))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,8 @@ from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Update
+from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Tensors, Update
 
 if TYPE_CHECKING:  # it imports torch
     from fedtune.training.reach import Reach
@@ -83,11 +82,9 @@ class RoundReplies:
     Attributes:
         proposal: of the run.
         round: of the run.
-        sent: the adapter that the round began in, to which differences are added.
-        travelled: what each site was sent of it: the same but for rounding, where values travel in few bits.
+        sent: the adapter that the round began in.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
-        bits: of each value of an update.
         left_out: sites that are asked no more, and not heard.
         masked: site -> its upload to a secure sum, which nothing can be said of by itself.
     """
@@ -95,10 +92,8 @@ class RoundReplies:
     proposal: Proposal
     round: int
     sent: Adapter
-    travelled: Adapter
     reaches: Mapping[str, Reach]
     arrived: Arrived
-    bits: int = 32
     left_out: Collection[str] = ()
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
@@ -159,16 +154,10 @@ class RoundReplies:
             if not (right and isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
                 return _Outcome(failure=INVALID_UPDATE), None
             return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
-        tensors = tensors_of(body, self.sent, self.travelled, bits=self.bits) if about_this else None
+        tensors = tensors_of(body, self.sent) if about_this else None
         if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
             return _Outcome(failure=INVALID_UPDATE), None
-        if isinstance(body.tensors, Difference):
-            # From where the site began: what it decayed went by that, too.
-            ends = body.tensors.added_to(self.travelled.tensors)
-            within = self.reaches[site].includes(ends, sent=self.travelled, rounding=body.tensors)
-        else:
-            assert not isinstance(body.tensors, Masked)
-            within = self.reaches[site].includes(body.tensors, sent=self.travelled)
+        within = self.reaches[site].includes(tensors, sent=self.sent)
         return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
@@ -177,26 +166,12 @@ def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
     return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def tensors_of(body: Answer, sent: Adapter, travelled: Adapter, *, bits: int) -> Tensors | None:
-    """An update's adapter with the sent one's names, order, shapes and type, and finite values; None: it is none.
-
-    What a site moved is added to `sent` itself, so that what was rounded on the way to it stays out of the average.
-    """
-    if not isinstance(body, Update):
-        return None
-    tensors = body.tensors
-    if isinstance(tensors, Masked):
-        return None
-    if isinstance(tensors, Difference):
-        if tensors.bits != bits or not tensors.fits(sent.tensors):
-            return None
-        tensors = tensors.added_to(sent.tensors)
-    elif list(tensors) != list(sent.tensors):
+def tensors_of(body: Answer, sent: Adapter) -> Tensors | None:
+    """An update's tensors, with the sent ones' names, order, shapes and type, and finite values; None: it has none."""
+    if not isinstance(body, Update) or isinstance(body.tensors, Masked) or list(body.tensors) != list(sent.tensors):
         return None
     is_sound = all(
         value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
-        for name, value in tensors.items()
+        for name, value in body.tensors.items()
     )
-    if is_sound and bits != 32 and not isinstance(body.tensors, Difference):  # a site may have its reasons
-        return {name: value - travelled.tensors[name] + sent.tensors[name] for name, value in tensors.items()}
-    return tensors if is_sound else None
+    return body.tensors if is_sound else None

@@ -17,7 +17,6 @@ from fedtune.federation.protocol import (
     ANNOUNCE,
     CONFIRM,
     JOIN,
-    Brought,
     EndOfRun,
     Invitation,
     Reply,
@@ -33,10 +32,9 @@ from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
 from fedtune.model import Adapter
 from fedtune.privacy.durable import require_room
-from fedtune.privacy.few_bits import Difference, Tensors
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Masked, Offer, Reason, Receipt, Refusal, Refused, Update
+from fedtune.privacy.release import Answer, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -75,20 +73,15 @@ class Prepared:
         declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
         train: trains on the records.
         store: writes what the site keeps of the run, before the round is charged: if it cannot, nothing is charged.
-            Given the run's reference adapter, where that came with the request.
-        bits: of each value of an update that leaves.
         members: the sites of a run with secure sums.
-        reference: the run's reference adapter, as far as the site has kept it.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
     train: Train
-    store: Callable[[Adapter | None], None] = lambda reference: None
-    bits: int = 32
+    store: Callable[[], None] = lambda: None
     members: tuple[str, ...] = ()
-    reference: Callable[[], Adapter | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +96,6 @@ class Site:
         paused: whether a person at the site wants it to pause.
         keep: stores a run's final adapter, given the run's name.
         sums: its part in secure sums; None: it has none in any.
-        forget: removes what only a run that goes on needs, given its name.
         awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """
 
@@ -114,18 +106,17 @@ class Site:
     paused: Callable[[], bool] = lambda: False
     keep: Callable[[str, Adapter], None] = lambda run, adapter: None
     sums: SumsAtSite | None = None
-    forget: Callable[[str], None] = lambda run: None
     awaits: Callable[[Proposal], None] = lambda _: None
 
 
-def answer(site: Site, signed: Signed, brought: Brought) -> Reply:
+def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
     Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
     leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  Who is not an allowed lead
     learns nothing of the ledger.
     """
-    return _reply(site, signed, RoundRequest.of, lambda request: Update.from_bytes(_update(site, request, brought)))
+    return _reply(site, signed, RoundRequest.of, lambda request: _update(site, request, adapter))
 
 
 def consider(site: Site, signed: Signed) -> Reply:
@@ -235,7 +226,6 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     # The first notice counts, so that what is kept is what the ledger names.
     if adapter is not None and known.adapter == notice.adapter_digest and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
-    site.forget(notice.run)
     return _receipt(site, notice.run)
 
 
@@ -299,10 +289,8 @@ def _check_asker(site: Site, request: Request) -> None:
         raise Refused(Reason.REQUEST_EXPIRED)
 
 
-def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
+def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
     run = _prepared(site, request)
-    kept = run.reference() if brought.adapter is None else None
-    adapter = brought.made_of(kept, digest=request.reference_digest)
     _check_adapter(request, adapter, template=run.template)
     if request.receipt is not None:
         site.ledger.require_contains(request.receipt)
@@ -312,43 +300,33 @@ def _update(site: Site, request: RoundRequest, brought: Brought) -> bytes:
             # A restarted site has no keys, and need not pay for what it could not upload.
             _party(site, request).require_open(request.round)
         # Last, so that a request that costs the lead nothing writes nothing.
-        run.store(brought.adapter if brought.difference is not None else None)
+        run.store()
         # A round whose reply could not be kept would be charged for nothing.
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
-        return granted
+        return Update.from_bytes(granted)
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
         trained = run.train(request, adapter, granted.attempt)
-        reply = Update(
+        update = Update(
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_as_it_leaves(site, trained, adapter, request, run.bits),
+            tensors=_as_it_leaves(site, trained, request),
             scores=trained.scores,
-        ).to_bytes()
-        site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)
-    return reply
+        )
+        site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint)
+    return update
 
 
-def _as_it_leaves(
-    site: Site, trained: Trained, begun: Adapter, request: RoundRequest, bits: int
-) -> Tensors | Difference | Masked:
+def _as_it_leaves(site: Site, trained: Trained, request: RoundRequest) -> Tensors | Masked:
     if request.proposal.plan.shared is not None:
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_party(site, request).upload(request.round, trained.share))
     assert trained.adapter is not None
-    # Values cut to the site's bound moved much further than a step of training; rounded in levels of that size, every
-    # other change would be lost.
-    bound = site.ledger.policy.adapter_bound(request.proposal.lora_scale)
-    inside = all(np.abs(value).max(initial=0.0) <= bound for value in begun.tensors.values())
-    if bits == 32 or not inside:
-        return trained.adapter.tensors
-    # Drawn from what is released alone: which way a value is rounded tells nothing more of a record.
-    about = f"{request.site} {request.round}"
-    return Difference.between(begun.tensors, trained.adapter.tensors, bits=bits, about=about)
+    return trained.adapter.tensors
 
 
 def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:

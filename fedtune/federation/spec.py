@@ -7,7 +7,6 @@ from typing import Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
-from fedtune.privacy.few_bits import BITS
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import (
     ConfigError,
@@ -48,9 +47,6 @@ class FederationSpec:
         threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or all
             sites where training.local_steps is not given either.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
-        bits: of each value of an adapter or an update that travels: 8 or 4, as differences with a step for each tensor,
-            rounded at random after the noise; or 32, whole.  null: 8, which costs no accuracy (simulations/bits); 32 in
-            secure sums, which take no other.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
             "fedmedian"); the weights are declared sizes.
         server_learning_rate: the server's learning rate in FedAdam and FedAvgM.
@@ -76,7 +72,6 @@ class FederationSpec:
     aggregation: Literal["plain", "secure"] = "plain"
     threshold: int | None = None
     colluders: int = 0
-    bits: int | None = 32  # conf/ says null
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
@@ -110,8 +105,6 @@ class FederationSpec:
         if self.stop_after is not None:
             check_at_least("stop_after", self.stop_after, 1)
         check_one_of("keep_round", self.keep_round, ("last", "best"))
-        if self.bits is not None:
-            check_one_of("bits", self.bits, BITS)
         check_one_of("aggregation", self.aggregation, ("plain", "secure"))
         self._check_sums()
         check_one_of("strategy", self.strategy, STRATEGIES)
@@ -138,16 +131,8 @@ class FederationSpec:
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
-        for name, given, only in (("strategy", self.strategy, "fedavg"), ("bits", self.travelling_bits, 32)):
-            if given != only:
-                raise ConfigError(name, given, f"must be {only} with federation.aggregation = secure")
-
-    @property
-    def travelling_bits(self) -> int:
-        """`bits`, chosen where nobody says."""
-        if self.bits is not None:
-            return self.bits
-        return 8 if self.aggregation == "plain" else 32
+        if self.strategy != "fedavg":
+            raise ConfigError("strategy", self.strategy, "must be fedavg with federation.aggregation = secure")
 
     @property
     def least_sites(self) -> int:

@@ -74,7 +74,7 @@ def _ended(content: RecordDict, site_of: Callable[[], Site], *, name: str) -> Re
     try:
         with panics_as_errors():
             signed, given = flower_records.to_signed(content), flower_records.ADAPTER in content
-            adapter = flower_records.to_brought(content).adapter if given else None
+            adapter = flower_records.to_adapter(content) if given else None
             return end_run(site_of(), signed, adapter)
     except Exception:
         log.exception("%s could not end a run", name)
@@ -82,8 +82,8 @@ def _ended(content: RecordDict, site_of: Callable[[], Site], *, name: str) -> Re
 
 
 def _to_round(content: RecordDict) -> _Answer:
-    signed, brought = flower_records.to_signed(content), flower_records.to_brought(content)
-    return lambda site: flower_records.from_reply(answer(site, signed, brought))
+    signed, adapter = flower_records.to_signed(content), flower_records.to_adapter(content)
+    return lambda site: flower_records.from_reply(answer(site, signed, adapter))
 
 
 def _to_invitation(content: RecordDict) -> _Answer:

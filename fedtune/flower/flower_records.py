@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from types import MappingProxyType
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedtune.federation.protocol import Brought, Reply, Signed
+from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, receipt_from_json
 from fedtune.spec import ConfigError
 
-ADAPTER, DIFFERENCE, UPDATE = "adapter", "difference", "update"
+ADAPTER, UPDATE = "adapter", "update"
 REQUEST, SETTINGS, REPLY, RECEIPT = "request", "settings", "reply", "receipt"
 ARRAYS = "arrays"
 """What Flower's strategies average, within the lead's process."""
@@ -73,26 +71,24 @@ def drop_arrays(content: RecordDict) -> None:
         record.clear()
 
 
-def from_brought(brought: Brought) -> dict[str, ArrayRecord]:
+def from_adapter(adapter: Adapter) -> ArrayRecord:
     """An adapter as it travels; one record serves all messages that bring it."""
-    parts = {ADAPTER: brought.adapter, DIFFERENCE: brought.difference}
-    return {name: _from_bytes(part.to_bytes()) for name, part in parts.items() if part is not None}
+    return _from_bytes(adapter.to_bytes())
 
 
-def from_signed(
-    signed: Signed, *, adapter: Mapping[str, ArrayRecord] = MappingProxyType({}), settings: str = ""
-) -> RecordDict:
+def from_signed(signed: Signed, *, adapter: ArrayRecord | None = None, settings: str = "") -> RecordDict:
     """Content of a message with a lead's signed word.
 
     Args:
         signed: a request for a round, or the end of a run.
-        adapter: the one that it speaks of, as `from_brought` makes it.
+        adapter: the one that it speaks of, as `from_adapter` makes it.
         settings: JSON of the run's configuration, for sites that do not have it.
     """
     content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
     if settings:
         content[SETTINGS] = ConfigRecord({"json": settings})
-    content.update(adapter)
+    if adapter is not None:
+        content[ADAPTER] = adapter
     return content
 
 
@@ -110,18 +106,14 @@ def to_settings(content: RecordDict) -> str:
         raise ConfigError("message", sorted(content), "must hold settings as text") from error
 
 
-def to_brought(content: RecordDict) -> Brought:
+def to_adapter(content: RecordDict) -> Adapter:
     """The adapter in a message, unchecked.
 
     Raises:
         ConfigError: the message does not hold one.
     """
     try:
-        arrays = {name: _to_bytes(content.array_records[name]) for name in (ADAPTER, DIFFERENCE) if name in content}
-        return Brought(
-            adapter=Adapter.from_bytes(arrays[ADAPTER]) if ADAPTER in arrays or DIFFERENCE not in arrays else None,
-            difference=Difference.from_bytes(arrays[DIFFERENCE]) if DIFFERENCE in arrays else None,
-        )
+        return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
     except Exception as error:  # of Flower's records and of safetensors
         raise ConfigError("message", sorted(content), "must hold an adapter") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from fedtune.federation.arrived import Arrived
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
-from fedtune.federation.protocol import Brought, EndOfRun, RoundRequest
+from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.flower import flower_records
 from fedtune.flower.invitation import Lead, invite, readable
@@ -27,7 +27,6 @@ from fedtune.flower.secure_rounds import Made, SecureRounds, past_asked, secure_
 from fedtune.flower.strategy import aggregated, restore_strategy, strategy_state
 from fedtune.flower.streaming_grid import receive
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.release import Reason, Receipt
 from fedtune.spec import ConfigError, RefusedError, RunError, StuckError
 from fedtune.training.reach import Reach, reach
@@ -53,13 +52,9 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     sums = secure_rounds(grid, lead, state)
     if sums is not None:
         state = past_asked(lead, state, left_out=sums.left_out)
-    if state.round == 0 and lead.federation.travelling_bits != 32:
-        lead.checkpoints.keep_reference(state.adapter)
-    holders: Collection[str] = ()  # a site may have lost it, and this lead been started again for that
     try:
         while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
-            state = _run_round(grid, lead, state, sums, holders=holders)
-            holders = state.rounds[-1].sites
+            state = _run_round(grid, lead, state, sums)
             lead.checkpoints.save(state)
             lead.finished(state)
     except RefusedError:
@@ -74,26 +69,21 @@ def run_rounds(grid: Grid, lead: Lead, state: LeadState) -> LeadState:
     return state
 
 
-def _run_round(
-    grid: Grid, lead: Lead, state: LeadState, sums: SecureRounds | None, *, holders: Collection[str]
-) -> LeadState:
-    """The state after one more round; `holders` are the sites that keep the run's reference adapter."""
+def _run_round(grid: Grid, lead: Lead, state: LeadState, sums: SecureRounds | None) -> LeadState:
+    """The state after one more round."""
     round, started = state.round + 1, time.monotonic()
     sites = list(lead.declared_sizes if sums is None else sums.ready())
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
-    brought, sent, about = _sent(lead, state, session="" if sums is None else sums.session)
-    messages = _requests(grid, lead, state, brought, about=about, sites=sites, holders=holders)
+    messages = _requests(grid, lead, state, session="" if sums is None else sums.session, sites=sites)
     bytes_down = sum(flower_records.num_bytes(message.content) for message in messages)
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
         replies = RoundReplies(
             proposal=lead.proposal,
             round=round,
             sent=state.adapter,
-            travelled=sent,
-            reaches=_reaches(lead, round, sent),
+            reaches=_reaches(lead, round, state.adapter),
             arrived=arrived,
-            bits=lead.federation.travelling_bits,
             left_out=() if sums is None else sums.left_out,
         )
         state, envelopes, bytes_up = _collected(grid, lead, state, messages, into=replies)
@@ -187,38 +177,9 @@ def _back(lead: Lead, state: LeadState, round: int, found: Scores) -> tuple[Adap
     return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
 
 
-def _sent(lead: Lead, state: LeadState, *, session: str) -> tuple[Brought, Adapter, dict[str, str]]:
-    """How a round's adapter travels, what arrives of it, and what a request says of it and of the session."""
-    brought = _brought(lead, state)
-    reference = brought.adapter.digest() if brought.difference is not None and brought.adapter else ""
-    sent = brought.made_of(None, digest=reference)
-    return brought, sent, {"adapter_digest": sent.digest(), "reference_digest": reference, "session": session}
-
-
-def _brought(lead: Lead, state: LeadState) -> Brought:
-    """The adapter that a round begins in, as it travels: each time it is the exact one that is rounded."""
-    if lead.federation.travelling_bits == 32:
-        return Brought(adapter=state.adapter)
-    reference, bits = lead.checkpoints.reference(), lead.federation.travelling_bits
-    difference = Difference.between(reference.tensors, state.adapter.tensors, bits=bits, about=f"{state.round}")
-    return Brought(adapter=reference, difference=difference)
-
-
-def _requests(
-    grid: Grid,
-    lead: Lead,
-    state: LeadState,
-    brought: Brought,
-    *,
-    about: Mapping[str, str],
-    sites: Sequence[str],
-    holders: Collection[str],
-) -> list[Message]:
+def _requests(grid: Grid, lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Message]:
     """One message for each of these sites, in order; the strategy says which nodes are asked."""
-    round, kept = state.round + 1, set(holders) if brought.difference is not None else set()
-    # The reference is as large as an adapter, and most rounds need not bring it to anybody.
-    whole = {} if kept.issuperset(lead.declared_sizes) else flower_records.from_brought(brought)
-    less = flower_records.from_brought(replace(brought, adapter=None)) if kept else {}
+    round, adapter, digest = state.round + 1, flower_records.from_adapter(state.adapter), state.adapter.digest()
     arrays = flower_records.to_arrays(state.adapter.tensors)
     messages = {
         lead.nodes[message.metadata.dst_node_id]: message
@@ -230,11 +191,11 @@ def _requests(
             proposal=lead.proposal,
             round=round,
             site=site,
-            **about,
+            adapter_digest=digest,
+            session=session,
             receipt=receipts.get(site),
             expires=time.time() + lead.federation.round_timeout_s,
         )
-        adapter = less if site in kept else whole
         message.content = flower_records.from_signed(request.signed(lead.key), adapter=adapter, settings=lead.settings)
     return [messages[site] for site in sites if site in messages]
 
@@ -262,8 +223,8 @@ def _tell_the_end(grid: Grid, lead: Lead, *, adapter: Adapter | None) -> dict[st
     """
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
-    brought = flower_records.from_brought(Brought(adapter=given))
-    content = flower_records.from_signed(notice.signed(lead.key), adapter=brought)
+    adapter_record = None if given is None else flower_records.from_adapter(given)
+    content = flower_records.from_signed(notice.signed(lead.key), adapter=adapter_record)
     messages = [Message(content, node_id, f"query.{flower_records.END}") for node_id in lead.nodes]
     receipts = {}
     for message in receive(grid, messages, timeout=min(lead.federation.round_timeout_s, _END_TIMEOUT_S)):

@@ -8,7 +8,7 @@ docs/privacy_review.md says in which order to read it, and which test shows what
     run_plan selection                  the numbers of a run, and the price of a search over runs
     site_policy policy_file amounts     a site's own limits, their file, and the figures behind them
     proposal release about              what a lead asks for, all that may leave, and what it is for
-    few_bits packing                    updates in 8 or 4 bits, and whole numbers as bytes
+    packing                             whole numbers as bytes
     ledger/                             decisions, each one transaction within every cap, and the file of signed events
     keys durable site_files             keys and signatures, files that a crash leaves whole, where a site's files lie
 

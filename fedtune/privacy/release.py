@@ -10,13 +10,13 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from fedtune.privacy.few_bits import MOST_HEADER_BYTES, Difference, Tensors
 from fedtune.privacy.keys import is_signed
 from fedtune.spec import ConfigError, RefusedError, check_whole
 
@@ -114,7 +114,6 @@ class Reason(StrEnum):
     WRONG_SIGNATURE = "wrong_signature"
     REQUEST_EXPIRED = "request_expired"
     ADAPTER_DIFFERS = "adapter_differs"
-    REFERENCE_MISSING = "reference_missing"
     ADAPTER_SHAPE = "adapter_shape"
     MALFORMED_REQUEST = "malformed_request"
     SITE_ERROR = "site_error"
@@ -164,7 +163,6 @@ _ABOUT_ONE_REQUEST = {
     Reason.WRONG_SIGNATURE,
     Reason.REQUEST_EXPIRED,
     Reason.ADAPTER_DIFFERS,
-    Reason.REFERENCE_MISSING,
     Reason.ADAPTER_SHAPE,
     Reason.MAX_ADAPTER_VALUE,
     Reason.MALFORMED_REQUEST,
@@ -180,8 +178,11 @@ class Masked:
     data: bytes
 
 
-_DIFFERENCE, _MASKED = None, "masked"
-"""In an update's header in the place of tensors: what follows is none."""
+Tensors = Mapping[str, npt.NDArray[np.float32]]
+MOST_HEADER_BYTES = 1 << 20
+"""Names and shapes become Python objects, which are many times as large."""
+_MASKED = "masked"
+"""In an update's header in the place of tensors: a masked vector follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,8 +190,7 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
-        tensors: the adapter's; or, where values travel in few bits, what was added to the adapter that was sent; or
-            what was masked for a secure sum.
+        tensors: the adapter's, or what was masked for a secure sum.
         scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
             `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
 
@@ -202,25 +202,29 @@ class Update:
     site: str
     run: str
     round: int
-    tensors: Tensors | Difference | Masked
+    tensors: Tensors | Masked
     scores: tuple[float, ...] | None = None
+    _bytes: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: magic, header length, JSON header, then a difference, or each tensor as float32.
+        """Canonical bytes: magic, header length, JSON header, then each tensor as float32, or the masked vector.
 
-        Numbers are little-endian.
+        Numbers are little-endian.  An update is encoded once: receipt, ledger and message have the same bytes.
         """
-        header = self._header()
-        start = [_MAGIC, struct.pack("<Q", len(header)), header]
-        if isinstance(self.tensors, Difference | Masked):
-            following = self.tensors.data if isinstance(self.tensors, Masked) else self.tensors.to_bytes()
-            return b"".join([*start, following])
-        return b"".join([*start, *(np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values())])
+        if not self._bytes:
+            header = self._header()
+            following = (
+                [self.tensors.data]
+                if isinstance(self.tensors, Masked)
+                else [np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values()]
+            )
+            self._bytes.append(b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
+        return self._bytes[0]
 
     def _header(self) -> bytes:
         shapes: Any
-        if isinstance(self.tensors, Difference | Masked):
-            shapes = _MASKED if isinstance(self.tensors, Masked) else _DIFFERENCE
+        if isinstance(self.tensors, Masked):
+            shapes = _MASKED
         else:
             shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
         scores = None if self.scores is None else list(self.scores)
@@ -258,13 +262,12 @@ class Update:
         # One update has one encoding: no field beside these, no other type or spacing carries anything.
         if update._header() != data[start : start + size]:
             raise ValueError("header")
+        update._bytes.append(data)
         return update
 
 
-def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
+def _tensors(shapes: Any, data: memoryview) -> Tensors | Masked:
     """What follows an update's header; raises ValueError or TypeError for anything but what the header says."""
-    if shapes is _DIFFERENCE:
-        return Difference.from_bytes(data)
     if shapes == _MASKED:
         return Masked(bytes(data))
     offset, tensors = 0, {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -35,8 +34,6 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import save_task_model, task_named
 
 log = logging.getLogger(__name__)
-
-_REFERENCE = ".reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,6 @@ class RealSite:
             paused=self._places.paused,
             awaits=lambda proposal: self._places.awaits(proposal, settings),
             sums=sums_of(files, self._parties, members=files.policy.trust.members),
-            forget=lambda run: self._reference_file(run).unlink(missing_ok=True),
             keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
         )
 
@@ -121,13 +117,11 @@ class RealSite:
             template=shared.initial_adapter,
             declared_size=config.declared_sizes()[files.policy.site],
             train=train,
-            store=lambda reference: self._store(proposal.run, settings, reference, ledger.history),
-            bits=config.federation.travelling_bits,
+            store=lambda: self._store(proposal.run, settings, ledger.history),
             members=config.federation.active,
-            reference=lambda: self._reference(proposal.run),
         )
 
-    def _store(self, run: str, settings: str, reference: Adapter | None, history: History) -> None:
+    def _store(self, run: str, settings: str, history: History) -> None:
         """Keep what a round needs that is about to be charged, of a run in the ledger's `history`."""
         # No longer than what they say: a lead may send as many spaces as it likes.
         shortest = json.dumps(json.loads(settings), ensure_ascii=False, separators=(",", ":"))
@@ -135,20 +129,6 @@ class RealSite:
         for file in set(self._places.runs.glob("*.json")):
             if file.stem not in history.runs:  # it was never charged
                 file.unlink(missing_ok=True)
-        open_runs = _open_runs(history)
-        needed = set(map(self._reference_file, {*open_runs, run}))
-        for file in set(self._places.runs.glob(f"*{_REFERENCE}")) - needed:  # of runs that were never ended
-            file.unlink(missing_ok=True)
-        if reference is not None and run in open_runs:
-            write_durably(self._reference_file(run), reference.to_bytes())
-
-    def _reference(self, run: str) -> Adapter | None:
-        file = self._reference_file(run)
-        return Adapter.from_bytes(file.read_bytes()) if file.exists() else None
-
-    def _reference_file(self, run: str) -> Path:
-        # By a digest: a run's name may be as long as a file's.
-        return self._places.runs / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}{_REFERENCE}"
 
     def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
@@ -212,11 +192,6 @@ class RealSite:
         # JSON is YAML, too.
         write_durably(RunFolder(folder).config, json.dumps(settings_to_save(config), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
-
-
-def _open_runs(history: History) -> set[str]:
-    now = history.now()
-    return {name for name, run in history.runs.items() if run.is_open(now)}
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

@@ -23,7 +23,7 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig, parse
-from fedtune.federation.lead import Checkpoints, ReceiptBook
+from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
@@ -426,9 +426,7 @@ class Participants:
             template=self.shared.initial_adapter,
             declared_size=work.declared_size,
             train=train,
-            bits=self.config.federation.travelling_bits,
             members=self.config.federation.active,
-            reference=lambda: Checkpoints(RunFolder(self._folder).checkpoints, self.config.digest()).reference(),
         )
         return Site(name=name, ledger=ledger, prepare=lambda _: prepared, sums=sums)
 

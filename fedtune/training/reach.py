@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference, most_level
 from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.spec import TrainingSpec
@@ -22,8 +21,6 @@ _NOISE_SIGMAS = 10.0
 """One normal value in 1e22 lies beyond it."""
 _ROUNDING = 1e-3
 """Relative: what float32 may add to moves that are worked out here in exact numbers."""
-_TAIL = 30.0
-"""Minus the logarithm of how often each of two tails of rounding is passed: e**-30 is below 1e-13."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,60 +37,19 @@ class Reach:
     norm: float
     free: Mapping[str, float] = field(default_factory=dict)
 
-    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: Difference | None = None) -> bool:
+    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
-        In few bits a value may be a step further, all together as far as `_with_rounding` says, and a step is at most
-        the largest honest move's share of the largest level: a site that names longer ones for the room that they would
-        give is outside.  Nor are there honest moves so large in each of several tensors that together they would be
-        longer than the norm.
         A move towards 0 is free: a site brings values into a bound of its own, which the lead does not know.
         """
-        square = largest = 0.0
+        square = 0.0
         for name, start in sent.tensors.items():
             end, begin = update[name].astype(np.float64), start.astype(np.float64)
             moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
-            step, free = 0.0 if rounding is None else rounding.steps[name], self.free.get(name, 0.0)
-            most = 0.0 if rounding is None else step * most_level(rounding.bits)
-            if most > (self.value[name] + free) * (1 + _ROUNDING):
-                return False
-            if np.abs(moved).max(initial=0.0) > self.value[name] + step:
+            if np.abs(moved).max(initial=0.0) > self.value[name]:
                 return False
             square += float(np.square(moved).sum())
-            largest += max(0.0, most * (1 - _ROUNDING) - free) ** 2
-        if largest > self.norm**2:
-            return False
-        return math.sqrt(square) <= (self.norm if rounding is None else self._with_rounding(rounding, largest))
-
-    def _with_rounding(self, rounding: Difference, largest: float) -> float:
-        """The norm that an honest update has after its rounding, but once in 5e12 updates.
-
-        Let `g` be what training moves besides what is free, |g| <= N (`norm`); `m` how far the values lie beyond 0
-        and where they began, so that |m| <= N; and `e` what rounding adds: of a value k + f steps of length s it is
-        -f s or (1 - f) s, of mean 0 and variance s^2 f (1 - f), drawn for each value by itself.  The square of a
-        distance to an interval grows by at most 2 m e + e^2, so the square of the norm is at most
-
-            N^2  +  sum E e^2  +  sum 2 m e  +  sum (e^2 - E e^2).
-
-        - The second: f (1 - f) is at most 1/4, and at most k + f, so that E e^2 <= s |move| <= s (|g| + free).  By
-          Cauchy and Schwarz the sum over n values of each tensor is at most R |g| + sum n s free, R^2 = sum n s^2.
-          A tensor's largest value has no f, since it makes the step, and its g is at least `most_level` s - free:
-          what is left for the others is N^2 - `largest`.  (It has an f for float32's sake, worth s^2 / 1000 at most.)
-        - The third: terms within intervals of 2 |m| s.  Hoeffding: above L S N sqrt(2 / L) in a share e^-L, with the
-          longest step S.
-        - The fourth: terms at most S^2 from their means, of variance f (1 - f) (1 - 2 f)^2 s^4 <= S^2 E e^2.
-          Bernstein: above sqrt(2 L S^2 sum E e^2) + 2 L S^2 / 3 in a share e^-L.
-        """
-        if math.isinf(self.norm):
-            return math.inf
-        each = [(rounding.levels[name].size, step, self.free.get(name, 0.0)) for name, step in rounding.steps.items()]
-        room = math.sqrt(sum(size * step**2 for size, step, _ in each))
-        longest = max((step for _, step, _ in each), default=0.0)
-        by_moves = room * math.sqrt(self.norm**2 - largest) + sum(size * step * free for size, step, free in each)
-        expected = min(room**2 / 4, by_moves) + sum(step**2 for _, step, _ in each) / 1000
-        crossed = longest * self.norm * math.sqrt(2 * _TAIL)
-        spread = longest * math.sqrt(2 * _TAIL * expected) + 2 * _TAIL / 3 * longest**2
-        return math.sqrt(self.norm**2 + expected + crossed + spread)
+        return math.sqrt(square) <= self.norm
 
 
 def reach(

@@ -19,7 +19,7 @@ import fedtune.sites.virtual_site as virtual_site
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.federation.protocol import Brought, Reply, RoundRequest, Signed
+from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.site_policy import Policy
@@ -32,7 +32,6 @@ _OVERRIDES = (
     "experiment=debug", "name=killed", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0",
     "data.train_fraction=0.02", "data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10",
     "data.test_rows=10", "federation.num_rounds=3",
-    "federation.bits=32",  # so that what was trained and what left are told by the same digest
 )  # fmt: skip
 SETTINGS = {
     "spare rounds": ("federation.spare_rounds=4",),
@@ -112,7 +111,7 @@ def ask_again(setting: Setting, folder: Path, seen: Mapping[str, Seen]) -> Job:
             signed = replace(request, receipt=receipt).signed(setting.everyone.sites.lead_key())
             with contextlib.suppress(RunError):  # the parent was told
                 site = setting.everyone.site(setting.names.index(request.site))
-                outside.reply(signed, answer(site, signed, Brought(adapter=adapter)))
+                outside.reply(signed, answer(site, signed, adapter))
 
     return job
 
@@ -186,14 +185,12 @@ def _watch_replies(setting: Setting, doomed: Doomed, outside: Outside, late: Cal
 
     def seen(site: Site, signed: Signed, adapter: Adapter) -> Reply:
         with doomed.within("answer"):
-            reply = answer(site, signed, Brought(adapter=adapter))
+            reply = answer(site, signed, adapter)
         with doomed.within("reply"):
             outside.reply(signed, reply)
         return reply
 
-    def watched(site: Site, signed: Signed, brought: Brought) -> Reply:
-        assert brought.adapter is not None, "adapters travel whole here"
-        adapter = brought.adapter
+    def watched(site: Site, signed: Signed, adapter: Adapter) -> Reply:
         outside.request(signed, adapter)
         reply = seen(site, signed, adapter)
         if late is not None:

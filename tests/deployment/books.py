@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.ledger import store
-from fedtune.privacy.release import Update
+from fedtune.privacy.release import Masked, Update
 
 from .federation import Federation
 from .site_folder import SiteFolder
@@ -60,8 +59,7 @@ def check_books(
 def check_average(federation: Federation, run: str) -> None:
     """Check that the run's adapter is the mean of the last round's updates, each of its sites' taken once.
 
-    The updates are those that the sites' ledgers keep, as differences from the adapter that the round began in; all
-    sites have the same declared size, and so weight.
+    The updates are those that the sites' ledgers keep; all sites have the same declared size, and so weight.
     """
     sites = federation.result(run)["rounds"][-1]["sites"]
     updates = [_last_update(federation.sites[name], run) for name in sites]
@@ -69,9 +67,9 @@ def check_average(federation: Federation, run: str) -> None:
     before, after = adapter(federation, run, back=1), adapter(federation, run)
     ends = []
     for update in updates:
-        assert isinstance(update.tensors, Difference)
-        assert any(levels.any() for levels in update.tensors.levels.values())
-        ends.append(update.tensors.added_to(before))
+        assert not isinstance(update.tensors, Masked)
+        assert any((value != before[name]).any() for name, value in update.tensors.items())
+        ends.append(update.tensors)
     for name, value in after.items():
         np.testing.assert_allclose(value, np.mean([end[name].astype(np.float64) for end in ends], axis=0), atol=1e-6)
 

@@ -26,9 +26,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from fedtune.flower import flower_records
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.ledger import store
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Masked, Offer, Reason, Receipt, Refusal, Update
 
 from .books import check_average, check_books
 from .federation import Federation
@@ -203,8 +202,8 @@ def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
             for array in arrays.values():
                 yield from (("shape", length) for length in array.shape)
                 update = Update.from_bytes(array.data)
-                assert isinstance(update.tensors, Difference)
-                yield from (("shape", length) for value in update.tensors.levels.values() for length in value.shape)
+                assert not isinstance(update.tensors, Masked)
+                yield from (("shape", length) for value in update.tensors.values() for length in value.shape)
                 yield "round", update.round
 
 

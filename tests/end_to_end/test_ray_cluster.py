@@ -112,7 +112,6 @@ def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(
         "data.train_fraction=0.1",
         "runtime.seeded_noise=true",
         "runtime.device=auto",
-        "federation.bits=8",  # so that an actor needs what a site keeps from round to round, wherever that was
     )
     # A node has CPUs for two actors, and its GPU is for one.
     done = on_cluster(*settings, "runtime.sites_per_gpu=1")

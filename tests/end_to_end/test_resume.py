@@ -23,7 +23,7 @@ _ROUNDS = 3
 _STRATEGIES = {
     "fedavg": (),
     "fedadam": ("federation.server_learning_rate=0.05", "federation.server_momentum=0.9"),
-    "fedavgm": ("federation.server_learning_rate=0.7", "federation.server_momentum=0.8", "federation.bits=8"),
+    "fedavgm": ("federation.server_learning_rate=0.7", "federation.server_momentum=0.8"),
 }
 
 

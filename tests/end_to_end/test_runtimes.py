@@ -32,7 +32,7 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
     simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
-    """Plain averages, in few bits: test_ray_cluster.py."""
+    """Plain averages: test_ray_cluster.py."""
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
@@ -113,15 +113,3 @@ def test_a_sweep_makes_a_folder_for_each_value(command: Any, tiny: Any, tmp_path
         assert report["verdict"]["state"] == "within"
         assert result_of(folder)["final"]["metrics"]
     assert "best by validation accuracy" in outcome.out.split("Sweep")[1]
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weight_decay_costs_no_round_in_few_bits(
-    simulate: Any, tmp_path: Path, result_of: Any, optimizer: str, bits: int
-) -> None:
-    """Decay may be the longest move and so set the step; what it rounds beside it is still what training can do."""
-    rate = ("training.learning_rate=0.01", "training.weight_decay=0.1", "training.local_steps=1")
-    chosen = (f"training={optimizer}", *rate, "privacy.noise_multiplier=4.0", f"federation.bits={bits}")
-    result = result_of(simulate(*chosen, "federation.num_rounds=4", into=tmp_path))
-    assert [entry["failed_sites"] for entry in result["rounds"]] == [{}] * 4

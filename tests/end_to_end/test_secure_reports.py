@@ -222,7 +222,6 @@ def test_plan_and_ledger_show_the_three_figures(command: Any, tiny: Any, ran: Pa
         (("training.local_steps=2",), "training.local_steps = 2"),
         (("privacy=none",), "privacy.mechanism = 'none'"),
         (("federation.strategy=fedmedian",), "federation.strategy = 'fedmedian'"),
-        (("federation.bits=8",), "federation.bits = 8"),
         (("federation.threshold=2",), "federation.threshold = 2"),
         (("federation.num_sites=21", "federation.threshold=null"), "federation.num_sites = 21"),
         (("runtime=ray", "runtime.ray_address=127.0.0.1:6379"), "runtime.ray_address"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.protocol import Brought, EndOfRun, Invitation, Reply, RoundRequest, Signed
+from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Train, Trained, answer, consider, end_run
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -175,11 +175,10 @@ class Station:
         signed: Signed,
         *,
         adapter: Adapter | None = None,
-        brought: Brought | None = None,
         train: Train | None = None,
     ) -> Reply:
         """The site's answer to whatever is sent."""
-        return answer(self.open(train), signed, brought or Brought(adapter=adapter or self.template))
+        return answer(self.open(train), signed, adapter or self.template)
 
     def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
         """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""

@@ -45,13 +45,3 @@ def test_bounds(key: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         FederationSpec(**({"num_sites": 2} | changes))
     assert error.value.key == key
-
-
-def test_bits_that_nobody_chose() -> None:
-    assert FederationSpec().travelling_bits == 32
-    assert FederationSpec(bits=None).travelling_bits == 8
-    assert FederationSpec(bits=4).travelling_bits == 4
-    secure = {"num_sites": 3, "aggregation": "secure", "bits": None}
-    assert FederationSpec(**secure).travelling_bits == 32
-    with pytest.raises(ConfigError, match=r"bits = 8: must be 32 with federation\.aggregation = secure"):
-        FederationSpec(**{**secure, "bits": 8})

@@ -20,7 +20,6 @@ from fedtune.federation.replies import (
     RoundReplies,
 )
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.training.reach import Reach
@@ -62,9 +61,7 @@ def sort(
         sites: str = "a",
         noise: float = 0.0,
         groups: tuple[str, ...] = (),
-        bits: int = 32,
         sent: Adapter = adapter,
-        travelled: Adapter | None = None,
         left_out: str = "",
     ) -> RoundReplies:
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise, metrics_groups=groups)
@@ -74,10 +71,8 @@ def sort(
             proposal=proposal,
             round=1,
             sent=sent,
-            travelled=travelled or sent,
             reaches=dict.fromkeys(sites, reach),
             arrived=arrived,
-            bits=bits,
             left_out=left_out,
         )
         for site, reply in replies.items():
@@ -240,88 +235,3 @@ def test_who_was_not_asked_is_not_heard(sort: Sort, update: Make, signed: Callab
     replies = {"stranger": signed(update(site="stranger"))}
     sorted_out = sort(replies)
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": NO_REPLY})
-
-
-def doubled(adapter: Adapter, *, bits: int = 8) -> Difference:
-    end = {name: 2 * value for name, value in adapter.tensors.items()}
-    return Difference.between(adapter.tensors, end, bits=bits, about="")
-
-
-def test_a_difference_is_added_to_the_exact_adapter(adapter: Adapter, update: Make, sort: Sort) -> None:
-    sorted_out = sort(update(tensors=doubled(adapter)), bits=8)
-    assert sorted_out.sites == ("a",)
-    wanted = doubled(adapter).added_to(adapter.tensors)
-    kept = sorted_out.arrived.values("a", start=0, count=sorted_out.arrived.num_values)
-    np.testing.assert_array_equal(kept, np.concatenate([value.ravel() for value in wanted.values()]))
-
-
-@pytest.mark.parametrize(("sent", "asked"), [(4, 8), (8, 4), (8, 32)])
-def test_updates_in_other_bits_than_the_run_s_are_none(
-    adapter: Adapter, update: Make, sort: Sort, sent: int, asked: int
-) -> None:
-    assert sort(update(tensors=doubled(adapter, bits=sent)), bits=asked).failures == {"a": INVALID_UPDATE}
-
-
-def test_a_whole_update_is_as_good_as_a_difference(adapter: Adapter, update: Make, sort: Sort) -> None:
-    travelled = Adapter({name: value + np.float32(0.25) for name, value in adapter.tensors.items()})
-    ends = {name: value + np.float32(1.25) for name, value in adapter.tensors.items()}
-    sorted_out = sort(update(tensors=ends), bits=8, travelled=travelled)
-    kept = sorted_out.arrived.values("a", start=0, count=sorted_out.arrived.num_values)
-    exact = np.concatenate([value.ravel() for value in adapter.tensors.values()]) + 1
-    np.testing.assert_allclose(kept, exact, rtol=1e-6, err_msg="what the site moved is added to the exact adapter")
-
-
-def test_a_difference_that_is_not_finite_or_fits_nothing_is_none(adapter: Adapter, update: Make, sort: Sort) -> None:
-    found = doubled(adapter)
-    beyond = Difference(bits=8, steps=dict.fromkeys(found.steps, 3e38), levels=found.levels)
-    less = Difference(bits=8, steps=found.steps, levels={"head": found.levels["head"]})
-    for wrong in (beyond, less):
-        assert sort(update(tensors=wrong), bits=8).failures == {"a": INVALID_UPDATE}
-
-
-def test_rounding_takes_no_honest_update_beyond_the_plan_and_frees_no_other(
-    adapter: Adapter, update: Make, sort: Sort
-) -> None:
-    """A move of 1 in every value is at the plan's edge; rounded to few levels it may be longer by its roundings."""
-    ends = {name: value + np.sign(value + 0.5) for name, value in adapter.tensors.items()}
-    ends["b.lora_A"] = adapter.tensors["b.lora_A"] + np.array([[1, 0.07, 0.07], [0.07, 0.07, 0.07]], np.float32)
-    moves = np.concatenate([(ends[name] - value).ravel() for name, value in adapter.tensors.items()])
-    reach = Reach(value=defaultdict(lambda: 1 + 1e-6), norm=float(np.linalg.norm(moves)) + 1e-6)
-    longest = 0.0
-    for number in range(50):
-        found = Difference.between(adapter.tensors, ends, bits=4, about=str(number))
-        got = found.added_to(adapter.tensors)
-        length = math.sqrt(sum(float(np.square(got[n] - v).sum()) for n, v in adapter.tensors.items()))
-        longest = max(longest, length)
-        assert sort(update(tensors=found), reach, bits=4).sites == ("a",)
-    assert longest > reach.norm, "some were rounded beyond the norm"
-    # Longer steps do not make up for values, nor do steps that nothing is moved by make room for others.
-    far = Difference(bits=4, steps=dict.fromkeys(found.steps, 1.0), levels=found.levels)
-    assert sort(update(tensors=far), reach, bits=4).failures == {"a": BEYOND_PLAN}
-    largest = {name: np.full(value.shape, 7, np.int8) for name, value in found.levels.items()}
-    unmoved = {**largest, "head": np.zeros_like(largest["head"])}
-    alone = replace(reach, norm=0.5)
-    for steps in ({**found.steps, "head": 1e6}, dict.fromkeys(found.steps, 0.143)):
-        forged = Difference(bits=4, steps=steps, levels=unmoved)
-        assert sort(update(tensors=forged), alone, bits=4).failures == {"a": BEYOND_PLAN}
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_free_move_that_sets_the_step_costs_no_honest_site_its_update(
-    adapter: Adapter, update: Make, sort: Sort, bits: int
-) -> None:
-    """Decay takes the largest value far towards 0, for nothing; one beside it is at its limit, and rounded up."""
-    sent = Adapter({"b.lora_A": np.full((2, 3), 0.0, np.float32), "head": np.array([8, 0.0, 0, 0], np.float32)})
-    ends = {"b.lora_A": sent.tensors["b.lora_A"], "head": np.array([6, 0.101, 0.05, -0.101], np.float32)}
-    limits = defaultdict(lambda: 0.1010001)
-    reach = Reach(value=limits, norm=0.2, free={"head": 2.0, "b.lora_A": 2.0})
-    beyond = 0
-    for number in range(40):
-        found = Difference.between(sent.tensors, ends, bits=bits, about=str(number))
-        got = found.added_to(sent.tensors)["head"]
-        beyond += bool(np.abs(got[1:]).max() > limits[""])
-        kept = sort(update(tensors=found), reach, bits=bits, sent=sent)
-        assert kept.sites == ("a",)
-    assert beyond, "some were rounded beyond the value's bound"
-    without = replace(reach, free={})
-    assert sort(update(tensors=found), without, bits=bits, sent=sent).failures == {"a": BEYOND_PLAN}

@@ -22,7 +22,6 @@ from fedtune.federation.protocol import (
     CONFIRM,
     JOIN,
     UNMASK,
-    Brought,
     Reply,
     RoundRequest,
     SumRequest,
@@ -171,7 +170,7 @@ class Federation:
 
     def upload(self, site: str, round: int = 1) -> Reply:
         signed = self.request(site, round).signed(self.lead)
-        return answer(self.sites[site].open(), signed, Brought(adapter=self.adapter))
+        return answer(self.sites[site].open(), signed, self.adapter)
 
     def summation(self, session: Session, round: int = 1) -> Summation:
         """Of everybody's uploads."""

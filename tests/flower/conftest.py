@@ -118,10 +118,6 @@ class Federation:
     def ledger_path(self, site: str) -> Path:
         return self.folder / site / self.run.policies[site].ledger
 
-    def reference_of(self, site: str) -> Path:
-        """Where a site keeps the run's reference adapter."""
-        return self.folder / site / "reference"
-
     def ledger(self, name: str) -> Ledger:
         """A site's ledger, opened from its files."""
         policy, folder = self.run.policies[name], self.folder / name
@@ -132,15 +128,11 @@ class Federation:
     def site(self, context: Context) -> Site:
         """The site of a node, opened from its files."""
         name = self._name(context)
-        kept = self.reference_of(name)
         prepared = Prepared(
             proposal=self.run.proposal,
             template=self.adapter,
             declared_size=self.sizes[name],
             train=self._train,
-            bits=self.spec.bits,
-            reference=lambda: Adapter.from_bytes(kept.read_bytes()) if kept.exists() else None,
-            store=lambda reference: kept.write_bytes(reference.to_bytes()) if reference else None,
         )
         return Site(name=name, ledger=self.ledger(name), prepare=lambda proposal: prepared)
 

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.federation.protocol import Brought, EndOfRun, RoundRequest
+from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Train, Trained
 from fedtune.flower import flower_records
 from fedtune.flower.client import Exchange, SiteApp
@@ -65,9 +65,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return flower_records.from_signed(
-        request.signed(lead_key), adapter=flower_records.from_brought(Brought(adapter=adapter))
-    )
+    return flower_records.from_signed(request.signed(lead_key), adapter=flower_records.from_adapter(adapter))
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
@@ -116,7 +114,7 @@ def test_the_ledger_hears_when_the_server_asked(
 
 def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
     others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
-    wrong = RecordDict({**request_, **flower_records.from_brought(Brought(adapter=Adapter(others)))})
+    wrong = RecordDict({**request_, flower_records.ADAPTER: flower_records.from_adapter(Adapter(others))})
     answered = asked(app, wrong).answered
     assert isinstance(answered, Refusal)
     assert answered.reason is Reason.ADAPTER_DIFFERS
@@ -199,7 +197,7 @@ def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
 def test_a_request_of_no_words_is_refused(app: SiteApp, adapter: Adapter) -> None:
     words = ConfigRecord({"json": "{}", "signature": "00"})
     answered = asked(
-        app, RecordDict({flower_records.REQUEST: words, **flower_records.from_brought(Brought(adapter=adapter))})
+        app, RecordDict({flower_records.REQUEST: words, flower_records.ADAPTER: flower_records.from_adapter(adapter)})
     ).answered
     assert isinstance(answered, Refusal)
     assert answered.reason is Reason.MALFORMED_REQUEST

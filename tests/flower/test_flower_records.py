@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.federation.protocol import Brought, Reply, RoundRequest, Signed
+from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -36,9 +36,9 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_brought(Brought(adapter=adapter)))
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
     assert flower_records.to_signed(content) == request_
-    assert flower_records.to_brought(content).made_of(None, digest="").digest() == adapter.digest()
+    assert flower_records.to_adapter(content).digest() == adapter.digest()
 
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
@@ -113,10 +113,10 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_brought(Brought(adapter=adapter)))
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
     broken = _NO_REQUEST[fault](content)
     with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
-        _ = flower_records.to_signed(broken), flower_records.to_brought(broken)
+        _ = flower_records.to_signed(broken), flower_records.to_adapter(broken)
 
 
 def test_unreadable_replies_are_one_kind_of_error() -> None:
@@ -126,7 +126,7 @@ def test_unreadable_replies_are_one_kind_of_error() -> None:
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_brought(Brought(adapter=adapter)))
+    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
     assert payload + words <= flower_records.num_bytes(content) <= payload + words + 400

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedtune.federation.protocol import Brought, RoundRequest, Signed
+from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.results import site_charge
 from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
@@ -62,9 +62,9 @@ def sending(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(head: np.ndarray) -> Change:
         def change(message: Message) -> None:
-            sent = flower_records.to_brought(message.content).made_of(None, digest="")
+            sent = flower_records.to_adapter(message.content)
             adapter = Adapter({**sent.tensors, "head": head})
-            message.content.update(flower_records.from_brought(Brought(adapter=adapter)))
+            message.content[flower_records.ADAPTER] = flower_records.from_adapter(adapter)
             put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))
 
         return change

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.federation.protocol import Brought
 from fedtune.federation.results import site_charge
 from fedtune.federation.site_round import Site
 from fedtune.flower import flower_records
@@ -226,7 +225,7 @@ def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
         for message in given:
             if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
                 message.content = RecordDict(
-                    {**message.content, **flower_records.from_brought(Brought(adapter=made.adapter))}
+                    {**message.content, flower_records.ADAPTER: flower_records.from_adapter(made.adapter)}
                 )
         return list(push(given))
 

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
 from fedtune.deploy.kits.members import PURPOSE, JoinRequest
-from fedtune.federation.protocol import END, ROUND, Brought, EndOfRun, RoundRequest, Signed
+from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, answer
 from fedtune.flower import flower_records
 from fedtune.flower.wire.audit_log import AuditLog
@@ -57,7 +57,7 @@ def _answered(data: bytes) -> None:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
     signed = Signed(text=_text(data), signature=seeds.key(1).sign(ROUND, data))
-    reply = answer(_site(nothing), signed, Brought(adapter=seeds.adapter()))
+    reply = answer(_site(nothing), signed, seeds.adapter())
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
 
@@ -75,7 +75,7 @@ def _settings(data: bytes) -> object:
 
 def _adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
-    return flower_records.to_brought(RecordDict({flower_records.ADAPTER: flower_records._from_bytes(data)}))
+    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: flower_records._from_bytes(data)}))
 
 
 def _reply(data: bytes) -> object:
@@ -103,7 +103,7 @@ def _records(data: bytes) -> None:
     names = ("adapter", "difference", "request", "settings", "reply", "receipt")
     content = RecordDict({name: kinds[pick - 1] for name, pick in zip(names, picks, strict=False) if pick})
     for read in (
-        *(flower_records.to_signed, flower_records.to_settings, flower_records.to_brought),
+        *(flower_records.to_signed, flower_records.to_settings, flower_records.to_adapter),
         *(flower_records.to_receipt, flower_records.to_reply),
     ):
         try:

@@ -7,11 +7,9 @@ SORTING = ("tests/federation/test_replies.py",)
 REACHING = ("tests/training/test_reach.py",)
 ASKING = ("tests/flower/test_invitation.py",)
 
-BITS = ("tests/flower/test_bits.py",)
 TRUST = ("tests/privacy/test_site_policy.py",)
 SECURE = ("tests/end_to_end/test_secure_rounds.py",)
 OF_SECURE_SITES = ("tests/federation/test_secure_site.py",)
-DIFFERENCE = ("tests/privacy/test_few_bits.py",)
 
 FEDERATION_FAULTS = (
     Mutant(
@@ -243,78 +241,6 @@ FEDERATION_FAULTS = (
         tests=SECURE,
     ),
     Mutant(
-        name="few-bits-cut-off",
-        fault="Values are cut off to the next level and not rounded at random: small moves of all sites are lost.",
-        file="fedtune/privacy/few_bits.py",
-        old="np.floor(moved / step + drawn)",
-        new="np.trunc(moved / step)",
-        tests=DIFFERENCE,
-    ),
-    Mutant(
-        name="few-bits-always-alike",
-        fault="All updates of all rounds are rounded by the same draws: roundings add up in place of averaging out.",
-        file="fedtune/privacy/few_bits.py",
-        old="RandomStream(_key(end, about))",
-        new="RandomStream(bytes(32))",
-        tests=DIFFERENCE,
-    ),
-    Mutant(
-        name="a-second-encoding",
-        fault="A level that no rounding gives is taken: with two encodings of one meaning a site can say more.",
-        file="fedtune/privacy/few_bits.py",
-        old='    if levels.min(initial=0) < -most_level(bits):\n        raise ValueError("a level")\n',
-        new="",
-        tests=DIFFERENCE,
-    ),
-    Mutant(
-        name="added-to-what-was-rounded",
-        fault="Updates are added to the adapter as it travelled, and each round keeps the rounding of the one before.",
-        file="fedtune/flower/server_app.py",
-        old="            sent=state.adapter,\n",
-        new="            sent=sent,\n",
-        tests=BITS,
-    ),
-    Mutant(
-        name="reference-kept-unchecked",
-        fault="A site keeps whatever reference a server sends, before its digest shows whether it is the run's.",
-        file="fedtune/federation/site_round.py",
-        old="    _check_adapter(request, adapter, template=run.template)\n",
-        new="    run.store(brought.adapter)\n    _check_adapter(request, adapter, template=run.template)\n",
-        tests=BITS,
-    ),
-    Mutant(
-        name="reference-sent-once",
-        fault="Who ever took part is taken to have the reference: a site that lost it is out of the run for good.",
-        file="fedtune/flower/server_app.py",
-        old="holders = state.rounds[-1].sites",
-        new="holders = {*holders, *state.rounds[-1].sites}",
-        tests=BITS,
-    ),
-    Mutant(
-        name="rounding-beyond-the-plan",
-        fault="An honest update whose rounding made it longer than training can is thrown away.",
-        file="fedtune/training/reach.py",
-        old="(self.norm if rounding is None else self._with_rounding(rounding, largest))",
-        new="self.norm",
-        tests=SORTING,
-    ),
-    Mutant(
-        name="a-step-for-each-value",
-        fault="A site names the longest step and gets its length again for each value, far beyond what rounding adds.",
-        file="fedtune/training/reach.py",
-        old="self._with_rounding(rounding, largest))",
-        new="self.norm + math.sqrt(sum(rounding.levels[n].size * s**2 for n, s in rounding.steps.items())))",
-        tests=REACHING,
-    ),
-    Mutant(
-        name="rounding-s-mean-alone",
-        fault="An update is refused whose values were rounded up more often than in the mean, as every second is.",
-        file="fedtune/training/reach.py",
-        old="math.sqrt(self.norm**2 + expected + crossed + spread)",
-        new="math.sqrt(self.norm**2 + expected)",
-        tests=REACHING,
-    ),
-    Mutant(
         name="every-tensor-s-longest-step",
         fault="A site names in every tensor the step that would be honest in one alone.",
         file="fedtune/training/reach.py",
@@ -361,14 +287,6 @@ FEDERATION_FAULTS = (
         old="        if begin.digest() != digest:\n",
         new="        if False:\n",
         tests=("tests/sites/test_real_site.py",),
-    ),
-    Mutant(
-        name="update-in-any-bits",
-        fault="A site sends coarser updates than the run asks for, and may so go further than the plan.",
-        file="fedtune/federation/replies.py",
-        old="if tensors.bits != bits or not",
-        new="if not",
-        tests=SORTING,
     ),
     Mutant(
         name="scores-of-any-size",

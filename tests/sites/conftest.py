@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.config import RunConfig
 from fedtune.data.spec import DataSpec
-from fedtune.federation.protocol import Brought, EndOfRun, Reply, RoundRequest
+from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
@@ -194,18 +194,14 @@ class Station:
         round: int = 1,
         settings: str | None = None,
         adapter: Adapter | None = None,
-        brought: Brought | None = None,
         key: SigningKey | None = None,
         **about: Any,
     ) -> Reply:
-        """The answer to a round's request; `settings` travel with it in place of the configuration's own.
-
-        `brought` is how `adapter` travels, where that is not whole.
-        """
+        """The answer to a round's request; `settings` travel with it in place of the configuration's own."""
         adapter = adapter or self.first
         request = self.request(config, round=round, adapter_digest=adapter.digest(), **about)
         text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
-        return answer(self.real.site(text), request.signed(key or self.lead), brought or Brought(adapter=adapter))
+        return answer(self.real.site(text), request.signed(key or self.lead), adapter)
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
         """The update that must be the answer."""

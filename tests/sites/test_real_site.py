@@ -18,9 +18,8 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Brought, Reply
+from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
-from fedtune.privacy.few_bits import Difference
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
@@ -103,61 +102,6 @@ def test_a_site_that_could_not_keep_its_reply_charges_nothing(site: Any, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
-
-
-# Adapters in few bits.
-
-
-def test_the_reference_adapter_is_kept_for_the_run_and_no_longer(station: MakeStation, first_adapter: Adapter) -> None:
-    site = station(federation={"site_names": ("north", "south"), "bits": 8})
-    end = {name: value + np.float32(0.01) for name, value in first_adapter.tensors.items()}
-    difference = Difference.between(first_adapter.tensors, end, bits=8, about="")
-    second = Adapter(difference.added_to(first_adapter.tensors))
-    alone, named = Brought(adapter=None, difference=difference), {"reference_digest": first_adapter.digest()}
-    assert site.refusal(adapter=second, brought=alone, **named) is Reason.REFERENCE_MISSING
-    assert site.ledger().history.runs == {}
-    nothing = Difference.between(second.tensors, second.tensors, bits=8, about="")
-    # The second comes to the adapter that the lead signed for; the reference that is kept would be another.
-    for wrong in (difference, nothing):
-        assert site.refusal(adapter=second, brought=Brought(adapter=second, difference=wrong), **named) is (
-            Reason.ADAPTER_DIFFERS
-        )
-    assert not list((site.folder / "runs").glob("*.reference"))
-
-    update = site.update(adapter=second, brought=replace(alone, adapter=first_adapter), **named)
-    assert isinstance(update.tensors, Difference)
-    assert update.tensors.fits(first_adapter.tensors)
-    (kept,) = (site.folder / "runs").glob("*.reference")
-    assert Adapter.from_bytes(kept.read_bytes()).digest() == first_adapter.digest()
-    assert isinstance(site.ask(round=2, adapter=second, brought=alone, **named).body, Update)
-    site.end(second)
-    assert not list((site.folder / "runs").glob("*.reference"))
-    again = site.ask(round=2, adapter=second, brought=replace(alone, adapter=first_adapter), **named)
-    assert isinstance(again.body, Update), "the stored answer"
-    assert not list((site.folder / "runs").glob("*.reference")), "the run is over"
-
-
-def test_references_of_runs_that_nobody_ended_go_with_the_next_run(
-    station: MakeStation, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = station(federation={"site_names": ("north", "south"), "bits": 8})
-    nothing = Difference.between(first_adapter.tensors, first_adapter.tensors, bits=8, about="")
-    about = {"brought": Brought(adapter=first_adapter, difference=nothing), "reference_digest": first_adapter.digest()}
-    assert isinstance(site.ask(**about).body, Update)
-    (old,) = (site.folder / "runs").glob("*.reference")
-    ended = set(site.ledger().history.runs)
-    monkeypatch.setattr(real_site, "_open_runs", lambda history: set(history.runs) - ended)
-    other = replace(site.config, name="other", seed=5)
-    assert isinstance(site.ask(other, **about).body, Update)
-    assert not old.exists()
-    assert len(list((site.folder / "runs").glob("*.reference"))) == 1
-
-
-def test_a_long_name_is_no_matter_in_few_bits(station: MakeStation, first_adapter: Adapter) -> None:
-    site = station(federation={"site_names": ("north", "south"), "bits": 8})
-    nothing = Difference.between(first_adapter.tensors, first_adapter.tensors, bits=8, about="")
-    about = {"brought": Brought(adapter=first_adapter, difference=nothing), "reference_digest": first_adapter.digest()}
-    assert isinstance(site.ask(replace(site.config, name="n" * 200), **about).body, Update)
 
 
 # What a lead can make a site keep.

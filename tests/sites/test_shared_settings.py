@@ -86,7 +86,6 @@ DECISIVE: dict[str, Any] = {
     "federation.min_sites": 2,
     "federation.spare_rounds": 1,
     "federation.if_over_budget": "fewer_rounds",
-    "federation.bits": 8,
     "federation.aggregation": "secure",
     "federation.threshold": 3,
     "federation.colluders": 1,

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fedtune.model import Adapter, LoraSpec
-from fedtune.privacy.few_bits import Difference, most_level
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.reach import Reach, reach
@@ -121,103 +120,6 @@ def test_gradients_that_nothing_clips_have_no_bound(sent: Adapter) -> None:
 SGD = TrainingSpec(optimizer="sgd", learning_rate=1.0)
 
 
-def at_the_edge(bound: Reach, size: int, *, kind: str) -> np.ndarray:
-    """A move of `size` values that honest training may make, as long as it may be where its kind allows."""
-    value, norm = bound.value["a.lora_A"] * 0.9999, bound.norm * 0.9999
-    draws = np.random.default_rng(size)
-    one = np.zeros(size)
-    if kind == "all in one value":
-        one[size // 2] = value
-    elif kind == "one value and as much as there may be beside it":
-        one[1:] = min(value, math.sqrt(max(0.0, norm**2 - value**2) / max(1, size - 1)))
-        one[0] = value
-    elif kind == "equal values":
-        one[:] = min(value, norm / math.sqrt(size))
-    elif kind == "many values between two levels":
-        one[:] = min(value, norm / math.sqrt(size)) / 2
-        one[0] = value / 2
-    else:
-        one[:] = draws.normal(size=size)
-        one[size // 3] = 5.0  # deviations, of the value that sets the step
-        one *= min(value / np.abs(one).max(), norm / float(np.linalg.norm(one)))
-    signed: np.ndarray = one * draws.choice((-1, 1), size=size)
-    return signed
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", [1, 2, 16, 300, 20_000])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "all in one value",
-        "one value and as much as there may be beside it",
-        "equal values",
-        "many values between two levels",
-        "noise alone",
-    ],
-)
-def test_rounding_to_few_bits_takes_no_honest_move_out_of_reach(kind: str, size: int, bits: int) -> None:
-    for settings in (SGD, replace(SGD, weight_decay=0.1), TrainingSpec(weight_decay=0.5)):
-        begin = np.linspace(-1, 1, size).astype(np.float32) * (settings.weight_decay > 0)
-        sent = Adapter({"a.lora_A": begin, "a.lora_B": np.zeros(7, np.float32)})
-        bound = reach(settings, PLAN, round=1, declared_size=SIZE, sent=sent)
-        # Away from 0, where nothing is free; and decay besides, where it is.
-        moves = np.copysign(at_the_edge(bound, size, kind=kind), begin + (begin == 0))
-        decay = begin * min(1.0, bound.free.get("a.lora_A", 0.0)) * 0.1
-        for moved in (moves, moves - decay):
-            ends = {**sent.tensors, "a.lora_A": (begin + moved).astype(np.float32)}
-            for about in range(20):
-                found = Difference.between(sent.tensors, ends, bits=bits, about=str(about))
-                assert bound.includes(found.added_to(sent.tensors), sent=sent, rounding=found)
-
-
-def test_the_room_of_rounding_holds_all_that_rounding_adds() -> None:
-    """As near as it comes: each value half a step between two levels, where rounding adds most."""
-    begin = {"a": np.zeros(4000, np.float32)}
-    ends = {"a": np.full(4000, 0.5 / 7, np.float32)}
-    ends["a"][0] = 1.0
-    norm = float(np.linalg.norm(ends["a"]))
-    bound = Reach(value={"a": 1.0}, norm=norm * (1 + 1e-6))
-    longest = 0.0
-    for about in range(200):
-        found = Difference.between(begin, ends, bits=4, about=str(about))
-        got = found.added_to(begin)
-        longest = max(longest, float(np.linalg.norm(got["a"])))
-        assert bound.includes(got, sent=Adapter(begin), rounding=found)
-    assert longest > 1.37 * norm, "rounding alone makes it longer"
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_longest_step_makes_no_more_room_than_an_honest_rounding_needs(bits: int) -> None:
-    """A site named it, moved many values by a level or more, and got a step's length for each of them."""
-    names, each, most = ("m.lora_A.weight", "m.lora_B.weight"), 200_000, most_level(bits)
-    sent = Adapter({name: np.zeros(each, np.float32) for name in names})
-    bound = reach(SGD, replace(PLAN, local_steps=1), round=1, declared_size=2000, sent=sent)
-
-    def accepted(count: int, step: float) -> bool:
-        levels = np.zeros(each, np.int8)
-        levels[:count] = 4
-        forged = Difference(bits=bits, steps=dict.fromkeys(names, step), levels=dict.fromkeys(names, levels))
-        return bound.includes(forged.added_to(sent.tensors), sent=sent, rounding=forged)
-
-    for share in (1.0, 0.7, 0.4):  # of the longest step that one tensor may have
-        step = float(np.float32(share * min(bound.value.values()) / most))
-        before = bound.norm + math.sqrt(2 * each) * step
-        assert not accepted(int((0.95 * before / (4 * step)) ** 2 / 2), step), share
-        assert accepted(int((bound.norm / (4 * step)) ** 2 / 2), step), share
-    # No tensor's step may be the longest where another's is: their largest values together are longer than the norm.
-    alone = replace(bound, norm=1.2 * min(bound.value.values()))
-    forged = Difference(
-        bits=bits,
-        steps=dict.fromkeys(names, min(bound.value.values()) / most),
-        levels={name: np.zeros(each, np.int8) for name in names},
-    )
-    assert not alone.includes(forged.added_to(sent.tensors), sent=sent, rounding=forged)
-    # Nor is any step longer than a value's share, whatever room the norm has: Adam's is that of all values together.
-    roomy = Reach(value={name: 0.9 * value for name, value in bound.value.items()}, norm=1e3 * bound.norm)
-    assert not roomy.includes(forged.added_to(sent.tensors), sent=sent, rounding=forged)
-
-
 @pytest.mark.parametrize("settings", [SGD, TrainingSpec(weight_decay=0.1)], ids=["sgd", "adamw"])
 def test_what_rests_in_a_round_moves_towards_zero_alone(settings: TrainingSpec, sent: Adapter) -> None:
     """With lora.alternate A rests in round 1, and in no round has it a part of what the others may move."""
@@ -228,8 +130,6 @@ def test_what_rests_in_a_round_moves_towards_zero_alone(settings: TrainingSpec, 
     for move in (0.01, -0.01):
         moved = sent.tensors[resting] + np.copysign(np.float32(move), move * sent.tensors[resting])
         assert not bound.includes({**sent.tensors, resting: moved}, sent=sent)
-        found = Difference.between(sent.tensors, {**sent.tensors, resting: moved}, bits=8, about="")
-        assert not bound.includes(found.added_to(sent.tensors), sent=sent, rounding=found)
     assert bound.includes({**sent.tensors, resting: sent.tensors[resting] / 2}, sent=sent), "into a site's own bound"
     others = Adapter({name: value for name, value in sent.tensors.items() if name != resting})
     assert bound.norm == reach(settings, PLAN, round=1, declared_size=SIZE, sent=others).norm
