@@ -110,7 +110,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
-    connection = LeadService(kit=three)._connection(config)
+    connection = LeadService(kit=three)._connection(config.federation)
     assert [site.name for site in connection.sites] == ["west", "north"]
     of_north = connection.sites[1]
     assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
@@ -122,7 +122,7 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: R
 def test_a_run_sees_a_certificate_that_is_put_into_its_kit(
     three: Kit, config: RunConfig, federation: Path, now: datetime
 ) -> None:
-    connection = LeadService(kit=three)._connection(config)
+    connection = LeadService(kit=three)._connection(config.federation)
     assert not connection.has_new_certificate()
     provisioning.renew(federation, "lead", days=300, now=now)
     three.certificate.write_bytes((federation / "lead/lead.pem").read_bytes())
