@@ -87,9 +87,6 @@ Health = Annotated[
 Metrics = Annotated[
     str | None, Option("answer GET /metrics, for Prometheus, at this loopback address", metavar="HOST:PORT")
 ]
-Renew = Annotated[
-    bool, Option("ask for a new certificate in the last third of this one's time, and use it", names=("--renew",))
-]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -15,14 +15,10 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, require_ag
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import JoinRequest, Member, Roster
+from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.deploy.kits.provisioning import Admitted
-from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted, spoken
-
-if TYPE_CHECKING:  # Flower takes seconds to import
-    from fedtune.flower.wire.desk import DeskLine
 
 app = group(
     """\
@@ -34,7 +30,6 @@ Make a federation of real sites: its authority, the startup kits of server and l
   fedtune provision revoke-site north-hospital            shut a site out
   fedtune provision renew-server; ... renew-lead          new certificates for these
   fedtune provision list                                  the members, and when their certificates end
-  fedtune provision sync                                  sign renewals that were asked for; send the server the roster
   fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
 Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
 others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
@@ -45,9 +40,6 @@ _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
-Sync = Annotated[
-    bool, Option("send the new roster to the running server, as fedtune provision sync does", names=("--sync",))
-]
 Compared = Annotated[
     bool, Option("do not ask: the site has read out these very keys, for scripts", names=("--compared",))
 ]
@@ -83,7 +75,6 @@ def add_site(
     request: Annotated[Path, Argument("REQUEST", help="the site's join_request.json")],
     federation: Federation = Path("."),
     days: Days = None,
-    sync: Sync = False,
     compared: Compared = False,
 ) -> None:
     """Let a site in, by the join_request.json that `fedtune site init` made there.
@@ -95,7 +86,7 @@ def add_site(
     _require_compared(federation, asked.request, already=compared)
     done = asked.let_in()
     say(f"Site {done.member.site} is in the federation.", style="bold")
-    _show_admitted(federation, done, sync=sync)
+    _show_admitted(federation, done)
 
 
 @command(app, "a new certificate for a site", name="renew-site")
@@ -111,7 +102,6 @@ def renew_site(
             help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
         ),
     ] = False,
-    sync: Sync = False,
     compared: Compared = False,
 ) -> None:
     """Make a new certificate and kit for a site. Nothing changes at the others.
@@ -134,27 +124,24 @@ def renew_site(
     say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
     for change in done.changes:
         say(printable(change, _MOST_TEXT))
-    _show_admitted(federation, done, sync=sync)
+    _show_admitted(federation, done, new_to_server=bool(done.changes))  # which knows the site by its key
 
 
 @command(app, "shut a site out", name="revoke-site")
-def revoke_site(name: SiteName, federation: Federation = Path("."), sync: Sync = False) -> None:
+def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
     """Revoke a site. The server never accepts its connection key again; nothing changes at the others.
 
-    It takes effect when the server has the new roster: at once with --sync.
+    It takes effect when the server has the new roster: within seconds of its being copied into the server's kit.
     """
     member = provisioning.revoke_site(federation, name, now=datetime.now(UTC))
     say(f"Site {member.site} is revoked; its connection key can never be used again.", style="bold")
-    _next_steps(federation, sync=sync)
+    _steps(_copy_the_roster(federation))
     say(f"To let it in again, with a new key: fedtune provision renew-site {member.site} REQUEST")
 
 
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
-    """Make a new certificate for the server's key, for the names that federation.toml now gives it.
-
-    A server that was started with --renew asks for it by itself: fedtune provision sync.
-    """
+    """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
     _show_renewed("server", federation, provisioning.renew(federation, "server", days=days, now=datetime.now(UTC)))
 
 
@@ -162,27 +149,6 @@ def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the lead's connection key. The key that signs requests stays."""
     _show_renewed("lead", federation, provisioning.renew(federation, "lead", days=days, now=datetime.now(UTC)))
-
-
-@command(app, "sign renewals that were asked for; send the server the roster")
-def sync(federation: Federation = Path(".")) -> None:
-    """Meet the running server: sign the renewals that sites, server and lead have asked for, and send the roster.
-
-    A new certificate is for the key alone that people compared when its holder joined, and no revoked site gets one. It
-    needs the authority's key, and reaches its holder with the roster. Run this as you like, for instance each month.
-    """
-    desk = _desk(federation)
-    answered = provisioning.answer_renewals(federation, desk.requests(), now=datetime.now(UTC))
-    for name, ends in answered.renewed.items():
-        say(f"{name}: a new certificate, valid until {ends:%Y-%m-%d}.")
-    for name, why in answered.refused.items():
-        # It may be anybody's.
-        say(f"A request in the name of {printable(name)}: none. {printable(why, _MOST_TEXT)}", style="bold yellow")
-    if not (answered.renewed or answered.refused):
-        say("Nobody has asked for a new certificate.")
-    _send(federation, desk)
-    if answered.refused:
-        raise RunError(f"{counted(len(answered.refused), 'request')} for a new certificate refused")
 
 
 @command(app, "the members, and when their certificates end", name="list")
@@ -222,52 +188,12 @@ def restore(
     )
 
 
-def _desk(folder: Path) -> DeskLine:
-    """The line to the server, with the lead's keys, which lie in the federation's folder."""
-    from fedtune.deploy.services.lead_and_server import desk_of
-
-    FederationFolder.open(folder)
-    return desk_of(Kit.read(folder / "lead", kind="lead"))
-
-
-def _send(folder: Path, desk: DeskLine) -> None:
-    """Have the server take this folder's roster, unless it has it.
-
-    Raises:
-        ConfigError: the server has a newer one, or says so.
-        RunError: it cannot be reached.
-    """
-    made, there = FederationFolder.open(folder), Roster.of(desk.roster())
-    own = made.roster
-    if there.number > own.number:
-        try:
-            there.check_signed(made.lead_key)
-        except ConfigError:
-            bound = "is not signed with this federation's lead key, so that its number says nothing: ask who runs it"
-            raise ConfigError("the server's roster", there.number, bound) from None
-        bound = (
-            f"is older than the server's, {there.number}: this folder was put back from a backup. Let in and revoke "
-            "again whom the backup lacks; the next change makes a roster that the server takes"
-        )
-        raise ConfigError("roster.number", own.number, bound)
-    if there != own:
-        desk.send_roster(own.to_bytes())
-    say(f"The server has the newest roster, number {own.number}.")
-
-
-def _next_steps(folder: Path, *steps: str, sync: bool) -> None:
-    """Show what is left to do after a change of the members; with `sync`, tell the server of it, as `_send` does."""
-    again = f"fedtune provision sync --federation {folder}"
-    by_hand = (
-        f"Send the server the new roster: {again}. Until then nothing changes there; no restart is needed. Or copy "
-        f"{folder}/server/roster.json into the server's kit."
+def _copy_the_roster(folder: Path) -> str:
+    """The step that lets the server know of a change."""
+    return (
+        f"Copy {folder}/server/roster.json into the server's kit. Until then nothing changes there; no restart is "
+        f"needed. A lead's kit on another machine needs {folder}/lead/roster.json."
     )
-    _steps(*steps, *([] if sync else [by_hand]))
-    try:
-        if sync:
-            _send(folder, _desk(folder))
-    except RunError as error:
-        raise RunError(f"{error}. The change is made here, and the server does not know it yet: {again}") from None
 
 
 def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
@@ -294,10 +220,11 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
         require_agreed("Did the site read out the same?", otherwise=otherwise)
 
 
-def _show_admitted(folder: Path, done: Admitted, *, sync: bool) -> None:
+def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
     """Until when its certificate is valid, and what to send to whom."""
     say(f"Its certificate is valid until {Certificate.of(done.member.issued).not_after:%Y-%m-%d}.")
-    _next_steps(folder, f"Send {done.archive} to the site; nothing in it is secret.", sync=sync)
+    roster = [_copy_the_roster(folder)] if new_to_server else []
+    _steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
 
 
 def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:
@@ -329,8 +256,6 @@ def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
 
 
 def _steps(*steps: str) -> None:
-    if not steps:
-        return
     say("\nWhat to do next:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")

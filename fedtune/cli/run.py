@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of, has_begun, is_running
-from fedtune.cli.command import Argument, Metrics, Option, Renew, single
+from fedtune.cli.command import Argument, Metrics, Option, single
 from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.shown_run import show_run, told
 from fedtune.config import RunConfig, saved_config
@@ -51,7 +51,6 @@ def run(
     ] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
     metrics: Metrics = None,
-    renew: Renew = False,
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
@@ -74,12 +73,12 @@ def run(
     """
     first, *rest = words or ("",)
     if background:
-        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics, "--renew": renew, "--or-resume": or_resume}
+        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics, "--or-resume": or_resume}
         _in_background([*words, *_as_words(options)], folder=_folder_to_be(words))
         return
     if first not in _ACTIONS:
         if (left := _left_of(words) if or_resume else words) is not None:
-            _start(left, kit=_lead_kit(kit), metrics=metrics, renew=renew)
+            _start(left, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
         _show_online(_lead_kit(kit), as_json=as_json)
@@ -93,7 +92,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics, renew=renew)
+            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
 
 
 def _lead_kit(folder: Path | None) -> Kit:
@@ -179,17 +178,11 @@ def _is_finished(folder: Path) -> bool:
     return over and (RunFolder(folder).adapter / CARD).is_file()
 
 
-def _start(words: Sequence[str], *, kit: Kit, metrics: str | None, renew: bool) -> None:
+def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
-    lead = LeadService(kit=kit, renew=renew)
-    try:
-        # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-        config = composed(words, kit=kit)
-        lead.meet()
-    except ConfigError as error:
-        if error.key != "sites" or not lead.meet():  # it may have been let in since the lead's roster was made
-            raise
-        config = composed(words, kit=kit)
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    config = composed(words, kit=kit)
+    kit.check_certificate(datetime.now(UTC))
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
     from fedtune.deploy.metrics import LeadMetrics, serve_metrics
@@ -198,7 +191,7 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None, renew: bool) 
     with ExitStack() as stack:
         if metrics and figures:
             stack.enter_context(serve_metrics(metrics, figures.figures))
-        lead = replace(lead, metrics=figures)
+        lead = LeadService(kit=kit, metrics=figures)
         if config.resume is None:
             config = told(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"

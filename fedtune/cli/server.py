@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from fedtune.cli.command import Argument, Health, HealthAnywhere, LogLevel, Metrics, Option, Renew, command, group
+from fedtune.cli.command import Argument, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 
 KitFolder = Annotated[Path, Option(names=("--kit",), metavar="DIR", help="the server's kit")]
 Data = Annotated[
@@ -28,7 +28,6 @@ def start(
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
     metrics: Metrics = None,
-    renew: Renew = False,
     log_level: LogLevel = "info",
 ) -> None:
     """A federation's server: it keeps messages between lead and sites until they are fetched.
@@ -36,8 +35,7 @@ def start(
       fedtune server start --kit federation/server
 
     It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a
-    certificate of the federation. The lead sends a new roster with fedtune provision sync; the server also reads a new
-    roster.json or certificate that is copied into its kit, within seconds.
+    certificate of the federation. A new roster.json or certificate that is copied into the kit is used within seconds.
     """
     from fedtune.deploy.health import Health as Endpoint
     from fedtune.deploy.health import serve_health
@@ -57,7 +55,7 @@ def start(
         figures = ServerMetrics(kit=own) if metrics else None
         if metrics and figures:
             stack.enter_context(serve_metrics(metrics, figures.figures))
-        ServerService(kit=own, host=host, port=port, data=data, health=endpoint, metrics=figures, renew=renew).run()
+        ServerService(kit=own, host=host, port=port, data=data, health=endpoint, metrics=figures).run()
 
 
 @command(app, "write a backup")

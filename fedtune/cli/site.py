@@ -17,7 +17,6 @@ from fedtune.cli.command import (
     LogLevel,
     Metrics,
     Option,
-    Renew,
     command,
     group,
 )
@@ -39,7 +38,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
   fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
-  fedtune site members --kit kit --site site.toml         the federation's sites, beside those that this one sums with
+  fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
   fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
@@ -132,7 +131,6 @@ def start(
     health: Health = None,
     health_anywhere: HealthAnywhere = False,
     metrics: Metrics = None,
-    renew: Renew = False,
     log_level: LogLevel = "info",
 ) -> None:
     """Take part in the federation: poll its server, answer what policy and budget allow, keep the model loaded.
@@ -140,8 +138,7 @@ def start(
     It opens no port, except with --health and --metrics. Logs are JSON lines on stderr. SIGTERM or Ctrl-C ends it
     after its current round; a second one ends it at once, and the round stays charged.
 
-    With --renew it asks the lead for a new certificate four months before a year's one ends, with the key that it has,
-    and goes on with the new one when it comes.
+    A new certificate that is copied into the kit is used within seconds.
     """
     own = _own_kit(kit)
     from fedtune.deploy.health import Health as Endpoint
@@ -155,7 +152,7 @@ def start(
     with ExitStack() as stack:
         if health:
             stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        service = SiteService(kit=own, site_toml=site, health=endpoint, renew=renew)
+        service = SiteService(kit=own, site_toml=site, health=endpoint)
         if metrics:
             figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
             stack.enter_context(serve_metrics(metrics, figures.figures))
@@ -208,16 +205,21 @@ def deny(
 
 
 @command(app, "the federation's sites, beside those that this one sums with")
-def members(kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
-    """Ask the server for the newest roster, signed by the lead, and show its sites beside [trust].members of site.toml.
+def members(
+    roster: Annotated[Path, Argument("ROSTER", help="the federation's roster.json, which the lead sends on request")],
+    kit: KitFolder,
+    site: PolicyFile,
+    as_json: AsJson = False,
+) -> None:
+    """Check the lead's signature of a roster, and show its sites beside [trust].members of site.toml.
 
     Nothing is changed: with whom this site sums is for its people to say, in site.toml, once they have compared the
-    other's key with that site itself.
+    other's key with that site itself. An older roster cannot be told from the newest: ask the lead for its number.
     """
     own = _own_kit(kit)
     from fedtune.cli import site_actions as work
 
-    work.show_members(own, site_toml=site, as_json=as_json)
+    work.show_members(roster, kit=own, site_toml=site, as_json=as_json)
 
 
 @command(app, "score a final adapter on held-out records")

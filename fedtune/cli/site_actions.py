@@ -25,8 +25,7 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, req
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import beside
-from fedtune.deploy.kits.renewal import RosterBook
+from fedtune.deploy.kits.members import Roster, beside
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
@@ -96,18 +95,14 @@ def deny(state: SiteState, run: str, *, files: SiteFiles, reason: str) -> None:
     say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
 
 
-def show_members(kit: Kit, *, site_toml: Path, as_json: bool) -> None:
-    """Show the sites of the newest roster beside those of the policy's [trust].members.
+def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> None:
+    """Show the sites of the roster at `path` beside those of the policy's [trust].members.
 
     Raises:
-        ConfigError: the server's roster is not the lead's, or older than the newest that was seen here.
-        RunError: the server cannot be reached.
+        ConfigError: it is no roster, or not signed by the kit's lead.
     """
-    from fedtune.flower.wire.desk import DeskLine
-
     trusted = dict(kit.site_files(site_toml).policy.trust.members)
-    book = RosterBook.of(kit, SiteState.of(kit.folder).roster)
-    roster = book.take(DeskLine(server=kit.server, tls=kit.tls()).roster())
+    roster = Roster.read_signed(path, kit=kit)
     found = beside(roster, trusted, own=kit.site)
     states = {name: f"{one.state}{one.to_do and ': '}{one.to_do}" for name, one in found.items()}
     if as_json:

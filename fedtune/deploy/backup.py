@@ -24,7 +24,6 @@ from dp_accounting import DpEvent
 
 from fedtune.deploy.files import new_folder, writing
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.renewal import NEWEST, revoked_beside
 from fedtune.deploy.services.lead_and_server import DATABASE
 from fedtune.deploy.services.site_state import serving
 from fedtune.privacy.durable import fsync_folder, write_durably
@@ -319,20 +318,19 @@ def _make_room(ledger: Path) -> None:
 
 
 def back_up_server(target: Path, *, data: Path) -> None:
-    """Back up a server's database, its newest roster, which keys were revoked, and its audit log.
+    """Back up a server's database and its audit log.
 
     Raises:
         ConfigError: there is no database, or `target` cannot be written.
     """
     if not (data / DATABASE).is_file():
         raise ConfigError("--data", str(data), f"must be the server's folder; it has no {DATABASE}")
-    rosters = (data / NEWEST, revoked_beside(data / NEWEST))
-    others = {path.name: path for path in (*data.glob("audit.jsonl*"), *rosters) if path.is_file()}
+    others = {path.name: path for path in data.glob("audit.jsonl*") if path.is_file()}
     write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
 
 
 def put_back_server(source: Path, *, data: Path) -> None:
-    """Put a server's database back where there is none, with its newest roster and its audit log.
+    """Put a server's database back where there is none, with its audit log.
 
     Raises:
         ConfigError: there is one already, or `source` is no server's backup.

@@ -7,15 +7,13 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.deploy.kits.members import JoinRequest, Roster, next_steps, read_roster, site_init
-from fedtune.privacy.keys import SigningKey
+from fedtune.deploy.kits.members import JoinRequest, Roster, next_steps, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 
@@ -86,8 +84,7 @@ def test_a_federation_from_its_file_to_a_revoked_site(
         "Data set patients: declared size 100.",
         f"Its certificate is valid until {today(365)}.",
         "Send cardiology/sites/north-kit.zip to the site; nothing in it is secret.",
-        "Send the server the new roster: fedtune provision sync --federation cardiology.",
-        "Or copy cardiology/server/roster.json into the server's kit.",
+        "Copy cardiology/server/roster.json into the server's kit. Until then nothing changes there",
     ):
         assert words in out, words
 
@@ -95,6 +92,7 @@ def test_a_federation_from_its_file_to_a_revoked_site(
     assert "Nothing changes at the others." in out
     assert f"valid until {today(40)}" in out
     assert "connection key" not in out  # nothing to compare: the keys stay
+    assert "roster.json" not in out  # the server knows the site by its key
 
     out = provision("renew-server", "--federation", "cardiology", "--days", "50")
     assert f"The server's certificate is valid until {today(50)}; its key stays." in out
@@ -104,14 +102,14 @@ def test_a_federation_from_its_file_to_a_revoked_site(
 
     out = provision("revoke-site", "north", "--federation", "cardiology")
     assert "its connection key can never be used again" in out
-    assert "fedtune provision sync --federation cardiology" in out
+    assert "Copy cardiology/server/roster.json into the server's kit." in out
 
     out = provision(
         "renew-site", "north", str(request_of("north", kit="new")), "--compared", "--federation", "cardiology"
     )
     assert "The site was revoked, and takes part again." in out
     assert "connection key  " in out
-    (member,) = read_roster(Path("cardiology/server/roster.json"))
+    (member,) = Roster.read(Path("cardiology/server/roster.json")).sites
     assert (member.site, member.revoked) == ("north", None)
 
 
@@ -152,13 +150,12 @@ def test_nothing_is_changed_before_a_person_has_compared(
     if what != "add-site":
         provision("add-site", "--compared", str(first), "--federation", "cardiology")
     request = first if what == "add-site" else request_of("north", kit="new")
-    monkeypatch.setattr("fedtune.cli.provision._desk", lambda _: pytest.fail("the server is told nothing"))
     closed = io.StringIO("")
     closed.close()
     monkeypatch.setattr("sys.stdin", closed if typed is None else io.StringIO(typed))
     before = files_in(Path("cardiology"))
     words = [*what.split(), str(request), "--federation", "cardiology"]
-    outcome = command("provision", *words, "--sync")
+    outcome = command("provision", *words)
     assert (outcome.code, outcome.message) == (1, "nothing is changed: north comes in once its keys are compared")
     assert files_in(Path("cardiology")) == before
     assert "Did the site read out the same? [y/N]" in outcome.out
@@ -181,7 +178,7 @@ def test_what_is_let_in_is_what_was_compared(
 
     monkeypatch.setattr("fedtune.cli.provision.require_agreed", swap)
     provision("add-site", str(request), "--federation", "cardiology")
-    (member,) = read_roster(Path("cardiology/server/roster.json"))
+    (member,) = Roster.read(Path("cardiology/server/roster.json")).sites
     assert member.node_key == compared.node_key != JoinRequest.read(request).node_key
 
 
@@ -273,58 +270,3 @@ def test_commands_in_the_readmes_exist(provision: Callable[..., str], request_of
     assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
     for one in found:
         parsed(*one.split())
-
-
-def test_a_change_that_the_server_does_not_know_yet_says_so(
-    provision: Callable[..., str], command: Any, request_of: Callable[..., Path]
-) -> None:
-    Path("federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:1"\n')
-    provision("init", "federation.toml")
-    outcome = command(
-        "provision", "add-site", "--compared", str(request_of("north")), "--federation", "cardiology", "--sync"
-    )
-    assert outcome.code == 1
-    assert "Send cardiology/sites/north-kit.zip to the site" in outcome.out
-    assert "the server does not know it yet: fedtune provision sync --federation cardiology" in outcome.message
-    outcome = command("provision", "revoke-site", "north", "--federation", "cardiology", "--sync")
-    assert (outcome.code, "the server does not know it yet" in outcome.message) == (1, True)
-    (member,) = read_roster(Path("cardiology/server/roster.json"))
-    assert member.revoked is not None
-
-
-class Claimed:
-    """A server's desk that has this roster, and notes which one it is sent."""
-
-    def __init__(self, roster: Roster) -> None:
-        self._roster, self.sent = roster, list[bytes]()
-
-    def roster(self) -> bytes:
-        return self._roster.to_bytes()
-
-    def requests(self) -> list[bytes]:
-        return [b'{"version": 2, "federation": "cardiology", "name": "north", "replaces": "00", "signature": "00"}']
-
-    def send_roster(self, data: bytes) -> None:
-        self.sent.append(data)
-
-
-def test_the_number_of_a_roster_that_the_lead_did_not_sign_is_not_believed(
-    provision: Callable[..., str], command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:1"\n')
-    provision("init", "federation.toml")
-    own = Roster.read(Path("cardiology/server/roster.json"))
-    lead = SigningKey.load(Path("cardiology/lead/lead_key.pem"))
-    newer = replace(own, number=own.number + 9)
-    for there, code, said in (
-        (newer, 2, "says nothing: ask who runs it"),
-        (newer.signed(SigningKey.load_or_make(Path("stranger.pem"))), 2, "says nothing: ask who runs it"),
-        (newer.signed(lead), 2, f"is older than the server's, {newer.number}"),
-        (replace(own, number=0, signature=""), 1, "1 request for a new certificate refused"),
-    ):
-        desk = Claimed(there)
-        monkeypatch.setattr("fedtune.cli.provision._desk", lambda _, desk=desk: desk)
-        outcome = command("provision", "sync", "--federation", "cardiology")
-        assert (outcome.code, said in outcome.message) == (code, True), outcome.message
-        assert "A request in the name of north: none." in outcome.out
-        assert desk.sent == ([own.to_bytes()] if code == 1 else [])

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.members import REQUEST, Member, read_roster, site_init
+from fedtune.deploy.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
@@ -125,8 +125,8 @@ class Desk:
 
     def member(self, name: str) -> Member:
         """A site in the server's roster, which must be the lead's, too."""
-        members = read_roster(self.folder / "server" / "roster.json")
-        assert members == read_roster(self.folder / "lead" / "roster.json")
+        members = Roster.read(self.folder / "server" / "roster.json").sites
+        assert members == Roster.read(self.folder / "lead" / "roster.json").sites
         return next(one for one in members if one.site == name)
 
 

@@ -18,7 +18,7 @@ from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import read_certificate
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import REQUEST, read_roster
+from fedtune.deploy.kits.members import REQUEST, Roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
@@ -66,7 +66,7 @@ def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) 
         archive.extractall(kit)
     assert (kit / "connection_key.pem").read_bytes() != before
     assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
-    (member,) = read_roster(federation / "server/roster.json")
+    (member,) = Roster.read(federation / "server/roster.json").sites
     assert member.revoked is None
     assert member.issued.public_key() == read_certificate(kit / "site.pem").public_key()
     with FederationFolder.held(federation) as held:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import certificate_pem, p384_of, read_certificate
 from fedtune.deploy.kits.kit_file import Address, Kit, KitFile, KitModel, read_spec
-from fedtune.deploy.kits.members import read_roster
+from fedtune.deploy.kits.members import Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA, ConfigError
 
@@ -198,10 +198,10 @@ def test_a_file_of_rubbish_is_named(kits: dict[str, Path], name: str, now: datet
 
 
 def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Path]) -> None:
-    assert read_roster(federation / "server" / "roster.json") == ()
+    assert Roster.read(federation / "server" / "roster.json").sites == ()
     folders = [joined(site) for site in ("north", "south")]
-    members = read_roster(federation / "server" / "roster.json")
-    assert members == read_roster(federation / "lead" / "roster.json")
+    members = Roster.read(federation / "server" / "roster.json").sites
+    assert members == Roster.read(federation / "lead" / "roster.json").sites
     for member, folder, site in zip(members, folders, ("north", "south"), strict=True):
         assert (member.site, member.revoked, member.sizes) == (site, None, {"patients": 100})
         assert member.site_key == SigningKey.load(folder.parent / "site_key.pem").public
@@ -209,7 +209,7 @@ def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Pa
 
 def test_flower_takes_a_connection_key_for_a_node_s(federation: Path, joined: Callable[[str], Path]) -> None:
     private = bytes_to_private_key((joined("north") / "connection_key.pem").read_bytes())
-    (member,) = read_roster(federation / "server" / "roster.json")
+    (member,) = Roster.read(federation / "server" / "roster.json").sites
     public = bytes_to_public_key(member.node_key)
     assert uses_nist_ec_curve(public)
     assert verify_signature(public, b"message", sign_message(private, b"message"))
@@ -250,7 +250,7 @@ def test_a_wrong_roster_is_refused(
     change(fields)
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=message) as caught:
-        read_roster(path)
+        Roster.read(path)
     assert str(path) in str(caught.value)
 
 
@@ -276,17 +276,17 @@ def test_a_certificate_whose_key_cannot_be_read_is_refused(
     fields["sites"][0]["certificate"] = certificate_pem(damaged).decode()
     path.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="must be one in PEM form"):
-        read_roster(path)
+        Roster.read(path)
 
 
 def test_a_roster_that_is_missing_or_cut_short_is_refused(federation: Path) -> None:
     path = federation / "server" / "roster.json"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ConfigError, match=r"roster\.json.*must be JSON"):
-        read_roster(path)
+        Roster.read(path)
     path.unlink()
     with pytest.raises(ConfigError, match=r"roster\.json.*must be a readable file"):
-        read_roster(path)
+        Roster.read(path)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ import pytest
 import yaml
 
 from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
-from fedtune.deploy.services.lead_and_server import ServerDesk
+from fedtune.deploy.kits.kit_file import Kit, KitCertificate
+from fedtune.deploy.services.lead_and_server import KitRoster
 from fedtune.version import __version__
 
 from ..conftest import parsed
@@ -234,52 +231,27 @@ def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tm
     assert (site / "site_key.pem").read_text() == "site site_key.pem"
 
 
-def test_the_server_s_first_container_leaves_roster_and_certificate_links(tmp_path: Path) -> None:
-    secret, kit, certificate = tmp_path / "secret", tmp_path / "kit", tmp_path / "certificate"
-    fill(secret, "kit.toml", "ca.pem", "server.pem", "server_key.pem", "roster.json")
-    kit.mkdir()
-    certificate.mkdir()
-    script = start_script("server/server.yaml", secret=secret, kit=kit, certificate=certificate)
+def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: Desk, tmp_path: Path) -> None:
+    secret, folder = desk.folder / "server", tmp_path / "kit"
+    folder.mkdir()
+    script = start_script("server/server.yaml", secret=secret, kit=folder)
     for _ in range(2):
         done = run("sh", "-euc", script)
         assert done.returncode == 0, done.stderr
-    assert (kit / "server_key.pem").stat().st_mode & 0o777 == 0o600
-    assert {path.name for path in kit.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
-    (secret / "roster.json").chmod(0o640)
-    (secret / "roster.json").write_text("a new site")
-    assert (kit / "roster.json").read_text() == "a new site"
-
-
-def test_the_server_may_write_its_certificate_and_no_key() -> None:
-    pod = pod_of(KUBERNETES / "server/server.yaml")
-    (container,), (first,) = pod["containers"], pod["initContainers"]
-    mounts = mounts_of(container)
-    assert {path for path, mount in mounts.items() if not mount.get("readOnly")} == {"/data", "/certificate", "/tmp"}
-    assert mounts_of(first)["/certificate"]["name"] == mounts["/certificate"]["name"]
-    written = re.findall(r"/certificate/\S+", first["command"][2])
-    assert set(written) == {"/certificate/server.pem"}, "nothing else is put there"
-
-
-def test_a_server_with_a_read_only_kit_keeps_its_new_certificate_over_a_restart(desk: Desk, tmp_path: Path) -> None:
-    secret, folder, certificate = desk.folder / "server", tmp_path / "kit", tmp_path / "certificate"
-    folder.mkdir()
-    certificate.mkdir()
-    script = start_script("server/server.yaml", secret=secret, kit=folder, certificate=certificate)
-    assert run("sh", "-euc", script).returncode == 0
+    assert (folder / "server_key.pem").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
     kit = Kit.read(folder, kind="server")
-    old, book = secret.joinpath("server.pem").read_bytes(), RosterBook.of(kit, tmp_path / "newest_roster.json")
-    before = {path.name: path.lstat() for path in folder.iterdir()}
+    roster, certificate = KitRoster(kit), KitCertificate(kit)
+    assert roster.look().sites == ()
+    desk.join("north")
     provisioning.renew(desk.folder, "server", days=400, now=desk.now)
-    book.take((secret / "roster.json").read_bytes())
-    (secret / "server.pem").write_bytes(old)  # the Secret stays as it was
-    for _ in range(2):
-        keeper = CertificateKeeper(kit, book=book, desk=ServerDesk(kit, tmp_path))  # type: ignore[arg-type]
-        assert keeper.certificate.not_after == desk.now + timedelta(days=400)
-        assert {path.name: path.lstat() for path in folder.iterdir()} == before, "nothing is written there"
-        assert (certificate / "server.pem").read_bytes() != old
-        assert run("sh", "-euc", script).returncode == 0  # the pod is made anew
-        assert (certificate / "server.pem").read_bytes() == old
-        before = {path.name: path.lstat() for path in folder.iterdir()}
+    assert [one.site for one in roster.look().sites] == ["north"]
+    assert certificate.is_new()
+
+
+def test_the_server_may_write_nothing_of_its_kit() -> None:
+    (container,) = pod_of(KUBERNETES / "server/server.yaml")["containers"]
+    assert {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
 
 
 @pytest.mark.parametrize("has_receipts", [True, False])
@@ -288,24 +260,17 @@ def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_
     receipts = ("receipts.json",) if has_receipts else ()
     fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
     lead.mkdir()
-
-    def give(number: int | None, *, to: Path) -> None:
-        (to / "roster.json").chmod(0o640)
-        (to / "roster.json").write_text("{}" if number is None else f'{{"number": {number}}}')
-
-    give(7, to=secret)
     script = start_script("lead/lead.yaml", secret=secret, lead=lead)
     assert run("sh", "-euc", script).returncode == 0
     kit = lead / "kit"
     assert {path.name for path in kit.iterdir()} == {path.name for path in secret.iterdir()}
     assert {path.stat().st_mode & 0o777 for path in kit.iterdir()} == {0o600}
     (kit / "receipts.json").write_text("newer")
-    for in_secret, on_volume, newest in ((8, 7, 8), (8, 9, 9), (None, 9, 9), (8, None, 8), (9, 9, 9)):
-        give(in_secret, to=secret)
-        give(on_volume, to=kit)
-        assert run("sh", "-euc", script).returncode == 0
-        assert (kit / "receipts.json").read_text() == "newer"
-        assert json.loads((kit / "roster.json").read_text()) == {"number": newest}
+    (secret / "roster.json").chmod(0o640)
+    (secret / "roster.json").write_text("a new site")
+    assert run("sh", "-euc", script).returncode == 0
+    assert (kit / "receipts.json").read_text() == "newer"
+    assert (kit / "roster.json").read_text() == "a new site"
 
 
 def test_the_lead_s_job_begins_a_run_or_goes_on_and_ends_where_trying_again_is_no_use() -> None:
@@ -393,7 +358,6 @@ CHANGES = {
     "resources.memory": "20Gi",
     "resources.memoryLimit": "40Gi",
     "stopWithin": "1200",
-    "renew": "true",
     "nodeSelector.disk": "local",
     "tolerations[0].key": "gpu",
 }
@@ -460,7 +424,6 @@ def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) ->
         assert changed(*right) == 0, right
     for wrong in (
         (("gpus: 0", "gpus: -1"),),
-        (("renew: false", "renew: 1"),),
         (('memoryLimit: ""', "memoryLimit: 16G"),),
         (("storage: {}", "storage: {site: {sizes: 50Gi}}"),),
         (("maxUnavailable: 0", "maxUnavailable: 2"),),
@@ -519,7 +482,6 @@ def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(role: str,
     limits = {"memory": "40Gi"} if role == "server" else {"memory": "40Gi", "nvidia.com/gpu": "1"}
     assert container["resources"] == {"requests": {"cpu": "4", "memory": "20Gi"}, "limits": limits}
     assert pod["terminationGracePeriodSeconds"] == 1200
-    assert parsed(*container["args"])["renew"] is True
     for backup in backups:
         assert backup["containers"][0]["env"] == [{"name": "KEEP_DAYS", "value": "7"}]
         assert {"name": "backup", "persistentVolumeClaim": {"claimName": "elsewhere"}} in backup["volumes"]

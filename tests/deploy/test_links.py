@@ -12,7 +12,7 @@ from fedtune.deploy.doctor.check import PrivateLog
 from fedtune.deploy.kits.certificates import read_certificate, read_connection_key
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import Kit, read_spec
-from fedtune.deploy.kits.members import JoinRequest, read_roster
+from fedtune.deploy.kits.members import JoinRequest, Roster
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.wire.fleet import node_key
 from fedtune.privacy.keys import SigningKey
@@ -66,7 +66,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "federation.toml": lambda path: read_spec(FederationFile, path),
     "kit.toml": _kit,
     "join_request.json": JoinRequest.read,
-    "roster.json": read_roster,
+    "roster.json": Roster.read,
     "retired_keys.json": _retired,
     "a run that waits": _pending,
     "certificate": read_certificate,

@@ -19,7 +19,7 @@ from fedtune.deploy.kits import federation_folder, members, provisioning
 from fedtune.deploy.kits.certificates import read_connection_key
 from fedtune.deploy.kits.federation_folder import CHANGE, FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import JoinRequest, read_roster
+from fedtune.deploy.kits.members import JoinRequest, Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
@@ -275,7 +275,7 @@ def test_a_change_that_is_made_is_completed_before_the_next(desk: Desk, monkeypa
         for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
             with pytest.raises(ConfigError, match=r"has a change that is made.*No space left.*north-kit\.zip"):
                 again(request)
-        assert read_roster(desk.folder / "server" / "roster.json") == ()
+        assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
     assert [one.site for one in FederationFolder.open(desk.folder).members] == ["north"]
     whole(desk.folder)
 
@@ -313,17 +313,17 @@ def test_commands_wait_for_each_other(desk: Desk) -> None:
     with locked(desk.folder):
         thread.start()
         time.sleep(0.3)
-        assert read_roster(desk.folder / "server" / "roster.json") == ()
+        assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
         assert thread.is_alive()
     thread.join(10)
-    assert len(read_roster(desk.folder / "server" / "roster.json")) == 1
+    assert len(Roster.read(desk.folder / "server" / "roster.json").sites) == 1
 
 
 def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
     requests = [desk.request(f"site-{number}") for number in range(6)]
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(desk.add, requests))
-    found = {one.site for one in read_roster(desk.folder / "server" / "roster.json")}
+    found = {one.site for one in Roster.read(desk.folder / "server" / "roster.json").sites}
     assert found == {f"site-{number}" for number in range(6)}
 
 

@@ -13,14 +13,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from fedtune.flower.wire.desk import DeskLine
 
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Roster, read_roster
+from fedtune.deploy.kits.members import Roster
 from fedtune.deploy.services.lead_and_server import LeadService, desk_of
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.wire.desk import DeskLine
 from fedtune.flower.wire.fleet import Unauthorised, hello
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
@@ -155,7 +155,7 @@ def test_a_roster_is_applied_while_the_server_runs_and_no_older_one_comes_back(m
     # A lead on another machine hears of it when it starts a run, and so does who comes newly.
     lead = LeadService(kit=Kit.read(elsewhere, kind="lead"))
     assert lead.meet()
-    assert {one.site: one.revoked is None for one in read_roster(elsewhere / "roster.json")} == {
+    assert {one.site: one.revoked is None for one in Roster.read(elsewhere / "roster.json").sites} == {
         "north": True,
         "south": False,
     }
@@ -176,7 +176,7 @@ def test_a_site_sees_who_is_there_and_nothing_is_changed_for_it(members: Federat
     said = members.do("site", "members", *north.own).out
     assert "west" in said
     assert "not in [trust].members" in said
-    keys = {one.site: one.site_key for one in read_roster(members.home / "server/roster.json")}
+    keys = {one.site: one.site_key for one in Roster.read(members.home / "server/roster.json").sites}
     policy = read_policy(north.site_toml)
     for trusted, words in (
         ({"west": keys["west"]}, "in [trust].members, with this key"),

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.deploy.kits.members import read_roster
+from fedtune.deploy.kits.members import Roster
 from fedtune.privacy import filter
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
@@ -196,7 +196,7 @@ def test_each_site_has_the_final_adapter(followed: Followed) -> None:
 
 
 def test_in_the_end_one_site_is_left_and_the_other_has_gone(followed: Followed) -> None:
-    members = {member.site: member for member in read_roster(followed.folder / "hospitals/server/roster.json")}
+    members = {member.site: member for member in Roster.read(followed.folder / "hospitals/server/roster.json").sites}
     assert members["north-hospital"].revoked is None
     assert members["south-hospital"].revoked is not None
     assert (followed.folder / "south-hospital/kit/state/left").exists()

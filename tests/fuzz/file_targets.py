@@ -20,7 +20,7 @@ from fedtune.config import saved_config
 from fedtune.data.records import read_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec
-from fedtune.deploy.kits.members import Roster, read_roster
+from fedtune.deploy.kits.members import Roster
 from fedtune.deploy.services.lead_and_server import latest_answers
 from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.lead import Checkpoints, ReceiptBook
@@ -181,9 +181,7 @@ def _federation(folder: Path) -> FederationFolder:
 def _roster_seed() -> Any:
     path = seeds.folder() / "roster.json"
     if not path.exists():
-        made = Roster(
-            version=KIT_SCHEMA, server="", lead="", federation="clinics", sites=(_member(),), number=7, signature="ab"
-        )
+        made = Roster(version=KIT_SCHEMA, federation="clinics", sites=(_member(),), number=7, signature="ab")
         path.write_bytes(made.to_bytes())
     return json.loads(path.read_bytes())
 
@@ -268,7 +266,7 @@ TARGETS = (
         parse=_in_file("kit.toml", lambda path: read_spec(KitFile, path)),
         errors=_OURS,
     ),
-    Target(name="roster", broken=_json(_roster_seed), parse=_in_file("roster.json", read_roster), errors=_OURS),
+    Target(name="roster", broken=_json(_roster_seed), parse=_in_file("roster.json", Roster.read), errors=_OURS),
     Target(
         name="receipts.json",
         broken=_json(lambda: _RECEIPTS),

@@ -103,7 +103,6 @@ class _Examination:
         yield _Look(("certificate",), (_KIT,), self._read_certificate)
         yield _Look(("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
         yield _Look(("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        yield _Look(("members",), (_KIT, _POLICY), lambda: site_checks.members(self.kit, self.policy))
         yield _Look(("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
         yield _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
         yield _Look(("clock",), (), self._clock)

@@ -19,7 +19,6 @@ from fedtune.data.values import SEVERAL_USERS
 from fedtune.deploy.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
 from fedtune.deploy.kits.certificates import SOON_DAYS, check_private
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import beside
 from fedtune.deploy.kits.models import (
     install_model,
     installed_bytes,
@@ -28,7 +27,6 @@ from fedtune.deploy.kits.models import (
     model_place,
     verify_model,
 )
-from fedtune.deploy.kits.renewal import NEWEST, RosterBook, is_due
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
 from fedtune.model.spec import RANDOM
@@ -63,13 +61,8 @@ def certificate(kit: Kit, now: datetime) -> Check:
         return from_error(name, error, fix=fix)
     said = f"in force until {found.not_after:%Y-%m-%d}, {found.days_left(now)} days from now"
     if found.days_left(now) < SOON_DAYS:
-        fix = (
-            f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here; or start the "
-            "site with --renew, and ask the lead for `fedtune provision sync`."
-        )
+        fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
         return warning(name, said, fix=fix)
-    if is_due(found, now):
-        said += "; a site that was started with --renew asks for the next one now, as its log says"
     return ok(name, f"belongs to this site's key; {said}")
 
 
@@ -89,23 +82,6 @@ def lead(kit: Kit, policy: Policy) -> Check:
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {spoken_start(kit.lead)}: all of its requests are refused"
     return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
-
-
-def members(kit: Kit, policy: Policy) -> Iterator[Check]:
-    """Whether the sites that the policy trusts, if any, are in the newest roster seen here, with the same keys."""
-    name, trusted = "members", dict(policy.trust.members)
-    if not trusted:
-        return
-    roster = RosterBook.of(kit, kit.folder / "state" / NEWEST).newest()
-    if roster is None:
-        yield skipped(name, "this site has seen no roster yet; `fedtune site members` fetches it")
-        return
-    wrong = [f"{site} is {one.state}" for site, one in beside(roster, trusted, own=kit.site).items() if one.to_do]
-    if wrong:
-        fix = "Run `fedtune site members`, which fetches the newest roster and says what to do about each."
-        yield warning(name, f"by the newest roster seen here, {'; '.join(wrong)}", fix=fix)
-    else:
-        yield ok(name, "each site in [trust].members is in the newest roster seen here, with that key")
 
 
 def replies(policy: Policy) -> Check:

@@ -219,18 +219,12 @@ class FederationFolder:
         Raises:
             ConfigError: the folder cannot be written.
         """
-
-        def text(path: str) -> str:
-            return (files[path] if path in files else (self.folder / path).read_bytes()).decode()
-
         before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
         roster = Roster(
             version=KIT_SCHEMA,
             federation=self.federation,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-            server=text("server/server.pem"),
-            lead=text("lead/lead.pem"),
         ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}

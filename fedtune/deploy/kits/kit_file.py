@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -27,9 +28,9 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, spec
 
 if TYPE_CHECKING:
-    from cryptography import x509
-
     from fedtune.flower.wire.identity import Tls
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -292,11 +293,7 @@ class Kit(KitFile):
         Raises:
             ConfigError: it belongs to another key, another authority or another name, or is not in force.
         """
-        return self.check(read_certificate(self.certificate), now=now)
-
-    def check(self, certificate: x509.Certificate, *, now: datetime) -> Certificate:
-        """The same of a certificate that may take the place of this machine's."""
-        ca = read_certificate(self.ca)
+        ca, certificate = read_certificate(self.ca), read_certificate(self.certificate)
         key, found = str(self.certificate), Certificate.of(certificate)
         if public_pem(certificate) != public_pem(read_connection_key(self.key)):
             raise ConfigError(key, found.name, f"must belong to the key in {self.key.name}; it was made for another")
@@ -309,3 +306,40 @@ class Kit(KitFile):
         check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found
+
+
+class KitCertificate:
+    """The certificate in a kit while a process runs: one that is copied there is used within seconds.
+
+    Raises:
+        ConfigError: the kit's certificate is not fit for use.
+    """
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit, self._mark, self._said = kit, file_mark(kit.certificate), ""
+        self.certificate = kit.check_certificate(datetime.now(UTC))
+
+    def is_new(self) -> bool:
+        """Whether the kit has another certificate than at the last look, fit for use."""
+        try:
+            mark = file_mark(self._kit.certificate)
+            if mark == self._mark:
+                return False
+            certificate = self._kit.check_certificate(datetime.now(UTC))
+        except Exception as error:  # it may be in the middle of being copied
+            if str(error) != self._said:
+                log.warning("the kit's certificate is not used: %s", error)
+            self._said = str(error)
+            return False
+        self._mark = mark
+        if certificate == self.certificate:
+            return False
+        self.certificate = certificate
+        log.info("a new certificate is used", extra={"certificate_until": certificate.not_after.isoformat()})
+        return True
+
+
+def file_mark(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -31,7 +31,7 @@ from fedtune.deploy.kits.certificates import (
     private_pem,
     public_pem,
 )
-from fedtune.deploy.kits.kit_file import read_json
+from fedtune.deploy.kits.kit_file import KitFile, read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
@@ -110,14 +110,13 @@ class Member:
 
 @spec
 class Roster:
-    """The sites of a federation at one moment, and the certificates of its server and its lead: one roster.json.
+    """The sites of a federation at one moment: one roster.json.
 
-    The lead signs it, so that it may come by way of the server; `fedtune.deploy.kits.renewal` says who takes which.
+    The lead signs it, so that it may travel by any way.
 
     Attributes:
         sites: revoked ones too, in the order in which they joined.
         number: seconds since 1970 at which it was made, and more than that of the one before.
-        server, lead: their certificates in PEM form.
         signature: the lead's, over the rest.
     """
 
@@ -125,8 +124,6 @@ class Roster:
     federation: str
     sites: tuple[Member, ...]
     number: int
-    server: str
-    lead: str
     signature: str = ""
 
     def __post_init__(self) -> None:
@@ -139,12 +136,19 @@ class Roster:
         Raises:
             ConfigError: the file is missing or no roster; it names what is wrong.
         """
-        return _in_file(path, cls.of, key="roster")
+        return _in_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
 
     @classmethod
-    def of(cls, data: bytes) -> Roster:
-        """The roster in `data`, a file's bytes."""
-        return read_json(cls, data, key="roster")
+    def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
+        """The same, signed by the lead that `kit` names, and for its federation."""
+        roster = cls.read(path)
+        try:
+            roster.check_signed(kit.lead)
+            if roster.federation != kit.federation:
+                raise ConfigError("roster.federation", roster.federation, f"must be {kit.federation!r}")
+        except ConfigError as error:
+            raise error.in_file(path) from None
+        return roster
 
     def signed(self, key: SigningKey) -> Roster:
         """The same, with the lead's signature."""
@@ -159,12 +163,6 @@ class Roster:
     def to_bytes(self) -> bytes:
         """What a file holds."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
-
-    def certificate_of(self, name: str) -> str | None:
-        """In PEM form, of a site that takes part, of "server" or "lead"; None: there is none."""
-        if name in ("server", "lead"):
-            return str(getattr(self, name))
-        return next((one.certificate for one in self.sites if one.site == name and one.revoked is None), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,11 +197,6 @@ def _beside(member: Member, trusted: str | None) -> Beside:
     if trusted != member.site_key:
         return Beside(site_key=member.site_key, state="in [trust].members WITH ANOTHER KEY", to_do="call that site")
     return Beside(site_key=member.site_key, state="in [trust].members, with this key")
-
-
-def read_roster(path: Path) -> tuple[Member, ...]:
-    """The sites in the roster at `path`; raises as `Roster.read` does."""
-    return Roster.read(path).sites
 
 
 def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:

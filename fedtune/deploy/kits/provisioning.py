@@ -6,7 +6,7 @@ says; no other site's kit is ever touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,14 +30,11 @@ from fedtune.deploy.kits.certificates import (
 from fedtune.deploy.kits.federation_folder import SETTINGS, FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import read_spec
 from fedtune.deploy.kits.members import JoinRequest, Member
-from fedtune.deploy.kits.renewal import RenewalRequest
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
 OwnKind = Literal["server", "lead"]
-_OWN: dict[str, OwnKind] = {"server": "server", "lead": "lead"}
-_MOST_NAME = 64
 
 
 def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
@@ -190,51 +187,6 @@ def _renewed(federation: FederationFolder, member: Member, *, old: Member) -> Ad
     retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
     archive = _admit(federation, member, members, retiring)
     return Admitted(member=member, archive=archive, changes=_changes(old, member))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """What became of requests for new certificates.
-
-    Attributes:
-        renewed: who has a new one, which the next roster brings; and until when it is valid.
-        refused: who has none, and why.
-    """
-
-    renewed: dict[str, datetime]
-    refused: dict[str, str]
-
-
-def answer_renewals(folder: Path, requests: Iterable[bytes], *, now: datetime) -> Answered:
-    """Issue new certificates to the holders of the keys that are known here, as far as they asked for it in time.
-
-    Who carried a request counts for nothing: it is signed with the key that people compared when its holder joined.
-    """
-    answered = Answered(renewed={}, refused={})
-    for data in requests:
-        name = "a request"
-        try:
-            request = RenewalRequest.of(data)
-            name = request.name
-            federation = FederationFolder.open(folder)
-            request.check(_holder(federation, name), federation=federation.federation, now=now)
-            if own := _OWN.get(name):
-                answered.renewed[name] = renew(folder, own, days=None, now=now).not_after
-            else:
-                done = renew_site(folder, name, days=None, now=now)
-                answered.renewed[name] = Certificate.of(done.member.issued).not_after
-        except ConfigError as error:
-            answered.refused[name[:_MOST_NAME]] = str(error)
-    return answered
-
-
-def _holder(federation: FederationFolder, name: str) -> x509.Certificate:
-    """The certificate that its holder has now, by the newest roster alone, which may reach it."""
-    if name not in _OWN:
-        return _member_named(name, federation.members).issued
-    pem = federation.roster.certificate_of(name)
-    assert pem is not None, "of the server and the lead"
-    return x509.load_pem_x509_certificate(pem.encode())
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cryptography import x509
-
 from fedtune.config import RunConfig
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Member, Roster, read_roster
-from fedtune.deploy.kits.renewal import NEWEST, CertificateKeeper, RenewalRequest, RosterBook, digest_of
+from fedtune.deploy.kits.certificates import fingerprint_of
+from fedtune.deploy.kits.kit_file import Kit, KitCertificate, file_mark
+from fedtune.deploy.kits.members import Member, Roster
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from fedtune.federation.lead import LeadState
     from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
-    from fedtune.flower.wire.desk import DeskLine
     from fedtune.flower.wire.gate import Registered
     from fedtune.privacy.proposal import Proposal
     from fedtune.sites.shared_model import SharedModel
@@ -50,9 +46,9 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
     """The named sites of the roster, or all that are not revoked where none is named.
 
     Raises:
-        ConfigError: there is no such site, or it was revoked, or named twice.
+        ConfigError: the roster is not the lead's, or there is no such site, or it was revoked, or named twice.
     """
-    known = {member.site: member for member in read_roster(kit.roster)}
+    known = {member.site: member for member in Roster.read_signed(kit.roster, kit=kit).sites}
     current = [name for name, member in known.items() if member.revoked is None]
     if not names and not current:
         raise ConfigError("sites", [], "the roster has no site yet: `fedtune provision add-site` adds one")
@@ -72,30 +68,10 @@ class LeadService:
 
     Attributes:
         metrics: told how the run is doing; None: nobody asks.
-        renew: whether a person allowed it to ask for new certificates.
     """
 
     kit: Kit
     metrics: LeadMetrics | None = None
-    renew: bool = False
-
-    def meet(self) -> bool:
-        """Give the server the lead's roster or take the server's, whichever is newer; and ask for a new certificate.
-
-        A server that is away changes nothing: the run will say so where it matters.
-
-        Returns:
-            Whether the lead has another roster than before.
-        """
-        keeper, book = self._keeper(), self._book
-        before = book.newest()
-        try:
-            exchange(desk_of(self.kit), book)
-        except (ConfigError, RunError, OSError) as error:
-            log.warning("the server's roster was not compared: %s", error)
-        if self.renew:
-            keeper.look()
-        return book.newest() != before
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
         """Run `config` over its sites.
@@ -167,7 +143,6 @@ class LeadService:
     def _connection(self, federation: FederationSpec) -> LeadConnection:
         from fedtune.flower.deployment import KnownSite, LeadConnection
 
-        keeper = self._keeper()
         return LeadConnection(
             server=self.kit.server,
             tls=self.kit.tls(),
@@ -176,15 +151,8 @@ class LeadService:
                 KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
                 for member in members(self.kit, federation.active)
             ],
-            has_new_certificate=keeper.look,
+            has_new_certificate=KitCertificate(self.kit).is_new,
         )
-
-    @property
-    def _book(self) -> RosterBook:
-        return RosterBook.of(self.kit, self.kit.roster)
-
-    def _keeper(self) -> CertificateKeeper:
-        return CertificateKeeper(self.kit, book=self._book, desk=desk_of(self.kit) if self.renew else None)
 
 
 class _Noted:
@@ -228,27 +196,6 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
         raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
 
 
-def desk_of(kit: Kit) -> DeskLine:
-    """The line of a lead with this kit to the server's desk."""
-    from fedtune.flower.wire.desk import DeskLine
-
-    return DeskLine(server=kit.server, tls=kit.tls(), lead=SigningKey.load(kit.lead_key))
-
-
-def exchange(desk: DeskLine, book: RosterBook) -> Roster:
-    """Leave both the lead's machine and the server with the newer of their rosters, and return it.
-
-    Raises:
-        ConfigError: the server's is not the lead's.
-        RunError: the server cannot be reached, or does not know this call.
-    """
-    own, said = book.newest(), desk.roster()
-    if own is not None and own.number > Roster.of(said).number:
-        desk.send_roster(own.to_bytes())
-        return own
-    return book.take(said)
-
-
 @contextmanager
 def _running(folder: Path) -> Iterator[None]:
     """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
@@ -271,98 +218,48 @@ def running_process(folder: Path) -> int | None:
     return pid
 
 
-class ServerDesk:
-    """What the server knows of the federation's members: the newest roster that was signed, and who asks for what.
+class KitRoster:
+    """The roster in a server's kit, read again when the file changes.
 
-    Args:
-        kit: the server's; a newer roster may be copied into it at any time.
-        folder: where the newest one is kept.
-
-    Raises:
-        ConfigError: by `look`, `roster` and `ask`: the roster in the kit, or the newest one, is damaged, or not the
-            lead's.
+    A newer one alone takes the place of the one before, and none in which a connection key is back that was revoked in
+    one seen before: an old copy lets nobody in again.  A process that starts again takes the kit's roster as it is; the
+    keys that were revoked stay so in the server's database.
     """
 
-    def __init__(self, kit: Kit, folder: Path) -> None:
-        self._kit, self.book = kit, RosterBook.of(kit, folder / NEWEST)
-        self._lock = threading.Lock()
-        self._copied, self._known = b"", b""
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._mark: tuple[int, int, int] | None = None
         self._newest: Roster | None = None
-        self._requests: dict[str, bytes] = {}
+        self._revoked: frozenset[str] = frozenset()
 
     def look(self) -> Roster:
-        """The newest roster."""
-        with self._lock:
-            try:
-                data = self._kit.roster.read_bytes()
-            except OSError as error:
-                raise ConfigError("roster", str(self._kit.roster), f"cannot be read ({error.strerror})") from None
-            if self._newest is None or self._copied != data:
-                self._keep(self._newer(data))
-                self._copied = data
-            assert self._newest is not None
-            return self._newest
-
-    def _keep(self, roster: Roster) -> None:
-        self._newest, self._known = roster, roster.to_bytes()
-
-    def _newer(self, data: bytes) -> Roster:
-        """The kit's roster, or the newest one where that is newer."""
-        copied, newest = Roster.of(data), self.book.newest()
-        if newest is not None and copied.number < newest.number:
-            return newest
-        return self.book.take(data)
-
-    def roster(self) -> bytes:
-        """It, as a file's bytes."""
-        self.look()
-        return self._known
-
-    def known(self) -> bytes:
-        """What the last look found, without another one."""
-        return self._known
-
-    def take_roster(self, data: bytes) -> None:
-        """Keep a newer one; a member that still needs a renewal will ask again."""
-        self.look()
-        with self._lock:
-            self._keep(self.book.take(data))
-            self._requests.clear()
-
-    def ask(self, name: str, request: bytes) -> int:
-        """Keep the request of a member until the next roster; the number of the newest one.
-
-        One for another certificate than that roster's is not kept: its maker finds the newer certificate there.
+        """The newest roster.
 
         Raises:
-            ConfigError: the lead would refuse it.
+            ConfigError: the kit's cannot be read, is not the lead's, is older, or has a revoked key back.
         """
-        roster, asked = self.look(), RenewalRequest.of(request)
-        if asked.name != name:
-            raise ConfigError("renewal", asked.name, f"must be in the name of {name}, who asks")
-        if pem := roster.certificate_of(name):
-            current = x509.load_pem_x509_certificate(pem.encode())
-            if asked.replaces == digest_of(current):
-                asked.check(current, federation=roster.federation, now=datetime.now(UTC))
-                self._requests[name] = request
-        return roster.number
+        path = self._kit.roster
+        try:
+            mark = file_mark(path)
+        except OSError as error:
+            raise ConfigError("roster", str(path), f"cannot be read ({error.strerror})") from None
+        if self._newest is None or mark != self._mark:
+            self._newest = self._newer(Roster.read_signed(path, kit=self._kit))
+            self._mark = mark
+        return self._newest
 
-    def requests(self) -> list[bytes]:
-        """Those that are kept."""
-        return list(self._requests.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OwnDesk:
-    """The same, for the server's own certificate."""
-
-    desk: ServerDesk
-
-    def roster(self) -> bytes:
-        return self.desk.roster()
-
-    def ask(self, request: bytes) -> int:
-        return self.desk.ask("server", request)
+    def _newer(self, roster: Roster) -> Roster:
+        before = self._newest
+        if before is not None and roster != before and roster.number <= before.number:
+            bound = f"must be higher than {before.number}, that of the roster before"
+            raise ConfigError("roster.number", roster.number, bound)
+        keys = {one.site: fingerprint_of(one.node_key) for one in roster.sites}
+        revoked = {one.site for one in roster.sites if one.revoked is not None}
+        if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
+            bound = "must stay revoked: revoke them again, after the federation's folder was put back from a backup"
+            raise ConfigError("roster.sites", back, bound)
+        self._revoked |= {keys[site] for site in revoked}
+        return roster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +271,6 @@ class ServerService:
         data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.
         metrics: told what comes and goes; None: nobody asks.
-        renew: whether a person allowed it to ask for new certificates.
     """
 
     kit: Kit
@@ -383,13 +279,12 @@ class ServerService:
     data: Path | None
     health: Health
     metrics: ServerMetrics | None = None
-    renew: bool = False
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
-            ConfigError: the kit is incomplete, or its certificate expired.
+            ConfigError: the kit is incomplete, its certificate expired, or its roster is not the lead's.
         """
         from fedtune.flower.wire.audit_log import FILE_NAME
         from fedtune.flower.wire.superlink import ServerSettings, serve
@@ -397,16 +292,14 @@ class ServerService:
         folder = self.data or self.kit.folder
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
-        desk = ServerDesk(self.kit, folder)
-        keeper = CertificateKeeper(self.kit, book=desk.book, desk=_OwnDesk(desk=desk) if self.renew else None)
+        roster, certificate = KitRoster(self.kit), KitCertificate(self.kit)
         settings = ServerSettings(
             tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
             port=self.port or self.kit.port,
             database=folder / DATABASE,
-            roster=lambda: self._registered(desk.look()),
-            desk=desk,
+            roster=lambda: self._registered(roster.look()),
             audit=folder / FILE_NAME,
         )
         if self.metrics is not None:
@@ -414,11 +307,11 @@ class ServerService:
 
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
-            until = keeper.certificate.not_after.isoformat()
+            until = certificate.certificate.not_after.isoformat()
             about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
             log.info("the server listens", extra=about)
 
-        serve(settings, ready=ready, works=self._works, has_new_certificate=keeper.look)
+        serve(settings, ready=ready, works=self._works, has_new_certificate=certificate.is_new)
         self.health.update(state="stopping")
         log.info("the server is down")
 

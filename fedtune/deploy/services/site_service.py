@@ -22,11 +22,9 @@ from typing import TYPE_CHECKING
 
 from fedtune.deploy.health import Health, State
 from fedtune.deploy.kits.certificates import check_private
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.renewal import CertificateKeeper, RosterBook
+from fedtune.deploy.kits.kit_file import Kit, KitCertificate
 from fedtune.deploy.services.site_state import SiteState, serving
 from fedtune.flower.client import Exchange, SiteApp
-from fedtune.flower.wire.desk import DeskLine
 from fedtune.flower.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
 from fedtune.flower.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
@@ -55,14 +53,12 @@ class SiteService:
     Attributes:
         health: told how the site is doing.
         answered: told each answer to a round or a question: "update", or the reason for none.
-        renew: whether a person allowed the site to ask for new certificates.
     """
 
     kit: Kit
     site_toml: Path
     health: Health
     answered: Callable[[str], None] = lambda _: None
-    renew: bool = False
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
@@ -72,7 +68,7 @@ class SiteService:
             RunError: the ledger cannot be trusted or written, or the site has left.
         """
         state = SiteState.of(self.kit.folder)
-        keeper, files = self._keeper(state), self._checked(state)
+        certificate, files = KitCertificate(self.kit), self._checked(state)
         with serving(files.ledger), _until_stopped() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
@@ -86,10 +82,10 @@ class SiteService:
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
 
             def until() -> datetime:
-                if keeper.look():
+                if certificate.is_new():
                     fleet.show_certificate()
                     bell.show_certificate()
-                return keeper.certificate.not_after
+                return certificate.certificate.not_after
 
             try:
                 _Loop(fleet, bell, app, state, self.health, stop, until=until, answered=self.answered).run()
@@ -114,10 +110,6 @@ class SiteService:
                 awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
             )
         )
-
-    def _keeper(self, state: SiteState) -> CertificateKeeper:
-        desk = DeskLine(server=self.kit.server, tls=self.kit.tls()) if self.renew else None
-        return CertificateKeeper(self.kit, book=RosterBook.of(self.kit, state.roster), desk=desk)
 
     def _checked(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedtune.deploy.kits.renewal import NEWEST
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -63,11 +62,6 @@ class SiteState:
         made = self.folder / "runs"
         made.mkdir(exist_ok=True)
         return made
-
-    @property
-    def roster(self) -> Path:
-        """The newest roster that the site has seen."""
-        return self.folder / NEWEST
 
     def set_paused(self, paused: bool) -> None:
         """Pause, or go on."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,11 +22,9 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedtune.flower.wire.audit_log import AuditLog, Event
-from fedtune.flower.wire.desk import MOST_REQUEST_BYTES, MOST_ROSTER_BYTES, RENEWALS, ROSTER, Desk, at_desk
 from fedtune.flower.wire.fleet import HELLO
-from fedtune.flower.wire.identity import SIGNATURE, NotAllowed, SeenCalls, body_of_lead
+from fedtune.flower.wire.identity import NotAllowed, SeenCalls, body_of_lead
 from fedtune.flower.wire.waiting import WAIT, Questions
-from fedtune.spec import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,6 @@ _LEAD_CALLS = frozenset(
         )
     }
 )
-_DESK_CALLS = frozenset({ROSTER, RENEWALS})
 _PUSH_QUESTIONS, _PULL_ANSWERS = "/v1/runtime/push-messages", "/v1/runtime/pull-messages"
 _OF_RUNS: dict[str, Event] = {
     "/v1/control/start-run": "run started",
@@ -81,7 +78,6 @@ _LEAD_BYTES = 1 << 30
 """Of one call's body of the lead."""
 _UNSIGNED = "not signed by the lead, or its clock is wrong"
 _MOST_DIGITS = 18
-_MOST_REASON = 200
 PEER = "fedtune peer"
 """Where in a scope's state the other end of the connection is."""
 
@@ -175,7 +171,6 @@ class Gate:
         lead: public key of who may start runs.
         rules: that a site's call is held to.
         traffic: noted there.
-        desk: for calls about members; None: there is none.
     """
 
     def __init__(
@@ -187,13 +182,10 @@ class Gate:
         rules: Rules,
         audit: AuditLog,
         traffic: Traffic | None = None,
-        desk: Desk | None = None,
     ) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
-        self._desk = desk
         self._traffic = traffic or Traffic()
         self._seen, self._questions = SeenCalls(), Questions()
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -209,8 +201,6 @@ class Gate:
                 await self._lead_call(scope, receive, send)
             elif path == WAIT:
                 await self._wait_call(scope, send)
-            elif path in _DESK_CALLS and self._desk is not None:
-                await self._desk_call(scope, receive, send, desk=self._desk)
             elif path == HELLO:
                 site = self._member(headers_of(scope), _peer(scope)).site
                 await answer(send, 200, {"site": site, "time": time.time()})
@@ -256,21 +246,9 @@ class Gate:
         await asyncio.to_thread(self._rules.check, path, member.node_key, body)
         await self._app(as_read(scope, headers), again(body, receive), send)
 
-    async def _desk_call(self, scope: Scope, receive: Receive, send: Send, *, desk: Desk) -> None:
-        """Of a member over its own connection, or signed by the lead; see `fedtune.flower.wire.desk`."""
-        headers, call = headers_of(scope), (str(scope.get("method")), str(scope["path"]))
-        if SIGNATURE in headers:
-            body = await self._body_of_lead(scope, receive, most_bytes=MOST_ROSTER_BYTES)
-            await answer(send, 200, await _said(desk, call, site=None, body=body))
-            return
-        name = self._member(headers, _peer(scope)).site
-        async with self._turns[name]:  # so that one who asks all the time takes little from the others
-            body = await read_body(receive, headers, most_bytes=MOST_REQUEST_BYTES)
-            await answer(send, 200, await _said(desk, call, site=name, body=body))
-
     async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
-        body = await self._body_of_lead(scope, receive, most_bytes=_LEAD_BYTES)
+        body = await self._body_of_lead(scope, receive)
         check_form(scope, headers)
         if path in _OF_RUNS:
             self._audit.note(_OF_RUNS[path], **self._about(peer))
@@ -282,7 +260,7 @@ class Gate:
         await self._app(as_read(scope, headers), again(body, receive), send)
         self._questions.asked(nodes)
 
-    async def _body_of_lead(self, scope: Scope, receive: Receive, *, most_bytes: int) -> bytes:
+    async def _body_of_lead(self, scope: Scope, receive: Receive) -> bytes:
         """The body of a call that the lead signed.
 
         Raises:
@@ -295,7 +273,7 @@ class Gate:
         if peer is not None and self._with(peer.key):
             raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
         self._seen.check(headers)  # before a body is read that may be large
-        body = await read_body(receive, headers, most_bytes=most_bytes)
+        body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
         if hashlib.sha256(body).hexdigest() != signed:
             raise NotAllowed(401, _UNSIGNED)
         self._seen.take(headers, now=time.time())
@@ -350,7 +328,7 @@ class Gate:
             event = "message refused"
         reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
         # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
-        named = path if path in {HELLO, WAIT} | _DESK_CALLS | _SITE_CALLS | _LEAD_CALLS else ""
+        named = path if path in {HELLO, WAIT} | _SITE_CALLS | _LEAD_CALLS else ""
         about = {"path": named, "reason": reason, **self._about(peer)}
         if self._audit.note(event, **about):
             log.warning("%s: %s", event, reason, extra=about)
@@ -439,21 +417,9 @@ def again(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _said(desk: Desk, call: tuple[str, str], *, site: str | None, body: bytes) -> bytes:
-    """What the desk says, in a thread, which may wait for the disk.
-
-    Raises:
-        NotAllowed: it refuses.
-    """
-    try:
-        return await asyncio.to_thread(at_desk, desk, call, site=site, body=body)
-    except ConfigError as error:
-        raise NotAllowed(409, str(error)[:_MOST_REASON]) from None
-
-
-async def answer(send: Send, status: int, content: dict[str, object] | bytes) -> None:
-    """Answer with JSON, or with bytes that are some."""
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+async def answer(send: Send, status: int, content: dict[str, object]) -> None:
+    """Answer with JSON."""
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status in (408, 413):  # the rest of the body is not waited for
         headers.append((b"connection", b"close"))

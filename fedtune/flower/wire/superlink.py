@@ -33,7 +33,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
-from fedtune.flower.wire.desk import Desk
 from fedtune.flower.wire.gate import Asgi, Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
@@ -58,7 +57,6 @@ class ServerSettings:
         host: address to listen on.
         database: file with messages and nodes, made when missing.
         roster: the sites as they stand now; called every two seconds.
-        desk: for calls about members; None: there are none.
         audit: file that says who came and what was refused; None: none is kept.
         traffic: where what comes and goes is counted.
     """
@@ -69,7 +67,6 @@ class ServerSettings:
     port: int
     database: Path
     roster: Roster
-    desk: Desk | None = None
     audit: Path | None = None
     limits: Limits = field(default_factory=Limits)
     traffic: Traffic = field(default_factory=Traffic)
@@ -157,7 +154,6 @@ def _gate(app: Asgi, settings: ServerSettings, roster: _KeptRoster) -> Gate:
         rules=SiteCalls(roster.state),
         audit=roster.audit,
         traffic=settings.traffic,
-        desk=_LookedAt(settings.desk, roster.look) if settings.desk else None,
     )
 
 
@@ -218,31 +214,15 @@ class _KeptRoster:
         return self._took
 
 
-class _LookedAt:
-    """The desk of a server that applies a roster before it says that it has it."""
-
-    def __init__(self, desk: Desk, look: Callable[[], None]) -> None:
-        self._desk, self._look, self._applied = desk, look, b""
-        self.known, self.ask, self.requests = desk.known, desk.ask, desk.requests
-
-    def roster(self) -> bytes:
-        newest = self._desk.roster()
-        if newest != self._applied:  # it may have been copied into the kit a moment ago
-            self._look()
-            self._applied = newest
-        return newest
-
-    def take_roster(self, data: bytes) -> None:
-        self._desk.take_roster(data)
-        self._look()
-
-
 def _watch(look: Callable[[], None], stop: threading.Event) -> None:
+    said = ""
     while not stop.wait(_ROSTER_S):
         try:
             look()
-        except Exception:  # a half-copied roster must not end the server: the next look may find a whole one
-            log.exception("the roster could not be read; the sites stay as they are")
+            said = ""
+        except Exception as error:  # a half-copied roster must not end the server: the next look may find a whole one
+            if said != (said := str(error)):
+                log.exception("the roster could not be read; the sites stay as they are")
 
 
 class _Server(uvicorn.Server):

@@ -81,9 +81,6 @@
 {{- if $values.stopWithin }}
 {{- $_ := set $pod "terminationGracePeriodSeconds" $values.stopWithin }}
 {{- end }}
-{{- if $values.renew }}
-{{- $_ := set $container "args" (append $container.args "--renew") }}
-{{- end }}
 {{- if eq $values.role "lead" }}
 {{- $args := list }}
 {{- range $container.args }}
