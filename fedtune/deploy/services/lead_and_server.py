@@ -143,6 +143,7 @@ class LeadService:
     def _connection(self, federation: FederationSpec) -> LeadConnection:
         from fedtune.flower.deployment import KnownSite, LeadConnection
 
+        certificate = KitCertificate(self.kit)
         return LeadConnection(
             server=self.kit.server,
             tls=self.kit.tls(),
@@ -151,7 +152,7 @@ class LeadService:
                 KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
                 for member in members(self.kit, federation.active)
             ],
-            has_new_certificate=KitCertificate(self.kit).is_new,
+            has_new_certificate=certificate.is_new,
         )
 
 
