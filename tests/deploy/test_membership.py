@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,8 @@ from fedtune.deploy.kits.federation_folder import CHANGE, FederationFolder
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.kits.members import JoinRequest, Roster
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
 from .conftest import Desk, Killed, files_in, killed_at, unpack
@@ -339,3 +343,33 @@ def test_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
     (desk.folder / "retired_keys.json").rmdir()
     assert FederationFolder.open(desk.folder).retired() == frozenset()
     desk.add(request)
+
+
+def test_a_site_sees_who_is_there_and_nothing_is_changed_for_it(
+    desk: Desk, command: Any, site_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    kit, file = desk.join("north"), desk.folder / "server/roster.json"
+    for name in ("south", "west", "abroad"):
+        desk.join(name)
+    desk.revoke("west")
+    keys = {name: desk.member(name).site_key for name in ("north", "south", "west")}
+    site_toml, own = tmp_path / "north/site.toml", ("--kit", str(kit), "--site", str(tmp_path / "north/site.toml"))
+    trusted = {"south": keys["north"], "west": keys["west"], "east": keys["south"]}
+    write_policy(site_policy("north", trust={"members": trusted}), site_toml)
+    before = files_in(tmp_path / "north")
+    outcome = command("site", "members", str(file), *own, "--json")
+    assert outcome.code == 0, outcome
+    shown = json.loads(outcome.out)
+    assert shown["number"] == FederationFolder.open(desk.folder).roster.number
+    assert {one["site"]: one["state"] for one in shown["members"]} == {
+        "south": "in [trust].members WITH ANOTHER KEY: call that site",
+        "west": f"in [trust].members, and revoked {desk.now:%Y-%m-%d}: take it out",
+        "abroad": "not in [trust].members",
+        "east": "in [trust].members, and not in the federation: take it out",
+    }
+    assert "by the lead's roster number" in command("site", "members", str(file), *own).out
+    file.write_text(file.read_text().replace(keys["south"], keys["north"]))
+    for copied in (own, (*own, "--json")):
+        outcome = command("site", "members", str(file), *copied)
+        assert (outcome.code, "must be signed by the federation's lead" in outcome.message) == (2, True)
+    assert files_in(tmp_path / "north") == before
