@@ -173,11 +173,11 @@ def test_updates_that_only_a_sum_shows_are_named_so(report: Report) -> None:
 
 def test_page_one_says_whom_the_promise_relies_on(ran: Path, report: Report) -> None:
     page = (ran / "report.html").read_text()
-    assert "It relies on the other sites" in page
+    assert "This relies on the other sites" in page
     assert "only in the sum" in page
     assert "In secure sums each site adds a share of the noise" in page
     assert "Each site adds all the noise" not in page
-    assert "verlässt sich auf die anderen Standorte" in render(report, language="de")
+    assert "hängt von den anderen Standorten ab" in render(report, language="de")
     (relied,) = [one for one in report.assumptions if one.code == "enough_sites_keep_their_noise"]
     assert (relied.status, relied.evidence) == ("assumed", "3 of 5")
     for number in (by_hand(4), by_hand(3), by_hand(1)):
