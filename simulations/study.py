@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from shared_states import shared_frozen_states
 
+import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.cli.main import main as fedtune
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.sites.from_run_to_run import from_run_to_run
+from fedtune.sites.session import Session
 
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
 
 
-def run_line(experiment: str, line: dict[str, Any], *, kept: Path | None = None) -> dict[str, Any]:
+def run_line(experiment: str, line: dict[str, Any], *, session: Session, kept: Path | None = None) -> dict[str, Any]:
     """All runs of one line: overrides, scores of each run, and what the first one says of privacy and cost."""
     overrides = [f"experiment={experiment}", "tracking=quiet", *line["overrides"]]
     variants: list[list[str]] = [[]]
@@ -48,7 +48,7 @@ def run_line(experiment: str, line: dict[str, Any], *, kept: Path | None = None)
         for number in range(line.get("repeats", 1)):
             for place, variant in enumerate(variants):
                 name = f"{line['key']}-{number}-{place}"
-                runs.append(finished([*overrides, *variant, f"name={name}", f"tracking.output_dir={folder}"]))
+                runs.append(finished([*overrides, *variant, f"name={name}", f"tracking.output_dir={folder}"], session))
     first = runs[0]
     names = first["final"]["metrics"]
     return {
@@ -75,12 +75,19 @@ def bytes_of_a_site(run: dict[str, Any], way: str) -> int:
     return round(sum(one[f"bytes_{way}"] for one in run["rounds"]) / len(run["privacy"]["sites"]))
 
 
-def finished(overrides: list[str]) -> dict[str, Any]:
+def show(progress: fedtune.Progress) -> None:
+    """A line for each round."""
+    if progress.round:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in progress.round.metrics.items() if value is not None)
+        print(f"round {progress.done} of {progress.total}: {scores}", flush=True)
+
+
+def finished(overrides: list[str], session: Session) -> dict[str, Any]:
     """run.json of a run, which is made unless it lies there."""
     config = compose_run(overrides)
     path = Path(config.tracking.output_dir) / config.name / "run.json"
-    if not path.exists() and (code := fedtune(["simulate", *overrides])):
-        raise SystemExit(code)
+    if not path.exists():
+        fedtune.simulate(config, progress=show, session=session)
     found: dict[str, Any] = json.loads(path.read_text())
     if found["config_sha256"] != config.digest():
         raise SystemExit(f"{path} was made with another configuration")
@@ -151,8 +158,8 @@ def main() -> None:
         if not line["key"].startswith(options.only):
             continue
         print(f"--- {line['title']}", flush=True)
-        with shared_frozen_states(options.states) if options.states else from_run_to_run():
-            done = run_line(study["experiment"], line, kept=options.runs)
+        with Session() as session, shared_frozen_states(options.states) if options.states else nullcontext():
+            done = run_line(study["experiment"], line, session=session, kept=options.runs)
         # Read only now: two processes may run two lines.
         old = json.loads(path.read_text())["lines"] if path.exists() else {}
         known = old | {line["key"]: done}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.report.checks import Check
     from fedtune.report.model import Report
     from fedtune.sites.saved_model import BesideBase, SavedModel
+    from fedtune.sites.session import Session
     from fedtune.sites.shared_model import SharedModel
     from fedtune.sites.side_by_side import SideBySide
 
@@ -88,6 +89,7 @@ def simulate(
     settings: Settings | None = None,
     *,
     progress: Callable[[Progress], None] = lambda told: None,
+    session: Session | None = None,
 ) -> Run:
     """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
 
@@ -98,6 +100,8 @@ def simulate(
         recipe: what to run; None: the default, four banks on Banking77.
         settings: that differ from the recipe's.
         progress: is called as the run goes on, in this thread; what it raises ends the run as an interrupt does.
+        session: keeps the loaded model and what it made of records for the next run that is given it
+            (`fedtune.sites.session.Session`); None: nothing is kept.
 
     Raises:
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
@@ -118,7 +122,8 @@ def simulate(
     folder = folder_of(config)
     if config.resume is None:
         config = fitted(config, folder)
-    run_in_folder(config, folder, _Teller(config, progress), work=simulation.simulate)
+    work = partial(simulation.simulate, session=session)
+    run_in_folder(config, folder, _Teller(config, progress), work=work)
     return load(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
 from fedtune.report.one_run import best_possible, epsilon_lower_bound
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.virtual_site import POLICY, Participants, generated_policy, participants
+from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
 from fedtune.spec import ConfigError
 
 _LARGEST_ADAPTER = 1e6
@@ -81,18 +80,14 @@ def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listen
         RunError: as `simulate`.
     """
     sites = audited_sites(config, spec)
-    everyone = participants(json.dumps(config.to_json()), str(folder))
-    everyone.progress = listener.preparing
-    try:
-        _allow_large_adapters(everyone)
-        attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
-        history = _History(listener, folder, what=_planted(config, spec, sites))
-        with attack.watching():
-            run = simulate(config, folder, history)
-        counts = attack.counts(history.adapters)
-        membership = attack.membership() if isinstance(attack, RecordAttack) else ()
-    finally:
-        participants.cache_clear()  # nothing else shall find these participants
+    everyone = Participants(config, folder, progress=listener.preparing)
+    _allow_large_adapters(everyone)
+    attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
+    history = _History(listener, folder, what=_planted(config, spec, sites))
+    with attack.watching():
+        run = simulate(config, folder, history, everyone=everyone)
+    counts = attack.counts(history.adapters)
+    membership = attack.membership() if isinstance(attack, RecordAttack) else ()
     bounds = tuple(_bounds(counts, _claims(run, sites), delta=config.privacy.delta, confidence=spec.confidence))
     found = Audit(
         method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.virtual_site import Participants
-from fedtune.sites.work import randomness_of
+from fedtune.sites.work import TrainingUnits, randomness_of
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
@@ -352,11 +352,14 @@ class GradientAttack:
             denominator=everyone.plan.sampling_rate * work.declared_size,
             total=np.zeros(size),
         )
-        units, canaries = work.examples, Canaries(coordinates[inserted], self._observer, tally)
-        # `examples` is a cached property: what lies under its name is what the site trains on.
-        vars(work)["examples"] = (
-            CanaryUsers(units, canaries) if isinstance(units, UserExamples) else CanaryExamples(units, canaries)
-        )
+        canaries = Canaries(coordinates[inserted], self._observer, tally)
+
+        def planted(units: TrainingUnits) -> TrainingUnits:
+            if isinstance(units, UserExamples):
+                return CanaryUsers(units, canaries)
+            return CanaryExamples(units, canaries)
+
+        everyone.work[site] = replace(work, around=planted)
         return Planted(coordinates=coordinates, inserted=inserted, tally=tally)
 
     @contextmanager

@@ -27,7 +27,7 @@ from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.sites.from_run_to_run import from_run_to_run
+from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.words import counted
 
@@ -106,8 +106,8 @@ def compare(
         if not words:
             require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
         try:
-            with from_run_to_run():
-                lines = _run_all(runs, console, again=again)
+            with Session() as session:
+                lines = _run_all(runs, console, again=again, session=session)
         except BaseException:
             say(f"Continue with: {again}", console=console)
             raise
@@ -240,7 +240,7 @@ def _say_price(runs: Sequence[Planned], console: Console) -> None:
         say(said, console=console)
 
 
-def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[Line]:
+def _run_all(runs: Sequence[Planned], console: Console, *, again: str, session: Session) -> list[Line]:
     """Run what is not finished yet, each in a folder of its own."""
     known: list[tuple[Planned, RunConfig, Path, RunResult | None]] = []
     for run in runs:  # all of them are looked at before the first one begins
@@ -249,9 +249,8 @@ def _run_all(runs: Sequence[Planned], console: Console, *, again: str) -> list[L
         known.append((run, config, folder, result_in(folder, finished=True)))
     lines = []
     for number, (run, config, folder, earlier) in enumerate(known, start=1):
-        result = earlier or in_one_line(
-            console, f"{number} of {len(known)}, {run.name}", partial(run_simulation, config, folder, again=again)
-        )
+        work = partial(run_simulation, config, folder, again=again, session=session)
+        result = earlier or in_one_line(console, f"{number} of {len(known)}, {run.name}", work)
         lines.append(
             Line(name=run.name, kind=run.kind, site=run.site, private=run.private, folder=folder, result=result)
         )

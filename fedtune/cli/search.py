@@ -34,7 +34,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import SearchPrice, Selection, price_of
-from fedtune.sites.from_run_to_run import from_run_to_run
+from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError
 from fedtune.words import counted, jsonable
 
@@ -119,8 +119,8 @@ def search(
     rows: list[SweptRun] = []
     path, again = prepared.search.folder / "trials.csv", _again(overrides, prepared.search)
     try:
-        with from_run_to_run():
-            for row in _trials(prepared, console, again=again):
+        with Session() as session:
+            for row in _trials(prepared, console, again=again, session=session):
                 rows.append(row)
                 write_table(path, rows, best=best_of(rows, fewest=1))
     finally:
@@ -329,7 +329,7 @@ def check_room(prepared: Prepared) -> None:
     sites.check_room(runs, asked=f"--trials = {search.number}", shapes=others)
 
 
-def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[SweptRun]:
+def _trials(prepared: Prepared, console: Console, *, again: str, session: Session) -> Iterator[SweptRun]:
     """Each trial after it was run, or found finished; the last one where an error ends the search."""
     from fedtune.sites.virtual_site import budget_for
 
@@ -345,7 +345,7 @@ def _trials(prepared: Prepared, console: Console, *, again: str) -> Iterator[Swe
             say(f"\ntrial {place + 1} of {search.number}: {tried}", style="bold", console=console)
             if within is not None:
                 _sites(row.config, prepared).allow(within=within)
-            row = ran(row, console, run=lambda *run: run_simulation(*run, again=again))
+            row = ran(row, console, run=lambda *run: run_simulation(*run, again=again, session=session))
         if not isinstance(row.error, RefusedError):  # a refused trial is charged to nobody
             spent.append(row.config.plan())
         charged = [plan.whole for plan in spent]

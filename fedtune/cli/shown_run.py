@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from fedtune.spec import RunError, StuckError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.federation.results import RunResult
+    from fedtune.sites.session import Session
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
@@ -60,7 +62,9 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     return result
 
 
-def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: str = "") -> RunResult:
+def run_simulation(
+    config: RunConfig, folder: Path, console: Console, *, again: str = "", session: Session | None = None
+) -> RunResult:
     """Run a simulation in its folder, new or begun.
 
     Args:
@@ -68,6 +72,7 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: 
         folder: its own.
         console: where progress and result are shown.
         again: the command that continues it; empty: one that resumes this run alone.
+        session: keeps what this run and the next have in common; None: nothing is kept.
     """
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
@@ -78,7 +83,7 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, again: 
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
     again = again or f"fedtune simulate resume={folder}"
-    return show_run(config, folder, console, work=simulate, again=again, began=began)
+    return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
 
 
 def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:

@@ -27,7 +27,7 @@ from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.sites.from_run_to_run import from_run_to_run
+from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
 
@@ -124,9 +124,7 @@ class SweptRun:
         )
 
 
-def run_sweep(
-    sweep: Sweep, console: Console, *, run: Callable[[RunConfig, Path, Console], RunResult], as_json: bool
-) -> None:
+def run_sweep(sweep: Sweep, console: Console, *, run: Callable[..., RunResult], as_json: bool) -> None:
     """Run what is not finished yet, and say what all runs came to, also where something ends the sweep early.
 
     A run that fails does not keep the others from running.
@@ -134,7 +132,7 @@ def run_sweep(
     Args:
         sweep: its settings.
         console: where progress is shown.
-        run: runs one configuration in its folder.
+        run: runs one configuration in its folder: with configuration, folder, console and `session`.
         as_json: the table as JSON on standard output.
 
     Raises:
@@ -145,9 +143,9 @@ def run_sweep(
     path = rows[0].folder.parent / f"{sweep.name}.csv"
     _check_table(path, rows)
     try:
-        with from_run_to_run():
+        with Session() as session:
             for number, row in enumerate(rows):
-                rows[number] = row if row.earlier else ran(row, console, run=run)
+                rows[number] = row if row.earlier else ran(row, console, run=partial(run, session=session))
                 if (error := rows[number].error) is not None and not isinstance(error, FedtuneError):
                     raise error
                 write_table(path, rows, best=best_of(rows))

@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -24,11 +25,26 @@ from fedtune.flower.invitation import Invited
 from fedtune.flower.ray_engine import Outcome, on_ray
 from fedtune.flower.streaming_grid import StreamingGrid
 from fedtune.sites.data_notes import site_notes
-from fedtune.sites.virtual_site import participants
+from fedtune.sites.session import Session
+from fedtune.sites.virtual_site import Participants
 
 
-def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
+def simulate(
+    config: RunConfig,
+    folder: Path,
+    listener: Listener,
+    *,
+    session: Session | None = None,
+    everyone: Participants | None = None,
+) -> RunResult:
     """Run `config` to its end, or from its newest checkpoint on, and write the run folder.
+
+    Args:
+        config: the run's.
+        folder: its own.
+        listener: is told how the run goes.
+        session: keeps the model, and what it makes of records, from run to run; None: this run leaves nothing.
+        everyone: those who take part, already made, in place of `session`'s; not on Ray.
 
     Returns:
         The content of `run.json`.
@@ -37,9 +53,8 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
         ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
         RunError: too few sites replied.
     """
-    config_json = json.dumps(config.to_json())
-    everyone = participants(config_json, str(folder))
-    everyone.progress = listener.preparing
+    if everyone is None:
+        everyone = Participants(config, folder, progress=listener.preparing, session=session)
     everyone.records.read()
 
     def ready() -> Known:
@@ -60,33 +75,42 @@ def simulate(config: RunConfig, folder: Path, listener: Listener) -> RunResult:
             site_keys=everyone.identities if everyone.plan.shared else {},
         ),
         receipts=everyone.sites.receipts(),
-        engine=_engine(config, simulated_client_app(config_json, str(folder)), listener, everyone.sites.folder),
+        engine=_engine(config, folder, everyone, listener),
         ready=ready,
     ).to_its_end(listener)
 
 
-def simulated_client_app(config_json: str, folder: str) -> ClientApp:
-    """The ClientApp of every virtual site; plain values only, so that it can be sent to another process."""
-    names, started_in = parse(json.loads(config_json)).federation.active, os.getcwd()
+def _engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
+    if config.runtime.kind == "ray":
+        client_app = simulated_client_app(json.dumps(config.to_json()), str(folder))
+        return lambda run: on_ray(run, client_app, config, everyone.sites.folder)
+    client_app = _client_app(config.federation.active, everyone.site)
+    grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
+    return lambda run: in_process(run, grid)
 
+
+def simulated_client_app(config_json: str, folder: str) -> ClientApp:
+    """The ClientApp of every virtual site in other processes; plain values only, so that it can be sent to them."""
+    started_in = os.getcwd()
+
+    def site(index: int) -> Site:
+        os.chdir(started_in)  # an actor begins elsewhere, and settings may hold relative paths
+        return _of_this_actor(config_json, folder).site(index)
+
+    return _client_app(parse(json.loads(config_json)).federation.active, site)
+
+
+@lru_cache(maxsize=1)
+def _of_this_actor(config_json: str, folder: str) -> Participants:
+    """A run's participants in a Ray actor, which keeps its base model between rounds and is told nothing else."""
+    return Participants(parse(json.loads(config_json)), Path(folder))
+
+
+def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
     def index(context: Context) -> int:
         return int(context.node_config["partition-id"])
 
-    def name_of(context: Context) -> str:
-        return names[index(context)]
-
-    def site_of(context: Context, _: str) -> Site:
-        os.chdir(started_in)  # an actor begins elsewhere, and settings may hold relative paths
-        return participants(config_json, folder).site(index(context))
-
-    return make_client_app(site_of, name_of)
-
-
-def _engine(config: RunConfig, client_app: ClientApp, listener: Listener, sites: Path) -> Engine:
-    if config.runtime.kind == "ray":
-        return lambda run: on_ray(run, client_app, config, sites)
-    grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
-    return lambda run: in_process(run, grid)
+    return make_client_app(lambda context, _: site(index(context)), lambda context: names[index(context)])
 
 
 _RUN_ID = 1

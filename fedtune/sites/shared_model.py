@@ -26,8 +26,8 @@ from fedtune.evaluation.scoring import KeptBatches, figures_of
 from fedtune.model import Adapter, load_tokenizer
 from fedtune.model.fits import check_tokenizer_fits
 from fedtune.model.spec import RANDOM
-from fedtune.sites.from_run_to_run import HandedOn, handed_on
 from fedtune.sites.run_records import LeadRecords, RunRecords
+from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
@@ -73,6 +73,7 @@ class SharedModel:
         trains: whether records are trained on here; a real lead only scores, and need not try the model.
         records: what was read of the run's records; None: nothing yet.
         progress: told what takes long, also while records are trained on.
+        session: keeps what this model makes of records for runs to come; None: nothing does.
 
     Attributes:
         shapes: that micro-batches have.
@@ -97,10 +98,14 @@ class SharedModel:
         trains: bool = True,
         records: RunRecords | None = None,
         progress: Progress = silent,
+        session: Session | None = None,
     ) -> None:
         tried = config.privacy.private and trains
-        given = config
-        self.config = config = replace(config, runtime=_with_processes(config) if tried else config.runtime)
+        given, self._session = config, session
+        if tried:
+            # Runs that keep what frozen layers made of the records would not find it in another process.
+            config = replace(config, runtime=_with_processes(config, alone=session is not None))
+        self.config = config
         self.progress = progress
         self.records = RunRecords(config) if records is None else records
         progress("loading the model", 0, 0)
@@ -111,7 +116,6 @@ class SharedModel:
         self.keeps_states, self.states_folder = self._states_place(config, declared_size)
         self.states_mib = frozen_states_mib(self.model, num_tokens=self._num_tokens(config, declared_size))
         self._facts = self._facts_of(given, declared_size)
-        self._handed_on: HandedOn | None = None
         self.moved = 0.0
         self._devices: Devices | None = None
         if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
@@ -129,17 +133,24 @@ class SharedModel:
 
     @classmethod
     def of_simulation(
-        cls, config: RunConfig, *, inexact_allowed: bool, records: RunRecords, progress: Progress
+        cls,
+        config: RunConfig,
+        *,
+        inexact_allowed: bool,
+        records: RunRecords,
+        progress: Progress,
+        session: Session | None,
     ) -> SharedModel:
-        """A simulated run's model: that of the run before, where it serves and is handed on."""
-        left = handed_on()
-        if left is None:
+        """A simulated run's model: that of the session's run before, where it serves."""
+        if session is None:
             return cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress)
-        if left.model is None or not left.model.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
-            left.clear()  # the old one goes before the new one comes
-            left.model = cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress)
-            left.model._handed_on = left
-        shared: SharedModel = left.model.for_run(config)
+        kept: SharedModel | None = session.model
+        if kept is None or not kept.serves(config, declared_size=None, inexact_allowed=inexact_allowed):
+            kept = None  # with what the session keeps, the old one goes before the new one comes
+            session.clear()
+            kept = cls(config, inexact_allowed=inexact_allowed, records=records, progress=progress, session=session)
+            session.model = kept
+        shared = kept.for_run(config)
         shared.records, shared.progress = records, progress
         shared.states_mib = frozen_states_mib(shared.model, num_tokens=cls._num_tokens(config, None))
         return shared
@@ -276,10 +287,10 @@ class SharedModel:
     def _kept(self, data: LeadData) -> LeadData:
         """The same, with what the frozen layers make of it kept where there is room."""
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens)
-        if not keeps or self._handed_on is None:
+        if not keeps or self._session is None:
             return replace(data, kept={} if keeps else None)
         most = self.config.evaluation.max_tokens
-        return replace(data, kept=self._handed_on.batches(data.examples, max_tokens=most))
+        return replace(data, kept=self._session.batches(data.examples, max_tokens=most))
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether what the frozen layers make of `num_tokens` fits where it is kept."""
@@ -294,7 +305,7 @@ class SharedModel:
             pad_id = self.tokenizer.pad_token_id
             return SiteExamples(dataset, pad_id=pad_id, shapes=self.shapes, device=self.device)
 
-        return make() if self._handed_on is None else self._handed_on.examples(dataset, make)
+        return make() if self._session is None else self._session.examples(dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Scores of `adapter` on the lead's data after a round; empty without data."""
@@ -313,20 +324,19 @@ class SharedModel:
         def make() -> Measured:
             return Measured.of(self.model, self.tokenizer, test, self.config, generate=True)
 
-        if self._handed_on is None or adapter.digest() != self.initial_adapter.digest():
+        if self._session is None or adapter.digest() != self.initial_adapter.digest():
             return make()
         references = hashlib.sha256(b"".join(map(record_key, test.records))).hexdigest()
-        return self._handed_on.before(test.examples, f"{references} {self.config.evaluation}", make)
+        return self._session.before(test.examples, f"{references} {self.config.evaluation}", make)
 
 
-def _with_processes(config: RunConfig) -> RuntimeSpec:
-    """The run's runtime with a number of devices, chosen where it names none."""
+def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
+    """The run's runtime with a number of devices, chosen where it names none; `alone`: of one that nobody chose."""
     steps = config.federation.num_rounds * config.training.local_steps
     sampled = config.privacy.sampling_rate * config.privacy.contribution * sum(config.declared_sizes().values())
-    # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.  Runs
-    # that hand on what frozen layers made of the records would not find it there.
+    # Another process runs the main program's file again; of fedtune's own it is known that this does nothing.
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    alone = handed_on() is not None or (main.name != "fedtune" and main.parts[-2:] != ("fedtune", "__main__.py"))
+    alone = alone or (main.name != "fedtune" and main.parts[-2:] != ("fedtune", "__main__.py"))
     chosen = processes_that_pay(config.runtime, gradients=0.0 if alone else steps * sampled)
     return replace(config.runtime, num_devices=chosen)
 

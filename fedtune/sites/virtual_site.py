@@ -16,13 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dp_accounting import ComposedDpEvent, DpEvent
 
-from fedtune.config import RunConfig, parse
+from fedtune.config import RunConfig
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
@@ -55,6 +55,7 @@ from fedtune.privacy.site_policy import (
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.secure_sums import sums_of
+from fedtune.sites.session import Session
 from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
@@ -348,16 +349,17 @@ class Participants:
     Args:
         config: the run's.
         folder: the run folder, where each site's ledger lies.
-
-    Attributes:
         progress: told what takes long, from the loading of the model on.
+        session: keeps model and records' states for the next run; None: nothing does.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, *, progress: Progress = silent, session: Session | None = None
+    ) -> None:
         self.config, self._folder = config, folder
+        self._progress, self._session = progress, session
         self.sites = VirtualSites.of(config, folder, config.plan())
         self.records = RunRecords(config)
-        self.progress: Progress = silent
         self._parties = {name: Parties() for name in config.federation.active}
 
     @cached_property
@@ -372,7 +374,11 @@ class Participants:
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(one.allow.inexact_gradients for one in policies)
         return SharedModel.of_simulation(
-            self.config, inexact_allowed=inexact, records=self.records, progress=self.progress
+            self.config,
+            inexact_allowed=inexact,
+            records=self.records,
+            progress=self._progress,
+            session=self._session,
         )
 
     @cached_property
@@ -429,9 +435,3 @@ class Participants:
             members=self.config.federation.active,
         )
         return Site(name=name, ledger=ledger, prepare=lambda _: prepared, sums=sums)
-
-
-@lru_cache(maxsize=1)
-def participants(config_json: str, folder: str) -> Participants:
-    """A run's participants in this process, built on first use: a Ray actor keeps its base model between rounds."""
-    return Participants(parse(json.loads(config_json)), Path(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -26,6 +27,8 @@ from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, share_of_round, train_round
 from fedtune.training.users import UserExamples
 
+TrainingUnits = SiteExamples | UserExamples
+
 
 @dataclass(frozen=True)
 class SiteWork:
@@ -38,6 +41,7 @@ class SiteWork:
         declared_size: the size that it publishes, in privacy units.
         max_adapter_value: the site's bound on values of the adapter.
         lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
+        around: puts something around the training units, as an audit puts its canaries; no site of anybody's does.
     """
 
     site: str
@@ -46,10 +50,14 @@ class SiteWork:
     declared_size: int
     max_adapter_value: float
     lenient: bool = False
+    around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
 
     @cached_property
-    def examples(self) -> SiteExamples | UserExamples:
+    def examples(self) -> TrainingUnits:
         """The tokenised training records, by user where the run's unit is that."""
+        return self.around(self._examples())
+
+    def _examples(self) -> TrainingUnits:
         examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
         privacy = self.shared.config.privacy
         if privacy.unit == "record":

@@ -91,7 +91,7 @@ def run(setting: Setting, folder: Path, *, spill: bool = False, broken: Break | 
         config = replace(setting.config, resume=str(folder)) if begun else setting.config
         with doomed.within("lead"):
             try:
-                simulation.simulate(config, folder, _Silent())
+                simulation.simulate(config, folder, _Silent(), everyone=setting.everyone)
             except RefusedError as refused:
                 outside.tell("refused", why=str(refused)[:2000])
         crossed = {"points": doomed.crossed, "seconds": doomed.seconds}
@@ -129,7 +129,6 @@ def _prepare(
     logging.disable(logging.ERROR)
     everyone = setting.everyone
     everyone.sites = replace(everyone.sites, folder=folder / "sites")
-    simulation.participants = lambda config_json, folder: everyone
     _add_anchor()
     late = None if broken is None else broken()
     install(doomed, spill=spill)

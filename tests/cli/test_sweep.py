@@ -245,7 +245,7 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
 def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any, tmp_path: Path) -> None:
     sweep, begun = compose_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
 
-    def run(config: Any, folder: Path, console: Console) -> RunResult:
+    def run(config: Any, folder: Path, console: Console, *, session: object) -> RunResult:
         begun.append(folder)
         folder.mkdir()
         if len(begun) == 2:
@@ -268,7 +268,7 @@ def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> N
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
 
-    def run(config: Any, folder: Path, console: Console) -> RunResult:
+    def run(config: Any, folder: Path, console: Console, *, session: object) -> RunResult:
         return result({"accuracy": next(given)})
 
     run_sweep(compose_sweep(tiny(*swept, into=tmp_path)), Console(file=out, width=width), run=run, as_json=False)

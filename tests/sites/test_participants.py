@@ -192,8 +192,8 @@ def test_what_takes_long_is_told_of(
 ) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
     told: list[str] = []
-    everyone = Participants(config("lora=last_layer", "federation.site_names=[a,b]"), tmp_path / "run")
-    everyone.progress = lambda what, done, total: told.append(what)
+    settings = config("lora=last_layer", "federation.site_names=[a,b]")
+    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
     assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
     request = round_request(everyone.config, everyone.sites.lead_key(), site="a")

@@ -14,7 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Shapes
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
-from fedtune.sites.from_run_to_run import from_run_to_run
+from fedtune.sites.session import Session
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
 from fedtune.tasks import save_task_model
@@ -201,8 +201,7 @@ def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=main))
     config = letters()
     SharedModel(config)
-    with from_run_to_run():
-        SharedModel(config)
+    SharedModel(config, session=Session())
     steps = config.federation.num_rounds * config.training.local_steps
     expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
     assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]

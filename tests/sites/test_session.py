@@ -10,14 +10,27 @@ from typing import Any
 
 import pytest
 
+import fedtune
 import fedtune.sites.shared_model as shared_model
-from fedtune.sites.from_run_to_run import from_run_to_run, handed_on
+from fedtune.api.compose import compose_run
+from fedtune.sites.session import Session
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 
+pytestmark = pytest.mark.filterwarnings("ignore:data.declared_sizes is far from")
 Simulate = Callable[..., Path]
 SEEDED = ("runtime.seeded_noise=true", "lora.layers=[1]", "lora.rank=2")
 """Of two layers the first is frozen, and what it makes of records is kept."""
+
+
+@pytest.fixture
+def simulate(tiny: Callable[..., list[str]]) -> Simulate:
+    """Run the tiny federation to its end, in a session or alone, and return its folder."""
+
+    def run(*overrides: str, into: Path, name: str, session: Session | None = None) -> Path:
+        return fedtune.simulate(compose_run(tiny(*overrides, into=into, name=name)), session=session).folder
+
+    return run
 
 
 @pytest.fixture
@@ -46,8 +59,8 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def runs(simulate: Simulate, into: Path, *variants: tuple[str, ...]) -> list[Path]:
-    return [simulate(*SEEDED, *more, into=into, name=f"run-{n}") for n, more in enumerate(variants)]
+def runs(simulate: Simulate, into: Path, *variants: tuple[str, ...], session: Session | None = None) -> list[Path]:
+    return [simulate(*SEEDED, *more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
 
 
 def test_runs_that_hand_on_come_to_what_each_comes_to_alone(
@@ -63,8 +76,8 @@ def test_runs_that_hand_on_come_to_what_each_comes_to_alone(
     assert (worked["built"], worked["states"]) == (4, 7)
     worked.update(dict.fromkeys(worked, 0))
     shared_model._measured.clear()
-    with from_run_to_run():
-        together = runs(simulate, tmp_path / "together", *variants)
+    with Session() as session:
+        together = runs(simulate, tmp_path / "together", *variants, session=session)
     # One model, tried once; two sites' records; before training once, and of each run its rounds and its end.
     assert worked == {"built": 1, "tried": 1, "states": 2, "scored": 1 + (2 + 1) * 3 + (1 + 1)}
     for one, other in zip(alone, together, strict=True):
@@ -84,10 +97,10 @@ def test_another_model_or_other_shapes_are_made_anew(
     simulate: Simulate, tmp_path: Path, adapter_of: Any, worked: dict[str, int], other: str
 ) -> None:
     (alone,) = runs(simulate, tmp_path / "alone", (other,))
-    with from_run_to_run():
-        runs(simulate, tmp_path / "together", ())
+    with Session() as session:
+        runs(simulate, tmp_path / "together", (), session=session)
         before = worked["built"]
-        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other")
+        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other", session=session)
     assert worked["built"] == before + 1
     assert adapter_of(alone) == adapter_of(together)
 
@@ -97,10 +110,10 @@ def test_other_records_are_read_run_and_scored_anew(
     simulate: Simulate, tmp_path: Path, result_of: Any, adapter_of: Any, worked: dict[str, int], other: str
 ) -> None:
     (alone,) = runs(simulate, tmp_path / "alone", (other,))
-    with from_run_to_run():
-        runs(simulate, tmp_path / "together", ())
+    with Session() as session:
+        runs(simulate, tmp_path / "together", (), session=session)
         before = dict(worked)
-        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other")
+        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other", session=session)
     assert worked["built"] == before["built"]
     anew = {"data.train_fraction=0.03": (2, 3), "data.test_rows=9": (0, 4), "evaluation.max_tokens=64": (0, 4)}[other]
     assert (worked["states"] - before["states"], worked["scored"] - before["scored"]) == anew
@@ -111,14 +124,12 @@ def test_other_records_are_read_run_and_scored_anew(
 def test_no_more_is_handed_on_than_fits(simulate: Simulate, tmp_path: Path, worked: dict[str, int]) -> None:
     """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
     room = "runtime.kept_states_mib=1"
-    with from_run_to_run():
-        runs(simulate, tmp_path, (room,))
-        left = handed_on()
-        assert left is not None
-        assert len(left._examples) == 2
-        left._num_tokens = 2**20 // (32 * 4)  # as after many other records
-        simulate(*SEEDED, room, "data.train_fraction=0.03", into=tmp_path, name="other")
-        assert len(left._examples) == 2, "the earlier ones went"
+    with Session() as session:
+        runs(simulate, tmp_path, (room,), session=session)
+        assert len(session._examples) == 2
+        session._num_tokens = 2**20 // (32 * 4)  # as after many other records
+        simulate(*SEEDED, room, "data.train_fraction=0.03", into=tmp_path, name="other", session=session)
+        assert len(session._examples) == 2, "the earlier ones went"
     assert worked["states"] == 4
 
 
@@ -134,16 +145,11 @@ def test_states_on_disk_come_to_the_same_run(
 
 
 def test_nothing_is_left_when_the_runs_are_over(simulate: Simulate, tmp_path: Path) -> None:
-    with from_run_to_run():
-        runs(simulate, tmp_path, ())
-        left = handed_on()
-        assert left is not None
-        assert left.model is not None
-        examples = weakref.ref(next(iter(left._examples.values())))
-    assert handed_on() is None
-    assert left.model is None
-    assert not left._examples
-    del left
-    runs(simulate, tmp_path / "after", ())  # a process remembers its last run
+    with Session() as session:
+        runs(simulate, tmp_path, (), session=session)
+        assert session.model is not None
+        examples = weakref.ref(next(iter(session._examples.values())))
+    assert session.model is None
+    assert not session._examples
     gc.collect()
     assert examples() is None

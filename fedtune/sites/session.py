@@ -1,19 +1,18 @@
-"""What a simulated run leaves to the next one in its process that wants the same model on the same records.
+"""What one process keeps between simulated runs: a loaded and tried model, and what it made of records.
 
 A sweep, a search or a comparison makes several runs, which differ in noise, rates, rounds or who takes part.  Loading
 the model, trying it, running the frozen layers over the records and scoring the model before training give each of them
-the same: once is enough.  What is handed on depends on public settings, on the base model and on each record alone, and
-is what the run would compute itself, bit for bit.  A real site hands nothing of its records from run to run.
+the same: once is enough.  What is kept depends on public settings, on the base model and on each record alone, and is
+what a run would compute itself, bit for bit.  A real site keeps nothing of its records from run to run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:  # a command waits for none of them before it has looked at what was typed
     from fedtune.data import TextDataset
@@ -24,8 +23,8 @@ _M = TypeVar("_M")
 
 
 @dataclass
-class HandedOn:
-    """What one loaded model made of records.
+class Session:
+    """Kept by whoever makes several runs, and given to each of them; empty again when left as a context.
 
     Attributes:
         model: the `SharedModel` as it was tried, whose module imports this one; None before the first run.
@@ -37,8 +36,14 @@ class HandedOn:
     _before: dict[str, Any] = field(default_factory=dict)
     _num_tokens: int = 0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()  # what comes next, such as scoring all runs, needs the memory
+
     def clear(self) -> None:
-        """Hand on nothing of earlier runs."""
+        """Keep nothing of earlier runs."""
         self.model, self._num_tokens = None, 0
         for kept in (self._examples, self._batches, self._before):
             kept.clear()
@@ -79,24 +84,3 @@ class HandedOn:
 def _digest(dataset: TextDataset) -> str:
     whole = pickle.dumps((dataset.texts, dataset.input_ids, dataset.targets), protocol=5)
     return hashlib.sha256(whole).hexdigest()
-
-
-_handed_on: HandedOn | None = None
-
-
-@contextmanager
-def from_run_to_run() -> Iterator[None]:
-    """Inside, simulated runs of this process hand on what they have in common."""
-    global _handed_on
-    outer, inner = _handed_on, HandedOn()
-    _handed_on = inner
-    try:
-        yield
-    finally:
-        _handed_on = outer
-        inner.clear()  # what comes next, such as scoring all runs, needs the memory
-
-
-def handed_on() -> HandedOn | None:
-    """What earlier runs left; None: nobody asked them to."""
-    return _handed_on
