@@ -163,14 +163,7 @@ def right_of_several(spent: Spent | None, right: float, *, epsilon: float, delta
     triangle inequality.  (epsilon, delta) for one record is another pair for several.  Where what was `spent` was fixed
     beforehand, its own curve says most: of k records, a Poisson sample has a binomial number in it, and the sum moves
     by that many clip norms at most.  This mixture of Gaussians dominates every step (Ganesh 2024, arXiv 2401.10294,
-    Theorem 2).
-
-    Args:
-        spent: everything charged; None: not fixed beforehand, so that its curve bounds nothing.
-        right: of 100 guesses about one record.
-        epsilon: of one record.
-        delta: that it is stated at.
-        members: records of the person, or persons of a family where the unit is a person.
+    Theorem 2).  `spent` is None where it was not fixed; epsilon at delta is that of one record.
     """
     found = [50 + members * (right - 50), right_of_100_ceiling(*group(epsilon, delta, members=members))]
     by_mixture = None if spent is None else _right_by_mixture(_counted(spent), members)
