@@ -182,7 +182,7 @@ AT_SITE = (
         fault="What the site keeps of a run is written when the round is charged: where it cannot be, each repetition "
         "charges another round and trains none.",
         file="fedtune/federation/site_round.py",
-        old="""        run.store(brought.adapter if brought.difference is not None else None)
+        old="""        run.store()
         # A round whose reply could not be kept would be charged for nothing.
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
@@ -193,7 +193,7 @@ AT_SITE = (
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
-    run.store(None)
+    run.store()
 """,
         tests=("tests/sites/test_real_site.py::test_a_site_that_cannot_keep_the_settings_charges_nothing",),
     ),

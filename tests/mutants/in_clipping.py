@@ -149,8 +149,8 @@ CLIPPING = (
         fault="Where a CPU has no instructions for bfloat16, a mixed model multiplies what it was given, unrounded: "
         "sites of one run train different models.",
         file="fedtune/model/products.py",
-        old="linear(rounded.float(), weight.float(), exact)",
-        new="linear(values, weight.float(), exact)",
+        old="exact = product(rounded.float(), ",
+        new="exact = product(values, ",
         tests=("tests/model/test_products.py",),
     ),
     Mutant(

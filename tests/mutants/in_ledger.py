@@ -30,14 +30,14 @@ LEDGER_FAULTS = (
         old="""\
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
-        return granted
+        return Update.from_bytes(granted)
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
         trained = run.train(request, adapter, granted.attempt)
 """,
         new="""    trained = run.train(request, adapter, 1)
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
     if isinstance(granted, bytes):
-        return granted
+        return Update.from_bytes(granted)
     with _held_to_a_schedule(0.0):
 """  # the rest of the block follows
         """        assert trained is not None
@@ -48,7 +48,7 @@ LEDGER_FAULTS = (
         name="sent-before-it-is-stored",
         fault="A reply leaves before it is stored, so that after a crash the same request trains, and releases, again.",
         file="fedtune/federation/site_round.py",
-        old="    site.ledger.commit(granted, reply, fingerprint=trained.fingerprint)\n",
+        old="    site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint)\n",
         new="",
         tests=OF_SITE,
     ),
