@@ -25,7 +25,7 @@ from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, req
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Roster, beside
+from fedtune.deploy.kits.members import Member, Roster
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
@@ -103,20 +103,34 @@ def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> Non
     """
     trusted = dict(kit.site_files(site_toml).policy.trust.members)
     roster = Roster.read_signed(path, kit=kit)
-    found = beside(roster, trusted, own=kit.site)
-    states = {name: f"{one.state}{one.to_do and ': '}{one.to_do}" for name, one in found.items()}
+    found = {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
+    gone = "in [trust].members, and not in the federation: take it out"
+    found = {name: (key, gone) for name, key in trusted.items()} | found
+    found.pop(kit.site or "", None)
     if as_json:
-        members = [{"site": name, "site_key": one.site_key, "state": states[name]} for name, one in found.items()]
+        members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         print_json({"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members})
         return
     say(f"Sites of {roster.federation}, by the lead's roster number {roster.number}:", style="bold")
-    rows = [(name, states[name], spoken(one.site_key)) for name, one in found.items()]
+    rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
     headings = ("site", "here", "site key by the roster")
     show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(3)))])
     say(
         "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead, "
         "and write it into [trust].members of site.toml."
     )
+
+
+def _state(member: Member, trusted: str | None) -> str:
+    """What a site of the roster is here, by the key that the policy has for it; and what to do about it."""
+    revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
+    if trusted is None:
+        return revoked or "not in [trust].members"
+    if revoked:
+        return f"in [trust].members, and {revoked}: take it out"
+    if trusted != member.site_key:
+        return "in [trust].members WITH ANOTHER KEY: call that site"
+    return "in [trust].members, with this key"
 
 
 def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,40 +162,6 @@ class Roster:
     def to_bytes(self) -> bytes:
         """What a file holds."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Beside:
-    """A site by a roster, beside what another site's people wrote of it into their policy.
-
-    Attributes:
-        site_key: by the roster; by the policy where the roster has no such site.
-        state: in words.
-        to_do: what these people should do; empty: nothing.
-    """
-
-    site_key: str
-    state: str
-    to_do: str = ""
-
-
-def beside(roster: Roster, trusted: Mapping[str, str], *, own: str | None) -> dict[str, Beside]:
-    """By name, all sites of the roster but the own one, and of those that are trusted (name -> site key)."""
-    found = {one.site: _beside(one, trusted.get(one.site)) for one in roster.sites if one.site != own}
-    gone = {name: key for name, key in trusted.items() if name != own and name not in found}
-    unknown = "in [trust].members, and not in the federation"
-    return found | {name: Beside(site_key=key, state=unknown, to_do="take it out") for name, key in gone.items()}
-
-
-def _beside(member: Member, trusted: str | None) -> Beside:
-    revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
-    if trusted is None:
-        return Beside(site_key=member.site_key, state=revoked or "not in [trust].members")
-    if revoked:
-        return Beside(site_key=member.site_key, state=f"in [trust].members, and {revoked}", to_do="take it out")
-    if trusted != member.site_key:
-        return Beside(site_key=member.site_key, state="in [trust].members WITH ANOTHER KEY", to_do="call that site")
-    return Beside(site_key=member.site_key, state="in [trust].members, with this key")
 
 
 def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:

@@ -147,14 +147,10 @@ class LeadSignature:
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         request = context.request
-        add_headers(request, lead_headers(self._key, request.url.path, request.read()))
+        moment, digest = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
+        signature = self._key.sign(CALL, _message(request.url.path, moment, digest))
+        add_headers(request, {TIME: moment, BODY: digest, SIGNATURE: signature})
         return call_next(context)
-
-
-def lead_headers(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
-    """The headers with the lead's signature of a call that is made now."""
-    moment, digest = repr(time.time()), hashlib.sha256(body).hexdigest()
-    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(CALL, _message(path, moment, digest))}
 
 
 def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:

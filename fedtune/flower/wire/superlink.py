@@ -196,14 +196,12 @@ class _KeptRoster:
 
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
-        self._looking = threading.Lock()
         self._took = True
         self.members: Sequence[Registered] = ()
 
     def look(self) -> None:
-        with self._looking:
-            self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
-            keep_roster(self.state, self.members, self.audit)
+        self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
+        keep_roster(self.state, self.members, self.audit)
 
     def takes_writes(self) -> bool:
         """Whether the database does; says so when that changes."""
