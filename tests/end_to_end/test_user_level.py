@@ -76,7 +76,7 @@ def test_a_run_by_user_says_so_everywhere(command: Any, tmp_path: Path) -> None:
     assert "Records of a person, at most" in page
 
     spent = command("ledger", "spent", str(site / "ledger.db"))
-    assert "Adding or removing all records of one person" in " ".join(spent.out.split())
+    assert "With all your records at a site or without them, nothing" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
 
 
