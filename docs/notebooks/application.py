@@ -30,10 +30,7 @@ def main() -> None:
         run = trained(asked.recipe, epsilon)
         # By validation records: the test records are for the one run that is kept.
         if (found := run.rounds[-1].metrics["accuracy"] or 0.0) >= asked.needs:
-            print(
-                f"epsilon {epsilon:g}: {found:.3f} on validation, {run.metrics['accuracy']:.3f} on test; {run.folder}"
-            )
-            return
+            return print(f"epsilon {epsilon:g}: {found:.3f} on validation; {run.metrics} on test; {run.folder}")
     sys.exit("no epsilon of these serves")
 
 
