@@ -51,6 +51,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "epsilon_spent",
         "largest_failures",
         "triggers",
+        "to_do",
     },
     "fields of what is written as JSON or taken from arguments": {
         "cohort",
