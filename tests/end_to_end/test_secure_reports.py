@@ -58,6 +58,10 @@ def test_a_report_has_three_figures_for_each_site_and_the_middle_one_is_its_own(
         assert row.noise_multiplier == pytest.approx(SHARE * math.sqrt(3), rel=1e-12)
     assert recompute.problems(report) == []
     assert from_json(json.dumps(to_json(report))) == report
+    stated = {name: value for cell in report.cells for name, value in cell.facts.items()}
+    assert stated["secure_aggregation"] == "yes"
+    assert stated["technologies_on"] == "federated_learning, secure_aggregation, differential_privacy"
+    assert stated["technologies_off"] == ""
 
 
 def test_what_all_others_together_could_guess_is_that_of_the_site_s_own_noise(report: Report) -> None:

@@ -153,7 +153,12 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     right = by_mechanism if None not in by_mechanism else [meaning.right_of_100_ceiling for meaning in meanings]
     ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
-    technologies = ["federated_learning", *(["differential_privacy"] if promised else [])]
+    summed = any(row.shared for site in sites for row in site.mechanisms)
+    technologies = {
+        "federated_learning": True,
+        "secure_aggregation": summed,
+        "differential_privacy": promised,
+    }
     return {
         "verdict": verdict.state,
         "epsilon": epsilon_text(largest(epsilons) if promised else None),
@@ -164,8 +169,9 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "singling_out_bound": _of_100(right) if promised else "100",
         "linkability_bound": _of_100(right) if promised else "100",
         "sampling_run": _listed(sorted(mechanisms)),
-        "technologies_on": _listed(technologies),
-        "technologies_off": _listed(["secure_aggregation", *([] if promised else ["differential_privacy"])]),
+        "secure_aggregation": _yes_or_no(summed),
+        "technologies_on": _listed(name for name, on in technologies.items() if on),
+        "technologies_off": _listed(name for name, on in technologies.items() if not on),
     }
 
 
