@@ -22,6 +22,7 @@ from fedtune.deploy.files import write_secret
 from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
 from fedtune.deploy.kits.kit_file import Kit, KitFile
 from fedtune.privacy.keys import SigningKey
+from fedtune.spec import KIT_SCHEMA
 from tests.flower.hostile import Hostile
 
 from .conftest import Mailbox, of_odd_version
@@ -88,7 +89,9 @@ def kit(tmp_path: Path, ours: Authority) -> Callable[[str], Kit]:
     lead = SigningKey.load_or_make(tmp_path / "lead.pem").public
 
     def make(server: str) -> Kit:
-        written = KitFile(version=1, kind="site", federation="cardiology", server=server, lead=lead, site="north")
+        written = KitFile(
+            version=KIT_SCHEMA, kind="site", federation="cardiology", server=server, lead=lead, site="north"
+        )
         (folder / "kit.toml").write_text(written.to_toml())
         return Kit.read(folder, kind="site")
 

@@ -204,6 +204,7 @@ class Connection:
         try:
             context = self._tls.client_context()
         except OSError as error:
+            self._plain.close()
             found = f"the kit's certificates cannot be used ({getattr(error, 'reason', None) or error.strerror})"
             return failed(TLS, found, fix="Put right what the lines on kit and certificate name.")
         try:
