@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .forked import run_forked
+
+pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "simulations" / "gpu" / "run.py"

@@ -16,6 +16,8 @@ from fedtune.cli.compare import planned
 
 from .widths import COLUMNS, too_wide
 
+pytestmark = pytest.mark.nightly
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 SITES = ("data.partition.kind=dirichlet", "data.test_rows=60")
 

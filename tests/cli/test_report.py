@@ -485,7 +485,9 @@ def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, c
     names = [line.split("  ")[1] for line in outcome.out.splitlines() if line.startswith("  ")]
     assert not any("_" in name for name in names if "." not in name), "settings alone have names that people type"
     assert not re.search(r"\d\.\d{7}", outcome.out), "as many digits as it takes"
-    assert re.search(r"^ +macro F1 after training +0\.\d{4} +0\.\d{4}$", outcome.out, re.MULTILINE)
+    # Whether this score differs is noise's to decide.
+    for line in (line for line in outcome.out.splitlines() if "macro" in line):
+        assert re.fullmatch(r" +macro F1 (before|after) training +0\.\d{4} +0\.\d{4}", line)
     (line,) = (line for line in outcome.out.splitlines() if re.match(r" +epsilon +\d", line))
     before, after = map(float, line.split()[1:])
     assert before < after

@@ -26,6 +26,8 @@ from fedtune.spec import RefusedError
 
 from .widths import COLUMNS, too_wide
 
+pytestmark = pytest.mark.nightly
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 SPACE = ("training.learning_rate=log(0.001,0.1)", "lora.rank=4,8")
 

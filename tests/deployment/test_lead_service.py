@@ -18,6 +18,8 @@ from .books import check_average, check_books
 from .federation import LEAD, Federation, settings
 from .processes import FEDTUNE, REPOSITORY, RUN_S, Process, wait_for
 
+pytestmark = pytest.mark.nightly
+
 UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
 
 

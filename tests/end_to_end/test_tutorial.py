@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "simulations" / "data" / "examples"
 LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund"}
@@ -102,7 +104,6 @@ def test_other_tasks(command: Any, folder: Path, file: str, scores: set[str], an
     assert answer is None or re.match(answer, told["generate"].out), told["generate"].out
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
 def test_every_line_as_it_stands(command: Any, folder: Path, file: str) -> None:
     told = follow(command, file, ())

@@ -17,6 +17,8 @@ from fedtune.report import from_ledger, from_run
 from fedtune.sites import work as site_work
 from fedtune.training.users import UserExamples
 
+pytestmark = pytest.mark.nightly
+
 Run = Callable[..., Path]
 SMALL = (
     "runtime.device=cpu",

@@ -14,6 +14,8 @@ from fedtune.model import HeadSpec
 from fedtune.sites.side_by_side import Finished, side_by_side, sites_of
 from fedtune.spec import ConfigError, DataError
 
+pytestmark = pytest.mark.nightly
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20")
 
 

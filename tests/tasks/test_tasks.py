@@ -124,4 +124,6 @@ def test_nothing_outside_the_room_knows_a_task_by_its_name() -> None:
     for path in package.rglob("*.py"):
         if path.parent != package / "tasks":
             texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-            assert not texts & set(TASKS), path
+            # A column of people's files is called so, too.
+            columns = {"preference"} if path.name == "columns.py" else set()
+            assert not texts & set(TASKS) - columns, path

@@ -25,6 +25,8 @@ from fedtune.training.preflight import moved_by_others
 from .test_companies import records, require_alone, threads  # noqa: F401
 from .test_dp_step import loop_gradient
 
+pytestmark = pytest.mark.nightly
+
 CLIP_NORM = 2**24
 TASKS = [
     ("random:bert", "classification"),

@@ -26,6 +26,8 @@ from fedtune.training.preflight import within_memory
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 
+pytestmark = pytest.mark.nightly
+
 CPU = torch.device("cpu")
 SHAPES = Shapes.of(max_length=20, max_tokens=400)
 KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm"), ("random:llama", "preference")]

@@ -7,6 +7,7 @@ import json
 import random
 
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -25,6 +26,8 @@ from fedtune.privacy.threshold import least_threshold
 
 from .knowledge import Knowledge, Sent, watched
 from .parties import ANY, Federation, changed, identity, terms_of
+
+pytestmark = pytest.mark.nightly
 
 CHANCE = st.randoms(use_true_random=True)
 """Which sites are asked for what: plain draws of hypothesis would seldom get as far as a sum."""
