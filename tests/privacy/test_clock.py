@@ -55,12 +55,12 @@ def charge(ledger: Ledger, proposal: Any) -> Reason | None:
     ("here", "server", "opens"),
     [
         (FEBRUARY, FEBRUARY, True),
-        (FEBRUARY, MARCH, True),
+        (FEBRUARY, MARCH, False),  # a clock that lags by a period
         (FEBRUARY, JANUARY, False),  # a clock set forward alone
         (JANUARY, FEBRUARY, False),  # the server's alone
         (JANUARY, MARCH, False),
         (FEBRUARY, None, False),  # a person's command, at which no server says anything
-        (MARCH, FEBRUARY, True),  # into February
+        (MARCH, FEBRUARY, False),  # nor into the period that the server alone is in
         (MARCH, MARCH, False),  # further than to the next period
         (datetime(2999, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC), False),
     ],
@@ -74,6 +74,16 @@ def test_a_period_begins_by_both_clocks_and_no_further_than_the_next(
     last = full(server=server).history.last_time
     assert last is not None
     assert period_of(last, "month") - period_of(JANUARY, "month") == int(opens)
+
+
+def test_a_server_that_tells_one_past_month_after_the_other_opens_none_of_them(
+    full: Callable[..., Ledger], proposal: Any, clock: Clock
+) -> None:
+    """Under a right clock in June, each month's budget since January would have been spent on one day."""
+    clock.time = JANUARY + timedelta(days=150)
+    for month in range(1, 6):
+        asked = proposal(run=f"month-{month}", plan={"num_rounds": 1})
+        assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])

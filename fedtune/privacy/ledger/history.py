@@ -402,18 +402,19 @@ class History:
         """The ledger's time: this machine's clock, unless it would open a period of the budget that is held back.
 
         Guarantee: never before the newest event, so that a clock set back opens no period.  Where a calendar period has
-        a cap, never in a later period than the one that follows the newest event's, nor than the `server`'s time, where
-        that is given.  So a clock set forward opens no period alone, the server's time opens none at all, and both
-        together open no more than the next one.  For more a person confirms the date, which is an event.
+        a cap, a new period begins only where it follows the newest event's and both the clock and the `server`'s time,
+        where that is given, are in it.  So neither opens a period alone, a server that tells one past month after the
+        other opens none of them under a right clock, and both together open no more than the next one.  For more a
+        person confirms the date, which is an event.
         """
         clock, last = self.clock, self.last_time
         if last is None or self.policy is None or self.policy.budget.max_epsilon_per_period is None:
             return clock
-        told = min(clock, server or clock)
-        begun, reached, wanted = (period_of(moment, self.policy.budget.period) for moment in (last, told, clock))
-        if wanted == begun or wanted == reached == begun + 1:
+        told = server or clock
+        begun, said, wanted = (period_of(moment, self.policy.budget.period) for moment in (last, told, clock))
+        if wanted == begun or wanted == said == begun + 1:
             return clock
-        return max(last, told) if reached <= begun + 1 else last
+        return max(last, min(clock, told)) if said == begun else last
 
     def held_back(self, *, server: datetime | None = None) -> str:
         """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
