@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,12 +30,10 @@ class Reach:
     Attributes:
         value: name of a tensor -> the furthest that one of its values moves away from 0.
         norm: the same for the L2 norm of all values together.
-        free: name of a tensor -> the furthest that training takes one of its values towards 0 besides.
     """
 
     value: Mapping[str, float]
     norm: float
-    free: Mapping[str, float] = field(default_factory=dict)
 
     def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
@@ -73,7 +71,6 @@ def reach(
     factors = _factors(training, plan, round)
     signal, noise = _signal(plan, declared_size), _noise(plan, declared_size)
     value = dict(resting)
-    free: dict[str, float] = {}
     square = 0.0
     for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
         flat = np.concatenate([np.zeros(1), *(tensor.ravel() for tensor in group.values())])
@@ -85,11 +82,8 @@ def reach(
             longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
             norm = min(norm, _moved(training, rates, longest, at=length))
         value |= dict.fromkeys(group, most)
-        if training.optimizer != "sgd":  # whose decay is part of what it moves
-            decay = sum(rates) * training.weight_decay
-            free |= dict.fromkeys(group, decay * (float(np.abs(flat).max()) + most))
         square += norm**2
-    return Reach(value=value, norm=math.sqrt(square), free=free)
+    return Reach(value=value, norm=math.sqrt(square))
 
 
 def _factors(training: TrainingSpec, plan: Plan, round: int) -> list[float]:

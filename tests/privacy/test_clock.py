@@ -86,6 +86,23 @@ def test_a_server_that_tells_one_past_month_after_the_other_opens_none_of_them(
         assert charge(full(server=JANUARY + timedelta(days=30 * month)), asked) is Reason.MAX_EPSILON_PER_PERIOD
 
 
+def test_a_held_period_keeps_no_approval_and_no_run_alive(
+    opened: Callable[..., Ledger], policy: Any, proposal: Any, clock: Clock
+) -> None:
+    budget = {"max_epsilon_per_period": 100.0, "period": "month"}
+    manual, begun = policy(budget=budget, approval="manual"), proposal(run="begun")
+    ledger = opened(policy=manual, server=clock.time)
+    ledger.approve(begun)
+    assert charge(ledger, begun) is None
+    ledger.approve(proposal(run="approved"))
+    clock.time += timedelta(days=manual.limits.run_expires_after_days + 400)
+    ledger = opened(policy=manual, server=clock.time)
+    assert charge(ledger, proposal(run="approved")) is Reason.AWAITING_APPROVAL
+    with pytest.raises(Refused) as refused:
+        ledger.reserve(begun, round=2, request="another")
+    assert refused.value.reason is Reason.RUN_ENDED
+
+
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1e300, 1e18])
 def test_a_server_s_time_that_is_none_opens_nothing(
     full: Callable[..., Ledger], proposal: Any, clock: Clock, nonsense: float

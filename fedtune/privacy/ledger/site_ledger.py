@@ -324,7 +324,8 @@ class Ledger:
         if approved and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())
             good_for = timedelta(days=self.policy.limits.run_expires_after_days)
-            if since is None or self._store.now() - since > good_for:
+            # By the clock: a period that is held back keeps no approval, and below no run, alive.
+            if since is None or self.history.clock - since > good_for:
                 raise Refused(Reason.AWAITING_APPROVAL)
 
     def require_another_round(self, proposal: Proposal) -> None:
@@ -347,7 +348,7 @@ class Ledger:
 
     def _require_another_round(self, run: Run, now: datetime) -> None:
         """Raise the reason to refuse one more round of an accepted run; policy and period may have changed since."""
-        if not run.is_open(now):
+        if not run.is_open(self.history.clock):
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
