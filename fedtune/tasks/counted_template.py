@@ -24,8 +24,10 @@ MOST_WORK = 1 << 20
 """Characters and items that one rendering may read and make.  Known templates need about ten thousand."""
 _MOST_MADE = 1 << 25
 """What one call could make at most, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
-_WITHHELD = ("format", "random")
-"""Filters: one makes a text as long as a number in a text says, and one draws."""
+_MOST_NUMBER = 1 << 10
+"""Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
+_WITHHELD = ("format", "random", "sum")
+"""Filters: one makes a text as long as a number in a text says, one draws, and one copies a list for each item."""
 
 
 class TooMuchWork(TemplateError):
@@ -75,11 +77,12 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=like.trim_blocks,
             lstrip_blocks=like.lstrip_blocks,
             extensions=list(map(type, like.extensions.values())),
+            optimized=False,  # or filters of constants would be called, uncounted, while it is read
         )
         self.work = 0
         self.globals.update(like.globals)
         given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
-        self.filters = {name: self._counted(one, self._before) for name, one in given.items()}
+        self.filters = {name: self._counted(one, self._before_filter) for name, one in given.items()}
         self.tests = {name: self._counted(one, self.spend) for name, one in like.tests.items()}
         self.filters["counted"] = _counted_filter
         self.finalize = self._written
@@ -89,19 +92,19 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         found.set_environment(self)
         return found
 
-    def spend(self, value: object = None, steps: int = 1) -> None:
-        """Count steps, and all that a value holds.
+    def spend(self, value: object = None, steps: int = 1) -> int:
+        """Count steps, and all that a value holds; how much that was.
 
         Raises:
             TooMuchWork: the bound is passed.
         """
-        waiting = [value]
+        waiting, before = [value], self.work
         while True:
             self.work += steps
             if self.work > MOST_WORK:
                 raise TooMuchWork
             if not waiting:
-                return
+                return self.work - before
             held = waiting.pop()
             steps = 1 + _size(held)
             if isinstance(held, Namespace):
@@ -127,10 +130,16 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
 
     def _before(self, given: tuple[Any, ...]) -> None:
         """Count what a call reads, and refuse one that could make very much of it."""
-        for one in given:
-            self.spend(one)
-        if math.prod(1 + abs(one) if _is_number(one) else 1 + _size(one) for one in given) > _MOST_MADE:
+        held = [self.spend(one) for one in given]
+        if math.prod(1 + abs(one) if _is_number(one) else 1 + size for one, size in zip(given, held, strict=True)) > (
+            _MOST_MADE
+        ):
             raise TooMuchWork
+
+    def _before_filter(self, given: tuple[Any, ...]) -> None:
+        if any(_is_number(one) and abs(one) > _MOST_NUMBER for one in given[1:]):
+            raise TooMuchWork
+        self._before(given)
 
     def _after(self, made: Any) -> Any:
         # Such as what map and select give: counted now, not one by one where nobody sees.
@@ -139,7 +148,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         self.spend(made)
         return made
 
-    def _counted(self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], None]) -> Callable[..., Any]:
+    def _counted(self, function: Callable[..., Any], before: Callable[[tuple[Any, ...]], object]) -> Callable[..., Any]:
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             before(tuple(one for one in (*args, *kwargs.values()) if not isinstance(one, Context)))

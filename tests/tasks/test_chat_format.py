@@ -112,12 +112,17 @@ REFUSED = {
             "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
             "{% endmacro %}{{ f(60) }}",
             "filters over a long range": "{% for i in range(99) %}{% set x = range(9999) | select %}{% endfor %}",
+            "a text translated": "{{ ('a' * 20000).translate({97: 'b' * 40000}) }}",
+            "a deep list indented": "{% set y = [1] %}" + "{% set y = [y] %}" * 60 + "{{ y | tojson(indent=300000) }}",
+            "a number with many places": "{{ 0 | round(6000000, 'ceil') }}",
+            "many slices": "{{ '' | slice(30000000) | list }}",
             "much text": "{% for i in range(999) %}" + "a" * 50000 + "{% endfor %}",
         }.items()
     },
     "a place for others": ("{{ '%9999999999d' % 1 }}" + CHATML, "has no bound"),
     "a place for others by name": ("{{ '{:>9999999999}'.format('a') }}" + CHATML, "has no bound"),
     "chance": ("{{ [1, 2] | random }}" + CHATML, "No filter named 'random'"),
+    "lists added up": ("{{ ('a' * 60000) | batch(1) | sum(start=[]) }}" + CHATML, "No filter named 'sum'"),
     "no template": ("{% for %}", "cannot be read"),
     "a long template": (CHATML + "{# " + "x" * (1 << 16) + " #}", "more than 65536"),
     "a way out of the sandbox": ("{{ ''.__class__.__mro__ }}" + CHATML, "refuses turns"),
