@@ -153,9 +153,7 @@ def audit(
     spec = AuditSpec(**attack)
     config = auditable(compose_recipe(recipe, settings), spec)
     folder = folder_of(config)
-    run_in_folder(
-        config, folder, _Teller(config, progress), work=lambda *run: run_audit(run[0], spec, run[1], listener=run[2])
-    )
+    run_in_folder(config, folder, _Teller(config, progress), work=partial(run_audit, spec=spec))
     found = read_audit(folder)
     assert found is not None, "an audit that ended has written what it found"
     return load(folder), found

@@ -72,7 +72,7 @@ def audited_sites(config: RunConfig, spec: AuditSpec) -> tuple[str, ...]:
     return spec.sites or tuple(config.federation.active)
 
 
-def run_audit(config: RunConfig, spec: AuditSpec, folder: Path, listener: Listener) -> RunResult:
+def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: AuditSpec) -> RunResult:
     """Run `config`, which `auditable` gave, attack it, and write the run folder with `audit.json` in it.
 
     Raises:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -27,7 +28,7 @@ from fedtune.report.derive.audit_bounds import read_audit, refuted
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.federation.results import RunResult
+    pass
 
 _PREFIX = "audit."
 _ATTACKER = {
@@ -71,12 +72,8 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
     config = auditable(config, spec)
     folder, console = folder_of(config), Console(stderr=as_json)
-
-    def work(config: RunConfig, folder: Path, display: Any) -> RunResult:
-        return run_audit(config, spec, folder, display)
-
     again = "a new audit, for this one cannot be continued"
-    show_run(config, folder, console, work=work, again=again, began=began)
+    show_run(config, folder, console, work=partial(run_audit, spec=spec), again=again, began=began)
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
     if as_json:

@@ -179,7 +179,7 @@ class Masked:
 
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
-MOST_HEADER_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 1 << 20
 """Names and shapes become Python objects, which are many times as large."""
 _MASKED = "masked"
 """In an update's header in the place of tensors: a masked vector follows."""
@@ -249,7 +249,7 @@ class Update:
             raise ValueError("magic")
         start = len(_MAGIC) + 8
         (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
-        if size > MOST_HEADER_BYTES:
+        if size > _MOST_HEADER_BYTES:
             raise ValueError("header size")
         header = json.loads(data[start : start + size])
         update = cls(

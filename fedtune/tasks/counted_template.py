@@ -130,10 +130,9 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
 
     def _before(self, given: tuple[Any, ...]) -> None:
         """Count what a call reads, and refuse one that could make very much of it."""
-        held = [self.spend(one) for one in given]
-        if math.prod(1 + abs(one) if _is_number(one) else 1 + size for one, size in zip(given, held, strict=True)) > (
-            _MOST_MADE
-        ):
+        sizes = [self.spend(one) for one in given]
+        factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
+        if math.prod(1 + factor for factor in factors) > _MOST_MADE:
             raise TooMuchWork
 
     def _before_filter(self, given: tuple[Any, ...]) -> None:

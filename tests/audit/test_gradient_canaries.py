@@ -167,9 +167,8 @@ def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Pa
         if name == "plain":
             results[name] = simulate(config, folder, Silent())
         else:
-            results[name] = run_audit(
-                auditable(config, AuditSpec(canaries=50)), AuditSpec(canaries=50), folder, Silent()
-            )
+            spec = AuditSpec(canaries=50)
+            results[name] = run_audit(auditable(config, spec), folder, Silent(), spec=spec)
     assert results["audited"].privacy == results["plain"].privacy
 
 

@@ -201,31 +201,30 @@ class Connection:
         return self._proxy.open(self._server, timeout_s=self._timeout_s)
 
     def _encrypt(self) -> Check:
-        try:
-            context = self._tls.client_context()
-        except OSError as error:
-            self._plain.close()
-            found = f"the kit's certificates cannot be used ({getattr(error, 'reason', None) or error.strerror})"
-            return failed(TLS, found, fix="Put right what the lines on kit and certificate name.")
-        try:
-            with closing(self._plain) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
-                _wait_for_alert(encrypted)
-                answer = self._ask(encrypted)
-                return self._encrypted(encrypted, answer)
-        except ssl.SSLCertVerificationError as error:
-            return self._server_refused(error)
-        except ssl.SSLError as error:
-            return self._tls_failed(error)
-        except TimeoutError:
-            fix = "Ask the lead whether the server is well, and your network's people what lies between."
-            found = f"{self._server} accepts connections, and gave no answer in {self._timeout_s:g} s"
-            return _failed(TLS, found, fix=fix)
-        except OSError as error:  # a reset, mostly: who refuses a certificate may hang up before saying so
-            fix = (
-                "Have the lead look into the server's log, and your network's people into what breaks TLS connections."
-            )
-            found = f"{self._server} hung up on the TLS connection ({error.strerror or type(error).__name__})"
-            return _failed(TLS, found, fix=fix)
+        with closing(self._plain) as plain:
+            try:
+                context = self._tls.client_context()
+            except OSError as error:
+                found = f"the kit's certificates cannot be used ({getattr(error, 'reason', None) or error.strerror})"
+                return failed(TLS, found, fix="Put right what the lines on kit and certificate name.")
+            try:
+                with context.wrap_socket(plain, server_hostname=self._host) as encrypted:
+                    _wait_for_alert(encrypted)
+                    answer = self._ask(encrypted)
+                    return self._encrypted(encrypted, answer)
+            except ssl.SSLCertVerificationError as error:
+                return self._server_refused(error)
+            except ssl.SSLError as error:
+                return self._tls_failed(error)
+            except TimeoutError:
+                fix = "Ask the lead whether the server is well, and your network's people what lies between."
+                found = f"{self._server} accepts connections, and gave no answer in {self._timeout_s:g} s"
+                return _failed(TLS, found, fix=fix)
+            except OSError as error:  # a reset, mostly: who refuses a certificate may hang up before saying so
+                people = "your network's people into what breaks TLS connections"
+                fix = f"Have the lead look into the server's log, and {people}."
+                found = f"{self._server} hung up on the TLS connection ({error.strerror or type(error).__name__})"
+                return _failed(TLS, found, fix=fix)
 
     def _ask(self, encrypted: ssl.SSLSocket) -> bytes:
         """The head of an HTTP answer; also sets the clocks' difference."""

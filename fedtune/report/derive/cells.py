@@ -151,6 +151,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
     right = by_mechanism if None not in by_mechanism else [meaning.right_of_100_ceiling for meaning in meanings]
+    bound = _of_100(right) if promised else "100"
     ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     summed = any(row.shared for site in sites for row in site.mechanisms)
@@ -166,8 +167,8 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "expected_failures": _number(max(failures, default=None)),
         "right_of_100_ceiling": ceiling,
         "right_of_100_mechanism": _by_mechanism(by_mechanism) if promised else None,
-        "singling_out_bound": _of_100(right) if promised else "100",
-        "linkability_bound": _of_100(right) if promised else "100",
+        "singling_out_bound": bound,
+        "linkability_bound": bound,
         "sampling_run": _listed(sorted(mechanisms)),
         "secure_aggregation": _yes_or_no(summed),
         "technologies_on": _listed(name for name, on in technologies.items() if on),

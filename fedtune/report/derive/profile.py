@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import overload
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -43,8 +43,6 @@ FALSE_ALARMS = (0.01, 0.001)
 """Shares of false alarms in the reports' tables."""
 TIERS_SOURCE = "arXiv 2303.00654"
 _TIERS = ((1.0, "strong"), (10.0, "reasonable"))
-SEVERAL = (2, 5)
-"""Of how many records of one person the reports tell."""
 _INTERVAL_OF_SEVERAL = 0.02
 """Width of the buckets for several records.  They only ever raise the figure, by less than 0.2 of 100 guesses; finer
 ones take ten times as long."""
@@ -337,6 +335,7 @@ def meaning(
     right = right_of_100_ceiling(stated, delta)
     by_mechanism = _at_most(right_of_100(spent) if fixed else None, right)
     best = right if by_mechanism is None else by_mechanism
+    for_several = partial(right_of_several, spent if fixed else None, best, epsilon=stated, delta=delta)
     rates = ((share, hit_rate(spent, false_alarms=share) if fixed else None) for share in FALSE_ALARMS)
     return Meaning(
         right_of_100_ceiling=right,
@@ -345,12 +344,8 @@ def meaning(
         hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
         expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
         right_of_100_with_all_others=None if others is None else _right_with(*others, delta=delta, fixed=fixed),
-        **{
-            f"right_of_100_for_{members}": right_of_several(
-                spent if fixed else None, best, epsilon=stated, delta=delta, members=members
-            )
-            for members in SEVERAL
-        },
+        right_of_100_for_2=for_several(members=2),
+        right_of_100_for_5=for_several(members=5),
     )
 
 
