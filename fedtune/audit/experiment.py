@@ -36,6 +36,8 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     Raises:
         ConfigError: there is nothing to audit, or it is nothing that may be audited.
     """
+    if spec.kind == "sensitivity":
+        raise ConfigError("audit.kind", spec.kind, "makes no run: fedtune audit audit.kind=sensitivity searches")
     if config.runtime.sites_dir is not None:
         bound = "must be null: an audit plants made-up records and is never charged to a ledger that is kept"
         raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)

@@ -99,6 +99,8 @@ def test_a_run_is_audited(tmp_path: Path) -> None:
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
         door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+    with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': makes no run"):
+        door.audit("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
 def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
