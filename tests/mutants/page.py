@@ -23,7 +23,7 @@ killed when a test ran and failed on what it expects; breaking an import, a fixt
 nor does running out of time, and the same tests pass on an unchanged copy.
 
 `make nightly` runs all of them, `make test` the quickest few and a check that every one still applies; the catalogue is
-`tests/mutants`. To run some of them and renew their rows: `python -m tests.mutants.write_table NAME ...`.
+`tests/mutants/faults`. To run some of them and renew their rows: `python -m tests.mutants.write_table NAME ...`.
 
 **{killed} of {all} killed**, the last of them on {date}.
 
