@@ -18,13 +18,13 @@ from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of, make
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.shown_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.audit_findings import Audit, AuditHitRate, AuditMembership
 from fedtune.report.derive.audit_bounds import read_audit, refuted
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -229,7 +229,7 @@ def _membership(result: Audit) -> Section:
         title="Real records: trained on, or never used?",
         headings=("", "by", "AUROC", *(f"found at {rate}" for rate in rates)),
         rows=rows,
-        words=frozenset({0, 1}),
+        words={0, 1},
         notes=(
             f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training; "
             "the share found among those trained on, at that share of false alarms among those never used",

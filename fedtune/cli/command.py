@@ -12,7 +12,6 @@ import inspect
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,16 +22,13 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from fedtune.show.lines import fold
 from fedtune.spec import ConfigError
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
 _ROOM_BESIDE = 32  # for what an example does; with less, it stands below
 _FURTHER = 20  # a line of the help that begins further in goes on with what the example above does
-_COPIED = re.compile(r"/|[0-9a-f]{32,}")
-_FRONT = re.compile(r" *(?:\d+\. |- )?")
-_TO_TYPE = re.compile(r"(^ *|^.*: )(fedtune \w(?:(?![.;] ).)*[^.;])$")
-_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -99,42 +95,6 @@ def check_output(path: Path | None) -> None:
         raise ConfigError("--output", str(path), f"must end in {', '.join(_OUTPUTS)}")
 
 
-def folded(text: str, *, width: int) -> list[str]:
-    """A text in lines of whole words, the later ones as far in as the first.
-
-    A path, key or hash is copied, and so never broken, whatever the width.  A command to type goes on after a
-    backslash, so that what is copied is the same command.
-    """
-    lines: list[str] = []
-    for part in text.split("\n"):
-        typed = _TO_TYPE.match(part) if len(part) > width else None
-        front, command = typed.groups() if typed else (part, "")
-        indent = re.sub(".", " ", _FRONT.findall(front)[0])
-        if front.strip() or not command:
-            breaks = any(len(word) > width and not _COPIED.search(word) for word in front.split())
-            lines += textwrap.wrap(
-                front,
-                max(1, width),
-                subsequent_indent=indent,
-                break_long_words=breaks and not _COPIED.search(front),
-                break_on_hyphens=breaks,
-            ) or [""]
-        if command:
-            lines += _typed(command, indent=indent + "  " * bool(front.strip()), width=width)
-    return lines
-
-
-def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
-    line = ""
-    for word in _WORD.findall(command):
-        if line and len(indent) + len(line) + len(word) + 3 > width:
-            yield f"{indent}{line} \\"
-            line = f"  {word}"
-        else:
-            line = f"{line} {word}" if line else word
-    yield indent + line
-
-
 class _Argument(click.Argument):
     """An argument with a line in the help."""
 
@@ -173,7 +133,7 @@ def _is_example(line: str) -> bool:
 def _prose(lines: Iterable[str], width: int) -> Iterator[str]:
     for is_said, part in groupby(lines, key=bool):
         paragraph = list(part)
-        yield from folded(" ".join(" ".join(paragraph).split()), width=width) if is_said else paragraph
+        yield from fold(" ".join(" ".join(paragraph).split()), width=width) if is_said else paragraph
 
 
 def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
@@ -188,11 +148,11 @@ def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
     for command, does in rows:
         room = width - beside
         if room >= _ROOM_BESIDE:
-            for number, part in enumerate(folded(does, width=room)):
+            for number, part in enumerate(fold(does, width=room)):
                 yield f"{'' if number else command:<{beside}}{part}".rstrip()
         else:
-            yield from folded(command, width=width)
-            yield from folded(f"      {does}", width=width) if does else ()
+            yield from fold(command, width=width)
+            yield from fold(f"      {does}", width=width) if does else ()
 
 
 class Command(_Verbatim):

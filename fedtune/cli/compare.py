@@ -16,7 +16,6 @@ from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, single
 from fedtune.cli.compare_sections import NO_PRIVACY, Compared, Kind, Line, scored
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.cli.shown_run import run_simulation
 from fedtune.cli.sweep import continued, in_one_line, result_in
 from fedtune.config import RunConfig
@@ -27,6 +26,7 @@ from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.show.sections import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.words import counted

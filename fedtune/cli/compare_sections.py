@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup
 
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import GroupScores
@@ -20,6 +19,7 @@ from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.drawing import intervals
+from fedtune.show.sections import SCHEMA_VERSION, Section
 from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, score_words, size
 
@@ -211,7 +211,7 @@ class Compared:
             "95 % interval",
             "beside it",
         )
-        return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 5}))
+        return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
     def _beside_main(self) -> Section:
         rows = []
@@ -221,7 +221,7 @@ class Compared:
             found = self.sides.comparison(name, self.main)
             rows.append((name, f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict))
         headings = ("beside", "difference", "95 % interval", f"{self.main} is")
-        return Section(title=f"{_capital(self.main)} less each", headings=headings, rows=rows, words=frozenset({0, 3}))
+        return Section(title=f"{_capital(self.main)} less each", headings=headings, rows=rows, words={0, 3})
 
     def _other_scores(self) -> Section:
         names = [name for name in self.sides.scores if name != self.score]
@@ -253,7 +253,7 @@ class Compared:
         notes = []
         if found.groups.merged:
             notes.append(f"{OTHERS}: {counted(len(found.groups.merged), 'small group')}, merged by size alone.")
-        words = frozenset({0, len(headings) - 1})
+        words = {0, len(headings) - 1}
         about = f"{_capital(score_words(self.score))} {title}"
         return Section(title=about, headings=headings, rows=rows, words=words, notes=notes)
 

@@ -12,7 +12,6 @@ from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
-from fedtune.cli.sections import SCHEMA_VERSION, Section, as_html, as_page, print_json, say, show, write_file
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import resolve_file
@@ -27,6 +26,7 @@ from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.privacy.policy_file import read_policy
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
 
@@ -152,8 +152,10 @@ def check(
     sections = list(check_sections(checked))
     title = f"Data of {config.name}"
     if page is not None:
-        body = map(as_html, sections)
-        text = as_page(title, promise=ABOUT, body=body, last=" ".join(CLOSING))
+        from fedtune.report.page.render import environment  # loads what a command without a page can do without
+
+        template = environment().get_template("plain.html.j2")
+        text = template.render(title=title, promise=ABOUT, sections=sections, last=" ".join(CLOSING))
         write_file(page, text, option="--page")
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "checked": checked})

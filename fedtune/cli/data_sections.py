@@ -7,7 +7,6 @@ from itertools import islice
 
 import numpy as np
 
-from fedtune.cli.sections import Section, pairs
 from fedtune.data.load import FAR
 from fedtune.data.text_rows import Row
 from fedtune.preparation import starter
@@ -15,6 +14,7 @@ from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Le
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.patterns import CAVEAT
+from fedtune.show.sections import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
 
@@ -64,7 +64,7 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
         title="What was chosen",
         headings=("role", "column", "why", "another by"),
         rows=tuple(found.options),
-        words=frozenset({0, 1, 2, 3}),
+        words={0, 1, 2, 3},
         notes=found.notes,
     )
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
@@ -80,7 +80,7 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
             )
             for one in islice(found.columns.values(), _MOST_COLUMNS)
         ),
-        words=frozenset({0, 2}),
+        words={0, 2},
         notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
     )
     odd = tuple(
@@ -93,7 +93,7 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
         title="First rows",
         headings=tuple(f"{role}: {column}" for role, column in found.roles.items()),
         rows=tuple(tuple(_cut(row, column) for column in found.roles.values()) for row in found.first),
-        words=frozenset(range(len(found.roles))),
+        words=range(len(found.roles)),
     )
     if measured.labels:
         yield _labels(measured.labels, measured.usable)
@@ -121,7 +121,7 @@ def _shortened(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...
         title=title,
         headings=headings,
         rows=rows[:_MOST_COLUMNS],
-        words=frozenset(range(len(headings))),
+        words=range(len(headings)),
         notes=(f"and {more:,} more",) if more > 0 else (),
     )
 
@@ -132,7 +132,7 @@ def lengths(plan: starter.Plan, model: str) -> Section:
     row = (f"{median:,}", f"{most_of_them:,}", f"{longest:,}", f"{plan.max_length:,}")
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {model}"
-    return Section(title=title, headings=headings, rows=(row,), words=frozenset())
+    return Section(title=title, headings=headings, rows=(row,), words=())
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:
@@ -173,7 +173,7 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         title="Errors",
         headings=("where", "what is there", "what a run needs"),
         rows=file.errors,
-        words=frozenset({0, 1, 2}),
+        words={0, 1, 2},
         notes=[
             f"and {left:,} more; in all:" if left else "In all:",
             *(f"{count:,} {why}" for why, count in file.num_errors.items()),
@@ -185,7 +185,7 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         title="Findings",
         headings=("what", "column", "records", "share", file.places),
         rows=tuple(_finding(one, usable) for one in file.findings) or (("nothing", "", "", "", ""),),
-        words=frozenset({0, 1, 4}),
+        words={0, 1, 4},
         notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),
     )
     if file.labels:
@@ -236,8 +236,8 @@ def _histogram(found: Lengths, max_length: int) -> Section:
             (f"{start:,} to {end:,}", f"{count:,}", "\u2588" * -(-_BAR * count // most))
             for start, end, count in found.bins
         ),
-        words=frozenset({0, 2}),
-        whole=frozenset({0, 2}),
+        words={0, 2},
+        whole={0, 2},
         notes=(
             f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
             f"data.max_length is {max_length:,}.",
@@ -267,7 +267,7 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
         title="Dropped",
         headings=("rule", "rows", ""),
         rows=tuple((rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()),
-        words=frozenset({0, 2}),
+        words={0, 2},
     )
     yield Section(
         title="Masked",

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
-from fedtune.cli.sections import say
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
@@ -26,6 +25,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
+from fedtune.show.sections import say
 from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted, unbounded

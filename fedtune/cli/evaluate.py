@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -51,7 +51,7 @@ def evaluate(
     title = f"{run} on {data}, {counted(found.num_records, 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     rows = tuple(_row(name, one) for name, one in found.scores.items())
-    words, notes = frozenset({0, 5}), _notes(found)
+    words, notes = {0, 5}, _notes(found)
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
     scores_first = Section(title=title, headings=headings, rows=rows, words=words, notes=notes)
@@ -82,7 +82,7 @@ def _detailed(detail: Detail) -> Iterator[Section]:
         title="How sure the tuned model is, and how often it is right",
         headings=("mean probability", "share right", "answers"),
         rows=tuple((f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability),
-        words=frozenset(),
+        words=(),
         notes=("Bins of equally many answers, from the least sure to the surest; ece is their mean distance.",),
     )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Run, finished_run
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import size

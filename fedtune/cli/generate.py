@@ -31,11 +31,11 @@ from fedtune.cli.finished_run import (
     prompt_columns,
     warn_of_fixed_prompt,
 )
-from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.show.sections import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 

@@ -8,16 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import (
-    cap_text,
-    event_text,
-    mechanism_text,
-    printable,
-    promise_text,
-    rounded_down,
-    trust_words,
-)
-from fedtune.cli.sections import Section, say
+from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, promise_text, rounded_down, trust_words
 from fedtune.deploy.backup import MadeUp
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
@@ -26,6 +17,8 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified
+from fedtune.show.lines import printable
+from fedtune.show.sections import Section, say
 from fedtune.words import counted, unbounded
 
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}
@@ -60,8 +53,8 @@ def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
         title=f"{len(chosen)} of {counted(len(verified.events), 'event')}",
         headings=("no.", "time (UTC)", "kind", "run", "round", "what"),
         rows=rows,
-        words=frozenset({1, 2, 3, 5}),
-        whole=frozenset({2}),
+        words={1, 2, 3, 5},
+        whole={2},
         notes=(note,),
     )
 
@@ -87,8 +80,8 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
         title=counted(len(runs), "run") if runs else "No run was accepted yet.",
         headings=("charged last", "run", "data set", "epsilon", "in all", "state"),
         rows=rows[-last:] if last else rows,
-        words=frozenset({0, 1, 2, 5}),
-        whole=frozenset({0}),
+        words={0, 1, 2, 5},
+        whole={0},
         notes=(
             f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.",
             "epsilon: of this run alone, by PLD; in all: of all charged by then, by the filter, which is stricter.",
@@ -173,8 +166,8 @@ def methods(figures: Spending) -> Section:
     return Section(
         title="What the figures for all events mean",
         headings=("method", "epsilon", "meaning"),
-        words=frozenset({0, 2}),
-        whole=frozenset({0}),
+        words={0, 2},
+        whole={0},
         rows=(
             (
                 "filter",
@@ -214,7 +207,7 @@ def each_run(runs: Sequence[RunSpending], history: History) -> Section:
         )
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
     notes = tuple(f"{printable(run.run)}: {trust_words(run.by_trust)}." for run in runs if run.by_trust)
-    return Section(title=title, headings=headings, rows=rows, words=frozenset({0, 1}), notes=notes)
+    return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
 
 
 def remarks(history: History) -> Iterator[str]:

@@ -17,8 +17,9 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
 
-from fedtune.cli.command import SETTINGS, InterruptTold, folded, importing
+from fedtune.cli.command import SETTINGS, InterruptTold, importing
 from fedtune.privacy.durable import full_disk
+from fedtune.show.lines import fold
 from fedtune.spec import ConfigError, FedtuneError
 from fedtune.version import __version__
 
@@ -115,7 +116,7 @@ fedtune = click.version_option(__version__, message="fedtune %(version)s")(fedtu
 def _tell(message: str) -> None:
     """On a terminal in lines that it has room for; in the log of a service a message is one line."""
     text = f"fedtune: {message}"
-    lines = folded(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
+    lines = fold(text, width=shutil.get_terminal_size().columns) if sys.stderr.isatty() else [text]
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write("".join(f"{line}\n" for line in lines))
 

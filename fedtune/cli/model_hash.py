@@ -30,11 +30,11 @@ def model_hash(
     if files and as_json:
         raise ConfigError("--json", NOT_GIVEN, "does not go with --files")
     # transformers takes seconds to import, and rich what matters to a command's help
-    from fedtune.cli.sections import SCHEMA_VERSION, print_json
     from fedtune.model.base_model import model_sha256
     from fedtune.model.manifest import manifest_of
     from fedtune.model.source import locate, model_folder
     from fedtune.model.spec import RANDOM
+    from fedtune.show.sections import SCHEMA_VERSION, print_json
 
     spec = locate(model)
     random = spec.path.startswith(RANDOM)  # made from its settings, not read from files

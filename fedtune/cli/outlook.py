@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.sections import SCHEMA_VERSION
 from fedtune.config import RunConfig
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
+from fedtune.show.sections import SCHEMA_VERSION
 from fedtune.version import __version__
 from fedtune.words import jsonable
 

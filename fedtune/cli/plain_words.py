@@ -16,18 +16,13 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.page.catalogue import catalogue
+from fedtune.show.lines import printable
 from fedtune.words import counted, spoken_start
 
 
 def reason_text(reason: str) -> str:
     """Why a site refused, in the words that a report's page has for it."""
     return catalogue("en").texts["refusal"].get(reason, "for a reason that this version does not know")
-
-
-def printable(text: object, most: int = 200) -> str:
-    """A text that came from outside, without what could steer a terminal, and not longer than `most`."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def promise_text(unit: str, *, epsilon: float, delta: float) -> str:

@@ -16,7 +16,6 @@ from fedtune.cli.command import Option, Output, Overrides, check_output, single
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
 from fedtune.cli.search_price import check_trials, price_section
-from fedtune.cli.sections import json_text, print_json, say, show, write_file
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
 from fedtune.privacy.accountant import epsilon_text
@@ -25,6 +24,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import price_of
 from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
+from fedtune.show.sections import json_text, print_json, say, show, write_file
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import jsonable
 

@@ -8,16 +8,7 @@ import math
 from rich.console import Console
 
 from fedtune.cli.outlook import Outlook
-from fedtune.cli.plain_words import (
-    ABOUT_RDP,
-    contribution,
-    noise_words,
-    printable,
-    reason_text,
-    signal_words,
-    trust_words,
-)
-from fedtune.cli.sections import Section, pairs, say, show
+from fedtune.cli.plain_words import ABOUT_RDP, contribution, noise_words, reason_text, signal_words, trust_words
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told
 from fedtune.federation.planner import RoundPrice
@@ -25,6 +16,8 @@ from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
+from fedtune.show.lines import printable
+from fedtune.show.sections import Section, pairs, say, show
 from fedtune.words import counted, duration, size, spoken_start
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
@@ -196,7 +189,7 @@ def rounds(outlook: Outlook) -> Section:
         title="Epsilon after each round",
         headings=("round", "steps", "PLD", "RDP", "filter"),
         rows=rows,
-        words=frozenset(),
+        words=(),
         notes=tuple(notes),
     )
 
@@ -225,7 +218,7 @@ def accountants(outlook: Outlook) -> Section:
         title="What each accountant would say of the whole run",
         headings=("accountant", "epsilon", "what it is"),
         rows=rows,
-        words=frozenset({0, 2}),
+        words={0, 2},
     )
 
 
@@ -272,7 +265,7 @@ def bytes_and_time(outlook: Outlook) -> Section:
     return Section(
         title="Bytes and time",
         headings=("what", "how much"),
-        words=frozenset({0, 1}),
+        words={0, 1},
         rows=(
             ("adapter", f"{found.values:,} trained parameters, {_ways(down, up)} for each site and round"),
             ("the model", f"{size(found.model_bytes)} of memory"),
@@ -334,7 +327,7 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
         title=f"{verdict.site} {answer} ({verdict.policy})",
         headings=("broken rule", "asked for", "allowed"),
         rows=rows,
-        words=frozenset({0, 1, 2}),
+        words={0, 1, 2},
         notes=tuple(notes),
     )
 
@@ -393,8 +386,8 @@ def _with_bars(section: Section, outlook: Outlook, *, width: int) -> Section:
         section,
         headings=(*section.headings, "█ PLD ░ to RDP │ filter"),
         rows=tuple((*row, bar) for row, bar in zip(section.rows, bars, strict=True)),
-        words=section.words | {len(section.headings)},
-        whole=section.whole | {len(section.headings)},
+        words={*section.words, len(section.headings)},
+        whole={*section.whole, len(section.headings)},
     )
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import cap_text, printable, promise_text, rounded_down
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.cli.plain_words import cap_text, promise_text, rounded_down
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.amounts import (
     Amount,
@@ -28,6 +27,8 @@ from fedtune.privacy.amounts import (
 )
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.show.lines import printable
+from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 
@@ -101,7 +102,7 @@ def _warnings(cautions: Sequence[Caution]) -> Section:
         title=counted(len(cautions), "warning"),
         headings=("key", "value, and what it means"),
         rows=tuple((caution.key, caution.text) for caution in cautions),
-        words=frozenset({0, 1}),
+        words={0, 1},
     )
 
 

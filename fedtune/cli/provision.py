@@ -10,13 +10,13 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import printable
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
 from fedtune.deploy.kits.members import JoinRequest, Member
 from fedtune.deploy.kits.provisioning import Admitted
+from fedtune.show.lines import printable
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted, spoken
 
@@ -245,7 +245,7 @@ def _folders(made: FederationFolder) -> Section:
         )
     ]
     rows.append(("sites/", "the sites' kits, as they join", ""))
-    return Section(headings=("folder", "for", "valid until"), rows=rows, words=frozenset({0, 1, 2}))
+    return Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})
 
 
 def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
@@ -271,16 +271,14 @@ def _sites(made: FederationFolder, now: datetime) -> Section:
         title=counted(len(made.members), "site"),
         headings=("site", "state", "certificate until", "data sets (declared size)"),
         rows=rows,
-        words=frozenset(range(4)),
+        words=range(4),
         notes=() if rows else ("None has joined yet.",),
     )
 
 
 def _certificates(made: FederationFolder, now: datetime) -> Section:
     rows = tuple((name, _until(certificate, now)) for name, certificate in _own(made).items())
-    return Section(
-        title="The federation's own certificates", headings=("of", "until"), rows=rows, words=frozenset({0, 1})
-    )
+    return Section(title="The federation's own certificates", headings=("of", "until"), rows=rows, words={0, 1})
 
 
 def _own(made: FederationFolder) -> dict[str, Certificate]:

@@ -13,8 +13,6 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Option, command, group
 from fedtune.cli.ledger import ledger_file
-from fedtune.cli.plain_words import printable
-from fedtune.cli.sections import Section, print_json, say, show
 from fedtune.config import saved_config
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
@@ -28,6 +26,8 @@ from fedtune.report.difference import GROUPS, Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
 from fedtune.report.page.catalogue import catalogue
+from fedtune.show.lines import printable
+from fedtune.show.sections import Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted, score_text, score_words
 
@@ -316,7 +316,7 @@ def _checked(found: Sequence[Check]) -> Section:
             rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
         if len(check.problems) > _MOST_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
-    return Section(rows=rows, words=frozenset({0, 1, 2}), whole=frozenset({0, 1}), styles=styles)
+    return Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
 
 
 def _named(changes: Sequence[Change], *, sites: Sequence[str]) -> list[tuple[str, Change]]:
@@ -357,7 +357,7 @@ def _show_differences(subject: ChangeGroup, changes: Sequence[tuple[str, Change]
         title=f"{_TITLES[subject]}: {counted(len(changes), 'difference')}",
         headings=("", *map(printable, names)),
         rows=tuple((printable(name), *_both(change)) for name, change in changes),
-        words=frozenset({0, 1, 2}),
+        words={0, 1, 2},
     )
     show(Console(), [section])
 

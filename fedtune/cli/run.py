@@ -21,7 +21,6 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, single
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.cli.shown_run import show_run, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
@@ -33,6 +32,7 @@ from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import finite
 
@@ -304,7 +304,7 @@ def _show_online(kit: Kit, *, as_json: bool) -> None:
         print_json({"schema_version": SCHEMA_VERSION, "online": found})
         return
     rows = [(site, "online" if there else "not heard") for site, there in found.items()]
-    show(Console(), [Section(headings=("site", "now"), rows=rows, words=frozenset(range(2)))])
+    show(Console(), [Section(headings=("site", "now"), rows=rows, words=range(2))])
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:
@@ -327,7 +327,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         bound = " at most" if about["upper_bound"] else ""
         rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
     headings = ("site", "last answer", "at", "epsilon so far")
-    show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(4)))])
+    show(Console(), [Section(headings=headings, rows=rows, words=range(4))])
 
 
 def status_of(

@@ -24,7 +24,6 @@ from fedtune.cli import search_trials as propose
 from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.search_price import check_trials, price_section, promise
 from fedtune.cli.search_trials import Listed, Proposer, Searched, Values, split_searched
-from fedtune.cli.sections import SCHEMA_VERSION, json_text, print_json, say, show
 from fedtune.cli.shown_run import run_simulation
 from fedtune.cli.sweep import SweptRun, as_json_table, best_of, ran, row_of, score_of, show_table, write_table
 from fedtune.config import RunConfig, saved_config
@@ -34,6 +33,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import SearchPrice, Selection, price_of
+from fedtune.show.sections import SCHEMA_VERSION, json_text, print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError
 from fedtune.words import counted, jsonable

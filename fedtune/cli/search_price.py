@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fedtune.cli.plan_sections import SEEDED
-from fedtune.cli.sections import Section
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import MOST_TRIALS, SearchPrice
+from fedtune.show.sections import Section
 from fedtune.spec import ConfigError, check_at_least
 
 _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
@@ -31,7 +31,7 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
     notes = [promise(price), "Anybody who sees the picked adapter alone may learn as much."]
     if seeded_noise:
         notes.append(SEEDED)
-    return Section(title="Price of the search", rows=rows, words=frozenset({0, 1}), notes=notes)
+    return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
 
 
 def promise(price: SearchPrice) -> str:

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from fedtune.api.working_folder import Work, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
-from fedtune.cli.sections import say
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import full_disk
+from fedtune.show.sections import say
 from fedtune.spec import RunError, StuckError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds

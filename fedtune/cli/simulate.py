@@ -9,9 +9,9 @@ from rich.console import Console
 from fedtune.api.compose import compose_run, compose_sweep
 from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.sections import SCHEMA_VERSION, print_json
 from fedtune.cli.shown_run import run_simulation
 from fedtune.cli.sweep import run_sweep
+from fedtune.show.sections import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError
 
 

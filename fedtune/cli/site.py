@@ -75,8 +75,8 @@ def init(
     """Make the site's keys, and a request to join. Keys are made here and never leave."""
     folder = (out or site).absolute().parent
     _as_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
-    from fedtune.cli.sections import say
     from fedtune.deploy.kits.members import next_steps, site_init
+    from fedtune.show.sections import say
 
     say(next_steps(site_init(site, out=out)).rstrip())
 

@@ -17,11 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import folded
 from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.plain_words import contribution, noise_words, printable, reason_text, trust_words
-from fedtune.cli.sections import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
+from fedtune.cli.plain_words import contribution, noise_words, reason_text, trust_words
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
@@ -34,6 +32,8 @@ from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.show.lines import fold, printable
+from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.words import counted, spoken, spoken_start
 
@@ -114,7 +114,7 @@ def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> Non
     say(f"Sites of {roster.federation}, by the lead's roster number {roster.number}:", style="bold")
     rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
     headings = ("site", "here", "site key by the roster")
-    show(Console(), [Section(headings=headings, rows=rows, words=frozenset(range(3)))])
+    show(Console(), [Section(headings=headings, rows=rows, words=range(3))])
     say(
         "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead, "
         "and write it into [trust].members of site.toml."
@@ -181,7 +181,7 @@ def _waiting_runs(waiting: list[Pending]) -> Section:
             (printable(asked.run), pending.since, printable(asked.dataset), _price(pending), spoken_start(asked.lead))
         )
     headings = ("run", "since", "data set", "epsilon", "asked by lead")
-    return Section(headings=headings, rows=rows, words=frozenset(range(5)), whole=frozenset({0}))
+    return Section(headings=headings, rows=rows, words=range(5), whole={0})
 
 
 def _to_json(pending: Pending) -> dict[str, Any]:
@@ -333,10 +333,10 @@ def _print_line(console: Console, check: Check) -> None:
         lines[0] = lines[0].ljust(_FOUND)
     else:
         lines.append(" " * _FOUND)  # a long name has a line to itself
-    first, *rest = folded(printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
+    first, *rest = fold(printable(found, _MOST_TEXT), width=max(_NARROWEST, console.width - _FOUND))
     lines[-1] += first
     lines += [" " * _FOUND + part for part in rest]
-    fix = folded(printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
+    fix = fold(printable(check.fix, _MOST_TEXT), width=max(_NARROWEST, console.width - _FIX)) if check.fix else []
     lines += [("" if number else "->").rjust(_FIX - 1) + f" {part}" for number, part in enumerate(fix)]
     text = Text("\n".join(line.rstrip() for line in lines))
     text.stylize(_MARKS[check.status], 0, len(check.status))

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from fedtune.api.compose import Sweep
 from fedtune.api.working_folder import folder_of
-from fedtune.cli.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
+from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
@@ -274,7 +274,7 @@ def show_table(console: Console, path: Path, rows: Sequence[SweptRun], *, best: 
     broken = (key.replace(".", ".\n") for key in keys)
     headings = ("", "run", *broken, *(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
     headings += (*(["epsilon\nso far"] if together else []), "state")
-    words = frozenset({0, *range(2, 2 + len(keys)), len(headings) - 1})
+    words = {0, *range(2, 2 + len(keys)), len(headings) - 1}
     bold = {number: "bold" for number, (_, row) in enumerate(begun) if row is best}
     notes = list(_notes(rows, best))
     title = "Trials" if together else "Sweep"

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
-import shlex
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from fedtune.cli.command import folded
 from fedtune.cli.main import main
-from fedtune.cli.sections import Section, show
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
@@ -109,32 +104,3 @@ def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(tmp_path: Path, 
         assert too_wide(terminal.getvalue()) == []
         assert len(log.getvalue().splitlines()) == 1
         assert terminal.getvalue().split() == log.getvalue().split()
-
-
-def test_what_is_copied_is_never_cut() -> None:
-    path, key = "/srv/" + "a-long-folder/" * 9, "ab" * 32
-    assert folded(f"- The report is in {path} now.", width=40) == ["- The report is in", f"  {path}", "  now."]
-    assert folded(f" 1. Key {key}: compare it", width=40) == [" 1. Key", f"    {key}:", "    compare it"]
-    console = io.StringIO()
-    rows = [("site", f"the key {key} of a site", "7")]
-    show(Console(file=console, width=COLUMNS - 20), [Section(rows=rows, words=frozenset({0, 1}))])
-    assert key in console.getvalue()
-    assert console.getvalue().splitlines()[1] == "  site the key                                             7"
-
-
-def test_a_name_without_room_is_broken() -> None:
-    assert folded("rural-clinic-in-the-far-north", width=20) == ["rural-clinic-in-the-", "far-north"]
-    assert folded("x" * 30, width=20) == ["x" * 20, "x" * 10]
-
-
-@pytest.mark.parametrize("front", ["", "Continue with: "])
-def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
-    command = "fedtune search experiment=banks training.learning_rate='log(0.001, 0.1)' --trials 8 --method tpe"
-    lines = folded(front + command, width=50)
-    assert too_wide("\n".join(lines)) == []
-    assert lines[0].startswith(front.strip() or "fedtune")
-    typed = "\n".join(lines[1:] if front else lines)
-    assert re.search(r" \\\n", typed)
-    assert shlex.split(typed.replace("\\\n", "")) == shlex.split(command)
-    prose = f"{front}{command}. Then look at the table."
-    assert "\\" not in "".join(folded(prose, width=50)), "a sentence goes on after it"

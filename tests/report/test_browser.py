@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.sections import Section, as_html, as_page, pairs
 from fedtune.report.model import to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.show.sections import Section, pairs
 
 from .shown import NAMES, lookup, page_of, reports_of
 
@@ -48,12 +48,13 @@ PLAIN = "plain"
 
 def plain_page() -> str:
     rounds = [("1", *["0.123456"] * 12)]
-    body = [
-        as_html(pairs({"model": "all-MiniLM-L6-v2", "data": "a " + "very " * 40 + "long line"}, title="Facts")),
-        as_html(Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=rounds, words=frozenset())),
-        as_html(Section(title="Notes", notes=("One.", "Two."))),
+    sections = [
+        pairs({"model": "all-MiniLM-L6-v2", "data": "a " + "very " * 40 + "long line"}, title="Facts"),
+        Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=rounds, words=()),
+        Section(title="Notes", notes=("One.", "Two.")),
     ]
-    return as_page("A page", promise="What matters most.", body=body, last="Last.")
+    template = render.environment().get_template("plain.html.j2")
+    return template.render(title="A page", promise="What matters most.", sections=sections, last="Last.")
 
 
 @pytest.fixture

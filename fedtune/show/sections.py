@@ -1,24 +1,23 @@
-"""What commands say: sections of a title, a table and notes, on the terminal or a page; lines; the same as JSON."""
+"""Sections of a title, a table and notes on a terminal; questions; files and JSON that commands write."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import gt
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from fedtune.cli.command import folded
 from fedtune.privacy.durable import write_durably
+from fedtune.show.lines import fold, harmless
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import jsonable
 
@@ -42,15 +41,15 @@ class Section:
     title: str = ""
     headings: tuple[str, ...] = ()
     rows: Sequence[tuple[str, ...]] = ()
-    words: frozenset[int] = frozenset({0})
-    whole: frozenset[int] = frozenset()
+    words: Collection[int] = (0,)
+    whole: Collection[int] = ()
     notes: Sequence[str] = ()
     styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:
     """Names and what they say, in two columns."""
-    return Section(title=title, rows=tuple(rows.items()), words=frozenset({0, 1}), whole=frozenset({0}))
+    return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 
 
 def show(console: Console, sections: Iterable[Section]) -> None:
@@ -67,37 +66,6 @@ def show(console: Console, sections: Iterable[Section]) -> None:
             say(f"  {note}", console=console)
 
 
-def as_html(section: Section) -> Markup:
-    """The section for a page; nothing where it has no rows and no notes."""
-    if not section.rows and not section.notes:
-        return Markup("")
-    heading = Markup("<h2>{}</h2>").format(section.title) if section.title else Markup("")
-    head = Markup('<thead role="rowgroup">{}</thead>').format(_html_head(section)) if section.headings else Markup("")
-    rows = Markup("").join(_html_row(section, row) for row in section.rows)
-    table = Markup(
-        '<div class="scroll stack" tabindex="0" role="group" aria-label="{}"><table role="table">{}'
-        '<tbody role="rowgroup">{}</tbody></table></div>'
-    )
-    said = table.format(section.title or "Facts", head, rows) if rows else Markup("")
-    notes = Markup("").join(Markup('<p class="note">{}</p>').format(note) for note in section.notes)
-    return Markup("{}{}{}\n").format(heading, said, notes)
-
-
-def as_page(title: str, *, promise: str, body: Iterable[Markup], last: str) -> str:
-    """A page that needs nothing else: no script, no font, no request.
-
-    Args:
-        title: of the page.
-        promise: what it says first.
-        body: what follows, such as sections.
-        last: its last line.
-    """
-    from fedtune.report.page.render import environment  # loads what a command without a page can do without
-
-    template = environment().get_template("plain.html.j2")
-    return template.render(title=title, promise=promise, body=Markup("").join(body), last=last)
-
-
 def write_file(path: Path, content: str | bytes, *, option: str) -> None:
     """Write what a command made to the file that an option names, whole or not at all; one that is there is replaced.
 
@@ -110,42 +78,14 @@ def write_file(path: Path, content: str | bytes, *, option: str) -> None:
         raise ConfigError(option, str(path), f"must be a file that can be written ({error.strerror})") from None
 
 
-def _html_head(section: Section) -> Markup:
-    cells = (
-        Markup('<th scope="col" role="columnheader"{}>{}</th>').format(_side(section, number), text)
-        for number, text in enumerate(section.headings)
-    )
-    return Markup('<tr role="row">{}</tr>').format(Markup("").join(cells))
-
-
-def _html_row(section: Section, texts: Iterable[str]) -> Markup:
-    """A row, whose cells know their column: on a narrow screen they stand below each other, and roles stay."""
-    labels = [Markup(' data-label="{}"').format(" ".join(heading.split())) for heading in section.headings]
-    cells = (
-        Markup("<{0}{1}{2}>{3}</{4}>").format(
-            Markup('td role="cell"' if number else 'th scope="row" role="rowheader"'),
-            _side(section, number),
-            labels[number] if labels and (number or number not in section.words) else "",
-            text,
-            "td" if number else "th",
-        )
-        for number, text in enumerate(texts)
-    )
-    return Markup('<tr role="row">{}</tr>').format(Markup("").join(cells))
-
-
-def _side(section: Section, number: int) -> Markup:
-    return Markup("" if number in section.words else ' class="n"')
-
-
 def _table(section: Section, width: int) -> Text:
     """The rows in columns, `width` wide; what is copied and has no room there makes its line longer, and is whole."""
     gap = 2 if width >= 100 else 1
-    rows = [tuple(map(_harmless, row)) for row in section.rows]
-    headings = tuple(map(_harmless, section.headings)) or ("",) * len(rows[0])
+    rows = [tuple(map(harmless, row)) for row in section.rows]
+    headings = tuple(map(harmless, section.headings)) or ("",) * len(rows[0])
     widths = _widths(section, rows, headings, room=width - 2 - gap * (len(headings) - 1))
     all_rows = [headings, *rows] if section.headings else rows
-    lines = [[folded(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
+    lines = [[fold(cell, width=most) for cell, most in zip(row, widths, strict=True)] for row in all_rows]
     needed = (max(cell_len(line) for cell in column for line in cell) for column in zip(*lines, strict=True))
     widths = list(map(min, widths, needed))
     said = Text()
@@ -164,7 +104,7 @@ def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[s
     held = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True)]
     widths = [max(most, *map(cell_len, heading.split("\n"))) for heading, most in zip(headings, held, strict=True)]
     in_heading = [max(map(cell_len, heading.split() or [""])) for heading in headings]
-    by_words = [_NARROWEST if at in section.words - section.whole else most for at, most in enumerate(held)]
+    by_words = [_NARROWEST if at in section.words and at not in section.whole else most for at, most in enumerate(held)]
     for least in (map(max, held, in_heading), map(max, by_words, in_heading), by_words):
         floor = list(least)
         while sum(widths) > room and any(map(gt, widths, floor)):
@@ -178,9 +118,9 @@ def _placed(text: str, width: int, *, left: bool) -> str:
 
 
 def say(text: str, *, style: str = "", console: Console | None = None) -> None:
-    """Print a text in lines that the terminal has room for: see `folded`."""
+    """Print a text in lines that the terminal has room for: see `fold`."""
     console = console or Console()
-    lines = folded(_harmless(text), width=console.width)
+    lines = fold(harmless(text), width=console.width)
     console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
@@ -195,11 +135,6 @@ def require_agreed(question: str, *, otherwise: str) -> None:
     there = sys.stdin is not None and not sys.stdin.closed
     if not (there and sys.stdin.readline().strip().lower() in ("y", "yes")):
         raise RunError(otherwise)
-
-
-def _harmless(text: str) -> str:
-    """A text without what could steer a terminal: names and words may come from others."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,59 @@
+"""Lines of text that a terminal has room for, and that cannot steer it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+
+_COPIED = re.compile(r"/|[0-9a-f]{32,}")
+_FRONT = re.compile(r" *(?:\d+\. |- )?")
+_TO_TYPE = re.compile(r"(^ *|^.*: )(fedtune \w(?:(?![.;] ).)*[^.;])$")
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")
+
+
+def fold(text: str, *, width: int) -> list[str]:
+    """A text in lines of whole words, the later ones as far in as the first.
+
+    A path, key or hash is copied, and so never broken, whatever the width.  A command to type goes on after a
+    backslash, so that what is copied is the same command.
+    """
+    lines: list[str] = []
+    for part in text.split("\n"):
+        typed = _TO_TYPE.match(part) if len(part) > width else None
+        front, command = typed.groups() if typed else (part, "")
+        indent = re.sub(".", " ", _FRONT.findall(front)[0])
+        if front.strip() or not command:
+            breaks = any(len(word) > width and not _COPIED.search(word) for word in front.split())
+            lines += textwrap.wrap(
+                front,
+                max(1, width),
+                subsequent_indent=indent,
+                break_long_words=breaks and not _COPIED.search(front),
+                break_on_hyphens=breaks,
+            ) or [""]
+        if command:
+            lines += _typed(command, indent=indent + "  " * bool(front.strip()), width=width)
+    return lines
+
+
+def _typed(command: str, *, indent: str, width: int) -> Iterator[str]:
+    line = ""
+    for word in _WORD.findall(command):
+        if line and len(indent) + len(line) + len(word) + 3 > width:
+            yield f"{indent}{line} \\"
+            line = f"  {word}"
+        else:
+            line = f"{line} {word}" if line else word
+    yield indent + line
+
+
+def harmless(text: str) -> str:
+    """A text without what could steer a terminal: names and words may come from others."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def printable(text: object, most: int = 200) -> str:
+    """A text from outside in one line of at most `most` letters, without what could steer a terminal."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 3] + "..."

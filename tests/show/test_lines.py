@@ -1,0 +1,42 @@
+"""Lines fit a terminal; what is copied from them is whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+
+import pytest
+from rich.console import Console
+
+from fedtune.show.lines import fold
+from fedtune.show.sections import Section, show
+
+
+def test_what_is_copied_is_never_cut() -> None:
+    path, key = "/srv/" + "a-long-folder/" * 9, "ab" * 32
+    assert fold(f"- The report is in {path} now.", width=40) == ["- The report is in", f"  {path}", "  now."]
+    assert fold(f" 1. Key {key}: compare it", width=40) == [" 1. Key", f"    {key}:", "    compare it"]
+    console = io.StringIO()
+    rows = [("site", f"the key {key} of a site", "7")]
+    show(Console(file=console, width=60), [Section(rows=rows, words={0, 1})])
+    assert key in console.getvalue()
+    assert console.getvalue().splitlines()[1] == "  site the key                                             7"
+
+
+def test_a_name_without_room_is_broken() -> None:
+    assert fold("rural-clinic-in-the-far-north", width=20) == ["rural-clinic-in-the-", "far-north"]
+    assert fold("x" * 30, width=20) == ["x" * 20, "x" * 10]
+
+
+@pytest.mark.parametrize("front", ["", "Continue with: "])
+def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
+    command = "fedtune search experiment=banks training.learning_rate='log(0.001, 0.1)' --trials 8 --method tpe"
+    lines = fold(front + command, width=50)
+    assert all(len(line) <= 50 for line in lines)
+    assert lines[0].startswith(front.strip() or "fedtune")
+    typed = "\n".join(lines[1:] if front else lines)
+    assert re.search(r" \\\n", typed)
+    assert shlex.split(typed.replace("\\\n", "")) == shlex.split(command)
+    prose = f"{front}{command}. Then look at the table."
+    assert "\\" not in "".join(fold(prose, width=50)), "a sentence goes on after it"
