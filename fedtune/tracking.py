@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
-from fedtune.federation.results import RunResult, charged_epsilons, site_charge
 from fedtune.federation.run_folder import RunFolder
+from fedtune.runs.results import RunResult, charged_epsilons, site_charge
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.federation.results import BaseModel, Population, RunProvenance, RunResult
+from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
 
 
 def run_result(**fields: Any) -> RunResult:

@@ -14,7 +14,7 @@ import pytest
 
 import fedtune.tracking as tracking
 from fedtune.config import saved_config
-from fedtune.federation.results import charged_epsilons
+from fedtune.runs.results import charged_epsilons
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
 

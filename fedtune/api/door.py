@@ -29,16 +29,16 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
-    from fedtune.federation.results import PrivacyResult, RunResult
     from fedtune.privacy.ledger.spending import Spending
     from fedtune.privacy.proposal import Proposal
     from fedtune.report.audit_findings import Audit
     from fedtune.report.checks import Check
     from fedtune.report.model import Report
-    from fedtune.sites.saved_model import BesideBase, SavedModel
+    from fedtune.runs.results import PrivacyResult, RunResult
+    from fedtune.runs.saved_model import BesideBase, SavedModel
+    from fedtune.runs.side_by_side import SideBySide
     from fedtune.sites.session import Session
     from fedtune.sites.shared_model import SharedModel
-    from fedtune.sites.side_by_side import SideBySide
 
 Recipe = str | Path | RunConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
@@ -199,7 +199,7 @@ def evaluate(run: Run, data: str | Path) -> BesideBase:
     Raises:
         ValueError: the run is not finished, or the file cannot be used.
     """
-    from fedtune.sites.saved_model import beside_base
+    from fedtune.runs.saved_model import beside_base
 
     return beside_base(run.config, run.adapter, str(data))
 
@@ -218,7 +218,7 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
-    from fedtune.sites.side_by_side import Finished, side_by_side
+    from fedtune.runs.side_by_side import Finished, side_by_side
 
     if not runs:
         raise ConfigError("runs", {}, "must name at least one run")
@@ -327,7 +327,7 @@ class Run:
     @cached_property
     def _model(self) -> SavedModel:
         """The base with this run's adapter in it; kept, since loading takes seconds."""
-        from fedtune.sites.saved_model import SavedModel
+        from fedtune.runs.saved_model import SavedModel
 
         model = SavedModel(self.config, {"tuned": self.adapter})
         model.use("tuned")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
     import numpy as np
     import numpy.typing as npt
 
-    from fedtune.sites.saved_model import SavedModel
+    from fedtune.runs.saved_model import SavedModel
 
 _HELP = """\
 /reset          forget the conversation
@@ -64,7 +64,7 @@ def chat(
     if not task_named(config.task).predicts_tokens:
         raise ConfigError("task", config.task, f'writes no text; try: fedtune generate {run} --prompt "..."')
     folders = by_name(run, own, adapter)
-    from fedtune.sites.saved_model import SavedModel
+    from fedtune.runs.saved_model import SavedModel
 
     conversation = _Conversation(config, SavedModel(config, folders), spec, adapter=next(iter(folders)))
     conversation.greet()

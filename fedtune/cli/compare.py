@@ -32,7 +32,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from fedtune.federation.results import RunResult
+    from fedtune.runs.results import RunResult
 
 _POOLED_SITE = "all"
 

@@ -24,8 +24,8 @@ from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from fedtune.federation.results import RunResult
-    from fedtune.sites.side_by_side import SideBySide
+    from fedtune.runs.results import RunResult
+    from fedtune.runs.side_by_side import SideBySide
 
 Kind = Literal["alone", "federated", "pooled", "run"]
 NO_PRIVACY = ", no privacy"
@@ -360,7 +360,7 @@ def scored(
         generate: write texts for so many prompts.
         records: a site's own, to score instead.
     """
-    from fedtune.sites.side_by_side import Finished, side_by_side, sites_of
+    from fedtune.runs.side_by_side import Finished, side_by_side, sites_of
 
     runs = {}
     for line in lines:

@@ -19,14 +19,13 @@ from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
-from fedtune.federation.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
 from fedtune.model.products import multiplies_rounded
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.environment import UNKNOWN
 from fedtune.show.sections import say
-from fedtune.sites.environment import UNKNOWN
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted, unbounded
 

@@ -15,7 +15,7 @@ from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.evaluation.bootstrap import Comparison, Estimate
-    from fedtune.sites.saved_model import BesideBase
+    from fedtune.runs.saved_model import BesideBase
     from fedtune.tasks.measures import Detail
 
 _MOST_LABELS = 20
@@ -35,8 +35,8 @@ def evaluate(
     Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
-    from fedtune.sites.data_notes import is_training_file
-    from fedtune.sites.saved_model import beside_base
+    from fedtune.runs.data_notes import is_training_file
+    from fedtune.runs.saved_model import beside_base
 
     with columns_by_option():
         found = beside_base(config, adapter, data)

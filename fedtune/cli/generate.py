@@ -40,7 +40,7 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.sites.saved_model import SavedModel
+    from fedtune.runs.saved_model import SavedModel
 
 
 def generate(
@@ -81,7 +81,7 @@ def generate(
         if prompt is None
         else [Record(task_named(config.task).prompt_fields(prompt, config.data, at="--prompt"))]
     )
-    from fedtune.sites.saved_model import BASE, SavedModel
+    from fedtune.runs.saved_model import BASE, SavedModel
 
     saved = SavedModel(config, folders)
     names = [name for name in saved.names if base or name != BASE]

@@ -28,7 +28,6 @@ from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.federation.results import site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.accountant import epsilon_text

@@ -21,7 +21,7 @@ from fedtune.show.sections import say
 from fedtune.spec import RunError, StuckError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.federation.results import RunResult
+    from fedtune.runs.results import RunResult
     from fedtune.sites.session import Session
 
 

@@ -33,7 +33,7 @@ from fedtune.words import counted, unbounded
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import Scores
-    from fedtune.federation.results import RunResult
+    from fedtune.runs.results import RunResult
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the swept settings follow, then what was spent, then the scores."""
@@ -62,7 +62,7 @@ class SweptRun:
     @property
     def state(self) -> str:
         """In a word or two."""
-        from fedtune.federation.results import DIVERGED
+        from fedtune.runs.results import DIVERGED
 
         if self.error is not None:
             return "interrupted" if isinstance(self.error, KeyboardInterrupt) else "failed"
@@ -192,7 +192,7 @@ def best_of(rows: Sequence[SweptRun], *, fewest: int = 2) -> SweptRun | None:
 
 def score_of(row: SweptRun) -> float | None:
     """The validation score of a run that is finished and did not diverge; None too where its scores may not decide."""
-    from fedtune.sites.data_notes import may_decide
+    from fedtune.runs.data_notes import may_decide
 
     return row.validation.get(row.judged_by) if row.state == "finished" and may_decide(row.config) else None
 

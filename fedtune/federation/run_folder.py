@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """What the run came to: `fedtune.federation.results`."""
+        """What the run came to: `fedtune.runs.results`."""
         return self.path / "run.json"
 
     @property

@@ -15,7 +15,6 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import Closing
-from fedtune.federation.results import RunResult
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower import flower_records
 from fedtune.flower.federation_run import FederationRun, Known, Listener
@@ -24,6 +23,7 @@ from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
+from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites

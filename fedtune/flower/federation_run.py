@@ -19,7 +19,15 @@ from fedtune.federation.cost import Meter
 from fedtune.federation.kept_round import kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.planner import check_signal
-from fedtune.federation.results import (
+from fedtune.federation.run_folder import RunFolder
+from fedtune.flower.invitation import Invited, Lead
+from fedtune.flower.server_app import run_rounds
+from fedtune.flower.strategy import make_strategy, restore_strategy
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.proposal import Proposal
+from fedtune.runs.data_notes import check_decides, lead_notes
+from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
+from fedtune.runs.results import (
     DATA_CHANGED,
     BaseModel,
     FinalResult,
@@ -29,14 +37,6 @@ from fedtune.federation.results import (
     Template,
     findings_of,
 )
-from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.invitation import Invited, Lead
-from fedtune.flower.server_app import run_rounds
-from fedtune.flower.strategy import make_strategy, restore_strategy
-from fedtune.privacy.durable import write_durably
-from fedtune.privacy.proposal import Proposal
-from fedtune.sites.data_notes import check_decides, lead_notes
-from fedtune.sites.environment import note_environment, read_environments, start_adapter_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model, task_named

@@ -17,14 +17,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
-from fedtune.federation.results import RunResult
 from fedtune.federation.site_round import Site
 from fedtune.flower.client import make_client_app
 from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
 from fedtune.flower.invitation import Invited
 from fedtune.flower.ray_engine import Outcome, on_ray
 from fedtune.flower.streaming_grid import StreamingGrid
-from fedtune.sites.data_notes import site_notes
+from fedtune.runs.data_notes import site_notes
+from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
 from fedtune.sites.virtual_site import Participants
 

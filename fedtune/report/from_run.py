@@ -16,7 +16,6 @@ from pathlib import Path
 
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.federation.results import FinalResult, charged_epsilons
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.run_plan import Plan
@@ -39,6 +38,7 @@ from fedtune.report.model import (
     Verdict,
 )
 from fedtune.report.record.run_record import RunRecord, read_run
+from fedtune.runs.results import FinalResult, charged_epsilons
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, finite_scores
 

@@ -14,7 +14,6 @@ from world import Setting
 
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.results import site_charge
 from fedtune.privacy import accountant
 from fedtune.privacy.events import grouped
 from fedtune.privacy.filter import epsilon_filter
@@ -24,6 +23,7 @@ from fedtune.privacy.ledger.history import Run
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.results import site_charge
 from fedtune.spec import ConfigError, FedtuneError
 
 _HOT = bytes.fromhex("d9d505f920a163d7")

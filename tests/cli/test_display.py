@@ -17,7 +17,10 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.display import Display, show_result
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.federation.results import (
+from fedtune.model import Adapter
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.release import Receipt
+from fedtune.runs.results import (
     DATA_CHANGED,
     DIVERGED,
     GUESS,
@@ -27,9 +30,6 @@ from fedtune.federation.results import (
     RunResult,
     SiteResult,
 )
-from fedtune.model import Adapter
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import Receipt
 
 from ..builders import run_result
 from .widths import COLUMNS, too_wide

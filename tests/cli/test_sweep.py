@@ -17,8 +17,8 @@ from fedtune.api.compose import compose_run, compose_sweep
 from fedtune.cli.display import Display
 from fedtune.cli.sweep import SweptRun, best_of, run_sweep
 from fedtune.federation.lead import RoundResult
-from fedtune.federation.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.privacy.ledger.verify import verify
+from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.spec import RunError
 
 from ..builders import run_result

@@ -13,9 +13,9 @@ import pytest
 
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
-from fedtune.federation.results import charged_epsilons
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run, recompute
+from fedtune.runs.results import charged_epsilons
 from fedtune.tasks.saved import StartAdapter
 
 TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")

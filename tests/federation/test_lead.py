@@ -11,11 +11,11 @@ from dp_accounting.pld import PLDAccountant
 
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.federation.protocol import Reply
-from fedtune.federation.results import site_charge
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.results import site_charge
 
 MakeReceipt = Callable[..., Receipt]
 RUN: Any = {"run": "r", "most_rounds": 4}

@@ -14,7 +14,6 @@ import pytest
 import fedtune.federation.site_round as site_module
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
-from fedtune.federation.results import site_charge
 from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -22,6 +21,7 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Refusal, Refused, Update
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs.results import site_charge
 
 from .conftest import reason
 

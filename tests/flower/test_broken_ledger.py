@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.results import site_charge
 from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.ledger import store
+from fedtune.runs.results import site_charge
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState
-from fedtune.federation.results import site_charge
 from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.ledger.chain import Kind
+from fedtune.runs.results import site_charge
 
 
 def with_scores(made: Any, scores: Sequence[float], **changes: Any) -> Any:

@@ -11,7 +11,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedtune.federation.protocol import RoundRequest, Signed
-from fedtune.federation.results import site_charge
 from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter
@@ -19,6 +18,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason
+from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError
 
 Change = Callable[[Message], None]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.federation.results import site_charge
 from fedtune.federation.site_round import Site
 from fedtune.flower import flower_records
 from fedtune.flower.client import make_client_app
 from fedtune.flower.server_app import run_rounds
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.keys import SigningKey
+from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError
 
 SITES = ("site-1", "site-2", "site-3")

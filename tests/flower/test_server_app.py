@@ -13,7 +13,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
-from fedtune.federation.results import site_charge
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.flower.server_app import run_rounds
@@ -22,6 +21,7 @@ from fedtune.privacy.events import grouped
 from fedtune.privacy.release import METRICS, Statistics, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.facts import statistics_of
+from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
 
 from .conftest import STEPS

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
-from fedtune.federation import results
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import PERIODS
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.tables import data, layouts
+from fedtune.runs import results
 from fedtune.spec import ConfigError
 
 PACKAGE = Path(fedtune.report.__file__).parent

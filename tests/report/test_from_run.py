@@ -19,7 +19,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report import from_run, one_run, recompute, signing
-from fedtune.sites import environment
+from fedtune.runs import environment
 from fedtune.spec import ConfigError, RunError
 
 from .shown import status

@@ -23,8 +23,8 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.runs.saved_model import beside_base
 from fedtune.sites.run_records import LeadRecords
-from fedtune.sites.saved_model import beside_base
 from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
 from fedtune.sites.work import SiteWork

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from fedtune.deploy.health import Health
     from fedtune.deploy.metrics import LeadMetrics, ServerMetrics
     from fedtune.federation.lead import LeadState
-    from fedtune.federation.results import RunResult
     from fedtune.flower.deployment import DeployedListener, LeadConnection
     from fedtune.flower.wire.gate import Registered
     from fedtune.privacy.proposal import Proposal
+    from fedtune.runs.results import RunResult
     from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedtune.federation.results import FinalResult
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
 from fedtune.report.record.ledger_record import LedgerRecord
+from fedtune.runs.results import FinalResult
 from fedtune.tasks import task_named
 from fedtune.words import score_text
 

@@ -21,7 +21,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile
 from fedtune.report.model import Mechanism, Problem, Provenance, Report, SiteReport, StartAdapter
 from fedtune.report.record.ledger_record import LedgerRecord
-from fedtune.sites.environment import UNKNOWN
+from fedtune.runs.environment import UNKNOWN
 from fedtune.words import finite
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without

@@ -20,12 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.config import RunConfig, parse, saved_settings
 from fedtune.federation.kept_round import Kept, is_over, kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
-from fedtune.federation.results import RunResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
-from fedtune.sites.environment import Environment, read_environments
+from fedtune.runs.environment import Environment, read_environments
+from fedtune.runs.results import RunResult
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema
 

@@ -13,8 +13,8 @@ import torch
 import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.model import model_sha256
-from fedtune.sites import environment
-from fedtune.sites.environment import note_environment, read_environments
+from fedtune.runs import environment
+from fedtune.runs.environment import note_environment, read_environments
 from fedtune.spec import RUN_SCHEMA, RunError
 
 

@@ -21,8 +21,8 @@ from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
 from fedtune.evaluation.spec import no_test_records
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
+from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords, RunRecords
-from fedtune.sites.saved_model import BASE, SavedModel
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
