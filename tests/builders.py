@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.secure.at_site import SumsAtSite
+from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.model import Adapter
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.proposal import Proposal
 from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
 
 
@@ -13,3 +20,47 @@ def run_result(**fields: Any) -> RunResult:
     made = RunProvenance(population=population, base_model=BaseModel(path="random:bert", sha256="00" * 32))
     about = {"fedtune_version": "0", "config_sha256": "00", "task": "classification", "provenance": made}
     return RunResult(**about | fields)
+
+
+Train = Callable[[RoundRequest, Adapter, int], Trained]
+
+
+class MadeSite(Site):
+    """A site that is made ready and trains as a test says, and notes what it is to keep and whom it is to ask."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        prepare: Callable[[Proposal], Prepared],
+        train: Train,
+        paused: bool = False,
+        sums: SumsAtSite | None = None,
+    ) -> None:
+        super().__init__(ledger, sums=sums)
+        self._prepare, self._train, self._paused = prepare, train, paused
+        self.kept: list[tuple[str, str]] = []
+        self.awaited: list[Proposal] = []
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def prepare(self, proposal: Proposal) -> Prepared:
+        return self._prepare(proposal)
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        return self._train(request, adapter, attempt)
+
+    def keep(self, run: str, adapter: Adapter) -> None:
+        self.kept.append((run, adapter.digest()))
+
+    def await_approval(self, proposal: Proposal) -> None:
+        self.awaited.append(proposal)
+
+
+def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
+    """The same site, with these methods in place of its own."""
+    for name, method in methods.items():
+        setattr(site, name, method)
+    return site

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a site makes of a round.
+    """The result of a round at a site.
 
     Attributes:
         adapter: after the plan's noisy steps; None where the plan has secure sums.
@@ -59,54 +60,63 @@ class Trained:
 
 Request = RoundRequest | Invitation | SumRequest
 _R = TypeVar("_R", RoundRequest, Invitation, SumRequest)
-Train = Callable[[RoundRequest, Adapter, int], Trained]
-"""Trains the adapter for the request's round and the given attempt; the only step that reads records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What a site makes of a run that its policy and budget allow.
+    """A run that policy and budget allow, as the site itself reads the lead's configuration.
 
     Attributes:
-        proposal: what the site itself makes of the run's configuration; a request for another is refused.
+        proposal: that follows from the configuration; a request for another is refused.
         template: an adapter with the names and shapes that this run trains.
-        declared_size: what the run takes the site's size to be; it must be the size that the policy declares.
-        train: trains on the records.
-        store: writes what the site keeps of the run, before the round is charged: if it cannot, nothing is charged.
+        declared_size: of the site in this run; it must be the size that the policy declares.
         members: the sites of a run with secure sums.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
-    train: Train
-    store: Callable[[], None] = lambda: None
     members: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A site as a round sees it.
+class Site(ABC):
+    """A site as a round sees it, opened for one request.  What does nothing here need not do anything.
 
-    Attributes:
+    Args:
         ledger: its own record of what was charged, under its own policy.
-        understand: reads what the lead sent of the run, before a person is asked about it; may raise Refused.
-        prepare: makes ready for a run that policy, budget and person allow; may raise Refused, and takes what time
-            it needs.  It opens no record, or a request that is refused in the end would tell of them.
-        paused: whether a person at the site wants it to pause.
-        keep: stores a run's final adapter, given the run's name.
         sums: its part in secure sums; None: it has none in any.
-        awaits: told of a run that a person at the site is yet to approve, before the answer is held back.
     """
 
-    name: str
-    ledger: Ledger
-    prepare: Callable[[Proposal], Prepared]
-    understand: Callable[[Proposal], object] = lambda _: None
-    paused: Callable[[], bool] = lambda: False
-    keep: Callable[[str, Adapter], None] = lambda run, adapter: None
-    sums: SumsAtSite | None = None
-    awaits: Callable[[Proposal], None] = lambda _: None
+    def __init__(self, ledger: Ledger, *, sums: SumsAtSite | None = None) -> None:
+        self.name, self.ledger, self.sums = ledger.policy.site, ledger, sums
+
+    @property
+    def paused(self) -> bool:
+        """Whether a person at the site wants it to pause."""
+        return False
+
+    def understand(self, proposal: Proposal) -> None:  # noqa: B027
+        """Read what the lead sent of the run, before a person is asked about it; may raise Refused."""
+
+    @abstractmethod
+    def prepare(self, proposal: Proposal) -> Prepared:
+        """Make ready for a run that policy, budget and person allow; may raise Refused, and takes what time it needs.
+
+        It opens no record, or a request that is refused in the end would tell of them.
+        """
+
+    def store(self, proposal: Proposal) -> None:  # noqa: B027
+        """Write what the site keeps of the run, before a round is charged: if it cannot, nothing is charged."""
+
+    @abstractmethod
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        """Train the adapter for a prepared run's round and the given attempt; the only step that reads records."""
+
+    def keep(self, run: str, adapter: Adapter) -> None:  # noqa: B027
+        """Store a run's final adapter."""
+
+    def await_approval(self, proposal: Proposal) -> None:  # noqa: B027
+        """Put a run before a person at the site, who is yet to approve it."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
@@ -163,7 +173,7 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
     site.ledger.require_startable(request.proposal)
     if request.step == JOIN:
         # Before each round, so that the lead does not count on a site that would refuse, and nobody pays for nothing.
-        if site.paused():
+        if site.paused:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
         return sums.join(proposal, request.session, parts)
@@ -261,7 +271,7 @@ def _offer(site: Site, asked: Invitation) -> Offer:
 def _prepared(site: Site, request: Request) -> Prepared:
     """The site, ready for a run that it may take part in; raises Refused for any other.  Charges nothing."""
     _check_asker(site, request)
-    if site.paused():
+    if site.paused:
         raise Refused(Reason.PAUSED)
     # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
     site.ledger.policy.check(request.proposal)
@@ -300,7 +310,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
             # A restarted site has no keys, and need not pay for what it could not upload.
             _party(site, request).require_open(request.round)
         # Last, so that a request that costs the lead nothing writes nothing.
-        run.store()
+        site.store(request.proposal)
         # A round whose reply could not be kept would be charged for nothing.
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
@@ -308,7 +318,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
     if isinstance(granted, bytes):
         return Update.from_bytes(granted)
     with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
-        trained = run.train(request, adapter, granted.attempt)
+        trained = site.train(request, adapter, granted.attempt)
         update = Update(
             site=site.name,
             run=request.run,
@@ -348,7 +358,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
         try:
             site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
             if refused.reason is Reason.AWAITING_APPROVAL:
-                site.awaits(request.proposal)
+                site.await_approval(request.proposal)
         except Exception:  # it is refused, whether or not the site can say so
             log.exception("%s could not record a refusal", site.name)
     return _refusal(site, request, refused)

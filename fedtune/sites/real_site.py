@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, settings_to_save
@@ -14,16 +14,14 @@ from fedtune.data.formats import files_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.at_site import Parties
+from fedtune.federation.secure.at_site import Parties, SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.secure_sums import sums_of
@@ -36,9 +34,9 @@ from fedtune.tasks import save_task_model, task_named
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SitePlaces:
-    """Where a site's things lie.
+@dataclass(kw_only=True)
+class SiteProcess:
+    """What a real site's process holds between requests: model and records of the newest run, and where things lie.
 
     Attributes:
         site_toml: its policy.
@@ -54,83 +52,26 @@ class SitePlaces:
     paused: Callable[[], bool]
     runs: Path
     adapters: Path
-    awaits: Callable[[Proposal, str], None] = lambda proposal, settings: None
-
-
-class RealSite:
-    """Opens the site for each request, as its files stand then, and keeps model and records of the newest run."""
-
-    def __init__(self, places: SitePlaces) -> None:
-        self._places = places
-        self._warm: tuple[str, SiteWork] | None = None
-        self._shared: SharedModel | None = None
-        self._parties = Parties()
+    awaits: Callable[[Proposal, str], None]
+    _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
+    _shared: SharedModel | None = field(default=None, init=False)
+    _parties: Parties = field(default_factory=Parties, init=False)
 
     def site(self, settings: str) -> Site:
-        """The site, for a run with these settings (JSON as a lead sent it, unchecked).
+        """Open the site as its files stand now, for a run with these settings (JSON as a lead sent it, unchecked).
 
         Raises:
             ConfigError: the policy cannot be read, or is of a simulated site.
             RunError: the ledger cannot be trusted or written.
         """
-        files = SiteFiles.of(self._places.site_toml)
+        files = SiteFiles.of(self.site_toml)
         if files.policy.simulated:
-            raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self._places.site_toml)
+            raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
         ledger = files.open()
-        return Site(
-            name=files.policy.site,
-            ledger=ledger,
-            understand=lambda proposal: self._check_settings(proposal, settings, files.policy),
-            prepare=lambda proposal: self._prepare(proposal, settings, files, ledger),
-            paused=self._places.paused,
-            awaits=lambda proposal: self._places.awaits(proposal, settings),
-            sums=sums_of(files, self._parties, members=files.policy.trust.members),
-            keep=lambda run, adapter: self._keep(run, adapter, files.policy, plan=ledger.history.runs[run].plan),
-        )
+        sums = sums_of(files, self._parties, members=files.policy.trust.members)
+        return RealSite(self, files, settings, ledger, sums=sums)
 
-    def _check_settings(self, asked: Proposal, settings: str, policy: Policy) -> RunConfig:
-        """What was sent, with the site's own files in it; loads nothing."""
-        sent = read_settings(settings, plan=asked.plan)
-        if sent.run_id() != asked.run:
-            # The run's name holds a digest of its settings, so that the lead's signature covers them.
-            raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
-        if policy.site not in sent.declared_sizes():
-            raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=policy.site)
-        # Made of the settings, since it is the request alone that the policy has judged.
-        proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
-        if proposal != asked:
-            raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
-        return at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
-
-    def _prepare(self, proposal: Proposal, settings: str, files: SiteFiles, ledger: Ledger) -> Prepared:
-        config = self._check_settings(proposal, settings, files.policy)
-        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
-        shared = self._shared_model(config, files.policy)
-
-        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-            # The round is charged by now: only now is a record read.
-            work = self._work(request.run, shared, files)
-            return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
-
-        return Prepared(
-            proposal=proposal,
-            template=shared.initial_adapter,
-            declared_size=config.declared_sizes()[files.policy.site],
-            train=train,
-            store=lambda: self._store(proposal.run, settings, ledger.history),
-            members=config.federation.active,
-        )
-
-    def _store(self, run: str, settings: str, history: History) -> None:
-        """Keep what a round needs that is about to be charged, of a run in the ledger's `history`."""
-        # No longer than what they say: a lead may send as many spaces as it likes.
-        shortest = json.dumps(json.loads(settings), ensure_ascii=False, separators=(",", ":"))
-        write_durably(self._places.runs / f"{run}.json", shortest.encode())
-        for file in set(self._places.runs.glob("*.json")):
-            if file.stem not in history.runs:  # it was never charged
-                file.unlink(missing_ok=True)
-
-    def _work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
+    def work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
         found = [file.stat() for file in files_of(Path(shared.config.data.train_file))]
         version = [[one.st_ino, one.st_size, one.st_mtime_ns] for one in found]
@@ -160,7 +101,7 @@ class RealSite:
             lenient=True,
         )
 
-    def _shared_model(self, config: RunConfig, policy: Policy) -> SharedModel:
+    def shared_model(self, config: RunConfig, policy: Policy) -> SharedModel:
         """The model, kept while runs want the same one on the same machine; only one that passed its try is kept."""
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
         kept = self._shared
@@ -179,19 +120,86 @@ class RealSite:
             )
         return self._shared
 
-    def _keep(self, run: str, adapter: Adapter, policy: Policy, *, plan: Plan) -> None:
+
+class RealSite(Site):
+    """A site of real people's records, opened for a request with a run's settings."""
+
+    def __init__(
+        self, process: SiteProcess, files: SiteFiles, settings: str, ledger: Ledger, *, sums: SumsAtSite
+    ) -> None:
+        super().__init__(ledger, sums=sums)
+        self._process, self._files, self._settings = process, files, settings
+
+    @property
+    def paused(self) -> bool:
+        """Whether a person at the site wants it to pause."""
+        return self._process.paused()
+
+    def understand(self, proposal: Proposal) -> None:
+        """Check the settings that came with the request; loads nothing."""
+        self._checked(proposal)
+
+    def _checked(self, asked: Proposal) -> RunConfig:
+        """What was sent, with the site's own files in it."""
+        sent, site = read_settings(self._settings, plan=asked.plan), self._files.policy.site
+        if sent.run_id() != asked.run:
+            # The run's name holds a digest of its settings, so that the lead's signature covers them.
+            raise Refused(Reason.WRONG_RUN, asked=asked.run, allowed=sent.run_id())
+        if site not in sent.declared_sizes():
+            raise Refused(Reason.WRONG_SITE, asked=", ".join(sent.declared_sizes()), allowed=site)
+        # Made of the settings, since it is the request alone that the policy has judged.
+        proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
+        if proposal != asked:
+            raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
+        return self._at_site(sent)
+
+    def _at_site(self, sent: RunConfig) -> RunConfig:
+        folder = self._process.site_toml.parent
+        return at_site(sent, self._files.policy, folder=folder, installed=self._process.installed)
+
+    def prepare(self, proposal: Proposal) -> Prepared:
+        """Check the settings, and load and try the model where the process has not got it yet."""
+        config = self._checked(proposal)
+        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
+        self._shared = self._process.shared_model(config, self._files.policy)
+        return Prepared(
+            proposal=proposal,
+            template=self._shared.initial_adapter,
+            declared_size=config.declared_sizes()[self.name],
+            members=config.federation.active,
+        )
+
+    def store(self, proposal: Proposal) -> None:
+        """Keep the settings, and no others than those of runs that were charged."""
+        # No longer than what they say: a lead may send as many spaces as it likes.
+        shortest = json.dumps(json.loads(self._settings), ensure_ascii=False, separators=(",", ":"))
+        write_durably(self._process.runs / f"{proposal.run}.json", shortest.encode())
+        for file in set(self._process.runs.glob("*.json")):
+            if file.stem not in self.ledger.history.runs:  # it was never charged
+                file.unlink(missing_ok=True)
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        """Train on the site's records.  The round is charged by now: only now is one read."""
+        work = self._process.work(request.run, self._shared, self._files)
+        return work.do(request, adapter, attempt, fingerprint_key=self.ledger.fingerprint_key())
+
+    def keep(self, run: str, adapter: Adapter) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""
-        sent = read_settings((self._places.runs / f"{run}.json").read_text(encoding="utf-8"), plan=plan)
-        config = at_site(sent, policy, folder=self._places.site_toml.parent, installed=self._places.installed)
-        shared = self._shared_model(config, policy)
+        settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
+        config = self._at_site(read_settings(settings, plan=self.ledger.history.runs[run].plan))
+        shared = self._process.shared_model(config, self._files.policy)
         if not adapter.same_shapes(shared.initial_adapter):
             raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")
         adapter.load_into(shared.model)
-        folder = self._places.adapters / run
-        save_task_model(shared.model, RunFolder(folder).adapter)
+        folder = RunFolder(self._process.adapters / run)
+        save_task_model(shared.model, folder.adapter)
         # JSON is YAML, too.
-        write_durably(RunFolder(folder).config, json.dumps(settings_to_save(config), indent=1).encode() + b"\n")
+        write_durably(folder.config, json.dumps(settings_to_save(config), indent=1).encode() + b"\n")
         log.info("the final adapter is kept", extra={"run": run})
+
+    def await_approval(self, proposal: Proposal) -> None:
+        """Put the run before a person here, with its settings."""
+        self._process.awaits(proposal, self._settings)
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

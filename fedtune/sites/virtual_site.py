@@ -360,7 +360,7 @@ class Participants:
         self._progress, self._session = progress, session
         self.sites = VirtualSites.of(config, folder, config.plan())
         self.records = RunRecords(config)
-        self._parties = {name: Parties() for name in config.federation.active}
+        self.parties = {name: Parties() for name in config.federation.active}
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -418,20 +418,29 @@ class Participants:
 
     def site(self, index: int) -> Site:
         """Open a site with its ledger, as the file stands now."""
-        name = self.config.federation.active[index]
-        ledger, work = self.sites.ledger(name), self.work[name]
+        return VirtualSite(self, self.config.federation.active[index])
 
-        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-            return work.do(request, adapter, attempt, fingerprint_key=ledger.fingerprint_key())
 
-        files = self.sites.files(name)
+class VirtualSite(Site):
+    """A site of a simulation, which has policy, ledger and records of its own and shares the model with the others."""
+
+    def __init__(self, everyone: Participants, name: str) -> None:
+        ledger, self._everyone, self._work = everyone.sites.ledger(name), everyone, everyone.work[name]
+        files = everyone.sites.files(name)
         # Kept sites may say themselves whom they sum with, as real ones do.
-        sums = sums_of(files, self._parties[name], members=files.policy.trust.members or self.identities)
-        prepared = Prepared(
-            proposal=self.config.proposal(lead=self.sites.lead_key().public, plan=self.plan),
-            template=self.shared.initial_adapter,
-            declared_size=work.declared_size,
-            train=train,
-            members=self.config.federation.active,
+        members = files.policy.trust.members or everyone.identities
+        super().__init__(ledger, sums=sums_of(files, everyone.parties[name], members=members))
+
+    def prepare(self, proposal: Proposal) -> Prepared:
+        """The simulation's own run, whatever was proposed."""
+        everyone, config = self._everyone, self._everyone.config
+        return Prepared(
+            proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
+            template=everyone.shared.initial_adapter,
+            declared_size=self._work.declared_size,
+            members=config.federation.active,
         )
-        return Site(name=name, ledger=ledger, prepare=lambda _: prepared, sums=sums)
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        """Train on the records that the simulation dealt to this site."""
+        return self._work.do(request, adapter, attempt, fingerprint_key=self.ledger.fingerprint_key())

@@ -33,6 +33,7 @@ from fedtune.flower.client import Exchange, SiteApp
 from fedtune.flower.wire.fleet import Fleet
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 
 RESULTS = Path(__file__).parent / "large_adapter.json"
@@ -145,19 +146,27 @@ class _Player:
         return True
 
     def _site(self) -> Site:
-        return Site(name=self._files.policy.site, ledger=self._files.open(), prepare=self._prepared)
-
-    def _prepared(self, proposal: Proposal) -> Prepared:
-        first = RunFolder(self._folder / "runs/large").saved_checkpoints[0]
-        tensors = {n.removeprefix("adapter/"): v for n, v in load_file(first).items() if n.startswith("adapter/")}
-        size = self._files.policy.declared_size(proposal.dataset)
-        return Prepared(proposal=proposal, template=Adapter(tensors), declared_size=size, train=_moved)
+        return _MovingSite(self._files.open(), RunFolder(self._folder / "runs/large").saved_checkpoints[0])
 
 
-def _moved(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-    draw = np.random.default_rng()
-    steps = {name: np.float32(1e-6) * draw.standard_normal(v.shape, np.float32) for name, v in adapter.tensors.items()}
-    return Trained(adapter=Adapter({name: value + steps[name] for name, value in adapter.tensors.items()}))
+class _MovingSite(Site):
+    """Moves each value a little in place of training."""
+
+    def __init__(self, ledger: Ledger, first: Path) -> None:
+        super().__init__(ledger)
+        self._first = first
+
+    def prepare(self, proposal: Proposal) -> Prepared:
+        saved = load_file(self._first).items()
+        tensors = {name.removeprefix("adapter/"): v for name, v in saved if name.startswith("adapter/")}
+        size = self.ledger.policy.declared_size(proposal.dataset)
+        return Prepared(proposal=proposal, template=Adapter(tensors), declared_size=size)
+
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        draw, moved = np.random.default_rng(), {}
+        for name, value in adapter.tensors.items():
+            moved[name] = value + np.float32(1e-6) * draw.standard_normal(value.shape, np.float32)
+        return Trained(adapter=Adapter(moved))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.federation.site_round import Prepared, Site, Trained, answer
+from fedtune.federation.site_round import Site, Trained, answer
 from fedtune.model import Adapter
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.virtual_site import Participants
@@ -158,19 +158,17 @@ def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) ->
             outside.tell("failed", site=name, error=f"cannot be opened: {error!r}"[:1000])
             raise
 
-        def prepare(request: RoundRequest) -> Prepared:
-            prepared = opened.prepare(request)
+        train_unseen = opened.train
 
-            def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-                outside.tell("begun", site=name, round=request.round, attempt=attempt)
-                with doomed.within("training"):
-                    trained = prepared.train(request, adapter, attempt)
-                outside.tell("trained", site=name, noise=trained.adapter.digest())
-                return trained
+        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+            outside.tell("begun", site=name, round=request.round, attempt=attempt)
+            with doomed.within("training"):
+                trained = train_unseen(request, adapter, attempt)
+            outside.tell("trained", site=name, noise=trained.adapter.digest())
+            return trained
 
-            return replace(prepared, train=train)
-
-        return replace(opened, prepare=prepare)
+        opened.train = train  # type: ignore[method-assign]
+        return opened
 
     everyone.site = site  # type: ignore[method-assign]
 

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
-from fedtune.federation.site_round import Prepared, Site, Train, Trained, answer, consider, end_run
+from fedtune.federation.site_round import Prepared, Site, Trained, answer, consider, end_run
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
@@ -22,6 +22,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
+
+from ..builders import MadeSite, Train
 
 NONCE = "0a" * 16
 
@@ -124,17 +126,11 @@ class Station:
                 proposal=self.propose(),
                 template=self.template,
                 declared_size=self.declared_size,
-                train=train or self._train,
             )
 
-        return Site(
-            name=self.policy.site,
-            ledger=self.ledger(),
-            prepare=prepare,
-            paused=lambda: self.paused,
-            keep=lambda run, adapter: self.kept.append((run, adapter.digest())),
-            awaits=self.awaited.append,
-        )
+        opened = MadeSite(self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused)
+        opened.kept, opened.awaited = self.kept, self.awaited
+        return opened
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append((request.round, attempt))

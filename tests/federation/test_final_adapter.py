@@ -17,6 +17,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError
 
+from ..builders import with_methods
+
 
 @pytest.fixture
 def final(adapter: Adapter) -> Adapter:
@@ -150,7 +152,7 @@ def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: A
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)
     with pytest.raises(OSError, match="no space left"):
-        end_run(replace(site.open(), keep=full), notice, final)
+        end_run(with_methods(site.open(), keep=full), notice, final)
     assert site.ledger().history.runs["r"].expires is None, "what was set aside is free all the same"
     end_run(site.open(), notice, final)
     assert site.kept == [("r", final.digest())]

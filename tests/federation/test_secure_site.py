@@ -46,6 +46,8 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.privacy.trust import Trust
 
+from ..builders import MadeSite, with_methods
+
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
 
@@ -88,15 +90,14 @@ class SecureSite:
                 proposal=self.asked(lead=proposal.lead),
                 template=self.adapter,
                 declared_size=100,
-                train=self.train,
                 members=NAMES,
             )
 
-        return Site(
-            name=self.name,
-            ledger=ledger,
+        return MadeSite(
+            ledger,
             prepare=prepare,
-            paused=lambda: self.paused,
+            train=self.train,
+            paused=self.paused,
             sums=SumsAtSite(
                 site=self.name,
                 identity=self.key,
@@ -407,7 +408,7 @@ def test_settings_are_needed_for_the_first_step_of_a_session_alone(
     def unread(proposal: Proposal) -> Prepared:
         raise AssertionError("no settings came with this")
 
-    monkeypatch.setattr(SecureSite, "open", lambda site, real=SecureSite.open: replace(real(site), prepare=unread))
+    monkeypatch.setattr(SecureSite, "open", lambda site, real=SecureSite.open: with_methods(real(site), prepare=unread))
     federation.read(made)
     assert federation.told("north", JOIN, *announced) == session.digest.encode()
     federation.sites["north"].parties = Parties()

@@ -14,6 +14,7 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 from fedtune.spec import RunError
 
+from ..builders import with_methods
 from .conftest import reason
 
 
@@ -171,7 +172,7 @@ def understanding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             if refused:
                 raise Refused(Reason.SETTINGS)
 
-        monkeypatch.setattr(site, "open", lambda train=None: replace(opened(train), understand=understand))
+        monkeypatch.setattr(site, "open", lambda train=None: with_methods(opened(train), understand=understand))
         return read
 
     return watch
@@ -243,7 +244,7 @@ def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(
         raise OSError("canary: /data/patients.csv")
 
     for prepare, rule in ((refuses, Reason.WRONG_RUN), (fails, Reason.SITE_ERROR)):
-        monkeypatch.setattr(site, "open", lambda train, prepare=prepare: replace(opened, prepare=prepare))
+        monkeypatch.setattr(site, "open", lambda train, prepare=prepare: with_methods(opened, prepare=prepare))
         reply = site.ask()
         assert reason(reply) is rule
         assert "canary" not in repr(reply)

@@ -36,6 +36,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
 
+from ..builders import MadeSite
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback
 
@@ -132,9 +133,8 @@ class Federation:
             proposal=self.run.proposal,
             template=self.adapter,
             declared_size=self.sizes[name],
-            train=self._train,
         )
-        return Site(name=name, ledger=self.ledger(name), prepare=lambda proposal: prepared)
+        return MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)

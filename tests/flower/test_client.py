@@ -13,7 +13,7 @@ from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
-from fedtune.federation.site_round import Prepared, Site, Train, Trained
+from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.flower import flower_records
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model import Adapter
@@ -24,6 +24,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
+
+from ..builders import MadeSite, Train
 
 END = f"query.{flower_records.END}"
 
@@ -47,8 +49,8 @@ def site(
     def make(train: Train = one_more) -> Site:
         key = SigningKey.load_or_make(tmp_path / "site_key.pem")
         ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
-        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, train=train)
-        return Site(name="a", ledger=ledger, prepare=lambda request: prepared)
+        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100)
+        return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 
     return make
 

@@ -19,6 +19,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError
 
+from ..builders import with_methods
+
 SITES = ("site-1", "site-2", "site-3")
 
 
@@ -179,7 +181,9 @@ def giving(federation: Callable[..., Any]) -> Callable[..., Any]:
 
         def site_of(context: Context, _: str) -> Site:
             name = made._name(context)
-            return replace(made.site(context), keep=lambda run, adapter: kept.update({name: (run, adapter.digest())}))
+            return with_methods(
+                made.site(context), keep=lambda run, adapter: kept.update({name: (run, adapter.digest())})
+            )
 
         app = make_client_app(site_of, lambda context: made._name(context))
         grid = InProcessGrid(app, made.spec.num_sites, replied=lambda number: None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
-from fedtune.federation.site_round import Prepared, Site, answer
+from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.flower import flower_records
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.fleet import HELLO
@@ -27,6 +27,7 @@ from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_settings import read_settings
 from fedtune.spec import ConfigError
 
+from ..builders import MadeSite
 from . import seeds
 from .mutations import mutated_bytes, mutated_json
 from .target import Target
@@ -66,7 +67,7 @@ def _site(prepare: Any) -> Site:
     from fedtune.privacy.ledger.site_ledger import Ledger
 
     ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
-    return Site(name="north", ledger=ledger, prepare=prepare)
+    return MadeSite(ledger, prepare=prepare, train=lambda request, adapter, attempt: Trained(adapter=adapter))
 
 
 def _settings(data: bytes) -> object:

@@ -30,7 +30,7 @@ from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Machine
 from fedtune.sites import shared_model
-from fedtune.sites.real_site import RealSite, SitePlaces
+from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
@@ -146,7 +146,7 @@ class Station:
 
     def restart(self) -> None:
         """The site's process ends, and another begins in the same folder."""
-        places = SitePlaces(
+        self.real = SiteProcess(
             site_toml=self.site_toml,
             installed=self.installed,
             paused=self.paused.exists,
@@ -154,7 +154,6 @@ class Station:
             adapters=self.adapters,
             awaits=lambda proposal, settings: self.waits(proposal, settings),
         )
-        self.real = RealSite(places)
 
     def installed(self, sha256: str) -> Path:
         raise ConfigError("base model", sha256, "is not installed")

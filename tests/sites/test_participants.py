@@ -92,7 +92,7 @@ def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     request = round_request(everyone.config, everyone.sites.lead_key(), site=site.name)
     prepared = site.prepare(request)
     assert prepared.proposal == request.proposal
-    return prepared.train(request, everyone.shared.initial_adapter, attempt)
+    return site.train(request, everyone.shared.initial_adapter, attempt)
 
 
 def texts(dataset: Any) -> Counter[bytes]:

@@ -47,7 +47,7 @@ def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]
 
     def train(round: int) -> Adapter:
         request = round_request(everyone.config, everyone.sites.lead_key(), round=round)
-        return site.prepare(request).train(request, everyone.shared.initial_adapter, 1).adapter
+        return site.train(request, everyone.shared.initial_adapter, 1).adapter
 
     return train
 

@@ -33,7 +33,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from fedtune.sites.real_site import RealSite
+    from fedtune.sites.real_site import SiteProcess
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ class SiteService:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
             state.check_ledger(files.open().history.opened.ledger)
-            real = cache(lambda: self._real_site(state))
-            app = SiteApp(lambda settings: real().site(settings), name=files.policy.site)
+            process = cache(lambda: self._site_process(state))
+            app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
             fleet = Fleet(
                 self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
             )
@@ -95,20 +95,18 @@ class SiteService:
                 fleet.close()
             log.info("the site is down", extra={"site": files.policy.site})
 
-    def _real_site(self, state: SiteState) -> RealSite:
+    def _site_process(self, state: SiteState) -> SiteProcess:
         """What answers.  Made when the first message comes: its libraries take seconds and most of a site's memory."""
         from fedtune.deploy.kits.models import installed_model
-        from fedtune.sites.real_site import RealSite, SitePlaces
+        from fedtune.sites.real_site import SiteProcess
 
-        return RealSite(
-            SitePlaces(
-                site_toml=self.site_toml,
-                installed=lambda sha256: installed_model(self.kit.folder, sha256),
-                paused=lambda: state.paused.exists() or state.left.exists(),
-                runs=state.runs,
-                adapters=self.kit.folder / "adapters",
-                awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
-            )
+        return SiteProcess(
+            site_toml=self.site_toml,
+            installed=lambda sha256: installed_model(self.kit.folder, sha256),
+            paused=lambda: state.paused.exists() or state.left.exists(),
+            runs=state.runs,
+            adapters=self.kit.folder / "adapters",
+            awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
         )
 
     def _checked(self, state: SiteState) -> SiteFiles:
