@@ -31,6 +31,7 @@ from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.runs.results import site_charge
 from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 from fedtune.words import finite
