@@ -90,12 +90,13 @@ def _table(prefix: str, spec: type, values: object, *, skip: tuple[str, ...] = (
 
 def _attributes(spec: type) -> dict[str, str]:
     """Attribute name to its meaning, out of a Google-style docstring."""
-    _, _, block = (spec.__doc__ or "").partition("Attributes:\n")
     found = {}
-    for entry in re.split(r"\n(?=\S)", textwrap.dedent(block)):
-        name, colon, meaning = entry.partition(":")
-        if colon and name.isidentifier():
-            found[name] = re.sub(r"\s+", " ", meaning).strip()
+    for cls in reversed(spec.__mro__):  # what a class inherits is said where it is declared
+        _, _, block = (cls.__doc__ or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=\S)", textwrap.dedent(block)):
+            name, colon, meaning = entry.partition(":")
+            if colon and name.isidentifier():
+                found[name] = re.sub(r"\s+", " ", meaning).strip()
     return found
 
 

@@ -108,8 +108,8 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
-    """An instance of the spec `cls` from a TOML table."""
+def from_table(cls: type[T], table: Mapping[str, Any], *, default: T | None = None) -> T:
+    """An instance of the spec `cls` from a TOML table, which may leave out what `default` has."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:
@@ -119,13 +119,13 @@ def from_table(cls: type[T], table: Mapping[str, Any]) -> T:
             raise ConfigError(named, NOT_GIVEN, f"is not a key here; known are {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and key not in table:
+        if required and default is None and key not in table:
             raise ConfigError(key, NOT_GIVEN, "is required")
-    values = {key: _value(key, value, hints[key]) for key, value in table.items()}
-    return cls(**values)
+    values = {key: _value(key, value, hints[key], fields[key].default) for key, value in table.items()}
+    return cls(**values) if default is None else dataclasses.replace(default, **values)  # type: ignore[type-var]
 
 
-def _value(key: str, value: Any, hint: Any) -> Any:
+def _value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     """`value` as the type `hint`; nothing is converted but a whole number to a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -134,7 +134,7 @@ def _value(key: str, value: Any, hint: Any) -> Any:
         return _value(key, value, next(argument for argument in arguments if argument is not type(None)))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
-        return _under(key, hint, value)
+        return _under(key, hint, value, default if isinstance(default, hint) else None)
     if origin is tuple:
         _require(key, value, isinstance(value, list), "must be a list")
         if dataclasses.is_dataclass(arguments[0]):
@@ -152,9 +152,9 @@ def _value(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _under(key: str, cls: Any, table: Mapping[str, Any]) -> Any:
+def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
     try:
-        return from_table(cls, table)
+        return from_table(cls, table, default=default)
     except ConfigError as error:
         raise error.under(key) from None
 

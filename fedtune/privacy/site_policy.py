@@ -258,45 +258,61 @@ class Releases:
         return metrics in METRICS and list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)
 
 
-MOST_DEVICES = 64
-"""Of one machine; each takes a process with a model of its own."""
-MOST_THREADS = 1024
-"""Of one process; a system runs out of them somewhere above."""
+_MOST_DEVICES = 64  # of one machine; each takes a process with a model of its own
+_MOST_THREADS = 1024  # of one process; a system runs out of them somewhere above
 
 
 @spec
 class Machine:
-    """What the site trains on.  None of it changes what is released, but for rounding.
+    """The machine that trains: a run's `runtime`, and a site's own in its policy, where 0 or "" stand for null.
+
+    None of it changes a result, but for rounding.
 
     Attributes:
-        device: "auto", "cpu" or "cuda".
-        num_devices: GPUs that share each step; on the CPU, processes.
-        num_threads: of torch; 0: one for each core.
-        micro_batch_tokens: most tokens of a batch that is computed at once; 0: what suits the device.
-        step_mib: memory for a batch and its gradients; 0: a share of what the machine has.
-        kept_states_mib: memory for what the frozen layers make of the records, which saves computing it anew.
-        kept_states_folder: where it goes if memory has no room, in a file without a name; "": nowhere.
-        onednn: frozen weights multiply by oneDNN on an x86 CPU; false: as torch does it.
-        gradient_checkpointing: slower, with less memory.
+        device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
+        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
+            processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
+            `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.
+        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
+            as many as OMP_NUM_THREADS says, if those are fewer.
+        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
+            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 4,096 on a GPU.
+        step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
+            the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
+            machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.
+        kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
+            for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
+            fit, `kept_states_folder` takes them; without it none are kept, which takes several times as long, and a run
+            says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
+        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
+            free there.  Nobody can open what is written, which is gone with the process, however it ends.
+        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD's
+            and as exact; false leaves it to torch.
+        gradient_checkpointing: true recomputes activations in the backward pass, for large models.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_devices: int = 1
-    num_threads: int = 0
-    micro_batch_tokens: int = 0
-    step_mib: int = 0
-    kept_states_mib: int = 1024
-    kept_states_folder: str = ""
+    num_devices: int | None = None
+    num_threads: int | None = None
+    micro_batch_tokens: int | None = None
+    step_mib: int | None = None
+    kept_states_mib: int | None = None
+    kept_states_folder: str | None = None
     onednn: bool = True
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key in ("num_threads", "micro_batch_tokens", "step_mib", "kept_states_mib"):
-            check_at_least(key, getattr(self, key), 0)
-        check_at_least("num_devices", self.num_devices, 1)
-        check_at_most("num_devices", self.num_devices, MOST_DEVICES)
-        check_at_most("num_threads", self.num_threads, MOST_THREADS)
+        for key, least, most in (
+            ("num_devices", 1, _MOST_DEVICES),
+            ("num_threads", 0, _MOST_THREADS),
+            ("micro_batch_tokens", 0, math.inf),
+            ("step_mib", 0, math.inf),
+            ("kept_states_mib", 0, math.inf),
+        ):
+            if (number := getattr(self, key)) is not None:
+                check_at_least(key, number, least)
+                check_at_most(key, number, most)
 
 
 @spec
@@ -345,7 +361,9 @@ class Policy:
     asserted: Asserted = Asserted()
     approval: Literal["automatic", "manual"] = "automatic"
     final_adapter: Literal["keep", "decline"] = "keep"
-    machine: Machine = Machine()
+    machine: Machine = Machine(
+        num_devices=1, num_threads=0, micro_batch_tokens=0, step_mib=0, kept_states_mib=1024, kept_states_folder=""
+    )
     trust: Trust = Trust()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"

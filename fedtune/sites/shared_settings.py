@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -130,20 +130,13 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
     dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
     if dataset is None:
         raise Refused(Reason.DATASET, asked=config.data.dataset)
-    machine = policy.machine
-    runtime = RuntimeSpec(
-        kind="deployment",
-        device=machine.device,
-        num_devices=machine.num_devices,
-        num_threads=machine.num_threads or None,
-        micro_batch_tokens=machine.micro_batch_tokens or None,
-        step_mib=machine.step_mib or None,
-        kept_states_mib=machine.kept_states_mib,
-        kept_states_folder=str(folder / machine.kept_states_folder) if machine.kept_states_folder else None,
-        onednn=machine.onednn,
-        gradient_checkpointing=machine.gradient_checkpointing,
-        seeded_noise=config.runtime.seeded_noise,
-    )
+    machine = asdict(policy.machine)
+    for key in ("num_threads", "micro_batch_tokens", "step_mib"):
+        machine[key] = machine[key] or None
+    if machine["kept_states_folder"]:
+        machine["kept_states_folder"] = str(folder / machine["kept_states_folder"])
+    machine["kept_states_folder"] = machine["kept_states_folder"] or None
+    runtime = RuntimeSpec(**machine, kind="deployment", seeded_noise=config.runtime.seeded_noise)
     # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
     columns = {role: dataset.columns[role] for role in config.data.columns if role in dataset.columns}
     data = replace(config.data, train_file=str(folder / dataset.path), columns=columns)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Literal
 
-from fedtune.privacy.site_policy import MOST_DEVICES, MOST_THREADS
+from fedtune.privacy.site_policy import Machine
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_one_of, check_positive, spec
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -130,31 +130,11 @@ def _check_rate(key: str, value: float) -> None:
 
 
 @spec
-class RuntimeSpec:
+class RuntimeSpec(Machine):
     """Where a run happens and how fast.  Only `seeded_noise` affects the guarantee, and it marks the run.
 
     Attributes:
         kind: "simulation" (in this process), "ray" (Flower's simulation engine) or "deployment" (real sites).
-        device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
-        num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
-            processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
-            `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.
-        num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
-            as many as OMP_NUM_THREADS says, if those are fewer.
-        micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
-            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 4,096 on a GPU.
-        step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
-            the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
-            machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.
-        kept_states_mib: the memory in MiB for keeping each record's output of the frozen layers below the adapters,
-            for all sites of a process together, and as much for each of the lead's data sets.  If the outputs do not
-            fit, `kept_states_folder` takes them; without it none are kept, which takes several times as long, and a run
-            says so at its start.  null: a quarter of what the machine has available.  0 keeps none there.
-        kept_states_folder: a folder on a fast disk for the outputs that do not fit in memory, at most half of what is
-            free there.  Nobody can open what is written, which is gone with the process, however it ends.
-        onednn: true multiplies with frozen float32 weights by oneDNN on an x86 CPU, which is twice as fast on AMD's
-            and as exact; false leaves it to torch.
-        gradient_checkpointing: true recomputes activations in the backward pass, for large models.
         seeded_noise: true takes noise and samples from `seed`: a repeatable study WITHOUT a guarantee.
         sites_dir: the folder in which simulated sites keep policy, key and ledger over several runs; null: each run
             makes new ones in its run folder.
@@ -164,32 +144,16 @@ class RuntimeSpec:
     """
 
     kind: Literal["simulation", "ray", "deployment"] = "simulation"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_devices: int | None = None
-    num_threads: int | None = None
-    micro_batch_tokens: int | None = None
-    step_mib: int | None = None
-    kept_states_mib: int | None = None
-    kept_states_folder: str | None = None
-    onednn: bool = True
-    gradient_checkpointing: bool = False
     seeded_noise: bool = False
     sites_dir: str | None = None
     ray_address: str | None = None
     sites_per_gpu: int | None = None
 
     def __post_init__(self) -> None:
-        check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key, most in (("num_devices", MOST_DEVICES), ("num_threads", MOST_THREADS)):
+        for key in ("num_threads", "micro_batch_tokens", "step_mib"):  # 0 is a site's word alone
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
-                check_at_most(key, getattr(self, key), most)
-        if self.micro_batch_tokens is not None:
-            check_at_least("micro_batch_tokens", self.micro_batch_tokens, 1)
-        if self.step_mib is not None:
-            check_at_least("step_mib", self.step_mib, 1)
-        if self.kept_states_mib is not None:
-            check_at_least("kept_states_mib", self.kept_states_mib, 0)
+        Machine.__post_init__(self)
         self._check_ray()
 
     @property

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, fille
             for key, value in dataclasses.asdict(table).items()
         }
         assert {key: found[key] for key in left_out} == left_out
+
+
+def test_a_machine_of_which_one_thing_is_said_is_else_the_template_s(site_toml: Path, filled_in: Path) -> None:
+    site_toml.write_text(site_toml.read_text().partition("[machine]")[0] + '[machine]\ndevice = "cpu"\n')
+    assert read_policy(site_toml).machine == replace(read_policy(filled_in).machine, device="cpu")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
