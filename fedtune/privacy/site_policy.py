@@ -42,8 +42,7 @@ from fedtune.spec import (
 PERIODS = ("month", "quarter", "year")
 DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
-AT_ONCE = "the time of a reply tells roughly how many records there are"
-"""What `releases.reply_after_s = 0` means."""
+AT_ONCE = "the time of a reply tells roughly how many records there are"  # where `releases.reply_after_s` is 0
 _MOST_DAYS = 36525.0
 
 
@@ -258,15 +257,9 @@ class Releases:
         return metrics in METRICS and list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)
 
 
-_MOST_DEVICES = 64  # of one machine; each takes a process with a model of its own
-_MOST_THREADS = 1024  # of one process; a system runs out of them somewhere above
-
-
 @spec
 class Machine:
-    """The machine that trains: a run's `runtime`, and a site's own in its policy, where 0 or "" stand for null.
-
-    None of it changes a result, but for rounding.
+    """The machine of a run or, in its policy, of a site, where 0 or "" stand for null.  It decides rounding alone.
 
     Attributes:
         device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
@@ -303,16 +296,13 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        for key, least, most in (
-            ("num_devices", 1, _MOST_DEVICES),
-            ("num_threads", 0, _MOST_THREADS),
-            ("micro_batch_tokens", 0, math.inf),
-            ("step_mib", 0, math.inf),
-            ("kept_states_mib", 0, math.inf),
-        ):
+        least = {"num_devices": 1, "num_threads": 0, "micro_batch_tokens": 0, "step_mib": 0, "kept_states_mib": 0}
+        # Each device takes a process with a model of its own; a system runs out of threads somewhere above.
+        most = {"num_devices": 64, "num_threads": 1024}
+        for key in least:
             if (number := getattr(self, key)) is not None:
-                check_at_least(key, number, least)
-                check_at_most(key, number, most)
+                check_at_least(key, number, least[key])
+                check_at_most(key, number, most.get(key, math.inf))
 
 
 @spec
