@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,27 +56,9 @@ _OTHER_WORDS = {
     "device": "runtime.device",
 }
 """What other programs call a setting."""
-
-
-_MOST_RUNS = 1000
-"""Of a sweep."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
-    """Runs that differ in some settings.
-
-    Attributes:
-        name: of the sweep; the names of its runs begin with it, unless they are swept themselves.
-        runs: one for each combination.
-        values: of each run, the swept settings and groups with their values as they were typed.
-        overrides: that make the same sweep again, under the same name.
-    """
-
-    name: str
-    runs: tuple[RunConfig, ...]
-    values: tuple[Mapping[str, str], ...]
-    overrides: tuple[str, ...]
+_OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
+MOST_RUNS = 1000
+"""Of a sweep or a search: more than anybody means."""
 
 
 def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
@@ -87,29 +71,32 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
     """
-    overrides = [in_grammar(override, swept=False) for override in overrides if override.strip()]
-    _require_one_experiment(overrides)
+    overrides = [_in_grammar(override, swept=False) for override in overrides if override.strip()]
     resumed = [override for override in overrides if override.startswith("resume=")]
-    if resumed and not any(_chooses_option(override) for override in overrides):
-        return _resumed(resumed[-1].removeprefix("resume="), [o for o in overrides if o not in resumed])
+    # A folder is resumed with its own configuration, unless an override such as privacy=none replaces a whole group.
+    if resumed and not any((config_folder() / key_of(override)).is_dir() for override in overrides):
+        folder, saved = _run_folder(resumed[-1].removeprefix("resume=").strip("'\""))
+        # The name is how the sites' ledgers know the run: another one would start their count at zero.
+        fixed = {"resume": str(folder), "name": saved.name}
+        return _changed(saved, [override for override in overrides if override not in resumed], fixed=fixed)
     file, overrides = _experiment_file(overrides)
     maps, overrides = _free_maps(overrides)
     # An empty map stands for a value that conf leaves open, until it is put in.
     settings = _composed([*overrides, *{f"++{_map_of(key)}={{}}": None for key in maps}], file)
     _replace_maps(settings, file, maps)
     if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
-        outer = {_key(override).partition(".")[0] for override in overrides}
+        outer = {key_of(override).partition(".")[0] for override in overrides}
         settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - outer if key in file.settings}
     if settings.get("federation", {}).get("aggregation") == "secure":
         # What was said where secure sums were asked for, or later, stays; the rest had plain rounds in mind.
-        said = {_key(override) for override in overrides}
+        said = {key_of(override) for override in overrides}
         if file is not None and file.sets("federation.aggregation"):
             said |= {f"{group}.{key}" for group in ("federation", "training") for key in file.settings.get(group, ())}
         settings = with_secure_sums(settings, keep=said)
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
-        settings["name"] = _time_stamp()
+        settings["name"] = time_stamp()
     for dotted, value in (changed or {}).items():
         *parents, last = dotted.split(".")
         reduce(dict.__getitem__, parents, settings)[last] = value
@@ -118,7 +105,7 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
     except ConfigError as error:
         unknown = error.bound == "is not a setting of fedtune"
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if unknown else error
-        typed = any(_key(override) == error.key for override in overrides) or error.key in maps
+        typed = any(key_of(override) == error.key for override in overrides) or error.key in maps
         raise hinted.in_file(file.path) if file and file.sets(error.key) and not typed else hinted from None
 
 
@@ -154,13 +141,6 @@ def _word(value: Any) -> str:
     return repr(value)
 
 
-def _require_one_experiment(overrides: Sequence[str]) -> None:
-    """Refuse a second experiment: Hydra would take the last one, and say nothing."""
-    given = [_value(override) for override in overrides if _key(override) == "experiment"]
-    if len(given) > 1:
-        raise ConfigError("experiment", given[1], f"is one too many: experiment={given[0]} is given, too")
-
-
 def _with_start(config: RunConfig) -> RunConfig:
     """The same with the digest of the adapter that it begins in, which was looked at.
 
@@ -187,40 +167,72 @@ def _with_start(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
-def compose_sweep(overrides: Sequence[str]) -> Sweep:
-    """One run for each combination of comma-separated values, all validated before the first one begins."""
-    words = [in_grammar(override) for override in overrides]
-    _require_one_experiment(words)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Searched:
+    """A setting, or a group of them, that is given several values.
+
+    Attributes:
+        choices: its values as they are typed; empty: any number from `low` to `high`, whole where both are.
+        log: whether numbers are drawn evenly by their logarithm.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its numbers are whole."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
+    """The overrides that all runs have in common, and the settings that are given several values.
+
+    Raises:
+        ConfigError: one is no override, or its range of values is empty.
+    """
+    words = [_in_grammar(override) for override in overrides]
+    parser = OverridesParser.create()
+    parser.functions.register(name="log", func=_log)
+    parser.functions.definitions["log"] = inspect.signature(_log, eval_str=True)  # Hydra takes no types in strings
     try:
-        parsed = OverridesParser.create().parse_overrides(words)
-        require_few(parsed)
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+        parsed = parser.parse_overrides(words)
     except HydraException as error:
-        raise in_our_words(error, words) from error
-    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    typed = [{_key(part): part.partition("=")[2] for part in batch if _key(part) in swept} for batch in batches]
-    values = tuple({key: value.strip("".join(_QUOTES)) for key, value in each.items()} for each in typed)
-    if "name" in swept:
-        named = tuple(compose_run(batch) for batch in batches)
-        return Sweep(name=f"{named[0].name}-sweep", runs=named, values=values, overrides=tuple(overrides))
-    given = [str(override.value()) for override in parsed if override.key_or_group == "name"]
-    prefix = given[-1] if given else _time_stamp()
-    runs = []
-    for batch, each in zip(batches, typed, strict=True):
-        chosen = ",".join(f"{key}={value}" for key, value in each.items())
-        suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
-        runs.append(compose_run([*batch, f"name='{prefix}-{suffix}'"]))
-    again = overrides if given else [*overrides, f"name={prefix}"]
-    return Sweep(name=prefix, runs=tuple(runs), values=values, overrides=tuple(again))
+        wrong = _in_our_words(error, words)
+        key, _, value = str(wrong.value).partition("=")
+        raise ConfigError(key, value, _OF_A_SPACE) if re.match(r"\w+\(", value) else wrong from error
+    keys = [one.get_key_element() for one in parsed]
+    for place, (key, one) in enumerate(zip(keys, parsed, strict=True)):
+        if one.is_sweep_override() and key in keys[place + 1 :]:
+            raise ConfigError(
+                key, NOT_GIVEN, "must not be given again after its values: the last would be all that counts"
+            )
+    fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+    return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
 
 
-def require_few(parsed: Sequence[Any]) -> None:
-    """Refuse a sweep of more runs than anybody means, before a range of them fills the memory."""
-    count = 1
-    for override in (one for one in parsed if one.is_sweep_override()):
-        count *= sum(1 for _ in islice(override.sweep_string_iterator(), _MOST_RUNS + 1))
-        if count > _MOST_RUNS:
-            raise ConfigError(override.key_or_group, "...", f"must give at most {_MOST_RUNS} runs to the sweep")
+def _log(start: int | float, end: int | float) -> IntervalSweep:
+    return IntervalSweep(start=float(start), end=float(end), tags={"log"})
+
+
+def _searched(override: Override) -> Searched:
+    key, value = override.get_key_element(), override.value()
+    typed = override.input_line.partition("=")[2] if override.input_line else ""
+    if not isinstance(value, IntervalSweep):
+        try:
+            # Before a range of them fills the memory.
+            values = tuple(dict.fromkeys(map(str, islice(override.sweep_string_iterator(), MOST_RUNS + 1))))
+        except (ValueError, HydraException):  # a range of steps of 0, or names of files
+            raise ConfigError(key, typed, _OF_A_SPACE) from None
+        return Searched(key=key, choices=values)
+    low, high, log = value.start, value.end, "log" in value.tags
+    if low is None or high is None or not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
+        least = ", both above 0" if log else ""
+        raise ConfigError(key, typed, f"must go from a smaller number to a larger one{least}")
+    return Searched(key=key, low=low, high=high, log=log)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -229,25 +241,13 @@ def write_config(config: RunConfig, folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(settings_to_save(config)), RunFolder(folder).config)
 
 
-def _chooses_option(override: str) -> bool:
-    """Whether an override replaces a whole group, as in privacy=none."""
-    return (config_folder() / override.lstrip("+~").partition("=")[0]).is_dir()
-
-
-def _resumed(name: str, overrides: Sequence[str]) -> RunConfig:
-    """`resume=FOLDER` continues with the folder's own configuration, changed by single values only."""
-    folder, saved = _run_folder(name.strip("'\""))
-    # The name is how the sites' ledgers know the run: another one would start their count at zero.
-    return _changed(saved, overrides, fixed={"resume": str(folder), "name": saved.name})
-
-
 def _changed(known: RunConfig, overrides: Sequence[str], *, fixed: Mapping[str, Any]) -> RunConfig:
     """A whole configuration, changed by single values."""
     try:
         changes = OmegaConf.from_dotlist(list(overrides))
         settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(known.to_json()), changes))
     except (OmegaConfBaseException, YAMLError) as error:
-        raise in_our_words(error, overrides) from error
+        raise _in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
     return parse({**{str(key): value for key, value in settings.items()}, **fixed})
 
@@ -279,13 +279,13 @@ def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> d
                     composed = compose("config", overrides=[*overrides, *found])
         settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise in_our_words(error, overrides) from error
+        raise _in_our_words(error, overrides) from error
     assert isinstance(settings, dict)
     settings.pop("experiment", None)
     return {str(key): value for key, value in settings.items()}
 
 
-def in_grammar(override: str, *, swept: bool = True) -> str:
+def _in_grammar(override: str, *, swept: bool = True) -> str:
     """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces.
 
     A comma parts values where the override is `swept`, and otherwise belongs to a path.
@@ -314,11 +314,12 @@ def _quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """The key that an override sets, adds or takes out."""
     return override.lstrip("+~").partition("=")[0].strip()
 
 
-def _value(override: str) -> Any:
+def value_of(override: str) -> Any:
     """What an override gives its key.
 
     Raises:
@@ -327,21 +328,38 @@ def _value(override: str) -> Any:
     try:
         return OverridesParser.create().parse_override(override).value()
     except HydraException as error:
-        raise in_our_words(error, [override]) from error
+        raise _in_our_words(error, [override]) from error
+
+
+def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides give settings that are none of a run's, such as an audit's own: one plain value each.
+
+    Raises:
+        ConfigError: one is no override, or stands for several values.
+    """
+    values = {}
+    for override in overrides:
+        key, equals, _ = override.lstrip("+").partition("=")
+        if not equals:
+            raise ConfigError("override", override, f"must look like {key.partition('.')[0]}.key=value")
+        values[key] = value_of(override)
+        if isinstance(values[key], Sweep | bool):
+            raise ConfigError(key, str(values[key]), "must be one plain value")
+    return values
 
 
 def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values for maps with free keys, whole (`data.columns={text: body}`) or by entry, and the other overrides."""
     maps: dict[str, Any] = {}
     others = []
-    taken_out = [f"{_key(override[1:])}." for override in overrides if override.startswith("~")]
+    taken_out = [f"{key_of(override[1:])}." for override in overrides if override.startswith("~")]
     for override in overrides:
-        key = _key(override)
+        key = key_of(override)
         name = None if override.startswith("~") else _map_of(key)
         if name is None:
             others.append(override)
         elif not name.startswith(tuple(taken_out)):
-            maps[key] = _value(override)
+            maps[key] = value_of(override)
     return maps, others
 
 
@@ -370,17 +388,24 @@ def _replace_maps(settings: dict[str, Any], file: ExperimentFile | None, maps: M
 
 
 def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, list[str]]:
-    """The file that `experiment=` names, if its value is a path, and the other overrides."""
-    given = [override for override in overrides if _key(override) == "experiment"]
+    """The file that `experiment=` names, if its value is a path, and the other overrides.
+
+    Raises:
+        ConfigError: two experiments are named, or the file is none.
+    """
+    given = [override for override in overrides if key_of(override) == "experiment"]
     if not given:
         return None, list(overrides)
-    name = _value(given[-1])
+    if len(given) > 1:  # Hydra would take the last one, and say nothing
+        first, second = map(value_of, given[:2])
+        raise ConfigError("experiment", second, f"is one too many: experiment={first} is given, too")
+    name = value_of(given[0])
     if not (isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)):
         return None, list(overrides)
     return read_experiment(Path(name).expanduser()), [override for override in overrides if override not in given]
 
 
-def in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
+def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Hydra's message as one line about the override that caused it."""
     text = " ".join(line.strip() for line in str(error).splitlines())
     given = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
@@ -441,5 +466,6 @@ def _key_paths(settings: dict[str, Any], outer: tuple[str, ...]) -> Iterator[tup
             yield from _key_paths(value, (*outer, key))
 
 
-def _time_stamp() -> str:
+def time_stamp() -> str:
+    """The name of a run that is given none."""
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -133,11 +133,9 @@ def _with_files_beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]
     beside = dict(data)
     for key in ("train_file", "validation_file", "test_file"):
         name = data.get(key)
-        if isinstance(name, str) and name.strip() and _is_there(folder / name):
-            beside[key] = str(folder / name)
+        if isinstance(name, str) and name.strip():
+            path = folder / name
+            # With {site} in its name, one for any site.
+            if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
+                beside[key] = str(path)
     return {**settings, "data": beside}
-
-
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; with `{site}` in its name, one for any site."""
-    return path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*"))))

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from fedtune.api.compose import compose_run
+from fedtune.api.compose import compose_run, plain_values
 from fedtune.api.working_folder import folder_of, make
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
@@ -26,9 +23,6 @@ from fedtune.report.audit_findings import Audit, AuditHitRate, AuditMembership
 from fedtune.report.derive.audit_bounds import read_audit, refuted
 from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
-
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    pass
 
 _PREFIX = "audit."
 _ATTACKER = {
@@ -122,18 +116,12 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
     Raises:
         ConfigError: names the first wrong key, its value and what would be accepted.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides([override.lstrip("+") for override in overrides])
-    except HydraException:
-        raise ConfigError("override", " ".join(overrides), "must look like audit.key=value") from None
     given, known = {}, [field.name for field in fields(AuditSpec)]
-    for one in parsed:
-        key = str(one.key_or_group).removeprefix(_PREFIX)
+    for word, value in plain_values(overrides).items():
+        key = word.removeprefix(_PREFIX)
         if key not in known:
-            raise ConfigError(_PREFIX + key, one.value(), f"is not a setting of an audit ({', '.join(known)})")
-        if one.is_sweep_override() or isinstance(one.value(), bool):
-            raise ConfigError(_PREFIX + key, str(one.value()), "must be one plain value")
-        given[key] = one.value()
+            raise ConfigError(word, value, f"is not a setting of an audit ({', '.join(known)})")
+        given[key] = value
     try:
         return TypeAdapter(AuditSpec).validate_python(given)
     except ValidationError as error:

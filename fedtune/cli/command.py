@@ -11,8 +11,9 @@ import gc
 import inspect
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -93,6 +94,12 @@ def check_output(path: Path | None) -> None:
     """Require one of the endings of `Output`."""
     if path is not None and path.suffix not in _OUTPUTS:
         raise ConfigError("--output", str(path), f"must end in {', '.join(_OUTPUTS)}")
+
+
+def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
+    """What to type to give a command again, under the name that its run was given."""
+    named = [word for word in words if not word.startswith("name=")]
+    return shlex.join(["fedtune", command, *named, f"name={name}", *options])
 
 
 class _Argument(click.Argument):

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.cli.plain_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
@@ -26,6 +25,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
+from fedtune.show.amounts import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.show.sections import say
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted, unbounded

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import cap_text, event_text, mechanism_text, promise_text, rounded_down, trust_words
+from fedtune.cli.plain_words import event_text, promise_text
 from fedtune.deploy.backup import MadeUp
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
@@ -17,6 +17,7 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified
+from fedtune.show.amounts import cap_text, mechanism_text, rounded_down, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, say
 from fedtune.words import counted, unbounded

@@ -15,7 +15,6 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
 from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan_sections import show_outlook
-from fedtune.cli.search_price import check_trials, price_section
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
 from fedtune.privacy.accountant import epsilon_text
@@ -26,6 +25,7 @@ from fedtune.privacy.selection import price_of
 from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
 from fedtune.show.sections import json_text, print_json, say, show, write_file
 from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.studies.search import check_trials, price_section
 from fedtune.words import jsonable
 
 if TYPE_CHECKING:

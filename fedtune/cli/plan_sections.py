@@ -8,7 +8,7 @@ import math
 from rich.console import Console
 
 from fedtune.cli.outlook import Outlook
-from fedtune.cli.plain_words import ABOUT_RDP, contribution, noise_words, reason_text, signal_words, trust_words
+from fedtune.cli.plain_words import reason_text
 from fedtune.config import RunConfig
 from fedtune.evaluation.groups import fewest_told
 from fedtune.federation.planner import RoundPrice
@@ -16,15 +16,12 @@ from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
+from fedtune.show.amounts import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, pairs, say, show
 from fedtune.words import counted, duration, size, spoken_start
 
 NOT_PRIVATE = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
-SEEDED = (
-    "NO GUARANTEE: the noise would come from the configured seed, and anybody who knows the seed "
-    "can subtract the noise."
-)
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MOST_BAR = 60
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import time
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from fedtune.api.working_folder import Work, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import full_disk
-from fedtune.show.sections import say
+from fedtune.show.sections import say, show
 from fedtune.spec import RunError, StuckError
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.results import RunResult
     from fedtune.sites.session import Session
+    from fedtune.studies.trials import Trial, Trials
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
@@ -92,6 +95,31 @@ def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
         console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
     return fits
+
+
+def run_in_a_line(
+    trial: Trial, *, console: Console, name: str, again: str = "", session: Session | None = None
+) -> RunResult:
+    """Do one of several runs, and say in a line what it came to; its folder has the rest."""
+    began = time.monotonic()
+    with console.status(f"{name} ..."):
+        unseen = Console(file=io.StringIO(), width=console.width)
+        result = run_simulation(trial.config, trial.folder, unseen, again=again, session=session)
+    scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
+    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
+    say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
+    return result
+
+
+def show_trials(console: Console, trials: Trials, *, again: str) -> None:
+    """The table of several runs, where the best one and the table's file lie, and how to go on."""
+    show(console, [table := trials.section()])
+    if (best := trials.best) is not None:
+        say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
+    if trials.table.is_file():
+        say(f"table: {trials.table} (every score, and each run's folder)", console=console)
+    if any(trial.can_go_on for trial in trials.rows.values()):
+        say(f"Continue the {'search' if table.title == 'Trials' else 'sweep'} with: {again}", console=console)
 
 
 @contextmanager

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from rich.console import Console
 
-from fedtune.api.compose import compose_run, compose_sweep
+from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.shown_run import run_simulation
-from fedtune.cli.sweep import run_sweep
+from fedtune.cli.shown_run import run_in_a_line, run_simulation, show_trials
 from fedtune.show.sections import SCHEMA_VERSION, print_json
+from fedtune.sites.session import Session
 from fedtune.spec import ConfigError
+from fedtune.studies.trials import Trials, compose_sweep
 
 
 def simulate(
@@ -40,7 +42,15 @@ def simulate(
         if config.runtime.kind == "deployment":
             raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if sweep and len(runs) > 1:
-        run_sweep(sweep, console, run=run_simulation, as_json=as_json)
+        trials = Trials.of(sweep)
+        try:
+            with Session() as session:
+                trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))
+        finally:
+            if as_json:
+                print_json(trials.to_json())
+            else:
+                show_trials(console, trials, again=shlex.join(["fedtune", "simulate", "-m", *sweep.overrides]))
         return
     folder = folder_of(runs[0])
     result = run_simulation(runs[0], folder, console)

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.compare_sections import Line, scored
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.plain_words import contribution, noise_words, reason_text, trust_words
+from fedtune.cli.plain_words import reason_text
 from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.deploy.doctor.examination import Visit, examine
 from fedtune.deploy.kits.kit_file import Kit
@@ -32,9 +31,12 @@ from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.show.amounts import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
 from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
+from fedtune.studies.comparison import Line, score_side_by_side
+from fedtune.studies.trials import Trial
 from fedtune.words import counted, spoken, spoken_start
 
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
@@ -146,15 +148,15 @@ def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int
     if folder is None:
         kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
         raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
-    config, _ = finished_run(folder)
+    config, adapter = finished_run(folder)
     if config.data.heldout_fraction == 0:
         bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
         raise ConfigError("data.heldout_fraction", 0, bound)
     records = site_records(config, files).heldout
     if not records:
         raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
-    line = Line(name="tuned", kind="run", site=None, private=config.privacy.private, folder=folder, result=None)
-    compared = scored([line], data=None, by=by, smallest=smallest, records=records)
+    line = Line(name="tuned", kind="run", run=Trial(config=config, folder=folder))
+    compared = score_side_by_side([line], [(config, adapter)], data=None, by=by, smallest=smallest, records=records)
     if as_json:
         print_json(compared.to_json())
         return

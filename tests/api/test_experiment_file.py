@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.api.compose import compose_run, compose_sweep
+from fedtune.api.compose import compose_run
 from fedtune.spec import ConfigError
+from fedtune.studies.trials import compose_sweep
 
 PAGE = """\
 defaults:

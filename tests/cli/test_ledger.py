@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.plain_words import printable, promise_text
+from fedtune.cli.plain_words import promise_text
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.privacy.ledger.chain import Head
@@ -481,8 +481,3 @@ def test_epsilon_is_rounded_up(epsilon: float, shown: str) -> None:
 def test_factors_are_rounded_up(epsilon: float, shown: str) -> None:
     assert factor_text(epsilon) == shown
     assert epsilon <= math.log(float(shown.replace("10^", "1e").replace(",", ""))) + 1e-12
-
-
-def test_text_from_outside_is_made_harmless_and_short() -> None:
-    assert printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
-    assert printable("x" * 500) == "x" * 197 + "..."

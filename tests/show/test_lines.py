@@ -9,7 +9,7 @@ import shlex
 import pytest
 from rich.console import Console
 
-from fedtune.show.lines import fold
+from fedtune.show.lines import fold, printable
 from fedtune.show.sections import Section, show
 
 
@@ -40,3 +40,8 @@ def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
     assert shlex.split(typed.replace("\\\n", "")) == shlex.split(command)
     prose = f"{front}{command}. Then look at the table."
     assert "\\" not in "".join(fold(prose, width=50)), "a sentence goes on after it"
+
+
+def test_text_from_outside_is_made_harmless_and_short() -> None:
+    assert printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
+    assert printable("x" * 500) == "x" * 197 + "..."

@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from fedtune.cli import search_trials
-from fedtune.cli.search_trials import Searched, Tpe, at_random, ends, grid
+from fedtune.api.compose import Searched
 from fedtune.spec import ConfigError
+from fedtune.studies import search
+from fedtune.studies.search import Tpe, at_random, ends
+from fedtune.studies.trials import combinations
 
 RATE = Searched(key="training.learning_rate", low=0.001, high=0.1, log=True)
 RANK = Searched(key="lora.rank", low=2, high=9)
@@ -16,7 +18,7 @@ HEAD = Searched(key="lora", choices=("attention", "all_linear"))
 
 
 def test_a_grid_has_every_combination_once() -> None:
-    trials = grid([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))]).trials
+    trials = combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
     assert [tuple(one.values()) for one in trials] == [
         (name, rank) for name in ("attention", "all_linear") for rank in ("4", "8", "16")
     ]
@@ -24,16 +26,16 @@ def test_a_grid_has_every_combination_once() -> None:
 
 def test_a_grid_needs_an_end() -> None:
     with pytest.raises(ConfigError) as caught:
-        grid([HEAD, RATE])
-    message = "training.learning_rate = '0.001 to 0.1': has no end of values, and a grid tries all: list some"
+        combinations([HEAD, RATE])
+    message = "training.learning_rate = '0.001 to 0.1': has no end of values, and all are to be tried: list some"
     assert str(caught.value).startswith(message)
     many = tuple(map(str, range(40)))
-    with pytest.raises(ConfigError, match="must give at most 1000 trials, and these values give 1600"):
-        grid([Searched(key="a", choices=many), Searched(key="b", choices=many)])
+    with pytest.raises(ConfigError, match="must give at most 1000 runs together"):
+        combinations([Searched(key="a", choices=many), Searched(key="b", choices=many)])
 
 
 def test_random_trials_are_spread_over_the_whole_space() -> None:
-    trials = at_random([RATE, RANK, HEAD], seed="1", number=200).trials
+    trials = at_random([RATE, RANK, HEAD], seed="1", number=200)
     rates = sorted(float(one["training.learning_rate"]) for one in trials)
     assert 0.001 <= rates[0] < 0.0015
     assert 0.07 < rates[-1] <= 0.1
@@ -44,17 +46,17 @@ def test_random_trials_are_spread_over_the_whole_space() -> None:
 
 def test_each_random_trial_has_a_seed_of_its_own() -> None:
     """So more trials change no earlier one, and no trial tells its place."""
-    few, many = (at_random([RATE, RANK], seed="1", number=number).trials for number in (2, 5))
+    few, many = (at_random([RATE, RANK], seed="1", number=number) for number in (2, 5))
     assert many[:2] == few
     assert len({one["training.learning_rate"] for one in many}) == 5
-    assert at_random([RATE, RANK], seed="2", number=2).trials != few
+    assert at_random([RATE, RANK], seed="2", number=2) != few
 
 
 def told(seed: str = "3", *, peak: float = 0.01, number: int = 24) -> list[float]:
     """What is tried where the best rate is `peak`; every fifth trial has no score."""
     tpe, tried = Tpe([RATE, HEAD], seed=seed, number=number), []
     for place in range(number):
-        rate = float(tpe.ask(place)["training.learning_rate"])
+        rate = float(tpe.ask()["training.learning_rate"])
         tried.append(rate)
         tpe.tell(None if place % 5 == 4 else -abs(math.log(rate / peak)))
     return tried
@@ -72,11 +74,11 @@ def test_tpe_goes_where_scores_are_best_and_does_the_same_again() -> None:
 def test_the_ends_of_a_space_are_what_trials_may_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [{"lora.rank": rank, "lora": lora} for rank in ("2", "9") for lora in ("attention", "all_linear")]
     assert ends([RANK, HEAD]) == both
-    monkeypatch.setattr(search_trials, "_MOST_ENDS", 3)
+    monkeypatch.setattr(search, "_MOST_ENDS", 3)
     assert ends([RANK, HEAD]) == [both[0], both[2], both[1]], "one setting after the other"
 
 
 def test_numbers_are_rounded_within_their_ends() -> None:
     narrow = Searched(key="x", low=0.12346, high=0.12354)
-    values = {float(one["x"]) for one in at_random([narrow], seed="1", number=20).trials}
+    values = {float(one["x"]) for one in at_random([narrow], seed="1", number=20)}
     assert all(0.12346 <= value <= 0.12354 for value in values)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.compare import planned
+from fedtune.studies.comparison import plan_runs
 
-from .widths import COLUMNS, too_wide
+from ..cli.widths import COLUMNS, too_wide
 
 pytestmark = pytest.mark.nightly
 
@@ -98,7 +98,7 @@ def test_words_say_what_cannot_be_told_apart(told: Any) -> None:
 
 
 def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
-    runs = {run.name: run.config for run in planned(words, without_privacy=True, leave_out=())}
+    runs = {line.name: line.run.config for line in plan_runs(words, without_privacy=True, leave_out=())}
     whole, alone, pooled, plain = (runs[name] for name in ("federated", "site-2 alone", "pooled", "pooled, no privacy"))
     assert alone.federation.active == ("site-2",)
     assert pooled.data.declared_sizes == 180
@@ -110,7 +110,10 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
 
 def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
     words = tiny("training.learning_rate=auto", into=folder, name="rates")
-    rates = {run.name: run.config.training.learning_rate for run in planned(words, without_privacy=False, leave_out=())}
+    rates = {
+        line.name: line.run.config.training.learning_rate
+        for line in plan_runs(words, without_privacy=False, leave_out=())
+    }
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
@@ -220,7 +223,7 @@ def test_runs_without_privacy_release_no_scores_by_group() -> None:
         "data.columns.group=label",
         "privacy.metrics=noised_by_group",
     ]
-    runs = planned([*words, "privacy.metrics_groups=[a, b]"], without_privacy=True, leave_out=())
-    kinds = {run.config.privacy.metrics for run in runs if not run.config.privacy.private}
+    runs = plan_runs([*words, "privacy.metrics_groups=[a, b]"], without_privacy=True, leave_out=())
+    kinds = {line.run.config.privacy.metrics for line in runs if not line.private}
     assert kinds == {"none"}
-    assert {run.config.privacy.metrics_groups for run in runs if run.config.privacy.private} == {("a", "b")}
+    assert {line.run.config.privacy.metrics_groups for line in runs if line.private} == {("a", "b")}

@@ -16,15 +16,15 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Command
 from fedtune.cli.display import Display
-from fedtune.cli.search import asked_for, check_room, prepared_for
 from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
+from fedtune.studies.search import Search
 
-from .widths import COLUMNS, too_wide
+from ..cli.widths import COLUMNS, too_wide
 
 pytestmark = pytest.mark.nightly
 
@@ -214,9 +214,9 @@ def test_twelve_trials_are_refused_by_a_ledger_with_room_for_eight_before_the_fi
     assert command("search", *words, learnt, "--method", "grid").code == 3
     assert files_in(tmp_path) == before
     for method in ("random", "tpe"):
-        check_room(prepared_for(asked_for(asked, method, trials=8)))
+        Search.of(asked, method, trials=8).check_room()
         with pytest.raises(RefusedError):
-            check_room(prepared_for(asked_for(asked, method, trials=9)))
+            Search.of(asked, method, trials=9).check_room()
 
 
 def test_what_others_have_spent_and_set_aside_counts(command: Any, tiny: Any, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_the_commands_of_the_page_are_understood(
     monkeypatch.setattr(Command, "invoke", lambda self, ctx: asked.append(ctx.params))
     command(*words)
     (told,) = asked
-    search = asked_for(told["overrides"], told["method"], trials=told["trials"])
+    search = Search.of(told["overrides"], told["method"], trials=told["trials"])
     assert {one.key for one in search.searched} <= {"training.learning_rate", "lora.rank"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedtune.api.compose import compose_run, compose_sweep
+from fedtune.api.compose import compose_run
 from fedtune.cli.display import Display
-from fedtune.cli.sweep import SweptRun, best_of, run_sweep
 from fedtune.federation.lead import RoundResult
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.show.sections import show
 from fedtune.spec import RunError
+from fedtune.studies.trials import Trial, Trials, compose_sweep
 
 from ..builders import run_result
 
@@ -99,14 +100,16 @@ def test_the_same_sweep_again_runs_only_what_is_missing(
 def test_a_name_that_is_taken_is_refused_before_the_first_run(
     outcome: Any, command: Any, swept: list[str], folder: Path
 ) -> None:
-    def refused(*more: str) -> str:
-        found = command("simulate", "-m", *swept, *more)
+    def refused(*more: str, words: Sequence[str] = swept) -> str:
+        found = command("simulate", "-m", *words, *more)
         assert (found.code, found.out) == (2, "")
         return str(found.message)
 
     assert "is taken: " in (changed := refused("lora.rank=3"))
     assert "lora.rank was 4, is 3" in changed
-    others = refused("lora.target_modules=[value],[dense]")
+    assert "lora.target_modules: must not be given again" in refused("lora.target_modules=[value]")
+    fixed = [word for word in swept if not word.startswith("lora.target_modules")]
+    others = refused("lora.target_modules=[value],[dense]", words=fixed)
     assert f"{folder / 'three.csv'} holds other runs, such as three-lora.target_modules=-key" in others
     assert "name of two runs" in refused("name=a,a")
     (folder / "mine.csv").write_text("text,label\na,b\n")
@@ -188,13 +191,17 @@ def result(validation: Mapping[str, float | None], *, test: float = 0.5, finding
 
 @pytest.fixture
 def row(tiny: Any, tmp_path: Path) -> Any:
-    def make(score: float | None, *overrides: str, **changes: Any) -> SweptRun:
+    def make(score: float | None, *overrides: str, **changes: Any) -> Trial:
         config = compose_run(tiny(*overrides, into=tmp_path))
         name = "loss" if config.task == "causal_lm" else "accuracy"
         scores = {} if score is None else {name: score}
-        return SweptRun(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
+        return Trial(config=config, folder=tmp_path / "x", values={}, result=result(scores, **changes))
 
     return make
+
+
+def best_of(rows: Sequence[Trial]) -> Trial | None:
+    return Trials(Path("x.csv"), rows={Path(str(number)): row for number, row in enumerate(rows)}).best
 
 
 WRITES = ("task=causal_lm", "model=random_llama", "data=e2e_nlg", "lora=all_linear", "evaluation.generate=false")
@@ -243,36 +250,33 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
 
 
 def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any, tmp_path: Path) -> None:
-    sweep, begun = compose_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
+    trials, begun = Trials.of(compose_sweep(tiny("seed=1,2,3", into=tmp_path, name="s"))), []
 
-    def run(config: Any, folder: Path, console: Console, *, session: object) -> RunResult:
-        begun.append(folder)
-        folder.mkdir()
+    def work(trial: Trial) -> RunResult:
+        begun.append(trial.folder)
+        trial.folder.mkdir()
         if len(begun) == 2:
             raise ValueError("a record's text")
         return result({"accuracy": 0.5})
 
-    out = io.StringIO()
     with pytest.raises(ValueError, match="a record's text"):
-        run_sweep(sweep, Console(file=out, width=80), run=run, as_json=False)
+        trials.run(work)
     assert [(line["state"], line["reason"]) for line in lines_of(tmp_path / "s.csv")] == [
         ("finished", ""),
         ("failed", "ValueError"),
     ]
     assert len(begun) == 2
-    assert "record's text" not in out.getvalue()
+    assert "record's text" not in str(trials.section())
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
-
-    def run(config: Any, folder: Path, console: Console, *, session: object) -> RunResult:
-        return result({"accuracy": next(given)})
-
-    run_sweep(compose_sweep(tiny(*swept, into=tmp_path)), Console(file=out, width=width), run=run, as_json=False)
-    table = out.getvalue().split("best:")[0].splitlines()
+    trials = Trials.of(compose_sweep(tiny(*swept, into=tmp_path)))
+    trials.run(lambda trial: result({"accuracy": next(given)}))
+    show(Console(file=out, width=width), [trials.section()])
+    table = out.getvalue().splitlines()
     assert max(map(len, table)) <= width
     (best,) = [line.split() for line in table if line.startswith("  *") and "finished" in line]
     assert best == ["*", "2", "1", "0.005", "3", "0.625", "0.500", "unbounded", "finished"]

@@ -1,0 +1,1 @@
+"""Several runs: a sweep, a search and a comparison, each run in a folder of its own."""

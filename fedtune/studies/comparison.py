@@ -1,0 +1,499 @@
+"""A comparison: which runs it makes, and what their scores on the same records say, in words, tables and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from markupsafe import Markup
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.data.records import Record, column_values
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
+from fedtune.evaluation.groups import GroupScores
+from fedtune.federation.cost import Energy
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.mechanism import OTHERS
+from fedtune.report.page.drawing import intervals
+from fedtune.show.sections import SCHEMA_VERSION, Section
+from fedtune.spec import ConfigError
+from fedtune.studies.trials import Trial
+from fedtune.version import __version__
+from fedtune.words import counted, duration, jsonable, score_words, size
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.runs.side_by_side import SideBySide
+
+_POOLED_SITE = "all"
+Kind = Literal["alone", "federated", "pooled", "run"]
+NO_PRIVACY = ", no privacy"
+"""Behind the name of a run without any."""
+AT_SITES = "by site"
+_ALIKE: Verdict = "cannot be told apart"
+_MOST_NAMED = 8
+"""Pairs and groups that are named in a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One run of a comparison.
+
+    Attributes:
+        name: what tables call it.
+        kind: who took part; "run" for one that was there already.
+        site: the one that trained alone.
+    """
+
+    name: str
+    kind: Kind
+    run: Trial
+    site: str | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether noise was added."""
+        return self.run.config.privacy.private
+
+    @property
+    def moved(self) -> int:
+        """Bytes of adapters, both ways; 0 where nobody shares any."""
+        if self.run.result is None or self.kind in ("alone", "pooled"):
+            return 0
+        return sum(one.bytes_down + one.bytes_up for one in self.run.result.rounds)
+
+
+def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[Kind]) -> list[Line]:
+    """The runs of a comparison over one experiment, the federation's first, each as it is on disk.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not go with a comparison; or a run's folder belongs to something else.
+    """
+    asked = compose_run(words)
+    if asked.runtime.kind == "deployment":
+        raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
+    if asked.resume is not None:
+        raise ConfigError("resume", asked.resume, "does not go with compare, which goes on by itself under one name")
+    if asked.federation.participants:
+        bound = "must be empty to compare: each site runs alone, and all of them together"
+        raise ConfigError("federation.participants", list(asked.federation.participants), bound)
+    if asked.runtime.sites_dir is not None:
+        bound = "must be null to compare: every run would be charged to the same sites"
+        raise ConfigError("runtime.sites_dir", asked.runtime.sites_dir, bound)
+    kinds: list[tuple[Kind, str | None]] = [("federated", None)]
+    if asked.federation.num_sites > 1:
+        kinds += [("alone", site) for site in asked.federation.names]
+        kinds += [("pooled", None)] if asked.data.partition.kind != "file" else []
+    kinds = [(kind, site) for kind, site in kinds if kind not in leave_out]
+    if not kinds:
+        raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
+    plain: list[dict[str, Any]] = [{}]
+    if without_privacy and asked.privacy.private:
+        without = {"privacy.mechanism": "none", "privacy.noise_multiplier": None}
+        plain.append({**without, "privacy.metrics": "none", "privacy.metrics_groups": []})
+    lines = []
+    for changes in plain:
+        for kind, site in kinds:
+            suffix = "-".join(filter(None, (kind, site, "plain" if changes else "")))
+            into = str(Path(asked.tracking.output_dir) / asked.name)
+            named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
+            if kind != "federated":  # which alone decides whether anything is likely to be learnt
+                named["training.go_on_without_signal"] = True
+            config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
+            name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
+            lines.append(Line(name=name, kind=kind, site=site, run=Trial.of(config)))
+    return lines
+
+
+def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
+    """The settings of who takes part, and with which records."""
+    alone = {"federation.min_sites": 1, "federation.enough_sites": None}
+    if kind == "alone":
+        return {**alone, "federation.participants": [site]}
+    if kind == "federated":
+        return {}
+    # The partition's kind stays, and with it the columns that are read: a record's hash, which says whether it is kept
+    # for the test, goes by them.
+    return {
+        **alone,
+        "federation.num_sites": 1,
+        "federation.site_names": [_POOLED_SITE],
+        "data.declared_sizes": sum(asked.data.sizes(asked.federation.num_sites)),
+        "data.partition.proportions": [],
+        "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),
+    }
+
+
+def price_text(lines: Sequence[Line]) -> Iterator[str]:
+    """How many runs there are, and what each of them spends."""
+    plan = lines[0].run.config.plan()
+    names, rounds = ", ".join(line.name for line in lines), counted(plan.num_rounds, "round")
+    yield f"{counted(len(lines), 'run')} of {rounds}, one after the other: {names}."
+    if plan.private:
+        epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
+        yield f"Each spends epsilon {epsilon} at delta {plan.delta:g} of its records; together they spend more."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Models side by side.
+
+    Attributes:
+        lines: the runs; the first is the one that the others are compared with.
+        means: names of models that are means of several, by the runs that they are of.
+        sides: their scores.
+        groups: scores by group, by what the groups are called.
+        data: the file that was scored; None: the runs' own test records, or a site's held-out ones.
+        notes: what else must be said.
+    """
+
+    lines: Sequence[Line]
+    means: Mapping[str, Sequence[str]]
+    sides: SideBySide
+    groups: Mapping[str, GroupScores]
+    data: str | None
+    notes: Sequence[str]
+
+    @property
+    def main(self) -> str:
+        """The model that the others are compared with."""
+        return self.lines[0].name
+
+    @property
+    def models(self) -> list[str]:
+        """All of them, as tables list them: the model before training comes first."""
+        return [*self.sides.measured, *self.means]
+
+    @property
+    def _score(self) -> str:
+        """The score that counts, in words."""
+        return score_words(self.sides.judged_by)
+
+    def sections(self) -> list[Section]:
+        """All that there is to say."""
+        return [
+            Section(title="Verdict", notes=self.verdict()),
+            self._scores(),
+            self._beside_main(),
+            self._other_scores(),
+            *(draw(title, found) for title, found in self.groups.items() for draw in (self._by_group, self._gaps)),
+            self._cost(),
+            Section(title="How to read this", notes=[*self.notes, *self._about()]),
+        ]
+
+    def chart(self) -> Markup:
+        """The score that counts with its interval, a row for each model."""
+        estimates = {name: self.sides.estimate(name, self.sides.judged_by) for name in self.models}
+        rows = [(name, one.low, one.value, one.high) for name, one in estimates.items()]
+        rows = [row for row in rows if all(map(math.isfinite, row[1:]))]
+        if not rows:
+            return Markup("")
+        named = (f"{self._score} of each model", "With 95 % intervals; the tables have the figures.")
+        return intervals("models", rows, x=f"{self._score}, with 95 % intervals", named=named, number="{:g}".format)
+
+    def verdict(self) -> list[str]:
+        """What can be said, in sentences; the first is the one that matters most."""
+        compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
+        told = [self._sentence(base)]
+        others = [name for name in self.sides.measured if name not in (self.main, base)]
+        for verdict in ("better", "worse"):
+            if names := [name for name in others if compare(name, self.main).verdict == verdict]:
+                told.append(f"{_capital(self.main)} is {verdict} than {_listed(names)}.")
+        private_of = {line.name: line.private for line in self.lines}
+        told += [self._sentence(mean) for mean, names in self.means.items() if private_of[names[0]] == private]
+        plain = f"{self.main}{NO_PRIVACY}"
+        if plain in private_of:
+            found = compare(plain, self.main)
+            if found.verdict == _ALIKE:
+                told.append(f"What privacy costs it cannot be told on these records: {_interval(found)}.")
+            else:
+                told.append(f"With privacy it is {found.verdict} than without: {self._score} {_interval(found)}.")
+        pairs = combinations(self.sides.measured, 2)
+        alike = [pair for pair in pairs if compare(*pair).verdict == _ALIKE]
+        if alike:
+            alike.sort(key=lambda pair: self.main not in pair)
+            shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
+            more = f"; and {counted(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
+            told.append(f"These records do not tell apart: {shown}{more}.")
+        for title, groups in self.groups.items():
+            told += self._fair(title, groups)
+        return told
+
+    def _sentence(self, base: str) -> str:
+        found = self.sides.comparison(base, self.main)
+        if found.verdict == _ALIKE:
+            return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {_interval(found)}."
+        return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {_interval(found)}."
+
+    def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
+        """Whom training served, and whom it did not."""
+        parts = []
+        for verdict, said in (("better", "better"), ("worse", "worse"), (_ALIKE, "not told apart")):
+            changes = found.changes.items()
+            names = [name for name, pairs in changes if pairs[self.models[0], self.main].verdict == verdict]
+            shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+            parts += [f"{said} in {_listed(shown)}"] if names else []
+        yield f"{_capital(title)}, {self.main} is beside {self.models[0]}: {'; '.join(parts)}."
+        name = found.groups.smallest
+        count = counted(min(found.groups.sizes), self.sides.unit)
+        yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
+
+    def _scores(self) -> Section:
+        base, *others = self.models
+        own = self.sides.estimate(base, self.sides.judged_by)
+        rows = [(base, _figure(own.value), _ends(own), "", "", "")]
+        for name in others:
+            found = self.sides.comparison(base, name)
+            changed = (f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict)
+            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed))
+        where = f" on {self.data}" if self.data else ""
+        return Section(
+            title=f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}",
+            headings=("model", self._score, "95 % interval", f"less {base}", "95 % interval", "beside it"),
+            rows=rows,
+            words={0, 5},
+        )
+
+    def _beside_main(self) -> Section:
+        rows = []
+        for name in self.models[1:]:
+            if name != self.main:
+                found = self.sides.comparison(name, self.main)
+                rows.append((name, f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict))
+        headings = ("beside", "difference", "95 % interval", f"{self.main} is")
+        return Section(title=f"{_capital(self.main)} less each", headings=headings, rows=rows, words={0, 3})
+
+    def _other_scores(self) -> Section:
+        names = [name for name in self.sides.scores if name != self.sides.judged_by]
+        rows = [(model, *(_range(self.sides.estimate(model, name)) for name in names)) for model in self.models]
+        headings = ("model", *map(score_words, names))
+        return Section(title="Other scores, with 95 % intervals", headings=headings, rows=rows if names else [])
+
+    def _by_group(self, title: str, found: GroupScores) -> Section:
+        """At sites beside each site's own run alone, else beside the model before training."""
+        base, groups = self.models[0], found.groups
+        own = {line.site: line.name for line in self.lines if line.site and line.private == self.lines[0].private}
+        alone = {name: own[name] for name in groups.names if title == AT_SITES and name in own}
+        rows = []
+        for name, count in zip(groups.names, groups.sizes, strict=True):
+            scores = found.scores[name]
+            change = found.changes[name][alone.get(name, base), self.main]
+            values = [_figure(scores[base].value)]
+            values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
+            values += [_figure(scores[self.main].value), _ends(change.difference, sign="+")]
+            rows.append((name, f"{count:,}", *values, change.verdict))
+        headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
+        headings += (f"less {'alone' if alone else base},\n95 % interval", "beside it")
+        merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
+        return Section(
+            title=f"{_capital(self._score)} {title}",
+            headings=headings,
+            rows=rows,
+            words={0, len(headings) - 1},
+            notes=[merged] if groups.merged else [],
+        )
+
+    def _gaps(self, title: str, found: GroupScores) -> Section:
+        both = (self.models[0], self.main)
+        rows = [
+            (name, *(text for model in both for text in (f"{gaps[model].value:+.4f}", _ends(gaps[model], sign="+"))))
+            for name, gaps in found.gaps.items()
+        ]
+        headings = ("group", both[0], "95 % interval", both[1], "95 % interval")
+        notes = ["A gap is the score in the group less the score of all records outside it."]
+        return Section(title=f"Gaps {title}", headings=headings, rows=rows, notes=notes)
+
+    def _cost(self) -> Section:
+        lines = [(line, line.run.result) for line in self.lines if line.run.result is not None]
+        has_energy = any(result.final.energy for _, result in lines)
+        rows = [
+            (
+                line.name,
+                epsilon_text(result.privacy.epsilon),
+                "-" if result.final.seconds is None else duration(result.final.seconds),
+                size(line.moved) if line.moved else "none",
+                *([_energy_text(result.final.energy)] if has_energy else []),
+            )
+            for line, result in lines
+        ]
+        notes = ["Time: the whole run on this machine, which plays all sites one after another."]
+        if any(line.kind == "pooled" for line in self.lines):
+            notes.append("Pooled, all records themselves would have to leave their sites.")
+        headings = ("model", "epsilon", "time", "adapters moved", *(["energy"] if has_energy else []))
+        return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
+
+    def _about(self) -> Iterator[str]:
+        count, unit = self.sides.num_units, self.sides.unit
+        yield (
+            f"Intervals: 95 %, from {RESAMPLES:,} draws of {counted(count, unit)}, with replacement, the same for all "
+            "models. They say how far other test records would move a score, and nothing about another run of the same "
+            "training."
+        )
+        if count < FEWEST_UNITS:
+            yield f"Fewer than {FEWEST_UNITS} {unit}s are too few to call a model better or worse."
+        if (pairs := math.comb(len(self.models), 2)) >= 20:
+            yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance where none is."
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON."""
+        sides, lines = self.sides, {line.name: line for line in self.lines}
+        models = [
+            {
+                "name": name,
+                "mean_of": list(self.means.get(name, ())) or None,
+                "scores": {score: sides.estimate(name, score) for score in sides.scores},
+                **(_run_json(lines[name]) if name in lines else {}),
+            }
+            for name in self.models
+        ]
+        pairs = [
+            {"base": one, "tuned": other, "score": score, **_pair_json(sides.comparison(one, other, score))}
+            for one, other in combinations(self.models, 2)
+            for score in sides.scores
+        ]
+        told: dict[str, Any] = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "fedtune_version": __version__,
+                "data": self.data,
+                "records": len(sides.records),
+                "unit": sides.unit,
+                "units": sides.num_units,
+                "judged_by": sides.judged_by,
+                "compared_with": self.main,
+                "verdict": self.verdict(),
+                "models": models,
+                "pairs": pairs,
+                "groups": {title: _groups_json(found) for title, found in self.groups.items()},
+            }
+        )
+        return told
+
+
+def _run_json(line: Line) -> dict[str, Any]:
+    about = {"kind": line.kind, "site": line.site, "private": line.private, "folder": str(line.run.folder)}
+    if line.run.result is None:  # a site's copy of a final adapter
+        return about
+    final, privacy = line.run.result.final, line.run.result.privacy
+    return about | {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "seconds": final.seconds,
+        "bytes": line.moved,
+        "energy": final.energy,
+    }
+
+
+def _pair_json(found: Comparison) -> dict[str, Any]:
+    return {"difference": found.difference, "verdict": found.verdict}
+
+
+def _groups_json(found: GroupScores) -> dict[str, Any]:
+    groups = found.groups
+    return {
+        "merged": groups.merged,
+        "smallest": groups.smallest,
+        "groups": [
+            {
+                "name": name,
+                "units": count,
+                "scores": found.scores[name],
+                "gaps": found.gaps[name],
+                "changes": [
+                    {"base": base, "tuned": tuned, **_pair_json(one)}
+                    for (base, tuned), one in found.changes[name].items()
+                ],
+            }
+            for name, count in zip(groups.names, groups.sizes, strict=True)
+        ],
+    }
+
+
+def score_side_by_side(
+    lines: Sequence[Line],
+    finished: Sequence[tuple[RunConfig, Path]],
+    *,
+    data: str | None,
+    by: str | None,
+    smallest: int,
+    records: Sequence[Record] | None = None,
+) -> Compared:
+    """Score runs side by side.
+
+    Args:
+        lines: the runs.
+        finished: the settings to score each by, and the folder of its adapter.
+        data: the file to score; None: the first run's test records, or `records`.
+        by: a column to group by.
+        smallest: units of a group.
+        records: a site's own, to score instead.
+    """
+    from fedtune.runs.side_by_side import Finished, side_by_side, sites_of
+
+    means = {}
+    for suffix in ("", NO_PRIVACY):
+        names = [line.name for line in lines if line.kind == "alone" and line.private == (suffix == "")]
+        if len(names) > 1:
+            means[f"alone, mean of {len(names)}{suffix}"] = names
+    runs = {
+        line.name: Finished(folder=line.run.folder, config=config, adapter=adapter)
+        for line, (config, adapter) in zip(lines, finished, strict=True)
+    }
+    sides = side_by_side(runs, file=data, records=records, means=means)
+    first, main = finished[0][0], lines[0].name
+    base, notes = next(iter(sides.measured)), []
+    pairs = [(name, main) for name in sides.measured if name != main]
+    is_federated = any(line.kind == "federated" for line in lines)
+    values = {f"by {by}": column_values(sides.records, by, key="--by")} if by else {}
+    if is_federated and (at_sites := sites_of(first, sides.records)) is not None:
+        values = {AT_SITES: at_sites, **values}
+    groups = {}
+    for title, of_records in values.items():
+        found = sides.by(of_records, smallest=smallest, pairs=pairs)
+        if found is None:
+            notes.append(f"No scores {title}: fewer than two groups have {smallest} {sides.unit}s.")
+        else:
+            groups[title] = found
+    if first.model.adapter_sha256 is not None:
+        notes.append(f"Training began in another adapter; {base} is the model without any.")
+    if is_federated and first.data.partition.kind == "file":
+        notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
+    return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
+
+
+def _energy_text(energy: Energy | None) -> str:
+    """Energy and carbon, as far as they are known."""
+    if energy is None:
+        return "-"
+    carbon = "" if energy.carbon_kg is None else f", {1000 * energy.carbon_kg:.3g} g CO2e"
+    return f"{1000 * energy.kwh:.3g} Wh{carbon}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def _ends(estimate: Estimate, *, sign: str = "") -> str:
+    if math.isnan(estimate.low):
+        return "unknown"
+    return f"{estimate.low:{sign}.4f} to {estimate.high:{sign}.4f}"
+
+
+def _range(estimate: Estimate) -> str:
+    return f"{_figure(estimate.value)} ({_ends(estimate)})"
+
+
+def _interval(found: Comparison) -> str:
+    return f"{found.difference.value:+.4f} ({_ends(found.difference, sign='+')})"

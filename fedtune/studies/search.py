@@ -1,0 +1,423 @@
+"""A search: trials of several settings, whose whole price is known and has room before the first one begins.
+
+`fedtune.privacy.selection` says what the price is, and why.  Scores on the lead's own validation file pick, and guide
+TPE: they cost nothing, since that file holds no record of a site.  What is tried depends on settings, seeds and scores
+alone.
+
+A search keeps one ledger for each simulated site over all its trials.  Without `runtime.sites_dir` the sites are new,
+with a budget that is the search's price.  The same search again goes on where it stopped: it draws the same trials,
+finds those that are finished, and resumes the one that is not, so nothing is charged twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.api.compose import Searched, compose_run, split_searched
+from fedtune.config import RunConfig, saved_config
+from fedtune.evaluation.bootstrap import direction
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy import accountant
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
+from fedtune.show.amounts import SEEDED
+from fedtune.show.sections import SCHEMA_VERSION, Section, json_text
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least
+from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on
+from fedtune.words import counted, jsonable
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+    from fedtune.runs.results import RunResult
+    from fedtune.sites.virtual_site import VirtualSites  # which imports torch
+
+Method = Literal["grid", "random", "tpe"]
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")
+"""Settings that change nothing of what is learnt."""
+_FILE = "search.json"
+_MOST_ENDS = 64
+"""Combinations that are looked at before the first trial."""
+_NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search of which everything is known that can be known before its first trial.
+
+    Attributes:
+        fixed: the overrides that all trials have in common.
+        asked: the run that these give.
+        searched: the settings that trials differ in.
+        trials: how many were asked for; None: as many as a grid has.
+        listed: what each trial tries; empty where that follows from scores.
+        shapes: trials as they are known, or else what they may look like.
+        plans: of all trials.
+    """
+
+    fixed: tuple[str, ...]
+    asked: RunConfig
+    searched: tuple[Searched, ...]
+    method: Method
+    trials: int | None
+    listed: tuple[Values, ...] = ()
+    shapes: tuple[RunConfig, ...] = ()
+    plans: tuple[Plan, ...] = ()
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
+        """Draw what is to be drawn, look at every trial that is known by now, and find their plans.
+
+        Raises:
+            ConfigError: an option or a setting does not go with a search, a trial's settings are wrong, or trials
+                cannot be compared or paid for together.
+        """
+        if method == "grid" and trials is not None:
+            raise ConfigError("--trials", NOT_GIVEN, "does not go with --method grid")
+        if method != "grid" and trials is None:
+            raise ConfigError("--trials", NOT_GIVEN, "must be given")
+        if trials is not None:
+            check_trials(trials)
+        fixed, searched = split_searched(overrides)
+        if not searched:
+            raise ConfigError("KEY=VALUE", NOT_GIVEN, "must give some setting several values, as in lora.rank=4,8")
+        for one in searched:
+            if one.key.split(".")[0] in _NOT_SEARCHED:
+                bound = "must have one value in a search: it changes nothing that is learnt"
+                raise ConfigError(one.key, NOT_GIVEN, bound)
+        asked = compose_run(fixed)
+        _check_searchable(asked)
+        search = cls(fixed=tuple(fixed), asked=asked, searched=searched, method=method, trials=trials)
+        search._check_name()
+        if method == "tpe" and trials is not None:
+            tried = ends(searched)
+            shapes = tuple(search.trial("shape", values) for values in tried)
+            search._check_alike(shapes)
+            return replace(search, shapes=shapes, plans=(_one_plan(tried, shapes),) * trials)
+        listed = combinations(searched) if trials is None else at_random(searched, seed=str(asked.seed), number=trials)
+        search = replace(search, listed=tuple(listed))
+        shapes = tuple(search.trial(name, values) for name, values in zip(search.names, listed, strict=True))
+        search._check_alike(shapes)
+        return replace(search, shapes=shapes, plans=tuple(shape.plan() for shape in shapes))
+
+    @property
+    def number(self) -> int:
+        """Of trials."""
+        return self.trials or len(self.listed)
+
+    @property
+    def folder(self) -> Path:
+        """Of the search: its trials' folders, its sites' and its files lie in it."""
+        return Path(self.asked.tracking.output_dir) / self.asked.name
+
+    @property
+    def names(self) -> list[str]:
+        """Of the trials."""
+        return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
+
+    @cached_property
+    def price(self) -> SearchPrice:
+        """Of all trials together."""
+        return price_of(self.plans)
+
+    def trial(self, name: str, values: Values) -> RunConfig:
+        """One trial's configuration.
+
+        Raises:
+            ConfigError: its settings do not go together.
+        """
+        sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
+        places = {"name": name, "tracking.output_dir": str(self.folder), "runtime.sites_dir": sites}
+        return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
+
+    def check_room(self) -> None:
+        """Check that the sites which were there before the search have room for all of it.
+
+        Raises:
+            RefusedError: one has not.
+        """
+        if self.asked.runtime.sites_dir is None:
+            return
+        sites = self._sites(self.shapes[0])
+        sites.check_there()  # before anything is written there
+        lead = sites.lead_key().public
+        known = {shape.name: shape for shape in self.shapes}
+        runs = []
+        for name in self.names:
+            begun = RunFolder(self.folder / name).config.is_file()
+            shape = known.get(name) or replace(self.shapes[0], name=name)
+            config = saved_config(self.folder / name) if begun else shape
+            runs.append(config.proposal(lead=lead, plan=config.plan()))
+        others = [one.proposal(lead=lead, plan=one.plan()) for one in self.shapes]
+        sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
+
+    def run(self, work: Callable[[Trial], RunResult], trials: Trials) -> None:
+        """Run every trial that is not finished yet, and note which one is picked.
+
+        Args:
+            work: runs one trial.
+            trials: has each trial once it has ended.
+
+        Raises:
+            FedtuneError: of a trial that the same search again would continue.
+        """
+        from fedtune.sites.virtual_site import budget_for
+
+        self._note()
+        tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
+        within = budget_for(self.plans) if self.asked.runtime.sites_dir is None else None
+        spent: list[Plan] = []
+        for place, name in enumerate(self.names):
+            values = tpe.ask() if tpe else self.listed[place]
+            trial = Trial.of(self.trial(name, values), values)
+            if trial.config.plan() not in self.plans:
+                bound = "decide together what a trial costs: search them by grid"
+                raise ConfigError("KEY=VALUE", ", ".join(values), bound)
+            if within is not None and not trial.earlier:
+                self._sites(trial.config).allow(within=within)
+            trial = trial.run(work)
+            if not isinstance(trial.error, RefusedError):  # a refused trial is charged to nobody
+                spent.append(trial.config.plan())
+            charged = [plan.whole for plan in spent]
+            together = accountant.epsilon_pld(charged, self.plans[0].delta) if charged else 0.0
+            trials.rows[trial.folder] = trial = replace(trial, together=together)
+            trials.write()
+            if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
+                raise trial.error
+            if tpe:
+                tpe.tell(None if trial.score is None else direction(trial.config.judged_by) * trial.score)
+        if trials.best is not None:
+            self._pick(trials.best)
+
+    def _check_name(self) -> None:
+        """Check that the search's folder is new, or its own."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        path, name = self.folder / _FILE, self.asked.name
+        try:
+            same = json.loads(path.read_bytes())["search"] == self._identity()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise ConfigError("name", name, f"is taken: {self.folder} holds no search; choose another") from None
+        if not same:
+            bound = f"is taken: {path} is of a search with other settings; choose another"
+            raise ConfigError("name", name, bound)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes it this search and no other, as plain JSON."""
+        kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
+        return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
+
+    def _check_alike(self, shapes: Sequence[RunConfig]) -> None:
+        """Check that scores of these trials can be compared, and that the same ledgers can pay for them."""
+        first, *others = shapes
+        for shape in others:
+            for key, value in _dealt(shape).items():
+                if value != _dealt(first)[key]:
+                    bound = "must be the same in all trials: the sites' records are dealt out by it once"
+                    raise ConfigError(key, value, bound)
+            if shape.privacy.delta != first.privacy.delta:
+                bound = "must be the same in all trials: a ledger has one delta"
+                raise ConfigError("privacy.delta", shape.privacy.delta, bound)
+            if shape.privacy.private != first.privacy.private:
+                bound = "must be so in all trials or in none: without noise nothing is bounded"
+                raise ConfigError("privacy", "none", bound)
+        if len(set(map(compared_on, shapes))) > 1:
+            bound = "must leave the task and the validation records as they are, or scores cannot be compared"
+            raise ConfigError("KEY=VALUE", ", ".join(one.key for one in self.searched), bound)
+
+    def _sites(self, config: RunConfig) -> VirtualSites:
+        from fedtune.sites.virtual_site import VirtualSites
+
+        return VirtualSites.of(config, self.folder, config.plan())
+
+    def _note(self, **more: Any) -> None:
+        """Note the search before its first trial, so that nothing else takes its folder."""
+        about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self.folder / _FILE, json_text(about | more).encode())
+        except OSError as error:
+            bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
+            raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
+
+    def _pick(self, best: Trial) -> None:
+        """Note which run was picked, and say so in its report and on its model's card."""
+        judged_by = best.config.judged_by
+        selection = Selection.of(
+            self.price,
+            self.plans,
+            search=self.asked.name,
+            method=self.method,
+            judged_by=judged_by,
+            score=best.score,
+        )
+        write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
+        from fedtune.report.model_card import write_card
+        from fedtune.report.page.render import write_report
+
+        write_card(best.folder, write_report(best.folder, language=best.config.report.language))
+        self._note(picked=best.folder.name, judged_by=judged_by, score=best.score)
+
+    def picked_text(self, best: Trial) -> str:
+        """How the best trial was picked, and at what price."""
+        return (
+            f"Picked by validation {best.config.judged_by} ({best.score:.3f}) out of {counted(self.number, 'trial')}; "
+            f"its report says so. {_promise(self.price)}"
+        )
+
+
+def check_trials(trials: int) -> None:
+    """Require a number of trials."""
+    check_at_least("--trials", trials, 1)
+    if trials > MOST_TRIALS:
+        raise ConfigError("--trials", trials, f"must be at most {MOST_TRIALS}")
+
+
+def _check_searchable(asked: RunConfig) -> None:
+    if asked.runtime.kind == "deployment":
+        bound = "is for real sites, which decide about each run: search on public data, or in a simulation"
+        raise ConfigError("runtime", "deployment", bound)
+    if asked.resume is not None:
+        raise ConfigError("resume", asked.resume, "does not go with a search, which goes on by itself under one name")
+    if asked.may_be_fitted:
+        bound = "must be stop in a search, whose price is fixed before the first trial"
+        raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
+    from fedtune.runs.data_notes import check_decides
+
+    check_decides(asked)
+
+
+def _dealt(config: RunConfig) -> dict[str, Any]:
+    """The settings that say which records each site has."""
+    from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+
+    return dealt_out(config) | {"federation.participants": list(config.federation.active)}
+
+
+def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
+    """The plan that all trials have, where it is not known what they will try.
+
+    Raises:
+        ConfigError: a searched setting decides what a trial costs.
+    """
+    plan = shapes[0].plan()
+    for values, shape in zip(tried, shapes, strict=True):
+        if shape.plan() != plan:
+            key = ", ".join(key for key, value in values.items() if value != tried[0][key])
+            bound = "decides what a trial costs, which --method tpe must know first: search it at random or by grid"
+            raise ConfigError(key, NOT_GIVEN, bound)
+    return plan
+
+
+def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
+    """The price before the first trial."""
+    if not price.private:
+        return Section(title="Price of the search", notes=[_NOT_PRIVATE])
+    rows = [
+        ("trials", f"{price.trials}"),
+        ("epsilon of the dearest trial", epsilon_text(price.epsilon_of_one)),
+        ("epsilon of all together", f"{epsilon_text(price.epsilon)} (by RDP {epsilon_text(price.epsilon_rdp)})"),
+        ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
+    ]
+    notes = [_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
+    return Section(
+        title="Price of the search", rows=rows, words={0, 1}, notes=[*notes, SEEDED] if seeded_noise else notes
+    )
+
+
+def _promise(price: SearchPrice) -> str:
+    """The one sentence that matters most."""
+    if not price.private:
+        return _NOT_PRIVATE
+    bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
+    return f"All trials together: {bound}, at every site."
+
+
+def at_random(searched: Sequence[Searched], *, seed: str, number: int) -> list[Values]:
+    """Trials that are each drawn by themselves from the same distribution."""
+    optuna = _optuna()
+    spaces = {one.key: _distribution(one) for one in searched}
+    trials = []
+    for place in range(number):
+        # One seed for each, so that one trial's values say nothing about its place among them.
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=_number_from(seed, place)))
+        trials.append(_typed(searched, study.ask(spaces).params))
+    return trials
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator; a third of the trials, ten at most, are drawn at random first."""
+
+    def __init__(self, searched: Sequence[Searched], *, seed: str, number: int) -> None:
+        optuna = _optuna()
+        first = max(1, min(10, number // 3))
+        sampler = optuna.samplers.TPESampler(seed=_number_from(seed, 0), n_startup_trials=first)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._failed = optuna.trial.TrialState.FAIL
+        self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
+
+    def ask(self) -> Values:
+        """What the next trial tries."""
+        self._trial = self._study.ask(self._spaces)
+        return _typed(self._searched, self._trial.params)
+
+    def tell(self, score: float | None) -> None:
+        """The score of the trial that was asked for last, and larger is better; None: it has none."""
+        if score is None:
+            self._study.tell(self._trial, state=self._failed)
+        else:
+            self._study.tell(self._trial, score)
+
+
+def ends(searched: Sequence[Searched]) -> list[Values]:
+    """Each listed value, and both ends of each interval: with all of the others', or their first where that is many."""
+    values = {one.key: one.choices or (_number(one, one.low), _number(one, one.high)) for one in searched}
+    if math.prod(map(len, values.values())) <= _MOST_ENDS:
+        return [dict(zip(values, some, strict=True)) for some in product(*values.values())]
+    first = {key: choices[0] for key, choices in values.items()}
+    return [first, *({**first, key: value} for key, choices in values.items() for value in choices[1:])]
+
+
+def _number_from(seed: str, place: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} values {place}".encode()).digest()[:4], "big")
+
+
+def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
+    return {one.key: str(values[one.key]) if one.choices else _number(one, values[one.key]) for one in searched}
+
+
+def _number(one: Searched, value: float) -> str:
+    """Four digits are enough to tell trials apart."""
+    if one.is_whole:
+        return str(value)
+    return repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+
+
+def _distribution(one: Searched) -> BaseDistribution:
+    from optuna import distributions
+
+    if one.choices:
+        return distributions.CategoricalDistribution(one.choices)
+    if one.is_whole:
+        return distributions.IntDistribution(int(one.low), int(one.high), log=one.log)
+    return distributions.FloatDistribution(one.low, one.high, log=one.log)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        bound = "needs Optuna: pip install 'fedtune[search]'; a grid does without"
+        raise ConfigError("--method", "random or tpe", bound) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

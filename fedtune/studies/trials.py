@@ -1,0 +1,412 @@
+"""Several runs, one after the other: what is there already, what goes on, and the table of what they came to.
+
+The best run is told by validation scores alone.  A run that was chosen by its test score has a test score that is too
+good, since the choice has used the same records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, time_stamp, value_of
+from fedtune.api.working_folder import folder_of
+from fedtune.config import RunConfig
+from fedtune.evaluation.bootstrap import direction
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import write_durably
+from fedtune.show.sections import SCHEMA_VERSION, Section
+from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
+from fedtune.words import counted, unbounded
+
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from fedtune.federation.lead import Scores
+    from fedtune.runs.results import RunResult
+
+_FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
+"""Of the CSV; the settings that differ follow, then what was spent, then the scores."""
+
+
+Values = Mapping[str, str]
+"""Of one run: the settings that differ between the runs with their values, as they are typed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Runs that differ in some settings.
+
+    Attributes:
+        name: of the sweep; the names of its runs begin with it, unless they are swept themselves.
+        runs: one for each combination.
+        values: of each run.
+        overrides: that make the same sweep again, under the same name.
+    """
+
+    name: str
+    runs: tuple[RunConfig, ...]
+    values: tuple[Values, ...]
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One of several runs.
+
+    Attributes:
+        values: the settings that differ between the runs, as they were typed.
+        earlier: whether it was finished before this command.
+        error: what ended it early.
+        result: what it came to so far; None: it has no run.json.
+        together: the epsilon of this trial of a search and all before it; None: the runs share no ledger.
+    """
+
+    config: RunConfig
+    folder: Path
+    values: Values = field(default_factory=dict)
+    earlier: bool = False
+    error: BaseException | None = None
+    result: RunResult | None = None
+    together: float | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, values: Values | None = None) -> Trial:
+        """The run as it is on disk: new, begun by the same command before, or finished.
+
+        Raises:
+            ConfigError: its folder belongs to something else.
+        """
+        folder = Path(config.tracking.output_dir) / config.name
+        if config.resume is None and folder.exists():
+            config = replace(config, resume=str(folder))
+            try:
+                folder_of(config)
+            except ConfigError as error:
+                raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
+        folder = folder_of(config)
+        result = result_in(folder, finished=True)
+        return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
+
+    def run(self, work: Callable[[Trial], RunResult]) -> Trial:
+        """The trial after `work`, whatever ended that; one that was finished before stays as it is."""
+        if self.earlier:
+            return self
+        try:
+            return replace(self, result=work(self))
+        except BaseException as error:
+            return replace(self, error=error, result=result_in(self.folder))
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        from fedtune.runs.results import DIVERGED
+
+        if self.error is not None:
+            return "interrupted" if isinstance(self.error, KeyboardInterrupt) else "failed"
+        if self.result is None:
+            return "not begun"
+        return "diverged" if DIVERGED in self.result.final.findings else "finished"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, in one line."""
+        if self.state != "failed":
+            return ""
+        # The text of an error that nobody foresaw may quote a record.
+        text = str(self.error) if isinstance(self.error, FedtuneError) else type(self.error).__name__
+        return " ".join(text.split())
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the same command again would bring it further."""
+        stopped = isinstance(self.error, RunError) and not isinstance(self.error, StuckError)
+        return stopped or self.state in ("interrupted", "not begun")
+
+    @property
+    def validation(self) -> Scores:
+        """Of the adapter that the run kept, on the lead's validation records."""
+        if not (self.result and self.result.rounds):
+            return {}
+        kept = self.result.final.kept
+        return self.result.rounds[kept.round - 1 if kept else -1].metrics
+
+    @property
+    def test(self) -> Scores:
+        """On the lead's test records."""
+        return self.result.final.metrics if self.result else {}
+
+    @property
+    def score(self) -> float | None:
+        """The validation score of a run that is finished and did not diverge; None where its scores may not decide."""
+        from fedtune.runs.data_notes import may_decide
+
+        usable = self.state == "finished" and may_decide(self.config)
+        return self.validation.get(self.config.judged_by) if usable else None
+
+
+def compared_on(config: RunConfig) -> tuple[Any, ...]:
+    """What runs must have in common for their validation scores to say which is better."""
+    data = config.data
+    read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
+    # A loss is one of tokens: model, template and length decide which these are.
+    tokens = (config.model.path, data.prompt_template, data.chat_template, data.max_length)
+    on_tokens = tokens if config.judged_by == "loss" else ()
+    return (config.task, data.validation_file, data.validation_rows, *read, *on_tokens)
+
+
+def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
+    """What the run in `folder` has come to; None: nothing, or with `finished` not all of it."""
+    if not RunFolder(folder).result.is_file():
+        return None
+    from fedtune.report.record.run_record import read_run
+
+    with suppress(FedtuneError):  # of a damaged folder: its run says so
+        record = read_run(folder)
+        if not finished or (record.finished and RunFolder(folder).adapter.is_dir()):
+            return record.result
+    return None
+
+
+def compose_sweep(overrides: Sequence[str]) -> Sweep:
+    """One run for each combination of comma-separated values, all validated before the first one begins."""
+    fixed, searched = split_searched(overrides)
+    combined, runs = combinations(searched), []
+    given = [value_of(override) for override in fixed if key_of(override) == "name"]
+    prefix = str(given[-1]) if given else time_stamp()
+    is_named = any(key_of(one.key) == "name" for one in searched)
+    for values in combined:
+        words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
+        if not is_named:
+            chosen = ",".join(f"{key_of(key)}={value}" for key, value in values.items())
+            suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
+            words.append(f"name='{prefix}-{suffix}'")
+        runs.append(compose_run(words))
+    return Sweep(
+        name=f"{runs[0].name}-sweep" if is_named else prefix,
+        runs=tuple(runs),
+        values=tuple({key_of(key): value.strip("'\"") for key, value in values.items()} for values in combined),
+        overrides=tuple(overrides if given or is_named else [*overrides, f"name={prefix}"]),
+    )
+
+
+def combinations(searched: Sequence[Searched]) -> list[Values]:
+    """Every combination, the last setting's values changing fastest.
+
+    Raises:
+        ConfigError: a setting has no end of values, or there are too many combinations.
+    """
+    for one in searched:
+        if not one.choices:
+            bound = "has no end of values, and all are to be tried: list some, as in 0.001,0.01,0.1"
+            raise ConfigError(one.key, f"{one.low:g} to {one.high:g}", bound)
+    keys = [one.key for one in searched]
+    if math.prod(len(one.choices) for one in searched) > MOST_RUNS:
+        raise ConfigError(", ".join(keys), "...", f"must give at most {MOST_RUNS} runs together")
+    return [dict(zip(keys, values, strict=True)) for values in product(*(one.choices for one in searched))]
+
+
+@dataclass
+class Trials:
+    """Runs in their order, and the CSV table of what they came to.
+
+    Attributes:
+        table: the file.
+        fewest: a run is the best of at least so many with a score.
+        rows: by folder.
+    """
+
+    table: Path
+    fewest: int = 2
+    rows: dict[Path, Trial] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Trials:
+        """The runs of a sweep, with the results of those that were finished before.
+
+        Raises:
+            ConfigError: a folder or the table's file belongs to something else.
+        """
+        trials = cls(Path(sweep.runs[0].tracking.output_dir) / f"{sweep.name}.csv")
+        differ = [key for key in sweep.values[0] if len({values[key] for values in sweep.values}) > 1]
+        for config, values in zip(sweep.runs, sweep.values, strict=True):
+            trial = Trial.of(config, {key: values[key] for key in differ})
+            if trial.folder in trials.rows:
+                raise ConfigError("name", config.name, "is the name of two runs of the sweep; choose others")
+            trials.rows[trial.folder] = trial
+        trials.table = next(iter(trials.rows)).parent / trials.table.name
+        trials._check_table()
+        return trials
+
+    def run(self, work: Callable[[Trial], RunResult]) -> None:
+        """Run what is not finished yet.  A run that fails does not keep the others from running.
+
+        Raises:
+            FedtuneError: the first run that failed, after the last one has ended; anything else at once.
+        """
+        try:
+            for trial in list(self.rows.values()):
+                done = self.rows[trial.folder] = trial.run(work)
+                if done.error is not None and not isinstance(done.error, FedtuneError):
+                    raise done.error
+                self.write()
+        finally:
+            self.write()
+        self.raise_first()
+
+    def raise_first(self) -> None:
+        """Raise the error of the first run that failed."""
+        for trial in self.rows.values():
+            if trial.error is not None:
+                raise trial.error
+
+    @property
+    def best(self) -> Trial | None:
+        """The finished run with the best validation score; None where scores are too few or cannot be compared."""
+        scored = [(score, trial) for trial in self.rows.values() if (score := trial.score) is not None]
+        if len(scored) < self.fewest or len({compared_on(trial.config) for _, trial in scored}) > 1:
+            return None
+        sign = direction(scored[0][1].config.judged_by)
+        return max(scored, key=lambda pair: sign * pair[0])[1]
+
+    def _check_table(self) -> None:
+        """Refuse to replace a file that is no table of these runs."""
+        path = self.table
+        if not path.exists():
+            return
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                table = csv.DictReader(file)
+                ours = tuple(table.fieldnames or ())[: len(_FIRST_COLUMNS)] == _FIRST_COLUMNS
+                others = {row["run"] for row in table} - {folder.name for folder in self.rows} if ours else set()
+        except (OSError, UnicodeError, csv.Error):
+            ours, others = False, set()
+        if not ours or others:
+            holds = f"holds other runs, such as {min(others)}" if others else "is no table of a sweep"
+            raise ConfigError("name", path.stem, f"is taken: {path} {holds}; choose another")
+
+    def write(self) -> None:
+        """Write the table of the runs that have begun, every figure as exact as it is known; none before a folder."""
+        if not any(folder.exists() for folder in self.rows):
+            return
+        best, lines = self.best, list[dict[str, Any]]()
+        for trial in self.rows.values():
+            if trial.state == "not begun":
+                continue
+            first = (trial.folder.name, trial.folder, trial.state, trial.reason, "yes" if trial is best else "")
+            cells = dict(zip(_FIRST_COLUMNS, first, strict=True)) | dict(trial.values)
+            if trial.result is not None:
+                privacy = trial.result.privacy
+                cells |= {"epsilon_spent": unbounded(privacy.epsilon), "delta": privacy.delta}
+            if trial.together is not None:
+                cells["epsilon_so_far"] = trial.together
+            for kind, scores in (("validation", trial.validation), ("test", trial.test)):
+                cells |= {f"{kind}_{name}": "nan" if value is None else value for name, value in scores.items()}
+            lines.append(cells)
+        columns = dict.fromkeys((*_FIRST_COLUMNS, *(column for line in lines for column in line)))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        try:
+            write_durably(self.table, text.getvalue().encode())
+        except OSError as error:
+            raise RunError(f"the sweep's table {self.table} cannot be written ({error.strerror})") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The table for machines."""
+        best = self.best
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "table": str(self.table) if self.table.is_file() else None,
+            "best": str(best.folder) if best else None,
+            "runs": [
+                {
+                    "folder": str(trial.folder),
+                    "values": trial.values,
+                    "state": trial.state,
+                    "reason": trial.reason,
+                    "result": trial.result,
+                }
+                for trial in self.rows.values()
+            ],
+        }
+
+    def section(self) -> Section:
+        """The table for a person, with a mark at the best run."""
+        trials, best = list(self.rows.values()), self.best
+        shared = any(trial.together is not None for trial in trials)
+        judged = dict.fromkeys(trial.config.judged_by for trial in trials)
+        scores = [
+            (kind, name)
+            for kind in ("validation", "test")
+            for name in judged
+            if any(name in getattr(trial, kind) for trial in trials)
+        ]
+        keys = list(trials[0].values)
+        rows, styles = list[tuple[str, ...]](), dict[int, str]()
+        for number, trial in enumerate(trials, start=1):
+            if trial.state == "not begun":
+                continue
+            if trial is best:
+                styles[len(rows)] = "bold"
+            rows.append(
+                (
+                    "*" if trial is best else "",
+                    str(number),
+                    *trial.values.values(),
+                    *(_figure(getattr(trial, kind), name) for kind, name in scores),
+                    epsilon_text(trial.result.privacy.epsilon) if trial.result else "-",
+                    *([epsilon_text(trial.together)] if shared else []),
+                    trial.state,
+                )
+            )
+        headings = ("", "run", *(key.replace(".", ".\n") for key in keys))
+        headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
+        headings += (*(["epsilon\nso far"] if shared else []), "state")
+        return Section(
+            title="Trials" if shared else "Sweep",
+            headings=headings,
+            rows=rows,
+            words={0, *range(2, 2 + len(keys)), len(headings) - 1},
+            styles=styles,
+            notes=list(_notes(trials, best)),
+        )
+
+
+def _figure(scores: Scores, name: str) -> str:
+    value = scores.get(name)
+    return f"{value:.3f}" if value is not None else "not finite" if name in scores else "-"
+
+
+def _notes(trials: Sequence[Trial], best: Trial | None) -> Iterator[str]:
+    """What must be said about the table."""
+    reasons: dict[str, list[str]] = {}
+    for number, trial in enumerate(trials, start=1):
+        if trial.reason:
+            reasons.setdefault(trial.reason, []).append(str(number))
+    for reason, numbers in reasons.items():
+        yield f"run{'s' * (len(numbers) > 1)} {', '.join(numbers)} failed: {reason}"
+    if waiting := sum(trial.state == "not begun" for trial in trials):
+        yield f"{counted(waiting, 'run')} not begun yet."
+    if earlier := sum(trial.earlier for trial in trials):
+        yield f"{counted(earlier, 'run')} had been finished before, with the same settings."
+    finished = [trial for trial in trials if trial.state == "finished"]
+    if best is not None:
+        yield f"* best by validation {best.config.judged_by}. Test scores must not choose: they would then be too good."
+    elif len(finished) > 1 and not any(trial.validation for trial in finished):
+        yield "No run is marked as the best: none has validation records, and test scores must not choose."
+    elif len(finished) > 1 and not any(trial.score is not None for trial in finished):
+        yield "No run is marked as the best: that takes data.validation_file, without records that sites train on."
+    elif len(finished) > 1:
+        yield "No run is marked as the best: their validation scores cannot be compared."
+    charged = [trial for trial in trials if trial.result and trial.config.privacy.private]
+    if len(charged) > 1 and charged[0].together is None:
+        yield "Runs on the same records spend their epsilons together: the loss of privacy is more than one row's."
