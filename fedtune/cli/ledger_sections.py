@@ -17,7 +17,7 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified
-from fedtune.show.amounts import cap_text, mechanism_text, rounded_down, trust_words
+from fedtune.show.budget_words import cap_text, mechanism_text, rounded_down, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, say
 from fedtune.words import counted, unbounded

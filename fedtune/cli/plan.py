@@ -25,7 +25,7 @@ from fedtune.privacy.selection import price_of
 from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
 from fedtune.show.sections import json_text, print_json, say, show, write_file
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.studies.search import check_trials, price_section
+from fedtune.studies.trial_search import check_trials, price_section
 from fedtune.words import jsonable
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
-from fedtune.show.amounts import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
+from fedtune.show.budget_words import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, pairs, say, show
 from fedtune.words import counted, duration, size, spoken_start

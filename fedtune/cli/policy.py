@@ -27,7 +27,7 @@ from fedtune.privacy.amounts import (
 )
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
-from fedtune.show.amounts import cap_text, rounded_down
+from fedtune.show.budget_words import cap_text, rounded_down
 from fedtune.show.lines import printable
 from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError

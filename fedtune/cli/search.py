@@ -10,7 +10,7 @@ from fedtune.cli.command import AsJson, Option, Overrides, same_command, single
 from fedtune.cli.shown_run import run_in_a_line, show_trials
 from fedtune.show.sections import print_json, say, show
 from fedtune.sites.session import Session
-from fedtune.studies.search import Method, Search, price_section
+from fedtune.studies.trial_search import Method, Search, price_section
 from fedtune.studies.trials import Trial, Trials
 from fedtune.words import jsonable
 

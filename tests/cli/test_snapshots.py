@@ -14,6 +14,7 @@ from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 
 from . import snapshots
+from .widths import too_wide
 
 
 def every_command() -> list[str]:
@@ -29,8 +30,9 @@ def every_command() -> list[str]:
 def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main([*command.split(), "--help"]) == 0
-    name = "-".join(["fedtune", *command.split()])
-    snapshots.check_text(f"{name}.txt", capsys.readouterr().out)
+    name, shown = "-".join(["fedtune", *command.split()]), capsys.readouterr().out
+    snapshots.check_text(f"{name}.txt", shown)
+    assert too_wide(shown) == [], "also where the terminal is wider"
 
 
 @pytest.mark.parametrize("words", ["ledger show", "ledger spent", "ledger verify", "site check-policy"])

@@ -15,23 +15,13 @@ from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 
-from . import snapshots
 from .conftest import Here
 from .widths import COLUMNS, too_wide
-
-HELP = sorted(path.name for path in snapshots.FOLDER.glob("fedtune*.txt"))
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-
-
-@pytest.mark.parametrize("name", HELP)
-def test_help(name: str) -> None:
-    """Also where the terminal is wider: the snapshots are of one with 100 columns."""
-    lines = (snapshots.FOLDER / name).read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if len(line) > COLUMNS] == []
 
 
 WORDS = (["show"], ["show", "--rounds"], ["spent"], ["verify"], ["show", "--last", "1"])

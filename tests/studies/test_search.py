@@ -22,7 +22,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
-from fedtune.studies.search import Search
+from fedtune.studies.trial_search import Search
 
 from ..cli.widths import COLUMNS, too_wide
 
