@@ -267,8 +267,8 @@ class SharedModel:
         return start.adapter_for(self.model)
 
     def tokenised(self, records: Sequence[Record], *, lenient: bool = False) -> TextDataset:
-        """Records as this model reads them; `lenient`: whatever they are."""
-        within = self.model.num_ids if lenient else None
+        """Records as this model reads them; `lenient`, or where a run leaves some out: whatever they are."""
+        within = self.model.num_ids if lenient or self.config.data.skips_unusable else None
         return self.model.task.tokenise(records, self.tokenizer, data=self.config.data, lenient_within=within)
 
     @cached_property

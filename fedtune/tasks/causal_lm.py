@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.faults import Faults
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import (
@@ -125,7 +126,7 @@ class CausalLM(Task):
             DataError: a record is no chat with an answer.
         """
         layout = Layout.of(tokenizer, data)
-        examples = [laid_out(layout, record, lenient=lenient_within is not None) for record in records]
+        examples = laid_out(layout, records, lenient=lenient_within is not None)
         input_ids, targets = [], []
         for tokens in layout.encoded(examples, tokenizer, within=lenient_within):
             fitted = tokens.fitted(data.max_length)
@@ -170,7 +171,7 @@ class CausalLM(Task):
         if "text" in data.columns:
             return None
         layout = Layout.of(tokenizer, data)
-        examples = [laid_out(layout, record, lenient=False) for record in records]
+        examples = laid_out(layout, records, lenient=False)
         asked = [replace(example, answer=()) for example in examples]
         prompts = []
         for record, tokens in zip(records, layout.encoded(asked, tokenizer), strict=True):
@@ -322,24 +323,27 @@ class Layout:
     @classmethod
     def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:
         """Raises ConfigError for a tokenizer without an end-of-text token, or a chat template that cannot be taken."""
-        end, (ids,) = end_of_text(tokenizer), encode([""], tokenizer, special_tokens=True)
+        if (end := tokenizer.eos_token_id) is None:
+            raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
+        (ids,) = encode([""], tokenizer, special_tokens=True)
         start = (ids[0],) if ids and ids[0] == tokenizer.bos_token_id else ()
         if data.chat_template == "none":
             return cls(start, end, None, _literal(tokenizer) if "text" in data.columns else None, data)
         return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
-    def prompt(self, fields: Mapping[str, str]) -> Sequence[Piece]:
-        """What stands before an answer to `fields`, which hold none.
+    def prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
+        """What stands before an answer to `fields`, which hold none; `answer`: the one that is known.
 
         Raises:
-            NoConversation: for messages that are no turns, or do not end in a user's.
+            NoConversation: for messages that are no turns, do not end in a user's, or that the template changes.
             ConfigError: for messages where there are no turns.
         """
         if "messages" not in fields:
             prompt = fields["text"] if "text" in fields else _filled(self.data.prompt_template, fields)
             if self.chat is None:
                 return [Piece(prompt, said=True)]
-            return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())])
+            turns = [Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())]
+            return self.chat.prompt(turns, answer=answer)
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
         return self.chat.prompt(_turns(fields))
@@ -354,10 +358,11 @@ class Layout:
         if "text" in fields:
             return _Example((), [Piece(cut(fields["text"], length), said=True, learnt=True)])
         if self.chat is None or "messages" not in fields:
-            context, reference = self.prompt(fields), fields["completion"]
+            reference = fields["completion"]
+            context = self.prompt(fields, answer=reference)
         else:
             asked, reference = before_last_answer(_turns(fields))
-            context = self.chat.prompt(asked)
+            context = self.chat.prompt(asked, answer=reference)
         said = cut(reference, length)
         answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.answer(said)
         return _Example(_last(context, length), answer, reference)
@@ -423,20 +428,25 @@ def _turns(fields: Mapping[str, str]) -> list[Turn]:
     return [Turn(SYSTEM, system), *turns] if system.strip() and turns[:1] and turns[0].role != SYSTEM else turns
 
 
-def laid_out(layout: Layout, record: Record, *, lenient: bool) -> _Example:
-    """A record as pieces that are to be encoded; one without any in place of a conversation that cannot be learnt.
+def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> list[_Example]:
+    """Records as pieces that are to be encoded; one without any in place of a conversation that cannot be learnt.
 
     Raises:
-        DataError: for that, unless `lenient`.
+        DataError: about the first of these, with the number of those like it, unless `lenient`.
     """
-    try:
-        return layout.example(record.fields)
-    except NoConversation as error:
-        if lenient:
-            return _Example(())
-        raise DataError(
-            record.at("messages"), str(error), "must be turns of user and assistant in alternation"
-        ) from None
+    examples, faults = [], Faults()
+    for record in records:
+        try:
+            examples.append(layout.example(record.fields))
+        except NoConversation as error:
+            examples.append(_Example(()))
+            bound = (
+                "must be turns of user and assistant in alternation, which the model's own template writes as they are"
+            )
+            faults.add(DataError(record.at("messages"), str(error), bound), record.line)
+    if not lenient:
+        faults.require_none()
+    return examples
 
 
 def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
@@ -474,17 +484,6 @@ def _paragraphs(template: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
         (paragraph, tuple(name for _, name, _, _ in Formatter().parse(paragraph) if name is not None))
         for paragraph in template.split(_BLANK_LINE)
     )
-
-
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a completion.
-
-    Raises:
-        ConfigError: for `model.path`, when there is none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("model.path", tokenizer.name_or_path, "its tokenizer must have an end-of-text token")
-    return tokenizer.eos_token_id
 
 
 @lru_cache(maxsize=4)

@@ -1,10 +1,10 @@
 """Conversations as one text each: what a chat template writes between contents of turns, found out once for a model.
 
-A template is a program that came with the model.  It is rendered over made-up conversations alone, never over a record:
-what it does to one text and not to another, and how long it takes for it, then tells nothing about records.  Most
-templates are chains: they put the same text between a user's content and the assistant's whatever the contents are, and
-wherever in the conversation.  These texts are read off made-up conversations, and tried on others; a template that is
-no chain is refused.  A record's contents then go between them.
+A template is a program that came with the model.  Most templates are chains: they put the same text between a user's
+content and the assistant's whatever the contents are, and wherever in the conversation.  These texts are read off
+made-up conversations, and tried on others; a template that is no chain is refused.  A record's contents then go between
+them, and the template is rendered over the record once: where it writes anything else, that record is not used.  All
+renderings are counted, and each sees one conversation alone, so what becomes of one record is up to no other.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 _MOST_TEMPLATE = 1 << 16
 """Characters; the longest of well-known models have about ten thousand."""
+_MOST_TRIED = 1 << 24
+"""Steps of all made-up conversations together, as `CountedTemplate` counts them; short templates need 200,000."""
 
 
 class NoConversation(ValueError):
@@ -72,6 +74,7 @@ class ChatFormat:
         between: what ends an answer with turns behind it, taught too; blank where the template ends it by no mark.
         end: the token that says that an answer has ended.
         has_system: otherwise a system turn is put before the first user's content, with a blank line between them.
+        writes: whether the template writes these turns as `joints` and `contents` do.
     """
 
     tokenizer: MarkedTokenizer
@@ -83,16 +86,22 @@ class ChatFormat:
     between: str
     end: int
     has_system: bool
+    writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
-    def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
+    def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
         """What stands before an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
+
+        Args:
+            turns: before the answer.
+            answer: the one that is known, which the template must write as it is, too.
 
         Raises:
             NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
-                with a system turn before them or none.
+                with a system turn before them or none; or the template does not write them one after another.
         """
+        placed = self._placed(turns)
         pieces, before, learnt = [Piece(self.start)], START, False
-        for turn in (*self._placed(turns), Turn(ANSWER, "")):
+        for turn in (*placed, Turn(ANSWER, "")):
             joint = self.joints.get((before, turn.role))
             if joint is None:
                 raise NoConversation("turns in another order")
@@ -102,6 +111,8 @@ class ChatFormat:
             if turn.role != ANSWER:
                 pieces.append(self._said(turn))
             before, learnt = turn.role, turn.train
+        if not self.writes(placed if answer is None else (*placed, Turn(ASSISTANT, answer))):
+            raise NoConversation("turns that the model's own template changes")
         return pieces
 
     def answer(self, content: str) -> list[Piece]:
@@ -167,8 +178,12 @@ def chat_format(
     """
     if kind == "plain":
         return _plain(tokenizer, start, end)
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
     try:
-        return _own(tokenizer, _template_of(tokenizer), end)
+        if not isinstance(template, str):
+            raise _NoChain("is missing")
+        return _own(tokenizer, template, end)
     except _NoChain as error:
         bound = f"the model's own template {error}; use data.chat_template=plain"
         raise ConfigError("data.chat_template", "model", bound) from None
@@ -191,7 +206,8 @@ def _plain(tokenizer: Tokenizer, start: tuple[int, ...], end: int) -> ChatFormat
 def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Raises _NoChain."""
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
-    chain, tried = _derived(_compiled(template), special)
+    compiled = _compiled(template)
+    chain, tried = _derived(compiled, special)
     found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
     marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
     joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
@@ -210,8 +226,15 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     if not begin or not all(joints[joint].startswith(begin) for joint in starts):
         begin = ""
     joints |= {joint: joints[joint].removeprefix(begin) for joint in starts}
+
+    def writes(turns: Sequence[Turn]) -> bool:
+        try:
+            return _rendered(compiled, turns, special) == chain.text(turns)
+        except _NoChain:
+            return False
+
     has_system = (START, SYSTEM) in joints
-    return ChatFormat(marked, (), begin, joints, chain.contents(), ending, between, end, has_system)
+    return ChatFormat(marked, (), begin, joints, chain.contents(), ending, between, end, has_system, writes)
 
 
 class _Mark(NamedTuple):
@@ -280,7 +303,7 @@ class _Chain:
         said[ASSISTANT] = lambda content: self.lead + self.trims[ASSISTANT](content)
         return said
 
-    def text(self, turns: _Conversation) -> str:
+    def text(self, turns: Sequence[Turn]) -> str:
         """What the template has to write of a conversation, where an answer may be yet to come."""
         contents, ends = self.contents(), (END if turns[-1].role == ASSISTANT else ANSWER)
         roles = (START, *(turn.role for turn in turns), ends)
@@ -294,9 +317,15 @@ class _NoChain(Exception):
 
 def _derived(template: CountedTemplate, special: Mapping[str, str]) -> tuple[_Chain, Mapping[_Conversation, str]]:
     """The chain, and what the template writes of the conversations that it was tried on."""
+    spent = 0
 
     def rendered(turns: _Conversation) -> str:
-        return _rendered(template, turns, special)
+        nonlocal spent
+        text = _rendered(template, turns, special)
+        spent += template.work
+        if spent > _MOST_TRIED:
+            raise _NoChain(f"takes more than {_MOST_TRIED} steps for all the conversations that it is tried on")
+        return text
 
     one, more = (USER, ASSISTANT), (USER, ASSISTANT, USER)
     joints = _read_off(rendered, one) | _read_off(rendered, more)
@@ -360,7 +389,7 @@ def _trimmed(rendered: Callable[[_Conversation], str], chain: _Chain, role: str)
 def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversation]:
     """Made-up conversations of several lengths, with contents that a template might treat in a way of their own.
 
-    Such as those that hold one of its own texts: what it cuts off there, such as a thought, it has to look for.
+    Such as one that holds all of its own texts: what it cuts off there, such as a thought, it has to look for.
     """
     odd = ('\n\nLines\n\nof "text", <b> & {{ x }}\n', "Ünï: 文字 [INST] #1", " two words\n", "word")
     unsaid = ("", "  ", *odd)  # of a user, who may say nothing
@@ -370,11 +399,10 @@ def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversat
             user, assistant = unsaid[(shift + place) % len(unsaid)], odd[(shift + place) % len(odd)]
             turns = (*turns, Turn(USER, user), Turn(ASSISTANT, assistant))
         for first in ((), (Turn(SYSTEM, odd[shift % len(odd)]),)) if has_system else ((),):
-            yield from ((*first, *turns[:count]) for count in range(1, len(turns) + 1))
+            yield from ((*first, *turns[:count]) for count in ((5, 6) if shift else range(1, 7)))
     roles = (*((SYSTEM,) if has_system else ()), USER, ASSISTANT, USER, ASSISTANT)
-    for text in (*sorted(set(own_texts)), "</think>", "long " * 1000):
-        for content in (f"{text}said", f"said {text} and {text} more", f"said{text}"):
-            yield tuple(Turn(role, content) for role in roles)
+    for content in (" and ".join(("said", *sorted(set(own_texts)), "</think>", "more")), "long " * 1000):
+        yield tuple(Turn(role, content) for role in roles)
 
 
 _WITHHELD = ("strftime_now", "lipsum")
@@ -395,7 +423,8 @@ def _compiled(template: str) -> CountedTemplate:
         raise _NoChain(f"cannot be read ({first_line(error)})") from None
 
 
-def _rendered(template: CountedTemplate, turns: _Conversation, special: Mapping[str, str]) -> str:
+def _rendered(template: CountedTemplate, turns: Sequence[Turn], special: Mapping[str, str]) -> str:
+    """Raises _NoChain, whose words are about a made-up conversation: of a record they are not shown."""
     from jinja2 import Undefined
 
     from fedtune.model.quiet import first_line
@@ -410,14 +439,6 @@ def _rendered(template: CountedTemplate, turns: _Conversation, special: Mapping[
         return template.render(given)
     except TooMuchWork as error:
         raise _NoChain(str(error)) from None
-    except Exception as error:  # of a made-up conversation, whatever the template raises
+    except Exception as error:  # whatever the template raises
         roles = ", ".join(turn.role for turn in turns)
         raise _NoChain(f"refuses turns of {roles} ({first_line(error)})") from None
-
-
-def _template_of(tokenizer: Tokenizer) -> str:
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
-    if not isinstance(template, str):
-        raise _NoChain("is missing")
-    return template

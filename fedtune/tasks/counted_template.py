@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from threading import Lock
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
@@ -20,21 +21,23 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-MOST_WORK = 1 << 20
-"""Characters and items that one rendering may read and make.  Known templates need about ten thousand."""
+_A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
+"""Characters and items that one rendering may read and make, for each turn and each character of its conversation.
+Known templates need about 2,000 a turn."""
 _MOST_MADE = 1 << 25
 """What one call could make at most, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
 _MOST_NUMBER = 1 << 10
 """Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
-_WITHHELD = ("format", "random", "sum")
-"""Filters: one makes a text as long as a number in a text says, one draws, and one copies a list for each item."""
+_WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
+"""Filters: one makes a text as long as a number in a text says, one draws, one copies a list for each item, and three
+may take the square of a text's length."""
 
 
 class TooMuchWork(TemplateError):
     """A template passed the bound."""
 
-    def __init__(self) -> None:
-        super().__init__(f"takes more than {MOST_WORK} steps for a short conversation")
+    def __init__(self, most: int) -> None:
+        super().__init__(f"takes more than {most} steps for a short conversation")
 
 
 class CountedTemplate:
@@ -42,6 +45,7 @@ class CountedTemplate:
 
     Attributes:
         texts: those that it holds in quotes: what it may look for in a content.
+        work: steps that the last rendering took.
 
     Raises:
         TemplateError: it cannot be read.
@@ -52,15 +56,23 @@ class CountedTemplate:
         self._template = self._environment.from_string(source)
         constants = self._environment.parse(source).find_all(nodes.Const)
         self.texts = {one.value for one in constants if isinstance(one.value, str)}
+        self.work = 0
+        self._one_at_a_time = Lock()
 
     def render(self, given: Mapping[str, Any]) -> str:
-        """What it writes; whatever it raises is raised.
+        """What it writes of `messages`, which are texts; whatever it raises is raised.
 
         Raises:
             TooMuchWork: it passed the bound.
         """
-        self._environment.work = 0
-        return self._template.render(given)
+        messages = given["messages"]
+        with self._one_at_a_time:
+            self._environment.work = 0
+            self._environment.most = _A_TURN * (1 + len(messages))
+            self._environment.most += _A_CHARACTER * sum(len(message["content"]) for message in messages)
+            text = self._template.render(given)
+            self.work = self._environment.work
+        return text
 
 
 class _CountedEnvironment(ImmutableSandboxedEnvironment):
@@ -68,6 +80,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
 
     Attributes:
         work: what was done since it was last set to 0.
+        most: the bound on it.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -79,7 +92,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
             extensions=list(map(type, like.extensions.values())),
             optimized=False,  # or filters of constants would be called, uncounted, while it is read
         )
-        self.work = 0
+        self.work = self.most = 0
         self.globals.update(like.globals)
         given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
         self.filters = {name: self._counted(one, self._before_filter) for name, one in given.items()}
@@ -101,8 +114,8 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         waiting, before = [value], self.work
         while True:
             self.work += steps
-            if self.work > MOST_WORK:
-                raise TooMuchWork
+            if self.work > self.most:
+                raise TooMuchWork(self.most)
             if not waiting:
                 return self.work - before
             held = waiting.pop()
@@ -133,11 +146,11 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         sizes = [self.spend(one) for one in given]
         factors = (abs(one) if _is_number(one) else size for one, size in zip(given, sizes, strict=True))
         if math.prod(1 + factor for factor in factors) > _MOST_MADE:
-            raise TooMuchWork
+            raise TooMuchWork(self.most)
 
     def _before_filter(self, given: tuple[Any, ...]) -> None:
         if any(_is_number(one) and abs(one) > _MOST_NUMBER for one in given[1:]):
-            raise TooMuchWork
+            raise TooMuchWork(self.most)
         self._before(given)
 
     def _after(self, made: Any) -> Any:

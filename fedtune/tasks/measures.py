@@ -69,12 +69,6 @@ class Detail:
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 
-def marks_of(classes: Classes, num_labels: int) -> Marks:
-    """Of records that have one label each, (n,) classes as (n, labels) marks."""
-    marks: Marks = classes[:, None] == np.arange(num_labels)
-    return marks
-
-
 def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     """The unweighted mean of every declared class's F1 score, in [0, 1].
 
@@ -156,14 +150,6 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     return float(np.mean(areas))
 
 
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1 down each column, ties at their mean; NaN where any is."""
-    from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
-
-    ranks: Floats = rankdata(values, axis=0)
-    return ranks
-
-
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
     """Answers in the order of their confidence, in `BINS` bins of equally many.
 
@@ -219,4 +205,6 @@ def correlation(one: Floats, other: Floats) -> float:
 
 def rank_correlation(one: Floats, other: Floats) -> float:
     """Spearman's, which is Pearson's of the ranks."""
-    return correlation(_ranks(one), _ranks(other))
+    from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
+
+    return correlation(rankdata(one), rankdata(other))

@@ -193,10 +193,8 @@ class LabelTask(PooledTask):
 
     def marks(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> tuple[Marks, Marks]:
         """(records, labels): which labels each has, and which it is said to have."""
-        first, second = (
-            measures.marks_of(figures[name].astype(np.int64), len(spec.labels)) for name in ("truth", "predicted")
-        )
-        return first, second
+        classes = np.arange(len(spec.labels))
+        return figures["truth"][:, None] == classes, figures["predicted"][:, None] == classes
 
     def confidence(self, figures: Mapping[str, Floats], truth: Marks, said: Marks) -> tuple[Floats, Marks]:
         """(answers,) the probability that the model gave to each of its answers, and whether that is right."""

@@ -103,7 +103,7 @@ class Preference(CausalLM):
         """
         self.require_usable(records, data=data)
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
-        examples = [laid_out(layout, one, lenient=lenient) for record in records for one in both(record)]
+        examples = laid_out(layout, (one for record in records for one in both(record)), lenient=lenient)
         encoded = layout.encoded(examples, tokenizer, within=lenient_within)
         input_ids, targets = [], []
         for pair in zip(encoded, encoded, strict=True):

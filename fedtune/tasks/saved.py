@@ -90,7 +90,9 @@ class SavedAdapter:
         """
         settings = _read_json(folder / _SETTINGS)
         with _malformed(folder):
-            spec, digest = _spec_from(settings, model), settings["adapter_digest"]
+            spec, digest = _spec_of(settings), settings["adapter_digest"]
+            if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
+                spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
             tensors, head = _read_tensors(folder, spec)
             # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
             if spec.lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
@@ -234,7 +236,10 @@ class StartAdapter:
             ConfigError: for `model.adapter`: it does not fit, is damaged, or has values that are not finite.
         """
         self.require_fits(model.spec)
-        self._require_base(model.spec.model)
+        was, now = self.spec.model.sha256, model_sha256(model.spec.model)
+        if was != now:
+            bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
+            raise ConfigError("model.adapter", str(self.folder), bound)
         constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
         try:
             tensors, own = _read_tensors(self.folder, self.spec)
@@ -269,12 +274,6 @@ class StartAdapter:
             if (head.train if name.startswith(_HEAD) else lora.train_a or ".lora_A." not in name)
         }
 
-    def _require_base(self, model: ModelSpec) -> None:
-        was, now = self.spec.model.sha256, model_sha256(model)
-        if was != now:
-            bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
-            raise ConfigError("model.adapter", str(self.folder), bound)
-
 
 def write_task_model(model: TaskModel, folder: Path) -> None:
     """Write the files of the adapter into a folder that is there."""
@@ -289,31 +288,17 @@ def write_task_model(model: TaskModel, folder: Path) -> None:
         save_file(offsets, folder / "offsets.safetensors", metadata={"format": "pt"})
     if model.task.has_head:
         save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "adapter_config.json", _peft_settings(model))
-    _write_json(folder / _SETTINGS, _settings(model))
 
-
-def _peft_settings(model: TaskModel) -> dict[str, Any]:
-    """PEFT's own, with a base that others can load, where there is one: its public id, else as the user named it."""
-    base, settings = model.spec.model, dict(model.base.peft_config["default"].to_dict())
-    settings |= {"base_model_name_or_path": public_place(base), "revision": base.revision}
-    in_order = {key: sorted(value) for key, value in settings.items() if isinstance(value, set)}
-    return settings | in_order | {"inference_mode": True}
-
-
-def _settings(model: TaskModel) -> dict[str, Any]:
-    base = model.spec.model
+    base, peft = model.spec.model, dict(model.base.peft_config["default"].to_dict())
+    # A base that others can load, where there is one: its public id, else as the user named it.
+    peft |= {"base_model_name_or_path": public_place(base), "revision": base.revision, "inference_mode": True}
+    peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
     # Its start's digest stays; the folder where that lay is nobody else's.
     pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
-    return {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
-
-
-def _spec_from(settings: dict[str, Any], model: ModelSpec | None) -> TaskModelSpec:
-    spec = _spec_of(settings)
-    # A base that lies elsewhere is still pinned to the model that the adapter was trained on.
-    here = spec.model if model is None else replace(model, sha256=spec.model.sha256)
-    return replace(spec, model=here)
+    own = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
+    for name, settings in (("adapter_config.json", peft), (_SETTINGS, own)):
+        (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
@@ -365,7 +350,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError("adapter", str(path), "must be an adapter's settings (no object)")
     check_schema(f"{path}: schema_version", settings.get("schema_version"), RUN_SCHEMA, of="adapter")
     return settings
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data import DataSpec, Record
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.base_model import tiny_tokenizer
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
+from fedtune.tasks.chat_format import _compiled, _derived
+from fedtune.tasks.counted_template import CountedTemplate
 
 LM = task_named("causal_lm")
 MARKS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]")
@@ -93,7 +97,7 @@ REFUSED = {
         "one after another",
     ),
     **{
-        name: (start + CHATML, r"takes more than 1048576 steps for a short conversation")
+        name: (start + CHATML, r"takes more than \d+ steps for a short conversation")
         for name, start in {
             "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "a condition in a loop": "{% for i in range(99) %}{% for j in range(99999) if 0 %}{% endfor %}{% endfor %}",
@@ -237,21 +241,93 @@ def test_a_mark_in_a_record_is_text(kind: str, special: bool) -> None:
     assert tokenizer.decode(ids).count(hostile) == 2, "and no letter of it is lost"
 
 
-def test_the_template_never_sees_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jinja2 import Template
+SAID = "message['content'] +"
+CHANGES_SOME = {
+    "many turns": (CHATML.replace(SAID, "('again' if loop.index > 8 else '') + " + SAID), chat(*"abcdefghij")),
+    "many turns, by an error": (
+        "{% if messages | length > 8 %}{{ raise_exception('no') }}{% endif %}" + CHATML,
+        chat(*"abcdefghij"),
+    ),
+    "lines of Windows": (
+        CHATML.replace(SAID, "message['content'].split('\\r' ~ '\\n') | join('\\n') +"),
+        chat("a\r\nb", "c"),
+    ),
+    "a content": (
+        CHATML.replace(SAID, "('' if message['content'] == 'No' ~ 'ne' else message['content']) +"),
+        chat("a", "None"),
+    ),
+    "a beginning": (CHATML.replace(SAID, "message['content'].removeprefix('<tool>') +"), chat("<tool>a", "c")),
+    "the last answer": (
+        CHATML.replace(SAID, "(message['content'] | replace(7 | string, '')) +"),
+        chat("a", "b", "c", "7"),
+    ),
+    "a content, by a loop": (
+        CHATML.replace(SAID, "(range(9999999) | length if 7 | string in message['content'] else '') ~ " + SAID),
+        chat("7", "b"),
+    ),
+}
 
-    seen: list[str] = []
-    render = Template.render
 
-    def watched(self: Template, *args: Any, **given: Any) -> str:
-        seen.append(json.dumps(dict(*args, **given)["messages"]))
-        return render(self, *args, **given)
+@pytest.mark.parametrize(("template", "turns"), CHANGES_SOME.values(), ids=CHANGES_SOME)
+def test_a_chat_that_the_template_changes_is_left_out_by_itself(template: str, turns: list[dict[str, str]]) -> None:
+    tokenizer, others = (
+        tokenizer_with(template),
+        [Record(messages(turns)) for turns in (chat("a", "b"), chat("c", "d"))],
+    )
+    changed = Record(messages(turns), "chats.jsonl", 7)
+    with pytest.raises(DataError, match=r"^chats\.jsonl:7, messages = \"turns that the model's own template changes\""):
+        LM.tokenise([others[0], changed], tokenizer, data=settings())
+    with pytest.raises(DataError, match=r"2 rows cannot be used, in lines 7, 9"):
+        LM.tokenise([changed, replace(changed, line=9)], tokenizer, data=settings())
+    one, left_out, other = (
+        LM.tokenise(records, tokenizer, data=settings(), lenient_within=10**6).targets[0]
+        for records in ([others[0]], [changed], [others[1]])
+    )
+    assert (left_out == UNSUPERVISED).all()
+    among = LM.tokenise([others[0], changed, others[1]], tokenizer, data=settings(), lenient_within=10**6).targets
+    assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
+    pair = {
+        "chosen": messages(turns)["messages"],
+        "rejected": messages([*turns[:-1], {**turns[-1], "content": "No."}])["messages"],
+    }
+    pairs = task_named("preference").tokenise(
+        [Record(pair)], tokenizer, data=settings(columns={role: role for role in pair}), lenient_within=10**6
+    )
+    assert all((target == UNSUPERVISED).all() for target in pairs.targets)
+    LM.tokenise([changed], tokenizer, data=settings("plain"))
 
-    monkeypatch.setattr(Template, "render", watched)
-    template = CHATML + "{# another, so that it is found out anew #}"
-    text_of(tokenizer_with(template), chat("a secret", "told", system="of ours"))
-    assert seen
-    assert not any(word in text for text in seen for word in ("secret", "told", "ours"))
+
+def test_a_prompt_that_the_template_changes_is_not_answered() -> None:
+    tokenizer, (template, turns) = tokenizer_with(None), CHANGES_SOME["lines of Windows"]
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match="template changes"):
+        LM.prompt_ids(messages(turns[:1]), tokenizer, data=settings())
+
+
+def test_a_template_is_rendered_over_each_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = tokenizer_with(CHATML), []
+    LM.check_tokenizer(tokenizer, data=settings())
+    render = CountedTemplate.render
+
+    def watched(self: CountedTemplate, given: Mapping[str, Any]) -> str:
+        seen.append([message["content"] for message in given["messages"]])
+        return render(self, given)
+
+    monkeypatch.setattr(CountedTemplate, "render", watched)
+    LM.tokenise(
+        [Record(messages(chat("a", "b", "c", "d"))), Record(messages(chat("e", "f")))], tokenizer, data=settings()
+    )
+    assert seen == [["a", "b", "c", "d"], ["e", "f"]]
+
+
+def test_all_renderings_of_a_template_have_one_bound() -> None:
+    quoted = "{% set x = '' %}" + "".join(f"{{% set x = 'word {n}' %}}" for n in range(1000))
+    LM.check_tokenizer(tokenizer_with(quoted + CHATML), data=settings())
+    _, tried = _derived(_compiled(quoted + CHATML), {})
+    assert len(tried) < 100, "however many texts it quotes"
+    many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
+    with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
+        LM.check_tokenizer(tokenizer_with(many_steps), data=settings())
 
 
 def test_turns_in_words() -> None:

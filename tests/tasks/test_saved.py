@@ -213,7 +213,7 @@ def test_a_crash_while_saving_keeps_the_old_folder(
     def crash(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fedtune.tasks.saved._settings", crash)
+    monkeypatch.setattr("fedtune.tasks.saved.asdict", crash)
     with pytest.raises(OSError, match="no space"):
         save_task_model(build_task_model(spec()), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
