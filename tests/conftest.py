@@ -122,6 +122,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", f"ignore:{_CLICK}:DeprecationWarning")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of a test with `by_day(...)` leave the cases that it does not name to the night."""
+    if (by_day := item.get_closest_marker("by_day")) and item.callspec.id not in by_day.args:  # type: ignore[attr-defined]
+        item.add_marker("nightly")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a name in `by_day(...)` that no case has, where whole files were collected."""
+    if any("::" in argument for argument in config.args):
+        return
+    named: dict[str, set[str]] = {}
+    for item in items:
+        if by_day := item.get_closest_marker("by_day"):
+            left = named.setdefault(item.nodeid.partition("[")[0], set(map(str, by_day.args)))
+            left.discard(item.callspec.id)  # type: ignore[attr-defined]
+    if unknown := {test: left for test, left in named.items() if left}:
+        raise pytest.UsageError(f"by_day names cases that there are not: {unknown}")
+
+
 def pytest_collection_finish() -> None:
     """From here on search for garbage, but only in what the tests make."""
     gc.freeze()

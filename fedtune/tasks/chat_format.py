@@ -268,12 +268,12 @@ def _check_tokens(
     chain: _Chain, tried: Mapping[_Conversation, str], tokenizer: Tokenizer, marked: MarkedTokenizer
 ) -> None:
     """Refuse a template whose conversations, encoded whole, get other tokens than transformers gives them."""
-    for turns, text in tried.items():
-        if any(_marks_in(turn.content, tokenizer) for turn in turns):
-            continue  # text for us, and a mark for transformers
-        ((ours, _),) = marked.encode([chain.text(turns)])
-        if ours != tokenizer([text], add_special_tokens=False)["input_ids"][0]:
-            raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
+    # A content that names a mark is text for us, and a mark for transformers.
+    named = {text for text in {turn.content for turns in tried for turn in turns} if _marks_in(text, tokenizer)}
+    plain = {turns: text for turns, text in tried.items() if named.isdisjoint(turn.content for turn in turns)}
+    ours = [ids for ids, _ in marked.encode([chain.text(turns) for turns in plain])]
+    if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
+        raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
 
 
 # What a model's own template writes, as texts.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -171,9 +172,15 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     assert pairs.input_ids[0].tolist() == ids
 
 
-@pytest.mark.parametrize("added", ["special", "plain", "strips"])
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@pytest.mark.parametrize("kind", KINDS)
+def cases() -> Iterator[Any]:
+    """Every kind of tokenizer with every template, by day with one of three ways to add marks, at night with all."""
+    for place, (kind, template) in enumerate(product(KINDS, TEMPLATES)):
+        for number, added in enumerate(("special", "plain", "strips")):
+            marks = () if number == place % 3 else pytest.mark.nightly
+            yield pytest.param(kind, TEMPLATES[template], added, id=f"{kind}-{template}-{added}", marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "template", "added"), list(cases()))
 def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: str, added: str) -> None:
     tokenizer = with_template(kind, added, template)
     check_same(tokenizer, chat("Where is case 3?", "In box 3, matey.", "  And\n\n\nnow? ", "\n\nSorry.", "a", "b"))
@@ -199,8 +206,8 @@ def test_turns_in_words_are_encoded_whole(kind: str) -> None:
     assert ids.tolist() == [*lead, *tokenizer([text], add_special_tokens=False)["input_ids"][0]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mark", ["</s>", "<s>", "<|im_end|>", "<unk>"])
+@pytest.mark.parametrize("kind", KINDS)  # outermost, so that a tokenizer's format is derived once
 def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
     tokenizer = with_template(kind, "special", CHATML)
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}

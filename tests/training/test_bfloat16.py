@@ -16,6 +16,7 @@ KINDS = [("random:bert", "classification"), ("random:llama", "causal_lm")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
+@pytest.mark.by_day("random:bert-classification-bfloat16", "random:llama-causal_lm-mixed", "random:llama-causal_lm-nf4")
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
 @kinds
 def test_adapters_gradients_sums_and_updates_keep_their_precision(
@@ -64,6 +65,7 @@ def test_products_in_bfloat16_change_gradients_by_rounding_alone(
     assert mixed < coarse
 
 
+@pytest.mark.by_day("random:llama-causal_lm")
 @kinds
 def test_cutting_a_batch_changes_the_clipped_sum_by_less_than_the_stated_bound(
     trained: Any, examples: Any, plan: Any, clipped_sum: Any, norm: Any, path: str, task: str

@@ -174,6 +174,7 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 # The same bits.
 
 
+@pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
 def test_several_devices_release_what_one_does(room: Room, plan: Callable[..., Any], unit: str, count: int) -> None:

@@ -160,6 +160,13 @@ def spoil(model: TaskModel, how: str) -> None:
     model.base.get_base_model().get_input_embeddings().register_forward_hook(look)
 
 
+@pytest.mark.by_day(
+    "classification-an error-40",
+    "classification-not finite-40",
+    "pairs-not finite-40",
+    "triplets-a panic-40",
+    "classification-a panic-10000",
+)
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_without_states_adds_nothing_and_moves_no_other(
@@ -251,6 +258,7 @@ def test_nothing_is_asked_of_the_base_where_no_task_compares(fresh: Any, example
     assert all(batch.reference is None for batch in keeping.cut(np.array([0, 1])))
 
 
+@pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(

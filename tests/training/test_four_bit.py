@@ -58,6 +58,11 @@ def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: one.clone() for name, one in gradients.of_all(batch).items()}
 
 
+@pytest.mark.by_day(
+    "random:bert-classification-lora-own",
+    "random:llama-causal_lm-dora-without instructions",
+    "random:bert-classification-ia3-own",
+)
 @pytest.mark.parametrize("instructions", [True, False], ids=["own", "without instructions"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds

@@ -240,6 +240,7 @@ def test_the_records_are_those_that_this_is_about(laid_out: Any, layout: str) ->
         assert learnt[-1] == 0, "and no conversation"
 
 
+@pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
 @keeping
 @layouts
 def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str, keeps: bool) -> None:
@@ -256,30 +257,32 @@ def test_the_clipped_sum_equals_a_loop(trained: Any, laid_out: Any, layout: str,
             assert np.abs(total.numpy() - looped).max() <= 2e-5 * CLIP_NORM * len(dataset), (name, max_tokens)
 
 
+@pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
 @pytest.mark.parametrize(
-    ("keeps", "clip"), [(False, 1e-6), (False, 0.1), (True, 0.1)], ids=["whole, all clipped", "whole", "kept states"]
+    ("keeps", "clip", "size"),
+    [(False, 1e-6, 0.2), (False, 1e-6, 5.0), (False, 0.1, 0.2), (False, 0.1, 5.0), (True, 0.1, 0.2), (True, 0.1, 5.0)],
+    ids=["all clipped, small", "all clipped", "whole, small", "whole", "kept states, small", "kept states"],
 )
 @layouts
 def test_one_record_moves_the_sum_by_what_it_adds_and_never_by_more_than_the_clip_norm(
-    trained: Any, laid_out: Any, layout: str, keeps: bool, clip: float
+    trained: Any, laid_out: Any, layout: str, keeps: bool, clip: float, size: float
 ) -> None:
-    moved = []
-    for size in (0.2, 5.0):
-        model = made(trained, layout, keeps=keeps, size=size)
-        everyone = summed(model, examples_of(laid_out(layout), model, keeps=keeps, max_tokens=200), clip)
-        for place in range(len(RECORDS[layout])):
-            without = examples_of(laid_out(layout, without=place), model, keeps=keeps, max_tokens=200)
-            others = summed(model, without, clip)
-            dataset = laid_out(layout).chosen([place])
-            own = summed(model, examples_of(dataset, model, keeps=keeps), clip)
-            assert all(torch.equal(everyone[name] - others[name], own[name]) for name in own), place
-            moved.append(sum(value**2 for one in own.values() for value in one.flatten().tolist()))
-            if teaches_nothing(dataset, 0):
-                assert moved[-1] == 0, "what cannot be learnt adds nothing"
+    moved, model = [], made(trained, layout, keeps=keeps, size=size)
+    everyone = summed(model, examples_of(laid_out(layout), model, keeps=keeps, max_tokens=200), clip)
+    for place in range(len(RECORDS[layout])):
+        without = examples_of(laid_out(layout, without=place), model, keeps=keeps, max_tokens=200)
+        others = summed(model, without, clip)
+        dataset = laid_out(layout).chosen([place])
+        own = summed(model, examples_of(dataset, model, keeps=keeps), clip)
+        assert all(torch.equal(everyone[name] - others[name], own[name]) for name in own), place
+        moved.append(sum(value**2 for one in own.values() for value in one.flatten().tolist()))
+        if teaches_nothing(dataset, 0):
+            assert moved[-1] == 0, "what cannot be learnt adds nothing"
     assert max(moved) <= CLIP_NORM**2
     assert max(moved) > (0.99 * CLIP_NORM) ** 2, "the bound was reached"
 
 
+@pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
 @keeping
 @layouts
 def test_a_record_is_the_same_bit_for_bit_in_every_company(
@@ -289,6 +292,7 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
     require_alone(model, examples_of(laid_out(layout), model, keeps=keeps), companies=5)
 
 
+@pytest.mark.by_day("chat", "labels", "prompted")
 @layouts
 def test_all_records_of_one_user_move_the_sum_by_at_most_the_clip_norm(
     trained: Any, laid_out: Any, layout: str

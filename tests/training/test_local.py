@@ -198,6 +198,7 @@ def test_micro_batches_change_a_round_by_rounding_only(fresh: Any, examples: Any
         np.testing.assert_allclose(one.tensors[name], other.tensors[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.by_day("lora0-random:bert-classification", "lora1-random:llama-causal_lm")
 @kinds
 @pytest.mark.parametrize("lora", [LoraSpec(rank=2), LoraSpec(rank=2, layers=(-1,))])
 def test_gradient_checkpointing_gives_the_same_round(

