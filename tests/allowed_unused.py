@@ -54,6 +54,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "to_do",
     },
     "fields of what is written as JSON or taken from arguments": {
+        "charged_steps",
         "cohort",
         "completion",
         "first_seconds",

@@ -20,7 +20,7 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.release import Receipt, Update, receipt_from_json
+from fedtune.privacy.release import Receipt, Update, read_release
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -180,7 +180,7 @@ class ReceiptBook:
         if not self.path.exists():
             return {}
         try:
-            return {site: receipt_from_json(fields) for site, fields in json.loads(self.path.read_bytes()).items()}
+            return {site: read_release(Receipt, fields) for site, fields in json.loads(self.path.read_bytes()).items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
 
@@ -276,7 +276,7 @@ class Checkpoints:
                 adapter=_tensors(tensors, "adapter", about["adapter"]),
                 best=_tensors(tensors, "best", about["best"]) if about["best"] else None,
                 strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
-                receipts={site: receipt_from_json(fields) for site, fields in about["receipts"].items()},
+                receipts={site: read_release(Receipt, fields) for site, fields in about["receipts"].items()},
                 unanswered={site: _count(rounds) for site, rounds in about["unanswered"].items()},
                 rounds=[_round(fields) for fields in about["rounds"]],
                 seconds=about["seconds"],

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fedtune.federation.secure.agreement import Terms, bits_needed
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Reason, Receipt, Refused, receipt_from_json
+from fedtune.privacy.release import Answer, Reason, Receipt, Refused, read_release
 from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
 
 INVITATION, ROUND, END, SUM = "invitation", "round request", "end of run", "step of a secure sum"
@@ -133,7 +133,7 @@ class RoundRequest:
         """The request that was signed, by the lead that it names; raises as `_opened` does."""
 
         def read(fields: dict[str, Any]) -> RoundRequest:
-            receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
+            receipt = None if fields["receipt"] is None else read_release(Receipt, fields["receipt"])
             proposal = Proposal.from_json(fields["proposal"])
             request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
             check_name("site", request.site)  # it goes into a site's log

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, receipt_from_json
+from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, read_release
 from fedtune.spec import ConfigError
 
 ADAPTER, UPDATE = "adapter", "update"
@@ -132,7 +132,7 @@ def to_receipt(content: RecordDict) -> Receipt | None:
     """
     try:
         fields = json.loads(str(content.config_records[RECEIPT]["json"]))
-        return None if fields is None else receipt_from_json(fields)
+        return None if fields is None else read_release(Receipt, fields)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError("receipt", sorted(content), "must be a site's receipt") from error
 
@@ -193,7 +193,7 @@ def from_reply(reply: Reply) -> RecordDict:
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
         return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
-    kind = next(kind for kind, (release, _) in AS_JSON.items() if isinstance(body, release))
+    kind = next(kind for kind, release in AS_JSON.items() if isinstance(body, release))
     return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **asdict(body)})})})
 
 
@@ -205,10 +205,10 @@ def to_reply(content: RecordDict) -> Reply:
     """
     try:
         fields = json.loads(str(content.config_records[REPLY]["json"]))
-        receipt = None if fields["receipt"] is None else receipt_from_json(fields["receipt"])
-        if fields["kind"] in AS_JSON:
-            _, read = AS_JSON[fields["kind"]]
-            body: Answer = read(fields)
+        kind, signed = fields.pop("kind"), fields.pop("receipt")
+        receipt = None if signed is None else read_release(Receipt, signed)
+        if kind in AS_JSON:
+            body: Answer = read_release(AS_JSON[kind], fields)
         else:
             body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
     except Exception as error:  # of Flower's records, of JSON and of ours

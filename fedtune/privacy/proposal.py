@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from fedtune.codec import decode
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, spec
 
@@ -60,24 +62,20 @@ class Proposal:
     start_adapter: str = ""
 
     def __post_init__(self) -> None:
-        # A proposal comes from a server: its form is checked here, its content by the policy.
+        # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
         for name in ("run", "lead", "dataset", "task", "base_model", "dtype", "adapter"):
             _require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         modules = self.target_modules
-        right = isinstance(modules, tuple) and all(map(_is_text, modules)) and len(set(modules)) == len(modules)
+        right = all(map(_is_text, modules)) and len(set(modules)) == len(modules)
         _require("target_modules", modules, right, "must be names of modules, each once")
         for name in ("rank", "num_sites"):
-            value = getattr(self, name)
-            _require(name, value, type(value) is int and value >= 1, "must be a whole number of at least 1")
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
         for name in ("lora_scale", "head_scale"):
             value = getattr(self, name)
-            right = type(value) is float and math.isfinite(value) and value >= 0
+            right = type(value) is float and math.isfinite(value) and value >= 0  # 1 would have another digest than 1.0
             _require(name, value, right, "must be a number of at least 0")
-        for name in ("train_head", "seeded_noise"):
-            _require(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be true or false")
-        start = self.start_adapter
-        right = isinstance(start, str) and re.fullmatch(r"([0-9a-f]{64})?", start, re.ASCII) is not None
-        _require("start_adapter", start, right, "must be 64 lower-case hexadecimal digits, or empty")
+        right = re.fullmatch(r"([0-9a-f]{64})?", self.start_adapter, re.ASCII) is not None
+        _require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the canonical form that `digest` hashes."""
@@ -88,28 +86,23 @@ class Proposal:
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Proposal:
+    def from_json(cls, fields: Mapping[str, Any]) -> Proposal:
         """The proposal that `to_json` wrote.
 
         Raises:
             ConfigError: anything else.
         """
-        try:
-            if not isinstance(fields["target_modules"], list):
-                raise TypeError("target_modules")
-            changed = {"target_modules": tuple(fields["target_modules"]), "plan": Plan.from_json(fields["plan"])}
-            return cls(**{**fields, **changed})
-        except (TypeError, KeyError) as error:
-            raise ConfigError("proposal", sorted(fields), "must have exactly the fields of a proposal") from error
+        proposal = decode(cls, fields)
+        return dataclasses.replace(proposal, plan=Plan.from_json(fields["plan"]))
 
     def digest(self) -> str:
         """SHA-256 of the proposal's canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: str) -> bool:
     # A lone half of a surrogate pair is a text to Python, but cannot be written down.
-    return isinstance(value, str) and 1 <= len(value) <= _MOST_TEXT and value.isprintable()
+    return 1 <= len(value) <= _MOST_TEXT and value.isprintable()
 
 
 def _require(key: str, value: object, right: bool, bound: str) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.codec import decode
 from fedtune.privacy.keys import is_signed
-from fedtune.spec import ConfigError, RefusedError, check_whole
+from fedtune.spec import ConfigError, RefusedError
 
 RECEIPT = "receipt"
 """Purpose of a receipt's signature."""
@@ -334,18 +335,6 @@ class Receipt:
         return is_signed(self.site_key, RECEIPT, self.message(), self.signature)
 
 
-def receipt_from_json(fields: dict[str, Any]) -> Receipt:
-    """The receipt of these fields; raises ValueError, TypeError or KeyError for others."""
-    receipt = Receipt(**fields)
-    counts = (receipt.charged_rounds, receipt.charged_steps, receipt.sequence)
-    texts = (receipt.site, receipt.run, receipt.head, receipt.site_key, receipt.signature, receipt.reply)
-    if not all(type(count) is int and 0 <= count < _MOST_COUNT for count in counts):
-        raise ValueError("a receipt's counts")
-    if not all(type(text) is str and len(text) <= _MOST_TEXT for text in texts):
-        raise ValueError("a receipt's texts")
-    return receipt
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
     """A reply without an update.  `asked` and `allowed` come from the request, the policy and the ledger only."""
@@ -390,48 +379,30 @@ class Offer:
         return _OFFER + json.dumps(asdict(self), sort_keys=True).encode()
 
 
-def offer_from_json(fields: Mapping[str, Any]) -> Offer:
-    """The offer of these fields; raises ValueError, TypeError or KeyError for others."""
-    rounds, noise = fields["most_rounds"], fields["least_noise"]
-    if type(rounds) is not int or not 0 <= rounds < _MOST_COUNT:
-        raise ValueError("rounds")
-    if noise is not None and not (type(noise) in (int, float) and 0 <= noise < math.inf):
-        raise ValueError("noise")
-    site, run, nonce = (_text(fields[name]) for name in ("site", "run", "nonce"))
-    noise = None if noise is None else float(noise)
-    return Offer(site=site, run=run, most_rounds=rounds, least_noise=noise, nonce=nonce)
+_R = TypeVar("_R", bound="Receipt | Refusal | Offer")
 
 
-def refusal_from_json(fields: Mapping[str, Any]) -> Refusal:
-    """The refusal of these fields; raises ValueError, TypeError or KeyError for others.
+def read_release(cls: type[_R], fields: object) -> _R:
+    """A receipt, a refusal or an offer of these fields.  Its texts are shown to people: each has one printable line.
 
-    Its words are shown to people: they have one line, of letters that can be printed.
+    Raises:
+        ConfigError: other fields, of other types or out of range.
     """
-    check_whole("round", fields["round"])
-    asked, allowed = (None if fields[name] is None else _text(fields[name]) for name in ("asked", "allowed"))
-    return Refusal(
-        site=_text(fields["site"]),
-        run=_text(fields["run"]),
-        round=fields["round"],
-        reason=Reason(fields["reason"]),
-        asked=asked,
-        allowed=allowed,
-    )
-
-
-def _text(value: object) -> str:
-    if type(value) is not str or len(value) > _MOST_TEXT or not value.isprintable():
-        raise ValueError("a text")
-    return value
+    release = decode(cls, fields)
+    for name, value in asdict(release).items():
+        if isinstance(value, str):
+            right = len(value) <= _MOST_TEXT and value.isprintable()
+        else:
+            right = value is None or 0 <= value < _MOST_COUNT
+        if not right:
+            raise ConfigError(name, value, "must be of one printable line, or in range")
+    return release
 
 
 Answer = Update | Refusal | Offer
 """What a site answers; each has `to_bytes`, over which its receipt is signed."""
-AS_JSON: Mapping[str, tuple[type[Refusal | Offer], Callable[[Mapping[str, Any]], Refusal | Offer]]] = {
-    "refusal": (Refusal, refusal_from_json),
-    "offer": (Offer, offer_from_json),
-}
-"""Answers that travel as the JSON of their fields, by name, with what reads them; an update travels as its bytes."""
+AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
+"""Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
 
 
 class Refused(RefusedError):

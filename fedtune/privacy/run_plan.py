@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
+from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
 from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
@@ -222,29 +222,16 @@ class Plan:
         return fields
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+    def from_json(cls, fields: object) -> Plan:
         """The plan that `to_json` wrote.
 
         Raises:
             ConfigError: anything else.
         """
-        try:
-            groups = fields.get("metrics_groups", [])
-            if not isinstance(groups, list) or ("metrics_groups" in fields and not groups):  # one way to write a plan
-                raise TypeError("metrics_groups")
-            shared = fields.get("shared")
-            if "shared" in fields and type(shared) is not dict:
-                raise TypeError("shared")
-            given = None if shared is None else SharedNoise(**shared)
-            plan = cls(**{**fields, "metrics_groups": tuple(groups), "shared": given})
-        except (TypeError, AttributeError, OverflowError) as error:
-            raise ConfigError("plan", sorted(fields), "must have exactly the fields of a plan") from error
-        if any(
-            type(value) is bool for value in (*fields.values(), *(shared or {}).values())
-        ):  # equal to 0 or 1, with another digest
-            raise ConfigError(
-                "plan", sorted(fields), "must have exactly the fields of a plan, none of them true or false"
-            )
+        plan = decode(cls, fields)
+        for key in ("metrics_groups", "shared"):
+            if isinstance(fields, Mapping) and key in fields and not fields[key]:
+                raise ConfigError(key, fields[key], "must be left out where there are none")  # a plan has one spelling
         return plan
 
     def digest(self) -> str:

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedtune.privacy import release
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refusal, Refused, Update, receipt_from_json
+from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refusal, Refused, Update, read_release
 from fedtune.spec import ConfigError, RefusedError
 
 MAGIC = b"fedtune-update-2\n"
@@ -220,9 +220,9 @@ def test_nothing_else_is_a_released_type() -> None:
 @pytest.mark.parametrize("round", [True, 1.9, 1.0, "1", " 1 ", "\u0661", "0_1", None])
 def test_a_round_has_one_spelling(round: object) -> None:
     fields = dataclasses.asdict(release.Refusal(site="a", run="r", round=1, reason=Reason.FROZEN))
-    assert release.refusal_from_json(fields).round == 1
+    assert release.read_release(release.Refusal, fields).round == 1
     with pytest.raises(ValueError, match="a whole number"):
-        release.refusal_from_json(fields | {"round": round})
+        release.read_release(release.Refusal, fields | {"round": round})
 
 
 def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
@@ -276,12 +276,12 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
 def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
-    assert receipt_from_json(whole) == receipt
+    assert read_release(Receipt, whole) == receipt
     for name, value in whole.items():
         for wrong in (None, -1, 1.5, True, [value]):
-            with pytest.raises((ValueError, TypeError)):
-                receipt_from_json(whole | {name: wrong})
-    with pytest.raises(TypeError):
-        receipt_from_json(whole | {"epsilon": 1})
-    with pytest.raises(TypeError):
-        receipt_from_json({name: value for name, value in whole.items() if name != "signature"})
+            with pytest.raises(ConfigError):
+                read_release(Receipt, whole | {name: wrong})
+    with pytest.raises(ConfigError):
+        read_release(Receipt, whole | {"epsilon": 1})
+    with pytest.raises(ConfigError):
+        read_release(Receipt, {name: value for name, value in whole.items() if name != "signature"})

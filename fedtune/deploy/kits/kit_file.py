@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from fedtune.codec import decode, parse_json
 from fedtune.deploy.kits.certificates import (
     Certificate,
     check_in_force,
@@ -23,7 +24,7 @@ from fedtune.deploy.kits.certificates import (
     read_connection_key,
 )
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.privacy.policy_file import from_table, read_toml
+from fedtune.privacy.policy_file import read_toml
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, spec
 
@@ -108,20 +109,14 @@ def read_json(cls: type[T], data: bytes, *, key: str) -> T:
     Raises:
         ConfigError: names the key, its value and what would be accepted; `key` is what a person calls the file.
     """
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):  # a file of another kind is not quoted
-        raise ConfigError(key, "something else", "must be JSON: one object, whole")
-    return _of_this_version(cls, found)
+    return _of_this_version(cls, parse_json(data, key=key, bound="must be JSON: one object, whole"))
 
 
 def _of_this_version(cls: type[T], table: dict[str, Any]) -> T:
     # First: another version's file may have other keys, too.
     if "version" in {one.name for one in fields(cls)}:  # type: ignore[arg-type]
         check_schema("version", table.get("version"), KIT_SCHEMA, of="file")
-    return from_table(cls, table)
+    return decode(cls, table)
 
 
 @spec

@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedtune.codec import decode, parse_json
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
 from fedtune.words import spoken_start
@@ -94,12 +95,6 @@ class Doubt(NamedTuple):
     head: str
     run: str
     rounds: int
-
-    @classmethod
-    def read(cls, data: Sequence[Any]) -> Doubt:
-        """From JSON; raises ValueError or TypeError for anything else."""
-        sequence, head, run, rounds = data
-        return cls(int(sequence), str(head), str(run), int(rounds))
 
 
 def check_ledger_schema(path: Path, found: object) -> None:
@@ -184,24 +179,17 @@ class Head:
         Raises:
             ConfigError: the file is missing or not a head, or the key that it names did not sign it.
         """
+        damaged = ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote")
         try:
-            found = json.loads(path.read_bytes())
-            check_ledger_schema(path, found.pop("schema", None))
-            charged = tuple((dict(event), count) for event, count in found["charged"])
-            runs = tuple((str(run), int(rounds)) for run, rounds in found["runs"])
-            paths = {name: tuple((int(n), str(hash)) for n, hash in found[name]) for name in ("path", "made_up")}
-            doubts = tuple(Doubt.read(each) for each in found["doubts"])
-            denied = tuple(str(digest) for digest in found["denied"])
-            caps = tuple(None if cap is None else float(cap) for cap in found["caps"])
-            users = tuple((str(kind), str(name), str(column)) for kind, name, column in found["users"])
-            said = {"charged": charged, "runs": runs, **paths, "doubts": doubts, "denied": denied, "caps": caps}
-            said["users"] = users
-            head = cls(**{**found, **said})
+            found = parse_json(path.read_bytes(), key="anchor", bound="must be JSON")
+        except (OSError, ConfigError) as error:
+            raise damaged from error
+        check_ledger_schema(path, found.pop("schema", None))
+        try:
+            head = decode(cls, found)
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote") from error
+        except ValueError as error:  # a ConfigError, or a number that JSON does not have
+            raise damaged from error
         if not right:
             raise ConfigError("anchor", str(path), "must carry the signature of the site key that it names")
         return head

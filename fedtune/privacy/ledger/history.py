@@ -17,6 +17,7 @@ from typing import Any
 
 from dp_accounting import DpEvent
 
+from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey, is_public_key
@@ -119,11 +120,9 @@ class Opened:
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Opened:
-        """Read the first event's detail; raises ValueError, TypeError or KeyError for anything else."""
-        opened = cls(**{name: value for name, value in detail.items() if name != "what"})
-        texts = all(isinstance(getattr(opened, name), str) for name in ("ledger", "site", "population", "unit"))
-        numbers = type(opened.delta) is float and type(opened.order) is float
-        if not (texts and numbers and 0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
+        """Read the first event's detail; raises ValueError for anything else."""
+        opened = decode(cls, {name: value for name, value in detail.items() if name != "what"})
+        if not (0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
             raise ValueError("it does not open a ledger")
         dp_events.from_json(opened.reference)
         return opened
@@ -306,8 +305,8 @@ class History:
             case "restored":
                 self._restore(Restored.of(event.detail), event.sequence, moment)
             case "in_doubt":
-                rounds = event.detail["rounds"]
-                self.doubts |= {Doubt.read((event.detail["sequence"], event.detail["head"], event.run, rounds))}
+                shown = [event.detail["sequence"], event.detail["head"], event.run, event.detail["rounds"]]
+                self.doubts |= {decode_value("in_doubt", shown, Doubt)}
             case "frozen":
                 self.frozen = True
             case other:
@@ -315,7 +314,7 @@ class History:
 
     def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)
-        self._charges += [(sequence, moment, event, count) for event, count in restored.gap.items()]
+        self._charges += [(sequence, moment, event, count) for event, count in restored.charges()]
         self.seeded |= restored.seeded
         self.frozen |= restored.frozen
         self.doubts = restored.doubts

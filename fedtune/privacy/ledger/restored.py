@@ -6,13 +6,13 @@ note, and so in the ledger for ever.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dp_accounting import DpEvent
 
+from fedtune.codec import decode
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.ledger.chain import DENSE, Doubt
 
@@ -25,7 +25,7 @@ class Restored:
         shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
         end: the anchor's event.
         path: (sequence, hash) of events of the lost branch, and of those that it had itself been made up for.
-        gap: what was charged there beyond `shared`.
+        gap: what was charged there beyond `shared`: mechanisms as `privacy.events` writes them, and how often they ran.
         runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
         denied: digests of proposals that a person denied there.
         caps: lifetime caps that were in force on the lost branch alone; None: no cap.
@@ -36,7 +36,7 @@ class Restored:
     shared: int
     end: int
     path: frozenset[tuple[int, str]]
-    gap: Counter[DpEvent]
+    gap: tuple[tuple[dict[str, Any], int], ...]
     runs: dict[str, int]
     seeded: bool
     frozen: bool
@@ -57,41 +57,17 @@ class Restored:
 
     def to_json(self) -> dict[str, Any]:
         """The note's detail."""
-        return {
-            "shared": self.shared,
-            "end": self.end,
-            "path": sorted(self.path),
-            "gap": dp_events.counted(self.gap),
-            "runs": self.runs,
-            "seeded": self.seeded,
-            "frozen": self.frozen,
-            "denied": sorted(self.denied),
-            "caps": self.caps,
-            "users": sorted(self.users),
-            "doubts": sorted(self.doubts),
-        }
+        return {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
-        """Read the note's detail; raises ValueError, TypeError or KeyError for anything else."""
+        """Read the note's detail; raises ValueError for anything else."""
+        restored = decode(cls, {key: value for key, value in detail.items() if key != "what"})
         # Charges are never taken back, so that no entry can lower what an earlier one added.
-        for what, counts, least in (
-            ("a run's rounds", detail["runs"].values(), 0),
-            ("how often a mechanism ran", [count for _, count in detail["gap"]], 1),
-            ("an event's number", (detail["shared"], detail["end"]), 0),
-        ):
-            if any(type(count) is not int or count < least for count in counts):
-                raise ValueError(what)
-        return cls(
-            shared=detail["shared"],
-            end=detail["end"],
-            path=frozenset((int(sequence), str(hash)) for sequence, hash in detail["path"]),
-            gap=Counter({dp_events.from_json(data): count for data, count in detail["gap"]}),
-            runs=dict(detail["runs"]),
-            seeded=bool(detail["seeded"]),
-            frozen=bool(detail["frozen"]),
-            denied=frozenset(map(str, detail["denied"])),
-            caps=tuple(None if cap is None else float(cap) for cap in detail["caps"]),
-            users=frozenset((str(kind), str(name), str(column)) for kind, name, column in detail["users"]),
-            doubts=frozenset(Doubt.read(each) for each in detail["doubts"]),
-        )
+        if min(restored.shared, restored.end, *restored.runs.values()) < 0 or any(n < 1 for _, n in restored.gap):
+            raise ValueError("a count of a restored ledger")
+        return restored
+
+    def charges(self) -> Iterator[tuple[DpEvent, int]]:
+        """Each mechanism of the gap, with how often it ran."""
+        return ((dp_events.from_json(event), count) for event, count in self.gap)

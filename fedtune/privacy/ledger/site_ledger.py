@@ -261,7 +261,7 @@ class Ledger:
                 shared=shared,
                 end=anchor.sequence,
                 path=frozenset(anchor.path + anchor.made_up),
-                gap=gap,
+                gap=tuple(events.counted(gap)),
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
                 seeded=anchor.seeded,
                 frozen=anchor.frozen,

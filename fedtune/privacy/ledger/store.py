@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from fedtune.codec import parse_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import (
@@ -156,12 +157,12 @@ def reply_to(file: sqlite3.Connection, request: str) -> bytes | None:
 
 def _event(row: dict[str, object]) -> Event:
     try:
-        detail = json.loads(str(row["detail"]))
+        detail = parse_json(str(row["detail"]), key="detail", bound="must be JSON")
         # One event has one spelling, or a change of spelling would go unseen.
-        if not isinstance(detail, dict) or canonical(detail).decode() != row["detail"]:
+        if canonical(detail).decode() != row["detail"]:
             raise ValueError("detail")
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunError(f"event {row['sequence']} was changed: it is not written as fedtune writes events") from error
 
 

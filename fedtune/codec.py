@@ -1,0 +1,124 @@
+"""The one strict reader of records: plain JSON or TOML becomes a frozen class by the types of its fields, or an error.
+
+An unknown key, a missing one or a wrong type is an error, never ignored, and nothing is converted but a whole number to
+a float.  It needs the standard library alone, so that `fedtune.privacy` can be audited with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Literal, TypeVar, Union
+
+from fedtune.spec import NOT_GIVEN, ConfigError
+
+T = TypeVar("T")
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_LONGEST_KEY = 60
+_PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+_hints = lru_cache(maxsize=256)(typing.get_type_hints)
+
+
+def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
+    """The object in JSON that anybody may have written.
+
+    Raises:
+        ConfigError: it is none.  Nothing of `data` is quoted: a link may lead to another file.
+    """
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(key, "something else", bound)
+    return found
+
+
+def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
+    """An instance of the dataclass `cls` from a table, which may leave out what `default` has.
+
+    Raises:
+        ConfigError: names the key, its value and what would be accepted.
+    """
+    if not isinstance(table, Mapping):
+        raise ConfigError(cls.__name__.lower(), table, "must be a table")
+    hints, fields = _hints(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            # Neither a value nor what only a file of another kind has as a key is quoted.
+            named = key if len(key) <= _LONGEST_KEY and BARE_KEY.fullmatch(key) else "one of the keys"
+            raise ConfigError(named, NOT_GIVEN, f"is not a key here; known are {', '.join(fields)}")
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and default is None and key not in table:
+            raise ConfigError(key, NOT_GIVEN, "is required")
+    values = {key: decode_value(key, value, hints[key], fields[key].default) for key, value in table.items()}
+    return cls(**values) if default is None else dataclasses.replace(default, **values)  # type: ignore[type-var]
+
+
+def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
+    """`value` as the type `hint`; raises ConfigError as `decode` does."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:  # JSON has it, TOML has not
+            return None
+        return decode_value(key, value, next(argument for argument in arguments if argument is not type(None)))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        return _under(key, hint, value, default if isinstance(default, hint) else None)
+    if origin in (tuple, frozenset) or _is_named_tuple(hint):
+        return _sequence(key, value, hint)
+    if origin is Literal:
+        _require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
+        return value
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        return {name: decode_value(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        _require(key, value, value in [member.value for member in hint], "must be a known word")
+        return hint(value)
+    if hint is Any:
+        return value
+    if hint is float and type(value) is int:
+        _require(key, value, abs(value) < 1 << 1023, "must be a number")
+        return float(value)
+    _require(key, value, type(value) is hint, f"must be {_PLAIN[hint]}")
+    return value
+
+
+def _sequence(key: str, value: Any, hint: Any) -> Any:
+    """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
+    _require(key, value, isinstance(value, list), "must be a list")
+    arguments = list(_hints(hint).values()) if _is_named_tuple(hint) else list(typing.get_args(hint))
+    if _is_named_tuple(hint) or (typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis):
+        _require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
+        items = tuple(decode_value(key, item, argument) for item, argument in zip(value, arguments, strict=True))
+        return hint(*items) if _is_named_tuple(hint) else items
+    if dataclasses.is_dataclass(arguments[0]):
+        for item in value:
+            _require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
+        return tuple(_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
+    items = tuple(decode_value(key, item, arguments[0]) for item in value)
+    return items if typing.get_origin(hint) is tuple else frozenset(items)
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
+    try:
+        return decode(cls, table, default=default)
+    except ConfigError as error:
+        raise error.under(key) from None
+
+
+def _require(key: str, value: object, right: bool, bound: str) -> None:
+    if not right:
+        raise ConfigError(key, value, bound)

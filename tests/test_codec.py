@@ -1,0 +1,71 @@
+"""The one reader of records: what the types of a class allow, to the letter, and else one error that names the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import pytest
+
+from fedtune.codec import decode, parse_json
+from fedtune.spec import ConfigError
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Pair(NamedTuple):
+    number: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Part:
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
+class Whole:
+    colour: Colour
+    pairs: tuple[Pair, ...]
+    path: frozenset[tuple[int, str]]
+    counts: dict[str, int]
+    cap: float | None
+    part: Part = Part(2.0)
+
+
+JSON = {"colour": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r": 3}, "cap": 4}
+
+
+def test_a_record_is_what_its_types_say() -> None:
+    whole = decode(Whole, JSON)
+    assert whole == Whole(Colour.RED, (Pair(1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
+    assert type(whole.cap) is float
+    assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "blue"}, "^colour = 'blue': must be a known word$"),
+        ({"colour": ["red"]}, "^colour = .*: must be a known word$"),
+        ({"pairs": [[1]]}, r"^pairs = .*: must be a list of 2$"),
+        ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
+        ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
+        ({"path": "2b"}, "^path = '2b': must be a list$"),
+        ({"counts": {"r": 1.0}}, r"^counts.r = 1.0: must be a whole number$"),
+        ({"cap": 10**400}, "^cap = .*: must be a number$"),
+        ({"part": {"size": "large"}}, r"^part.size = 'large': must be a number$"),
+    ],
+)
+def test_anything_else_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decode(Whole, JSON | change)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
+def test_what_is_no_object_of_json_is_not_quoted(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^file = 'something else': must be JSON$"):
+        parse_json(data, key="file", bound="must be JSON")
