@@ -54,10 +54,8 @@ def test_a_record_is_what_its_types_say() -> None:
         ({"pairs": [[1]]}, r"^pairs = .*: must be a list of 2$"),
         ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
         ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
-        ({"path": "2b"}, "^path = '2b': must be a list$"),
         ({"counts": {"r": 1.0}}, r"^counts.r = 1.0: must be a whole number$"),
         ({"cap": 10**400}, "^cap = .*: must be a number$"),
-        ({"part": {"size": "large"}}, r"^part.size = 'large': must be a number$"),
     ],
 )
 def test_anything_else_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:

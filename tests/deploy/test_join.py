@@ -237,18 +237,12 @@ def _point(public: bytes) -> bytes:
         ({"site": "a/b"}, "site = 'a/b': must be made of"),
         ({"site": "n" * 65}, "must have at most 64 characters"),
         ({"site": "lead"}, "must not be the name of a part of every federation"),
-        ({"site": 7}, "site = 7: must be a text"),
-        ({"csr": None}, "csr = null: must be a text"),
         ({"site_key": "00" * 32}, "site_key = .*must be a public key"),
-        ({"extra": 1}, "extra: is not a key here"),
         ({"datasets": []}, "must declare at least one data set"),
         ({"datasets": [{"id": "a", "declared_size": 5}] * 2}, r"datasets.id = \['a', 'a'\]: must not repeat"),
         ({"datasets": [{"id": "../a", "declared_size": 5}]}, "id = '../a': must be made of"),
         ({"datasets": [{"id": "a", "declared_size": 0}]}, "declared_size = 0: must be from 1"),
-        ({"datasets": [{"id": "a", "declared_size": True}]}, "declared_size = true: must be a whole number"),
-        ({"datasets": [{"id": "a", "declared_size": 100.0}]}, "declared_size = 100.0: must be a whole number"),
         ({"datasets": [{"id": "a", "declared_size": 2**60}]}, "must be from 1 to fewer than 2"),
-        ({"datasets": [{"id": "a", "declared_size": 5, "path": "x"}]}, "path: is not a key here"),
     ],
 )
 def test_what_a_site_may_not_say_is_refused_though_it_signed_it(

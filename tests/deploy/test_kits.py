@@ -223,22 +223,16 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields.update(extra=1), "extra: is not a key here"),
-        (lambda fields: fields.update(sites={}), "sites = {}: must be a list"),
         (lambda fields: fields["sites"].append(fields["sites"][0]), "site = 'north': must not repeat"),
-        (lambda fields: fields["sites"].append(7), "sites = 7: must be tables"),
         (_swap("site", "../north"), "site = '../north': must be made of"),
         (_swap("site", "south"), "certificate = 'south': must be the site's own"),
         (_swap("certificate", "none"), "certificate = 'north': must be one in PEM form"),
         (_swap("site_key", "00" * 32), "site_key = .*must be a public key"),
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
-        (_swap("revoked", True), "revoked = true: must be a text"),
         (_swap("datasets", []), "must declare at least one data set"),
-        (_swap("datasets", [{"id": "a", "declared_size": 1.5}]), "declared_size = 1.5: must be a whole number"),
         (_swap("datasets", [{"id": "a", "declared_size": 0}]), "declared_size = 0: must be from 1"),
         (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be from 1"),
         (_swap("datasets", [{"id": "a", "declared_size": 1}] * 2), r"datasets\.id = \['a', 'a'\]: must not repeat"),
-        (_swap("datasets", [{"id": "a"}]), "declared_size: is required"),
     ],
 )
 def test_a_wrong_roster_is_refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain
 from fedtune.privacy.ledger.chain import Event, Head, Kind
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 
 
 def event(sequence: int, **changes: Any) -> Event:
@@ -166,7 +165,3 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
     assert set(others) | {"signature"} == {field.name for field in dataclasses.fields(Head)}
     messages = {dataclasses.replace(head, **{name: value}).message() for name, value in others.items()}
     assert len(messages | {head.message()}) == len(others) + 1
-    for name in others:
-        path.write_text(json.dumps({key: value for key, value in json.loads(head.to_bytes()).items() if key != name}))
-        with pytest.raises(ConfigError, match="must be a readable anchor file"):
-            Head.read(path)

@@ -217,14 +217,6 @@ def test_nothing_else_is_a_released_type() -> None:
     assert here - {"Statistics", "Masked"} == {"Update", "Receipt", "Refusal", "Offer"}
 
 
-@pytest.mark.parametrize("round", [True, 1.9, 1.0, "1", " 1 ", "\u0661", "0_1", None])
-def test_a_round_has_one_spelling(round: object) -> None:
-    fields = dataclasses.asdict(release.Refusal(site="a", run="r", round=1, reason=Reason.FROZEN))
-    assert release.read_release(release.Refusal, fields).round == 1
-    with pytest.raises(ValueError, match="a whole number"):
-        release.read_release(release.Refusal, fields | {"round": round})
-
-
 def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     refused = Refused(Reason.PLAN_EXHAUSTED, asked=6, allowed=5)
     assert isinstance(refused, RefusedError)
@@ -277,11 +269,12 @@ def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
     assert read_release(Receipt, whole) == receipt
-    for name, value in whole.items():
-        for wrong in (None, -1, 1.5, True, [value]):
-            with pytest.raises(ConfigError):
-                read_release(Receipt, whole | {name: wrong})
-    with pytest.raises(ConfigError):
-        read_release(Receipt, whole | {"epsilon": 1})
-    with pytest.raises(ConfigError):
-        read_release(Receipt, {name: value for name, value in whole.items() if name != "signature"})
+    for change in (
+        {"charged_rounds": -1},
+        {"sequence": 1 << 62},
+        {"run": "r" * 1001},
+        {"site": "a\nb"},
+        {"epsilon": 1},
+    ):
+        with pytest.raises(ConfigError):
+            read_release(Receipt, whole | change)

@@ -149,10 +149,6 @@ def test_an_anchor_of_another_ledger_stops(anchored: Any, anchor: Path, opened: 
         lambda data: data[:-40],
         lambda data: data.replace(b'"sequence": 2', b'"sequence": 1'),
         lambda data: data.replace(b'"frozen": false', b'"frozen": true'),
-        lambda data: json.dumps(json.loads(data) | {"charged": [1]}).encode(),
-        lambda data: json.dumps(json.loads(data) | {"more": 1}).encode(),
-        lambda data: json.dumps({k: v for k, v in json.loads(data).items() if k != "hash"}).encode(),
-        lambda data: json.dumps(json.loads(data) | {"signature": 5}).encode(),
         lambda data: json.dumps(json.loads(data) | {"site_key": "0" * 64}).encode(),
     ],
 )
