@@ -108,14 +108,3 @@ def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Even
     assert history.set_aside(NOW) == rest
     assert history.set_aside(NOW + timedelta(days=30) - timedelta(microseconds=1)) == rest
     assert history.set_aside(NOW + timedelta(days=30)) == {}
-
-
-def test_two_who_read_the_same_events_derive_the_same(told: list[Event]) -> None:
-    one, other = followed(told), followed(told)
-    assert (one.charged(), one.order, one.delta, one.policy) == (
-        other.charged(),
-        other.order,
-        other.delta,
-        other.policy,
-    )
-    assert one.runs == other.runs
