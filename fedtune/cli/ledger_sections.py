@@ -12,11 +12,11 @@ from fedtune.cli.plain_words import event_text, promise_text
 from fedtune.deploy.backup import MadeUp
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.amounts import epsilon_left, figures_of, reference_runs_left
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified
+from fedtune.show.budget_text import epsilon_left, figures_of, reference_runs_left
 from fedtune.show.budget_words import cap_text, mechanism_text, rounded_down, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, say

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from fedtune.cli.plain_words import promise_text
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.amounts import (
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.show.budget_text import (
     Amount,
     Beside,
     Caution,
@@ -25,8 +27,6 @@ from fedtune.privacy.amounts import (
     reference_runs_left,
     spending_json,
 )
-from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.show.budget_words import cap_text, rounded_down
 from fedtune.show.lines import printable
 from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show

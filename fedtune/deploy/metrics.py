@@ -23,8 +23,8 @@ from fedtune.deploy.health import Health, serve_locally
 from fedtune.deploy.kits.certificates import Certificate, read_certificate
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.privacy import filter
-from fedtune.privacy.amounts import epsilon_left, reference_runs_left
 from fedtune.privacy.release import Reason
+from fedtune.show.budget_text import epsilon_left, reference_runs_left
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may be missing

@@ -6,9 +6,8 @@ docs/privacy_review.md says in which order to read it, and which test shows what
     randomness mechanism                noise and samples
     distributed_noise threshold trust   the noise of a secure sum, how many sites must help, whom a site relies on
     run_plan selection                  the numbers of a run, and the price of a search over runs
-    site_policy policy_file amounts     a site's own limits, their file, and the figures behind them
+    site_policy policy_file             a site's own limits, and their file
     proposal release about              what a lead asks for, all that may leave, and what it is for
-    packing                             whole numbers as bytes
     ledger/                             decisions, each one transaction within every cap, and the file of signed events
     keys durable site_files             keys and signatures, files that a crash leaves whole, where a site's files lie
 

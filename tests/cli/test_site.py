@@ -16,9 +16,9 @@ import pytest
 
 from fedtune.cli.site import template_file
 from fedtune.privacy import accountant
-from fedtune.privacy.amounts import amount_of
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
+from fedtune.show.budget_text import amount_of
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from fedtune.federation.protocol import UNMASK
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import Parties, Sessions, SumsAtSite
 from fedtune.federation.secure.messages import Upload
+from fedtune.federation.secure.packing import unpacked
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.privacy.ledger.chain import canonical
-from fedtune.privacy.packing import unpacked
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step

@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from fedtune.federation.secure.agreement import CONFIRMATION, SHARES, Announcement, Rejected, Session, Terms, Wrong
 from fedtune.federation.secure.masks import TAG_BYTES
+from fedtune.federation.secure.packing import packed_bytes
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import canonical
-from fedtune.privacy.packing import packed_bytes
 
 MOST_JSON_BYTES = 1 << 17
 """Of a message but an upload; the largest that 20 sites need is far smaller."""

@@ -27,8 +27,8 @@ from fedtune.federation.secure.messages import (
     read_announcement,
     seeds_needed,
 )
+from fedtune.federation.secure.packing import packed, reduced, residues
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.packing import packed, reduced, residues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from fedtune.federation.secure.messages import (
     read_announcement,
     seeds_needed,
 )
-from fedtune.privacy.packing import reduced, signed, unpacked
+from fedtune.federation.secure.packing import reduced, signed, unpacked
 from fedtune.spec import RunError
 
 

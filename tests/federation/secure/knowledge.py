@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fedtune.federation.secure import party, shares
 from fedtune.federation.secure.masks import masks
 from fedtune.federation.secure.messages import Upload
-from fedtune.privacy.packing import reduced, signed, unpacked
+from fedtune.federation.secure.packing import reduced, signed, unpacked
 
 PRIME = 2**61 - 1
 """Of the field that combinations are sought in: what is readable with small whole coefficients is so in it."""

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
 from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, masks
-from fedtune.privacy.packing import reduced, unpacked
+from fedtune.federation.secure.packing import reduced, unpacked
 
 from .parties import Federation, terms_of
 

@@ -1,4 +1,4 @@
-"""What a site's policy amounts to: the figures behind its caps, what is left, and what to think twice about."""
+"""A site's budget as figures and text: what its caps come to, what is left, and what to think twice about."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ SCHEMA_VERSION = 1
 """Of what is said of a ledger as JSON."""
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
-_PLACEHOLDER_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +106,7 @@ def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Cau
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
     if not policy.releases.reply_after_s:
-        text = f"0: {AT_ONCE}; choose more than a round takes"
-        yield Caution(key="releases.reply_after_s", text=text)
+        yield Caution(key="releases.reply_after_s", text=f"0: {AT_ONCE}; choose more than a round takes")
     if policy.asserted.no_person_at_another_site is False:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
         yield Caution(key="asserted.no_person_at_another_site", text=text)
@@ -168,9 +166,8 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
         yield Caution(key="releases.updates", text="false: every request is refused")
     if UNVERIFIED in allow.base_models:
         yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
-    for model in allow.base_models:
-        if model == _PLACEHOLDER_DIGEST:
-            yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
+    if "0" * 64 in allow.base_models:
+        yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
     for dataset in policy.dataset:
         if not dataset.path:
             yield Caution(key=f"dataset.{dataset.id}.path", text="empty: the site has nothing to train on")
@@ -224,7 +221,7 @@ def beside_of(files: SiteFiles) -> Beside:
 
 
 def figures_of(verified: Verified) -> Spending:
-    """What was spent by now, and never before the newest event."""
+    """The figures of a ledger by now, and never before its newest event."""
     return spending(verified.history, verified.history.now())
 
 

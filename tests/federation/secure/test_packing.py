@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.packing import packed, packed_bytes, reduced, residues, signed, unpacked
+from fedtune.federation.secure.packing import packed, packed_bytes, reduced, residues, signed, unpacked
 
 BITS = st.integers(1, 64)
 
