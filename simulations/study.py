@@ -3,7 +3,7 @@
     python simulations/study.py simulations/banks_intents              all lines
     python simulations/study.py simulations/banks_intents --only e8    lines whose key begins with e8; others are kept
     ... --states FILE    frozen layers run once for all lines, and their output is kept there (`shared_states.py`)
-    ... --runs FOLDER    run folders are kept there, and runs that are finished there are not run again
+    ... --runs FOLDER    run folders are kept there: finished ones are not run again, others go on
 
 A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, `seeds` once
 with each of these, and `each_site = true` once for every site alone; scores are averaged.
@@ -30,7 +30,9 @@ import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
+from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
+from fedtune.studies.trials import Trial
 
 BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
 
@@ -83,14 +85,15 @@ def show(progress: fedtune.Progress) -> None:
 
 
 def finished(overrides: list[str], session: Session) -> dict[str, Any]:
-    """run.json of a run, which is made unless it lies there."""
-    config = compose_run(overrides)
-    path = Path(config.tracking.output_dir) / config.name / "run.json"
-    if not path.exists():
-        fedtune.simulate(config, progress=show, session=session)
-    found: dict[str, Any] = json.loads(path.read_text())
-    if found["config_sha256"] != config.digest():
-        raise SystemExit(f"{path} was made with another configuration")
+    """run.json of a run, which goes on where the same study left it."""
+
+    def work(trial: Trial) -> RunResult:
+        return fedtune.simulate(trial.config, progress=show, session=session).result
+
+    done = Trial.of(compose_run(overrides)).run(work)
+    if done.error is not None:
+        raise done.error
+    found: dict[str, Any] = json.loads((done.folder / "run.json").read_text())
     return found
 
 
