@@ -68,38 +68,8 @@ class Outlook:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure as plain JSON; null stands for no bound."""
-        config = self.config
-        fields = {
-            "schema_version": SCHEMA_VERSION,
-            "fedtune_version": __version__,
-            "run": config.name,
-            "config_sha256": config.digest(),
-            "model": config.model.path,
-            "model_sha256": self.model_sha256,
-            "dataset": config.data.dataset,
-            "solved_for": self.solved,
-            "target_epsilon": config.privacy.epsilon if self.plan.private else None,
-            "guaranteed": self.guaranteed,
-            "seeded_noise": config.runtime.seeded_noise,
-            "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
-            "noise_calibrated": self.calibrated,
-            **dataclasses.asdict(self.price),
-            "sites": {name: self._site(name) for name in self.price.sites},
-            "steps": self.price.steps,
-            "signal_to_noise": self.signal_to_noise,
-            "what_if_epsilon": self.epsilon,
-            "what_if": [dataclasses.asdict(change) for change in self.changes],
-            "secure_sums": None if self.secure_sums is None else dataclasses.asdict(self.secure_sums),
-            "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast) | {"device": self.device},
-            "lead_assumed": self.lead_assumed,
-            "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
-        }
-        return {key: jsonable(value) for key, value in fields.items()}
-
-    def _site(self, name: str) -> dict[str, Any]:
-        """One site's figures, with those that all sites have in common."""
-        price, plan = self.price, self.plan
-        return dataclasses.asdict(price.sites[name]) | {
+        config, price, plan = self.config, self.price, self.plan
+        common = {
             "steps": price.steps,
             "sampling_rate": plan.sampling_rate,
             "noise_multiplier": plan.noise_multiplier,
@@ -107,3 +77,31 @@ class Outlook:
             "epsilon_rdp": price.epsilon_rdp,
             "epsilon_filter": price.epsilon_filter,
         }
+        figures: dict[str, Any] = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "fedtune_version": __version__,
+                "run": config.name,
+                "config_sha256": config.digest(),
+                "model": config.model.path,
+                "model_sha256": self.model_sha256,
+                "dataset": config.data.dataset,
+                "solved_for": self.solved,
+                "target_epsilon": config.privacy.epsilon if plan.private else None,
+                "guaranteed": self.guaranteed,
+                "seeded_noise": config.runtime.seeded_noise,
+                "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+                "noise_calibrated": self.calibrated,
+                **dataclasses.asdict(price),
+                "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
+                "steps": price.steps,
+                "signal_to_noise": self.signal_to_noise,
+                "what_if_epsilon": self.epsilon,
+                "what_if": self.changes,
+                "secure_sums": self.secure_sums,
+                "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
+                "lead_assumed": self.lead_assumed,
+                "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
+            }
+        )
+        return figures

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from markupsafe import Markup
 from rich.console import Console
@@ -65,29 +65,35 @@ def plan(
     docs/planning.md explains every figure.
     """
     check_output(output)
-    _check_model(loads=time, loads_not=no_model)
+    if time and no_model:
+        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
     if trials is not None:
         check_trials(trials)
-    asked = _leads(policy, lead)
+    if lead is not None:
+        check_public_key("--lead", lead)
+    # Where no lead was given, the first that a policy allows.
+    leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
-        outlook = _with_verdicts(_price_of(overrides, target, with_model=time), asked, lead_assumed=lead is None)
+        known = _price_of(overrides, target, with_model=time)
+        sizes = known.config.declared_sizes()
+        verdicts = tuple(
+            verdict.ask(path, known.config.proposal(lead=asks, plan=known.plan), declared_sizes=sizes)
+            for path, asks in leads.items()
+        )
+        outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
         searched = None if trials is None else price_of([outlook.plan] * trials)
-    priced = [] if searched is None else [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)]
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
-        _write(output, outlook, figures)  # first: the reader of standard output may stop in the middle
+        text = json_text(figures) if output.suffix == ".json" else str(chart_svg(outlook))
+        write_file(output, text, option="--output")  # first: the reader of standard output may stop in the middle
     if as_json:
         print_json(figures)
         return
     show_outlook(Console(), outlook)
-    show(Console(), priced)
+    if searched is not None:
+        show(Console(), [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
     if output is not None:
         say(f"written: {output}")
-
-
-def _check_model(*, loads: bool, loads_not: bool) -> None:
-    if loads and loads_not:
-        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
 
 
 def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
@@ -97,6 +103,12 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
     forecast, device = _forecast(config, planned) if with_model else (None, "")
+    # The hash by which sites know the base model: as the settings pin it, or else that of its files.
+    sha256 = config.model.sha256
+    if sha256 is None and with_model:
+        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+        sha256 = model_sha256(config.model)
     return Outlook(
         config=config,
         price=planner.price(planned, config.declared_sizes()),
@@ -107,7 +119,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
         device=device,
         verdicts=(),
         lead_assumed=False,
-        model_sha256=_model_sha256(config, load=with_model),
+        model_sha256=sha256,
         secure_sums=_secure_sums(config, planned, epsilon),
     )
 
@@ -125,15 +137,6 @@ def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.Se
         return None
     # Each site's noise enters the average by the same weight, so their ratio is that of the averages.
     return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
-
-
-def _with_verdicts(known: Outlook, asked: Mapping[Path, str], *, lead_assumed: bool) -> Outlook:
-    sizes = known.config.declared_sizes()
-    verdicts = tuple(
-        verdict.ask(path, known.config.proposal(lead=lead, plan=known.plan), declared_sizes=sizes)
-        for path, lead in asked.items()
-    )
-    return dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead_assumed)
 
 
 def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
@@ -168,22 +171,6 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
     return config, planner.solve_sampling_rate(known, epsilon=epsilon, least=one_record)
 
 
-def _leads(policies: Sequence[Path], lead: str | None) -> dict[Path, str]:
-    """The lead to ask each policy for; where none was given, the first that it allows."""
-    if lead is not None:
-        check_public_key("--lead", lead)
-    return {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policies}
-
-
-def _model_sha256(config: RunConfig, *, load: bool) -> str | None:
-    """The hash by which sites know the base model: as the settings pin it, or else that of its files."""
-    if config.model.sha256 is not None or not load:
-        return config.model.sha256
-    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
-
-    return model_sha256(config.model)
-
-
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
@@ -197,12 +184,6 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes = config.declared_sizes()
     return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
-
-
-def _write(path: Path, outlook: Outlook, figures: Mapping[str, Any]) -> None:
-    """Write the chart or the data, as the file's ending says."""
-    text = json_text(figures) if path.suffix == ".json" else str(chart_svg(outlook))
-    write_file(path, text, option="--output")
 
 
 def chart_svg(outlook: Outlook) -> Markup:
