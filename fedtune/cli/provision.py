@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -13,7 +13,7 @@ from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.members import JoinRequest, Member
+from fedtune.deploy.kits.members import JoinRequest
 from fedtune.deploy.kits.provisioning import Admitted
 from fedtune.show.lines import printable
 from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
@@ -57,7 +57,16 @@ def init(
     """
     made = provisioning.init(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.federation} is in {made.folder}/.", style="bold")
-    show(Console(), [_folders(made)])
+    rows = [
+        (f"{name}/", use, f"{certificate.not_after:%Y-%m-%d}")
+        for name, use, certificate in (
+            ("authority", "signs certificates; keep it offline, and a backup of it", made.authority),
+            ("server", "the server's kit", made.server_certificate),
+            ("lead", "the lead's kit; keep a backup of lead_key.pem", made.lead_certificate),
+        )
+    ]
+    rows.append(("sites/", "the sites' kits, as they join", ""))
+    show(Console(), [Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
     _compare(
         "Keys of the federation, to be read out to each site over the telephone:",
         {"lead": made.lead_key, "authority": made.authority.fingerprint},
@@ -142,13 +151,13 @@ def revoke_site(name: SiteName, federation: Federation = Path(".")) -> None:
 @command(app, "a new certificate for the server", name="renew-server")
 def renew_server(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the server's key, for the names that federation.toml now gives it."""
-    _show_renewed("server", federation, provisioning.renew(federation, "server", days=days, now=datetime.now(UTC)))
+    _renew("server", federation, days)
 
 
 @command(app, "a new certificate for the lead", name="renew-lead")
 def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
     """Make a new certificate for the lead's connection key. The key that signs requests stays."""
-    _show_renewed("lead", federation, provisioning.renew(federation, "lead", days=days, now=datetime.now(UTC)))
+    _renew("lead", federation, days)
 
 
 @command(app, "the members, and when their certificates end", name="list")
@@ -159,7 +168,21 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
         print_json(_to_json(made, now))
         return
     say(f"Federation {made.federation}, server {made.server}", style="bold")
-    show(Console(), [_sites(made, now), _certificates(made, now)])
+    rows = []
+    for member in made.members:
+        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
+        state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
+        rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
+    sites = Section(
+        title=counted(len(made.members), "site"),
+        headings=("site", "state", "certificate until", "data sets (declared size)"),
+        rows=rows,
+        words=range(4),
+        notes=() if rows else ("None has joined yet.",),
+    )
+    own = [(name, _until(certificate, now)) for name, certificate in _own(made).items()]
+    title = "The federation's own certificates"
+    show(Console(), [sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})])
     for warning in _warnings(made, now):
         say(warning, style="bold yellow")
 
@@ -227,25 +250,13 @@ def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) 
     _steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
 
 
-def _show_renewed(of: str, folder: Path, certificate: Certificate) -> None:
+def _renew(of: Literal["server", "lead"], folder: Path, days: int | None) -> None:
+    certificate = provisioning.renew(folder, of, days=days, now=datetime.now(UTC))
     say(f"The {of}'s certificate is valid until {certificate.not_after:%Y-%m-%d}; its key stays.", style="bold")
     _steps(
         f"Copy kit.toml, {of}.pem and README.md from {folder / of} into the {of}'s kit, unless it is used from this "
         "folder. A server that runs takes the certificate within seconds; after a change of kit.toml start it again."
     )
-
-
-def _folders(made: FederationFolder) -> Section:
-    rows = [
-        (f"{name}/", use, f"{certificate.not_after:%Y-%m-%d}")
-        for name, use, certificate in (
-            ("authority", "signs certificates; keep it offline, and a backup of it", made.authority),
-            ("server", "the server's kit", made.server_certificate),
-            ("lead", "the lead's kit; keep a backup of lead_key.pem", made.lead_certificate),
-        )
-    ]
-    rows.append(("sites/", "the sites' kits, as they join", ""))
-    return Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})
 
 
 def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
@@ -259,26 +270,6 @@ def _steps(*steps: str) -> None:
     say("\nWhat to do next:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")
-
-
-def _sites(made: FederationFolder, now: datetime) -> Section:
-    rows = []
-    for member in made.members:
-        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
-        state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
-        rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
-    return Section(
-        title=counted(len(made.members), "site"),
-        headings=("site", "state", "certificate until", "data sets (declared size)"),
-        rows=rows,
-        words=range(4),
-        notes=() if rows else ("None has joined yet.",),
-    )
-
-
-def _certificates(made: FederationFolder, now: datetime) -> Section:
-    rows = tuple((name, _until(certificate, now)) for name, certificate in _own(made).items())
-    return Section(title="The federation's own certificates", headings=("of", "until"), rows=rows, words={0, 1})
 
 
 def _own(made: FederationFolder) -> dict[str, Certificate]:
@@ -319,19 +310,18 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
         "server": made.server,
         "lead": made.lead_key,
         "certificates": {name: _certificate_json(certificate, now) for name, certificate in _own(made).items()},
-        "sites": [_member_json(member, now) for member in made.members],
+        "sites": [
+            {
+                "site": member.site,
+                "revoked": member.revoked,
+                "certificate": _certificate_json(Certificate.of(member.issued), now),
+                "connection_key_sha256": fingerprint_of(member.node_key),
+                "site_key": member.site_key,
+                "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
+            }
+            for member in made.members
+        ],
         "warnings": _warnings(made, now),
-    }
-
-
-def _member_json(member: Member, now: datetime) -> dict[str, Any]:
-    return {
-        "site": member.site,
-        "revoked": member.revoked,
-        "certificate": _certificate_json(Certificate.of(member.issued), now),
-        "connection_key_sha256": fingerprint_of(member.node_key),
-        "site_key": member.site_key,
-        "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
     }
 
 

@@ -9,23 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from fedtune.cli.command import (
-    Argument,
-    AsJson,
-    Health,
-    HealthAnywhere,
-    LogLevel,
-    Metrics,
-    Option,
-    command,
-    group,
-)
+from fedtune.cli.command import Argument, AsJson, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 from fedtune.evaluation.spec import SMALLEST
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
     from fedtune.deploy.kits.kit_file import Kit
+    from fedtune.deploy.services.site_state import SiteState
 
 app = group(
     """\
@@ -64,7 +55,9 @@ def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.to
 @command(app, "a policy to start from")
 def template() -> None:
     """Print a policy to start from, with every key explained."""
-    sys.stdout.write(template_file().read_text(encoding="utf-8"))
+    from fedtune.api.experiment_file import config_folder  # reading settings takes most of a second to import
+
+    sys.stdout.write((config_folder() / "site.toml").read_text(encoding="utf-8"))
 
 
 @command(app, "make the site's keys, and a request to join")
@@ -112,16 +105,11 @@ def doctor(
     from fedtune.deploy.files import act_as_owner
 
     act_as_owner(kit / "connection_key.pem", kit)
-    from fedtune.cli import site_actions as work
+    from fedtune.cli.site_actions import examine_site
 
-    words = [f"experiment={experiment}"] if experiment else []
-    work.examine_site(
-        kit=kit,
-        site_toml=site,
-        model=Path(import_model) if import_model else None,
-        run=[*words, *(overrides)],
-        as_json=as_json,
-    )
+    run = [*([f"experiment={experiment}"] if experiment else []), *overrides]
+    model = Path(import_model) if import_model else None
+    examine_site(kit=kit, site_toml=site, model=model, run=run, as_json=as_json)
 
 
 @command(app, "take part, until stopped")
@@ -174,11 +162,9 @@ def approve(
     """
     if run is not None and as_json:
         raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
-    own = _own_kit(kit)
+    state, files = _site_state(kit), _own_kit(kit).site_files(site)
     from fedtune.cli import site_actions as work
-    from fedtune.deploy.services.site_state import SiteState
 
-    state, files = SiteState.of(own.folder), own.site_files(site)
     if run is None:
         work.show_waiting(state, as_json=as_json)
     else:
@@ -197,11 +183,10 @@ def deny(
     The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
     which waits for approval anew.
     """
-    own = _own_kit(kit)
+    state, files = _site_state(kit), _own_kit(kit).site_files(site)
     from fedtune.cli import site_actions as work
-    from fedtune.deploy.services.site_state import SiteState
 
-    work.deny(SiteState.of(own.folder), run, files=own.site_files(site), reason=reason)
+    work.deny(state, run, files=files, reason=reason)
 
 
 @command(app, "the federation's sites, beside those that this one sums with")
@@ -245,14 +230,14 @@ def score(
 @command(app, "pause")
 def pause(kit: KitFolder) -> None:
     """Stop taking part for now. The site answers every request with 'paused' until resume."""
-    _set_paused(kit, True)
+    _site_state(kit).set_paused(True)
     sys.stdout.write("Paused: every request is answered with 'paused'. A round that has begun is finished.\n")
 
 
 @command(app, "go on after a pause")
 def resume(kit: KitFolder) -> None:
     """Take part again."""
-    _set_paused(kit, False)
+    _site_state(kit).set_paused(False)
     sys.stdout.write("The site takes part again.\n")
 
 
@@ -262,15 +247,12 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
 
     The ledger keeps what was spent.
     """
-    own = _own_kit(kit)
-    from fedtune.deploy.services.site_state import SiteState
-
+    own, state = _own_kit(kit), _site_state(kit)
     files = own.site_files(site)
     ledger = files.open()
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:
         ledger.end(name)
-    state = SiteState.of(own.folder)
     state.left.touch()
     sys.stdout.write(
         f"{own.site} has left {own.federation}; {counted(len(open_runs), 'open run')} ended, and what they had set "
@@ -319,11 +301,11 @@ def restore(
     sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
 
 
-def _set_paused(kit: Path, paused: bool) -> None:
+def _site_state(kit: Path) -> SiteState:
     own = _own_kit(kit)
     from fedtune.deploy.services.site_state import SiteState
 
-    SiteState.of(own.folder).set_paused(paused)
+    return SiteState.of(own.folder)
 
 
 def _own_kit(folder: Path) -> Kit:
@@ -342,11 +324,3 @@ def _as_owner(*places: Path) -> None:
     # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.umask(0o077)  # what a site writes is for its own account alone
-
-
-def template_file() -> Path:
-    """`conf/site.toml`, in a checkout or inside the installed package."""
-    from fedtune.data.load import shipped_folders
-
-    files = [folder / "conf" / "site.toml" for folder in shipped_folders()]
-    return next(file for file in files if file.is_file())

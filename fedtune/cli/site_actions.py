@@ -26,7 +26,7 @@ from fedtune.deploy.kits.members import Member, Roster
 from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.verdict import BrokenRule, Verdict, ask
+from fedtune.federation.verdict import Verdict, ask
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
@@ -55,7 +55,13 @@ def show_waiting(state: SiteState, *, as_json: bool) -> None:
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending) for pending in waiting]})
     elif waiting:
-        show(Console(), [_waiting_runs(waiting)])
+        rows = []
+        for pending in waiting:
+            asked = pending.proposal
+            about = (printable(asked.run), pending.since, printable(asked.dataset))
+            rows.append((*about, _price(asked), spoken_start(asked.lead)))
+        headings = ("run", "since", "data set", "epsilon", "asked by lead")
+        show(Console(), [Section(headings=headings, rows=rows, words=range(5), whole={0})])
     else:
         say("No run waits for approval.")
 
@@ -70,11 +76,17 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
     """
     pending = _chosen(state.waiting(), run)
     verdict = ask(site_toml, pending.proposal, declared_sizes={})
-    show(Console(), [_price_and_plan(pending, verdict), _settings(pending.settings)])
+    # Every other setting that the run's name stands for; the site understood them before the run was put up.
+    settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
+    show(Console(), [_price_and_plan(pending.proposal, verdict), pairs(dict(_flat(settings)))])
     if verdict.ledger == "in doubt":
         raise RunError(verdict.note)
     if not verdict.allowed:
-        raise RefusedError(f"policy or budget refuse this run: {_broken(verdict)}")
+        rules = []
+        for broken in verdict.broken:
+            known = asked_and_allowed(broken.asked, broken.allowed)
+            rules.append(reason_text(broken.rule) + (f" ({known})" if known else ""))
+        raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
     if not yes:
         require_agreed("Let it start?", otherwise="not approved: the run still waits")
     files.open().approve(pending.proposal)
@@ -105,9 +117,9 @@ def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> Non
     """
     trusted = dict(kit.site_files(site_toml).policy.trust.members)
     roster = Roster.read_signed(path, kit=kit)
-    found = {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
     gone = "in [trust].members, and not in the federation: take it out"
-    found = {name: (key, gone) for name, key in trusted.items()} | found
+    found = {name: (key, gone) for name, key in trusted.items()}
+    found |= {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
     found.pop(kit.site or "", None)
     if as_json:
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
@@ -175,17 +187,6 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
     return found[0]
 
 
-def _waiting_runs(waiting: list[Pending]) -> Section:
-    rows = []
-    for pending in waiting:
-        asked = pending.proposal
-        rows.append(
-            (printable(asked.run), pending.since, printable(asked.dataset), _price(pending), spoken_start(asked.lead))
-        )
-    headings = ("run", "since", "data set", "epsilon", "asked by lead")
-    return Section(headings=headings, rows=rows, words=range(5), whole={0})
-
-
 def _to_json(pending: Pending) -> dict[str, Any]:
     """A run that waits; its epsilon is null where it promises none."""
     asked = pending.proposal
@@ -208,16 +209,18 @@ def _epsilon(asked: Proposal) -> float | None:
     return epsilon_pld([asked.plan.whole], asked.plan.delta)
 
 
-def _price(pending: Pending) -> str:
-    epsilon = _epsilon(pending.proposal)
+def _price(asked: Proposal) -> str:
+    epsilon = _epsilon(asked)
     return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
 
 
-def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
+def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
     """What the run would do, and cost."""
-    asked, plan = pending.proposal, pending.proposal.plan
+    plan = asked.plan
+    # All of them: what a site is asked to tell is never cut short.
+    groups = ", ".join(f'"{printable(name)}"' for name in plan.metrics_groups)
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
-    price = f"epsilon {_price(pending)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
+    price = f"epsilon {_price(asked)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
     if not plan.private:
         price = "NO GUARANTEE: the run adds no noise"
     elif asked.seeded_noise:
@@ -241,20 +244,9 @@ def _price_and_plan(pending: Pending, verdict: Verdict) -> Section:
         **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
         "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
-        **({"groups": f"{len(plan.metrics_groups)}: {_quoted(plan.metrics_groups)}"} if plan.metrics_groups else {}),
+        **({"groups": f"{len(plan.metrics_groups)}: {groups}"} if plan.metrics_groups else {}),
     }
     return pairs(rows)
-
-
-def _quoted(names: Sequence[str]) -> str:
-    """All of them: what a site is asked to tell is never cut short."""
-    return ", ".join(f'"{printable(name)}"' for name in names)
-
-
-def _settings(settings: str) -> Section:
-    """Every other setting that the run's name stands for; the site understood them before the run was put up."""
-    fields = {key: value for key, value in json.loads(settings).items() if key not in _SHOWN_ABOVE}
-    return pairs(dict(_flat(fields)))
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -267,15 +259,6 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", printable(value, 1000)
 
 
-def _broken(verdict: Verdict) -> str:
-    return "; ".join(map(_rule, verdict.broken))
-
-
-def _rule(broken: BrokenRule) -> str:
-    known = asked_and_allowed(broken.asked, broken.allowed)
-    return reason_text(broken.rule) + (f" ({known})" if known else "")
-
-
 class SomethingFailed(FedtuneError):
     """A check of something at the site failed."""
 
@@ -283,14 +266,7 @@ class SomethingFailed(FedtuneError):
 
 
 def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
-    """Make every check, and print a line for each.
-
-    Args:
-        kit: the site's.
-        site_toml: its policy.
-        model: to install first.
-        run: settings of a run to try out; empty: none.
-        as_json: print for machines.
+    """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out.
 
     Raises:
         SomethingFailed: at the site.
@@ -321,11 +297,10 @@ def print_checks_as_json(checks: Iterable[Check]) -> list[Check]:
 
 def finish(checks: Sequence[Check]) -> None:
     """Raise what the checks' failures come to; nothing where none failed."""
-    code, names = exit_code_of(checks), [check.name for check in checks if check.status == "failed"]
-    if not code:
-        return
-    message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
-    raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
+    names = [check.name for check in checks if check.status == "failed"]
+    if code := exit_code_of(checks):
+        message = f"{counted(len(names), 'check')} failed ({', '.join(names)}); each line says what to do"
+        raise {SETTINGS: SomethingFailed, REFUSED: RefusedError}.get(code, RunError)(message)
 
 
 def _print_line(console: Console, check: Check) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.site import template_file
+from fedtune.api.experiment_file import config_folder
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.deploy.services.site_state import SiteState
@@ -55,7 +55,7 @@ class SiteFolder:
 
     def write_policy(self, **changes: str | None) -> None:
         """The template with some values replaced, as TOML, or left out."""
-        text = template_file().read_text(encoding="utf-8")
+        text = (config_folder() / "site.toml").read_text(encoding="utf-8")
         values: dict[str, str | None] = {
             "approval": '"automatic"',
             "anchor": '"anchor.json"',

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.cli.site import template_file
+from fedtune.api.experiment_file import config_folder
 from fedtune.privacy import accountant
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
@@ -55,7 +55,7 @@ def keys_in(table: Any, prefix: str = "") -> set[str]:
 def test_the_template_is_a_policy(command: Any, tmp_path: Path) -> None:
     outcome = command("site", "template")
     assert outcome.code == 0
-    assert outcome.out == template_file().read_text(encoding="utf-8")
+    assert outcome.out == (config_folder() / "site.toml").read_text(encoding="utf-8")
     (tmp_path / "site.toml").write_text(answered(outcome.out))
     assert read_policy(tmp_path / "site.toml").site == "north-hospital"
 
@@ -66,7 +66,7 @@ def answered(template: str) -> str:
 
 
 def test_the_template_sets_every_key() -> None:
-    assert keys_in(tomllib.loads(answered(template_file().read_text(encoding="utf-8")))) == keys_of()
+    assert keys_in(tomllib.loads(answered((config_folder() / "site.toml").read_text(encoding="utf-8")))) == keys_of()
 
 
 @pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
@@ -83,7 +83,7 @@ def test_no_command_takes_a_policy_before_a_person_has_answered(
 
 
 def test_the_template_explains_every_key() -> None:
-    lines = template_file().read_text(encoding="utf-8").splitlines()
+    lines = (config_folder() / "site.toml").read_text(encoding="utf-8").splitlines()
     for before, line in pairwise(lines):
         if re.match(r"\w+ = ", line):
             explained = before.startswith("#") or re.match(
@@ -93,7 +93,7 @@ def test_the_template_explains_every_key() -> None:
 
 
 def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any, tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text(answered(template_file().read_text(encoding="utf-8")))
+    (tmp_path / "site.toml").write_text(answered((config_folder() / "site.toml").read_text(encoding="utf-8")))
     outcome = command("site", "check-policy", str(tmp_path / "site.toml"), "--json")
     warnings = {warning["key"]: warning["text"] for warning in json.loads(outcome.out)["warnings"]}
     assert warnings.keys() == {"allow.leads", "allow.base_models"}
