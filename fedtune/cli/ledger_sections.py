@@ -35,17 +35,10 @@ def show_identity(path: Path, verified: Verified) -> None:
 def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
     """The chosen events, a line each."""
     unit = verified.history.opened.unit
-    rows = tuple(
-        (
-            str(event.sequence),
-            event.time[:16].replace("T", " "),
-            event.kind.value,
-            printable(event.run),
-            str(event.round or ""),
-            event_text(event),
-        )
-        for event in chosen
-    )
+    rows = []
+    for event in chosen:
+        when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
+        rows.append((*when, printable(event.run), str(event.round or ""), event_text(event)))
     note = (
         f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} can move "
         "a step's sum"
@@ -99,15 +92,13 @@ def _state(run: RunSpending, history: History) -> str:
 def show_verdict(history: History, figures: Spending) -> None:
     """The one thing to know."""
     unit = _UNITS.get(history.opened.unit, "one unit")
-    style = ""
+    style = "bold yellow" if figures.seeded or math.isinf(figures.epsilon) else ""
     if figures.seeded:
-        style = "bold yellow"
         text = (
             "NO GUARANTEE: a run took its noise from a seed, which anybody who knows the seed can take away again. The "
             "figures below are those of a study."
         )
     elif math.isinf(figures.epsilon):
-        style = "bold yellow"
         text = f"NO GUARANTEE: a run trained without noise. Nothing bounds what its updates tell about {unit}."
     elif figures.epsilon == 0:
         text = "Nothing was spent yet: nothing that depends on a record has left this site."
@@ -125,7 +116,8 @@ def show_verdict(history: History, figures: Spending) -> None:
 
 def lifetime(history: History, figures: Spending) -> Section:
     """What is charged, set aside and left of the caps."""
-    set_aside, period = figures.share_with_set_aside, f"charged this {figures.period}"
+    set_aside = figures.share_with_set_aside
+    period = f"charged this {figures.period} ({cap_text(figures.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(figures.max_epsilon) else f"{figures.max_epsilon:g}"
     notes = []
     if figures.share is not None:
@@ -133,33 +125,23 @@ def lifetime(history: History, figures: Spending) -> Section:
         notes = [
             f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
         ]
+    with_set_aside = epsilon_text(figures.epsilon_with_set_aside)
+    left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
+    runs = None if history.frozen else reference_runs_left(history)
+    fits = "" if runs is None else f": {counted(runs, 'run')} like the policy's reference"
+    fits = ": nothing, since it is frozen" if history.frozen else fits
     return Section(
         title=f"Lifetime budget of each {history.opened.unit}, by the filter",
         headings=("", "epsilon", "share of cap"),
         rows=(
             ("charged so far", epsilon_text(figures.epsilon), _share(figures.share)),
-            (
-                "the same, with all that open runs have set aside",
-                epsilon_text(figures.epsilon_with_set_aside),
-                _share(set_aside),
-            ),
+            ("the same, with all that open runs have set aside", with_set_aside, _share(set_aside)),
             ("cap", cap, "100 %" if figures.share is not None else ""),
-            (
-                f"left for new runs{_fits(history)}",
-                rounded_down(epsilon_left(history)),
-                "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %",
-            ),
-            (f"{period} ({cap_text(figures.max_epsilon_per_period)})", epsilon_text(figures.period_epsilon), ""),
+            (f"left for new runs{fits}", rounded_down(epsilon_left(history)), left),
+            (period, epsilon_text(figures.period_epsilon), ""),
         ),
         notes=notes,
     )
-
-
-def _fits(history: History) -> str:
-    if history.frozen:
-        return ": nothing, since it is frozen"
-    fits = reference_runs_left(history)
-    return "" if fits is None else f": {counted(fits, 'run')} like the policy's reference"
 
 
 def methods(figures: Spending) -> Section:
@@ -192,20 +174,17 @@ def each_run(runs: Sequence[RunSpending], history: History) -> Section:
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run was accepted yet.",))
-    rows = []
-    for run in runs:
-        rows.append(
-            (
-                printable(run.run),
-                _state(run, history),
-                f"{run.rounds}/{run.most_rounds}",
-                f"{run.noise_multiplier:g}",
-                f"{run.sampling_rate:g}",
-                epsilon_text(run.epsilon),
-                epsilon_text(run.epsilon_rdp),
-                epsilon_text(run.planned_epsilon),
-            )
+    rows = [
+        (
+            printable(run.run),
+            _state(run, history),
+            f"{run.rounds}/{run.most_rounds}",
+            f"{run.noise_multiplier:g}",
+            f"{run.sampling_rate:g}",
+            *map(epsilon_text, (run.epsilon, run.epsilon_rdp, run.planned_epsilon)),
         )
+        for run in runs
+    ]
     headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
     notes = tuple(f"{printable(run.run)}: {trust_words(run.by_trust)}." for run in runs if run.by_trust)
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)

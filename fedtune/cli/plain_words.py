@@ -31,32 +31,36 @@ def event_text(event: Event) -> str:
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
-            return _accepted(detail)
+            proposal = Proposal.from_json(detail["proposal"])
+            plan = proposal.plan
+            spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
+            seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
+            start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
+            return (
+                f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
+                f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
+                f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
+                f"{str(detail['expires'])[:10]}{start}{seeded}"
+            )
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
             return f"charged{again}: {_mechanisms(detail['event'])}"
         case Kind.COMMIT:
             return "reply stored, may be sent"
+        case Kind.RELEASE if detail.get("what") != "offer":
+            return f"handed out: {printable(detail.get('what'))}"
         case Kind.RELEASE:
-            return _offered(detail)
+            noise = detail["least_noise"]
+            others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
+            rounds = counted(detail["most_rounds"], "round")
+            return f"told a lead what a run may ask for: up to {rounds}, or {others}"
         case Kind.REFUSAL:
-            return _refused(detail)
+            rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
+            numbers = [f"asked for {printable(asked, 40)}"] if asked is not None else []
+            numbers += [f"allowed {printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
+            return f"refused: {reason_text(str(rule))} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
         case Kind.NOTE:
-            return _noted(detail)
-
-
-def _accepted(detail: dict[str, Any]) -> str:
-    proposal = Proposal.from_json(detail["proposal"])
-    plan = proposal.plan
-    spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
-    seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
-    start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
-    return (
-        f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
-        f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
-        f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
-        f"{str(detail['expires'])[:10]}{start}{seeded}"
-    )
+            return _note_text(detail)
 
 
 def _mechanisms(data: object) -> str:
@@ -64,22 +68,7 @@ def _mechanisms(data: object) -> str:
     return " and ".join(mechanism_text(part, count) for part, count in parts.items()) or "nothing"
 
 
-def _refused(detail: dict[str, Any]) -> str:
-    rule, asked, allowed = (detail.get(key) for key in ("reason", "asked", "allowed"))
-    numbers = [f"asked for {printable(asked, 40)}"] if asked is not None else []
-    numbers += [f"allowed {printable(allowed)}"] if allowed is not None and rule != Reason.LEADS else []
-    return f"refused: {reason_text(str(rule))} ({'; '.join([*numbers, f'rule {printable(rule)}'])})"
-
-
-def _offered(detail: dict[str, Any]) -> str:
-    if detail.get("what") != "offer":
-        return f"handed out: {printable(detail.get('what'))}"
-    noise = detail["least_noise"]
-    others = "no noise would be enough" if noise is None else f"noise of at least {noise:g}"
-    return f"told a lead what a run may ask for: up to {counted(detail['most_rounds'], 'round')}, or {others}"
-
-
-def _noted(detail: dict[str, Any]) -> str:
+def _note_text(detail: dict[str, Any]) -> str:
     match detail["what"]:
         case "opened":
             return (
@@ -87,7 +76,12 @@ def _noted(detail: dict[str, Any]) -> str:
                 f"protects each {detail['unit']}, delta {detail['delta']:g}, filter order {detail['order']:g}"
             )
         case "policy":
-            return f"policy in force: {_caps(detail['policy']['budget'])} (digest {detail['sha256'][:12]}...)"
+            budget = detail["policy"]["budget"]
+            most = budget["max_epsilon"]
+            caps = ["no lifetime cap" if most is None else f"lifetime cap epsilon {most:g}"]
+            for key, name in (("max_epsilon_per_run", "run"), ("max_epsilon_per_period", budget["period"])):
+                caps += [] if budget[key] is None else [f"{budget[key]:g} a {name}"]
+            return f"policy in force: {', '.join(caps)} (digest {detail['sha256'][:12]}...)"
         case "run_ended":
             return "run over: what it had set aside and not spent is free again"
         case "date_confirmed":
@@ -111,13 +105,3 @@ def _noted(detail: dict[str, Any]) -> str:
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:
             return f"unknown note {printable(other)}"
-
-
-def _caps(budget: dict[str, Any]) -> str:
-    lifetime = "no lifetime cap" if budget["max_epsilon"] is None else f"lifetime cap epsilon {budget['max_epsilon']:g}"
-    others = [
-        f"{budget[key]:g} a {name}"
-        for key, name in (("max_epsilon_per_run", "run"), ("max_epsilon_per_period", budget["period"]))
-        if budget[key] is not None
-    ]
-    return ", ".join([lifetime, *others])

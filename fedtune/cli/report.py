@@ -20,9 +20,9 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import Check, check_report, read_report
+from fedtune.report.checks import check_report, read_report
 from fedtune.report.derive.verdicts import room_of
-from fedtune.report.difference import GROUPS, Change, Value, differences
+from fedtune.report.difference import Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.model import Report, State, schema_text
 from fedtune.report.page.catalogue import catalogue
@@ -85,9 +85,9 @@ _UNBOUNDED = ("epsilon", "epsilon_pld", "epsilon_rdp", "planned_epsilon", "with_
 _NO_LIMIT = ("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "target_epsilon", "left")
 _WHEN = {"before": "before training", "final": "after training", "non_private": "without privacy"}
 _TITLES: Mapping[ChangeGroup, str] = {
-    "settings": "Settings",
-    "privacy": "Privacy",
     "utility": "Scores on the lead's files",
+    "privacy": "Privacy",
+    "settings": "Settings",
     "cost": "Cost",
 }
 
@@ -121,18 +121,35 @@ def build(
     the report reveals no more about the records than what was released.
     """
     key = None if sign is None else SigningKey.load(sign)
+    of_policy = path.suffix == ".toml"
     if (path / "config.yaml").is_file():
-        report, folder = _of_run(path, site_report, anchor=anchor), path
+        from fedtune.report import from_run
+
+        if anchor is not None:
+            raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
+        site_reports = [from_run.read_site_report(file) for file in site_report]
+        report, folder, settings = from_run.build(path, site_reports=site_reports), path, saved_config(path).report
+        own_language, about, place = settings.language, settings.about, "report.about"
     else:
-        report, folder = _of_ledger(path, site_report, anchor=anchor)
+        from fedtune.report import from_ledger
+
+        if site_report:
+            raise ConfigError("--site-report", str(site_report[0]), "belongs to a run's report; this is a ledger")
+        ledger = SiteFiles.of(path).ledger if of_policy else ledger_file(str(path))
+        report = from_ledger.build(path if of_policy else ledger, anchor=anchor)
+        folder = ledger.with_name(f"{ledger.name}.report")
+        own_language, about, place = "en", read_policy(path).about if of_policy else AboutSpec(), "[about] of site.toml"
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
+    from fedtune.report.page.label import SVG, as_svg
     from fedtune.report.page.render import write_all, write_files
+    from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
-    spoken = language or (saved_config(path).report.language if report.kind == "run" else "en")
-    about = _about(path, report) if registry else None
-    beside, remarks = _beside(report, label=label, language=spoken, about=about)
+    spoken = language or own_language
+    beside = {SVG: as_svg(report, language=spoken).encode()} if label else {}
+    if registry:
+        beside[REGISTRY] = to_text(report, about).encode()
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)
     paths += write_all(output or folder, beside)
     for code in report.banners:
@@ -143,55 +160,9 @@ def build(
         say(catalogue("en").text(f"budget.two_figures_{report.kind}").unescape())
     for written in paths:
         say(f"{written.name + ':':<12} {written}")
-    for remark in remarks:
-        say(remark, style="bold yellow")
-
-
-def _about(path: Path, report: Report) -> AboutSpec:
-    """What persons said of a run in its settings, or of a site's records in its policy; a ledger alone holds none."""
-    if report.kind == "run":
-        return saved_config(path).report.about
-    return read_policy(path).about if path.suffix == ".toml" else AboutSpec()
-
-
-def _beside(
-    report: Report, *, label: bool, language: str, about: AboutSpec | None
-) -> tuple[dict[str, bytes], list[str]]:
-    """The label and the registry's entry, where they were asked for, and what is missing of them."""
-    from fedtune.report.page.label import SVG, as_svg
-    from fedtune.report.registry_entry import REGISTRY, entry, to_text
-
-    files: dict[str, bytes] = {}
-    remarks: list[str] = []
-    if label:
-        files[SVG] = as_svg(report, language=language).encode()
-    if about is not None:
-        files[REGISTRY] = to_text(report, about).encode()
-        if missing := entry(report, about)["missing"]:
-            place = "report.about" if report.kind == "run" else "[about] of site.toml"
-            remarks.append(f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}")
-    return files, remarks
-
-
-def _of_run(folder: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> Report:
-    from fedtune.report import from_run
-    from fedtune.report.from_run import read_site_report
-
-    if anchor is not None:
-        raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
-    return from_run.build(folder, site_reports=[read_site_report(file) for file in site_reports])
-
-
-def _of_ledger(path: Path, site_reports: Sequence[Path], *, anchor: Path | None) -> tuple[Report, Path]:
-    """The report of a ledger, and the folder that it belongs in."""
-    from fedtune.report import from_ledger
-
-    if site_reports:
-        raise ConfigError("--site-report", str(site_reports[0]), "belongs to a run's report; this is a ledger")
-    of_policy = path.suffix == ".toml"
-    ledger = SiteFiles.of(path).ledger if of_policy else ledger_file(str(path))
-    report = from_ledger.build(path if of_policy else ledger, anchor=anchor)
-    return report, ledger.with_name(f"{ledger.name}.report")
+    if registry and (missing := entry(report, about)["missing"]):
+        text = f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}"
+        say(text, style="bold yellow")
 
 
 @command(app, "check signature and epsilon")
@@ -227,7 +198,16 @@ def verify(
         print_json({"file": str(path), "checks": found})
     else:
         say(f"{path}: report of {report.kind} {printable(report.name)}", style="bold")
-        show(Console(), [_checked(found)])
+        rows, styles = list[tuple[str, ...]](), dict[int, str]()
+        for check in found:
+            mark, styles[len(rows)] = _MARKS[check.state]
+            rows.append((check.name, mark, check.text))
+            for problem in check.problems[:_MOST_PROBLEMS]:
+                said, again = printable(problem.said), printable(problem.found)
+                rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
+            if len(check.problems) > _MOST_PROBLEMS:
+                rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
+        show(Console(), [Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)])
     wrong = [check.name for check in found if check.state == "wrong"]
     if wrong:
         raise RunError(f"{path} does not hold: {', '.join(wrong)}")
@@ -255,9 +235,18 @@ def diff(
     if as_json:
         print_json({"before": str(before_path), "after": str(after_path), "changes": changes})
         return
-    for subject in GROUPS:
+    for subject, title in _TITLES.items():
         named = _named([one for one in changes if one.group == subject], sites=[site.site for site in first.sites])
-        _show_differences(subject, named, names=(before, after))
+        if not named:
+            say(f"{title}: no difference.")
+            continue
+        section = Section(
+            title=f"{title}: {counted(len(named), 'difference')}",
+            headings=("", *map(printable, (before, after))),
+            rows=[(printable(name), *_both(change)) for name, change in named],
+            words={0, 1, 2},
+        )
+        show(Console(), [section])
     if not all(settings) and first.kind != "ledger":
         say("The runs' configurations are not beside the reports: only the settings in them are compared.")
 
@@ -304,21 +293,6 @@ def verdict_line(report: Report) -> tuple[str, str]:
     return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
 
 
-def _checked(found: Sequence[Check]) -> Section:
-    """A line for each check, and what differs below it."""
-    rows: list[tuple[str, str, str]] = []
-    styles = {}
-    for check in found:
-        mark, styles[len(rows)] = _MARKS[check.state]
-        rows.append((check.name, mark, check.text))
-        for problem in check.problems[:_MOST_PROBLEMS]:
-            said, again = printable(problem.said), printable(problem.found)
-            rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
-        if len(check.problems) > _MOST_PROBLEMS:
-            rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
-    return Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
-
-
 def _named(changes: Sequence[Change], *, sites: Sequence[str]) -> list[tuple[str, Change]]:
     """The changes and what people call them: of the whole report, of all sites, then of some, which share a line."""
     groups: dict[tuple[str, tuple[str, str]], list[tuple[str, Change]]] = {}
@@ -347,19 +321,6 @@ def _words(key: str) -> str:
     if when in _WHEN:
         return f"{score_words(score)} {_WHEN[when]}"
     return key.removeprefix("mechanism.").removeprefix("spent.").replace("_", " ").replace(".", " ")
-
-
-def _show_differences(subject: ChangeGroup, changes: Sequence[tuple[str, Change]], *, names: tuple[str, str]) -> None:
-    if not changes:
-        say(f"{_TITLES[subject]}: no difference.")
-        return
-    section = Section(
-        title=f"{_TITLES[subject]}: {counted(len(changes), 'difference')}",
-        headings=("", *map(printable, names)),
-        rows=tuple((printable(name), *_both(change)) for name, change in changes),
-        words={0, 1, 2},
-    )
-    show(Console(), [section])
 
 
 def _both(change: Change) -> tuple[str, str]:
