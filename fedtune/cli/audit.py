@@ -19,7 +19,7 @@ from fedtune.cli.shown_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.audit_findings import Audit, AuditHitRate, AuditMembership
+from fedtune.report.audit_findings import Audit, AuditHitRate
 from fedtune.report.derive.audit_bounds import read_audit, refuted
 from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
@@ -71,14 +71,16 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
     result = read_audit(folder)
     assert result is not None, "an audit that ended has written what it found"
     if as_json:
-        _print(folder, result)
+        print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
     else:
         show_findings(console, result, folder)
-    _judge(result)
-
-
-def _print(folder: Path, result: object) -> None:
-    print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
+    wrong = [
+        f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
+        f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
+        for bound in refuted(result)
+    ]
+    if wrong:
+        raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
 
 
 def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
@@ -101,7 +103,7 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
         f"{folder / sensitivity.FILE}"
     )
     if as_json:
-        _print(folder, found)
+        print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found})
     else:
         say(text)
     if found.exceeded or found.others_moved:
@@ -132,20 +134,9 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
         raise ConfigError(_PREFIX + str(first["loc"][0]), first["input"], bound_in(first)) from None
 
 
-def _judge(result: Audit) -> None:
-    """Fail where a claim is refuted."""
-    wrong = [
-        f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
-        f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
-        for bound in refuted(result)
-    ]
-    if wrong:
-        raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
-
-
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Lower bounds beside claims, the membership baselines, and both in plain words."""
-    show(console, [_bounds(result), *([_membership(result)] if result.membership else [])])
+    show(console, [_bounds(result), _membership(result)])
     say(_meaning(result), style="red" if result.exceeded else "", console=console)
     canaries = "The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so)."
     say(canaries, style="yellow", console=console)
@@ -209,10 +200,13 @@ def place(site: str | None) -> str:
 
 
 def _membership(result: Audit) -> Section:
+    if not result.membership:
+        return Section()
     rates = [f"{rate.false_alarms:.1%}" for rate in result.membership[0].hit_rates]
-    rows = tuple(
-        (place(one.site), _SCORES[one.score], _area(one), *map(_rate, one.hit_rates)) for one in result.membership
-    )
+    rows = []
+    for one in result.membership:
+        area = f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
+        rows.append((place(one.site), _SCORES[one.score], area, *map(_rate, one.hit_rates)))
     return Section(
         title="Real records: trained on, or never used?",
         headings=("", "by", "AUROC", *(f"found at {rate}" for rate in rates)),
@@ -223,10 +217,6 @@ def _membership(result: Audit) -> Section:
             "the share found among those trained on, at that share of false alarms among those never used",
         ),
     )
-
-
-def _area(one: AuditMembership) -> str:
-    return f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
 
 
 def _rate(rate: AuditHitRate) -> str:

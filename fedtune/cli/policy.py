@@ -46,7 +46,14 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     cautions = tuple(cautions_of(policy, amount, folder=file.parent))
     if not as_json:  # first, since the ledger beside it may not be what it should be
         say(f"Policy of site {policy.site} ({file})", style="bold")
-        show(Console(), [_meaning(policy, amount, folder=file.parent), _warnings(cautions)])
+        warnings = Section(
+            title=counted(len(cautions), "warning"),
+            headings=("key", "value, and what it means"),
+            rows=[(caution.key, caution.text) for caution in cautions],
+            words={0, 1},
+        )
+        meaning = _meaning(policy, amount, folder=file.parent)
+        show(Console(), [meaning, warnings if cautions else Section(notes=["No warnings."])])
     beside = beside_of(files)
     if as_json:
         print_json(_to_json(policy, file, amount, cautions, beside))
@@ -93,18 +100,6 @@ def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
         "files": _files(policy, folder),
     }
     return pairs({about: "\n".join(sentences) + "\n" for about, sentences in told.items()})
-
-
-def _warnings(cautions: Sequence[Caution]) -> Section:
-    """What to think twice about."""
-    if not cautions:
-        return Section(notes=("No warnings.",))
-    return Section(
-        title=counted(len(cautions), "warning"),
-        headings=("key", "value, and what it means"),
-        rows=tuple((caution.key, caution.text) for caution in cautions),
-        words={0, 1},
-    )
 
 
 def _show_beside(beside: Beside) -> None:
@@ -197,25 +192,25 @@ def _budget(policy: Policy) -> Iterator[str]:
 
 def _comes_to(policy: Policy, amount: Amount) -> Iterator[str]:
     reference = policy.budget.reference
+
+    def fits(count: int) -> str:
+        return f"{counted(count, 'such run')} {'fits' if count == 1 else 'fit'}"
+
     yield (
         f"A run like your reference ({reference.steps} noisy steps, sampling rate {reference.sampling_rate:g}, noise "
         f"multiplier {reference.noise_multiplier:g}) costs epsilon {epsilon_text(amount.reference_pld)} on its own "
         "(by PLD, a proof for one run alone)."
     )
     if amount.runs_in_lifetime is not None:
-        yield f"{_runs(amount.runs_in_lifetime)} into the lifetime cap, one after another."
+        yield f"{fits(amount.runs_in_lifetime)} into the lifetime cap, one after another."
     if amount.runs_in_period is not None:
-        yield f"{_runs(amount.runs_in_period)} into one {policy.budget.period}."
+        yield f"{fits(amount.runs_in_period)} into one {policy.budget.period}."
     yield (
         "Over all runs the site counts by a filter, which holds even when every next run is chosen after seeing "
         f"earlier results: {epsilon_text(amount.reference_filter)} after the first such run, of which "
         f"{epsilon_text(amount.fixed_part)} is a fixed part that is due only once. A ledger made with this policy "
         f"would fix the filter's order at {amount.order:g}."
     )
-
-
-def _runs(count: int) -> str:
-    return f"{counted(count, 'such run')} {'fits' if count == 1 else 'fit'}"
 
 
 def _leaves(policy: Policy) -> Iterator[str]:

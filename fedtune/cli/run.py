@@ -24,7 +24,6 @@ from fedtune.cli.command import Argument, Metrics, Option, single
 from fedtune.cli.shown_run import show_run, told
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Member
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState
@@ -73,15 +72,31 @@ def run(
     """
     first, *rest = words or ("",)
     if background:
-        options = {"--kit": _lead_kit(kit).folder, "--metrics": metrics, "--or-resume": or_resume}
-        _in_background([*words, *_as_words(options)], folder=_folder_to_be(words))
+        if first in _ACTIONS and not (first == "resume" and rest):
+            raise ConfigError("--background", NOT_GIVEN, f"is for a run that begins or goes on, not for {first}")
+        options = ["--kit", str(_lead_kit(kit).folder)]
+        options += ["--metrics", metrics] if metrics else []
+        options += ["--or-resume"] if or_resume else []
+        folder = Path(rest[0]) if first == "resume" else _named(words, option="--background")
+        _in_background([*words, *options], folder=folder)
         return
     if first not in _ACTIONS:
-        if (left := _left_of(words) if or_resume else words) is not None:
-            _start(left, kit=_lead_kit(kit), metrics=metrics)
+        # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
+        # sites are not looked up again: one of them may have been revoked since.
+        if or_resume and has_begun(folder := _named(words, option="--or-resume")):
+            if _is_finished(folder):
+                say(f"{folder} is finished.")
+                return
+            words = (f"resume='{folder}'",)
+        _start(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
-        _show_online(_lead_kit(kit), as_json=as_json)
+        online = LeadService(kit=_lead_kit(kit)).online()
+        if as_json:
+            print_json({"schema_version": SCHEMA_VERSION, "online": online})
+            return
+        rows = [(site, "online" if there else "not heard") for site, there in online.items()]
+        show(Console(), [Section(headings=("site", "now"), rows=rows, words=range(2))])
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -101,42 +116,12 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _left_of(words: Sequence[str]) -> Sequence[str] | None:
-    """These words for a run that has not begun, those that resume it once it has, and None once it is finished.
-
-    A service starts with the same words each time.  The run's own settings count from its beginning on, and its sites
-    are not looked up again: one of them may have been revoked since.
-    """
-    folder = _named(words, option="--or-resume")
-    if not has_begun(folder):
-        return words
-    if _is_finished(folder):
-        say(f"{folder} is finished.")
-        return None
-    return [f"resume='{folder}'"]
-
-
 def _named(words: Sequence[str], *, option: str) -> Path:
     """The folder of the run that these settings name."""
     if not any(word.startswith("name=") for word in words):
         raise ConfigError("name", NOT_GIVEN, f"is required with {option}: the run's name, the same each time")
     asked = compose_run([word for word in words if not word.startswith("sites=")])
     return Path(asked.tracking.output_dir) / asked.name
-
-
-def _folder_to_be(words: Sequence[str]) -> Path:
-    """The folder of the run that these words begin or resume in the background."""
-    if words[:1] == ("resume",) and len(words) > 1:
-        return Path(words[1])
-    if words[:1] and words[0] in _ACTIONS:
-        raise ConfigError("--background", NOT_GIVEN, f"is for a run that begins or goes on, not for {words[0]}")
-    return _named(words, option="--background")
-
-
-def _as_words(options: Mapping[str, object]) -> list[str]:
-    """Options as a person would type them, but for those that are not given."""
-    given = [[name] if value is True else [name, str(value)] for name, value in options.items() if value]
-    return [word for words in given for word in words]
 
 
 def _in_background(words: Sequence[str], *, folder: Path) -> None:
@@ -209,51 +194,36 @@ def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:
     if any(word.startswith("resume=") for word in others):
         if wanted:
             raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
-        return _resumed(others)
-    for word in others:
-        key, value = _key_and_value(word)
+        config = compose_run(others)
+        if config.runtime.kind != "deployment":
+            bound = f"must be a run over real sites: fedtune simulate resume={config.resume} goes on with this one"
+            raise ConfigError("resume", config.resume, bound)
+        return config
+    typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
+    for key, value in typed.items():
         if key in _OURS:
             bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
             raise ConfigError(key, value, bound)
     chosen = members(kit, _names(wanted[-1]) if wanted else ())
-    given = [*others, "runtime=deployment", *_about(chosen)]
-    if any(_key_and_value(word)[0] == "data.declared_sizes" for word in others):
-        return compose_run(given)
-    # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
-    dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
-    return compose_run([*given, f"data.declared_sizes=[{','.join(map(str, _sizes(chosen, dataset)))}]"])
-
-
-def _resumed(words: Sequence[str]) -> RunConfig:
-    config = compose_run(words)
-    if config.runtime.kind != "deployment":
-        bound = f"must be a run over real sites: fedtune simulate resume={config.resume} goes on with this one"
-        raise ConfigError("resume", config.resume, bound)
-    return config
-
-
-def _key_and_value(word: str) -> tuple[str, str]:
-    key, _, value = word.lstrip("+~").partition("=")
-    return key, value
-
-
-def _about(chosen: Sequence[Member]) -> list[str]:
     names = ",".join(f"'{member.site}'" for member in chosen)
-    return [
+    given = [
+        *others,
+        "runtime=deployment",
         f"federation.num_sites={len(chosen)}",
         f"federation.site_names=[{names}]",
         "federation.participants=[]",
-        # How a simulation deals out its file says nothing of real sites.
-        "~data.partition",
+        "~data.partition",  # how a simulation deals out its file says nothing of real sites
     ]
-
-
-def _sizes(chosen: Sequence[Member], dataset: str) -> list[int]:
+    if "data.declared_sizes" in typed:
+        return compose_run(given)
+    # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
+    dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
     for member in chosen:
         if dataset not in member.sizes:
             bound = f"is no data set of {member.site}, which declared {', '.join(member.sizes)}"
             raise ConfigError("data.dataset", dataset, bound)
-    return [member.sizes[dataset] for member in chosen]
+    sizes = ",".join(str(member.sizes[dataset]) for member in chosen)
+    return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
 
 
 def _names(override: str) -> list[str]:
@@ -296,15 +266,6 @@ def _end(run: str, federation: FederationSpec, *, lead: LeadService) -> None:
     say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:
         say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
-
-
-def _show_online(kit: Kit, *, as_json: bool) -> None:
-    found = LeadService(kit=kit).online()
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "online": found})
-        return
-    rows = [(site, "online" if there else "not heard") for site, there in found.items()]
-    show(Console(), [Section(headings=("site", "now"), rows=rows, words=range(2))])
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:

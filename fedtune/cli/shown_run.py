@@ -39,7 +39,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
         again: the command that continues it.
         began: when it began, by `time.monotonic`, before libraries that take seconds to load.
     """
-    from fedtune.cli.display import Display, show_result
+    from fedtune.show.display import Display, show_result
 
     display = Display(console, config, shown=config.tracking.progress)
 

@@ -209,7 +209,7 @@ def test_scores_are_shown_before_a_report_that_has_no_room(
     def no_room(*_: object, **__: object) -> None:
         raise full()
 
-    monkeypatch.setattr("fedtune.cli.display.show_result", lambda console, *_, **__: console.print("the scores"))
+    monkeypatch.setattr("fedtune.show.display.show_result", lambda console, *_, **__: console.print("the scores"))
     monkeypatch.setattr("fedtune.report.page.render.write_report", no_room)
     said = io.StringIO()
     with pytest.raises(OSError, match="No space"):

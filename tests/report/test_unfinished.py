@@ -19,7 +19,6 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of
 from fedtune.cli.command import InterruptTold
-from fedtune.cli.display import Display
 from fedtune.cli.shown_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
@@ -27,6 +26,7 @@ from fedtune.report import from_run, run_page
 from fedtune.report.page.render import render
 from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.report.run_page import UnfinishedReport
+from fedtune.show.display import Display
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Command
-from fedtune.cli.display import Display
 from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
+from fedtune.show.display import Display
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 from fedtune.studies.trial_search import Search

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.display import Display
 from fedtune.federation.lead import RoundResult
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.show.display import Display
 from fedtune.show.sections import show
 from fedtune.spec import RunError
 from fedtune.studies.trials import Trial, Trials, compose_sweep

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.display import Display, show_result
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
@@ -30,9 +29,10 @@ from fedtune.runs.results import (
     RunResult,
     SiteResult,
 )
+from fedtune.show.display import Display, show_result
 
 from ..builders import run_result
-from .widths import COLUMNS, too_wide
+from ..cli.widths import COLUMNS, too_wide
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_settings_come_first(config: RunConfig) -> None:
 def test_a_format_that_makes_a_run_slower_is_told_before_it_trains(
     config: RunConfig, dtype: Any, has: bool, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.cli.display.multiplies_rounded", lambda: has)
+    monkeypatch.setattr("fedtune.show.display.multiplies_rounded", lambda: has)
     out = shown(replace(config, model=replace(config.model, dtype=dtype)))
     assert ("model.dtype=mixed makes this run slower" in out) is told
 
