@@ -16,8 +16,15 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import RunSpending, Spending
 from fedtune.privacy.ledger.verify import Verified
-from fedtune.show.budget_text import epsilon_left, figures_of, reference_runs_left
-from fedtune.show.budget_words import cap_text, mechanism_text, rounded_down, trust_words
+from fedtune.show.budget_text import (
+    cap_text,
+    epsilon_left,
+    figures_of,
+    mechanism_text,
+    reference_runs_left,
+    rounded_down,
+    trust_words,
+)
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, say
 from fedtune.words import counted, unbounded

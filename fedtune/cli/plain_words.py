@@ -9,7 +9,7 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report.page.catalogue import catalogue
-from fedtune.show.budget_words import mechanism_text
+from fedtune.show.budget_text import mechanism_text
 from fedtune.show.lines import printable
 from fedtune.words import counted, spoken_start
 

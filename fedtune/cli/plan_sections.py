@@ -13,7 +13,7 @@ from fedtune.evaluation.groups import fewest_told
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.release import METRICS
-from fedtune.show.budget_words import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
+from fedtune.show.budget_text import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, pairs, say, show
 from fedtune.words import counted, duration, size, spoken_start
@@ -129,8 +129,8 @@ def _sites(outlook: Outlook) -> Section:
         for name, site in price.sites.items()
     ]
     headings = ("site", "declared\nsize", "weight", "mean\nbatch", "steps", "delta\nx size")
-    headings += ("epsilon\nPLD", "epsilon\nRDP", "epsilon\nfilter")
-    return Section(title="Sites", headings=headings, rows=rows, notes=list(_about_sites(outlook)))
+    spent = ("epsilon\nPLD", "epsilon\nRDP", "epsilon\nfilter")
+    return Section(title="Sites", headings=(*headings, *spent), rows=rows, notes=list(_about_sites(outlook)))
 
 
 def _about_sites(outlook: Outlook) -> Iterator[str]:

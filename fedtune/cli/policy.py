@@ -19,15 +19,16 @@ from fedtune.show.budget_text import (
     Caution,
     amount_of,
     beside_of,
+    cap_text,
     cautions_of,
     epsilon_left,
     figures_of,
     has_guarantee,
     identity_json,
     reference_runs_left,
+    rounded_down,
     spending_json,
 )
-from fedtune.show.budget_words import cap_text, rounded_down
 from fedtune.show.lines import printable
 from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError

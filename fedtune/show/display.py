@@ -26,7 +26,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
-from fedtune.show.budget_words import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
+from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.show.sections import Section, pairs, say, show
 from fedtune.sites.shared_model import SharedModel
 from fedtune.words import counted, size, unbounded

@@ -30,7 +30,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
-from fedtune.show.budget_words import SEEDED
+from fedtune.show.budget_text import SEEDED
 from fedtune.show.sections import SCHEMA_VERSION, Section, json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least
 from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on

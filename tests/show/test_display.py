@@ -19,16 +19,7 @@ from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import Receipt
-from fedtune.runs.results import (
-    DATA_CHANGED,
-    DIVERGED,
-    GUESS,
-    WORSE,
-    FinalResult,
-    PrivacyResult,
-    RunResult,
-    SiteResult,
-)
+from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteResult
 from fedtune.show.display import Display, show_result
 
 from ..builders import run_result
@@ -43,28 +34,12 @@ def config(tiny: Any, tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def state() -> Callable[..., LeadState]:
     def make(round: int, **changes: Any) -> LeadState:
-        fields: dict[str, Any] = {
-            "round": round,
-            "seconds": 2.0,
-            "sites": ("site-1", "site-2"),
-            "failed_sites": {},
-            "bytes_down": 1,
-            "bytes_up": 1,
-            "metrics": {"loss": 1.23456, "macro_f1": 0.5},
-        }
-        result = RoundResult(**(fields | changes))
+        sites = ("site-1", "site-2")
+        known = {"seconds": 2.0, "sites": sites, "failed_sites": {}, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
+        result = RoundResult(**{"round": round, "bytes_down": 1, "bytes_up": 1, **known, **changes})
+        signed = {"sequence": 1, "head": "00" * 32, "site_key": "00" * 32, "signature": ""}
         receipts = {
-            site: Receipt(
-                site=site,
-                run="r",
-                charged_rounds=round,
-                charged_steps=2 * round,
-                sequence=1,
-                head="00" * 32,
-                site_key="00" * 32,
-                signature="",
-            )
-            for site in ("site-1", "site-2")
+            site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, **signed) for site in sites
         }
         return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
 
