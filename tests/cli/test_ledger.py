@@ -162,7 +162,7 @@ def test_spent_gives_each_figure_with_what_it_means(lived: Any, command: Any) ->
     assert "a proof only for what was fixed beforehand" in out
     assert f"{figures['reference_runs_left']} runs like the policy's reference" in out
     promise = promise_text("record", epsilon=figures["epsilon"], delta=figures["delta"])
-    assert f"more than {factor_text(figures['epsilon'])} times as likely (apart from a chance of 0.00001)." in promise
+    assert f"at most {factor_text(figures['epsilon'])} times as likely with" in promise
     assert promise in " ".join(out.split())
     assert "NO GUARANTEE" not in out
     assert "FROZEN" not in out

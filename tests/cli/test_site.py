@@ -115,7 +115,7 @@ def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
         "Larger adapter values than 2 are brought down to it, sent or trained.",
         "A machine whose per-example gradients depend on the rest of the batch trains nothing.",
         "For life: epsilon 6 at delta 1e-05",
-        "nothing that is released becomes more than 404 times as likely (apart from a chance of 0.00001).",
+        "Whatever is released is at most 404 times as likely with any one record as without it, or the other way round",
         "For one run: epsilon at most 2.",
         "For one year (UTC): epsilon at most 4.",
         "10 such runs fit into the lifetime cap",

@@ -74,7 +74,7 @@ def test_a_run_by_user_says_so_everywhere(command: Any, tmp_path: Path) -> None:
         assert "one_record_is_one_unit" not in codes
         assert {one.records_per_user for one_site in report.sites for one in one_site.mechanisms} == {3}
     page = (folder / "report.html").read_text()
-    assert "Protected is everybody with records at a site, for all records there together." in page
+    assert "Everybody with records at a site is protected, for all of their records there together." in page
     assert "Records of a person, at most" in page
 
     spent = command("ledger", "spent", str(site / "ledger.db"))

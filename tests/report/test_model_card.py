@@ -71,7 +71,7 @@ def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Repo
 
 def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
-    assert f"more than {factor_text(of_run.epsilon)} times as likely (apart from a chance of 0.00001)." in text
+    assert f"at most {factor_text(of_run.epsilon)} times as likely with any one record as without it" in text
     assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
     assert f"**The lead's limit for this run was kept.** Used: epsilon {epsilon_text(of_run.epsilon)} of " in text
     assert text.count("\n- ") == len(of_run.not_protected)
