@@ -45,7 +45,7 @@ Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]
 
 
 class Snapshot(TypedDict):
-    """What the endpoint says; times are UTC, in ISO 8601.
+    """The endpoint's answer; times are UTC, in ISO 8601.
 
     Attributes:
         since: when the state was entered.

@@ -211,7 +211,7 @@ def _bounded(text: str) -> str:
 
 
 def _described(error: BaseException, seen: set[int]) -> dict[str, Any]:
-    """What may be written of an exception: type, frames, cause; its text only where that is made of settings."""
+    """Describe an exception by type, frames and cause; its text only where that is made of settings."""
     seen.add(id(error))
     fields: dict[str, Any] = {"type": _type_name(error), **_codes(error)}
     if _is_of_settings(error):

@@ -1,4 +1,4 @@
-"""What a process tells a monitoring system: `GET /metrics` in Prometheus's text format, on this machine alone.
+"""Figures for a monitoring system: `GET /metrics` in Prometheus's text format, on this machine alone.
 
 A figure follows from settings, the policy, the ledger's charges, and the times at which messages came and went; nothing
 here is computed from a record.  A round counts as answered when its reply is ready to leave, after the schedule of

@@ -1,4 +1,4 @@
-"""What a release is for, and whose it is: what no record of a run shows, and public registries ask for."""
+"""The purpose and the owner of a release, which no record of a run shows and public registries ask for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fedtune.spec import spec
 
 @spec
 class AboutSpec:
-    """What only a person can say, for an entry in a public registry of such runs; "": not said.  No run depends on it.
+    """Facts for a public registry that only a person can give; "": not given.  No run depends on them.
 
     Attributes:
         curator: the organisation that answers for the release.
@@ -35,5 +35,5 @@ class AboutSpec:
 
     @property
     def purpose(self) -> str | None:
-        """What the training is for, in the words that say most of it; None: nobody said."""
+        """The purpose of the training: the intended use, else the description; None: nobody gave either."""
         return self.intended_use or self.description or None

@@ -225,7 +225,7 @@ def share_of(total: float, *, threshold: int, colluders: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """What a unit of a site loses, by who looks.
+    """Epsilon of a site's unit, by who looks.
 
     Attributes:
         server_alone: against the server, if every site is honest.

@@ -1,4 +1,4 @@
-"""What a lead proposes to a site: everything about a run that a site's policy has a say in."""
+"""A lead's proposal to a site: everything about a run that a site's policy decides on."""
 
 from __future__ import annotations
 

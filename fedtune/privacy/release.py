@@ -268,7 +268,7 @@ class Update:
 
 
 def _tensors(shapes: Any, data: memoryview) -> Tensors | Masked:
-    """What follows an update's header; raises ValueError or TypeError for anything but what the header says."""
+    """The tensors after an update's header; raises ValueError or TypeError where they are not as the header says."""
     if shapes == _MASKED:
         return Masked(bytes(data))
     offset, tensors = 0, {}
@@ -301,7 +301,7 @@ def _can_be(count: int, statistics: Statistics) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What a site's ledger has charged to a run so far; the lead derives the site's epsilon from it.
+    """A site's word on what its ledger has charged to a run so far; the lead derives the site's epsilon from it.
 
     Its sequence counts every event of the ledger, so leads can tell that others were there too.
 
@@ -417,6 +417,6 @@ class Refused(RefusedError):
 
 
 def asked_and_allowed(asked: str | None, allowed: str | None) -> str:
-    """What is known of a refusal's two values, in words; empty where that is nothing."""
+    """A refusal's two values in words; empty where neither is known."""
     values = {"asked": asked, "allowed": allowed}
     return ", ".join(f"{word} {value}" for word, value in values.items() if value is not None)

@@ -22,7 +22,7 @@ MORE_THAN_DECLARED = 4.0
 
 @spec
 class Plan:
-    """What a site will run for one federated training.
+    """The mechanisms that a site will run for one federated training.
 
     Attributes:
         unit: the privacy unit.
@@ -193,7 +193,7 @@ class Plan:
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
-        """What `rounds` rounds of this plan do to the data set, released scores included; one unit more or less.
+        """The privacy event of `rounds` rounds of this plan, released scores included; one unit more or less.
 
         A secure sum counts as one of the fewest sites that the plan allows, less its colluders: of more it tells less
         (`fedtune.privacy.distributed_noise`).

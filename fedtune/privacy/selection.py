@@ -1,4 +1,4 @@
-"""What a search costs: trials on the same records, of which one is picked.
+"""The price of a search: trials on the same records, of which one is picked.
 
 **What is charged.**  Each trial is a run of its own, and everything it releases goes to the lead: the adapter of every
 round, of every trial.  So a site is charged for all of them.  How many there are, and what each may cost, is fixed

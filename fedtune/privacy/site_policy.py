@@ -86,7 +86,7 @@ class Population:
 
 @spec
 class Reference:
-    """What the site expects a typical run to look like; the filter's order is chosen for it when the ledger is made."""
+    """A typical run, as the site expects it; the filter's order is chosen for it when the ledger is made."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -197,7 +197,7 @@ def adapter_bound(max_adapter_value: float, lora_scale: float) -> float:
 
 @spec
 class Allow:
-    """What a run may train, and who may ask.
+    """Limits on what a run may train, and on who may ask.
 
     Attributes:
         leads: public keys of leads, 64 hex digits each.
@@ -234,7 +234,7 @@ class Allow:
 
 @spec
 class Releases:
-    """What may leave the site beside refusals and receipts.
+    """Releases that may leave the site beside refusals and receipts.
 
     Attributes:
         updates: noised adapters.
@@ -307,7 +307,7 @@ class Machine:
 
 @spec
 class Asserted:
-    """What the site states and no software can check; reports show it as asserted.
+    """Statements of the site that no software can check; reports show them as asserted.
 
     Attributes:
         no_person_at_another_site: nobody of this population is among another site's records; null: nobody said so or

@@ -1,1 +1,1 @@
-"""What a lead keeps of its runs and reads again: results, environment, provenance, finished models side by side."""
+"""A lead's record of its runs: results, environment, provenance, finished models side by side."""

@@ -1,4 +1,4 @@
-"""What a person should know about a run's data before it begins: nothing that is wrong, but what is seldom meant.
+"""Notes on a run's data before it begins: nothing here is wrong, but it is seldom meant.
 
 Only the lead's own records and those of simulated sites are looked at.  Figures about simulated sites' records are for
 the person at the keyboard; no guarantee covers them, and no run with real sites has them.

@@ -73,7 +73,7 @@ def note_environment(folder: Path, shared: SharedModel) -> None:
 
 
 def read_environments(folder: Path) -> tuple[Environment, ...]:
-    """What the run was made on, oldest first; empty for a run that noted nothing.
+    """The machines and versions of a run, oldest first; empty for a run that noted nothing.
 
     Raises:
         RunError: the note is damaged.
@@ -91,7 +91,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
-    """What `run.json` says of the adapter that a run begins in; None: it begins in a new one.
+    """The provenance of the adapter that a run begins in, for `run.json`; None: it begins in a new one.
 
     What its training spent is told by the run folder that it lies in, and is "unknown" without one; an epsilon of None
     bounds nothing.

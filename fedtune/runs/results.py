@@ -57,7 +57,7 @@ _LOST = 2.0
 def findings_of(
     rounds: Sequence[RoundResult], before: Scores, after: Scores, *, judged_by: str, guess: float | None, rows: int
 ) -> tuple[str, ...]:
-    """What a run's end says against its training.
+    """Codes for what a run's scores say against its training.
 
     Args:
         rounds: that were finished.
@@ -85,7 +85,7 @@ def findings_of(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteResult:
-    """What one site was charged, as `SiteCharge`, and the plan's numbers; nothing bounds an epsilon of None."""
+    """One site's `SiteCharge` as JSON has it, with the plan's numbers; nothing bounds an epsilon of None."""
 
     epsilon: float | None = None
     epsilon_rdp: float | None = None
@@ -100,7 +100,7 @@ class SiteResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """What the run promises: `epsilon` is the largest of what its sites were charged.
+    """The run's promise: `epsilon` is the largest of what its sites were charged.
 
     Of a run that its scores ended it is their plan's: they picked the moment, so that less is no proof.
     """
@@ -140,7 +140,7 @@ class SiteCharge:
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """What `site` has spent in this run: derived from charged rounds, never from what was planned.
+    """The spending of `site` in this run, derived from charged rounds and never from what was planned.
 
     A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
     rounds than its plan: its ledger grants none.
@@ -199,7 +199,7 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """What stands before an answer: the text with roles in braces, and whose chat template makes turns of it.
+    """The prompt before an answer: its text with roles in braces, and whose chat template makes turns of it.
 
     Attributes:
         sha256: of the model's own chat template where `chat` is "model", else of `prompt`.
@@ -212,7 +212,7 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProvenance:
-    """What the adapter was made of.
+    """The provenance of the adapter.
 
     Attributes:
         start_adapter: which adapter training began in, by digest and by the name of its run, and what its own training
@@ -254,7 +254,7 @@ class RunResult:
         seeded_noise: bool,
         provenance: RunProvenance,
     ) -> RunResult:
-        """What the run in `state` came to; every epsilon is derived here from charged rounds and the plan."""
+        """The result of the run in `state`; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in sites}
         ended_by_scores = final.kept is not None and final.kept.ended_early
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)

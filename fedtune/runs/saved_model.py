@@ -1,4 +1,4 @@
-"""What a finished run made, in use: it writes, it names labels, and it is scored beside its start."""
+"""A finished run's model in use: it writes texts, names labels, and is scored beside its start."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class SavedModel:
         return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
 
     def measured(self, data: LeadData) -> dict[str, Measured]:
-        """What the scores of the start and of each adapter are computed from; the frozen layers run once for all."""
+        """Figures of the start and of each adapter, for their scores; the frozen layers run once for all."""
         num_tokens = data.examples.num_tokens
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
@@ -117,7 +117,7 @@ class SavedModel:
         return found
 
     def answer(self, record: Record) -> tuple[str, object]:
-        """What the adapter in use says of a record, which needs no answer of its own: as text, and as JSON."""
+        """The adapter's answer to a record, which needs none of its own: as text, and as JSON."""
         task, data = self.model.task, self.config.data
         # A record is tokenised with its answer; any declared one stands in its place, and nothing reads it.
         stand_in = {role: task.made_up(role, data, draw=lambda _: 0) or "" for role in task.answers}

@@ -1,1 +1,1 @@
-"""What runs at a site, simulated or real, below any transport: its files, its records and its part of a round."""
+"""A site, simulated or real, below any transport: its files, its records and its part of a round."""

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SiteProcess:
-    """What a real site's process holds between requests: model and records of the newest run, and where things lie.
+    """A real site's process between requests: model and records of the newest run, and the places of its files.
 
     Attributes:
         site_toml: its policy.
@@ -140,7 +140,7 @@ class RealSite(Site):
         self._checked(proposal)
 
     def _checked(self, asked: Proposal) -> RunConfig:
-        """What was sent, with the site's own files in it."""
+        """The settings that were sent, with the site's own files in them."""
         sent, site = read_settings(self._settings, plan=asked.plan), self._files.policy.site
         if sent.run_id() != asked.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.

@@ -14,7 +14,7 @@ PROMISES = ".promises.jsonl"
 
 
 def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
-    """What a site answers in the steps of a secure sum.
+    """A site's part in the steps of a secure sum.
 
     Args:
         files: of the site; its promises are written beside the ledger.

@@ -1,4 +1,4 @@
-"""What one process keeps between simulated runs: a loaded and tried model, and what it made of records.
+"""State that one process keeps between simulated runs: a loaded and tried model, and its results on records.
 
 A sweep, a search or a comparison makes several runs, which differ in noise, rates, rounds or who takes part.  Loading
 the model, trying it, running the frozen layers over the records and scoring the model before training give each of them

@@ -169,7 +169,7 @@ class SharedModel:
 
     @cached_property
     def devices(self) -> Devices | None:
-        """Those that share each step with the first one; None: there is one, or no privacy.
+        """The devices that share each step with the first one; None: there is one, or no privacy.
 
         Raises:
             ConfigError: those that were asked for cannot be used.
@@ -251,7 +251,7 @@ class SharedModel:
         )
 
     def first_adapter(self) -> Adapter:
-        """What the lead begins a run with: `model.adapter`, or the new adapter that changes nothing yet.
+        """The adapter that a run begins with: `model.adapter`, or a new one that changes nothing yet.
 
         Raises:
             ConfigError: for `model.adapter`: it does not fit the run, or is not the one that the run was proposed with.
@@ -315,7 +315,7 @@ class SharedModel:
         return Measured.of(self.model, self.tokenizer, data, self.config, generate=False).scores(self.model)
 
     def finally_measured(self, adapter: Adapter) -> Measured | None:
-        """What the scores of `adapter` on the test data come from, texts that it wrote among it; None without data."""
+        """Figures of `adapter` on the test data, with those of the texts that it wrote; None without data."""
         if self.test is None:
             return None
         adapter.load_into(self.model)
@@ -379,7 +379,7 @@ def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrained
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model's scores on some data are computed from.
+    """Figures from which a model's scores on some data are computed.
 
     Attributes:
         examples: figures of each record, by name.
@@ -411,9 +411,9 @@ class Measured:
         return model.task.scores(self.examples, spec=model.spec)
 
     def final_scores(self, model: TaskModel) -> dict[str, float]:
-        """Those of a finished run."""
+        """The scores of a finished run, by name."""
         return model.task.final_scores(self.examples, spec=model.spec) | (text_scores(self.texts) if self.texts else {})
 
     def detail(self, model: TaskModel) -> Detail | None:
-        """What stands behind them."""
+        """The detail behind the scores."""
         return model.task.detail(self.examples, spec=model.spec)

@@ -34,7 +34,7 @@ _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, Re
 
 
 def for_sites(config: RunConfig) -> RunConfig:
-    """What of a lead's configuration the sites are sent: noise and weights fixed, nothing of the lead's own machine.
+    """The part of a lead's configuration that sites are sent: noise and weights fixed, nothing of the lead's machine.
 
     Raises:
         ConfigError: the model cannot be had, so that it cannot be named by its hash.
@@ -116,7 +116,7 @@ def _plan_of(fields: dict[str, Any]) -> Plan:
 
 
 def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:
-    """What was sent, with the site's own files, columns and machine.
+    """The settings that were sent, with the site's own files, columns and machine.
 
     Args:
         config: as it was sent; policy and budget allow it.

@@ -223,7 +223,7 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
 
 
 def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
-    """What one site has room for now.
+    """Ask one site how much it has room for now.
 
     Raises:
         Refused: nothing that may be changed helps; names the rule that the whole proposal breaks.
@@ -278,7 +278,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
 
 
 def _trust_in(plan: Plan) -> Trust:
-    """What lets simulated sites take part in this plan's secure sums: their keys are all in one folder anyway."""
+    """Trust enough for this plan's secure sums: the keys of simulated sites are all in one folder anyway."""
     if plan.shared is None:
         return Trust()
     shared = plan.shared
@@ -383,7 +383,7 @@ class Participants:
 
     @cached_property
     def work(self) -> dict[str, SiteWork]:
-        """What each active site does in a round, with its records."""
+        """Each active site's records, with the model to train on them."""
         config, federation = self.config, self.config.federation
         sizes = config.declared_sizes()
         return {

@@ -74,7 +74,7 @@ class Trial(NamedTuple):
     weights_chosen: bool
 
     def outcome(self, model: TaskModel, seed: int, told: Told = nobody) -> Outcome:
-        """What comes of it with examples and weights made up from `seed`."""
+        """The result with examples and weights made up from `seed`."""
         seen = hashlib.sha256()
 
         def see(gradients: Mapping[str, torch.Tensor]) -> None:
@@ -86,7 +86,7 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of trying a device: how far others moved an example, and the SHA-256, in hex, of all gradients seen."""
+    """The result of a trial: how far others moved an example, and the SHA-256, in hex, of all gradients seen."""
 
     seed: int
     moved: float
@@ -345,7 +345,7 @@ class _Crew:
         self.forgotten.clear()
 
     def answers(self) -> list[Any]:
-        """What the devices that were asked answer, in that order."""
+        """The answers of the devices that were asked, in that order."""
         found = [self._answer(rank) for rank in self._asked]
         self._asked = []
         return found
@@ -397,7 +397,7 @@ def _end(members: Sequence[_Member], folder: tempfile.TemporaryDirectory[str]) -
 
 
 def _group(folder: str, rank: int, of: int) -> Any:
-    """What tensors travel by between processes of this machine, which meet in a folder that no other account reads.
+    """The process group that carries tensors on this machine; it meets in a folder that no other account reads.
 
     Not torch's own group of a process: that is one for all its uses, and listens at whatever address the host has.
     """
@@ -411,7 +411,7 @@ def _group(folder: str, rank: int, of: int) -> Any:
 
 
 class _Device:
-    """What the process of another device does when it is asked to."""
+    """The work of another device's process, a method for each order."""
 
     def __init__(self, model: TaskModel, at_work: Callable[[], None]) -> None:
         self._model, self._at_work = model, at_work

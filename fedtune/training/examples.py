@@ -50,7 +50,7 @@ class Units(Protocol):
 
     @property
     def unit(self) -> Unit:
-        """What a unit is."""
+        """The privacy unit."""
 
     def __len__(self) -> int:
         """How many units there are."""
@@ -69,7 +69,7 @@ class Units(Protocol):
 
 
 class SiteExamples:
-    """What a training step draws its batches from: each record is a unit.
+    """The examples from which a training step draws: each record is a unit.
 
     Args:
         dataset: the site's records.
@@ -245,12 +245,12 @@ def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
 
 
 def _reference(model: TaskModel, batch: Batch) -> torch.Tensor | None:
-    """What losses need of the base, (places, ...), NaN for an example that cannot be computed."""
+    """The base's part of the losses, (places, ...); NaN for an example that cannot be computed."""
     return _of_each(model.reference, batch, missing=torch.nan)
 
 
 def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float) -> torch.Tensor | None:
-    """What `compute` makes of a batch, (rows or places, ...), `missing` for an example that cannot be computed.
+    """The result of `compute` on a batch, (rows or places, ...); `missing` for an example that cannot be computed.
 
     None where it makes nothing of any.
     """

@@ -24,7 +24,7 @@ from fedtune.training.spec import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOfTraining:
-    """What one round of local training needs besides the model.
+    """The inputs of one round of local training besides the model.
 
     Attributes:
         round: from 1; places the round in the learning-rate schedule.

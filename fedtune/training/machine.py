@@ -1,4 +1,4 @@
-"""What this machine trains on, and how a task model is made ready for it."""
+"""Devices and memory of this machine, and how a task model is made ready for it."""
 
 from __future__ import annotations
 

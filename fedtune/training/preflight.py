@@ -161,7 +161,7 @@ def _rows_within(most_bytes: int, shapes: Shapes, length: int, needed: Callable[
 
 
 def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_states: bool) -> None:
-    """What a step does with a micro-batch, in the way that takes most memory.
+    """Do a step's work on a micro-batch, in the way that takes most memory.
 
     That is where an example fails, and the others are tried one at a time, and where one comes to no number: a record
     that does so needs no more than any other.

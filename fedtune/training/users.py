@@ -85,7 +85,7 @@ class UserGradients:
 
 
 class UserExamples:
-    """What a training step draws its users from: each user is a unit.
+    """The users from which a training step draws: each user is a unit.
 
     Args:
         examples: the site's records.

@@ -16,7 +16,7 @@ reach."""
 
 
 class Status(StrEnum):
-    """What a check came to."""
+    """The outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What was looked at and found.
+    """One line of the doctor: the thing looked at, and the finding.
 
     Guarantee: `found` and `fix` hold no text of a record, no exact count of records and no path of a file with
     records: people paste these lines into tickets.
@@ -48,12 +48,12 @@ class Check:
 
 
 def ok(name: str, found: str) -> Check:
-    """It is as it should be."""
+    """A check that passed."""
     return Check(name=name, status=Status.OK, found=found)
 
 
 def warning(name: str, found: str, *, fix: str) -> Check:
-    """It works, but should be looked after."""
+    """A check that passed, on something that should be looked after."""
     return Check(name=name, status=Status.WARNING, found=found, fix=fix)
 
 
@@ -63,7 +63,7 @@ def failed(name: str, found: str, *, fix: str, exit_code: int = SETTINGS) -> Che
 
 
 def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
-    """What an error says is wrong; where its own words go on to say what to do, these are the fix."""
+    """A failed check in the words of an error; where these go on to say what to do, that is the fix."""
     if not isinstance(error, ConfigError):
         return failed(name, str(error), fix=fix)
     bound, _, remedy = error.bound.partition(": ")
@@ -78,7 +78,7 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
 
 
 def skipped(name: str, because: str) -> Check:
-    """It has no meaning here or now."""
+    """A check that has no meaning here or now."""
     return Check(name=name, status=Status.SKIPPED, found=f"skipped, because {because}")
 
 

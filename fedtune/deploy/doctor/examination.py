@@ -27,7 +27,7 @@ _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
-    """What to look at.
+    """The places to examine.
 
     Attributes:
         kit: the kit's folder.
@@ -59,7 +59,7 @@ def examine(visit: Visit) -> Iterator[Check]:
 
 
 class _Examination:
-    """What was read on the way, for the checks that come later; a check whose need could not be read is skipped."""
+    """Files read on the way, for later checks; a check whose need could not be read is skipped."""
 
     kit: Kit
     files: SiteFiles
@@ -74,7 +74,7 @@ class _Examination:
 
     @property
     def policy(self) -> Policy:
-        """What `files` says."""
+        """The policy in `files`."""
         return self.files.policy
 
     def checks(self) -> Iterator[Check]:

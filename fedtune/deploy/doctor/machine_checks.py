@@ -141,7 +141,7 @@ def _number(file: Path) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """What torch says of this machine's GPU.
+    """The machine's GPU, as torch sees it.
 
     Attributes:
         usable: a small computation on it gave the right result.

@@ -340,7 +340,7 @@ def serving(files: SiteFiles, *, state: Path) -> Check:
 
 
 def budget(history: History, policy: Policy) -> Check:
-    """What is left of the lifetime budget."""
+    """Check the lifetime budget's room."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
     taken = history.charged() + history.set_aside(now)
@@ -365,7 +365,7 @@ def budget(history: History, policy: Policy) -> Check:
 
 
 def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> Check:
-    """What the site would say to a run, and what the run would cost; nothing is written.
+    """The site's answer to a run, and the run's price; nothing is written.
 
     Raises:
         ConfigError: no noise makes the run's plan.
@@ -407,7 +407,7 @@ def _declared_otherwise(policy: Policy, *, dataset: str, asked: int | None) -> I
 
 
 def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
-    """What would be accepted in place of a run that is not."""
+    """Suggest a run that would be accepted in place of this one."""
     ways = []
     if num_broken == len(said.broken):
         if 0 < said.most_rounds < plan.num_rounds:
@@ -420,7 +420,7 @@ def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
 
 
 def _price(plan: Plan, history: History, policy: Policy) -> str:
-    """What a run costs alone, and of the lifetime budget."""
+    """The price of a run alone, and of the lifetime budget."""
     alone = accountant.epsilon_pld([plan.whole], plan.delta, interval=accountant.COARSE)
     price = f"epsilon {epsilon_text(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):

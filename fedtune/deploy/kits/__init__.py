@@ -1,1 +1,1 @@
-"""What people exchange before a federation runs: certificates, kits, requests to join, the roster, base models."""
+"""Files that people exchange before a federation runs: certificates, kits, requests to join, the roster, models."""

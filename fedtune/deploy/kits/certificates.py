@@ -37,7 +37,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """What people want to know of a certificate.
+    """The facts of a certificate that people look at.
 
     Attributes:
         name: common name of the subject: a site's name, "lead", "server".
@@ -51,7 +51,7 @@ class Certificate:
 
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Certificate:
-        """What `certificate` says."""
+        """The facts of `certificate`."""
         return cls(
             name=common_name(certificate.subject) or "",
             not_before=certificate.not_valid_before_utc,
@@ -298,7 +298,7 @@ def _subject(federation: str, *, kind: str, name: str) -> x509.Name:
 
 
 def _begun(public: ec.EllipticCurvePublicKey, *, subject: x509.Name, issuer: x509.Name) -> x509.CertificateBuilder:
-    """What every certificate starts with; a serial number of 159 random bits."""
+    """Begin a certificate, with a serial number of 159 random bits."""
     builder = x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
 

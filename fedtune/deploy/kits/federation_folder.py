@@ -95,7 +95,7 @@ class FederationFile:
 
 @spec
 class _RetiredKeys:
-    """What retired_keys.json says."""
+    """The content of retired_keys.json."""
 
     version: int
     fingerprints: tuple[str, ...]
@@ -103,7 +103,7 @@ class _RetiredKeys:
 
 @spec
 class _Change:
-    """What change.json says: a change that is made, and not yet written everywhere.
+    """The content of change.json: a change that is made, and not yet written everywhere.
 
     Attributes:
         files: by path in the folder, their bytes in base64.

@@ -149,7 +149,7 @@ def check_models(models: tuple[KitModel, ...]) -> None:
 
 @spec
 class KitFile:
-    """What kit.toml says.
+    """The content of kit.toml.
 
     Attributes:
         server: host:port as the sites reach it.
@@ -335,6 +335,6 @@ class KitCertificate:
 
 
 def file_mark(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written."""
+    """Inode, size and time of a file: they change when it is replaced or written."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size

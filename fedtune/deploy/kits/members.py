@@ -160,12 +160,12 @@ class Roster:
             raise ConfigError("roster.signature", self.signature[:16], bound)
 
     def to_bytes(self) -> bytes:
-        """What a file holds."""
+        """The file's bytes."""
         return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
 
 
 def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
-    """What `of` makes of a file's bytes, of which it may have `most`; a mistake in these names the file."""
+    """Read at most `most` bytes of a file with `of`; a mistake in them names the file."""
     try:
         with path.open("rb") as file:
             data = file.read(most)
@@ -197,7 +197,7 @@ def _check_distinct(members: Collection[Member]) -> None:
 
 @spec
 class JoinRequest:
-    """What a site's join_request.json says: it holds both keys, and signed what it declares.
+    """The content of a site's join_request.json: the site holds both keys, and signed what it declares.
 
     Whether the site is who it says is for people to compare: over the telephone, by the fingerprints.
 
@@ -298,7 +298,7 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
 
 
 def next_steps(folder: Path) -> str:
-    """What the site does with what `site_init` made in `folder`, to be printed."""
+    """The site's next steps after `site_init`, to be printed."""
     request = JoinRequest.read(folder / REQUEST)
     declared = ", ".join(f"{one.id} ({one.declared_size:,} declared)" for one in request.datasets)
     return f"""\
@@ -335,7 +335,7 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
 
 
 def signed_bytes(fields: Mapping[str, Any]) -> bytes:
-    """What is signed of these fields: all but the signature."""
+    """The bytes to sign of these fields: all but the signature."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
 

@@ -316,7 +316,7 @@ def _without(member: Member, members: Collection[Member]) -> tuple[Member, ...]:
 
 
 def _changes(old: Member, new: Member) -> tuple[str, ...]:
-    """What a renewal changed besides the certificate."""
+    """List what a renewal changed besides the certificate."""
     changes = []
     if old.revoked:
         changes.append("The site was revoked, and takes part again.")

@@ -96,7 +96,7 @@ class SiteService:
             log.info("the site is down", extra={"site": files.policy.site})
 
     def _site_process(self, state: SiteState) -> SiteProcess:
-        """What answers.  Made when the first message comes: its libraries take seconds and most of a site's memory."""
+        """The process's state, made when the first message comes: its libraries take seconds and most of the memory."""
         from fedtune.deploy.kits.models import installed_model
         from fedtune.sites.real_site import SiteProcess
 

@@ -1,4 +1,4 @@
-"""What a site's commands and its running process tell each other, as files in the kit's folder `state/`."""
+"""Messages between a site's commands and its running process, as files in the kit's folder `state/`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedtune.codec import decode, parse_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
@@ -129,16 +130,11 @@ class SiteState:
     @staticmethod
     def _read(path: Path) -> Pending:
         try:
-            fields = json.loads(path.read_bytes())
-            if type(json.loads(fields["settings"])) is not dict:
-                raise ValueError("settings")
-            return Pending(
-                proposal=Proposal.from_json(fields["proposal"]),
-                settings=str(fields["settings"]),
-                since=str(fields["since"]),
-            )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            pending = decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
+            parse_json(pending.settings, key="settings", bound="must be JSON")
+        except ConfigError as error:
             raise RunError(f"{path} is damaged; remove it, and the lead's next request writes it anew") from error
+        return pending
 
 
 @contextmanager

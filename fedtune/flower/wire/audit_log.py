@@ -1,4 +1,4 @@
-"""Who came to the server, what was refused and why: JSON lines in a file of bounded size.
+"""The log of who came to the server, what was refused and why: JSON lines in a file of bounded size.
 
 A line names addresses, members, certificates and paths, and holds no secret and nothing of a message.  The same event
 from the same place is written once, and then counted: nobody fills the disk by knocking.
@@ -57,7 +57,7 @@ _Kind = tuple[tuple[str, str], ...]
 
 
 def _quotas(kind: _Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a line counts for: its event, and its event from one member, or from one address without a member's name."""
+    """The quotas that a line counts for: its event, and that from one member, or from one address without a name."""
     fields = dict(kind)
     return (fields["event"],), (fields["event"], fields.get("member") or fields.get("address", ""))
 

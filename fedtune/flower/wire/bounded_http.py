@@ -120,7 +120,7 @@ class _Deadline(threading.local):
         self.at = time.monotonic() + seconds
 
     def within(self, timeout: float | None, expired: type[httpcore.TimeoutException]) -> float:
-        """What is left of `timeout` seconds before the deadline."""
+        """The rest of `timeout` seconds before the deadline."""
         left = self.at - time.monotonic()
         if left <= 0:
             raise expired("the call took too long")

@@ -38,7 +38,7 @@ _BACKLOG = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What connections may take.
+    """Limits on connections.
 
     Attributes:
         of_address: connections at a time from one address, which many sites may share, and half of all at most.
@@ -274,7 +274,7 @@ class Http(H11Protocol):
 
 
 def _peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
-    """Who is at the other end, and until when the certificate is good."""
+    """The holder of the other end's certificate, and the end of that."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
     key = shown.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     names = shown.subject.get_attributes_for_oid(NameOID.COMMON_NAME)

@@ -70,7 +70,7 @@ class Unreachable(RunError):
 
 
 class Foreign(Unreachable):
-    """What answers is no server of fedtune's."""
+    """The answer comes from no server of fedtune's."""
 
 
 class Dropped(RunError):
@@ -285,7 +285,7 @@ def said_in(answer: httpx.Response, field: str, server: str) -> str:
 
 
 def signed_headers(tls: Tls) -> dict[str, str]:
-    """What says in a call of fedtune's own which site makes it, as in Flower's."""
+    """The headers that say which site makes one of fedtune's own calls, as in Flower's."""
     private, public = node_key(tls.key)
     timestamp = now().isoformat()
     return {

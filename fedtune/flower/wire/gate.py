@@ -1,4 +1,4 @@
-"""What may reach the server's Flower: the few calls of a registered site, and the lead's signed ones."""
+"""The gate in front of the server's Flower: it passes a few calls of registered sites, and the lead's signed ones."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Peer:
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """What has come and gone since the server began.  The server's event loop writes; any thread may read a value.
+    """Traffic since the server began.  The server's event loop writes; any thread may read a value.
 
     Attributes:
         began: in seconds since 1970, like `heard`.
@@ -147,7 +147,7 @@ class Traffic:
 
 
 class Rules(Protocol):
-    """What a site's call may say; see `fedtune.flower.wire.site_calls`."""
+    """Rules for a site's call; see `fedtune.flower.wire.site_calls`."""
 
     def most_bytes(self, path: str) -> int: ...
 

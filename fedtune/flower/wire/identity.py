@@ -1,4 +1,4 @@
-"""Who is at either end of a connection: certificates of the federation's own authority, and the lead's signatures.
+"""Identity at both ends of a connection: certificates of the federation's authority, and the lead's signatures.
 
 TLS tells the server that somebody of the federation calls, not who; Flower's Control and Runtime APIs ask for no more
 than that.  So the server lets a call through to them only with the signature of the federation's lead, over its path,

@@ -67,7 +67,7 @@ clientapp = "none:none"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pulled:
-    """What has come for a question.
+    """The messages that have come for a question.
 
     Attributes:
         message_id: the question's, as the server says.
@@ -131,7 +131,7 @@ class LeadSession:
         return ids[0] if ids else None
 
     def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
-        """What has come for these questions, each fetched when it is asked for: memory need not hold them all.
+        """The answers to these questions, each fetched when it is asked for: memory need not hold them all.
 
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
@@ -193,7 +193,7 @@ class LeadSession:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """What a server answers that is none of Flower's, a proxy's page for instance, as an error of the line."""
+    """Turn an answer that is not Flower's, such as a proxy's page, into an error of the line."""
     try:
         yield
     except (httpx.HTTPError, ObjectPushError, RunError):

@@ -35,7 +35,7 @@ _SLACK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """What an answer means for the exchange that it belongs to.
+    """The meaning of an answer for the exchange that it belongs to.
 
     Attributes:
         good: it is of the kind that was hoped for.
@@ -50,7 +50,7 @@ class Heard:
 
 @dataclass
 class _Question:
-    """What one site is asked, until it has answered.
+    """The question to one site, until it has answered.
 
     Attributes:
         message_ids: under which it was asked; an answer to any of them will do.

@@ -1,4 +1,4 @@
-"""What a site's call may say: each message is held to its sender, its receiver and an open question of the lead's.
+"""Rules for a site's calls: each message is held to its sender, its receiver and an open question of the lead's.
 
 Flower 1.41 checks who calls, and believes the rest: it stores a message between any two nodes, and hands the lead
 whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they

@@ -50,7 +50,7 @@ _WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(20
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server needs to start.
+    """The settings of a server.
 
     Attributes:
         lead: public key of who may start runs.

@@ -1,4 +1,4 @@
-"""What was done to the records of one population, for ever: a file of signed events, and what follows from them.
+"""The record of everything done to one population's records: a file of signed events, and what follows from them.
 
 chain       one event, the hash chain, signed heads
 history     what events add up to: runs, charges, what is set aside

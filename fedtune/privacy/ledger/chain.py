@@ -28,7 +28,7 @@ EVENT, HEAD = "ledger event", "ledger head"
 
 
 class Kind(StrEnum):
-    """What an event says."""
+    """The kind of an event."""
 
     PLAN = "plan"  # a run was accepted, and its plan's cost is set aside
     RESERVE = "reserve"  # a round was charged; training may begin

@@ -1,4 +1,4 @@
-"""What a ledger's events add up to: runs, charges, what is set aside.  Spending is always derived, never stored.
+"""The sum of a ledger's events: runs, charges, what is set aside.  Spending is always derived, never stored.
 
 `History.follow` takes one event after another.  It reads nothing but events, so that two people with the same ledger
 derive the same figures.
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """What the run's releases cost."""
+        """The plan of the run, which says what its releases cost."""
         return self.proposal.plan
 
     @property
@@ -68,7 +68,7 @@ class Run:
         return self.expires is not None and now < self.expires
 
     def set_aside(self, now: datetime) -> Counter[DpEvent]:
-        """What the run may still spend: the rest of its plan while it is open, else nothing."""
+        """The rest of the plan that the run may still spend: empty once it is no longer open."""
         left = self.plan.most_rounds - self.charged_rounds
         once = dp_events.grouped([self.plan.event()]) if self.is_open(now) else Counter()
         return Counter({event: count * left for event, count in once.items()})
@@ -86,7 +86,7 @@ class Reservation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened:
-    """What a ledger's first event says; none of it ever changes.
+    """A ledger's first event, which never changes.
 
     Attributes:
         ledger: random id, in hex.
@@ -105,7 +105,7 @@ class Opened:
 
     @classmethod
     def under(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
-        """What a ledger that begins under `policy` says."""
+        """The first event of a ledger that begins under `policy`."""
         budget = policy.budget
         return cls(
             ledger=ledger,
@@ -129,13 +129,10 @@ class Opened:
 
     def differences(self, policy: Policy) -> list[tuple[str, object, object]]:
         """(key, what the ledger was made for, what the policy says) where the two do not fit."""
-        pairs: list[tuple[str, object, object]] = [
-            ("site", self.site, policy.site),
-            ("population.name", self.population, policy.population.name),
-            ("population.unit", self.unit, policy.population.unit),
-            ("budget.delta", self.delta, policy.budget.delta),
-        ]
-        return [(key, made_for, says) for key, made_for, says in pairs if made_for != says]
+        for_this = (self.site, self.population, self.unit, self.delta)
+        says = (policy.site, policy.population.name, policy.population.unit, policy.budget.delta)
+        keys = ("site", "population.name", "population.unit", "budget.delta")
+        return [row for row in zip(keys, for_this, says, strict=True) if row[1] != row[2]]
 
 
 class Users:
@@ -150,10 +147,6 @@ class Users:
 
     def __init__(self) -> None:
         self.known: set[tuple[str, str, str]] = set()
-
-    def note(self, policy: Policy) -> None:
-        """Take a policy's data sets into account."""
-        self.known.update(_user_columns(policy))
 
     def differences(self, policy: Policy) -> list[tuple[str, str, str]]:
         """(key, column that said whose a record is, column that `policy` names) where they differ."""
@@ -291,7 +284,7 @@ class History:
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
                 self.policy = policy_of(event.detail["policy"])
-                self.users.note(self.policy)
+                self.users.known.update(_user_columns(self.policy))
                 self.policies.append((event.time, self.policy.budget.max_epsilon))
             case "approved":
                 self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
@@ -331,7 +324,7 @@ class History:
 
     @property
     def opened(self) -> Opened:
-        """What never changes."""
+        """The ledger's first event."""
         assert self._opened is not None, "an empty history has not been opened"
         return self._opened
 
@@ -385,7 +378,7 @@ class History:
         return dp_events.grouped(total)
 
     def set_aside(self, now: datetime) -> Counter[DpEvent]:
-        """What all open runs may still spend."""
+        """The rest of all open runs' plans."""
         total: Counter[DpEvent] = Counter()
         for run in self.runs.values():
             total.update(run.set_aside(now))

@@ -1,4 +1,4 @@
-"""What a ledger that was put back takes over from an anchor: one note, which `History` follows.
+"""Facts that a ledger put back from a backup takes over from an anchor: one note, which `History` follows.
 
 The anchor's head says all that must outlast a restore.  What it says beyond the newest event that both know is in the
 note, and so in the ledger for ever.

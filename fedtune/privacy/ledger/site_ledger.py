@@ -72,7 +72,7 @@ class Ledger:
 
     @property
     def history(self) -> History:
-        """What the events add up to, as of the last transaction."""
+        """The sum of the events, as of the last transaction."""
         return self._store.history
 
     def reserve(
@@ -202,7 +202,7 @@ class Ledger:
         return self.history.held_back(server=self._store.server_time)
 
     def receipt(self, run: str, *, reply: str = "") -> Receipt:
-        """What `run` has been charged so far, signed together with the digest of the reply that it comes with."""
+        """The charges of `run` so far, signed together with the digest of the reply that they travel with."""
         known = self.history.runs.get(run)
         charged = self.history.charged_rounds(run)
         steps = known.plan.local_steps if known else 0
@@ -284,7 +284,7 @@ class Ledger:
         return self._store.head()
 
     def spending(self) -> spending.Spending:
-        """What was spent and is left, by now."""
+        """The ledger's figures, by now."""
         return spending.spending(self.history, self.history.now())
 
     def offer(self, proposal: Proposal) -> Offer:
@@ -391,7 +391,7 @@ class Ledger:
 
 
 def _beyond(here: Sequence[float | None], there: Sequence[float | None]) -> tuple[float | None, ...]:
-    """What is `there` beyond the beginning that both have."""
+    """The items of `there` after the beginning that both have in common."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False))
     return tuple(there[sum(1 for _ in same) :])
 

@@ -1,4 +1,4 @@
-"""What a ledger has spent, what is left, and whether more fits: figures derived from events at the moment of asking."""
+"""Figures derived from a ledger's events at the moment of asking: what is spent, what is left, whether more fits."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetim
 
 
 def divergence_left(history: History, policy: Policy, now: datetime) -> float:
-    """What the lifetime cap leaves for new runs, as a divergence of the ledger's order: 0 or more, maybe infinite."""
+    """The lifetime cap's room for new runs, as a divergence of the ledger's order: 0 or more, maybe infinite."""
     if history.frozen or history.in_doubt:
         return 0.0
     if math.isinf(policy.budget.max_epsilon):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from fedtune.codec import parse_json
 from fedtune.privacy.durable import write_durably
@@ -149,12 +149,6 @@ def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
 
 
-def reply_to(file: sqlite3.Connection, request: str) -> bytes | None:
-    """The stored reply to a request, if it is still there."""
-    row = file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
-    return None if row is None else bytes(row[0])
-
-
 def _event(row: dict[str, object]) -> Event:
     try:
         detail = parse_json(str(row["detail"]), key="detail", bound="must be JSON")
@@ -193,19 +187,6 @@ def _using(anchor: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"anchor {anchor} cannot be used ({error.strerror}); nothing is trained") from error
-
-
-class Place(TypedDict, total=False):
-    """Where an event belongs; what is left out is empty."""
-
-    run: str
-    round: int
-    request: str
-    attempt: int
-    dataset: str
-
-
-_NOWHERE = Place(run="", round=0, request="", attempt=0, dataset="")
 
 
 class EventStore:
@@ -268,7 +249,16 @@ class EventStore:
         return self.history.now(server=self.server_time or self.history.last_time)
 
     def append(
-        self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **place: Unpack[Place]
+        self,
+        kind: Kind,
+        detail: dict[str, Any],
+        *,
+        run: str = "",
+        round: int = 0,
+        request: str = "",
+        attempt: int = 0,
+        dataset: str = "",
+        not_before: datetime | None = None,
     ) -> None:
         """Write one event behind the newest one, and follow it."""
         now = self.now()
@@ -276,8 +266,11 @@ class EventStore:
             "sequence": self.history.length + 1,
             "kind": kind,
             "time": max(now, not_before or now).isoformat(),
-            **_NOWHERE,
-            **place,
+            "run": run,
+            "round": round,
+            "request": request,
+            "attempt": attempt,
+            "dataset": dataset,
             "cohort": "",
             "code": __version__,
             "detail": json.loads(canonical(detail)),
@@ -297,7 +290,8 @@ class EventStore:
 
     def reply_to(self, request: str) -> bytes | None:
         """The stored reply to a request, if it is still there."""
-        return reply_to(self._file, request)
+        row = self._file.execute("SELECT reply FROM replies WHERE request = ?", (request,)).fetchone()
+        return None if row is None else bytes(row[0])
 
     def head(self) -> Head:
         """The newest head, for an anchor."""
