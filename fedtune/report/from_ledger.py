@@ -309,7 +309,8 @@ def _charges(events: Sequence[Event], history: History) -> Iterator[_Charge]:
         if event.kind is Kind.RESERVE:
             yield _Charge(run=event.run, round=event.round, time=event.time, divergence=each[event.run])
         elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
-            yield _Charge(run="", round=None, time=event.time, divergence=history.divergence(next(restored).gap))
+            gap = history.divergence(Counter(dict(next(restored).charges())))
+            yield _Charge(run="", round=None, time=event.time, divergence=gap)
 
 
 def _newest_runs(charges: Sequence[_Charge], most: int) -> set[str]:
