@@ -16,16 +16,15 @@ import asyncio
 import http.client
 import ipaddress
 import json
+import re
 import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, TypedDict, get_args
-
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from http import HTTPStatus
+from typing import Literal, TypedDict, get_args
 
 from fedtune.spec import ConfigError, check_one_of
 from fedtune.version import __version__
@@ -142,73 +141,67 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
         listening = socket.create_server((host, port), family=family, backlog=16)
     except OSError as error:
         raise ConfigError(key, address, f"cannot be listened on ({error.strerror})") from None
-    server = uvicorn.Server(
-        uvicorn.Config(
-            _app(respond),
-            http=type("_Timed", (_Brief,), {"most_s": most_s}),
-            ws="none",
-            loop="asyncio",
-            interface="asgi3",
-            lifespan="off",
-            h11_max_incomplete_event_size=_REQUEST_BYTES,
-            timeout_graceful_shutdown=1,
-            access_log=False,
-            log_config=None,
-            proxy_headers=False,
-            server_header=False,
-        )
-    )
-    thread = threading.Thread(target=server.run, args=([listening],), name=key.lstrip("-"), daemon=True)
+    stop, callers = asyncio.Event(), list[asyncio.StreamWriter]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.append(writer)
+        if len(callers) > _PLACES:  # a probe takes milliseconds: a caller who takes longer must not keep it out
+            callers.pop(0).transport.abort()
+        try:
+            async with asyncio.timeout(most_s):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.transport.set_write_buffer_limits(high=0)
+                writer.write(await _answer(head, respond))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
+            pass  # the caller hung up, says nothing, or too much
+        finally:
+            writer.transport.abort()
+            if writer in callers:
+                callers.remove(writer)
+
+    async def serve() -> None:
+        server = await asyncio.start_server(answer, sock=listening, limit=_REQUEST_BYTES)
+        await stop.wait()
+        server.close()
+
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
+
+    def run() -> None:
+        with runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run, name=key.lstrip("-"), daemon=True)
     thread.start()
     try:
         bound = listening.getsockname()[1]
         yield f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
     finally:
-        server.should_exit = True
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
         listening.close()
 
 
-def _app(respond: Respond) -> Any:
-    """An ASGI application that answers GET alone."""
-
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        status, kind, content = await respond(scope["path"])
-        if status != 404 and scope["method"] != "GET":
+async def _answer(head: bytes, respond: Respond) -> bytes:
+    """The HTTP answer to a request's head; only GET has one of its own."""
+    asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
+    status, kind, content = 400, "application/json", b"{}\n"
+    if asked is not None:
+        status, kind, content = await respond(asked[2].decode().partition("?")[0])
+        if status != HTTPStatus.NOT_FOUND and asked[1] != b"GET":
             status, content = 405, b"{}\n"
-        headers = {
-            b"content-type": kind.encode(),
-            b"content-length": str(len(content)).encode(),
-            b"cache-control": b"no-store",
-            b"connection": b"close",
-            **({b"allow": b"GET"} if status == 405 else {}),
-        }
-        await send({"type": "http.response.start", "status": status, "headers": list(headers.items())})
-        await send({"type": "http.response.body", "body": content})
-
-    return answer
-
-
-class _Brief(H11Protocol):
-    """A connection that ends after some seconds; who comes on top of a few takes the place of the oldest.
-
-    A probe takes milliseconds: a caller who holds a place for longer must not keep it out.
-    """
-
-    most_s: ClassVar[float]
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._began = self.loop.time()
-        self._end = self.loop.call_later(self.most_s, transport.abort)
-        if len(self.connections) > _PLACES:
-            oldest = min(self.connections, key=lambda one: one._began)  # type: ignore[union-attr]
-            self.connections.discard(oldest)
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end.cancel()
-        super().connection_lost(exc)
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        f"content-type: {kind}",
+        f"content-length: {len(content)}",
+        "cache-control: no-store",
+        "connection: close",
+        *(["allow: GET"] if status == HTTPStatus.METHOD_NOT_ALLOWED else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
 
 
 def ask(address: str, path: str = "/health") -> tuple[int, str]:
