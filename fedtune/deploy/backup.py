@@ -296,22 +296,18 @@ def _put_ledger(backup: Backup, files: SiteFiles, anchor: Path | None) -> MadeUp
                 return None
         made_up = make_up_for(copy, files, anchors_at_hand(files, anchor))
         made_up.require_sure()
-        _make_room(files.ledger)
+        # A damaged ledger makes room, and with it a journal, which SQLite would apply to what takes the ledger's place.
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        for ending in ("-journal", "-wal", "-shm", ""):
+            part = files.ledger.with_name(f"{files.ledger.name}{ending}")
+            if part.exists():
+                part.rename(files.ledger.with_name(f"{files.ledger.name}.damaged-{stamp}{ending}"))
         with writing(files.ledger, key="ledger"):
             os.link(copy, files.ledger)
             fsync_folder(files.ledger.parent)
         if files.anchor is not None:
             write_durably(files.anchor, made_up.ledger.head().to_bytes())
         return made_up
-
-
-def _make_room(ledger: Path) -> None:
-    """Move a damaged ledger away, and with it a journal, which SQLite would apply to what takes the ledger's place."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    for ending in ("-journal", "-wal", "-shm", ""):
-        part = ledger.with_name(f"{ledger.name}{ending}")
-        if part.exists():
-            part.rename(ledger.with_name(f"{ledger.name}.damaged-{stamp}{ending}"))
 
 
 # A server's and a lead's.

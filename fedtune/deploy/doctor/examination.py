@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from fedtune.config import RunConfig
@@ -44,15 +45,6 @@ class Visit:
     timeout_s: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """One thing to look at: the names of its lines, what must have been read for it, and how it is done."""
-
-    names: tuple[str, ...]
-    needs: tuple[str, ...]
-    look: Callable[[], Iterable[Check]]
-
-
 def examine(visit: Visit) -> Iterator[Check]:
     """Look at everything, one line after another; a check that goes wrong keeps no other from being made."""
     return _Examination(visit).checks()
@@ -79,49 +71,56 @@ class _Examination:
 
     def checks(self) -> Iterator[Check]:
         """All of them."""
-        for look in self._looks():
-            missing = [need for need in look.needs if need not in self._read]
+        for names, needs, look in self._looks():
+            missing = [need for need in needs if need not in self._read]
             if missing:
-                yield from (skipped(name, f"{missing[0]} cannot be used") for name in look.names)
+                yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
                 continue
             try:
-                yield from look.look()
+                yield from look()
             except Exception as error:
-                yield self._gone_wrong(look.names[0], error)
+                # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
+                if isinstance(error, FedtuneError) and not isinstance(error, DataError):
+                    yield from_error(names[0], error, fix="Correct what is named here.")
+                else:
+                    yield site_checks.unforeseen(names[0], error, self._log)
 
-    def _gone_wrong(self, name: str, error: Exception) -> Check:
-        # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
-        if isinstance(error, FedtuneError) and not isinstance(error, DataError):
-            return from_error(name, error, fix="Correct what is named here.")
-        return site_checks.unforeseen(name, error, self._log)
-
-    def _looks(self) -> Iterator[_Look]:
+    def _looks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[Check]]]]:
+        """The names of each check's lines, what must have been read for it, and how it is done."""
         visit = self._visit
-        yield _Look(("policy",), (), self._read_policy)
-        yield _Look(("kit",), (), self._read_kit)
-        yield _Look(("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
-        yield _Look(("certificate",), (_KIT,), self._read_certificate)
-        yield _Look(("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
-        yield _Look(("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        yield _Look(("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
-        yield _Look((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
-        yield _Look(("clock",), (), self._clock)
-        yield _Look(("disks",), (), self._disks)
+        yield (("policy",), (), self._read_policy)
+        yield (("kit",), (), self._read_kit)
+        yield (("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
+        yield (("certificate",), (_KIT,), self._read_certificate)
+        yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
+        yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
+        yield (("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
+        yield ((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
+        now = datetime.now(UTC)
+        clock = partial(machine_checks.clock, now=now)
+        yield (("clock",), (), lambda: [clock(self._clock_ahead_s, certificate=self._certificate)])
+        yield (("disks",), (), self._disks)
         if visit.model is not None:
             model = visit.model
-            yield _Look(("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
-        yield _Look(("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
-        yield _Look(("memory",), (), self._memory)
-        yield _Look(("GPU",), (_POLICY,), self._gpu)
-        yield _Look(("data",), (_POLICY,), self._data)
-        yield _Look(("ledger",), (_POLICY,), self._read_ledger)
-        yield _Look(("site key",), (_POLICY,), self._site_key)
-        yield _Look(("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
-        yield _Look(("serving",), (_POLICY,), lambda: [site_checks.serving(self.files, state=visit.kit / "state")])
+            yield (("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
+        yield (("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
+        yield (("memory",), (), self._memory)
+        gpu = machine_checks.this_gpu
+        yield (("GPU",), (_POLICY,), lambda: [machine_checks.gpu(self.policy.machine.device, ask=gpu)])
+        data = partial(site_checks.data_sets, folder=visit.site_toml.parent, log=self._log)
+        yield (("data",), (_POLICY,), lambda: data(self.policy))
+        yield (("ledger",), (_POLICY,), self._read_ledger)
+        yield (("site key",), (_POLICY,), lambda: [site_checks.site_key(self.files, self._history_if_read)])
+        yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
+        yield (("serving",), (_POLICY,), lambda: [site_checks.serving(self.files, state=visit.kit / "state")])
         if visit.run is None:
-            yield _Look(("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
+            yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
         else:
-            yield _Look(("run",), (_KIT, _POLICY, _LEDGER), self._try_out)
+            yield (("run",), (_KIT, _POLICY, _LEDGER), self._try_out)
+
+    @property
+    def _history_if_read(self) -> History | None:
+        return self.history if _LEDGER in self._read else None
 
     @property
     def _files_if_read(self) -> SiteFiles | None:
@@ -156,10 +155,6 @@ class _Examination:
         yield from connection.checks()
         self._clock_ahead_s = connection.clock_ahead_s
 
-    def _clock(self) -> Iterator[Check]:
-        now = datetime.now(UTC)
-        yield machine_checks.clock(self._clock_ahead_s, certificate=self._certificate, now=now)
-
     def _disks(self) -> Iterator[Check]:
         folders, files = {"kit": self._visit.kit}, self._files_if_read
         if files is None:
@@ -178,21 +173,12 @@ class _Examination:
         in_four_bits = both and self.policy.allow.dtypes == ("nf4",)
         yield machine_checks.memory(model_bytes, in_four_bits=in_four_bits)
 
-    def _gpu(self) -> Iterator[Check]:
-        yield machine_checks.gpu(self.policy.machine.device, ask=machine_checks.this_gpu)
-
-    def _data(self) -> Iterator[Check]:
-        return site_checks.data_sets(self.policy, self._visit.site_toml.parent, self._log)
-
     def _read_ledger(self) -> Iterator[Check]:
         check, history = site_checks.ledger(self.files)
         if history is not None:
             self.history = history
             self._read.add(_LEDGER)
         yield check
-
-    def _site_key(self) -> Iterator[Check]:
-        yield site_checks.site_key(self.files, self.history if _LEDGER in self._read else None)
 
     def _try_out(self) -> Iterator[Check]:
         visit = self._visit

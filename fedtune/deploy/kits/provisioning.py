@@ -156,8 +156,19 @@ def ask_to_renew(
     def checked(federation: FederationFolder) -> tuple[Member, Member]:
         old = _member_named(name, federation.members)
         with _about(request):
-            others = _without(old, federation.members)
-            _check_renewal(federation, asked, old=old, others=others, new_site_key=new_site_key)
+            if asked.site != old.site:
+                raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
+            if asked.node_key == old.node_key:
+                _check_not_revoked(old)
+            else:
+                _check_keys_are_new(federation, asked, [one for one in federation.members if one != old])
+            if asked.site_key != old.site_key and not new_site_key:
+                bound = (
+                    f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
+                    "what the old one spent no longer counts, so the same people's budget starts anew. If you and the "
+                    "site agreed on that, add --new-site-key"
+                )
+                raise ConfigError("site_key", asked.site_key, bound)
         return old, _admitted(federation, asked, days=days, now=now)
 
     def let_in() -> Admitted:
@@ -276,24 +287,6 @@ def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others
             raise ConfigError("site_key", asked.site_key, bound)
 
 
-def _check_renewal(
-    federation: FederationFolder, asked: JoinRequest, *, old: Member, others: Collection[Member], new_site_key: bool
-) -> None:
-    if asked.site != old.site:
-        raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
-    if asked.node_key == old.node_key:
-        _check_not_revoked(old)
-    else:
-        _check_keys_are_new(federation, asked, others)
-    if asked.site_key != old.site_key and not new_site_key:
-        bound = (
-            f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: what the "
-            "old one spent no longer counts, so the same people's budget starts anew. If you and the site agreed on "
-            "that, add --new-site-key"
-        )
-        raise ConfigError("site_key", asked.site_key, bound)
-
-
 def _check_not_revoked(member: Member) -> None:
     if member.revoked:
         bound = (
@@ -309,10 +302,6 @@ def _member_named(name: str, members: Collection[Member]) -> Member:
             return member
     known = ", ".join(member.site for member in members) or "none yet"
     raise ConfigError("site", name, f"must be a site of the federation: {known}")
-
-
-def _without(member: Member, members: Collection[Member]) -> tuple[Member, ...]:
-    return tuple(one for one in members if one != member)
 
 
 def _changes(old: Member, new: Member) -> tuple[str, ...]:
