@@ -408,12 +408,12 @@ def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     from fedtune.flower.simulation import InProcessGrid
 
     sent: list[bytes] = []
-    pull = InProcessGrid.pull_messages
+    deliver = InProcessGrid.deliver
 
-    def spy(self: InProcessGrid, message_ids: Any) -> Any:
-        messages = pull(self, message_ids)
-        sent.extend(message_to_proto(message).SerializeToString() for message in messages)
-        return messages
+    def spy(self: InProcessGrid, message: Any) -> Any:
+        answer = deliver(self, message)
+        sent.append(message_to_proto(answer).SerializeToString())
+        return answer
 
-    monkeypatch.setattr(InProcessGrid, "pull_messages", spy)
+    monkeypatch.setattr(InProcessGrid, "deliver", spy)
     return sent

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from threading import Timer
 from typing import TextIO
@@ -43,27 +43,6 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
 }
 """Each is the module of its name, which holds the command as `app` and is imported when it is called."""
-_WITH_ACCOUNTANTS = ("simulate", "plan", "audit", "compare", "search", "ledger", "report", "run")
-
-
-@contextmanager
-def _scipy_without_its_notes() -> Iterator[None]:
-    """While scipy is imported it adds a note to the documentation of 800 functions, which takes a quarter of a second.
-
-    No command shows any of them.  What the functions compute is as ever.
-    """
-    try:
-        from scipy._lib._docscrape import NumpyDocString
-
-        parse = NumpyDocString._parse
-    except (ImportError, AttributeError):  # another version, which may do without
-        yield
-        return
-    NumpyDocString._parse = lambda self: None
-    try:
-        yield
-    finally:
-        NumpyDocString._parse = parse
 
 
 _LOADING_S = 0.5
@@ -90,11 +69,7 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        with (
-            importing(),
-            _scipy_without_its_notes() if cmd_name in _WITH_ACCOUNTANTS else nullcontext(),
-            _said_where_slow(),
-        ):
+        with importing(), _said_where_slow():
             found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
         return found
 

@@ -16,7 +16,7 @@ from fedtune.version import __version__
 from fedtune.words import jsonable
 
 if TYPE_CHECKING:
-    from fedtune.federation.forecast import Forecast  # which imports torch
+    from fedtune.runs.forecast import Forecast  # which imports torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

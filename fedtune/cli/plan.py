@@ -29,7 +29,7 @@ from fedtune.studies.trial_search import check_trials, price_section
 from fedtune.words import jsonable
 
 if TYPE_CHECKING:
-    from fedtune.federation.forecast import Forecast
+    from fedtune.runs.forecast import Forecast
 
 Target = Literal["noise", "rounds", "sampling_rate"]
 
@@ -174,7 +174,7 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
-    from fedtune.federation.forecast import forecast
+    from fedtune.runs.forecast import forecast
     from fedtune.tasks import build_task_model
     from fedtune.training.machine import device_for, ready_model
 

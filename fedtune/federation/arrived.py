@@ -25,7 +25,7 @@ class Arrived:
     """
 
     def __init__(self, folder: Path, sent: Adapter) -> None:
-        self._folder, self._sent = folder, sent
+        self._folder, self.sent = folder, sent
 
     def __enter__(self) -> Arrived:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -35,11 +35,6 @@ class Arrived:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    @property
-    def num_values(self) -> int:
-        """Of one update."""
-        return self._sent.num_values
-
     def put(self, site: str, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Keep a site's update.
 
@@ -48,10 +43,10 @@ class Arrived:
         """
         try:
             with self._path(site).open("wb") as file:
-                for name in self._sent.tensors:
+                for name in self.sent.tensors:
                     file.write(np.ascontiguousarray(tensors[name], dtype="<f4").data)
         except OSError as error:
-            needed = f"{4 * self.num_values} bytes for each site's update"
+            needed = f"{4 * self.sent.num_values} bytes for each site's update"
             raise RunError(f"{self._folder} takes no more of a round ({error.strerror}): it needs {needed}") from error
 
     def values(self, site: str, *, start: int, count: int) -> npt.NDArray[np.float32]:
@@ -60,9 +55,9 @@ class Arrived:
 
     def adapter(self, values: npt.NDArray[np.float32]) -> Adapter:
         """The adapter whose values, in the order in which updates are kept, are these; shape (num_values,)."""
-        ends = np.cumsum([value.size for value in self._sent.tensors.values()])
+        ends = np.cumsum([value.size for value in self.sent.tensors.values()])
         parts = np.split(values, ends[:-1])
-        named = zip(self._sent.tensors.items(), parts, strict=True)
+        named = zip(self.sent.tensors.items(), parts, strict=True)
         return Adapter({name: part.reshape(value.shape) for (name, value), part in named})
 
     def _path(self, site: str) -> Path:

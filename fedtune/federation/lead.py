@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import pairwise
@@ -16,11 +16,10 @@ import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedtune.federation.protocol import Reply
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.release import Receipt, Update, read_release
+from fedtune.privacy.release import Receipt, read_release
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -107,52 +106,28 @@ class LeadState:
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
-    def answered(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> LeadState:
-        """The state with the receipts of `replies`, which say what was really charged.
+    def heard(
+        self, site: str, receipt: Receipt | None, *, run: str, most_rounds: int, update: bool = False
+    ) -> LeadState | None:
+        """The state with a site's receipt, which says what was really charged; None: it says nothing about this run.
 
         A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
         before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
-        ledger that was lost or put back.  Such a site counts as silent.
+        ledger that was lost or put back.  Such a site counts as silent, and an `update` that came with it as none.
         """
-        return self._with(self._credible_of(replies, run=run, most_rounds=most_rounds))
-
-    def believed(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Reply]:
-        """`replies` without receipts that say nothing about this run; without its receipt an update does not count."""
-        kept = self._credible_of(replies, run=run, most_rounds=most_rounds)
-        return {site: reply if site in kept else replace(reply, receipt=None) for site, reply in replies.items()}
-
-    def heard(self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int) -> LeadState:
-        """As `answered`, for receipts that came without replies."""
-        return self._with(self._credible(receipts, run=run, most_rounds=most_rounds, updates=()))
-
-    def _with(self, new: Mapping[str, Receipt]) -> LeadState:
-        unanswered = {site: count for site, count in self.unanswered.items() if site not in new}
-        return replace(self, receipts={**self.receipts, **new}, unanswered=unanswered)
-
-    def _credible_of(self, replies: Mapping[str, Reply], *, run: str, most_rounds: int) -> dict[str, Receipt]:
-        updates = {site for site, reply in replies.items() if isinstance(reply.body, Update)}
-        receipts = {site: reply.receipt for site, reply in replies.items() if reply.receipt}
-        return self._credible(receipts, run=run, most_rounds=most_rounds, updates=updates)
-
-    def _credible(
-        self, receipts: Mapping[str, Receipt], *, run: str, most_rounds: int, updates: Collection[str]
-    ) -> dict[str, Receipt]:
-        return {
-            site: receipt
-            for site, receipt in receipts.items()
-            # No ledger grants a run more rounds than its plan has.
-            if (receipt.run, receipt.site) == (run, site) and receipt.charged_rounds <= most_rounds
-            if self._fits(receipt, update=site in updates)
-        }
-
-    def _fits(self, receipt: Receipt, *, update: bool) -> bool:
+        if receipt is None or (receipt.run, receipt.site) != (run, site):
+            return None
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
-        if receipt.charged_rounds < update + sum(receipt.site in result.sites for result in self.rounds):
-            return False
-        old = self.receipts.get(receipt.site)
-        if old is not None and (receipt.charged_rounds < old.charged_rounds or receipt.sequence < old.sequence):
-            return False
-        return receipt.is_signed() and (old is None or receipt.site_key == old.site_key)
+        updates = update + sum(site in result.sites for result in self.rounds)
+        # No ledger grants a run more rounds than its plan has.
+        if not (updates <= receipt.charged_rounds <= most_rounds and receipt.is_signed()):
+            return None
+        old = self.receipts.get(site, receipt)
+        newer = receipt.charged_rounds >= old.charged_rounds and receipt.sequence >= old.sequence
+        if not newer or receipt.site_key != old.site_key:
+            return None
+        unanswered = {other: count for other, count in self.unanswered.items() if other != site}
+        return replace(self, receipts={**self.receipts, site: receipt}, unanswered=unanswered)
 
 
 def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[str, Receipt]:

@@ -3,7 +3,7 @@
 `price` says what a plan costs each site and round by round, `what_if` what other plans would.  `solve_rounds`,
 `solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every answer was tried and kept within the
 target, on the coarse grid that calibration uses too.  Whether a site would accept the plan is `verdict.py`; bytes and
-time, which need the model, are `forecast.py`.
+time, which need the model, are `runs/forecast.py`.
 """
 
 from __future__ import annotations

@@ -170,16 +170,15 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
         members: site -> public identity key.
         length: values of an adapter.
     """
-    shared = proposal.plan.shared
-    assert shared is not None, "a plan of secure sums"
+    sums = proposal.plan.sums
     return Terms(
         run=proposal.run,
         proposal=proposal.digest(),
         members=members,
-        threshold=shared.threshold,
+        threshold=sums.threshold,
         length=length,
-        largest=shared.largest_value,
-        bits=bits_needed(len(members), shared.largest_value),
+        largest=sums.largest_value,
+        bits=bits_needed(len(members), sums.largest_value),
     )
 
 

@@ -306,7 +306,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
         site.ledger.require_contains(request.receipt)
 
     def make_ready() -> None:
-        if request.proposal.plan.shared is not None:
+        if request.session:
             # A restarted site has no keys, and need not pay for what it could not upload.
             _party(site, request).require_open(request.round)
         # Last, so that a request that costs the lead nothing writes nothing.
@@ -323,15 +323,16 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_as_it_leaves(site, trained, request),
+            tensors=_protect(site, request, trained),
             scores=trained.scores,
         )
         site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint)
     return update
 
 
-def _as_it_leaves(site: Site, trained: Trained, request: RoundRequest) -> Tensors | Masked:
-    if request.proposal.plan.shared is not None:
+def _protect(site: Site, request: RoundRequest, trained: Trained) -> Tensors | Masked:
+    """An update leaves as it is, with its site's noise; a share of a secure sum leaves under the session's masks."""
+    if request.session:  # which a request has where its plan has secure sums, and only there
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_party(site, request).upload(request.round, trained.share))

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
 from fedtune.flower import flower_records
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,14 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
 
     @app.query(flower_records.END)
     def end(message: Message, context: Context) -> Message:
-        receipt = _ended(message.content, lambda: site_of(context, ""), name=name_of(context))
+        content, receipt = message.content, None
+        try:
+            with panics_as_errors():
+                signed = flower_records.to_signed(content)
+                adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
+                receipt = end_run(site_of(context, ""), signed, adapter)
+        except Exception:
+            log.exception("%s could not end a run", name_of(context))
         return Message(flower_records.from_receipt(receipt), reply_to=message)
 
     def _reply(message: Message, context: Context, read: Callable[[RecordDict], _Answer]) -> Message:
@@ -68,17 +75,6 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
         return Message(flower_records.from_reply(Reply(body=refusal, receipt=None)), reply_to=message)
 
     return app
-
-
-def _ended(content: RecordDict, site_of: Callable[[], Site], *, name: str) -> Receipt | None:
-    try:
-        with panics_as_errors():
-            signed, given = flower_records.to_signed(content), flower_records.ADAPTER in content
-            adapter = flower_records.to_adapter(content) if given else None
-            return end_run(site_of(), signed, adapter)
-    except Exception:
-        log.exception("%s could not end a run", name)
-        return None
 
 
 def _to_round(content: RecordDict) -> _Answer:

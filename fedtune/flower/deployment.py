@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from fedtune.config import RunConfig
+from fedtune.federation.invitation import Invited, invite
 from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
+from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
-from fedtune.flower.federation_run import FederationRun, Known, Listener
-from fedtune.flower.invitation import Invited, invite
+from fedtune.flower.federation_run import FederationRun, Listener
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.strategy import Average
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
@@ -66,6 +68,11 @@ class LeadConnection:
     sites: Sequence[KnownSite]
     has_new_certificate: Callable[[], bool] = lambda: False
 
+    @property
+    def nodes(self) -> dict[int, str]:
+        """Number in the grid -> site."""
+        return {number: site.name for number, site in enumerate(self.sites, 1)}
+
 
 class DeployedListener(Listener, Protocol):
     """Also hears each site."""
@@ -88,9 +95,9 @@ def run_deployed(
         RefusedError: too many sites' policies or budgets refuse the run.
     """
 
-    def over_sites(run: Callable[[Grid], LeadState]) -> LeadState:
+    def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
         with grid:
-            return run(grid)
+            return run(GridTransport(grid, connection.nodes))
 
     records = RunRecords(config)
     records.read()
@@ -102,9 +109,9 @@ def run_deployed(
         # nothing is trained here
         shared=SharedModel(config, trains=False, records=records, progress=listener.preparing),
         asked=asked,
+        average=Average(config.federation, config.declared_sizes()),
         receipts=receipts,
         engine=over_sites,
-        ready=Known,
         gives_adapter=True,
     ).to_its_end(listener)
 
@@ -120,7 +127,7 @@ def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConf
         RefusedError: too few sites have room for anything.
     """
     with _grid(connection, config.federation) as grid:
-        found = invite(grid, _invited(config, connection), less=True)
+        found = invite(GridTransport(grid, connection.nodes), _invited(config, connection), less=True)
     found.require_enough(config.federation, takes_part=config.can_use)
     return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
@@ -136,10 +143,8 @@ def end_deployed(run: str, federation: FederationSpec, *, connection: LeadConnec
     """
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
     with _grid(connection, federation) as grid:
-        content = flower_records.from_signed(notice)
-        messages = [Message(content, number, f"query.{flower_records.END}") for number in grid.get_node_ids()]
-        heard = grid.send_and_receive(messages, timeout=timeout_s)
-    return [connection.sites[answer.metadata.src_node_id - 1].name for answer in heard]
+        questions = [Question(site=site.name, signed=notice) for site in connection.sites]
+        return [site for site, _ in GridTransport(grid, connection.nodes).end(questions, timeout_s=timeout_s)]
 
 
 def online_sites(federation: FederationSpec, *, connection: LeadConnection) -> list[str]:
@@ -156,7 +161,6 @@ def _invited(config: RunConfig, connection: LeadConnection) -> Invited:
         key=connection.key,
         federation=config.federation,
         settings=json.dumps(sent.to_json()),
-        nodes={number: site.name for number, site in enumerate(connection.sites, 1)},
         site_keys={site.name: site.site_key for site in connection.sites},
     )
 

@@ -1,4 +1,4 @@
-"""A run from the lead's side, whatever its sites run on: first state, rounds over a grid, result."""
+"""A run from the lead's side, whatever its sites run on: first state, rounds over a transport, result."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from flwr.serverapp import Grid
-
 from fedtune.config import RunConfig
+from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.cost import Meter
+from fedtune.federation.invitation import Invited, Lead
 from fedtune.federation.kept_round import kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.planner import check_signal
+from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.invitation import Invited, Lead
-from fedtune.flower.server_app import run_rounds
-from fedtune.flower.strategy import make_strategy, restore_strategy
+from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.data_notes import check_decides, lead_notes
@@ -62,21 +61,8 @@ class Listener(Protocol):
         """A round was aggregated, scored and checkpointed."""
 
 
-Engine = Callable[[Callable[[Grid], LeadState]], LeadState]
-"""Gives a grid to what is to run on it, and returns its result."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What a runtime knows of the sites' records before training.
-
-    Attributes:
-        notes: what a person should know of them.
-        changed: the sites whose records are others than in the run's earlier rounds.
-    """
-
-    notes: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
+Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
+"""Gives a transport to the rounds that are to run over it, and returns their result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +73,11 @@ class FederationRun:
         folder: the run folder.
         shared: the lead's model and data.
         asked: who is asked about what.
+        average: makes the next adapter of plain updates.
         receipts: of the sites, kept over runs.
         engine: runs the rounds.
-        ready: reads and checks what only this runtime has, before anything is charged.
+        ready: reads and checks what only this runtime has, before anything is charged; returns what a person should
+            know of the sites' records, and the sites whose records are others than in the run's earlier rounds.
         gives_adapter: whether the sites receive the final adapter.
     """
 
@@ -97,9 +85,10 @@ class FederationRun:
     folder: Path
     shared: SharedModel
     asked: Invited
+    average: Aggregation
     receipts: ReceiptBook
     engine: Engine
-    ready: Callable[[], Known]
+    ready: Callable[[], tuple[Sequence[str], Sequence[str]]] = lambda: ((), ())
     gives_adapter: bool = False
 
     @property
@@ -126,10 +115,10 @@ class FederationRun:
         def elapsed() -> float:
             return time.monotonic() - began
 
-        lead = self._lead(state, listener, elapsed)
+        lead = self._lead(listener, elapsed)
         listener.prepared(self.shared, self.asked.proposal, state)
         try:
-            state = self.engine(lambda grid: run_rounds(grid, lead, state))
+            state = self.engine(lambda transport: run_rounds(transport, lead, state))
         except BaseException:
             # What was charged is on record also for a run that ends early.
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
@@ -141,9 +130,7 @@ class FederationRun:
         save_task_model(model, RunFolder(self.folder).adapter)
         return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed(), meter=meter)
 
-    def _lead(self, state: LeadState, listener: Listener, elapsed: Callable[[], float]) -> Lead:
-        strategy = make_strategy(self.config.federation)
-        restore_strategy(strategy, state.strategy)
+    def _lead(self, listener: Listener, elapsed: Callable[[], float]) -> Lead:
         asked = self.asked
 
         def finished(state: LeadState) -> None:
@@ -151,16 +138,11 @@ class FederationRun:
             listener.round_finished(state)
 
         return Lead(
-            proposal=asked.proposal,
-            key=asked.key,
-            federation=asked.federation,
-            settings=asked.settings,
-            nodes=asked.nodes,
-            site_keys=asked.site_keys,
+            **vars(asked),
             training=self.config.training,
             lora=self.config.lora,
             declared_sizes=self.config.declared_sizes(),
-            strategy=strategy,
+            average=self.average,
             checkpoints=self._checkpoints,
             evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
             finished=finished,
@@ -189,11 +171,11 @@ class FederationRun:
         if self.config.federation.chooses:
             check_decides(self.config)
         validation, test = self.shared.validation, self.shared.test
-        known = self.ready()
-        for text in (*lead_notes(self.config, validation=validation, test=test), *known.notes):
+        notes, changed = self.ready()
+        for text in (*lead_notes(self.config, validation=validation, test=test), *notes):
             listener.note(text)
         if self.config.resume is not None:
-            return replace(state, data_changed=tuple(sorted({*state.data_changed, *known.changed})))
+            return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
         listener.preparing("scoring the model before training", 0, 0)
         measured = self.shared.finally_measured(adapter)

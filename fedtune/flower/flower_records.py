@@ -8,7 +8,7 @@ several calls of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import cast
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
+from fedtune.federation.transport import Question
 from fedtune.model import Adapter
 from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, read_release
 from fedtune.spec import ConfigError
@@ -65,30 +66,21 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
-def drop_arrays(content: RecordDict) -> None:
-    """Free what a message brought: Flower's records hold each other in a circle, and would wait for the collector."""
-    for record in content.array_records.values():
-        record.clear()
-
-
 def from_adapter(adapter: Adapter) -> ArrayRecord:
     """An adapter as it travels; one record serves all messages that bring it."""
     return _from_bytes(adapter.to_bytes())
 
 
-def from_signed(signed: Signed, *, adapter: ArrayRecord | None = None, settings: str = "") -> RecordDict:
-    """Content of a message with a lead's signed word.
-
-    Args:
-        signed: a request for a round, or the end of a run.
-        adapter: the one that it speaks of, as `from_adapter` makes it.
-        settings: JSON of the run's configuration, for sites that do not have it.
-    """
+def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
+    """Content of a message with a lead's signed word, and the adapter that it speaks of as `from_adapter` makes it."""
+    signed = question.signed
     content = RecordDict({REQUEST: ConfigRecord({"json": signed.text, "signature": signed.signature})})
-    if settings:
-        content[SETTINGS] = ConfigRecord({"json": settings})
+    if question.settings:
+        content[SETTINGS] = ConfigRecord({"json": question.settings})
     if adapter is not None:
         content[ADAPTER] = adapter
+    if question.parts is not None:
+        content[PARTS] = ConfigRecord({f"{number:03d}": part for number, part in enumerate(question.parts)})
     return content
 
 
@@ -148,13 +140,6 @@ def to_signed(content: RecordDict) -> Signed:
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
     except (KeyError, TypeError) as error:
         raise ConfigError("message", sorted(content), "must hold a signed request") from error
-
-
-def from_sum(signed: Signed, parts: Sequence[bytes], *, settings: str) -> RecordDict:
-    """Content of a question for a step of a secure sum, with the sites' messages that it goes by."""
-    content = from_signed(signed, settings=settings)
-    content[PARTS] = ConfigRecord({f"{number:03d}": part for number, part in enumerate(parts)})
-    return content
 
 
 def to_parts(content: RecordDict) -> list[bytes]:

@@ -23,6 +23,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
+from fedtune.federation.transport import Transport
+from fedtune.flower.grid_transport import GridTransport
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.machine import usable_cores
@@ -30,44 +32,8 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.version import __version__
 
 
-class Outcome:
-    """What the rounds come to that an engine of Flower's is given to run.
-
-    Attributes:
-        failure: what they raised, which an engine may wrap or swallow; kept so that its type and exit code survive.
-    """
-
-    def __init__(self, run: Callable[[Grid], LeadState]) -> None:
-        self._run = run
-        self._state: LeadState | None = None
-        self.failure: BaseException | None = None
-
-    def server_app(self) -> ServerApp:
-        """Calls the rounds with whatever grid its engine provides."""
-        app = ServerApp()
-
-        @app.main()
-        def main(grid: Grid, context: Context) -> None:
-            try:
-                self._state = self._run(grid)
-            except BaseException as error:
-                self.failure = error
-                raise
-
-        return app
-
-    @property
-    def state(self) -> LeadState:
-        """What the rounds returned; raises what they raised."""
-        if self.failure is not None:
-            raise self.failure
-        if self._state is None:
-            raise RunError("Flower's simulation engine ended without a result; see log.txt")
-        return self._state
-
-
-def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunConfig, sites: Path) -> LeadState:
-    """Call `run` with a grid whose nodes are actors of Flower's engine on a Ray cluster, and return what it returns.
+def on_ray(run: Callable[[Transport], LeadState], client_app: ClientApp, config: RunConfig, sites: Path) -> LeadState:
+    """Call `run` with a transport to actors of Flower's engine on a Ray cluster, and return what it returns.
 
     Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
     between rounds.  As many actors as the cluster has room for train at a time, whichever sites' turn it is.
@@ -87,7 +53,18 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
         raise ConfigError("runtime", "ray", "needs the extra: pip install 'fedtune[ray]'")
     from flwr.simulation import run_simulation
 
-    outcome, num_sites = Outcome(run), len(config.federation.active)
+    app, num_sites = ServerApp(), len(config.federation.active)
+    states: list[LeadState] = []
+    failures: list[BaseException] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            states.append(run(GridTransport(grid)))
+        except BaseException as error:
+            failures.append(error)  # Flower may wrap or swallow it; kept so that its type and exit code survive
+            raise
+
     with _ray(config.runtime) as ray:
         nodes, threads = RayNode.all_of(ray), config.runtime.num_threads or usable_cores()
         share = gpu_share(config.runtime, num_sites, nodes)
@@ -100,10 +77,14 @@ def on_ray(run: Callable[[Grid], LeadState], client_app: ClientApp, config: RunC
         try:
             resources = {"num_cpus": threads, "num_gpus": share}
             backend: Any = {"client_resources": resources}  # Flower's type is an extra
-            run_simulation(outcome.server_app(), client_app, num_supernodes=num_sites, backend_config=backend)
+            run_simulation(app, client_app, num_supernodes=num_sites, backend_config=backend)
         except BaseException as error:
-            raise (outcome.failure or error) from None
-    return outcome.state
+            raise next(iter(failures), error) from None
+    if failures:
+        raise failures[0]
+    if not states:
+        raise RunError("Flower's simulation engine ended without a result; see log.txt")
+    return states[0]
 
 
 _KNOCK_S = 10.0

@@ -11,18 +11,16 @@ from pathlib import Path
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.config import RunConfig, parse
-from fedtune.federation.lead import LeadState
+from fedtune.federation.invitation import Invited
 from fedtune.federation.site_round import Site
 from fedtune.flower.client import make_client_app
-from fedtune.flower.federation_run import Engine, FederationRun, Known, Listener
-from fedtune.flower.invitation import Invited
-from fedtune.flower.ray_engine import Outcome, on_ray
-from fedtune.flower.streaming_grid import StreamingGrid
+from fedtune.flower.federation_run import Engine, FederationRun, Listener
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.internals import identify, set_metadata
+from fedtune.flower.ray_engine import on_ray
+from fedtune.flower.strategy import Average
 from fedtune.runs.data_notes import site_notes
 from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
@@ -57,12 +55,12 @@ def simulate(
         everyone = Participants(config, folder, progress=listener.preparing, session=session)
     everyone.records.read()
 
-    def ready() -> Known:
+    def ready() -> tuple[Sequence[str], Sequence[str]]:
         listener.preparing("reading the sites' records", 0, 0)
         _ = [work.examples for work in everyone.work.values()]
         everyone.sites.check_dealt_out()
         changed = everyone.changed() if config.resume is not None else ()
-        return Known(notes=tuple(site_notes(config, everyone.records.dealt)), changed=tuple(changed))
+        return tuple(site_notes(config, everyone.records.dealt)), changed
 
     return FederationRun(
         config=config,
@@ -74,6 +72,7 @@ def simulate(
             federation=config.federation,
             site_keys=everyone.identities if everyone.plan.shared else {},
         ),
+        average=Average(config.federation, config.declared_sizes()),
         receipts=everyone.sites.receipts(),
         engine=_engine(config, folder, everyone, listener),
         ready=ready,
@@ -86,7 +85,7 @@ def _engine(config: RunConfig, folder: Path, everyone: Participants, listener: L
         return lambda run: on_ray(run, client_app, config, everyone.sites.folder)
     client_app = _client_app(config.federation.active, everyone.site)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
-    return lambda run: in_process(run, grid)
+    return lambda run: run(GridTransport(grid))
 
 
 def simulated_client_app(config_json: str, folder: str) -> ClientApp:
@@ -117,7 +116,7 @@ _RUN_ID = 1
 _SERVER_NODE_ID = 0
 
 
-class InProcessGrid(StreamingGrid):
+class InProcessGrid:
     """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now.
 
     One frozen base model serves all sites, there is no daemon and no start-up.  Sites take their turns, each with all
@@ -131,54 +130,30 @@ class InProcessGrid(StreamingGrid):
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
         self._client_app, self._replied = client_app, replied
-        self._contexts = {node_id: _context(node_id, num_nodes) for node_id in range(1, num_nodes + 1)}
-        self._replies: dict[str, Message] = {}
-        # Flower's Message constructor reads who is sending from here; outside a Flower process nobody has set it.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE_ID, 0
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError("an in-process grid has one run")
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError("an in-process grid has no Flower run")
+        self._contexts = {
+            index + 1: Context(
+                run_id=_RUN_ID,
+                node_id=index + 1,
+                node_config={"partition-id": index, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for index in range(num_nodes)
+        }
+        # Outside a process of Flower's nobody has said who sends.
+        identify(run_id=_RUN_ID, node_id=_SERVER_NODE_ID, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._contexts)
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        message_ids = []
-        for message in messages:
-            message_id = str(uuid.uuid4())
-            message.metadata.__dict__["_message_id"] = message_id
-            context = self._contexts[message.metadata.dst_node_id]
-            self._replies[message_id] = self._client_app(message, context)
-            message_ids.append(message_id)
-        return message_ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-
     def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         for number, message in enumerate(messages, 1):
-            message_ids = self.push_messages([message])
+            answer = self.deliver(message)
             if message.metadata.message_type == MessageType.TRAIN:
                 self._replied(number)
-            yield from self.pull_messages(message_ids)
+            yield answer
 
-
-def _context(node_id: int, num_nodes: int) -> Context:
-    return Context(
-        run_id=_RUN_ID,
-        node_id=node_id,
-        node_config={"partition-id": node_id - 1, "num-partitions": num_nodes},
-        state=RecordDict(),
-        run_config={},
-    )
-
-
-def in_process(run: Callable[[Grid], LeadState], grid: InProcessGrid) -> LeadState:
-    """Run the ServerApp over `grid`, here and now, and return what `run` returns."""
-    outcome = Outcome(run)
-    outcome.server_app()(grid, _context(_SERVER_NODE_ID, num_nodes=0))
-    return outcome.state
+    def deliver(self, message: Message) -> Message:
+        """A node's answer."""
+        set_metadata(message, message_id=str(uuid.uuid4()))
+        return self._client_app(message, self._contexts[message.metadata.dst_node_id])

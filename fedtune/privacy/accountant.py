@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from fedtune.privacy import events
 from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition
@@ -115,27 +115,22 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _epsilon_rdp(counted: Counted, delta: float) -> float:
-    with without_notes_on_skipped_orders():
-        return float(composed_rdp(counted).get_epsilon(delta))
+    return composed_rdp(counted)(delta)
 
 
-def composed_rdp(counted: Counted) -> RdpAccountant:
-    """Renyi divergences of all mechanisms together."""
-    accountant = _Rdp(neighboring_relation=NEIGHBOURING_RELATION)
-    with without_notes_on_skipped_orders():
-        for event, count in counted:
-            accountant.compose(event, count)
-    return accountant
-
-
-class _Rdp(RdpAccountant):  # type: ignore[misc]
-    """dp-accounting's, which works out the divergences of one sampled step once for all its compositions."""
-
-    def _maybe_compose(self, event: DpEvent, count: int, do_compose: bool) -> object:
-        if do_compose and isinstance(event, PoissonSampledDpEvent):
-            self._rdp += count * np.array([renyi_divergence(event, order) for order in self._orders.tolist()])
-            return None
-        return super()._maybe_compose(event, count, do_compose)
+def composed_rdp(counted: Counted) -> Callable[[float], float]:
+    """Epsilon at a delta by the Renyi divergences of all mechanisms together."""
+    orders = RdpAccountant().orders
+    divergences = np.zeros_like(orders)
+    for event, count in counted:
+        if isinstance(event, PoissonSampledDpEvent):
+            # Those of one sampled step are worked out once for all its compositions.
+            divergences += count * np.array([renyi_divergence(event, order) for order in orders.tolist()])
+        else:
+            alone = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
+            alone.compose(event, count)
+            divergences += alone.rdp
+    return lambda delta: float(compute_epsilon(orders, divergences, delta)[0])
 
 
 @lru_cache(maxsize=16384)
@@ -144,7 +139,7 @@ def renyi_divergence(event: DpEvent, order: float) -> float:
     rdp = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
         rdp.compose(event)
-    return float(rdp._rdp[0])
+    return float(rdp.rdp[0])
 
 
 def calibrate_noise(

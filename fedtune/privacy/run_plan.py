@@ -166,6 +166,12 @@ class Plan:
         return (self.counted_noise, self.metrics_noise_multiplier)[: 1 + self.releases_metrics]
 
     @property
+    def sums(self) -> SharedNoise:
+        """`shared`, of a plan that is known to have secure sums."""
+        assert self.shared is not None, "a plan of secure sums"
+        return self.shared
+
+    @property
     def counted_noise(self) -> float:
         """Noise multiplier that each step counts with: the site's own; of a secure sum, that of the fewest shares."""
         return self.noise_multiplier if self.shared is None else self.shared.noise_of_fewest

@@ -49,14 +49,13 @@ def lead_step(
         most: bound on the adapter's values; sites compute at no larger ones either.
         declared_size: of these sites together, the public denominator.
     """
-    assert plan.shared is not None, "a plan of secure sums"
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in adapter.tensors.items()}
     optimizer = make_optimizer(parameters, training)
     for name, parameter in parameters.items():
         kept = {key.partition("/")[0]: value for key, value in state.items() if key.partition("/")[2] == name}
         optimizer.state[parameter].update({key: torch.tensor(value) for key, value in kept.items()})
     set_learning_rate(optimizer, learning_rate_factor(training, step=step, total_steps=plan.num_rounds))
-    cell = plan.max_grad_norm * 2.0**-plan.shared.cell_bits
+    cell = plan.max_grad_norm * 2.0**-plan.sums.cell_bits
     ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
     values = held_back(total, plan, sites=sites, declared_size=declared_size)
     parts = zip(adapter.tensors.items(), np.split(values, ends), strict=True)
@@ -78,11 +77,10 @@ def held_back(total: npt.NDArray[np.int64], plan: Plan, *, sites: int, declared_
     Nobody can check a single site's part, so this is what bounds a part that is made up.  The bound is public: as many
     clipped gradients as are sampled of the declared units, all in one direction, and the noise of all sites.
     """
-    assert plan.shared is not None
     sampled = plan.sampling_rate * declared_size
     units = sampled + _DEVIATIONS * (math.sqrt(sampled) + 1)
-    noise = plan.shared.noise_multiplier * math.sqrt(sites) * (math.sqrt(total.size) + _DEVIATIONS)
-    longest = (units + noise) * 2.0**plan.shared.cell_bits
+    noise = plan.sums.noise_multiplier * math.sqrt(sites) * (math.sqrt(total.size) + _DEVIATIONS)
+    longest = (units + noise) * 2.0**plan.sums.cell_bits
     length = float(np.sqrt(np.square(total, dtype=np.float64).sum()))
     if length <= longest:
         return total

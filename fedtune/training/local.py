@@ -100,11 +100,10 @@ def share_of_round(
     Guarantee: of `work.plan.event()` for who learns it in a sum with as many honest sites' as the plan counts, and
     nothing else of it; by itself it has the noise of one share alone.
     """
-    assert work.plan.shared is not None, "a plan of secure sums"
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     with attached(model) as gradients:
         sums = sampled_sum(units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling)
-    return add_share(sums, work.plan.shared, noise)
+    return add_share(sums, work.plan.sums, noise)
 
 
 def _begin(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedtune.federation.rounds as lead_rounds
 import fedtune.federation.secure.shares as shamir
-import fedtune.flower.secure_rounds as secure_rounds
-import fedtune.flower.server_app as server_app
+import fedtune.federation.secure_rounds as secure_rounds
 import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.federation.protocol import UNMASK
@@ -311,7 +311,7 @@ def test_a_server_that_changes_shares_has_no_site_accused(
     simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
-    real, releases = secure_rounds.SecureRounds._ask, [0]
+    real, releases = secure_rounds.SecureSums._ask, [0]
 
     def carried(self: Any, step: str, session: str, parts: Any) -> Any:
         found, missing = real(self, step, session, parts)
@@ -323,7 +323,7 @@ def test_a_server_that_changes_shares_has_no_site_accused(
             del found["site-4"]
         return found, missing
 
-    monkeypatch.setattr(secure_rounds.SecureRounds, "_ask", carried)
+    monkeypatch.setattr(secure_rounds.SecureSums, "_ask", carried)
     folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
     assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
@@ -415,7 +415,7 @@ def test_a_run_that_is_over_ends_without_all_sites(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(server_app, "_tell_the_end", dies)
+        patched.setattr(lead_rounds, "_tell_the_end", dies)
         assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
     monkeypatch.setattr(SumsAtSite, "announce", away_at("site-3", 1))
     done = command("simulate", f"resume={tmp_path / 'run'}")
@@ -425,7 +425,7 @@ def test_a_run_that_is_over_ends_without_all_sites(
 @pytest.fixture
 def lead_dies_in_round_two(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Begins a run that ends with the second round's uploads."""
-    real = secure_rounds.SecureRounds.total
+    real = secure_rounds.SecureSums.total
 
     def dies(self: Any, round: int, uploads: Any) -> Any:
         if round == 2:
@@ -434,7 +434,7 @@ def lead_dies_in_round_two(command: Any, tiny: Any, tmp_path: Path, monkeypatch:
 
     def begin(*settings: str) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(secure_rounds.SecureRounds, "total", dies)
+            patched.setattr(secure_rounds.SecureSums, "total", dies)
             assert command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).code == 1
 
     return begin
@@ -495,7 +495,7 @@ def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
     sites_stay: Any, simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
 ) -> None:
     """Its folder was put back from a copy that was made after round 1, and now another site is away."""
-    real = secure_rounds.SecureRounds.total
+    real = secure_rounds.SecureSums.total
     read: list[tuple[int, tuple[str, ...]]] = []
 
     def dies(self: Any, round: int, uploads: Any) -> Any:
@@ -505,7 +505,7 @@ def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
             raise KeyboardInterrupt
         return total, survivors
 
-    monkeypatch.setattr(secure_rounds.SecureRounds, "total", dies)
+    monkeypatch.setattr(secure_rounds.SecureSums, "total", dies)
     four = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
     assert command("simulate", *tiny(*SECURE, *four, into=tmp_path)).code == 1
     asked = tmp_path / "run" / "checkpoints" / "asked.jsonl"

@@ -17,11 +17,11 @@ def test_an_update_is_kept_value_by_value(tmp_path: Path, adapter: Adapter) -> N
     with Arrived(tmp_path / "arrived", adapter) as arrived:
         arrived.put("a", adapter.tensors)
         arrived.put("b", {name: value + 1 for name, value in adapter.tensors.items()})
-        whole = arrived.values("a", start=0, count=arrived.num_values)
+        whole = arrived.values("a", start=0, count=arrived.sent.num_values)
         assert arrived.adapter(whole).digest() == adapter.digest()
-        pieces = [arrived.values("a", start=start, count=3) for start in range(0, arrived.num_values, 3)]
+        pieces = [arrived.values("a", start=start, count=3) for start in range(0, arrived.sent.num_values, 3)]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
-        np.testing.assert_array_equal(arrived.values("b", start=0, count=arrived.num_values), whole + 1)
+        np.testing.assert_array_equal(arrived.values("b", start=0, count=arrived.sent.num_values), whole + 1)
 
 
 def test_nobody_else_reads_the_folder_and_it_goes_with_the_round(tmp_path: Path, adapter: Adapter) -> None:
@@ -48,6 +48,6 @@ def test_a_full_disk_ends_the_round_with_its_folder_and_what_it_needs(tmp_path: 
     with Arrived(tmp_path / "arrived", adapter) as arrived:
         (tmp_path / "arrived" / "a").symlink_to("/dev/full")
         with pytest.raises(
-            RunError, match=rf"arrived takes no more of a round \(No space.*{4 * arrived.num_values} byt"
+            RunError, match=rf"arrived takes no more of a round \(No space.*{4 * arrived.sent.num_values} byt"
         ):
             arrived.put("a", adapter.tensors)

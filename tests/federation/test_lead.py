@@ -31,13 +31,19 @@ def answer(receipt: Receipt | None, site: str = "a") -> dict[str, Reply]:
     return {site: Reply(body=Refusal(site=site, run="r", round=1, reason=Reason.SITE_ERROR), receipt=receipt)}
 
 
+def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
+    for site, reply in replies.items():
+        state = state.heard(site, reply.receipt, update=isinstance(reply.body, Update), **RUN) or state
+    return state
+
+
 def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState, plan: Plan) -> None:
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
 
 
 def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=2)), **RUN)
+    state = answered(state.asked(["a"]), answer(receipt(charged=2)))
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -47,8 +53,8 @@ def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: 
 
 
 def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a", "b"]).answered(answer(receipt(charged=1)), **RUN)
-    state = state.asked(["a", "b"]).answered({}, **RUN)
+    state = answered(state.asked(["a", "b"]), answer(receipt(charged=1)))
+    state = state.asked(["a", "b"])
     for site, rounds in (("a", 2), ("b", 2)):
         charge = site_charge(state, site, plan)
         assert (charge.steps, charge.upper_bound) == (2 * rounds, True)
@@ -56,7 +62,7 @@ def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Pl
 
 
 def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.asked(["a"]).answered({}, **RUN).asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
+    state = answered(state.asked(["a"]).asked(["a"]), answer(receipt(charged=1)))
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, False)
 
@@ -64,7 +70,7 @@ def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt
 def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
     state: LeadState, plan: Plan, receipt: MakeReceipt
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=3)), **RUN)
+    state = answered(state.asked(["a"]), answer(receipt(charged=3)))
     for _ in range(5):
         state = state.asked(["a"])
     charge = site_charge(state, "a", plan)
@@ -75,14 +81,14 @@ def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
 def test_a_receipt_of_another_site_or_run_counts_as_silence(
     state: LeadState, plan: Plan, receipt: MakeReceipt, site: str, run: str
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(site, run=run, charged=0)), **RUN)
+    state = answered(state.asked(["a"]), answer(receipt(site, run=run, charged=0)))
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, True)
 
 
 def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     unsigned = replace(receipt(charged=1), charged_rounds=0)
-    state = state.asked(["a"]).answered(answer(unsigned), **RUN)
+    state = answered(state.asked(["a"]), answer(unsigned))
     assert state.receipts == {}
     assert site_charge(state, "a", plan).upper_bound
 
@@ -90,15 +96,15 @@ def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: 
 def test_a_site_keeps_its_key(
     state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Callable[[str], SigningKey]
 ) -> None:
-    state = state.asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
-    state = state.asked(["a"]).answered(answer(receipt(charged=2, key=key_of("b"))), **RUN)
+    state = answered(state.asked(["a"]), answer(receipt(charged=1)))
+    state = answered(state.asked(["a"]), answer(receipt(charged=2, key=key_of("b"))))
     assert state.receipts["a"] == receipt(charged=1)
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (4, True)
 
 
 def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = state.answered(answer(receipt(charged=2)), **RUN)
+    state = answered(state, answer(receipt(charged=2)))
     measured = replace(plan, metrics_noise_multiplier=3.0)
     charge, plain = site_charge(state, "a", measured), site_charge(state, "a", plan)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -110,25 +116,25 @@ def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeRec
 
 
 def test_a_reply_without_a_receipt_counts_as_silence(state: LeadState, plan: Plan) -> None:
-    assert site_charge(state.asked(["a"]).answered(answer(None), **RUN), "a", plan).upper_bound
+    assert site_charge(answered(state.asked(["a"]), answer(None)), "a", plan).upper_bound
 
 
 def test_without_noise_one_round_is_unbounded(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     plan = replace(plan, noise_multiplier=0.0)
     assert site_charge(state, "a", plan).epsilon == 0
-    state = state.answered(answer(receipt(charged=1)), **RUN)
+    state = answered(state, answer(receipt(charged=1)))
     assert site_charge(state, "a", plan).epsilon == float("inf")
 
 
 def test_asking_and_answering_leave_the_old_state_alone(state: LeadState, receipt: MakeReceipt) -> None:
     asked = state.asked(["a"])
-    asked.answered(answer(receipt()), **RUN)
+    answered(asked, answer(receipt()))
     assert (state.unanswered, asked.unanswered, asked.receipts) == ({}, {"a": 1}, {})
 
 
 def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    after = state.asked(["a"]).answered(answer(receipt(charged=3)), **RUN)
-    restored = after.asked(["a"]).answered(answer(receipt(charged=1)), **RUN)
+    after = answered(state.asked(["a"]), answer(receipt(charged=3)))
+    restored = answered(after.asked(["a"]), answer(receipt(charged=1)))
     charge = site_charge(restored, "a", plan)
     assert charge.upper_bound
     assert charge.steps == min(4, plan.most_rounds) * plan.local_steps
@@ -140,23 +146,22 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = receipt(charged=1)
     first = RoundResult(round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=0, bytes_up=0, metrics={})
-    state = replace(state.asked(["a"]).answered({"a": Reply(body=update(), receipt=old)}, **RUN), rounds=(first,))
+    state = replace(answered(state.asked(["a"]), {"a": Reply(body=update(), receipt=old)}), rounds=(first,))
     assert site_charge(state, "a", plan).upper_bound is False
-    replayed = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=old)}, **RUN)
+    replayed = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=old)})
     charge = site_charge(replayed, "a", plan)
     assert (charge.rounds, charge.upper_bound) == (2, True)
-    honest = state.asked(["a"]).answered({"a": Reply(body=update(round=2), receipt=receipt(charged=2))}, **RUN)
+    honest = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=receipt(charged=2))})
     assert (site_charge(honest, "a", plan).rounds, site_charge(honest, "a", plan).upper_bound) == (2, False)
-    assert honest.heard({"a": old}, **RUN).receipts["a"].charged_rounds == 2
+    assert honest.heard("a", old, **RUN) is None
 
 
 def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState, receipt: MakeReceipt) -> None:
     # Signed or not: to compose so many events would take hours and all of the memory.
     for charged in (5, 10**18):
         replies = answer(receipt(charged=charged))
-        after = state.asked(["a"]).answered(replies, **RUN)
+        after = answered(state.asked(["a"]), replies)
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
-        assert state.believed(replies, **RUN)["a"].receipt is None
 
 
 def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:

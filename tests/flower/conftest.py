@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,18 @@ import pytest
 from fastapi.routing import iter_route_contexts
 from flwr.app import Context, Message
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.main import create_app
 
+from fedtune.federation.invitation import Lead
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.client import make_client_app
-from fedtune.flower.invitation import Lead
-from fedtune.flower.server_app import run_rounds
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.internals import superlink_app
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.flower.strategy import make_strategy
-from fedtune.flower.wire.superlink import ServerSettings, _superlink_config
+from fedtune.flower.strategy import Average
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
@@ -86,6 +85,7 @@ class Federation:
         self.fails: dict[str, BaseException] = {}
         app = make_client_app(lambda context, settings: self.site(context), lambda context: self._name(context))
         self.grid = InProcessGrid(app, run.spec.num_sites, replied=lambda number: None)
+        self.transport = GridTransport(self.grid)
         self.finished: list[LeadState] = []
         self.lead = Lead(
             proposal=run.proposal,
@@ -94,7 +94,7 @@ class Federation:
             training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
             lora=LoraSpec(),
             declared_sizes=run.sizes,
-            strategy=make_strategy(run.spec),
+            average=Average(run.spec, run.sizes),
             checkpoints=Checkpoints(folder / "checkpoints", "digest"),
             evaluate=lambda adapter: {"sum": float(sum(value.sum() for value in adapter.tensors.values()))},
             finished=self.finished.append,
@@ -110,7 +110,7 @@ class Federation:
                 raise Died
 
         with pytest.raises(Died):
-            run_rounds(self.grid, replace(self.lead, finished=die), state or self.start)
+            run_rounds(self.transport, replace(self.lead, finished=die), state or self.start)
         return self.lead.checkpoints.load()
 
     def _name(self, context: Context) -> str:
@@ -208,16 +208,14 @@ def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Messa
     """Change what a node is sent when it is asked to train, as a malicious server would."""
 
     def patch(node: int, change: Callable[[Message], None]) -> None:
-        push = InProcessGrid.push_messages
+        deliver = InProcessGrid.deliver
 
-        def changed(self: InProcessGrid, messages: Iterable[Message]) -> list[str]:
-            given = list(messages)
-            for message in given:
-                if (message.metadata.dst_node_id, message.metadata.message_type) == (node, "train"):
-                    change(message)
-            return push(self, given)
+        def changed(self: InProcessGrid, message: Message) -> Message:
+            if (message.metadata.dst_node_id, message.metadata.message_type) == (node, "train"):
+                change(message)
+            return deliver(self, message)
 
-        monkeypatch.setattr(InProcessGrid, "push_messages", changed)
+        monkeypatch.setattr(InProcessGrid, "deliver", changed)
 
     return patch
 
@@ -246,8 +244,6 @@ def network(server: Loopback) -> Iterator[Loopback]:
 def flowers_routes(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     """(method, path) of everything that the installed Flower would serve under our settings."""
     tls = Authority(tmp_path_factory.mktemp("authority") / "ca").issue("server", address=LOOPBACK)
-    settings = ServerSettings(
-        tls=tls, lead="", host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME), roster=list
-    )
-    contexts = iter_route_contexts(create_app(_superlink_config(settings), SuperLinkLifespan).routes)
+    app, _ = superlink_app(**asdict(tls), host=LOOPBACK, port=1, database=Path(FLWR_IN_MEMORY_DB_NAME))
+    contexts = iter_route_contexts(app.routes)
     return {(method, context.path) for context in contexts for method in context.methods}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.flower.server_app import run_rounds
+from fedtune.federation.rounds import run_rounds
 from fedtune.privacy.ledger import store
 from fedtune.runs.results import site_charge
 
@@ -26,7 +26,7 @@ def require_site_2_left_out(
 ) -> None:
     """The next round comes without site-2: no training, and the reason in its own log alone."""
     trained = list(made.trained)
-    after = run_rounds(made.grid, made.lead, state)
+    after = run_rounds(made.transport, made.lead, state)
     assert after.rounds[-1].failed_sites == {"site-2": "site_error"}
     assert after.rounds[-1].sites == ("site-1", "site-3")
     assert made.trained[len(trained) :] == ["site-1", "site-3"]
@@ -141,7 +141,7 @@ def test_a_ledger_that_was_put_back_without_an_anchor_is_found_out_by_the_leads_
     shutil.copy(path, backup)
     state = made.run_until(2, state)
     shutil.copy(backup, path)
-    after = run_rounds(made.grid, made.lead, state)
+    after = run_rounds(made.transport, made.lead, state)
     assert after.rounds[-1].failed_sites == {"site-2": "ledger_behind_receipt"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert after.receipts["site-2"] == state.receipts["site-2"], "what the site says now is not believed"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.flower.server_app import run_rounds
+from fedtune.federation.rounds import run_rounds
 from fedtune.privacy.ledger import store
 from fedtune.spec import ConfigError, DataError, RunError
 
@@ -38,7 +38,7 @@ def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
 
 def three_of(made: Any, *, failed: str, reason: str) -> Any:
     """Run a round: one site fails for a reason of the list, the other two are averaged."""
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert state.rounds[0].failed_sites == {failed: reason}
     assert len(state.rounds[0].sites) == 2
     return state
@@ -99,7 +99,7 @@ def test_the_names_of_a_sites_files_stay(
         "releases": {"metrics": "none"},
     }
     made = federation(policies={"site-2": names})
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert state.rounds[0].failed_sites == {}
     require_silence(everything_sent)
     # Now with a ledger that cannot be read: the error names its path.
@@ -157,16 +157,15 @@ def test_a_notice_of_the_end_that_fails_says_nothing(
     federation: Any, everything_sent: list[bytes], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = federation()
-    end = made.grid.__class__.push_messages
+    deliver = made.grid.__class__.deliver
 
-    def lose_the_ledger(self: Any, messages: Any) -> list[str]:
-        given = list(messages)
-        if given[0].metadata.message_type == "query.end":
+    def lose_the_ledger(self: Any, message: Any) -> Any:
+        if message.metadata.message_type == "query.end":
             made.ledger_path("site-2").write_bytes(CANARY.encode() * 500)
-        return list(end(self, given))
+        return deliver(self, message)
 
-    monkeypatch.setattr(made.grid.__class__, "push_messages", lose_the_ledger)
-    state = run_rounds(made.grid, made.lead, made.start)
+    monkeypatch.setattr(made.grid.__class__, "deliver", lose_the_ledger)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert state.round == 1
     require_silence(everything_sent)
     assert "site-2 could not end a run" in caplog.text
@@ -193,14 +192,14 @@ def test_a_refusal_repeats_what_was_asked_and_the_policys_numbers_only(
 def test_the_search_finds_what_it_looks_for(federation: Any, everything_sent: list[bytes]) -> None:
     # Else all of the above would pass over nothing.
     made = federation(asks={"run": CANARY})
-    run_rounds(made.grid, made.lead, made.start)
+    run_rounds(made.transport, made.lead, made.start)
     with pytest.raises(AssertionError, match="hepatitis"):
         require_silence(everything_sent)
 
 
 def test_everything_is_listened_to(federation: Any, everything_sent: list[bytes], adapter: Any) -> None:
     made = federation(num_rounds=2)
-    run_rounds(made.grid, made.lead, made.start)
+    run_rounds(made.transport, made.lead, made.start)
     introductions, offers, replies, ends = 3, 3, 2 * 3, 3
     assert len(everything_sent) == introductions + offers + replies + ends
     assert sum(b"site_key" in sent for sent in everything_sent) == offers + replies + ends, "a receipt is in each"

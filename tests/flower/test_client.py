@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model import Adapter
@@ -67,7 +68,8 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
-    return flower_records.from_signed(request.signed(lead_key), adapter=flower_records.from_adapter(adapter))
+    question = Question(site="a", signed=request.signed(lead_key), adapter=adapter)
+    return flower_records.from_question(question, flower_records.from_adapter(adapter))
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
@@ -136,13 +138,14 @@ def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alon
     stranger_key: SigningKey,
 ) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
-    before = asked(app, flower_records.from_signed(notice), END)
+    before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
     assert flower_records.to_receipt(before.reply.content) is None, "it took no part in this run"
     asked(app, request_)
     for key, ended in ((stranger_key, False), (lead_key, True)):
         notice = EndOfRun(run="r", lead=key.public).signed(key)
-        receipt = flower_records.to_receipt(asked(app, flower_records.from_signed(notice), END).reply.content)
+        content = flower_records.from_question(Question(site="a", signed=notice), None)
+        receipt = flower_records.to_receipt(asked(app, content, END).reply.content)
         assert receipt == (site().ledger.receipt("r") if ended else None)
         assert (site().ledger.history.runs["r"].expires is None) == ended
 

@@ -18,6 +18,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
+from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears, run_deployed
 from fedtune.flower.wire.remote_grid import Heard as Answered
@@ -60,9 +61,10 @@ class Line:
     def question(self, site: str, kind: str = "train") -> Message:
         about: dict[str, Any] = {"proposal": self._proposal, "site": site, "expires": 1e12}
         if kind == "train":
-            request = RoundRequest(**about, round=1, adapter_digest="0" * 64, receipt=None)
-            return Message(flower_records.from_signed(request.signed(self._lead)), 1, kind)
-        return Message(flower_records.from_signed(Invitation(**about, nonce=NONCE).signed(self._lead)), 1, kind)
+            signed = RoundRequest(**about, round=1, adapter_digest="0" * 64, receipt=None).signed(self._lead)
+        else:
+            signed = Invitation(**about, nonce=NONCE).signed(self._lead)
+        return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         """What the ears make of a reply."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState
-from fedtune.flower.server_app import run_rounds
+from fedtune.federation.rounds import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.runs.results import site_charge
@@ -30,7 +30,7 @@ def stopped(federation: Callable[..., Any]) -> tuple[Any, LeadState, list[Adapte
     adapters: list[Adapter] = []
     lead = with_scores(made, (0.25, 0.75, 0.75), gives_adapter=True)
     lead = replace(lead, finished=lambda state: adapters.append(state.adapter))
-    return made, run_rounds(made.grid, lead, made.start), adapters
+    return made, run_rounds(made.transport, lead, made.start), adapters
 
 
 def test_the_best_round_is_kept_and_no_other_is_asked_for(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
@@ -61,7 +61,7 @@ def test_a_stopped_run_that_is_resumed_asks_for_nothing(stopped: tuple[Any, Lead
     made, state, _ = stopped
     trained, events = len(made.trained), len(made.events("site-1"))
     lead = with_scores(made, ())
-    again = run_rounds(made.grid, replace(lead, gives_adapter=True), made.lead.checkpoints.load())
+    again = run_rounds(made.transport, replace(lead, gives_adapter=True), made.lead.checkpoints.load())
     assert (again.round, again.kept.digest()) == (state.round, state.kept.digest())
     assert (len(made.trained), len(made.events("site-1"))) == (trained, events)
 
@@ -70,6 +70,6 @@ def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Callabl
     made = federation(num_rounds=2, keep_round="best")
     made.lead = with_scores(made, (0.75, 0.5))
     after_one = made.run_until(1)
-    state = run_rounds(made.grid, made.lead, after_one)
+    state = run_rounds(made.transport, made.lead, after_one)
     assert state.round == 2
     assert state.kept.digest() == after_one.adapter.digest() != state.adapter.digest()

@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
+from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -36,7 +37,7 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
 
 
 def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
+    content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     assert flower_records.to_signed(content) == request_
     assert flower_records.to_adapter(content).digest() == adapter.digest()
 
@@ -113,7 +114,7 @@ _NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
 
 @pytest.mark.parametrize("fault", list(_NO_REQUEST))
 def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
+    content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     broken = _NO_REQUEST[fault](content)
     with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
         _ = flower_records.to_signed(broken), flower_records.to_adapter(broken)
@@ -126,7 +127,7 @@ def test_unreadable_replies_are_one_kind_of_error() -> None:
 
 
 def test_bytes_are_counted_with_names_and_texts(request_: Signed, adapter: Adapter) -> None:
-    content = flower_records.from_signed(request_, adapter=flower_records.from_adapter(adapter))
+    content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)
     assert payload + words <= flower_records.num_bytes(content) <= payload + words + 400
@@ -151,9 +152,9 @@ def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
 
 def test_settings_arrive_as_they_were_sent_and_count_as_bytes(request_: Signed) -> None:
     settings = '{"name": "Größe"}'
-    content = flower_records.from_signed(request_, settings=settings)
+    content = flower_records.from_question(Question(site="", signed=request_, settings=settings), None)
     assert flower_records.to_settings(content) == settings
-    plain = flower_records.from_signed(request_)
+    plain = flower_records.from_question(Question(site="", signed=request_), None)
     assert flower_records.to_settings(plain) == ""
     assert set(plain) == {flower_records.REQUEST}
     assert flower_records.num_bytes(content) - flower_records.num_bytes(plain) == len(settings)

@@ -11,8 +11,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedtune.federation.protocol import RoundRequest, Signed
+from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
-from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
@@ -77,7 +77,7 @@ def require_site_2_only_refused(made: Any, intercept: Any, change: Change, rule:
     state = made.run_until(1)
     before = verify(made.ledger_path("site-2")).events
     intercept(2, change)
-    state = run_rounds(made.grid, made.lead, state)
+    state = run_rounds(made.transport, made.lead, state)
     assert [result.sites for result in state.rounds] == [("site-1", "site-2", "site-3"), ("site-1", "site-3")]
     assert state.rounds[1].failed_sites == {"site-2": rule.value}
     # In the first round all three sites moved the adapter, in the second two of them.
@@ -167,7 +167,7 @@ def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
     state = made.run_until(1)
     before = verify(made.ledger_path("site-2")).events
     intercept(2, change)
-    state = run_rounds(made.grid, made.lead, state)
+    state = run_rounds(made.transport, made.lead, state)
     # The message does not even get as far as the site and its ledger, so that no receipt comes.
     assert state.rounds[1].failed_sites == {"site-2": "malformed_request"}
     assert state.rounds[1].sites == ("site-1", "site-3")
@@ -182,7 +182,7 @@ def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     state = made.run_until(1)
     before = verify(made.ledger_path("site-2")).events
     intercept(2, lambda message: put(message, overheard[0]))
-    state = run_rounds(made.grid, made.lead, state)
+    state = run_rounds(made.transport, made.lead, state)
     # The adapter that came with it is the second round's: the old signature does not cover it.  What the site says to
     # that is about the first round, and so no answer to the lead's question.
     assert state.rounds[1].failed_sites == {"site-2": "unsigned_reply"}
@@ -197,7 +197,7 @@ def test_a_run_that_no_site_accepts_ends_as_refused_with_every_reason(
         policies={site: {"limits": {"max_sampling_rate": 0.1}} for site in ("site-1", "site-2", "site-3")}
     )
     with pytest.raises(RefusedError) as refused:
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
     assert refused.value.exit_code == 3
     for site in ("site-1", "site-2", "site-3"):
         assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
@@ -210,7 +210,7 @@ def test_at_its_end_a_run_gives_free_what_it_had_set_aside(federation: Any) -> N
     state = made.run_until(1)
     verified = verify(made.ledger_path("site-1"))
     assert verified.history.runs["r"].expires is not None
-    run_rounds(made.grid, made.lead, state)
+    run_rounds(made.transport, made.lead, state)
     for site in made.sizes:
         history = verify(made.ledger_path(site)).history
         assert history.runs["r"].expires is None
@@ -219,9 +219,9 @@ def test_at_its_end_a_run_gives_free_what_it_had_set_aside(federation: Any) -> N
 
 def test_after_its_end_no_site_trains_for_a_run(federation: Any) -> None:
     made = federation(num_rounds=1)
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     longer = replace(made.lead, federation=replace(made.spec, num_rounds=2))
     with pytest.raises(RefusedError, match="site-1: run_ended, site-2: run_ended, site-3: run_ended"):
-        run_rounds(made.grid, longer, state)
+        run_rounds(made.transport, longer, state)
     assert made.trained == ["site-1", "site-2", "site-3"]
     assert made.lead.checkpoints.load().receipts["site-1"].charged_rounds == 1

@@ -13,8 +13,8 @@ from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
+from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
-from fedtune.flower.server_app import run_rounds
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.spec import RefusedError, RunError, StuckError
@@ -34,7 +34,7 @@ def test_one_sites_refusal_costs_the_others_nothing(federation: Callable[..., An
         with pytest.raises(
             RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
         ):
-            run_rounds(made.grid, made.lead, made.start)
+            run_rounds(made.transport, made.lead, made.start)
     assert charged(made) == []
     assert made.trained == []
 
@@ -43,7 +43,7 @@ def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_sa
     federation: Callable[..., Any],
 ) -> None:
     made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": "max_epsilon"}
 
@@ -60,14 +60,14 @@ def test_a_site_of_another_version_is_named_before_anybody_pays(
     made = federation(min_sites=3)
     tamper(older, ("query.invite",))
     with pytest.raises(RunError, match="site-2: malformed_request, so it may run another version of fedtune"):
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
     assert charged(made) == []
 
 
 def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[..., Any]) -> None:
     made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
     assert not isinstance(raised.value, RefusedError)
     assert charged(made) == []
 
@@ -100,15 +100,15 @@ def test_an_offer_that_its_site_did_not_sign_is_none(
     made = federation(min_sites=3)
     tamper(change, ("query.invite",))
     if what == "to another question":  # the first time it is the answer; then the site is frozen, and the server knows
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
         made.ledger("site-2").freeze("consent withdrawn")
         spent = len(made.events("site-1"))
         with pytest.raises(RunError, match="site-2: unsigned_reply"):
-            run_rounds(made.grid, made.lead, made.start)
+            run_rounds(made.transport, made.lead, made.start)
         assert [event.kind for event in made.events("site-1")[spent:] if event.kind is not Kind.NOTE] == []
         return
     with pytest.raises(RunError, match="site-2: no_reply" if what == "nothing" else "site-2: unsigned_reply"):
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
     assert charged(made) == []
 
 
@@ -116,15 +116,14 @@ def test_a_resumed_run_is_not_asked_about_again(federation: Callable[..., Any]) 
     made = federation(num_rounds=2)
     state = made.run_until(1)
     seen: list[str] = []
-    push = made.grid.push_messages
+    deliver = made.grid.deliver
 
-    def note(messages: Any) -> list[str]:
-        given = list(messages)
-        seen.extend(message.metadata.message_type for message in given)
-        return list(push(given))
+    def note(message: Message) -> Message:
+        seen.append(message.metadata.message_type)
+        return deliver(message)
 
-    made.grid.push_messages = note
-    run_rounds(made.grid, made.lead, state)
+    made.grid.deliver = note
+    run_rounds(made.transport, made.lead, state)
     assert "query.invite" not in seen
 
 
@@ -135,7 +134,7 @@ def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
     made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
     plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
-    state = run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    state = run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
     assert [result.diverged for result in state.rounds] == [False, True, False]
     assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
     assert "round 2 diverged (loss nan); going back to the adapter that it began with" in caplog.text
@@ -150,10 +149,10 @@ def test_adams_moments_go_back_too(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5)
     first = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5, folder="b").run_until(1)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}])
-    state = run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    state = run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
     assert state.strategy.keys() == first.strategy.keys() != set()
     for name, value in first.strategy.items():
-        np.testing.assert_array_equal(made.lead.strategy.m_t["head"], first.strategy["m/head"])
+        np.testing.assert_array_equal(made.lead.average.state["m/head"], first.strategy["m/head"])
         np.testing.assert_array_equal(state.strategy[name], value)
 
 
@@ -164,7 +163,7 @@ def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(fed
         r"round 3 diverged \(loss inf\), as the round before did; the checkpoint of .* resuming would diverge again"
     )
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
-        run_rounds(made.grid, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+        run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
     saved = made.lead.checkpoints.load()
     assert (saved.round, saved.rounds[-1].diverged) == (2, True)
     first: LeadState = federation(num_rounds=3, folder="b").run_until(1)

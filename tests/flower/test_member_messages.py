@@ -48,8 +48,8 @@ def member(network: Loopback) -> Iterator[Member]:
 def question(network: Loopback, member: Member) -> Iterator[Question]:
     """One that stays open at the server; the lead does not wait for it any more."""
     with network.grid(["b"]) as grid, ThreadPoolExecutor(1) as pool:
-        pool.submit(grid.send_and_receive, questions(1), timeout=1)
-        yield member.asked(grid.run.run_id)
+        pool.submit(list, grid.receive(questions(1), timeout=1))
+        yield member.asked(grid._opened.grid.run.run_id)
 
 
 class Round:
@@ -58,8 +58,8 @@ class Round:
     def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
         self.honest = Member(network, "a")
         self.honest.activate()
-        self._answers = pool.submit(grid.send_and_receive, questions(1, 2), timeout=60)
-        self.run_id = grid.run.run_id
+        self._answers = pool.submit(list, grid.receive(questions(1, 2), timeout=60))
+        self.run_id = grid._opened.grid.run.run_id
         self.question = member.asked(self.run_id)
 
     def ends(self) -> dict[int, str]:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Site
 from fedtune.flower import flower_records
 from fedtune.flower.client import make_client_app
-from fedtune.flower.server_app import run_rounds
+from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.runs.results import site_charge
@@ -40,7 +41,7 @@ def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
 
 def test_receipts_under_the_keys_of_the_roster_count(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=2)
-    state = run_rounds(made.grid, replace(made.lead, site_keys=known_keys(made)), made.start)
+    state = run_rounds(made.transport, replace(made.lead, site_keys=known_keys(made)), made.start)
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
@@ -49,7 +50,7 @@ def test_a_receipt_under_another_key_is_nobody_s_word(
 ) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
-    state = run_rounds(made.grid, replace(made.lead, site_keys=keys), made.start)
+    state = run_rounds(made.transport, replace(made.lead, site_keys=keys), made.start)
     # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
@@ -61,7 +62,7 @@ def test_a_receipt_under_another_key_is_nobody_s_word(
 def test_a_site_that_the_roster_does_not_name_is_believed_as_before(federation: Callable[..., Any]) -> None:
     made = federation()
     keys = {"site-1": known_keys(made)["site-1"]}
-    state = run_rounds(made.grid, replace(made.lead, site_keys=keys), made.start)
+    state = run_rounds(made.transport, replace(made.lead, site_keys=keys), made.start)
     assert charges(made, state) == dict.fromkeys(SITES, (1, False))
 
 
@@ -71,7 +72,7 @@ def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(
     # Its answers were lost on the way, and the last question was not.
     made = federation(num_rounds=2)
     tamper(without(2))
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert charges(made, made.finished[-1])["site-2"] == (2, True)
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
     saved = made.lead.checkpoints.load()
@@ -81,16 +82,16 @@ def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(
 
 def test_a_site_that_failed_in_silence_may_have_been_charged_less(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=2)
-    refuses = made.grid.push_messages
+    receive = made.grid.receive
 
-    def lose_the_second_round(messages: Any) -> list[str]:
+    def lose_the_second_round(messages: Any, *, timeout: float) -> Any:
         given = list(messages)
         if len(made.finished) == 1 and given[0].metadata.message_type == "train":
             given = [message for message in given if message.metadata.dst_node_id != 2]
-        return list(refuses(given))
+        return receive(given, timeout=timeout)
 
-    made.grid.push_messages = lose_the_second_round
-    state = run_rounds(made.grid, made.lead, made.start)
+    made.grid.receive = lose_the_second_round
+    state = run_rounds(made.transport, made.lead, made.start)
     assert charges(made, made.finished[-1])["site-2"] == (2, True)
     assert charges(made, state)["site-2"] == (1, False), "it was never asked the second time"
 
@@ -143,7 +144,7 @@ def test_a_last_word_that_is_none_changes_nothing(
     made = federation()
     tamper(without(2))
     tamper(answer_the_end(_LAST_WORDS[what]), ("query.end",))
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
     assert state.round == 1, "the run is over all the same"
 
@@ -157,7 +158,7 @@ def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., An
 
     grid = InProcessGrid(make_client_app(site_of, lambda context: made._name(context)), 3, replied=lambda number: None)
     settings = json.dumps({"task": "classification", "name": "Größe"})
-    run_rounds(grid, replace(made.lead, settings=settings), made.start)
+    run_rounds(GridTransport(grid), replace(made.lead, settings=settings), made.start)
     asked, ends = seen[:9], seen[9:]
     assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
     assert ends == [(name, "") for name in SITES], "the end of a run needs none"
@@ -166,7 +167,7 @@ def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., An
 def test_without_settings_none_are_sent(federation: Callable[..., Any], intercept: Any) -> None:
     made, contents = federation(), []
     intercept(1, lambda message: contents.append(message.content))
-    run_rounds(made.grid, made.lead, made.start)
+    run_rounds(made.transport, made.lead, made.start)
     (content,) = contents
     assert set(content) == {flower_records.ADAPTER, flower_records.REQUEST}
     assert flower_records.to_settings(content) == ""
@@ -195,7 +196,7 @@ def giving(federation: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_the_sites_receive_the_final_adapter(giving: Callable[..., Any]) -> None:
     made, grid, kept = giving(num_rounds=2)
-    state = run_rounds(grid, made.lead, made.start)
+    state = run_rounds(GridTransport(grid), made.lead, made.start)
     assert kept == dict.fromkeys(SITES, ("r", state.adapter.digest()))
     assert state.adapter.digest() != made.adapter.digest()
     for site in SITES:
@@ -205,7 +206,7 @@ def test_the_sites_receive_the_final_adapter(giving: Callable[..., Any]) -> None
 
 def test_a_simulation_sends_none(giving: Callable[..., Any]) -> None:
     made, grid, kept = giving()
-    run_rounds(grid, replace(made.lead, gives_adapter=False), made.start)
+    run_rounds(GridTransport(grid), replace(made.lead, gives_adapter=False), made.start)
     assert kept == {}
 
 
@@ -213,7 +214,7 @@ def test_a_run_that_is_refused_leaves_no_adapter(giving: Callable[..., Any]) -> 
     made, grid, kept = giving(num_rounds=2, min_sites=3)
     freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
     with pytest.raises(RefusedError, match="site-2: frozen"):
-        run_rounds(grid, freezing, made.start)
+        run_rounds(GridTransport(grid), freezing, made.start)
     assert kept == {}
     assert made.ledger("site-1").history.runs["r"].expires is None, "but its end is told"
 
@@ -222,19 +223,17 @@ def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
     giving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, grid, kept = giving()
-    push = grid.push_messages
+    deliver = grid.deliver
 
-    def exchange(messages: Any) -> list[str]:
-        given = list(messages)
-        for message in given:
-            if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
-                message.content = RecordDict(
-                    {**message.content, flower_records.ADAPTER: flower_records.from_adapter(made.adapter)}
-                )
-        return list(push(given))
+    def exchange(message: Message) -> Message:
+        if message.metadata.message_type == "query.end" and message.metadata.dst_node_id == 2:
+            message.content = RecordDict(
+                {**message.content, flower_records.ADAPTER: flower_records.from_adapter(made.adapter)}
+            )
+        return deliver(message)
 
-    monkeypatch.setattr(grid, "push_messages", exchange)
-    state = run_rounds(grid, made.lead, made.start)
+    monkeypatch.setattr(grid, "deliver", exchange)
+    state = run_rounds(GridTransport(grid), made.lead, made.start)
     assert set(kept) == {"site-1", "site-3"}
     assert made.ledger("site-2").history.runs["r"].expires is not None
     assert charges(made, state)["site-2"] == (1, False), "its receipt of the round is there"
@@ -244,15 +243,14 @@ def test_known_nodes_are_not_asked_for_their_names(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, types = federation(), []
-    push = made.grid.push_messages
+    deliver = made.grid.deliver
 
-    def note(messages: Any) -> list[str]:
-        given = list(messages)
-        types.extend(message.metadata.message_type for message in given)
-        return list(push(given))
+    def note(message: Message) -> Message:
+        types.append(message.metadata.message_type)
+        return deliver(message)
 
-    monkeypatch.setattr(made.grid, "push_messages", note)
+    monkeypatch.setattr(made.grid, "deliver", note)
     nodes = dict(enumerate(SITES, 1))
-    state = run_rounds(made.grid, replace(made.lead, nodes=nodes), made.start)
+    state = run_rounds(GridTransport(made.grid, nodes), made.lead, made.start)
     assert state.rounds[0].sites == SITES
     assert types == ["query.invite"] * 3 + ["train"] * 3 + ["query.end"] * 3

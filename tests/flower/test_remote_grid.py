@@ -59,7 +59,7 @@ def meanwhile() -> Iterator[Any]:
     with ThreadPoolExecutor(1) as pool:
 
         def ask(grid: RemoteGrid, *numbers: int, timeout: float = 60) -> Future[list[Message]]:
-            return pool.submit(grid.send_and_receive, questions(*numbers), timeout=timeout)
+            return pool.submit(list, grid.receive(questions(*numbers), timeout=timeout))
 
         yield ask
 
@@ -69,9 +69,9 @@ def test_arrays_travel_both_ways_and_nodes_are_numbered_in_the_order_of_the_rost
     network.site("b", works_s=0.5)
     with network.grid(["b", "a"]) as grid:
         assert list(grid.get_node_ids()) == [1, 2]
-        answers = grid.send_and_receive(questions(1, 2), timeout=30)
+        answers = list(grid.receive(questions(1, 2), timeout=30))
         assert sites_of(answers) == {1: "b", 2: "a"}
-        assert sites_of(grid.send_and_receive(questions(2), timeout=30)) == {2: "a"}, "only who is asked answers"
+        assert sites_of(list(grid.receive(questions(2), timeout=30))) == {2: "a"}, "only who is asked answers"
         assert grid.online() == [1, 2]
     for answer in answers:
         arrays = answer.content.array_records[ARRAYS]
@@ -89,13 +89,13 @@ def test_a_run_goes_on_with_a_certificate_that_is_new(network: Loopback, monkeyp
     own, renewed = network.lead_tls, network.authority.issue("lead renewed")
     kept, told = (own.certificate.read_bytes(), own.key.read_bytes()), itertools.chain([True], itertools.repeat(False))
     with network.grid(["a"]) as grid:
-        assert sites_of(grid.send_and_receive(questions(1), timeout=30)) == {1: "a"}
+        assert sites_of(list(grid.receive(questions(1), timeout=30))) == {1: "a"}
         session = grid._session
         own.certificate.write_bytes(renewed.certificate.read_bytes())
         own.key.write_bytes(renewed.key.read_bytes())
         monkeypatch.setattr(grid, "_has_new_certificate", lambda: next(told))
         try:
-            assert sites_of(grid.send_and_receive(questions(1), timeout=30)) == {1: "a"}
+            assert sites_of(list(grid.receive(questions(1), timeout=30))) == {1: "a"}
         finally:
             own.certificate.write_bytes(kept[0])
             own.key.write_bytes(kept[1])
@@ -138,7 +138,7 @@ def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pyt
     )
     site = network.site("a")
     with network.grid(["a"]) as grid:
-        assert len(grid.send_and_receive(questions(1), timeout=30)) == 1
+        assert len(list(grid.receive(questions(1), timeout=30))) == 1
     assert called == {(LOOPBACK, network.port)}, "the lead"
     site.stop()
     assert {tuple(event["address"]) for event in site.events("outbound")} == {(LOOPBACK, network.port)}, "the site"
@@ -154,7 +154,7 @@ def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loop
 
     site = network.site("a")
     with network.grid(["b", "a"], hear=hear) as grid:
-        (answer,) = grid.send_and_receive(questions(2), timeout=30)
+        (answer,) = list(grid.receive(questions(2), timeout=30))
     assert about(answer)["number"] == 3
     assert heard == [(2, 1), (2, 2), (2, 3)]
     assert len(site.events("received")) == 3
@@ -166,7 +166,7 @@ def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopb
     hear = {1: Heard(good=False, again_s=60.0), 2: Heard(good=True)}
     with network.grid(["a", "b"], hear=lambda number, *_: hear[number]) as grid:
         began = time.monotonic()
-        answers = grid.send_and_receive(questions(1, 2), timeout=6)
+        answers = list(grid.receive(questions(1, 2), timeout=6))
         assert time.monotonic() - began >= 6
     assert sites_of(answers) == {1: "a", 2: "b"}
     assert about(answers[0])["number"] == 1, "too early to ask again"
@@ -176,7 +176,7 @@ def test_a_round_with_enough_answers_waits_for_an_absent_site_no_longer_than_its
     network.site("a").wait_for("activated")
     with network.grid(["a", "b"], grace_s=2.0) as grid:
         began = time.monotonic()
-        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a"}
+        assert sites_of(list(grid.receive(questions(1, 2), timeout=60))) == {1: "a"}
         assert 2 <= time.monotonic() - began < 30
 
 
@@ -186,7 +186,7 @@ def test_nobody_waits_for_a_paused_site_once_enough_have_answered(network: Loopb
     hear = {1: Heard(good=False, again_s=60.0, idle=True), 2: Heard(good=True)}
     with network.grid(["a", "b"], hear=lambda number, *_: hear[number], grace_s=1.0) as grid:
         began = time.monotonic()
-        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=60)) == {1: "a", 2: "b"}
+        assert sites_of(list(grid.receive(questions(1, 2), timeout=60))) == {1: "a", 2: "b"}
         assert time.monotonic() - began < 30
 
 
@@ -194,9 +194,9 @@ def test_when_time_is_up_what_is_there_is_returned(network: Loopback) -> None:
     network.site("a").wait_for("activated")
     with network.grid(["a", "b"]) as grid:
         began = time.monotonic()
-        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=5)) == {1: "a"}
+        assert sites_of(list(grid.receive(questions(1, 2), timeout=5))) == {1: "a"}
         assert 5 <= time.monotonic() - began < 30
-        assert grid.send_and_receive(questions(2), timeout=1) == []
+        assert list(grid.receive(questions(2), timeout=1)) == []
 
 
 def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, meanwhile: Any) -> None:
@@ -226,7 +226,7 @@ def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
         for number in (1, 2, 3):
-            (answer,) = grid.send_and_receive(questions(1), timeout=30)
+            (answer,) = list(grid.receive(questions(1), timeout=30))
             assert about(answer)["number"] == number
     assert site.process.poll() is None
 
@@ -235,11 +235,11 @@ def test_an_answer_that_comes_too_late_is_dropped_and_the_site_goes_on(network: 
     site = network.site("a", works_s=7.0)
     site.wait_for("activated")
     with network.grid(["a"]) as grid:
-        assert grid.send_and_receive(questions(1), timeout=4) == []
+        assert list(grid.receive(questions(1), timeout=4)) == []
         assert len(site.events("received")) == 1
     site.wait_for("dropped")
     with network.grid(["a"]) as grid:
-        assert sites_of(grid.send_and_receive(questions(1), timeout=60)) == {1: "a"}
+        assert sites_of(list(grid.receive(questions(1), timeout=60))) == {1: "a"}
 
 
 _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received")
@@ -249,12 +249,12 @@ def test_whichever_call_of_the_lead_is_cut_off_every_question_is_answered(networ
     # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
     sites = [network.site("a"), network.site("b", works_s=0.3)]
     with network.grid(["a", "b"]) as grid:
-        grid.send_and_receive(questions(1, 2), timeout=30)
+        list(grid.receive(questions(1, 2), timeout=30))
         faulty = Faulty(grid._session._client)  # type: ignore[union-attr]
         for call, when in itertools.product(_LEADS_CALLS, ("before", "after")):
             faulty.break_at(call, when)
             time.sleep(1.0 if call == "get-nodes" else 0.0)  # that one is called once a second
-            answers = grid.send_and_receive(questions(1, 2), timeout=30)
+            answers = list(grid.receive(questions(1, 2), timeout=30))
             assert sites_of(answers) == {1: "a", 2: "b"}, (call, when)
             assert not faulty.waits, f"{call} is not called any more: Flower's protocol changed"
     assert all(site.process.poll() is None for site in sites)
@@ -268,7 +268,7 @@ def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: L
     site = network.site("a", faults=faults)
     with network.grid(["a"]) as grid:
         for number, fault in enumerate(faults, 1):
-            assert sites_of(grid.send_and_receive(questions(1), timeout=45)) == {1: "a"}, fault
+            assert sites_of(list(grid.receive(questions(1), timeout=45))) == {1: "a"}, fault
             wait_for(lambda number=number: len(site.events("trouble")) >= number, what=f"the fault {fault}")
     assert [tuple(event["fault"]) for event in site.events("fault")] == faults
     assert site.process.poll() is None
@@ -285,7 +285,7 @@ def test_a_server_that_is_killed_in_the_middle_forgets_nothing(network: Loopback
         network.site("b")
         assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
         # The same processes go on.
-        assert sites_of(grid.send_and_receive(questions(1, 2), timeout=30)) == {1: "a", 2: "b"}
+        assert sites_of(list(grid.receive(questions(1, 2), timeout=30))) == {1: "a", 2: "b"}
     assert slow.events("trouble")[0]["kind"] == "Unreachable"
     assert len(slow.events("activated")) >= 1
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from flwr.app import Message
 
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.protocol import SumRequest
+from fedtune.federation.secure_rounds import SecureSums
 from fedtune.flower import flower_records
-from fedtune.flower.secure_rounds import SecureRounds
+from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -37,7 +40,11 @@ class Silent(InProcessGrid):
 
 @pytest.mark.parametrize("begun", [False, True], ids=["announce", "join"])
 def test_settings_travel_with_the_first_step_of_a_session_alone(
-    begun: bool, run_proposal: Callable[..., Proposal], lead_key: SigningKey, tmp_path: Path
+    begun: bool,
+    run_proposal: Callable[..., Proposal],
+    lead_key: SigningKey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sites, checkpoints, grid = Federation(terms_of(3, 3)), Checkpoints(tmp_path, "digest"), Silent()
     if begun:
@@ -45,16 +52,18 @@ def test_settings_travel_with_the_first_step_of_a_session_alone(
         checkpoints.keep_session(
             json.dumps({"name": "0" * 32, "announced": announced, "left_out": [], "accused": []}).encode()
         )
-    rounds = SecureRounds(
-        grid,
-        nodes=dict(enumerate(sites.parties, start=1)),
+    lead: Any = SimpleNamespace(
         proposal=run_proposal(),
         key=lead_key,
-        terms=sites.terms,
         settings="{...}",
         checkpoints=checkpoints,
-        timeout_s=1.0,
+        declared_sizes=dict.fromkeys(sites.parties, 1),
+        site_keys=sites.terms.members,
+        federation=SimpleNamespace(round_timeout_s=1.0),
     )
+    monkeypatch.setattr("fedtune.federation.secure_rounds.terms_of", lambda *_, **__: sites.terms)
+    transport = GridTransport(grid, dict(enumerate(sites.parties, start=1)))
+    state: Any = SimpleNamespace(adapter=SimpleNamespace(num_values=0))
     with pytest.raises(RunError, match="0 of 3 sites are in a session"):
-        rounds.ready()
+        SecureSums(transport, lead, state).prepare()
     assert set(grid.settings) == {("join", "") if begun else ("announce", "{...}")}

@@ -13,9 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
+from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
-from fedtune.flower.server_app import run_rounds
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.events import grouped
 from fedtune.privacy.release import METRICS, Statistics, Update
@@ -34,7 +34,7 @@ def reply_of(messages: list[Message], node: int) -> Message:
 
 def test_a_round_is_recorded(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=2)
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert [result.round for result in state.rounds] == [1, 2]
     # After the last round every site says once more what it was charged; nothing else changes.
     assert replace(state, receipts=made.finished[-1].receipts) == made.finished[-1]
@@ -63,7 +63,7 @@ def test_a_silent_site_counts_as_charged_and_the_others_go_on(
 
     tamper(silence, ("train", "query.end"))
     made = federation(num_rounds=2)
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert [dict(result.failed_sites) for result in state.rounds] == [{"site-2": "no_reply"}] * 2
     silent, heard = (site_charge(state, site, made.plan) for site in ("site-2", "site-1"))
@@ -79,7 +79,7 @@ def test_statistics_of_another_kind_need_no_word_of_lead_or_wire(
     monkeypatch.setattr(Plan, "metrics", property(lambda plan: "with_loss"))
     noised, allowed = replace(run_plan, metrics_noise_multiplier=20.0), {"metrics": "with_loss", "reply_after_s": 0.0}
     made = federation(num_rounds=1, asks={"plan": noised}, policies={key: {"releases": allowed} for key in STEPS})
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     expected = {site: (step, 0.5, 0.25) for site, step in STEPS.items()}
     assert state.rounds[0].site_scores == expected == made.lead.checkpoints.load().rounds[0].site_scores
     assert statistics_of([made.plan]) == ("noised_scores_and_loss",)
@@ -88,7 +88,7 @@ def test_statistics_of_another_kind_need_no_word_of_lead_or_wire(
 def test_a_failed_site_has_no_weight(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:
     tamper(lambda messages: [message for message in messages if message.metadata.src_node_id != 2])
     made = federation(sizes=(10, 1000, 30))
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     step = state.adapter.tensors["head"] - made.adapter.tensors["head"]
     np.testing.assert_allclose(step, (10 * 1.0 + 30 * 0.125) / 40, atol=1e-6)
 
@@ -100,7 +100,7 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
     after_one = made.run_until(1)
     tamper(lambda messages: messages[1:])
     with pytest.raises(RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* round 1 can"):
-        run_rounds(made.grid, made.lead, after_one)
+        run_rounds(made.transport, made.lead, after_one)
     loaded = made.lead.checkpoints.load()
     assert loaded.round == 1
     assert loaded.adapter.digest() == after_one.adapter.digest()
@@ -194,7 +194,7 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(
 
     tamper(spoil)
     made = federation()
-    state = run_rounds(made.grid, made.lead, made.start)
+    state = run_rounds(made.transport, made.lead, made.start)
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": reason}
     assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
@@ -211,20 +211,20 @@ def test_a_site_that_does_not_introduce_itself_is_named(
     made = federation()
     monkeypatch.setattr(made.grid, "receive", lambda messages, timeout: iter(()))
     with pytest.raises(RunError, match="site-1, site-2, site-3"):
-        run_rounds(made.grid, made.lead, made.start)
+        run_rounds(made.transport, made.lead, made.start)
 
 
 def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[..., Any]) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
     with pytest.raises(RunError, match="did not introduce themselves: site-4"):
-        run_rounds(made.grid, replace(made.lead, declared_sizes=sizes), made.start)
+        run_rounds(made.transport, replace(made.lead, declared_sizes=sizes), made.start)
 
 
 def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -> None:
     many = federation(num_rounds=plan.most_rounds + 1, min_sites=3)
     with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
-        run_rounds(many.grid, many.lead, many.start)
+        run_rounds(many.transport, many.lead, many.start)
     assert len(many.finished) == plan.most_rounds
 
 
@@ -232,7 +232,7 @@ def test_when_one_site_refuses_for_good_the_others_get_their_budget_back(federat
     made = federation(num_rounds=2, min_sites=3)
     freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
     with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
-        run_rounds(made.grid, freezing, made.start)
+        run_rounds(made.transport, freezing, made.start)
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
         assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"
@@ -253,6 +253,6 @@ def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Cal
         return Trained(adapter=Adapter(moved))
 
     made._train = train
-    state = run_rounds(made.grid, replace(made.lead, lora=lora), made.start)
+    state = run_rounds(made.transport, replace(made.lead, lora=lora), made.start)
     assert [result.failed_sites for result in state.rounds] == [{"site-2": BEYOND_PLAN}] * 2
     assert {float(value) for tensor in state.adapter.tensors.values() for value in tensor.ravel()} == {0.25}

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import STRATEGIES, FederationSpec
 from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
-from fedtune.flower.server_app import run_rounds
-from fedtune.flower.strategy import aggregated, make_strategy, restore_strategy, strategy_state
+from fedtune.flower.strategy import Average
 from fedtune.model import Adapter
 
 from .conftest import STEPS
@@ -40,7 +41,7 @@ _EXPECTED: dict[str, Callable[[float], float]] = {
 
 def moved(federation: Any) -> float:
     """By how much one round moved every value of the adapter."""
-    state = run_rounds(federation.grid, federation.lead, federation.start)
+    state = run_rounds(federation.transport, federation.lead, federation.start)
     steps = np.concatenate(
         [(state.adapter.tensors[name] - value).ravel() for name, value in federation.adapter.tensors.items()]
     )
@@ -75,7 +76,7 @@ def test_replies_in_any_order_give_the_same_bytes(
 
         tamper(shuffled)
         made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
-        digests.add(run_rounds(made.grid, made.lead, made.start).adapter.digest())
+        digests.add(run_rounds(made.transport, made.lead, made.start).adapter.digest())
     assert len(digests) == 1
 
 
@@ -83,40 +84,39 @@ def test_replies_in_any_order_give_the_same_bytes(
 def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], strategy: str) -> None:
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
     whole = federation(num_rounds=3, folder="whole", **settings)
-    expected = run_rounds(whole.grid, whole.lead, whole.start)
+    expected = run_rounds(whole.transport, whole.lead, whole.start)
     first = federation(num_rounds=3, folder="parts", **settings)
     first.run_until(1)
     second = federation(num_rounds=3, folder="parts", **settings)
     state = second.lead.checkpoints.load()
-    restore_strategy(second.lead.strategy, state.strategy)
-    assert run_rounds(second.grid, second.lead, state).adapter.digest() == expected.adapter.digest()
+    assert run_rounds(second.transport, second.lead, state).adapter.digest() == expected.adapter.digest()
 
 
 @pytest.mark.parametrize("strategy", ["fedadam", "fedavgm"])
 def test_the_state_that_is_restored_matters(federation: Callable[..., Any], strategy: str) -> None:
     settings = {"strategy": strategy, **_SETTINGS[strategy]}
     made = federation(num_rounds=2, folder="whole", **settings)
-    expected = run_rounds(made.grid, made.lead, made.start)
+    expected = run_rounds(made.transport, made.lead, made.start)
     state = federation(num_rounds=2, folder="parts", **settings).run_until(1)
     assert state.strategy
-    forgetful = federation(num_rounds=2, folder="parts", **settings)
-    assert run_rounds(forgetful.grid, forgetful.lead, state).adapter.digest() != expected.adapter.digest()
+    forgetful, state = federation(num_rounds=2, folder="parts", **settings), replace(state, strategy={})
+    assert run_rounds(forgetful.transport, forgetful.lead, state).adapter.digest() != expected.adapter.digest()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_strategy_that_has_not_stepped_has_no_state(strategy: str) -> None:
-    made = make_strategy(FederationSpec(strategy=strategy, **_SETTINGS[strategy]))  # type: ignore[arg-type]
-    assert strategy_state(made) == {}
-    restore_strategy(made, {})
-    assert strategy_state(made) == {}
+    made = Average(FederationSpec(strategy=strategy, **_SETTINGS[strategy]), {})  # type: ignore[arg-type]
+    assert made.state == {}
+    made.restore({})
+    assert made.state == {}
 
 
 def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
-    strategy = make_strategy(FederationSpec(strategy="fedavgm", server_momentum=0.5))
+    average = Average(FederationSpec(strategy="fedavgm", server_momentum=0.5), {})
     state = {f"momentum/{number:05d}": np.full(1, number, np.float32) for number in range(12)}
-    restore_strategy(strategy, state)
-    assert list(strategy_state(strategy)) == list(state)
-    assert [int(value[0]) for value in strategy_state(strategy).values()] == list(range(12))
+    average.restore(state)
+    assert list(average.state) == list(state)
+    assert [int(value[0]) for value in average.state.values()] == list(range(12))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -128,16 +128,14 @@ def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
     draw = np.random.default_rng(3)
     sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
     spec = FederationSpec(num_sites=len(sizes), strategy=strategy, **_SETTINGS[strategy])
-    whole, pieces = make_strategy(spec), make_strategy(spec)
-    envelopes = {site: Message(RecordDict(), number, "train") for number, site in enumerate(sizes, 1)}
+    whole, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
     sent = adapter
     for round in (1, 2):
         updates = {
             site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
             for site in sizes
         }
-        for each in (whole, pieces):
-            each.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
+        whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
         replies = [Message(weighted(updates[site], size), 1, "train") for site, size in sizes.items()]
         arrays, _ = whole.aggregate_train(round, replies)
         assert arrays is not None
@@ -145,7 +143,7 @@ def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
         with Arrived(tmp_path / "arrived", sent) as arrived:
             for site in reversed(sizes):
                 arrived.put(site, updates[site])
-            sent = aggregated(pieces, round, arrived, weights=sizes, envelopes=envelopes)
+            sent = pieces.average(round, arrived, sizes)
         for name, value in expected.items():
             assert value.tobytes() == sent.tensors[name].tobytes(), name
 
@@ -162,7 +160,7 @@ def test_an_update_is_on_disk_before_the_next_site_trains(
         return train(request, adapter, attempt)
 
     monkeypatch.setattr(made, "_train", spy)
-    run_rounds(made.grid, made.lead, made.start)
+    run_rounds(made.transport, made.lead, made.start)
     sites = list(made.sizes)
     assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
     assert not made.lead.checkpoints.arrived.exists()

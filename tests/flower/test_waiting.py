@@ -94,7 +94,7 @@ def ask(network: Loopback) -> Iterator[Callable[[int], Future[Any]]]:
 
         def put(node: int) -> Future[Any]:
             message = Message(RecordDict(), node, "query")
-            return pool.submit(lambda: list(grid.send_and_receive([message], timeout=3)))
+            return pool.submit(lambda: list(grid.receive([message], timeout=3)))
 
         yield put
 

@@ -93,7 +93,7 @@ def test_where_deltas_are_usual_the_figures_are_those_of_dp_accounting(rate: flo
     for epsilon in (0.0, 0.1, 1.0):
         assert ours.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
     for _ in range(2):  # divergences of steps are kept
-        assert composed_rdp(((step, count), (score, 2))).get_epsilon(1e-5) == rdp.get_epsilon(1e-5)
+        assert composed_rdp(((step, count), (score, 2)))(1e-5) == rdp.get_epsilon(1e-5)
 
 
 def test_neighbours_differ_by_one_record_more() -> None:

@@ -1,8 +1,7 @@
 """A site's end of the line: the node's half of Flower's Fleet protocol, over mutual TLS.
 
 It takes the place of Flower's SuperNode, so that one process polls, trains and answers, and stays warm.  Flower's app
-bundle is never asked for, let alone installed.  It uses internals of Flower;
-tests/flower/test_internals.py fails where they change.
+bundle is never asked for, let alone installed.
 """
 
 from __future__ import annotations
@@ -18,33 +17,27 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, TIMESTAMP_HEADER
-from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, push_objects
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedtune.flower.internals import (
+    FleetHttpClient,
+    RuntimeVersionHttpInterceptor,
+    asymmetric,
+    constant,
+    core,
+    fetching,
+    fleet_pb2,
+    heartbeat_pb2,
+    http_client,
+    identify,
+    inflating,
+    message_to_proto,
+    node_authentication,
+    node_pb2,
+    now,
+    objects,
+    remove_content_from_message,
+    set_metadata,
+)
 from fedtune.flower.wire.bounded_http import OutOfBounds, bounded, show
 from fedtune.flower.wire.identity import Tls, refusal, staying
 from fedtune.flower.wire.message_objects import pull_message
@@ -54,7 +47,7 @@ HELLO = "/v1/fedtune/hello"
 """Where the server tells a site how it knows it; not Flower's."""
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
-_HEARTBEAT_S = HEARTBEAT_MIN_INTERVAL / 2
+_HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
 
 class Unauthorised(RunError):
@@ -89,21 +82,22 @@ class Fleet:
     def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
         self._server, self._tls, self._heard = server, tls, heard
         private, public = node_key(tls.key)
-        self._public = public_key_to_bytes(public)
+        self._public = asymmetric.public_key_to_bytes(public)
         self._client = staying(
             FleetHttpClient(
                 f"https://{server}",
                 interceptors=[
                     RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                    NodeAuthHttpInterceptor(private, public),
+                    node_authentication(private, public),
                 ],
                 verify=tls.client_context(),
                 timeout=_CALL_TIMEOUT_S,
             )
         )
-        self._node: Node | None = None
+        self._node: node_pb2.Node | None = None
         self._may_have_lost_one = False
-        self._begun: dict[str, PushMessagesResponse] = {}  # an answer that may have reached the server in part
+        # An answer that may have reached the server in part.
+        self._begun: dict[str, fleet_pb2.PushMessagesResponse] = {}
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -114,16 +108,18 @@ class Fleet:
             Unauthorised: the server does not know the key.
             Unreachable: no connection; or an earlier process of this node died less than twenty seconds ago.
         """
-        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+        request = fleet_pb2.ActivateNodeRequest(
+            public_key=self._public, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
+        )
         try:
             with in_our_words():
-                self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+                self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
         except Unauthorised as error:
             hello(self._server, self._tls)  # says whether, and why, the server does not know the key
             raise Unreachable("an earlier connection of this site is not over yet, or it was just added") from error
         self._may_have_lost_one = False
         # Flower's messages say from here who sends them.
-        TaskIdentity.node_id, TaskIdentity.task_id = self._node.node_id, 0
+        identify(node_id=self._node.node_id, task_id=0)
         if self._beating is None:
             self._beating = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
             self._beating.start()
@@ -145,24 +141,24 @@ class Fleet:
     def _come_back(self) -> None:
         """Leave and return: the server gives a message once, and the lead asks again when it sees a site return."""
         with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._activated.node_id))
+            self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._activated.node_id))
         self.activate()
 
     def _next_message(self) -> Message | None:
         node = self._activated
         with in_our_words():
-            answer = self._client.PullMessages(PullMessagesRequest(node=node))
+            answer = self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=node))
             if not answer.messages_list:
                 return None
             run_id = answer.messages_list[0].metadata.run_id
             tree = answer.message_object_trees[0]
             message = pull_message(
                 tree,
-                make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
-                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                fetching.make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                fetching.make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
             )
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        TaskIdentity.run_id = run_id
+        set_metadata(message, message_id=tree.object_id)
+        identify(run_id=run_id)
         return message
 
     def reply(self, reply: Message) -> None:
@@ -173,30 +169,34 @@ class Fleet:
             Unauthorised, Unreachable: as for `activate`.
         """
         node, run_id, id = self._activated, reply.metadata.run_id, reply.object_id
-        reply.metadata.__dict__["_message_id"] = id
+        set_metadata(reply, message_id=id)
         in_doubt, self._may_have_lost_one = self._may_have_lost_one, True
         try:
-            with in_our_words(), no_object_id_recompute():
+            with in_our_words(), objects.no_object_id_recompute():
                 begun = self._begun.get(id)
                 self._begun = {id: begun or self._announce(reply)}
-                send = make_push_object_fn_protobuf(self._client.PushObject, node, run_id, self._begun[id].session_id)
+                send = fetching.make_push_object_fn_protobuf(
+                    self._client.PushObject, node, run_id, self._begun[id].session_id
+                )
 
                 def push(object_id: str, content: bytes) -> None:
                     # Of an answer that was begun some is there already; should it not arrive, the lead asks again.
-                    with contextlib.suppress(*(ObjectPushError,) if begun else ()):
+                    with contextlib.suppress(*(inflating.ObjectPushError,) if begun else ()):
                         send(object_id, content)
 
-                push_objects(get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push})
+                inflating.push_objects(
+                    objects.get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push}
+                )
         except Unauthorised as error:
             self.activate()  # where that helps, the server has lost its database, and knows the node anew
             raise Dropped("the server has forgotten who asked") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
 
-    def _announce(self, reply: Message) -> PushMessagesResponse:
-        request = PushMessagesRequest(
+    def _announce(self, reply: Message) -> fleet_pb2.PushMessagesResponse:
+        request = fleet_pb2.PushMessagesRequest(
             node=self._activated,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[get_object_tree(reply)],
+            message_object_trees=[objects.get_object_tree(reply)],
             # Flower reports here how long the app ran, which grows with the true number of records.
             clientapp_runtime_list=[0.0],
         )
@@ -204,7 +204,7 @@ class Fleet:
 
     def show_certificate(self) -> None:
         """Show the certificate that the kit has now, in connections that are made from here on."""
-        show(self._client._client, self._tls.client_context())
+        show(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
         """Tell the server, if it hears, that the node is gone."""
@@ -213,18 +213,20 @@ class Fleet:
             self._beating.join(timeout=_CALL_TIMEOUT_S)
         if self._node is not None:
             with contextlib.suppress(httpx.HTTPError):  # it would notice by the missing heartbeats
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+                self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
 
     @property
-    def _activated(self) -> Node:
+    def _activated(self) -> node_pb2.Node:
         assert self._node is not None, "activate comes first"
         return self._node
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             # The number may have changed: a server that lost its database gives new ones.
-            request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)
+            request = heartbeat_pb2.SendNodeHeartbeatRequest(
+                node=self._node, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
+            )
             try:
                 self._client.SendNodeHeartbeat(request)
             except Exception:  # who polls meets the same trouble, and reports it
@@ -289,9 +291,11 @@ def signed_headers(tls: Tls) -> dict[str, str]:
     private, public = node_key(tls.key)
     timestamp = now().isoformat()
     return {
-        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
-        TIMESTAMP_HEADER: timestamp,
-        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, timestamp.encode())).decode(),
+        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(asymmetric.public_key_to_bytes(public)).decode(),
+        constant.TIMESTAMP_HEADER: timestamp,
+        core.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(
+            asymmetric.sign_message(private, timestamp.encode())
+        ).decode(),
     }
 
 
@@ -309,7 +313,7 @@ def in_our_words() -> Iterator[None]:
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise Dropped(f"the server no longer needs this message ({status})") from error
         raise Unreachable(f"the server answered {status}") from error
-    except (ObjectPullError, ObjectPushError) as error:
+    except (inflating.ObjectPullError, inflating.ObjectPushError) as error:
         raise Dropped("the server no longer keeps this message") from error
     except OutOfBounds as error:
         raise Unreachable(f"the server's answer is not accepted: {error}") from error

@@ -15,12 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-
+from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
 from fedtune.flower.wire.audit_log import AuditLog, Event
 from fedtune.flower.wire.fleet import HELLO
 from fedtune.flower.wire.identity import NotAllowed, SeenCalls, body_of_lead
@@ -286,16 +281,16 @@ class Gate:
             NotAllowed: nobody does, or a former one.
         """
         try:
-            key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-            signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
-            moment = headers[TIMESTAMP_HEADER]
+            key = base64.b64decode(headers[core.FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = base64.b64decode(headers[core.FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            moment = headers[constant.TIMESTAMP_HEADER]
             age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
-            signed = verify_signature(bytes_to_public_key(key), moment.encode("ascii"), signature)
+            signed = asymmetric.verify_signature(asymmetric.bytes_to_public_key(key), moment.encode("ascii"), signature)
         except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
             raise NotAllowed(401, "malformed") from None
         if not signed:
             raise NotAllowed(401, "wrong signature")
-        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE:
+        if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
             raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
         known = self._with(key)
         if known is None:

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
-from flwr.supercore.interceptors.http.utils import add_headers
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufClient, ProtobufRequestContext
 
+from fedtune.flower.internals import add_headers, http_client, rpc
 from fedtune.flower.wire.bounded_http import HungUp, bounded
 from fedtune.privacy.keys import SigningKey, is_signed
 
-_Client = TypeVar("_Client", bound=ProtobufClient)
+_Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +53,7 @@ def staying(client: _Client) -> _Client:
     Flower's would follow a redirect with its signed headers: a person who runs the server could make a site or a lead
     call any address in its network, also without TLS.
     """
-    bounded(client._client)
+    bounded(http_client(client))
     return client
 
 
@@ -145,7 +144,7 @@ class LeadSignature:
     def __init__(self, key: SigningKey) -> None:
         self._key = key
 
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+    def intercept(self, context: rpc.ProtobufRequestContext, call_next: rpc.ProtobufCall) -> httpx.Response:
         request = context.request
         moment, digest = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
         signature = self._key.sign(CALL, _message(request.url.path, moment, digest))

@@ -1,7 +1,4 @@
-"""One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended.
-
-It uses internals of Flower; tests/flower/test_internals.py fails where they change.
-"""
+"""One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended."""
 
 from __future__ import annotations
 
@@ -17,31 +14,26 @@ from dataclasses import dataclass, replace
 
 import httpx
 from flwr.app import Message
-from flwr.common.constant import SubStatus
-from flwr.common.serde import run_from_proto
-from flwr.proto.control_pb2 import StartRunRequest, StartRunResponse
-from flwr.proto.fab_pb2 import Fab
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
-    PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
-)
-from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
+from fedtune.flower.internals import (
+    RunStarter,
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    constant,
+    control_pb2,
+    core,
+    fab_pb2,
+    fetching,
+    http_client,
+    http_grid,
+    identify,
+    inflating,
+    message_pb2,
+    node_pb2,
+    rpc,
+    run_from_proto,
+    runtime_pb2,
+)
 from fedtune.flower.wire.bounded_http import show
 from fedtune.flower.wire.identity import LeadSignature, Tls, staying
 from fedtune.flower.wire.message_objects import NotWhole, pull_message
@@ -81,39 +73,39 @@ class Pulled:
 
 
 class LeadSession:
-    """One of Flower's runs: started, claimed, kept alive, and ended by this process."""
+    """One of Flower's runs: started, claimed, kept alive, and ended by this process.
+
+    Attributes:
+        grid: Flower's own, over the connection of this session.
+    """
 
     def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
         signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
 
-        def client(*token: RuntimeTokenHttpInterceptor) -> _LeadClient:
-            signed: tuple[ProtobufClientInterceptor, ...] = (version, *token, signature)
-            return staying(_LeadClient(f"https://{server}", interceptors=signed, verify=tls.client_context()))
+        def client(*token: RuntimeTokenHttpInterceptor) -> RunStarter:
+            signed: tuple[rpc.ProtobufClientInterceptor, ...] = (version, *token, signature)
+            return staying(RunStarter(f"https://{server}", interceptors=signed, verify=tls.client_context()))
 
         with readable():
             with client() as opening:
-                opening.start_run(StartRunRequest(fab=Fab(content=_bundle())))
+                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_bundle())))
                 # It may be one that another process has just started; any fresh run will do.
-                token = opening.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])).token
+                token = opening.AcquireTask(
+                    runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
+                ).token
             if not token:
                 raise RunError(f"{server} started a run and did not hand it out")
             self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
-            given = self._client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
-            given.run.run_id,
-            given.context.node_id,
-            given.task_id,
-        )
-        self.grid = HttpGrid(server, token=token)
-        # HttpGrid would make a client without our certificate.
-        self.grid._client = self._client
+            given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
+        identify(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
+        self.grid = http_grid(server, token, self._client)
         self.grid.set_run(run_from_proto(given.run))
-        self._nodes: dict[int, NodeInfo] = {}
+        self._nodes: dict[int, node_pb2.NodeInfo] = {}
         self._looked = float("-inf")
         self._stop = threading.Event()
         threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
 
-    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, NodeInfo]:
+    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
         """The sites that are online, by number; looked up once a second."""
         if time.monotonic() - self._looked > 1.0:
             with readable():
@@ -136,32 +128,32 @@ class LeadSession:
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
         with readable():
-            found = self._client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+            found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
         ends = time.monotonic() + most_s
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
         for about, tree in pairs:
             pulled = Pulled(message_id=about.metadata.reply_to_message_id, message=None)
             try:
                 message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
-            except ObjectPullError:
+            except inflating.ObjectPullError:
                 pulled = replace(pulled, is_lost=True)
             else:
                 if message is not None and not (message.has_error() and not about.HasField("error")):
                     pulled = replace(pulled, message=message)  # an error is the server's to say
             yield pulled
 
-    def _whole(self, tree: ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
+    def _whole(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
         """A message with its content, from the server."""
         node, run_id = self.grid.node, self.grid.run.run_id
         try:
             return pull_message(
                 tree,
-                make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
-                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                fetching.make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                fetching.make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
                 most_bytes=most_bytes,
                 most_s=most_s,
             )
-        except ObjectPullError:
+        except inflating.ObjectPullError:
             raise
         except NotWhole as error:
             log.warning("an answer is left aside: %s", error)
@@ -174,19 +166,21 @@ class LeadSession:
 
     def show_certificate(self) -> None:
         """Show the certificate that the kit has now, in connections that are made from here on."""
-        show(self._client._client, self._tls.client_context())
+        show(http_client(self._client), self._tls.client_context())
 
     def close(self) -> None:
         """End the run; messages that nobody fetched are dropped."""
         self._stop.set()
         with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
-            self._client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
+            self._client.PushTaskOutput(
+                runtime_pb2.PushTaskOutputRequest(sub_status=constant.SubStatus.COMPLETED, details="")
+            )
         self._client.close()
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
-                self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+                self._client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
             except (httpx.HTTPError, RuntimeError):
                 continue  # who asks and collects meets the same trouble
 
@@ -196,22 +190,10 @@ def readable() -> Iterator[None]:
     """Turn an answer that is not Flower's, such as a proxy's page, into an error of the line."""
     try:
         yield
-    except (httpx.HTTPError, ObjectPushError, RunError):
+    except (httpx.HTTPError, inflating.ObjectPushError, RunError):
         raise
     except Exception as error:  # each of the libraries has errors of its own over bytes that it did not expect
         raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
-
-
-class _LeadClient(RuntimeHttpClient):
-    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
-
-    def start_run(self, request: StartRunRequest) -> StartRunResponse:
-        return self._unary_unary(
-            path="/v1/control/start-run",
-            rpc_method="/flwr.proto.Control/StartRun",
-            request=request,
-            response_type=StartRunResponse,
-        )
 
 
 def _bundle() -> bytes:

@@ -1,8 +1,7 @@
 """Fetching a message of Flower's, which comes as a tree of objects, within bounded memory and time.
 
 What an object holds may name its parts more than once: some kilobytes that name one part a thousand times would fill a
-machine's memory when they are put together.  So the size of the whole is computed before.  It uses internals
-of Flower; tests/flower/test_internals.py fails where they change.
+machine's memory when they are put together.  So the size of the whole is computed before.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from flwr.app import Message
-from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.constant import HEAD_BODY_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content, iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 
+from fedtune.flower.internals import core, inflating, message_pb2, objects
 from fedtune.flower.wire.bounded_http import OutOfBounds
 
 MOST_OBJECTS = 4096
@@ -44,7 +40,7 @@ class NotWhole(OutOfBounds):
 
 
 def pull_message(
-    tree: ObjectTree,
+    tree: message_pb2.ObjectTree,
     pull: Callable[[str], bytes],
     confirm: Callable[[str], None],
     *,
@@ -64,16 +60,16 @@ def pull_message(
         NotWhole: it is larger, slower or built otherwise than any honest lead's.
         ObjectPullError: an object is no longer there.
     """
-    ids = list(dict.fromkeys(node.object_id for node in islice(iterate_object_tree(tree), MOST_OBJECTS + 1)))
+    ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
         raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
     most_bytes = MOST_BYTES if most_bytes is None else min(most_bytes, MOST_BYTES)
     most_s = MOST_S if most_s is None else min(most_s, MOST_S)
-    contents = pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
+    contents = inflating.pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
     if (size := _size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")
     confirm(tree.object_id)
-    message = inflate_object_from_contents(tree.object_id, contents)
+    message = inflating.inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)  # as `_size` required
     return message
 
@@ -105,7 +101,7 @@ def _size(id: str, kind: str, contents: Mapping[str, bytes], known: dict[str, in
     each were read again for everything that names it.
     """
     content = contents[id]
-    found, children, _ = get_object_head_values_from_object_content(content)
+    found, children, _ = objects.get_object_head_values_from_object_content(content)
     if found != kind:
         raise NotWhole(f"a {kind} that is something else")
     if id not in known:
@@ -130,5 +126,5 @@ def _named(kind: str, content: bytes, children: list[str]) -> list[str]:
     """The parts that an object names, as often as it does."""
     if kind == "Message":
         return children
-    body = json.loads(content[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :])
+    body = json.loads(content[content.index(core.HEAD_BODY_DIVIDER) + len(core.HEAD_BODY_DIVIDER) :])
     return [children[number] for number in body["arraychunk_ids"]] if kind == "Array" else list(body.values())

@@ -2,7 +2,6 @@
 
 A question stays open until it is answered or its time is up: it is asked again when its site comes back, or when the
 server forgot it.  That is safe, because a site answers the same request twice with the same bytes, charged once.
-It uses internals of Flower; tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from dataclasses import dataclass
 
 import httpx
 from flwr.app import Message
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
-from flwr.supercore.run import Run
 
 from fedtune.federation.replies import Closing
 from fedtune.flower.flower_records import num_bytes
-from fedtune.flower.streaming_grid import StreamingGrid
+from fedtune.flower.internals import inflating, set_metadata
 from fedtune.flower.wire.identity import TOLERANCE_S, Tls
 from fedtune.flower.wire.lead_session import LeadSession, Pulled
 from fedtune.privacy.keys import SigningKey
@@ -78,7 +75,7 @@ class _Question:
         return self.idle and silent_s < _SAYS_SO_AGAIN_S
 
 
-class RemoteGrid(StreamingGrid):
+class RemoteGrid:
     """The lead's connection to its sites.  Nodes are numbered 1, 2, ... in the order of `sites`, online or not.
 
     Args:
@@ -150,7 +147,7 @@ class RemoteGrid(StreamingGrid):
                 else:
                     log.warning("the server forgot this run (%s); asking again", error.response.status_code)
                     self._forget(open_)
-            except (httpx.HTTPError, ObjectPushError) as error:
+            except (httpx.HTTPError, inflating.ObjectPushError) as error:
                 self._wait_for_server(error)
             else:
                 time.sleep(_POLL_S)
@@ -201,7 +198,7 @@ class RemoteGrid(StreamingGrid):
                 continue
             if answer.has_error():
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
-            answer.metadata.__dict__["_src_node_id"] = number
+            set_metadata(answer, src_node_id=number)
             heard = self._hear(number, question.question, answer)
             if heard.again_s is None:
                 del questions[number]
@@ -254,19 +251,6 @@ class RemoteGrid(StreamingGrid):
     def _wait_for_server(self, error: Exception) -> None:
         log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
         time.sleep(_RECONNECT_S)
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError("a remote grid starts its own runs")
-
-    @property
-    def run(self) -> Run:
-        return self._opened.grid.run
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError("only whole exchanges survive a restart: use send_and_receive")
 
 
 def _addressed(question: Message, node_id: int, *, ttl: float) -> Message:

@@ -1,8 +1,7 @@
 """Rules for a site's calls: each message is held to its sender, its receiver and an open question of the lead's.
 
 Flower 1.41 checks who calls, and believes the rest: it stores a message between any two nodes, and hands the lead
-whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they
-change.
+whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they change.
 """
 
 from __future__ import annotations
@@ -12,20 +11,24 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, ObjectTree, PullObjectRequest
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
-from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash
-from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
-from flwr.supercore.utils import uint64_to_int64
 from sqlalchemy import text
 
+from fedtune.flower.internals import (
+    PROTOBUF_REQUEST_TYPES,
+    constant,
+    fleet_pb2,
+    message_pb2,
+    now,
+    objects,
+    runtime_pb2,
+    uint64_to_int64,
+)
 from fedtune.flower.wire.identity import NotAllowed
+
+if TYPE_CHECKING:
+    from fedtune.flower.internals import SqlLinkState
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
@@ -133,7 +136,7 @@ class SiteCalls:
         parts announced for it, the lead could ask nobody any more.
         """
         try:
-            request = PushAppMessagesRequest.FromString(body)
+            request = runtime_pb2.PushAppMessagesRequest.FromString(body)
         except Exception:  # protobuf's own; Flower refuses it
             return []
         with self._lock:
@@ -151,16 +154,18 @@ class SiteCalls:
         Flower would have the lead wait for one of which a part is missing, and one may be announced at any moment:
         only what is whole now is asked for.  A site that is offline is answered for by Flower.
         """
-        asked = PullAppMessagesRequest.FromString(body)
+        asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
         moment = now()
         found = self._rows(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
         unanswered = {row[0] for row in found}
         ids = [id for id in asked.message_ids if id not in unanswered]
         return (
-            body if len(ids) == len(asked.message_ids) else PullAppMessagesRequest(message_ids=ids).SerializeToString()
+            body
+            if len(ids) == len(asked.message_ids)
+            else runtime_pb2.PullAppMessagesRequest(message_ids=ids).SerializeToString()
         )
 
-    def _check_answer(self, request: PushMessagesRequest, node: int) -> None:
+    def _check_answer(self, request: fleet_pb2.PushMessagesRequest, node: int) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             raise NotAllowed(403, "not exactly one message")
         if any(request.clientapp_runtime_list):
@@ -181,9 +186,9 @@ class SiteCalls:
             if before is None or before.object_ids != object_ids:  # else: announced once more
                 self._answers[node][about.message_id] = answer
 
-    def _object_ids(self, tree: ObjectTree) -> frozenset[str]:
+    def _object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
         parts = list(islice(_parts(tree), _MOST_OBJECTS + 1))
-        if len(parts) > _MOST_OBJECTS or not all(is_valid_sha256_hash(part.object_id) for part in parts):
+        if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
             raise NotAllowed(403, "too many objects, or objects without a name")
         with self._lock:
             for part in parts:
@@ -192,11 +197,11 @@ class SiteCalls:
                     raise NotAllowed(403, "an object of the lead's, made of other parts")
         return frozenset(part.object_id for part in parts)
 
-    def _check_metadata(self, about: Metadata, node: int) -> float:
+    def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
         """Raise unless it answers an open question of the lead to this node; when the question expires."""
         if about.src_node_id != node:
             raise NotAllowed(403, "in another sender's name")
-        if about.dst_node_id != SUPERLINK_NODE_ID:
+        if about.dst_node_id != constant.SUPERLINK_NODE_ID:
             raise NotAllowed(403, "not to the lead")
         found = list(self._rows(_QUESTION, id=about.reply_to_message_id))
         if not about.reply_to_message_id:
@@ -204,7 +209,7 @@ class SiteCalls:
         if not found or found[0].until <= time.time():
             raise NotAllowed(409, "the question is not open")
         (question,) = found
-        if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != SUPERLINK_NODE_ID:
+        if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != constant.SUPERLINK_NODE_ID:
             raise NotAllowed(403, "another node's question")
         if question.run_id != uint64_to_int64(about.run_id):
             raise NotAllowed(403, "another run's question")
@@ -229,12 +234,12 @@ class SiteCalls:
         if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
             raise NotAllowed(409, "an object that nobody waits for")
 
-    def _check_pull(self, request: PullObjectRequest, node: int) -> None:
+    def _check_pull(self, request: message_pb2.PullObjectRequest, node: int) -> None:
         run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node)
         if not any(self._rows(_IS_ASKED, object=request.object_id, node=mine, run=run)):
             raise NotAllowed(409, "an object of no question to this node")
 
-    def _check_confirmed(self, request: ConfirmMessageReceivedRequest, node: int) -> None:
+    def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id
         found = list(self._rows(_QUESTION, id=id))
         if not found or found[0].dst_node_id != uint64_to_int64(node):
@@ -258,7 +263,7 @@ class SiteCalls:
             return session.execute(query, values).all()
 
 
-def _parts(tree: ObjectTree) -> Iterator[ObjectTree]:
+def _parts(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
     """All of its objects; protobuf bounds its depth."""
     yield tree
     for child in tree.children:

@@ -14,28 +14,26 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before Flower is imported, which reads it then.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import uvicorn
-from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
-from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.config_loader import SuperLinkLifespanConfig
-from flwr.superlink.main import create_app
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from fedtune.flower.internals import constant, superlink_app
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
 from fedtune.flower.wire.gate import Asgi, Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
+
+if TYPE_CHECKING:
+    from fedtune.flower.internals import SqlLinkState
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +85,10 @@ def serve(
         works: told every two seconds whether the database takes what is written.
         has_new_certificate: asked as often whether the server's files have another one since it was asked last.
     """
-    app = create_app(_superlink_config(settings), SuperLinkLifespan)
-    state, audit = app.state.linkstate_factory.state(), AuditLog(settings.audit)
+    app, state = superlink_app(
+        **asdict(settings.tls), host=settings.host, port=settings.port, database=settings.database
+    )
+    audit = AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
     gate = _gate(app, settings, roster)
@@ -166,12 +166,14 @@ def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditL
     for member in roster:
         node_id = state.get_node_id_by_public_key(member.node_key)
         if member.revoked and node_id is not None:
-            state.delete_node(NOOP_FLWR_AID, node_id)
+            state.delete_node(constant.NOOP_FLWR_AID, node_id)
             log.warning("%s was revoked", member.site)
             audit.note("member revoked", member=member.site)
         elif not member.revoked and node_id is None:
             try:
-                state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site)
+                state.create_node(
+                    constant.NOOP_FLWR_AID, constant.NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site
+                )
             except ValueError:
                 log.error("%s: its connection key was revoked before; it needs a new one", member.site)
                 audit.note("member not registered", member=member.site, reason="its key was revoked before")
@@ -264,33 +266,4 @@ def _http(gate: Gate, settings: ServerSettings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=10,
-    )
-
-
-def _superlink_config(settings: ServerSettings) -> SuperLinkLifespanConfig:
-    """Flower's own settings: nodes are authenticated, apps are run elsewhere, nothing is installed."""
-    tls = settings.tls
-    return SuperLinkLifespanConfig(
-        control_address="",
-        health_server_address=None,
-        host=settings.host,
-        port=settings.port,
-        insecure=False,
-        certificates=(tls.ca.read_bytes(), tls.certificate.read_bytes(), tls.key.read_bytes()),
-        superexec_auth_secret=None,
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=str(tls.ca),
-        ssl_certfile=str(tls.certificate),
-        ssl_keyfile=str(tls.key),
-        database=str(settings.database),
-        isolation=ISOLATION_MODE_PROCESS,
-        runtime_dependency_install=False,
     )

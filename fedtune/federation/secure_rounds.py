@@ -1,4 +1,4 @@
-"""The lead's side of secure rounds: a session of all sites, and one sum of their noisy gradient sums in each round."""
+"""Secure sums, the lead's half: a session of all sites, and one sum of their noisy gradient sums in each round."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message
-from flwr.serverapp import Grid
 
-from fedtune.federation.lead import Arrays, Checkpoints, LeadState, RoundResult
+from fedtune.federation.aggregation import Made
+from fedtune.federation.invitation import Lead
+from fedtune.federation.lead import Arrays, LeadState, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
-from fedtune.flower import flower_records
-from fedtune.flower.invitation import Lead
-from fedtune.flower.streaming_grid import receive
-from fedtune.model import Adapter
-from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.proposal import Proposal
+from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 from fedtune.training.lead_step import lead_step
 
 log = logging.getLogger(__name__)
@@ -87,44 +82,32 @@ class _Known:
         return known
 
 
-class SecureRounds:
-    """One run's secure sums, at its lead.
+NOT_SUMMED = "not_summed"
+"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
+
+
+class SecureSums:
+    """The aggregation of a run whose plan has secure sums.
 
     Args:
-        grid: that reaches the sites.
-        nodes: node id -> site, of all members.
-        proposal: of the run.
-        key: the lead's.
-        terms: that each site makes of the proposal, too.
-        settings: JSON of the run's configuration, for sites that do not have it.
-        checkpoints: where the session is kept for a lead that is started again.
-        timeout_s: for all sites' answers to one step.
+        transport: reaches the sites.
+        lead: of the run; its checkpoints keep the session for a lead that is started again.
+        state: the run's, for the length of its adapter.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        *,
-        nodes: Mapping[int, str],
-        proposal: Proposal,
-        key: SigningKey,
-        terms: Terms,
-        settings: str,
-        checkpoints: Checkpoints,
-        timeout_s: float,
-    ) -> None:
-        self._grid, self._nodes, self._proposal, self._key = grid, nodes, proposal, key
-        self._terms, self._settings, self._timeout_s = terms, settings, timeout_s
-        self._checkpoints, kept = checkpoints, checkpoints.session()
-        self._known = _Known.from_bytes(kept, terms) if kept else _Known()
+    def __init__(self, transport: Transport, lead: Lead, state: LeadState) -> None:
+        self._transport, self._lead = transport, lead
+        members = {site: lead.site_keys[site] for site in lead.declared_sizes}
+        self._terms = terms_of(lead.proposal, members=members, length=state.adapter.num_values)
+        kept = lead.checkpoints.session()
+        self._known = _Known.from_bytes(kept, self._terms) if kept else _Known()
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
-        self._traffic = [0, 0]
 
     @property
     def session(self) -> str:
         """The lead's name for the session that goes on."""
-        assert self._known.begun is not None, "ready first"
+        assert self._known.begun is not None, "prepare first"
         return self._known.begun.name
 
     @property
@@ -132,7 +115,61 @@ class SecureRounds:
         """Sites that no round is asked of any more."""
         return frozenset(self._known.left_out)
 
-    def ready(self) -> tuple[str, ...]:
+    def resume(self, state: LeadState) -> LeadState:
+        """The state after every round that a lead before this one asked for: none of these releases is begun again.
+
+        Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
+        """
+        lead = self._lead
+        for round, sites in sorted(lead.checkpoints.asked().items()):
+            if round <= state.round:
+                continue
+            not_asked = {site: LEFT_OUT if site in self.left_out else NO_REPLY for site in lead.declared_sizes}
+            lost = RoundResult(
+                round=round,
+                seconds=0.0,
+                sites=(),
+                failed_sites=not_asked | dict.fromkeys(sites, NOT_SUMMED),
+                bytes_down=0,
+                bytes_up=0,
+                metrics=state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter),
+                ended=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            state = replace(state, round=round, rounds=(*state.rounds, lost))
+        return state
+
+    def restore(self, strategy: Arrays) -> None:
+        """Nothing: the optimizer's state is that of the run alone."""
+
+    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+        """The adapter after a step with the sum of a round's uploads; the one before where it cannot be read."""
+        lead, adapter, strategy = self._lead, state.adapter, state.strategy
+        sites: tuple[str, ...] = ()
+        try:
+            total, sites = self.total(replies.round, replies.masked)
+            adapter, strategy = lead_step(
+                state.adapter,
+                total,
+                state.strategy,
+                training=lead.training,
+                plan=lead.plan,
+                step=sum(bool(one.sites) for one in state.rounds),
+                sites=len(sites),
+                most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
+                declared_size=sum(lead.declared_sizes[site] for site in sites),
+            )
+        except Unreadable as error:
+            lost = [one.round for one in state.rounds if not one.sites]
+            if state.round in lost or len(lost) + 1 >= MOST_LOST:
+                pairs = sorted(" and ".join(sorted(pair)) for pair in self._known.accused)
+                accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
+                before = f"as before in round {', '.join(map(str, lost))}, and each is charged{accused}"
+                raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
+            log.error("%s; going on with the next round", error)
+        failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
+        return Made(adapter, sites, {**replies.failures, **failures}, strategy)
+
+    def prepare(self) -> tuple[str, ...]:
         """The members that a round may be asked of: in one session, before anybody pays.
 
         A session begins where there is none, or where a member has no part in it any more: it was started again.  Where
@@ -184,7 +221,7 @@ class SecureRounds:
             joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
             if not missing and set(joined.values()) == {session.digest.encode()}:
                 self._known.begun = begun
-                self._checkpoints.keep_session(self._known.to_bytes())
+                self._lead.checkpoints.keep_session(self._known.to_bytes())
                 return {}
             if missing:  # each further try would take the others from the session that they came from
                 why = _in_words(missing)
@@ -200,7 +237,7 @@ class SecureRounds:
         Raises:
             Unreadable: too few sites took the steps that it needs; the next round may go on.
         """
-        assert self._known.begun is not None, "ready first"
+        assert self._known.begun is not None, "prepare first"
         release = Summation(self._known.begun.session, release=round)
         _take(uploads, release.add_upload)
         request = release.confirm_request()
@@ -229,39 +266,26 @@ class SecureRounds:
         self._known.accused |= {frozenset(pair) for pair in wrong_shares}
         pairs = [pair for pair in self._known.accused if len(pair) > 1 and not pair & self._known.left_out]
         most = Counter(site for pair in pairs for site in pair).most_common(2)
-        shared = self._proposal.plan.shared
-        assert shared is not None, "a plan of secure sums"
         if dealer is None and most:
             (first, count), (_, next_count) = most  # a pair has two ends
-            dealer = first if count > max(1, shared.colluders, next_count) else None
+            dealer = first if count > max(1, self._lead.federation.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
             self._known.left_out.add(dealer)
-        self._checkpoints.keep_session(self._known.to_bytes())
-
-    @property
-    def accused(self) -> str:
-        """Of which two sites one is at fault for a wrong share, in words; empty: of none."""
-        pairs = sorted(" and ".join(sorted(pair)) for pair in self._known.accused)
-        return f"; wrong shares between {', '.join(pairs)}" if pairs else ""
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes to the sites and from them since the last call."""
-        down, up = self._traffic
-        self._traffic = [0, 0]
-        return down, up
+        self._lead.checkpoints.keep_session(self._known.to_bytes())
 
     def _ask(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
     ) -> tuple[dict[str, bytes], dict[str, Refusal | None]]:
         """The answers by site, in the members' order, and why others gave none; None: they did not answer."""
-        expires, messages = time.time() + self._timeout_s, []
-        for node, site in self._nodes.items():
+        timeout_s = self._lead.federation.round_timeout_s
+        expires, questions = time.time() + timeout_s, []
+        for site in self._lead.declared_sizes:
             if site not in parts:
                 continue
             own = tuple(parts[site])
             asked = SumRequest(
-                proposal=self._proposal,
+                proposal=self._lead.proposal,
                 site=site,
                 expires=expires,
                 step=step,
@@ -269,22 +293,11 @@ class SecureRounds:
                 parts_digest=digest_of_parts(own),
             )
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
-            settings = self._settings if step == ANNOUNCE else ""
-            content = flower_records.from_sum(asked.signed(self._key), own, settings=settings)
-            messages.append(Message(content, node, f"query.{flower_records.SUM}"))
-        self._traffic[0] += sum(flower_records.num_bytes(message.content) for message in messages)
+            settings = self._lead.settings if step == ANNOUNCE else ""
+            questions.append(Question(site=site, signed=asked.signed(self._lead.key), settings=settings, parts=own))
         found: dict[str, bytes] = {}
         missing: dict[str, Refusal | None] = dict.fromkeys(parts)
-        for message in receive(self._grid, messages, timeout=self._timeout_s):
-            site = self._nodes[message.metadata.src_node_id]
-            if message.has_error():
-                continue
-            try:
-                answer = flower_records.to_step(message.content)
-            except ConfigError as error:
-                log.warning("%s sent an unreadable step of the secure sum: %s", site, error)
-                continue
-            self._traffic[1] += flower_records.num_bytes(message.content)
+        for site, answer in self._transport.sum_up(questions, timeout_s=timeout_s):
             if isinstance(answer, Refusal):
                 missing[site] = answer
             else:
@@ -303,95 +316,3 @@ def _take(messages: Mapping[str, bytes], add: Callable[[str, bytes], None]) -> N
             add(site, data)
         except Rejected as rejected:  # a bad message costs its own site's part alone
             log.warning("%s: %s", site, rejected)
-
-
-def secure_rounds(grid: Grid, lead: Lead, state: LeadState) -> SecureRounds | None:
-    """The run's secure sums; None for a run without."""
-    if lead.plan.shared is None:
-        return None
-    members = {site: lead.site_keys[site] for site in lead.declared_sizes}
-    terms = terms_of(lead.proposal, members=members, length=state.adapter.num_values)
-    return SecureRounds(
-        grid,
-        nodes=lead.nodes,
-        proposal=lead.proposal,
-        key=lead.key,
-        terms=terms,
-        settings=lead.settings,
-        checkpoints=lead.checkpoints,
-        timeout_s=lead.federation.round_timeout_s,
-    )
-
-
-def past_asked(lead: Lead, state: LeadState, *, left_out: Collection[str]) -> LeadState:
-    """The state after every round that a lead before this one asked for: none of these releases is begun again.
-
-    Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
-    """
-    for round, sites in sorted(lead.checkpoints.asked().items()):
-        if round <= state.round:
-            continue
-        not_asked = {site: LEFT_OUT if site in left_out else NO_REPLY for site in lead.declared_sizes}
-        lost = RoundResult(
-            round=round,
-            seconds=0.0,
-            sites=(),
-            failed_sites=not_asked | dict.fromkeys(sites, NOT_SUMMED),
-            bytes_down=0,
-            bytes_up=0,
-            metrics=state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter),
-            ended=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        state = replace(state, round=round, rounds=(*state.rounds, lost))
-    return state
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What a round made of its updates.
-
-    Attributes:
-        sites: whose updates are in it.
-        failures: site -> why its update is not.
-        strategy: the optimizer's state, for a checkpoint.
-        bytes_down: to the sites beside the round's own messages, and `bytes_up` from them.
-    """
-
-    adapter: Adapter
-    sites: tuple[str, ...]
-    failures: Mapping[str, str]
-    strategy: Arrays
-    bytes_down: int = 0
-    bytes_up: int = 0
-
-
-NOT_SUMMED = "not_summed"
-"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
-
-
-def summed(sums: SecureRounds, lead: Lead, state: LeadState, replies: RoundReplies) -> Made:
-    """The adapter after a step with the secure sum of a round's uploads; the one before where it cannot be read."""
-    adapter, strategy = state.adapter, state.strategy
-    sites: tuple[str, ...] = ()
-    try:
-        total, sites = sums.total(replies.round, replies.masked)
-        adapter, strategy = lead_step(
-            state.adapter,
-            total,
-            state.strategy,
-            training=lead.training,
-            plan=lead.plan,
-            step=sum(bool(one.sites) for one in state.rounds),
-            sites=len(sites),
-            most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
-            declared_size=sum(lead.declared_sizes[site] for site in sites),
-        )
-    except Unreadable as error:
-        lost = [one.round for one in state.rounds if not one.sites]
-        if state.round in lost or len(lost) + 1 >= MOST_LOST:
-            before = f"as before in round {', '.join(map(str, lost))}, and each is charged{sums.accused}"
-            raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
-        log.error("%s; going on with the next round", error)
-    failures = dict.fromkeys((site for site in replies.sites if site not in sites), NOT_SUMMED)
-    down, up = sums.traffic()
-    return Made(adapter, sites, {**replies.failures, **failures}, strategy, bytes_down=down, bytes_up=up)

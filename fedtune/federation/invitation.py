@@ -5,25 +5,21 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
-
+from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.protocol import Invitation, Reply
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower import flower_records
-from fedtune.flower.streaming_grid import receive
+from fedtune.federation.transport import Question, Transport
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, RunError
+from fedtune.spec import WIRE_SCHEMA, RefusedError, RunError
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -37,7 +33,6 @@ class Invited:
         proposal: what every site is asked to take part in.
         key: the lead's, which signs each question and request.
         settings: JSON of the run's configuration, for sites that do not have it; or empty.
-        nodes: node id -> site, where that is known; empty: each node is asked for its name before a run begins.
         site_keys: site -> the public key under which it signs, where that is known beforehand.
     """
 
@@ -45,8 +40,14 @@ class Invited:
     key: SigningKey
     federation: FederationSpec
     settings: str = ""
-    nodes: Mapping[int, str] = field(default_factory=dict)
     site_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def heed(self, site: str, reply: Reply) -> Reply:
+        """A site's reply, without a receipt under a foreign key."""
+        if reply.receipt and reply.receipt.site_key != self.site_keys.get(site, reply.receipt.site_key):
+            log.warning("%s: its receipt is signed with a key that the roster does not know", site)
+            return replace(reply, receipt=None)
+        return reply
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,26 +84,24 @@ class Answers:
         raise error(f"{too_few}; nothing was charged for this run")
 
 
-def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
+def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answers:
     """Ask every site about a run, and sort out what they say; no site is charged.
 
     Args:
-        grid: that reaches them.
+        transport: reaches them.
         asked: who, about what.
         less: whether a site without room for all of it is to say how much it has room for.
     """
-    expires, nonce = time.time() + asked.federation.round_timeout_s, secrets.token_hex(16)
-    messages = []
-    for node_id, site in asked.nodes.items():
-        question = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
-        content = flower_records.from_signed(question.signed(asked.key), settings=asked.settings)
-        messages.append(Message(content, node_id, f"query.{flower_records.INVITE}"))
-    received = receive(grid, messages, timeout=asked.federation.round_timeout_s)
-    replies = {site: reply for site, reply, _ in readable(received, asked)}
+    timeout_s, nonce = asked.federation.round_timeout_s, secrets.token_hex(16)
+    expires, questions = time.time() + timeout_s, []
+    for site in asked.federation.active:
+        invitation = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
+        questions.append(Question(site=site, signed=invitation.signed(asked.key), settings=asked.settings))
+    replies = {site: asked.heed(site, reply) for site, reply in transport.invite(questions, timeout_s=timeout_s)}
     offers: dict[str, Offer] = {}
     refusals: dict[str, Refusal] = {}
     silent: dict[str, str] = {}
-    for site in asked.nodes.values():
+    for site in asked.federation.active:
         if site not in replies:
             silent[site] = NO_REPLY
             continue
@@ -113,37 +112,15 @@ def invite(grid: Grid, asked: Invited, *, less: bool = False) -> Answers:
         elif own and isinstance(reply.body, Refusal):
             refusals[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
-            silent[site] = _unsigned(reply.body.reason)  # it is shown, and may change
+            silent[site] = reply.body.reason.value  # it is shown, and may change
+            if reply.body.reason is Reason.MALFORMED_REQUEST:
+                here = f"this lead, which speaks protocol {WIRE_SCHEMA}"
+                silent[site] += f", so it may run another version of fedtune than {here}"
         else:
             silent[site] = UNSIGNED_REPLY
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
         log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)
-
-
-def _unsigned(reason: Reason) -> str:
-    if reason is not Reason.MALFORMED_REQUEST:
-        return reason.value
-    here = f"this lead, which speaks protocol {WIRE_SCHEMA}"
-    return f"{reason.value}, so it may run another version of fedtune than {here}"
-
-
-def readable(received: Iterable[Message], asked: Invited) -> Iterator[tuple[str, Reply, Message]]:
-    """Each site's readable answer; an unreadable one counts as none, as does a receipt under a foreign key."""
-    for message in received:
-        site = asked.nodes.get(message.metadata.src_node_id)
-        if site is None or message.has_error():
-            log.warning("%s: Flower delivered an error in place of a reply", site)
-            continue
-        try:
-            reply = flower_records.to_reply(message.content)
-            if reply.receipt and reply.receipt.site_key != asked.site_keys.get(site, reply.receipt.site_key):
-                log.warning("%s: its receipt is signed with a key that the roster does not know", site)
-                reply = replace(reply, receipt=None)
-        except ConfigError as error:
-            log.warning("%s sent an unreadable reply: %s", site, error)
-            continue
-        yield site, reply, message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +131,7 @@ class Lead(Invited):
         training: how each site steps, which bounds how far an update can be from the adapter that was sent.
         lora: which tensors rest in a round.
         declared_sizes: site -> the size it publishes; the weights of the average.
+        average: makes the next adapter of plain updates.
         evaluate: scores an adapter on the lead's own validation data.
         judged_by: of these scores the one that may decide when the run ends, and whose adapter it keeps.
         finished: called with the state after each round.
@@ -165,7 +143,7 @@ class Lead(Invited):
     training: TrainingSpec
     lora: LoraSpec
     declared_sizes: Mapping[str, int]
-    strategy: FedAvg
+    average: Aggregation
     checkpoints: Checkpoints
     evaluate: Callable[[Adapter], Mapping[str, float]]
     finished: Callable[[LeadState], None]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation import forecast as forecast_module
-from fedtune.federation.forecast import forecast, seconds_per_example
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.run_plan import Plan
+from fedtune.runs import forecast as forecast_module
+from fedtune.runs.forecast import forecast, seconds_per_example
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 

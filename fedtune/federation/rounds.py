@@ -1,0 +1,199 @@
+"""The lead's end of a run: asks who takes part, asks and aggregates round by round, and tells the end.
+
+Before round 1 nobody pays: each site says whether it would take part, or why not.  Every round ends in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+
+from fedtune.federation.aggregation import Aggregation
+from fedtune.federation.arrived import Arrived
+from fedtune.federation.invitation import Lead, invite
+from fedtune.federation.kept_round import is_over, kept_of
+from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
+from fedtune.federation.protocol import EndOfRun, RoundRequest
+from fedtune.federation.replies import RoundReplies
+from fedtune.federation.secure_rounds import SecureSums
+from fedtune.federation.transport import Question, Transport
+from fedtune.model import Adapter
+from fedtune.privacy.release import Reason, Receipt, Update
+from fedtune.spec import RefusedError, RunError, StuckError
+from fedtune.training.reach import reach
+
+log = logging.getLogger(__name__)
+
+_END_TIMEOUT_S = 60.0
+
+
+def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
+    """Run the rounds that `state` has not seen yet.
+
+    Raises:
+        RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the checkpoint before it
+            can be resumed.
+        RefusedError: too many sites refuse, or have used up their plan, for any round to succeed.
+    """
+    there = transport.reach(lead.declared_sizes, timeout_s=lead.federation.round_timeout_s)
+    if missing := sorted(set(lead.declared_sizes) - set(there)):
+        raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
+    if state.round == 0:
+        # So that no site is charged for a run that the others' policies end.
+        answers, rounds = invite(transport, lead), lead.plan.num_rounds
+        answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
+    aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
+    state = aggregation.resume(state)
+    transport.traffic()  # invitations are no round's
+    try:
+        while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
+            state = _run_round(transport, lead, state, aggregation)
+            lead.checkpoints.save(state)
+            lead.finished(state)
+    except RefusedError:
+        # No round can succeed any more: the sites that accepted need not hold budget for it.
+        _tell_the_end(transport, lead, adapter=None)
+        raise
+    if not any(one.sites for one in state.rounds):
+        raise RunError(f"no round of {lead.run} had a result; nothing was trained")
+    for site, receipt in _tell_the_end(transport, lead, adapter=state.kept).items():
+        state = state.heard(site, receipt, run=lead.run, most_rounds=lead.plan.most_rounds) or state
+    lead.checkpoints.save(state)
+    return state
+
+
+def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: Aggregation) -> LeadState:
+    """The state after one more round."""
+    round, started = state.round + 1, time.monotonic()
+    sites = list(aggregation.prepare())
+    lead.checkpoints.ask(round, sites)
+    state = state.asked(sites)
+    questions = _requests(lead, state, session=aggregation.session, sites=sites)
+    rests = lead.lora.rests_in(round)
+    reaches = {
+        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter, rests=rests)
+        for site, size in lead.declared_sizes.items()
+    }
+    with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
+        replies = RoundReplies(
+            proposal=lead.proposal,
+            round=round,
+            sent=state.adapter,
+            reaches=reaches,
+            arrived=arrived,
+            left_out=aggregation.left_out,
+        )
+        for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
+            receipt, update = lead.heed(site, reply).receipt, isinstance(reply.body, Update)
+            after = state.heard(site, receipt, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
+            # Without its receipt an update does not count.
+            replies.take(site, replace(reply, receipt=receipt if after else None))
+            state = after or state
+        _require_enough(replies, lead, round)
+        made = aggregation.combine(state, replies)
+    bytes_down, bytes_up = transport.traffic()
+    metrics: Scores = lead.evaluate(adapter := made.adapter)
+    if diverged := not _is_sound(adapter, metrics):
+        adapter, metrics = _back(lead, state, aggregation, metrics)
+    result = RoundResult(
+        round=round,
+        seconds=time.monotonic() - started,
+        sites=made.sites,
+        failed_sites=made.failures,
+        bytes_down=bytes_down,
+        bytes_up=bytes_up,
+        metrics=metrics,
+        site_scores=replies.scores,
+        ended=datetime.now(UTC).isoformat(timespec="seconds"),
+        diverged=diverged,
+    )
+    rounds = (*state.rounds, result)
+    kept = kept_of(rounds, lead.federation, judged_by=lead.judged_by)
+    return replace(
+        state,
+        round=round,
+        adapter=adapter,
+        best=None if kept is None or kept.round == round else state.kept,
+        strategy=state.strategy if diverged else made.strategy,
+        rounds=rounds,
+        seconds=lead.elapsed(),
+    )
+
+
+def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
+    values = all(bool(np.isfinite(tensor).all()) for tensor in adapter.tensors.values())
+    return values and all(score is not None and math.isfinite(score) for score in metrics.values())
+
+
+def _back(lead: Lead, state: LeadState, aggregation: Aggregation, found: Scores) -> tuple[Adapter, Scores]:
+    """The adapter before a round that diverged, with its scores; the server optimizer goes back, too.
+
+    Raises:
+        RunError: the round before diverged as well.
+    """
+    scores = ", ".join(f"{name} {score:g}" for name, score in found.items())
+    text = f"round {state.round + 1} diverged ({scores or 'the average is not finite'})"
+    if state.rounds and state.rounds[-1].diverged:
+        rates = lead.training.lower_rates(clipped=lead.plan.private)
+        lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+        raise StuckError(
+            f"{text}, as the round before did; the checkpoint of round {state.round} holds the last good adapter.  "
+            "The learning rates are too high, and resuming would diverge again: what was charged stays charged; "
+            f"start a new run with {lower}"
+        )
+    log.error("%s; going back to the adapter that it began with", text)
+    aggregation.restore(state.strategy)
+    return state.adapter, state.rounds[-1].metrics if state.rounds else lead.evaluate(state.adapter)
+
+
+def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str]) -> list[Question]:
+    receipts, digest = newest_of(lead.earlier_receipts, state.receipts), state.adapter.digest()
+    expires, questions = time.time() + lead.federation.round_timeout_s, []
+    for site in sites:
+        request = RoundRequest(
+            proposal=lead.proposal,
+            round=state.round + 1,
+            site=site,
+            adapter_digest=digest,
+            session=session,
+            receipt=receipts.get(site),
+            expires=expires,
+        )
+        signed = request.signed(lead.key)
+        questions.append(Question(site=site, signed=signed, adapter=state.adapter, settings=lead.settings))
+    return questions
+
+
+def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
+    least = lead.federation.least_sites
+    if len(replies.sites) >= least:
+        return
+    refusals = {site: refusal.in_words for site, refusal in replies.refusals.items()}
+    others = {site: refusals.get(site, reason) for site, reason in replies.failures.items()}
+    too_few = lead.federation.too_few(len(replies.sites), "sent an update", others=others)
+    final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
+    if len(lead.declared_sizes) - len(final) < least:
+        exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
+        hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
+        raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
+    raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
+
+
+def _tell_the_end(transport: Transport, lead: Lead, *, adapter: Adapter | None) -> dict[str, Receipt]:
+    """Tell every site that the run is over; the receipts of those that answer.  Others wait until it expires."""
+    given = adapter if lead.gives_adapter else None
+    notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
+    signed = notice.signed(lead.key)
+    questions = [Question(site=site, signed=signed, adapter=given) for site in lead.federation.active]
+    timeout_s = min(lead.federation.round_timeout_s, _END_TIMEOUT_S)
+    return {
+        site: receipt
+        for site, receipt in transport.end(questions, timeout_s=timeout_s)
+        if receipt and receipt.site_key == lead.site_keys.get(site, receipt.site_key)
+    }

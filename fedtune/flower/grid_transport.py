@@ -1,0 +1,103 @@
+"""The lead's transport over a grid: Flower's own, as Ray's engine has it, or one that yields answers as they come."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.federation.protocol import Reply
+from fedtune.federation.transport import Question
+from fedtune.flower import flower_records
+from fedtune.privacy.release import Receipt, Refusal
+from fedtune.spec import ConfigError
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class StreamingGrid(Protocol):
+    """A grid that yields each answer as it comes; Flower's own waits for all of them, and holds them all."""
+
+    def get_node_ids(self) -> Iterable[int]: ...
+
+    def receive(self, messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
+        """Send `messages`, and yield the answers as they come, within `timeout` seconds."""
+
+
+class GridTransport:
+    """Sites as nodes of a grid.
+
+    Args:
+        grid: reaches them.
+        nodes: node id -> site, where that is known; None: each node is asked for its name.
+    """
+
+    def __init__(self, grid: Grid | StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
+        self._grid, self._nodes, self._traffic = grid, dict(nodes or {}), [0, 0]
+
+    def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
+        if not self._nodes:
+            deadline = time.monotonic() + timeout_s
+            while len(node_ids := list(self._grid.get_node_ids())) < len(sites) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]
+            for message in self._receive(questions, timeout_s=timeout_s):
+                if not message.has_error():
+                    name = message.content.config_records[flower_records.SITE]["name"]
+                    self._nodes[message.metadata.src_node_id] = str(name)
+        return self._nodes.values()
+
+    def invite(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        return self._exchange(f"query.{flower_records.INVITE}", questions, flower_records.to_reply, timeout_s)
+
+    def train(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Reply]]:
+        return self._exchange("train", questions, flower_records.to_reply, timeout_s)
+
+    def sum_up(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, bytes | Refusal]]:
+        return self._exchange(f"query.{flower_records.SUM}", questions, flower_records.to_step, timeout_s)
+
+    def end(self, questions: Sequence[Question], *, timeout_s: float) -> Iterator[tuple[str, Receipt | None]]:
+        return self._exchange(f"query.{flower_records.END}", questions, flower_records.to_receipt, timeout_s)
+
+    def traffic(self) -> tuple[int, int]:
+        (down, up), self._traffic = self._traffic, [0, 0]
+        return down, up
+
+    def _exchange(
+        self, kind: str, questions: Sequence[Question], read: Callable[[RecordDict], _T], timeout_s: float
+    ) -> Iterator[tuple[str, _T]]:
+        numbers = {site: node_id for node_id, site in self._nodes.items()}
+        # An adapter is encoded once, whomever it is sent to.
+        adapters: dict[int, ArrayRecord] = {}
+        messages = []
+        for question in questions:
+            if question.adapter is not None and id(question.adapter) not in adapters:
+                adapters[id(question.adapter)] = flower_records.from_adapter(question.adapter)
+            content = flower_records.from_question(question, adapters.get(id(question.adapter)))
+            self._traffic[0] += flower_records.num_bytes(content)
+            messages.append(Message(content, numbers[question.site], kind))
+        for message in self._receive(messages, timeout_s=timeout_s):
+            site = self._nodes.get(message.metadata.src_node_id)
+            if site is None or message.has_error():
+                log.warning("%s: Flower delivered an error in place of a reply", site)
+                continue
+            try:
+                answer = read(message.content)
+            except ConfigError as error:
+                log.warning("%s sent an unreadable answer: %s", site, error)
+                continue
+            self._traffic[1] += flower_records.num_bytes(message.content)
+            # Flower's records hold each other in a circle, and would wait for the collector.
+            for record in message.content.array_records.values():
+                record.clear()
+            yield site, answer
+
+    def _receive(self, messages: Sequence[Message], *, timeout_s: float) -> Iterator[Message]:
+        if isinstance(self._grid, Grid):
+            return iter(self._grid.send_and_receive(messages, timeout=timeout_s))
+        return self._grid.receive(messages, timeout=timeout_s)

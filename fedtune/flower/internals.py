@@ -1,0 +1,125 @@
+"""Everything that fedtune takes from Flower beside its public interface; no other file does.
+
+tests/flower/test_internals.py names what is relied on: a new release of Flower is tried there, and what fails is mended
+here.  What takes long to import, as the server's parts do, is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common import constant
+from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.proto import control_pb2, fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, node_pb2, runtime_pb2
+from flwr.supercore import constant as core
+from flwr.supercore.date import now
+from flwr.supercore.inflatable import inflatable_object as objects
+from flwr.supercore.inflatable import inflatable_protobuf_utils as fetching
+from flwr.supercore.inflatable import inflatable_utils as inflating
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.interceptors.http.utils import add_headers
+from flwr.supercore.primitives import asymmetric
+from flwr.supercore.protobuf import client as rpc
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import uint64_to_int64
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+if TYPE_CHECKING:
+    from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+    from flwr.superlink.grid import HttpGrid
+
+
+def identify(*, run_id: int | None = None, node_id: int | None = None, task_id: int | None = None) -> None:
+    """Set who sends the messages that this process makes; Flower's constructor of one reads it from here."""
+    for name, number in (("run_id", run_id), ("node_id", node_id), ("task_id", task_id)):
+        if number is not None:
+            setattr(TaskIdentity, name, number)
+
+
+def set_metadata(message: Message, *, message_id: str | None = None, src_node_id: int | None = None) -> None:
+    """Set what Flower lets nobody set: the id that an answer refers to, and who sent a message."""
+    changed = {"_message_id": message_id, "_src_node_id": src_node_id}
+    message.metadata.__dict__.update({name: value for name, value in changed.items() if value is not None})
+
+
+def http_client(client: rpc.ProtobufClient) -> httpx.Client:
+    """The client of httpx's that makes its calls."""
+    return client._client
+
+
+class RunStarter(RuntimeHttpClient):
+    """Flower's Runtime API, and the one call of its Control API that the lead needs."""
+
+    def start_run(self, request: control_pb2.StartRunRequest) -> control_pb2.StartRunResponse:
+        return self._unary_unary(
+            path="/v1/control/start-run",
+            rpc_method="/flwr.proto.Control/StartRun",
+            request=request,
+            response_type=control_pb2.StartRunResponse,
+        )
+
+
+def http_grid(server: str, token: str, client: RuntimeHttpClient) -> HttpGrid:
+    """Flower's grid over `client`; the one that it would make by itself shows no certificate."""
+    from flwr.superlink.grid import HttpGrid
+
+    grid = HttpGrid(server, token=token)
+    grid._client = client
+    return grid
+
+
+def node_authentication(
+    private: ec.EllipticCurvePrivateKey, public: ec.EllipticCurvePublicKey
+) -> rpc.ProtobufClientInterceptor:
+    """Signs each of a node's calls, as Flower checks it."""
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    return NodeAuthHttpInterceptor(private, public)
+
+
+def superlink_app(
+    *, ca: Path, certificate: Path, key: Path, host: str, port: int, database: Path
+) -> tuple[Any, SqlLinkState]:
+    """Flower's SuperLink as an ASGI application, and its state.
+
+    Nodes are authenticated, apps are run elsewhere, nothing is installed.  All but a node's calls are open to anybody.
+    """
+    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=False,
+        certificates=(ca.read_bytes(), certificate.read_bytes(), key.read_bytes()),
+        superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=constant.TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(ca),
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+        database=str(database),
+        isolation=constant.ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+    app = create_app(config, SuperLinkLifespan)
+    return app, app.state.linkstate_factory.state()
