@@ -67,7 +67,6 @@ def chat(
     from fedtune.runs.saved_model import SavedModel
 
     conversation = _Conversation(config, SavedModel(config, folders), spec, adapter=next(iter(folders)))
-    conversation.greet()
     for message in _typed_lines():
         if message in ("/quit", "/exit"):
             break
@@ -81,15 +80,13 @@ class _Conversation:
     """The turns so far, and the adapter that answers."""
 
     def __init__(self, config: RunConfig, saved: SavedModel, spec: WritingSpec, *, adapter: str) -> None:
-        self._config, self._saved, self._spec, self._adapter = config, saved, spec, adapter
+        self._saved, self._spec, self._adapter = saved, spec, adapter
         self._turns: Sequence[tuple[str, str]] = ()
         self._keeps_turns = "messages" in prompt_columns(config)
-
-    def greet(self) -> None:
         _say(f"{self._adapter} answers; /help lists the commands.")
         if not self._keeps_turns:
             _say("The run was tuned on single texts, not on conversations: each message is a new prompt.")
-        warn_of_fixed_prompt(self._config)
+        warn_of_fixed_prompt(config)
 
     def command(self, words: str) -> None:
         """What is typed with a slash."""

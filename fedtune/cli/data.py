@@ -112,14 +112,8 @@ def init(
     except ConfigError:
         target.unlink()
         raise
-    show(
-        Console(),
-        [
-            *file_sections(found, plan.measured),
-            lengths(plan, spec.path),
-            Section(title="To know", notes=starter.notes(found, plan)),
-        ],
-    )
+    to_know = Section(title="To know", notes=starter.notes(found, plan))
+    show(Console(), [*file_sections(found, plan.measured), lengths(plan, spec.path), to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 
@@ -185,8 +179,14 @@ def clean(
     do it before you declare the size of your data and before the first run.  The guarantee is then about the records
     of the new file, not about those that were dropped.
     """
-    config = _experiment(settings, None)
-    source = _file_of(config, of)
+    config, key = _experiment(settings, None), f"data.{of}_file"
+    name = getattr(config.data, f"{of}_file")
+    if name is None:
+        raise ConfigError(key, None, f"must name the file that --of {of} is about")
+    if SITE in name:
+        bound = f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
+        raise ConfigError(key, name, bound)
+    source = resolve_file(name, shipped_folders(), key=key)
     if out.suffix != ".jsonl":
         raise ConfigError("--out", str(out), "must end in .jsonl")
     _require_new(out)
@@ -218,18 +218,6 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
             raise ConfigError("experiment", word, bound)
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     return config if site is None else at_own_site(config, read_policy(site), folder=site.parent)
-
-
-def _file_of(config: RunConfig, of: str) -> Path:
-    key = f"data.{of}_file"
-    name = getattr(config.data, f"{of}_file")
-    if name is None:
-        raise ConfigError(key, None, f"must name the file that --of {of} is about")
-    if SITE in name:
-        raise ConfigError(
-            key, name, f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
-        )
-    return resolve_file(name, shipped_folders(), key=key)
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from fedtune.data.load import FAR
-from fedtune.data.text_rows import Row
 from fedtune.preparation import starter
 from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
@@ -71,15 +71,10 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
     yield Section(
         title="Columns",
         headings=("name", "filled", "holds", "different values"),
-        rows=tuple(
-            (
-                one.name,
-                f"{one.filled:,}",
-                one.holds or "nothing",
-                f"{len(one.labels):,}" if one.values else "many",
-            )
+        rows=[
+            (one.name, f"{one.filled:,}", one.holds or "nothing", f"{len(one.labels):,}" if one.values else "many")
             for one in islice(found.columns.values(), _MOST_COLUMNS)
-        ),
+        ],
         words={0, 2},
         notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
     )
@@ -89,25 +84,21 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
         for kind, count, some in found.columns[name].strange
     )
     yield _shortened("Odd values, whose rows a run may leave out", ("column", "are", "values", "row: value"), odd)
-    yield Section(
-        title="First rows",
-        headings=tuple(f"{role}: {column}" for role, column in found.roles.items()),
-        rows=tuple(tuple(_cut(row, column) for column in found.roles.values()) for row in found.first),
-        words=range(len(found.roles)),
-    )
+    columns = found.roles.values()
+    rows = [tuple(_short(_text(row.get(column, ""))) for column in columns) for row in found.first]
+    headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
+    yield Section(title="First rows", headings=headings, rows=rows, words=range(len(columns)))
     if measured.labels:
         yield _labels(measured.labels, measured.usable)
     if found.faults:
         yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
 
-def _cut(row: Row, column: str) -> str:
-    value = row.get(column, "")
+def _text(value: Any) -> str:
     if isinstance(value, list):  # turns of a conversation
-        value = " | ".join(
-            ": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value
-        )
-    return _short(value if isinstance(value, str) else shown(value))
+        turns = (": ".join(map(str, turn.values())) if isinstance(turn, dict) else str(turn) for turn in value)
+        return " | ".join(turns)
+    return value if isinstance(value, str) else shown(value)
 
 
 def _short(text: str) -> str:
@@ -128,8 +119,8 @@ def _shortened(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...
 
 def lengths(plan: starter.Plan, model: str) -> Section:
     """Tokens of a file's records, by the tokenizer of a model."""
-    median, most_of_them, longest = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
-    row = (f"{median:,}", f"{most_of_them:,}", f"{longest:,}", f"{plan.max_length:,}")
+    shares = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
+    row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {model}"
     return Section(title=title, headings=headings, rows=(row,), words=())
@@ -137,20 +128,20 @@ def lengths(plan: starter.Plan, model: str) -> Section:
 
 def check_sections(checked: Checked) -> Iterator[Section]:
     """What was found in an experiment's files."""
+
+    def is_far(ratio: float) -> bool:
+        return not 1 / FAR < ratio < FAR
+
     for file in checked.files:
         yield from _file_check(file, checked.max_length)
     yield Section(
         title="Declared sizes",
         headings=("site", "declared", "to train on", "declared / true"),
-        rows=tuple(
+        rows=[
             (one.site, f"{one.declared:,}", f"{one.true:,}", f"{one.declared / max(1, one.true):.2f}")
             for one in checked.sizes
-        ),
-        styles={
-            number: "bold yellow"
-            for number, one in enumerate(checked.sizes)
-            if not 1 / FAR < one.true / one.declared < FAR
-        },
+        ],
+        styles={place: "bold yellow" for place, one in enumerate(checked.sizes) if is_far(one.true / one.declared)},
         notes=(
             "A step is divided by the declared number: too large a one makes it too short, too small a one too long.",
         ),
@@ -169,17 +160,13 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     if left_out.is_much:
         yield Section(notes=(f"{left_out}.",))
     left = left_out.count - len(file.errors)
+    in_all = f"and {left:,} more; in all:" if left else "In all:"
     yield Section(
         title="Errors",
         headings=("where", "what is there", "what a run needs"),
         rows=file.errors,
         words={0, 1, 2},
-        notes=[
-            f"and {left:,} more; in all:" if left else "In all:",
-            *(f"{count:,} {why}" for why, count in file.num_errors.items()),
-        ]
-        if file.errors
-        else (),
+        notes=[in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else (),
     )
     yield Section(
         title="Findings",
@@ -190,16 +177,10 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     )
     if file.labels:
         yield _labels(file.labels, usable)
-        yield Section(
-            title="Labels that are spelt in several ways",
-            notes=[
-                *starter.about_spellings(file.labels),
-                *(
-                    f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces."
-                    for label, count in file.spelt_otherwise.items()
-                ),
-            ],
-        )
+        notes = list(starter.about_spellings(file.labels))
+        for label, count in file.spelt_otherwise.items():
+            notes.append(f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
+        yield Section(title="Labels that are spelt in several ways", notes=notes)
     if file.lengths is not None:
         yield _histogram(file.lengths, max_length)
     if file.languages:
@@ -276,9 +257,8 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
         notes=(CAVEAT,) if done.masked else (),
     )
     if {"duplicates", "near-duplicates"} & set(done.dropped):
-        yield Section(
-            notes=(
-                "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the "
-                "new file, not about those that were dropped.",
-            )
+        text = (
+            "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the "
+            "new file, not about those that were dropped."
         )
+        yield Section(notes=[text])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,6 @@ from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.evaluation.bootstrap import Comparison, Estimate
     from fedtune.runs.saved_model import BesideBase
     from fedtune.tasks.measures import Detail
 
@@ -41,28 +39,35 @@ def evaluate(
     with columns_by_option():
         found = beside_base(config, adapter, data)
     if as_json:
-        told = {name: dataclasses.asdict(one) for name, one in found.scores.items()}
-        scores = {name: one.tuned.value for name, one in found.scores.items()}
-        counts = {"records": found.num_records, "unit": found.unit, "units": found.num_units}
-        about = {"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": scores}
-        detail = {} if found.detail is None else {"detail": dataclasses.asdict(found.detail)}
-        print_json({**about, "beside_base": told, **counts, "prompts": found.num_prompts, **detail})
+        figures = {
+            "schema_version": SCHEMA_VERSION,
+            "run": str(run),
+            "data": data,
+            "scores": {name: one.tuned.value for name, one in found.scores.items()},
+            "beside_base": found.scores,
+            "records": found.num_records,
+            "unit": found.unit,
+            "units": found.num_units,
+            "prompts": found.num_prompts,
+        }
+        print_json(figures if found.detail is None else figures | {"detail": found.detail})
         return
-    title = f"{run} on {data}, {counted(found.num_records, 'record')}"
-    headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
-    rows = tuple(_row(name, one) for name, one in found.scores.items())
-    words, notes = {0, 5}, _notes(found)
+    rows = []
+    for name, one in found.scores.items():
+        difference, values = one.difference, (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}")
+        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
+        rows.append((name, *values, f"{difference.value:+.4f}", interval, one.verdict))
+    notes = list(_notes(found))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
-    scores_first = Section(title=title, headings=headings, rows=rows, words=words, notes=notes)
+    scores_first = Section(
+        title=f"{run} on {data}, {counted(found.num_records, 'record')}",
+        headings=("metric", "base", "tuned", "difference", "95 % interval", "tuned is"),
+        rows=rows,
+        words={0, 5},
+        notes=notes,
+    )
     show(Console(), [scores_first, *(() if found.detail is None else _detailed(found.detail))])
-
-
-def _row(name: str, scores: Comparison) -> tuple[str, ...]:
-    difference = scores.difference
-    interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
-    values = (f"{scores.base.value:.4f}", f"{scores.tuned.value:.4f}", f"{difference.value:+.4f}")
-    return (name, *values, interval, scores.verdict)
 
 
 def _detailed(detail: Detail) -> Iterator[Section]:
@@ -87,34 +92,25 @@ def _detailed(detail: Detail) -> Iterator[Section]:
     )
 
 
-def _notes(found: BesideBase) -> list[str]:
-    from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES
+def _notes(found: BesideBase) -> Iterator[str]:
+    """What the table says in a sentence, and how its intervals were made."""
+    from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES
 
     name, first = next(iter(found.scores.items()))
-    notes = [_sentence(name, first)]
+    before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
+    told = f"{before} before training, {after} after it"
+    if first.verdict == NO_DIFFERENCE:
+        yield f"On these records the tuned model {NO_DIFFERENCE} from its base by {name}: {told}."
+    else:
+        yield f"The tuned model is {first.verdict} than its base by {name}: {told}."
     drawn = counted(found.num_units, found.unit)
     if found.num_prompts:
         drawn += f" ({counted(found.num_prompts, 'prompt')} for texts)"
-    notes.append(f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training.")
+    yield f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training."
     few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
     few += ["prompts"] if 0 < found.num_prompts < FEWEST_UNITS else []
     if few:
-        notes.append(f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse.")
-    return notes
-
-
-def _sentence(name: str, scores: Comparison) -> str:
-    """What the table says, in a sentence."""
-    from fedtune.evaluation.bootstrap import NO_DIFFERENCE
-
-    told = f"{_range(scores.base)} before training, {_range(scores.tuned)} after it"
-    if scores.verdict == NO_DIFFERENCE:
-        return f"On these records the tuned model {NO_DIFFERENCE} from its base by {name}: {told}."
-    return f"The tuned model is {scores.verdict} than its base by {name}: {told}."
-
-
-def _range(estimate: Estimate) -> str:
-    return f"{estimate.value:.4g} ({estimate.low:.4g} to {estimate.high:.4g})"
+        yield f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse."
 
 
 app = single(evaluate)

@@ -50,7 +50,15 @@ def finished_run(
     config, settings = loaded.config, loaded.config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:
-        settings["data"]["columns"] |= _mapped(columns, set(config.data.columns))
+        try:
+            named = yaml.safe_load(columns)
+        except yaml.YAMLError:
+            named = None
+        if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
+            raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
+        for role in named:
+            check_one_of("--columns", role, sorted(config.data.columns))
+        settings["data"]["columns"] |= named
     if generate is not None:
         if not task_named(config.task).predicts_tokens:
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
@@ -85,18 +93,6 @@ def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
     if name in named or name == "base":
         raise ConfigError("--adapter", f"{name}=...", f"the name {name} is taken: it is that of {run}")
     return {name: own, **named}
-
-
-def _mapped(text: str, roles: set[str]) -> dict[str, str]:
-    try:
-        columns = yaml.safe_load(text)
-    except yaml.YAMLError:
-        columns = None
-    if not isinstance(columns, dict) or not all(isinstance(word, str) for pair in columns.items() for word in pair):
-        raise ConfigError("--columns", text, "must name the column of a role, as in '{text: body}'")
-    for role in columns:
-        check_one_of("--columns", role, sorted(roles))
-    return columns
 
 
 @contextmanager

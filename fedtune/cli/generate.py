@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated
 
 import click
-import numpy as np
-import numpy.typing as npt
 
 from fedtune.cli.command import AsJson, Command, Option, single
 from fedtune.cli.finished_run import (
@@ -39,9 +37,6 @@ from fedtune.show.sections import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.runs.saved_model import SavedModel
-
 
 def generate(
     run: Run,
@@ -67,7 +62,12 @@ def generate(
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, own = finished_run(run, device=device, columns=columns)
-    _require_an_answer(config, spec)
+    task = task_named(config.task)
+    if not task.answers:
+        raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
+    if spec.temperature > 0 and not task.predicts_tokens:
+        bound = "is for a task that writes text; this one draws nothing"
+        raise ConfigError("--temperature", spec.temperature, bound)
     folders = by_name(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
@@ -76,92 +76,51 @@ def generate(
     if columns is not None and file is None:
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
     warn_of_fixed_prompt(config)
-    records = (
-        _from_file(config, str(file))
-        if prompt is None
-        else [Record(task_named(config.task).prompt_fields(prompt, config.data, at="--prompt"))]
-    )
+    if prompt is None:
+        records = _from_file(config, str(file))
+    else:
+        records = [Record(task.prompt_fields(prompt, config.data, at="--prompt"))]
     from fedtune.runs.saved_model import BASE, SavedModel
 
     saved = SavedModel(config, folders)
     names = [name for name in saved.names if base or name != BASE]
-    answers = _Answers(saved, names, spec)
-    asked = [answers.asked(record) for record in records]  # all of them, before anything is printed
-    if prompt is None:
-        answers.print_lines(asked, as_json=as_json)
-    elif as_json:
-        told = answers.as_json(asked[0])
-        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": told})
-    else:
-        answers.print_one(asked[0])
+    # The tokens to write from, of all records before anything is printed.
+    writes = task.predicts_tokens
+    ids = [saved.prompt_ids(one.fields, at=one.at("prompt") if one.file else "--prompt") for one in records if writes]
 
+    def parts(place: int, name: str) -> Iterator[str]:
+        saved.use(name)
+        if writes:
+            yield from saved.written(ids[place], spec)
+        else:
+            yield saved.answer(records[place])[0]
 
-class _Asked(NamedTuple):
-    """What is to be answered; `ids`: the tokens to write from, none for a task that does not write."""
-
-    record: Record
-    ids: npt.NDArray[np.int32]
-
-
-class _Answers:
-    """What the adapters of a model answer."""
-
-    def __init__(self, saved: SavedModel, names: Sequence[str], spec: WritingSpec) -> None:
-        self._saved, self._names, self._spec = saved, names, spec
-        self._writes = saved.model.task.predicts_tokens
-
-    def asked(self, record: Record) -> _Asked:
-        """Raises DataError where the model cannot answer."""
-        if not self._writes:
-            return _Asked(record, np.zeros(0, dtype=np.int32))
-        at = record.at("prompt") if record.file else "--prompt"
-        return _Asked(record, self._saved.prompt_ids(record.fields, at=at))
-
-    def print_one(self, asked: _Asked) -> None:
-        """As it is written, on the terminal."""
-        for name in self._names:
-            if len(self._names) > 1:
-                sys.stdout.write(f"[{name}]\n")
-            if print_streamed(self._parts(asked, name))[1]:
-                raise KeyboardInterrupt
-
-    def print_lines(self, all_asked: Sequence[_Asked], *, as_json: bool) -> None:
-        """A line for each record, and for each adapter where there are several."""
-        for asked in all_asked:
-            if as_json:
-                record = asked.record
-                told = {"line": record.line, "fields": dict(record.fields), "answers": self.as_json(asked)}
-                sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
-            else:
-                for name in self._names:
-                    text = harmless("".join(self._parts(asked, name))).replace("\n", "\\n")
-                    sys.stdout.write(f"{name}\t{text}\n" if len(self._names) > 1 else f"{text}\n")
-            sys.stdout.flush()
-
-    def as_json(self, asked: _Asked) -> dict[str, object]:
+    def told(place: int) -> dict[str, object]:
         """By adapter: the text, or what the task says instead."""
-        if self._writes:
-            return {name: "".join(self._parts(asked, name)) for name in self._names}
-        return {name: self._answer(asked.record, name)[1] for name in self._names}
+        if writes:
+            return {name: "".join(parts(place, name)) for name in names}
+        answers = {}
+        for name in names:
+            saved.use(name)
+            answers[name] = saved.answer(records[place])[1]
+        return answers
 
-    def _parts(self, asked: _Asked, name: str) -> Iterator[str]:
-        if not self._writes:
-            yield self._answer(asked.record, name)[0]
-            return
-        self._saved.use(name)
-        yield from self._saved.written(asked.ids, self._spec)
-
-    def _answer(self, record: Record, name: str) -> tuple[str, object]:
-        self._saved.use(name)
-        return self._saved.answer(record)
-
-
-def _require_an_answer(config: RunConfig, spec: WritingSpec) -> None:
-    task = task_named(config.task)
-    if not task.answers:
-        raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
-    if spec.temperature > 0 and not task.predicts_tokens:
-        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
+    if prompt is not None and as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "prompt": prompt, "answers": told(0)})
+    elif prompt is not None:
+        for name in names:
+            sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
+            if print_streamed(parts(0, name))[1]:
+                raise KeyboardInterrupt
+    else:
+        for place, record in enumerate(records):
+            if as_json:
+                line = {"line": record.line, "fields": dict(record.fields), "answers": told(place)}
+                sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for name in [] if as_json else names:
+                text = harmless("".join(parts(place, name))).replace("\n", "\\n")
+                sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
+            sys.stdout.flush()
 
 
 def _from_file(config: RunConfig, name: str) -> list[Record]:

@@ -6,8 +6,8 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from threading import Timer
 from typing import TextIO
@@ -43,21 +43,7 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
 }
 """Each is the module of its name, which holds the command as `app` and is imported when it is called."""
-
-
 _LOADING_S = 0.5
-
-
-@contextmanager
-def _said_where_slow() -> Iterator[None]:
-    """Say on a terminal that libraries are loaded, where that takes longer than a person waits in silence."""
-    timer = Timer(_LOADING_S, _tell, ["loading libraries ..."])
-    if sys.stderr.isatty():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class _Fedtune(click.Group):
@@ -69,8 +55,15 @@ class _Fedtune(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        with importing(), _said_where_slow():
-            found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
+        # Nobody waits at a terminal in silence while libraries load.
+        timer = Timer(_LOADING_S, _tell, ["loading libraries ..."])
+        if sys.stderr.isatty():
+            timer.start()
+        try:
+            with importing():
+                found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
+        finally:
+            timer.cancel()
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

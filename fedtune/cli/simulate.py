@@ -14,7 +14,7 @@ from fedtune.cli.shown_run import run_in_a_line, run_simulation, show_trials
 from fedtune.show.sections import SCHEMA_VERSION, print_json
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials, compose_sweep
+from fedtune.studies.trials import Trials
 
 
 def simulate(
@@ -36,13 +36,11 @@ def simulate(
     docs/configuration.md lists every key.
     """
     console = Console(stderr=as_json)
-    sweep = compose_sweep(overrides) if multirun else None
-    runs = sweep.runs if sweep else (compose_run(overrides),)
-    for config in runs:
-        if config.runtime.kind == "deployment":
-            raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
-    if sweep and len(runs) > 1:
-        trials = Trials.of(sweep)
+    trials = Trials.of_sweep(overrides) if multirun else None
+    runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
+    if any(config.runtime.kind == "deployment" for config in runs):
+        raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
+    if trials and len(runs) > 1:
         try:
             with Session() as session:
                 trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))
@@ -50,7 +48,7 @@ def simulate(
             if as_json:
                 print_json(trials.to_json())
             else:
-                show_trials(console, trials, again=shlex.join(["fedtune", "simulate", "-m", *sweep.overrides]))
+                show_trials(console, trials, again=shlex.join(["fedtune", "simulate", "-m", *trials.again]))
         return
     folder = folder_of(runs[0])
     result = run_simulation(runs[0], folder, console)

@@ -41,23 +41,6 @@ Values = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
-    """Runs that differ in some settings.
-
-    Attributes:
-        name: of the sweep; the names of its runs begin with it, unless they are swept themselves.
-        runs: one for each combination.
-        values: of each run.
-        overrides: that make the same sweep again, under the same name.
-    """
-
-    name: str
-    runs: tuple[RunConfig, ...]
-    values: tuple[Values, ...]
-    overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One of several runs.
 
@@ -175,28 +158,6 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     return None
 
 
-def compose_sweep(overrides: Sequence[str]) -> Sweep:
-    """One run for each combination of comma-separated values, all validated before the first one begins."""
-    fixed, searched = split_searched(overrides)
-    combined, runs = combinations(searched), []
-    given = [value_of(override) for override in fixed if key_of(override) == "name"]
-    prefix = str(given[-1]) if given else time_stamp()
-    is_named = any(key_of(one.key) == "name" for one in searched)
-    for values in combined:
-        words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
-        if not is_named:
-            chosen = ",".join(f"{key_of(key)}={value}" for key, value in values.items())
-            suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
-            words.append(f"name='{prefix}-{suffix}'")
-        runs.append(compose_run(words))
-    return Sweep(
-        name=f"{runs[0].name}-sweep" if is_named else prefix,
-        runs=tuple(runs),
-        values=tuple({key_of(key): value.strip("'\"") for key, value in values.items()} for values in combined),
-        overrides=tuple(overrides if given or is_named else [*overrides, f"name={prefix}"]),
-    )
-
-
 def combinations(searched: Sequence[Searched]) -> list[Values]:
     """Every combination, the last setting's values changing fastest.
 
@@ -221,27 +182,41 @@ class Trials:
         table: the file.
         fewest: a run is the best of at least so many with a score.
         rows: by folder.
+        again: overrides that make the same sweep again, under the same name.
     """
 
     table: Path
     fewest: int = 2
     rows: dict[Path, Trial] = field(default_factory=dict)
+    again: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, sweep: Sweep) -> Trials:
-        """The runs of a sweep, with the results of those that were finished before.
+    def of_sweep(cls, overrides: Sequence[str]) -> Trials:
+        """One run for each combination of comma-separated values, all looked at before the first one begins.
+
+        Their names begin with the sweep's own, unless they are swept themselves.
 
         Raises:
-            ConfigError: a folder or the table's file belongs to something else.
+            ConfigError: a run's settings are wrong, or a folder or the table's file belongs to something else.
         """
-        trials = cls(Path(sweep.runs[0].tracking.output_dir) / f"{sweep.name}.csv")
-        differ = [key for key in sweep.values[0] if len({values[key] for values in sweep.values}) > 1]
-        for config, values in zip(sweep.runs, sweep.values, strict=True):
-            trial = Trial.of(config, {key: values[key] for key in differ})
+        fixed, searched = split_searched(overrides)
+        given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
+        is_named = any(key_of(one.key) == "name" for one in searched)
+        name = given[-1] if given else time_stamp()
+        trials = cls(Path(), again=(*overrides, *([] if given or is_named else [f"name={name}"])))
+        differ = [one.key for one in searched if len(one.choices) > 1]
+        for values in combinations(searched):
+            words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
+            if not is_named:
+                chosen = ",".join(f"{key_of(key)}={value}" for key, value in values.items())
+                suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
+                words.append(f"name='{name}-{suffix}'")
+            trial = Trial.of(compose_run(words), {key_of(key): values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
-                raise ConfigError("name", config.name, "is the name of two runs of the sweep; choose others")
+                raise ConfigError("name", trial.config.name, "is the name of two runs of the sweep; choose others")
             trials.rows[trial.folder] = trial
-        trials.table = next(iter(trials.rows)).parent / trials.table.name
+        first = next(iter(trials.rows))
+        trials.table = first.parent / f"{f'{first.name}-sweep' if is_named else name}.csv"
         trials._check_table()
         return trials
 

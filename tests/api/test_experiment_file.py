@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import compose_sweep
+from fedtune.studies.trials import Trials
 
 PAGE = """\
 defaults:
@@ -51,7 +51,7 @@ def test_a_file_s_map_replaces_that_of_conf(page: Path) -> None:
 
 
 def test_a_file_in_a_sweep(page: Path) -> None:
-    runs = compose_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).runs
+    runs = [trial.config for trial in Trials.of_sweep([f"experiment={page}", "privacy.epsilon=1,3"]).rows.values()]
     assert [run.privacy.epsilon for run in runs] == [1.0, 3.0]
 
 
@@ -149,4 +149,4 @@ def test_an_experiment_that_is_not_typed_as_one_is_told_of(
     with pytest.raises(ConfigError, match=wanted):
         compose_run(overrides)
     with pytest.raises(ConfigError, match=wanted):
-        compose_sweep(overrides)
+        Trials.of_sweep(overrides)

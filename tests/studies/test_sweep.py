@@ -20,7 +20,7 @@ from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.show.display import Display
 from fedtune.show.sections import show
 from fedtune.spec import RunError
-from fedtune.studies.trials import Trial, Trials, compose_sweep
+from fedtune.studies.trials import Trial, Trials
 
 from ..builders import run_result
 
@@ -152,10 +152,9 @@ def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(
 
 def test_a_sweep_without_a_name_says_how_to_go_on_with_it(tiny: Any, tmp_path: Path) -> None:
     words = [word for word in tiny("seed=1,2", into=tmp_path) if not word.startswith("name=")]
-    sweep = compose_sweep(words)
-    again = compose_sweep(sweep.overrides)
-    assert (again.name, again.runs) == (sweep.name, sweep.runs)
-    assert compose_sweep(["experiment=debug", "name=a,b"]).name == "a-sweep"
+    sweep = Trials.of_sweep(words)
+    assert Trials.of_sweep(sweep.again) == sweep
+    assert Trials.of_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
 
 
 def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: Any, tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
 
 
 def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any, tmp_path: Path) -> None:
-    trials, begun = Trials.of(compose_sweep(tiny("seed=1,2,3", into=tmp_path, name="s"))), []
+    trials, begun = Trials.of_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
 
     def work(trial: Trial) -> RunResult:
         begun.append(trial.folder)
@@ -273,7 +272,7 @@ def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any
 def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
-    trials = Trials.of(compose_sweep(tiny(*swept, into=tmp_path)))
+    trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
     trials.run(lambda trial: result({"accuracy": next(given)}))
     show(Console(file=out, width=width), [trials.section()])
     table = out.getvalue().splitlines()
