@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from fedtune.flower.internals import constant, superlink_app
 from fedtune.flower.wire.audit_log import AuditLog
 from fedtune.flower.wire.connections import Door, Http, Limits, server_context
-from fedtune.flower.wire.gate import Asgi, Gate, Registered, Roster, Traffic
+from fedtune.flower.wire.gate import Gate, Registered, Roster, Traffic
 from fedtune.flower.wire.identity import Tls
 from fedtune.flower.wire.site_calls import SiteCalls
 
@@ -91,7 +91,14 @@ def serve(
     audit = AuditLog(settings.audit)
     roster = _KeptRoster(settings.roster, state, audit)
     roster.look()
-    gate = _gate(app, settings, roster)
+    gate = Gate(
+        app,
+        lead=settings.lead,
+        roster=lambda: roster.members,
+        rules=SiteCalls(state),
+        audit=audit,
+        traffic=settings.traffic,
+    )
     door = Door(
         server_context(settings.tls),
         settings.limits,
@@ -104,7 +111,19 @@ def serve(
         audit.note("server started")
         ready()
 
-    server = _Server(_http(gate, settings), door, listens, gate.close)
+    http = uvicorn.Config(
+        gate,
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    server = _Server(http, door, listens, gate.close)
 
     def look() -> None:
         works(roster.takes_writes())
@@ -131,30 +150,6 @@ def _deaf_to_what_stopped_it() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def _watched(look: Callable[[], None]) -> Iterator[None]:
-    """`look` is called every two seconds."""
-    stop = threading.Event()
-    watching = threading.Thread(target=_watch, args=(look, stop), name="roster", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watching.join(timeout=2 * _ROSTER_S)
-
-
-def _gate(app: Asgi, settings: ServerSettings, roster: _KeptRoster) -> Gate:
-    return Gate(
-        app,
-        lead=settings.lead,
-        roster=lambda: roster.members,
-        rules=SiteCalls(roster.state),
-        audit=roster.audit,
-        traffic=settings.traffic,
-    )
 
 
 def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
@@ -214,15 +209,28 @@ class _KeptRoster:
         return self._took
 
 
-def _watch(look: Callable[[], None], stop: threading.Event) -> None:
-    said = ""
-    while not stop.wait(_ROSTER_S):
-        try:
-            look()
-            said = ""
-        except Exception as error:  # a half-copied roster must not end the server: the next look may find a whole one
-            if said != (said := str(error)):
-                log.exception("the roster could not be read; the sites stay as they are")
+@contextmanager
+def _watched(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every two seconds."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        said = ""
+        while not stop.wait(_ROSTER_S):
+            try:
+                look()
+                said = ""
+            except Exception as error:  # a half-copied roster ends no server: the next look may find a whole one
+                if said != (said := str(error)):
+                    log.exception("the roster could not be read; the sites stay as they are")
+
+    watching = threading.Thread(target=watch, name="roster", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watching.join(timeout=2 * _ROSTER_S)
 
 
 class _Server(uvicorn.Server):
@@ -252,18 +260,3 @@ class _Server(uvicorn.Server):
         self._ends()
         await self._door.close()
         await super().shutdown(sockets)
-
-
-def _http(gate: Gate, settings: ServerSettings) -> uvicorn.Config:
-    return uvicorn.Config(
-        gate,
-        host=settings.host,
-        port=settings.port,
-        http="h11",
-        ws="none",
-        h11_max_incomplete_event_size=_HEAD_BYTES,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
