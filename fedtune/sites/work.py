@@ -55,21 +55,19 @@ class SiteWork:
     @cached_property
     def examples(self) -> TrainingUnits:
         """The tokenised training records, by user where the run's unit is that."""
-        return self.around(self._examples())
-
-    def _examples(self) -> TrainingUnits:
         examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
-            return examples
+            return self.around(examples)
         # In float64, and once more where one of them comes to no number.
         of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
-        return UserExamples(
+        users = UserExamples(
             examples,
             users_of(self.records.training),
             most_records=privacy.contribution,
             most_users=max(1, self.shared.bytes_of_means // of_each),
         )
+        return self.around(users)
 
     @cached_property
     def _divided(self) -> DividedUnits | None:

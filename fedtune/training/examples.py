@@ -107,7 +107,10 @@ class SiteExamples:
         """The records of `part` as one micro-batch, in their order."""
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
-            batch = replace(batch, prefix=self._kept(part, batch))
+            rows, columns, places = self._tokens(part, batch)
+            states = self._states.new_zeros(*batch.input_ids.shape, self._states.shape[1])  # zero where padding is
+            states[rows, columns] = self._states[places]
+            batch = replace(batch, prefix=states)
         if self._reference is not None:
             reference = self._reference.new_zeros(part.rows, *self._reference.shape[1:])
             reference[: len(part.places)] = self._reference[part.places]
@@ -179,7 +182,8 @@ class SiteExamples:
         done = 0
         for part in self._everyone() if parts is None else parts:
             batch = self.batch(part)
-            states = _states(model, batch) if lenient else model.frozen_states(batch)
+            # Zero for a record that cannot be computed.
+            states = _of_each(model.frozen_states, batch, missing=0.0) if lenient else model.frozen_states(batch)
             if states is None:
                 return
             if kept is None:
@@ -214,7 +218,7 @@ class SiteExamples:
         kept: torch.Tensor | None = None
         for part in self._everyone() if parts is None else parts:
             batch = self.batch(part)
-            found = _reference(model, batch) if lenient else model.reference(batch)
+            found = _of_each(model.reference, batch, missing=torch.nan) if lenient else model.reference(batch)
             assert found is not None, "a task with a reference has one for each example"
             if kept is None:
                 kept = torch.empty(len(self), *found.shape[1:], dtype=found.dtype)
@@ -224,29 +228,11 @@ class SiteExamples:
     def _everyone(self) -> Iterator[Part]:
         return self.parts(np.arange(len(self), dtype=np.int64))
 
-    def _kept(self, part: Part, batch: Batch) -> torch.Tensor:
-        """Kept states as (rows, t, h), zero where there is padding."""
-        assert self._states is not None
-        rows, columns, places = self._tokens(part, batch)
-        states = self._states.new_zeros(*batch.input_ids.shape, self._states.shape[1])
-        states[rows, columns] = self._states[places]
-        return states
-
     def _tokens(self, part: Part, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where each token of the records stands in the micro-batch, by row and column, and among those kept."""
         starts = torch.from_numpy(self._starts[part.places].ravel())
         rows, columns = batch.attention_mask[: len(starts)].cpu().nonzero(as_tuple=True)
         return rows, columns, starts[rows] + columns
-
-
-def _states(model: TaskModel, batch: Batch) -> torch.Tensor | None:
-    """States of a batch, (rows, t, h), zero for an example that cannot be computed; None where no layer is frozen."""
-    return _of_each(model.frozen_states, batch, missing=0.0)
-
-
-def _reference(model: TaskModel, batch: Batch) -> torch.Tensor | None:
-    """The base's part of the losses, (places, ...); NaN for an example that cannot be computed."""
-    return _of_each(model.reference, batch, missing=torch.nan)
 
 
 def _of_each(compute: Callable[[Batch], torch.Tensor | None], batch: Batch, *, missing: float) -> torch.Tensor | None:

@@ -54,37 +54,33 @@ def train_round(
     """
     assert work.plan.shared is None, "noise that is one share of several hides nothing by itself"
     with model.in_round(work.round):
-        _train(model, adapter, units, work, randomness=randomness)
-    return Adapter.of(model)
+        parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
+        optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
 
+        def take_steps(step: Callable[[], None]) -> None:
+            total_steps = work.plan.num_rounds * work.plan.local_steps
+            first = (work.round - 1) * work.plan.local_steps
+            for number in range(first, first + work.plan.local_steps):
+                set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
+                step()
+                project(parameters, work.max_adapter_value)
 
-def _train(model: TaskModel, adapter: Adapter, units: Units, work: RoundOfTraining, *, randomness: Randomness) -> None:
-    parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
-    optimizer = make_optimizer(parameters, work.training, clipped=work.plan.private)
-
-    def take_steps(step: Callable[[], None]) -> None:
-        total_steps = work.plan.num_rounds * work.plan.local_steps
-        first = (work.round - 1) * work.plan.local_steps
-        for number in range(first, first + work.plan.local_steps):
-            set_learning_rate(optimizer, learning_rate_factor(work.training, step=number, total_steps=total_steps))
-            step()
-            project(parameters, work.max_adapter_value)
-
-    if work.plan.private:
-        with attached(model) as gradients:
-            take_steps(
-                lambda: dp_sgd_step(
-                    units.gradients(gradients),
-                    records,
-                    work.plan,
-                    parameters=parameters,
-                    optimizer=optimizer,
-                    sampling=sampling,
-                    noise=noise,
+        if work.plan.private:
+            with attached(model) as gradients:
+                take_steps(
+                    lambda: dp_sgd_step(
+                        units.gradients(gradients),
+                        records,
+                        work.plan,
+                        parameters=parameters,
+                        optimizer=optimizer,
+                        sampling=sampling,
+                        noise=noise,
+                    )
                 )
-            )
-    else:
-        take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
+        else:
+            take_steps(lambda: plain_step(model, units, records, work.plan, optimizer=optimizer, sampling=sampling))
+    return Adapter.of(model)
 
 
 def share_of_round(

@@ -198,7 +198,14 @@ def _storages(tensors: Any) -> list[torch.UntypedStorage]:
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
     """Whether the frozen layers' outputs for `num_tokens` fit the memory set aside for them."""
-    return frozen_states_mib(model, num_tokens=num_tokens) <= _kept_states_mib(runtime)
+    set_aside: float | None = runtime.kept_states_mib
+    if set_aside is None:
+        try:  # a quarter of what is available, so that a process leaves room for others
+            lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+            set_aside = int(lines["MemAvailable"].split()[0]) / 2**10 / 4
+        except (OSError, ValueError, LookupError):  # not Linux
+            set_aside = _ELSEWHERE_MIB
+    return frozen_states_mib(model, num_tokens=num_tokens) <= set_aside
 
 
 def folder_for_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> Path | None:
@@ -259,14 +266,3 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
     """The memory that the frozen layers' outputs for `num_tokens` take, in MiB; 0 where the first layer trains."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return num_tokens * width / 2**20 if model.skips_layers else 0.0
-
-
-def _kept_states_mib(runtime: RuntimeSpec) -> float:
-    """The memory set aside; by default a quarter of what is available, so that a process leaves room for others."""
-    if runtime.kept_states_mib is not None:
-        return runtime.kept_states_mib
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) / 2**10 / 4
-    except (OSError, ValueError, LookupError):  # not Linux
-        return _ELSEWHERE_MIB

@@ -68,8 +68,14 @@ def reach(
         return Reach(value=resting | dict.fromkeys(trained, math.inf), norm=math.inf)  # nothing bounds a gradient
     head = {name: tensor for name, tensor in trained.items() if name.startswith("head.")}
     lora = {name: tensor for name, tensor in trained.items() if name not in head}
-    factors = _factors(training, plan, round)
-    signal, noise = _signal(plan, declared_size), _noise(plan, declared_size)
+    total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
+    steps = range(first, first + plan.local_steps)
+    factors = [learning_rate_factor(training, step=step, total_steps=total) for step in steps]
+    # Of a mean gradient: the most that clipped units add to it, and the standard deviation of the noise in one value.
+    expected = plan.sampling_rate * declared_size
+    units = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
+    signal = plan.max_grad_norm * min(units, MORE_THAN_DECLARED * declared_size + 1) / expected
+    noise = plan.noise_multiplier * plan.max_grad_norm / expected
     value = dict(resting)
     square = 0.0
     for group, rate in zip((lora, head), training.peak_rates(clipped=plan.private), strict=True):
@@ -84,11 +90,6 @@ def reach(
         value |= dict.fromkeys(group, most)
         square += norm**2
     return Reach(value=value, norm=math.sqrt(square))
-
-
-def _factors(training: TrainingSpec, plan: Plan, round: int) -> list[float]:
-    total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
-    return [learning_rate_factor(training, step=first + step, total_steps=total) for step in range(plan.local_steps)]
 
 
 def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
@@ -117,15 +118,3 @@ def _adam_ratio(betas: tuple[float, float], step: int) -> float:
         ((1 - first) * first**age) ** 2 / ((1 - second) * second**age) for age in range(step) if first or not age
     )
     return math.sqrt(ratio * (1 - second**step)) / (1 - first**step)
-
-
-def _signal(plan: Plan, declared_size: int) -> float:
-    """The most that clipped units add to a mean gradient."""
-    expected = plan.sampling_rate * declared_size
-    most = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
-    return plan.max_grad_norm * min(most, MORE_THAN_DECLARED * declared_size + 1) / expected
-
-
-def _noise(plan: Plan, declared_size: int) -> float:
-    """Standard deviation of the noise in one value of a mean gradient."""
-    return plan.noise_multiplier * plan.max_grad_norm / (plan.sampling_rate * declared_size)

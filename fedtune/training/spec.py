@@ -154,14 +154,6 @@ class RuntimeSpec(Machine):
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
         Machine.__post_init__(self)
-        self._check_ray()
-
-    @property
-    def devices(self) -> int:
-        """How many share each step: one, where nothing else was chosen."""
-        return self.num_devices or 1
-
-    def _check_ray(self) -> None:
         for key in ("ray_address", "sites_per_gpu"):
             if getattr(self, key) is not None and self.kind != "ray":
                 raise ConfigError(key, getattr(self, key), "needs runtime=ray")
@@ -175,3 +167,8 @@ class RuntimeSpec(Machine):
             check_at_least("sites_per_gpu", self.sites_per_gpu, 1)
             if self.device == "cpu":
                 raise ConfigError("sites_per_gpu", self.sites_per_gpu, "must be null with runtime.device=cpu")
+
+    @property
+    def devices(self) -> int:
+        """How many share each step: one, where nothing else was chosen."""
+        return self.num_devices or 1
