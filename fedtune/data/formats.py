@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import json
 import stat
@@ -110,20 +111,15 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     if (found := what_is(path)) is None:
         return
     bound = f"must be a file, or {_SAVED}"
-    if found == "a folder" and (splits := _splits(path)):
-        bound = f"holds several sets, of which one is needed: {', '.join(str(path / name) for name in splits)}"
+    splits: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        splits = [str(path / str(name)) for name in json.loads((path / _SPLITS).read_bytes())["splits"][:10]]
+    if found == "a folder" and splits:
+        bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
         bound = f"holds {counted(len(parts), 'part')} of a table: write them as one file, by one name or with pandas: "
         bound += "pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
-
-
-def _splits(folder: Path) -> list[str]:
-    try:
-        names = json.loads((folder / _SPLITS).read_bytes())["splits"]
-        return [str(name) for name in names][:10]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
 
 
 def files_of(path: Path) -> list[Path]:
@@ -153,7 +149,6 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
-    _require_arrow(path)
     from pyarrow import parquet
 
     with _whole(path, "Parquet"):
@@ -184,7 +179,6 @@ def _plain_footer(path: Path) -> Any:
 
 
 def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[Any]:
-    _require_arrow(path)
     import pyarrow
 
     for file in files_of(path):
@@ -198,14 +192,6 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
                 for column in wanted.columns:
                     _as_bytes(column).validate(full=True)
                 yield wanted
-
-
-def _require_arrow(path: Path) -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        bound = "needs a library that reads Parquet and Arrow: pip install 'fedtune[data]'"
-        raise DataError(str(path), "cannot be read", bound) from None
 
 
 @contextlib.contextmanager
@@ -252,6 +238,9 @@ def _as_bytes(array: Any) -> Any:
 
 
 def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
+    if importlib.util.find_spec("pyarrow") is None:
+        bound = "needs a library that reads Parquet and Arrow: pip install 'fedtune[data]'"
+        raise DataError(str(path), "cannot be read", bound)
     number, names = 0, None
     for batch in batches:
         names = _label_names(batch.schema) if names is None else names
@@ -269,10 +258,8 @@ def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at
     one = batch.slice(place, 1)
     try:
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
-        kinds = [_alone(column.type) for column in one.columns]
         columns = [
-            column if column.type == kind else column.cast(kind)
-            for column, kind in zip(one.columns, kinds, strict=True)
+            column if column.type == (kind := _alone(column.type)) else column.cast(kind) for column in one.columns
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
@@ -322,10 +309,9 @@ def _alone(kind: Any) -> Any:
         return pyarrow.large_binary()
     if types.is_struct(kind):
         return pyarrow.struct([field.with_type(_alone(field.type)) for field in kind])
-    makers = {types.is_list: pyarrow.list_, types.is_large_list: pyarrow.large_list}
-    for is_kind, make in makers.items():
-        if is_kind(kind):
-            return make(kind.value_field.with_type(_alone(kind.value_type)))
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
+        return make(kind.value_field.with_type(_alone(kind.value_type)))
     if types.is_fixed_size_list(kind):
         return pyarrow.list_(kind.value_field.with_type(_alone(kind.value_type)), kind.list_size)
     return kind
@@ -334,19 +320,12 @@ def _alone(kind: Any) -> Any:
 def _label_names(schema: Any) -> dict[str, Sequence[str]]:
     """The names of labels that Hugging Face `datasets` stores as numbers, by column, as it notes them in the schema."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        labels = {name: _item(one) for name, one in features.items()}
-        return {name: list(map(str, one["names"])) for name, one in labels.items() if one.get("_type") == "ClassLabel"}
+        found: dict[str, Sequence[str]] = {}
+        for name, feature in json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items():
+            while isinstance(feature, list) or (isinstance(feature, dict) and "feature" in feature):  # of a list
+                feature = (feature or [{}])[0] if isinstance(feature, list) else feature["feature"]
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                found[name] = list(map(str, feature["names"]))
+        return found
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _item(feature: Any) -> dict[str, Any]:
-    """A feature of a set, or what its lists hold."""
-    while not isinstance(feature, dict) or "feature" in feature:
-        feature = (
-            feature["feature"]
-            if isinstance(feature, dict)
-            else [*(feature if isinstance(feature, list) else ()), {}][0]
-        )
-    return feature

@@ -112,8 +112,15 @@ class Dealing:
         )
         # By user, the sites that have records of it.
         users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
+        split = []
+        for number, records in enumerate(sites):
+            held = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)
+            if not held[0]:
+                bound = f"leaves site {number + 1} of {len(sites)} without a record ({self.sites[number]})"
+                raise DataError("data.train_file", spec.train_file, bound)
+            split.append(SiteRecords(*held))
         return Dealt(
-            sites=tuple(self._split(name, records, key=key) for name, records in zip(self.sites, sites, strict=True)),
+            sites=tuple(split),
             validation=lead["validation"],
             test=lead["test"],
             left_out=left_out,
@@ -125,14 +132,6 @@ class Dealing:
         for name in names:
             file = self.spec.train_file.replace(SITE, name)
             yield resolve_file(file, shipped_folders(), key="data.train_file")
-
-    def _split(self, name: str, records: Sequence[Record], *, key: bytes) -> SiteRecords:
-        split = SiteRecords(*split_heldout(records, fraction=self.spec.heldout_fraction, key=key, unit=self.unit))
-        if not split.training:
-            number = self.sites.index(name) + 1
-            bound = f"leaves site {number} of {len(self.sites)} without a record ({name})"
-            raise DataError("data.train_file", self.spec.train_file, bound)
-        return split
 
 
 def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:

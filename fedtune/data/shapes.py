@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +67,8 @@ class Shapes:
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
         # Nearer to the last length one would hold few records and cost a call of its own.
-        shorter = tuple(takewhile(lambda length: length < 0.8 * roomy, _growing()))
+        steps = (2**power * step for power in range(roomy.bit_length()) for step in _STEPS)
+        shorter = tuple(step for step in steps if _SHORTEST <= step < 0.8 * roomy and step % 4 == 0)
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def most_tokens(self, length: int) -> int:
@@ -132,12 +132,3 @@ def _least_work(count: int, choices: tuple[_Choice, ...]) -> tuple[int, tuple[_C
     best = min(choices, key=lambda choice: choice.work + rest[choice][0])
     work, others = rest[best]
     return best.work + work, tuple(sorted((best, *others), reverse=True))
-
-
-def _growing() -> Iterator[int]:
-    power = 1
-    while True:
-        for step in _STEPS:
-            if power * step >= _SHORTEST and power * step % 4 == 0:
-                yield power * step
-        power *= 2

@@ -163,11 +163,16 @@ class DataSpec:
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
-            _check_range(self.target_range)
+            # With a width: to divide by one of 0, in floats, would fail for the records that lie in it.
+            low, high = self.target_range
+            largest = max(abs(low), abs(high))
+            wide = math.isfinite(largest) and high - low >= _LEAST_WIDTH * max(1.0, largest)
+            if not wide or largest > _LARGEST_TARGET:
+                bound = (
+                    f"must be two numbers of at most {_LARGEST_TARGET:g}, the lower one first, and not all but equal"
+                )
+                raise ConfigError("target_range", list(self.target_range), bound)
         _template_roles(self.prompt_template)
-        self._check_partition()
-
-    def _check_partition(self) -> None:
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
@@ -260,15 +265,6 @@ def _check_names(key: str, names: tuple[str, ...]) -> None:
         if name in seen:
             raise ConfigError(key, name, "must be declared once")
         seen.add(name)
-
-
-def _check_range(bounds: tuple[float, float]) -> None:
-    """Require a range with a width: to divide by one of 0, in floats, would fail for the records that lie in it."""
-    low, high = bounds
-    largest = max(abs(low), abs(high))
-    if not (math.isfinite(largest) and largest <= _LARGEST_TARGET and high - low >= _LEAST_WIDTH * max(1.0, largest)):
-        bound = f"must be two numbers of at most {_LARGEST_TARGET:g}, the lower one first, and not all but equal"
-        raise ConfigError("target_range", list(bounds), bound)
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

@@ -82,15 +82,14 @@ def _text(raw: bytes | None, *, at: str) -> str:
 
 def line_rows(path: Path) -> RawRows:
     """The rows of a file of JSON lines; blank lines are none."""
-    return _parsed(cut_rows(path), partial(_json_row, path))
 
+    def parse(line: int, raw: bytes | None) -> Row | None:
+        text, bound = _text(raw, at=at_line(path, line)).rstrip(), "must be one whole JSON object on a line"
+        if text[:1] == "[":
+            bound += "; a file that is an array of objects ends in .json"
+        return _json_object(text, path, line, bound=bound) if text else None
 
-def _json_row(path: Path, line: int, raw: bytes | None) -> Row | None:
-    text = _text(raw, at=at_line(path, line)).rstrip()
-    bound = "must be one whole JSON object on a line"
-    if text[:1] == "[":
-        bound += "; a file that is an array of objects ends in .json"
-    return _json_object(text, path, line, bound=bound) if text else None
+    return _parsed(cut_rows(path), parse)
 
 
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
@@ -120,17 +119,13 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> 
 
     In place of commas there may be semicolons, as spreadsheets write them where decimals have a comma.
     """
-    comma = _comma_of_header(path) if comma == "," else comma
+    if comma == ",":  # or a semicolon, where it parts the first line that is not blank into most cells
+        lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
+        first = re.sub(rb'"[^"]*"', b"", next(lines, None) or b"")
+        comma = ";" if first.count(b";") > max(map(first.count, (b",", b"\t", b"|"))) else ","
     rows = cut_rows(path, comma=comma.encode())
     header = _header(path, rows, columns or {}, comma=comma)
     yield from _parsed(rows, partial(_table_row, path, header=header, comma=comma))
-
-
-def _comma_of_header(path: Path) -> str:
-    """A semicolon where it parts the first line that is not blank into most cells; by that line, not by records."""
-    lines = (raw for _, raw in cut_rows(path) if raw is None or raw.strip(_BLANK))
-    first = re.sub(rb'"[^"]*"', b"", next(lines, None) or b"")
-    return ";" if first.count(b";") > max(map(first.count, (b",", b"\t", b"|"))) else ","
 
 
 def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
@@ -194,16 +189,13 @@ def _cells(text: str, *, comma: str, at: str) -> list[str]:
     try:
         cells = next(csv.reader([text], delimiter=comma, strict=True))
     except csv.Error as error:
-        raise _broken_cells(str(error), at=at) from None
+        if "new-line" in str(error):
+            bound = "must end its lines with a line feed, as all systems but old Macs do"
+            raise DataError(at, "a carriage return alone, outside double quotes", bound) from None
+        found = "text behind a closing quote" if "expected after" in str(error) else "a quote that is not closed"
+        bound = "must have double quotes around a whole cell, and each quote within it doubled"
+        raise DataError(at, found, bound) from None
     return cells if any(cell.strip() for cell in cells) else []
-
-
-def _broken_cells(said: str, *, at: str) -> DataError:
-    if "new-line" in said:
-        bound = "must end its lines with a line feed, as all systems but old Macs do"
-        return DataError(at, "a carriage return alone, outside double quotes", bound)
-    found = "text behind a closing quote" if "expected after" in said else "a quote that is not closed"
-    return DataError(at, found, "must have double quotes around a whole cell, and each quote within it doubled")
 
 
 # Cutting.
@@ -363,23 +355,19 @@ def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, 
     if not behind:
         if before == b"" and raw == b"":
             return None
-        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {_missing(path, line, raw)}")
+        missing = "a record behind the last comma, and ] at its end"
+        if raw != b"":
+            try:
+                _json_object(_text(raw, at=""), path, line, bound="")
+                missing = "] at its end"
+            except DataError:
+                missing = "the rest of this record, and ] at its end"
+        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {missing}")
     if raw == b"":
         if before == b"" and behind == b"]":
             return None
         raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
     return _json_object(_text(raw, at=at), path, line, bound="must be one whole JSON object")
-
-
-def _missing(path: Path, line: int, raw: bytes | None) -> str:
-    """What an array lacks whose last element is all that is left of it."""
-    if raw == b"":
-        return "a record behind the last comma, and ] at its end"
-    try:
-        _json_object(_text(raw, at=""), path, line, bound="")
-    except DataError:
-        return "the rest of this record, and ] at its end"
-    return "] at its end"
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -209,7 +209,13 @@ def _each(
             with panics_as_errors():
                 found = encoded(bounded)
         except Exception:  # of one text, whatever the tokenizer's library raises
-            found = [_one_or_none(encoded, text) for text in bounded]
+            found = []
+            for text in bounded:
+                try:
+                    with panics_as_errors():
+                        found += encoded([text])
+                except Exception:
+                    found.append(([], ()))
         for one, short in zip(found, fits, strict=True):
             yield one if short and all(0 <= number < within for number in one[0]) else ([], ())
 
@@ -235,11 +241,3 @@ def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             first, characters = place, len(text)
     if first < len(texts):
         yield texts[first:]
-
-
-def _one_or_none(encoded: Callable[[Sequence[str]], list[Encoded]], text: str) -> Encoded:
-    try:
-        with panics_as_errors():
-            return encoded([text])[0]
-    except Exception:
-        return [], ()

@@ -182,7 +182,13 @@ def messages_of(value: object, *, at: str) -> str:
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
     turns = _turns(value, at=at)
-    _require_alternation([turn["role"] for turn in turns], at=at)
+    roles = [turn["role"] for turn in turns]
+    first = int(roles[:1] == ["system"])
+    for place in range(first, len(roles)):
+        wanted = ("user", "assistant")[(place - first) % 2]
+        if roles[place] != wanted:
+            bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
+            raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
     return _as_json(turns)
 
 
@@ -289,11 +295,7 @@ def _turn(turn: object, *, at: str) -> dict[str, Any]:
         return {"role": role, "content": content}
     if not content.strip():
         raise DataError(f"{at}, {what}", "blank", "must not be blank: it is what the model learns to write")
-    return {"role": role, "content": content} | ({} if _is_learnt(turn, at=at) else {"train": False})
-
-
-def _is_learnt(turn: Mapping[str, object], *, at: str) -> bool:
-    """Whether an answer is to be learnt, by the marks of other programs."""
+    # Whether an answer is to be learnt, by the marks of other programs.
     for mark in _PARTS_TRAINED:
         if turn.get(mark):
             raise DataError(f"{at}, {mark}", "marks of parts", "must not be there: an answer is learnt whole, or not")
@@ -301,16 +303,7 @@ def _is_learnt(turn: Mapping[str, object], *, at: str) -> bool:
     for mark, value in given:
         if not isinstance(value, int | float) or value not in (0, 1):
             raise DataError(f"{at}, {mark}", "another weight", "must be 0 or 1, false or true")
-    return all(value for _, value in given)
-
-
-def _require_alternation(roles: Sequence[str], *, at: str) -> None:
-    first = 1 if roles[:1] == ["system"] else 0
-    for place in range(first, len(roles)):
-        wanted = ("user", "assistant")[(place - first) % 2]
-        if roles[place] != wanted:
-            bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
-            raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
+    return {"role": role, "content": content} | ({} if all(value for _, value in given) else {"train": False})
 
 
 # Labels and numbers.
@@ -334,8 +327,13 @@ def labels_of(value: object, at: str) -> str:
         listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
     except RecursionError:
         listed = [None]
-    if isinstance(value, str) and listed is None and (listed := _printed_list(value.strip())) is None:
-        return value.strip()
+    if isinstance(value, str) and listed is None:
+        text = value.strip()
+        if not _PRINTED_LIST.fullmatch(text):
+            return text
+        inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
+        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
+        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
     listed = listed if isinstance(listed, list) else [listed]
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
         raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
@@ -355,14 +353,6 @@ def _json_list(text: str) -> list[Any] | None:
     except ValueError:
         return None
     return found
-
-
-def _printed_list(text: str) -> list[str] | None:
-    if not _PRINTED_LIST.fullmatch(text):
-        return None
-    inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
-    found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
-    return [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
 
 
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:

@@ -44,7 +44,13 @@ class Adapter:
     tensors: Mapping[str, np.ndarray]
 
     def __post_init__(self) -> None:
-        frozen = {name: _frozen(name, array) for name, array in sorted(self.tensors.items())}
+        frozen = {}
+        for name, array in sorted(self.tensors.items()):
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+                kind = getattr(array, "dtype", type(array).__name__)
+                raise AdapterError(f"{name} must be a float32 array, not {kind}")
+            frozen[name] = np.array(array, dtype="<f4", order="C")
+            frozen[name].flags.writeable = False
         object.__setattr__(self, "tensors", MappingProxyType(frozen))
 
     @classmethod
@@ -120,11 +126,3 @@ def copy_tensors(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, tor
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(tensors[name]))
-
-
-def _frozen(name: str, array: np.ndarray) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-        raise AdapterError(f"{name} must be a float32 array, not {getattr(array, 'dtype', type(array).__name__)}")
-    copied = np.array(array, dtype="<f4", order="C")
-    copied.flags.writeable = False
-    return copied

@@ -69,7 +69,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         # What parses the files raises whatever comes; they are of the model, and no record is among them.
         except Exception as error:
             raise _unreadable(spec, error) from error
-    _check_rules(tokenizer, path=spec.path)
+    # The rules that the library made: from an older file than tokenizer.json, they stand in none.
+    if not tokenizer.is_fast:
+        bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
+        raise ConfigError("model.path", spec.path, bound)
+    reason = tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if reason is not None:
+        raise ConfigError("model.path", spec.path, f"its tokenizer {reason}")
     tokenizer.name_or_path = spec.path
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -164,16 +170,6 @@ def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool) -> PreT
     return model
 
 
-def _check_rules(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
-    """Look at the rules that the library made: from an older file than tokenizer.json, they stand in none."""
-    if not tokenizer.is_fast:
-        bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
-        raise ConfigError("model.path", path, bound)
-    reason = tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))
-    if reason is not None:
-        raise ConfigError("model.path", path, f"its tokenizer {reason}")
-
-
 def _unreadable(spec: ModelSpec, error: Exception) -> ConfigError:
     return ConfigError("model.path", spec.path, f"cannot be loaded: {first_line(error)}")
 
@@ -202,7 +198,11 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
         with TemporaryDirectory(prefix=".draft-", dir=target.parent) as scratch:
             draft = Path(scratch, "draft")
             _expand(file, draft)
-            _publish(draft, target)
+            try:
+                os.rename(draft, target)
+            except OSError:  # another process that was faster has written the same
+                if not target.is_dir():
+                    raise
     except OSError as error:
         bound = f"must be a folder that can be written ({first_line(error)})"
         raise ConfigError("model.cache_dir", str(cache), bound) from error
@@ -239,12 +239,16 @@ def save_plain(model: PreTrainedModel, folder: Path) -> None:
 
 def _expand(file: Path, folder: Path) -> None:
     try:
-        _check_config(file)
+        own = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+        with quiet(), redirect_stderr(StringIO()):
+            config = AutoConfig.from_pretrained(file.parent, **own)
+        # What a config.json would be refused for, before memory is set aside for it.
+        fields = json.loads(config.to_json_string(use_diff=False))
+        if reason := config_refusal(fields | {"quantization_config": None}):
+            raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
         model = load_gguf(file)
         with quiet(), panics_as_errors():
-            tokenizer = AutoTokenizer.from_pretrained(
-                file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **own)
     except ConfigError:
         raise
     # What parses the file raises whatever comes.
@@ -254,27 +258,6 @@ def _expand(file: Path, folder: Path) -> None:
     with quiet():
         save_plain(model, folder)
     tokenizer.save_pretrained(folder)
-
-
-def _check_config(file: Path) -> None:
-    """Refuse what a config.json would be refused for, before memory is set aside for it."""
-    with quiet(), redirect_stderr(StringIO()):
-        config = AutoConfig.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-        )
-    fields = json.loads(config.to_json_string(use_diff=False))
-    reason = config_refusal(fields | {"quantization_config": None})
-    if reason is not None:
-        raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Rename `draft` into place; another process that was faster has written the same."""
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 _SEED = 20240

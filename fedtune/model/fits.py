@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +124,28 @@ def check_examples_apart(base: nn.Module) -> None:
     Raises:
         ConfigError: for `lora.target_modules`.
     """
-    with _input_shapes(base) as shapes, torch.no_grad():
-        _run(base, torch.tensor(_TOKEN_IDS))
+    shapes: dict[str, list[torch.Size]] = {}
+    handles = []
+    for name, module in base.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            seen = shapes[name] = []
+
+            def record(_: nn.Module, inputs: tuple[Any, ...], seen: list[torch.Size] = seen) -> None:
+                seen.append(inputs[0].shape)
+
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        with torch.no_grad():
+            _run(base, torch.tensor(_TOKEN_IDS))
+    finally:
+        for handle in handles:
+            handle.remove()
     for name, seen in shapes.items():
-        key, shown = "lora.target_modules", name.replace(".default", "")
-        if not seen:
-            raise ConfigError(key, shown, "is never used by the base's forward pass; leave it out")
+        bound = "" if seen else "is never used by the base's forward pass; leave it out"
         if any(shape[:2] != (2, 3) for shape in seen):
-            raise ConfigError(
-                key, shown, "mixes the tokens of several examples, so one example's share cannot be clipped"
-            )
+            bound = "mixes the tokens of several examples, so one example's share cannot be clipped"
+        if bound:
+            raise ConfigError("lora.target_modules", name.replace(".default", ""), bound)
 
 
 def check_causal(base: PreTrainedModel, *, path: str) -> None:
@@ -171,23 +181,3 @@ def require_decoder(config: PreTrainedConfig, *, path: str) -> None:
 def _run(base: nn.Module, token_ids: torch.Tensor) -> Any:
     token_ids = token_ids.to(next(base.parameters()).device)
     return base(input_ids=token_ids, attention_mask=torch.ones_like(token_ids))
-
-
-@contextmanager
-def _input_shapes(base: nn.Module) -> Iterator[dict[str, list[torch.Size]]]:
-    """Record the shapes that reach each module with trainable parameters of its own."""
-    shapes: dict[str, list[torch.Size]] = {}
-    handles = []
-    for name, module in base.named_modules():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            seen = shapes[name] = []
-
-            def record(_: nn.Module, inputs: tuple[Any, ...], seen: list[torch.Size] = seen) -> None:
-                seen.append(inputs[0].shape)
-
-            handles.append(module.register_forward_pre_hook(record))
-    try:
-        yield shapes
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,7 +21,7 @@ the place of a record would decide its bits, and a model's weights can enlarge a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -67,19 +67,34 @@ def attach_adapters(base: PreTrainedModel, *, spec: LoraSpec, predicts_tokens: b
 
 def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     stack_name, stack = layer_stack(base)
-    layers = _layer_indices(spec, len(stack))
+    count = len(stack)
+    if not all(-count <= layer < count for layer in spec.layers or ()):
+        bound = (
+            f"must lie from {-count} to {count - 1}: the base has {count} layers, and lora.layers=null adapts them all"
+        )
+        raise ConfigError("lora.layers", spec.layers, bound)
+    layers = sorted({layer % count for layer in (range(count) if spec.layers is None else spec.layers)})
     linear = {
         f"{stack_name}.{layer}.{name}": module
         for layer in layers
         for name, module in stack[layer].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    targets = _targets(spec, linear)
+    targets = sorted({name.rpartition(".")[2] for name in linear})
+    if not isinstance(spec.target_modules, str):
+        for name in spec.target_modules:  # PEFT would pass over a misspelt one in silence
+            if not any(f".{full}".endswith(f".{name}") for full in linear):
+                bound = f"must be among the base's modules: {', '.join(targets)}"
+                raise ConfigError("lora.target_modules", name, bound)
+        targets = sorted(spec.target_modules)
     adapted = [full for full in linear if any(f".{full}".endswith(f".{name}") for name in targets)]
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
     if spec.kind == "ia3":  # which PEFT cannot be told the layers of
         return IA3Config(task_type=kind, target_modules=adapted, feedforward_modules=[], fan_in_fan_out=transposed)
-    _check_rank(spec, [linear[full] for full in adapted])
+    # Before memory is taken: the product of both matrices gains nothing by a rank above every module's own.
+    most = max((min(cast(torch.Tensor, linear[full].weight).shape) for full in adapted), default=spec.rank)
+    if spec.rank > most:
+        raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
     return LoraConfig(
         task_type=kind,
         r=spec.rank,
@@ -104,37 +119,6 @@ def layer_stack(base: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise ConfigError("model.path", type(base).__name__, "must be a model made of one stack of transformer layers")
-
-
-def _layer_indices(spec: LoraSpec, count: int) -> list[int]:
-    if spec.layers is None:
-        return list(range(count))
-    if not all(-count <= layer < count for layer in spec.layers):
-        bound = (
-            f"must lie from {-count} to {count - 1}: the base has {count} layers, and lora.layers=null adapts them all"
-        )
-        raise ConfigError("lora.layers", spec.layers, bound)
-    return sorted({layer % count for layer in spec.layers})
-
-
-def _check_rank(spec: LoraSpec, adapted: Sequence[nn.Module]) -> None:
-    """Refuse a rank above every module's own before memory is taken: the product of both matrices gains nothing."""
-    most = max((min(cast(torch.Tensor, module.weight).shape) for module in adapted), default=spec.rank)
-    if spec.rank > most:
-        raise ConfigError("lora.rank", spec.rank, f"must be at most {most}, the rank of the largest adapted module")
-
-
-def _targets(spec: LoraSpec, linear: dict[str, nn.Module]) -> list[str]:
-    """The last names to adapt; each must be there, for PEFT would pass over a misspelt one in silence."""
-    there = {name.rpartition(".")[2] for name in linear}
-    if isinstance(spec.target_modules, str):
-        return sorted(there)
-    absent = [name for name in spec.target_modules if not any(f".{full}".endswith(f".{name}") for full in linear)]
-    if absent:
-        raise ConfigError(
-            "lora.target_modules", absent[0], f"must be among the base's modules: {', '.join(sorted(there))}"
-        )
-    return sorted(spec.target_modules)
 
 
 @contextmanager
@@ -296,7 +280,10 @@ class RowByRow(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (rows, ...), and what is returned has their shape."""
-        if values.device.type != "cpu" or _vectors_end_with_rows(values):
+        # Whether each row begins and ends with a vector, however many rows there are and threads that share them.
+        shares, row = math.lcm(*range(1, torch.get_num_threads() + 1)), values.shape[1:].numel()
+        whole = values.is_contiguous() and values.shape[-1] % _LANES == 0 and row % (_LANES * shares) == 0
+        if values.device.type != "cpu" or whole:
             return self.activation(values)  # type: ignore[no-any-return]
         return torch.stack([self.activation(row.clone()) for row in values])
 
@@ -307,10 +294,3 @@ def compute_by_row(base: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child).__module__ in _HOMES and not list(child.parameters()):
                 setattr(module, name, RowByRow(child))
-
-
-def _vectors_end_with_rows(values: torch.Tensor) -> bool:
-    """Whether every row begins and ends with a vector, however many rows there are and threads that share them."""
-    shares = math.lcm(*range(1, torch.get_num_threads() + 1))
-    row = values.shape[1:].numel()
-    return values.is_contiguous() and values.shape[-1] % _LANES == 0 and row % (_LANES * shares) == 0

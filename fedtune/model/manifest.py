@@ -51,7 +51,7 @@ class Manifest:
     @property
     def text(self) -> str:
         """What the hash is of; for a GGUF file just its own line."""
-        lines = _lines(self.files)
+        lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
         return lines if self._gguf else _FIRST_LINE + lines
 
     @property
@@ -102,19 +102,32 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
         ConfigError: for `model.path`: files are missing, lead out of the folder, are refused, or changed meanwhile.
         RunError: the folder for temporary files is full, or cannot be written.
     """
-    with _scratch() as scratch:
+    try:
+        made = TemporaryDirectory(prefix="fedtune-model-")
+    except OSError as error:
+        raise RunError(f"there is no folder for temporary files that can be written ({error.strerror})") from error
+    with made as scratch:
         # A folder's own name tells transformers of some models which tokenizer to take: here all have the same.
         place = Path(scratch, "model")
         place.mkdir()
         hashes, weights = {}, {}
         for name in () if gguf_file else _settings_names(folder):
             content = _read(folder, name)
-            _write(place / name, content)
+            try:
+                (place / name).write_bytes(content)
+            except OSError as error:
+                raise RunError(f"{place} cannot be written ({error.strerror})") from error
             hashes[name] = hashlib.sha256(content).hexdigest()
         for name in (gguf_file,) if gguf_file else _weights_names(folder, place):
             file = _own_file(folder, name)
             weights[file] = _about(file)
-            hashes[name] = _hash_of(file, fresh=with_weights)
+            if with_weights or (file, weights[file]) not in _hashed:
+                try:
+                    with file.open("rb") as stream:
+                        _hashed[file, weights[file]] = hashlib.file_digest(stream, "sha256").hexdigest()
+                except OSError as error:
+                    raise ConfigError("model.path", str(file.parent), f"must hold a {name} that can be read") from error
+            hashes[name] = _hashed[file, weights[file]]
             if with_weights:
                 (place / name).symlink_to(file)
         yield Staged(folder=place, manifest=Manifest(files=tuple(sorted(hashes.items()))))
@@ -185,20 +198,6 @@ def _read(folder: Path, name: str) -> bytes:
     return content
 
 
-def _scratch() -> TemporaryDirectory[str]:
-    try:
-        return TemporaryDirectory(prefix="fedtune-model-")
-    except OSError as error:
-        raise RunError(f"there is no folder for temporary files that can be written ({error.strerror})") from error
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise RunError(f"{file.parent} cannot be written ({error.strerror})") from error
-
-
 def _own_file(folder: Path, name: str) -> Path:
     """Where a file really lies: in the folder, or in the hub's cache that the folder is a snapshot of."""
     inside = folder.resolve()
@@ -227,18 +226,3 @@ def _about(file: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-def _hash_of(file: Path, *, fresh: bool) -> str:
-    key = (file, _about(file))
-    if fresh or key not in _hashed:
-        try:
-            with file.open("rb") as stream:
-                _hashed[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise ConfigError("model.path", str(file.parent), f"must hold a {file.name} that can be read") from error
-    return _hashed[key]
-
-
-def _lines(files: tuple[tuple[str, str], ...]) -> str:
-    return "".join(f"{digest}  {name}\n" for name, digest in files)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from fedtune.model.tokenizer_rules import short, tokenizer_refusal
 from fedtune.spec import ConfigError
@@ -93,8 +93,8 @@ library does: patches as many as the richest example has (BLT), experts that rou
 batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
 
 _IMPLEMENTATIONS = {
-    "attn": frozenset({None, "eager", "sdpa"}),
-    "experts": frozenset({None, "eager", "batched_mm", "grouped_mm"}),
+    "attn": frozenset({"eager", "sdpa"}),
+    "experts": frozenset({"eager", "batched_mm", "grouped_mm"}),
 }
 """Others are fetched from a hub as compiled code ("kernels-community/..."), or need packages that sites may lack."""
 
@@ -133,9 +133,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
     if name == "config.json":
         reason = config_refusal(fields)
     elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        reason = _tokenizer_refusal(fields, may_name_own=name == "tokenizer_config.json")
-        if reason is None and name == "special_tokens_map.json":
-            reason = _map_refusal(fields)
+        reason = _tokenizer_refusal(fields, name)
     else:
         reason = tokenizer_refusal(fields) if name == "tokenizer.json" else None
     if reason is not None:
@@ -151,7 +149,10 @@ def config_refusal(fields: Any) -> str | None:
         if key in _REDIRECTING and value is not None:
             return f"has {key}, which {_LOADS_MORE}"
         owner = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
-        if owner and not _is_own_implementation(value, allowed=_IMPLEMENTATIONS[owner[1]]):
+        values = value.values() if isinstance(value, dict) else (value,)
+        if owner and not all(
+            one is None or (isinstance(one, str) and one in _IMPLEMENTATIONS[owner[1]]) for one in values
+        ):
             return f"has {key} = {short(value)}, which can load code; leave it out"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
             return f"has {short(key)} = {short(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
@@ -191,7 +192,7 @@ def rotary_refusal(rope_type: object) -> str | None:
 
 
 def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
-    """Why a config of a known architecture is refused whose keys are not all known."""
+    """Of a known architecture."""
     # Here, so that who reads settings does not wait for it.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -204,11 +205,6 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
         f"has {short(unknown)}, which is no known setting of a {fields['model_type']} model; one could change what is "
         "loaded, so leave it out"
     )
-
-
-def _is_own_implementation(value: Any, *, allowed: frozenset[str | None]) -> bool:
-    values = value.values() if isinstance(value, dict) else (value,)
-    return all(one is None or (isinstance(one, str) and one in allowed) for one in values)
 
 
 def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None:
@@ -224,9 +220,10 @@ def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None
     return None
 
 
-def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
+def _tokenizer_refusal(fields: Any, name: str) -> str | None:
     if not isinstance(fields, dict):
         return "must be a JSON object"
+    may_name_own, is_map = name == "tokenizer_config.json", name == "special_tokens_map.json"
     for key, value in fields.items():
         if key in _TOKENIZER_REDIRECTS and value:
             return f"has {key}, which {_LOADS_MORE}"
@@ -235,23 +232,14 @@ def _tokenizer_refusal(fields: Any, *, may_name_own: bool) -> str | None:
             return f"has {short(key)} = {short(value)}, which names another file"
         if may_name_own and key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
             return f"has {short(key)}, which is no known setting of a tokenizer; leave it out"
-    return None
-
-
-def _map_refusal(fields: dict[str, Any]) -> str | None:
-    for key, value in fields.items():
+    for key, value in fields.items() if is_map else ():
         if key not in OF_SPECIAL_TOKENS_MAP:
             return f"has {short(key)}, which is no special token"
-        if not all(map(_is_token, _each_of(value))):
+        # One token, a list of them, or tokens by name.
+        by_name = isinstance(value, dict) and "content" not in value
+        if not all(map(_is_token, value.values() if by_name else value if isinstance(value, list) else [value])):
             return f"has {key} = {short(value)}, which is no token"
     return None
-
-
-def _each_of(value: Any) -> list[Any]:
-    """One token, a list of them, or tokens by name."""
-    if isinstance(value, dict) and "content" not in value:
-        return list(value.values())
-    return value if isinstance(value, list) else [value]
 
 
 def _is_token(value: Any) -> bool:
@@ -263,41 +251,29 @@ class _NotPlain(ValueError):
 
 
 def _parsed(content: bytes) -> Any:
-    fields = json.loads(
-        content.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_not_finite, parse_float=_finite
-    )
-    if _depth(fields) > _MOST_DEPTH:
-        raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
-    return fields
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise _NotPlain(f"has the key {short(key)} twice")
+            fields[key] = value
+        return fields
 
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise _NotPlain(f"holds {text[:20]}, which is not a finite number")
+        return value
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _NotPlain(f"has the key {short(twice)} twice")
-    return fields
-
-
-def _not_finite(word: str) -> NoReturn:
-    raise _NotPlain(f"holds {word[:20]}, which is not a finite number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        _not_finite(text)
-    return value
-
-
-def _depth(value: Any) -> int:
-    deepest, level = 0, [value]
+    text = content.decode("utf-8")
+    fields = json.loads(text, object_pairs_hook=once_each, parse_constant=finite, parse_float=finite)
+    deepest, level = 0, [fields]
     while level:
         deepest += 1
         inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
         level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
-    return deepest
+    if deepest > _MOST_DEPTH:
+        raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
+    return fields
 
 
 def _entries(fields: Any) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
@@ -104,7 +105,9 @@ def _hub_folder(spec: ModelSpec) -> Path:
             if fetch:
                 # Asked first because it keeps to its time limit; a download waits minutes for a hub that hangs.
                 HfApi().model_info(spec.path, revision=spec.revision, timeout=_HUB_TIMEOUT_S)
-            folder = Path(_snapshot(spec, cached_only=not fetch))
+            patterns = [spec.gguf_file] if spec.gguf_file else _HUB_FILES
+            about: Any = {"revision": spec.revision, "cache_dir": spec.cache_dir, "local_files_only": not fetch}
+            folder = Path(snapshot_download(spec.path, allow_patterns=patterns, ignore_patterns=["*/*"], **about))
         # The hub's client raises errors of several libraries; all of them mean that the model cannot be had.
         except Exception as error:
             problem = error
@@ -114,14 +117,3 @@ def _hub_folder(spec: ModelSpec) -> Path:
     why = f" ({type(problem).__name__}: {first_line(problem)})" if problem else ""
     bound = f"is not a folder on this machine, and its safetensors weights could not be loaded from the model hub{why}"
     raise ConfigError("model.path", spec.path, bound) from problem
-
-
-def _snapshot(spec: ModelSpec, *, cached_only: bool) -> str:
-    return snapshot_download(
-        spec.path,
-        revision=spec.revision,
-        cache_dir=spec.cache_dir,
-        allow_patterns=[spec.gguf_file] if spec.gguf_file else _HUB_FILES,
-        ignore_patterns=["*/*"],
-        local_files_only=cached_only,
-    )

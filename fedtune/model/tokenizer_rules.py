@@ -151,19 +151,15 @@ def _normalizers_growth(normalizer: Any) -> int:
         kind = step["type"]
         growth *= _MOST_COMPATIBLE if kind in _COMPATIBLE and chosen else _NORMALIZERS[kind]
         if kind == "Replace":
-            _check_replace(step)
+            least, put = _least_match(step["pattern"]), len(step["content"])
+            if put > least:
+                raise _Unknown(f"replaces {least} characters by {put}, which makes a text longer")
         elif kind == "Prepend" and len(step["prepend"]) > _MOST_PREPENDED:
             raise _Unknown(f"puts more than {_MOST_PREPENDED} characters before a text")
         elif kind == "Precompiled":
             growth *= _table_growth(step.get("precompiled_charsmap") or "")
         chosen |= kind == "Precompiled" or not (step.get("content") or step.get("prepend") or "").isascii()
     return growth
-
-
-def _check_replace(step: dict[str, Any]) -> None:
-    least = _least_match(step["pattern"])
-    if len(step["content"]) > least:
-        raise _Unknown(f"replaces {least} characters by {len(step['content'])}, which makes a text longer")
 
 
 def _table_growth(encoded: str) -> int:

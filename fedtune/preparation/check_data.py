@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
@@ -40,7 +41,6 @@ _LANGUAGE_RECORDS, _LANGUAGE_LETTERS, _FEW_LETTERS = 100_000, 1_000, 40
 """Records whose language is looked at, letters of each, and letters with which a text is too short to tell."""
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
-_BY_LINE = (".jsonl", ".csv", ".tsv")
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
     "cut",
@@ -214,18 +214,13 @@ def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig
 def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
     """(file, what it is used for, the site whose file it is) of each; no site: it is dealt out, or the lead's."""
     data = config.data
-    by_file = data.partition.kind == "file"
-    named = [(data.train_file.replace(SITE, site), site) for site in (config.federation.names if by_file else ("",))]
-    for name, site in named:
-        yield _near(resolve_file(name, shipped_folders(), key="data.train_file")), "train", site
-    for use, file in (("validation", data.validation_file), ("test", data.test_file)):
-        if file is not None:
-            yield _near(resolve_file(file, shipped_folders(), key=f"data.{use}_file")), use, ""
-
-
-def _near(path: Path) -> Path:
-    """The path from the working folder, where it lies in that: it stands before each error."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    sites = config.federation.names if data.partition.kind == "file" else ("",)
+    files = [("train", data.train_file.replace(SITE, site), site) for site in sites]
+    files += [(use, name, "") for use, name in (("validation", data.validation_file), ("test", data.test_file)) if name]
+    for use, name, site in files:
+        path = resolve_file(name, shipped_folders(), key=f"data.{use}_file")
+        # From the working folder, where it lies in that: it stands before each error.
+        yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
 
 
 _ACROSS: Mapping[Likeness, Kind] = {"same": "overlap", "alike": "near_overlap"}
@@ -235,35 +230,96 @@ class _Look:
     """What the files of one experiment share."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
-        self.task, self.tokenizer, self._within = task_named(config.task), tokenizer, within
+        self.task, self._config, self._data = task_named(config.task), config, config.data
         self.task.check_tokenizer(tokenizer, data=config.data)
-        self.config, self._key = config, split_key(config.seed)
-        self.fault = self.task.fault(config.data)
-        self.earlier = Earlier(alike=alike.is_installed("datasketch"))
-        self.tells_languages = alike.is_installed("py3langid")
-        self._records: Counter[str] = Counter()
-        self._users: defaultdict[str, set[str]] = defaultdict(set)
+        self._tokenizer, self._within = tokenizer, within
+        self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
+        self._earlier = Earlier(alike=alike.is_installed("datasketch"))
+        self._tells_languages = alike.is_installed("py3langid")
+        self._units: defaultdict[str, set[object]] = defaultdict(set)  # by site: users, or numbers of records
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
         """Look at one file."""
-        unit = self.config.privacy.unit
-        columns = self.task.columns(self.config.data, partition=use == "train", unit=unit)
-        tally = _Tally(self, form=format_of(path))
-        for some in chunks(tally.records(path, columns)):
-            uses = [self._use(record, site) if use == "train" else use for record in some]
-            tally.take(some, uses)
-        tally.take_odd_texts(path)
-        return tally.result(path)
+        data, unit, form = self._data, self._config.privacy.unit, format_of(path)
+        rows, faults, errors, found = 0, Faults(), list[tuple[str, str, str]](), _Findings()
+        uses, spelt_otherwise, languages = Counter[str](), Counter[str](), Counter[str]()
+        labels = Counter(dict.fromkeys(data.labels, 0))
+        spellings = {spelling(label): label for label in reversed(data.labels)}
+        lengths: list[int] = []
+        texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
 
-    def labels(self, record: Record) -> tuple[str, ...]:
-        """The labels that a record has, one or several."""
+        def usable() -> Iterator[Record]:
+            """The records that a run can use; the others are errors, which quote nothing of them."""
+            nonlocal rows
+            for line, record in judged(path, self.task.columns(data, partition=use == "train", unit=unit)):
+                rows += 1
+                error = record if isinstance(record, DataError) else None
+                if isinstance(record, Record):
+                    error = self._fault(record)
+                    if error is not None:  # perhaps by a label that is a declared one but for case and spaces
+                        unknown = {spelling(label) for label in self._labels(record) if label not in labels}
+                        spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
+                    elif data.partition.kind == "column" and record.fields.get("site") not in {
+                        *data.partition.sites,
+                        None,
+                    }:
+                        error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
+                    if error is None:
+                        yield replace(record, line=rows) if form == ".json" else record
+                        continue
+                assert error is not None
+                faults.add(error, line)
+                if len(errors) < SHOWN:
+                    where = f"row {rows} ({error.key})" if form == ".json" else error.key
+                    errors.append((where, str(error.value), error.bound))
+
+        for some in chunks(usable()):
+            its_uses = [self._use(record, site) if use == "train" else use for record in some]
+            uses.update(its_uses)
+            lengths += self._note_tokens(some, found)
+            for record, its in zip(some, its_uses, strict=True):
+                labels.update(label for label in self._labels(record) if label in labels)
+                self._note_twins(record, its, found)
+                if self.task.texts(data) > 1:
+                    _note_shared_texts(record, texts, found)
+                odd: dict[tuple[Kind, str, str], None] = {}
+                for role, text in record.texts():
+                    odd |= dict.fromkeys(("personal", one.kind, role) for one in identifiers(text))
+                    odd |= dict.fromkeys(("damage", what, role) for what in damage(text))
+                for kind, what, role in odd:
+                    found.note(record.line, kind, what, data.columns[role])
+                self._note_language(record, languages)
+        # What the rows say beside what a run reads of them.
+        odd_texts = OddTexts({".csv": ",;", ".tsv": "\t"}.get(form, ""))
+        for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
+            if not isinstance(row, DataError):
+                odd_texts.note(row, number if form == ".json" else line)
+        for (what, column), lines in odd_texts.lines.items():
+            for line in lines:
+                found.note(line, "damage", what, column)
+        most = f"(one is in {max((count for _, count in texts.values()), default=0):,})"
+        return FileCheck(
+            path=str(path),
+            places="lines" if form in (".jsonl", ".csv", ".tsv") else "rows",
+            rows=rows,
+            uses={use: uses[use] for use in _USES if use in uses},
+            errors=tuple(errors),
+            num_errors=faults.left_out(used=0).reasons,
+            findings=found.told(shared=most),
+            labels=dict(labels),
+            spelt_otherwise=dict(spelt_otherwise.most_common()),
+            lengths=_lengths(np.sort(lengths)) if lengths else None,
+            languages=dict(languages.most_common()),
+        )
+
+    def _labels(self, record: Record) -> tuple[str, ...]:
         if "labels" in record.fields:
-            return split_labels(record.fields["labels"], separator=self.config.data.label_separator)
+            return split_labels(record.fields["labels"], separator=self._data.label_separator)
         return (record.fields["label"],) if "label" in record.fields else ()
 
     def _use(self, record: Record, site: str) -> str:
         """What a record of a training file is used for; one that is trained on counts for its site."""
-        data, unit = self.config.data, self.config.privacy.unit
+        data, unit = self._data, self._config.privacy.unit
         if side := lead_side(record, data, key=self._key, unit=unit):
             return side
         if not is_selected(record, fraction=data.train_fraction, key=self._key, unit=unit):
@@ -271,220 +327,128 @@ class _Look:
         if is_heldout(record, fraction=data.heldout_fraction, key=self._key, unit=unit):
             return "held out"
         if not (name := site):  # the one to which a simulation deals it
-            names = self.config.federation.names
+            names = self._config.federation.names
             name = names[assign_site(record, data.partition, num_sites=len(names), key=self._key, unit=unit)]
-        self._records[name] += 1
-        if unit == "user":
-            self._users[name].add(record.fields["user"])
+        units = self._units[name]
+        units.add(record.fields["user"] if unit == "user" else len(units))
         return "train"
 
     def size(self, site: str) -> int:
         """How many records, or users, a site would train on."""
-        return len(self._users[site]) if self.config.privacy.unit == "user" else self._records[site]
+        return len(self._units[site])
 
-    def tokens(self, records: Sequence[Record], *, length: int) -> TextDataset:
-        """The examples that a run would make of records, with another bound on their length."""
-        data = replace(self.config.data, max_length=length)
-        return self.task.tokenise(records, self.tokenizer, data=data, lenient_within=self._within)
+    def _note_tokens(self, records: Sequence[Record], found: _Findings) -> list[int]:
+        """The lengths of the examples that a run would make of records, before any are cut."""
+
+        def examples(records: Sequence[Record], length: int) -> TextDataset:
+            data = replace(self._data, max_length=length)
+            return self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
+
+        most = self._data.max_length
+        whole = examples(records, max(most, _MOST_TOKENS))
+        left = _supervised(whole)
+        long = [place for place, tokens in enumerate(whole.lengths) if tokens > most]
+        fitted = _supervised(examples([records[place] for place in long], most)) if long else []
+        for place, count in zip(long, fitted, strict=True):
+            found.note(records[place].line, "cut")
+            if 0 < count < left[place]:
+                found.note(records[place].line, "lost")
+            left[place] = count
+        for record, count in zip(records, left, strict=True):
+            if not count:
+                found.note(record.line, "unlearnt")
+        return [int(length) for length in whole.lengths]
+
+    def _note_twins(self, record: Record, use: str, found: _Findings) -> None:
+        mark, twins = (use, record.answer), self._earlier.twins(record, use)
+        for kind in get_args(Likeness):
+            here = [twin for twin in twins[kind] if twin.mark[0] == use]
+            if own := next((twin for twin in here if twin.mark == mark), None):
+                found.note(record.line, kind, like=own.line)
+                break
+            if kind == "same" and here:
+                found.note(record.line, "contradiction", like=here[0].line)
+                break
+        for kind, across in _ACROSS.items():
+            if other := next((twin for twin in twins[kind] if twin.mark[0] != use), None):
+                found.note(record.line, across, other.mark[0], like=other.line)
+                break
+
+    def _note_language(self, record: Record, languages: Counter[str]) -> None:
+        if not self._tells_languages or languages.total() >= _LANGUAGE_RECORDS:
+            return
+        import py3langid
+
+        text = " ".join(text for _, text in record.texts())[:_LANGUAGE_LETTERS]
+        languages["" if sum(map(str.isalpha, text)) < _FEW_LETTERS else py3langid.classify(text)[0]] += 1
 
     def skipped(self) -> Iterator[str]:
         """What was not looked at."""
         if not alike.is_installed("datasketch"):
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
-        if not self.tells_languages:
+        if not self._tells_languages:
             yield f"languages: py3langid is not installed ({INSTALL})"
-        if self.earlier.is_full:
+        if self._earlier.is_full:
             yield (
                 f"duplicates beyond {alike.MOST_SAME:,} different records, near-duplicates beyond "
                 f"{alike.MOST_ALIKE:,} or {alike.MOST_LETTERS:,} letters"
             )
 
 
-@dataclass(slots=True)
-class _Some:
-    """Records in which one thing was found."""
+class _Findings:
+    """What was found in a file so far: by kind, what and column, how many records and the lines of the first."""
 
-    count: int = 0
-    lines: list[tuple[int, int | None]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[Kind, str, str]] = Counter()
+        self._lines: defaultdict[tuple[Kind, str, str], list[tuple[int, int | None]]] = defaultdict(list)
 
+    def note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
+        """Note a record by its line, and by that of the earlier one that it is like."""
+        self._counts[kind, what, column] += 1
+        if len(self._lines[kind, what, column]) < SHOWN:
+            self._lines[kind, what, column].append((line, like))
 
-class _Tally:
-    """What was found in a file so far."""
-
-    def __init__(self, look: _Look, *, form: str) -> None:
-        self._look, self._form = look, form
-        self._rows = 0
-        self._uses: Counter[str] = Counter()
-        self._errors: list[tuple[str, str, str]] = []
-        self._faults = Faults()
-        self._found: defaultdict[tuple[Kind, str, str], _Some] = defaultdict(_Some)
-        self._labels: Counter[str] = Counter(dict.fromkeys(look.config.data.labels, 0))
-        self._spellings = {spelling(label): label for label in reversed(look.config.data.labels)}
-        self._spelt_otherwise: Counter[str] = Counter()
-        self._texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
-        self._lengths: Counter[int] = Counter()
-        self._languages: Counter[str] = Counter()
-
-    def records(self, path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-        """The records that a run can use; the others are errors, which quote nothing of them."""
-        data = self._look.config.data
-        for line, found in judged(path, columns):
-            self._rows += 1
-            try:
-                if isinstance(found, DataError):
-                    raise found
-                if (fault := self._look.fault(found)) is not None:
-                    self._take_spelling(found)
-                    raise fault
-                if data.partition.kind == "column" and found.fields.get("site") not in {*data.partition.sites, None}:
-                    raise DataError(found.at("site"), "another site", "must be one of data.partition.sites")
-            except DataError as error:
-                self._faults.add(error, line)
-                if len(self._errors) < SHOWN:
-                    where = f"row {self._rows} ({error.key})" if self._form == ".json" else error.key
-                    self._errors.append((where, str(error.value), error.bound))
-            else:
-                yield replace(found, line=self._rows) if self._form == ".json" else found
-
-    def _take_spelling(self, record: Record) -> None:
-        """Note a record that cannot be used of which a label is a declared one but for case and spaces."""
-        labels = [label for label in self._look.labels(record) if label not in self._labels]
-        known = {self._spellings[spelling(label)] for label in labels if spelling(label) in self._spellings}
-        self._spelt_otherwise.update(known)
-
-    def take(self, records: Sequence[Record], uses: Sequence[str]) -> None:
-        """Look at some records."""
-        self._uses.update(uses)
-        self._take_tokens(records)
-        for record, use in zip(records, uses, strict=True):
-            self._labels.update(label for label in self._look.labels(record) if label in self._labels)
-            self._take_twins(record, use)
-            self._take_shared(record)
-            found: dict[tuple[Kind, str, str], None] = {}
-            for role, text in record.texts():
-                found |= dict.fromkeys(("personal", one.kind, role) for one in identifiers(text))
-                found |= dict.fromkeys(("damage", what, role) for what in damage(text))
-            for kind, what, role in found:
-                self._note(record, kind, what, self._look.config.data.columns[role])
-            self._take_language(record)
-
-    def _take_tokens(self, records: Sequence[Record]) -> None:
-        length = self._look.config.data.max_length
-        whole = self._look.tokens(records, length=max(length, _MOST_TOKENS))
-        self._lengths.update(whole.lengths.tolist())
-        left = _supervised(whole)
-        long = [place for place, tokens in enumerate(whole.lengths) if tokens > length]
-        fitted = _supervised(self._look.tokens([records[place] for place in long], length=length)) if long else []
-        for place, count in zip(long, fitted, strict=True):
-            self._note(records[place], "cut")
-            if 0 < count < left[place]:
-                self._note(records[place], "lost")
-            left[place] = count
-        for record, count in zip(records, left, strict=True):
-            if not count:
-                self._note(record, "unlearnt")
-
-    def _take_twins(self, record: Record, use: str) -> None:
-        mark = (use, record.answer)
-        twins = self._look.earlier.twins(record, use)
-        here = {kind: [twin for twin in some if twin.mark[0] == use] for kind, some in twins.items()}
-        for kind in ("same", "alike"):
-            if own := next((twin for twin in here[kind] if twin.mark == mark), None):
-                self._note(record, kind, like=own.line)
-                break
-            if kind == "same" and here[kind]:
-                self._note(record, "contradiction", like=here[kind][0].line)
-                break
-        for kind, across in _ACROSS.items():
-            if other := next((twin for twin in twins[kind] if twin.mark[0] != use), None):
-                self._note(record, across, other.mark[0], like=other.line)
-                break
-
-    def _take_shared(self, record: Record) -> None:
-        """Note a record of several texts if an earlier one has one of them, too."""
-        if self._look.task.texts(self._look.config.data) == 1:
-            return
-        earlier = []
-        for text in {text for _, text in record.texts()}:
-            digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-            line, count = self._texts.get(digest, (record.line, 0))
-            earlier += [line] if count else []
-            if count or len(self._texts) < alike.MOST_SAME:
-                self._texts[digest] = line, count + 1
-        if earlier:
-            self._note(record, "shared", like=min(earlier))
-
-    def _take_language(self, record: Record) -> None:
-        if not self._look.tells_languages or sum(self._languages.values()) >= _LANGUAGE_RECORDS:
-            return
-        import py3langid
-
-        text = " ".join(text for _, text in record.texts())[:_LANGUAGE_LETTERS]
-        short = sum(map(str.isalpha, text)) < _FEW_LETTERS
-        self._languages["" if short else py3langid.classify(text)[0]] += 1
-
-    def take_odd_texts(self, path: Path) -> None:
-        """Look at what the rows say beside what a run reads of them."""
-        odd = OddTexts({".csv": ",;", ".tsv": "\t"}.get(self._form, ""))
-        for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
-            if not isinstance(row, DataError):
-                odd.note(row, number if self._form == ".json" else line)
-        for (what, column), lines in odd.lines.items():
-            self._found["damage", what, column] = _Some(len(lines), [(line, None) for line in lines[:SHOWN]])
-
-    def _note(self, record: Record, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
-        some = self._found[kind, what, column]
-        some.count += 1
-        if len(some.lines) < SHOWN:
-            some.lines.append((record.line, like))
-
-    def result(self, path: Path) -> FileCheck:
-        """All that was found."""
-        most = f"(one is in {max((count for _, count in self._texts.values()), default=0):,})"
-        return FileCheck(
-            path=str(path),
-            places="lines" if self._form in _BY_LINE else "rows",
-            rows=self._rows,
-            uses={use: self._uses[use] for use in _USES if self._uses[use]},
-            errors=tuple(self._errors),
-            num_errors=self._faults.left_out(used=0).reasons,
-            findings=tuple(
-                Finding(
-                    kind=kind,
-                    what=what or most * (kind == "shared"),
-                    column=column,
-                    count=some.count,
-                    lines=tuple(some.lines),
-                )
-                for (kind, what, column), some in sorted(self._found.items(), key=lambda one: _KINDS.index(one[0][0]))
-            ),
-            labels=dict(self._labels),
-            spelt_otherwise=dict(self._spelt_otherwise.most_common()),
-            lengths=_lengths(self._lengths),
-            languages=dict(self._languages.most_common()),
+    def told(self, *, shared: str) -> tuple[Finding, ...]:
+        """All, in the order of their kinds; `shared`: what is said of texts in several records."""
+        return tuple(
+            Finding(
+                kind=kind,
+                what=shared if kind == "shared" else what,
+                column=column,
+                count=count,
+                lines=tuple(self._lines[kind, what, column]),
+            )
+            for (kind, what, column), count in sorted(self._counts.items(), key=lambda one: _KINDS.index(one[0][0]))
         )
+
+
+def _note_shared_texts(record: Record, texts: dict[bytes, tuple[int, int]], found: _Findings) -> None:
+    """Note a record of several texts if an earlier one has one of them, too."""
+    earlier = []
+    for text in {text for _, text in record.texts()}:
+        digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+        line, count = texts.get(digest, (record.line, 0))
+        earlier += [line] if count else []
+        if count or len(texts) < alike.MOST_SAME:
+            texts[digest] = line, count + 1
+    if earlier:
+        found.note(record.line, "shared", like=min(earlier))
 
 
 def _supervised(examples: TextDataset) -> list[int]:
     """How many targets of each example are learnt."""
     known = (np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets)
-    counts: list[int] = (
-        np.array([np.count_nonzero(one) for one in known]).reshape(len(examples), -1).sum(axis=1).tolist()
-    )
-    return counts
+    counts = np.array([np.count_nonzero(one) for one in known]).reshape(len(examples), -1).sum(axis=1)
+    return [int(count) for count in counts]
 
 
-def _lengths(counts: Counter[int]) -> Lengths | None:
-    if not counts:
-        return None
-    lengths = np.array(sorted(counts))
-    times = np.array([counts[length] for length in lengths])
-    median, most_of_them = (int(lengths[np.searchsorted(times.cumsum(), share * times.sum())]) for share in (0.5, 0.9))
-    longest = int(lengths[-1])
-    before = int(lengths[0]) - 1
+def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
+    """Of sorted numbers of tokens."""
+    median, most_of_them = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.9))
+    before, longest = int(lengths[0]) - 1, int(lengths[-1])
     step = -(-(longest - before) // _BINS)
     bins = tuple(
-        (start + 1, start + step, int(times[(lengths > start) & (lengths <= start + step)].sum()))
+        (start + 1, start + step, int(((lengths > start) & (lengths <= start + step)).sum()))
         for start in range(before, longest, step)
     )
     return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

@@ -7,9 +7,9 @@ anybody else does; no run and no site calls it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
@@ -57,8 +57,7 @@ _LABEL_BOUND = (
 Columns: TypeAlias = Mapping[str, Column]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """A column that a kind of file has.
 
     Attributes:
@@ -87,6 +86,7 @@ def _is_chat(one: Column) -> bool:
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
 _CONTEXT = _Part("input", called.CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
 _PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of a conversation"
+_COMPLETION = _Part("completion", called.COMPLETIONS, _is_text)
 _SCORE = _Part(
     "target",
     (*called.SCORES, "label", "target"),
@@ -99,8 +99,12 @@ def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
     return tuple(_Part(role, (role, f"{role}response"), fits, bound) for role in ("chosen", "rejected"))
 
 
-def _texts(**names: tuple[str, ...]) -> tuple[_Part, ...]:
-    return tuple(_Part(role, some, _is_text) for role, some in names.items())
+def _texts(**names: str) -> tuple[_Part, ...]:
+    return tuple(_Part(role, some.split(), _is_text) for role, some in names.items())
+
+
+def _is_completion(one: Column) -> bool:
+    return one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)
 
 
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
@@ -108,27 +112,12 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     ("preferences", (_Part("messages", called.PROMPTS + called.CHATS, _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
     ("preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
     ("chat", (_Part("messages", called.CHATS, _is_chat, _TURNS), _SYSTEM)),
-    (
-        "triplets",
-        _texts(anchor=("anchor", "query", "question"), positive=("positive", "pos"), negative=("negative", "neg")),
-    ),
-    *(("scored", (*_texts(text=(one,), other=(other,)), _SCORE)) for one, other in called.ALIKE),
-    (
-        "pairs",
-        (
-            *_texts(prompt=("user", "human", "prompt")),
-            _SYSTEM,
-            *_texts(completion=("assistant", "gpt", "bot", "model")),
-        ),
-    ),
+    ("triplets", _texts(anchor="anchor query question", positive="positive pos", negative="negative neg")),
+    *(("scored", (*_texts(text=one, other=other), _SCORE)) for one, other in called.ALIKE),
+    ("pairs", (*_texts(prompt="user human prompt"), _SYSTEM, *_texts(completion="assistant gpt bot model"))),
     # What is asked of a text is answered in words, however few the answers are.
-    *(
-        ("pairs", (_PROMPT, context, _SYSTEM, _Part("completion", called.COMPLETIONS, fits)))
-        for context, fits in (
-            (replace(_CONTEXT, fits=_is_text, optional=False), _is_text),
-            (_CONTEXT, lambda one: one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)),
-        )
-    ),
+    ("pairs", (_PROMPT, _CONTEXT._replace(fits=_is_text, optional=False), _SYSTEM, _COMPLETION)),
+    ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=_is_completion))),
 )
 """Files that are known by the names of their columns; the first that fits counts."""
 OPTIONS: Mapping[str, str] = {
@@ -231,26 +220,6 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
     if not chosen and format_of(path) in (".csv", ".tsv"):
         _require_header(columns, path)
-    _require_columns(columns, chosen)
-    roles = {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}
-    found = _Guess(columns, roles, path).made()
-    if by_person:
-        found = _with_person(found, columns, chosen.get("user"))
-    return Found(
-        path=path,
-        rows=rows,
-        faults=tuple(faults),
-        num_faults=num_faults,
-        columns=columns,
-        first=tuple(first),
-        kind=found.kind,
-        roles=found.roles,
-        why=found.why,
-        notes=(*found.notes, *odd.notes()),
-    )
-
-
-def _require_columns(columns: Columns, chosen: Mapping[str, str]) -> None:
     for option, name in chosen.items():
         if name not in columns:
             raise ConfigError(f"--{option}", name, f"must be one of the columns {_listed(columns)}")
@@ -259,6 +228,26 @@ def _require_columns(columns: Columns, chosen: Mapping[str, str]) -> None:
         raise ConfigError(f"--{option}", name, "must be another column than the other options name")
     if "user" in chosen and not columns[chosen["user"]].is_id:
         raise ConfigError("--user", chosen["user"], "must have an id of one person in its rows: a text or whole number")
+    guess = _Guess(columns, {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}, path).made()
+    roles, why, user = dict(guess.roles), dict(guess.why), chosen.get("user")
+    if by_person:  # where a column says whose a record is, the first that does
+        people = [one for one in columns.values() if one.name not in roles.values() and is_person(one)]
+        names = [one.name for one in sorted(people, key=lambda one: (person_of(one.name), one.name))]
+        if user or names:
+            roles["user"] = user or names[0]
+            why["user"] = "chosen" if user else "its name: whose a record is (--unit record protects each record alone)"
+    return Found(
+        path=path,
+        rows=rows,
+        faults=tuple(faults),
+        num_faults=num_faults,
+        columns=columns,
+        first=tuple(first),
+        kind=guess.kind,
+        roles=roles,
+        why=why,
+        notes=(*guess.notes, *odd.notes()),
+    )
 
 
 def _require_header(columns: Columns, path: Path) -> None:
@@ -279,8 +268,7 @@ def _require_header(columns: Columns, path: Path) -> None:
             raise DataError(f"{path}: the name of column {number}", found, bound)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(NamedTuple):
     kind: Kind
     roles: Mapping[str, str]
     why: Mapping[str, str]
@@ -328,12 +316,12 @@ class _Guess:
             kind = "instructions"
         why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
         few = self.columns[roles["completion"]] if "completion" in roles else None
-        notes = (
-            (f"Column {few.name} has {counted(len(few.labels), 'value')}: to learn it as a label, --label {few.name}.",)
-            if few is not None and few.is_label
-            else ()
+        if few is None or not few.is_label:
+            return _Made(kind, ordered, why)
+        values = counted(len(few.labels), "value")
+        return _Made(
+            kind, ordered, why, (f"Column {few.name} has {values}: to learn it as a label, --label {few.name}.",)
         )
-        return _Made(kind, ordered, why, notes)
 
     def _answered(self) -> _Made | None:
         """A text with a label, several, or a number."""
@@ -436,19 +424,18 @@ class _Guess:
             says = " or ".join(sorted(self.columns[flag].labels, reverse=True))
             bound = (
                 f"may say in which rows {answers} is not wanted (KTO), and a run would learn all: write those that are "
+                "wanted to a file without this column, or choose with --prompt and --completion, --messages or --label"
             )
-            bound += "wanted to a file without this column, or choose with --prompt and --completion, --messages "
-            raise DataError(f"{self.path}, column {flag}", says, f"{bound}or --label")
+            raise DataError(f"{self.path}, column {flag}", says, bound)
         if speaks := self._named(called.SPEAKERS, lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
-            bound = "says who speaks: write the turns of each conversation as one list in a column messages, "
-            raise DataError(f"{self.path}, column {speaks}", "speakers", f"{bound}or choose with --text")
+            bound = "write the turns of each conversation as one list in a column messages, or choose with --text"
+            raise DataError(f"{self.path}, column {speaks}", "speakers", f"says who speaks: {bound}")
         keys = {key_of(name) for name in self.columns}
         two = next((key[:-1] for key in sorted(keys) if key[-1:] == "a" and f"{key[:-1]}b" in keys), None)
         if two and (better := self._named(called.BETTER, lambda one: one.is_label)):
-            bound = "says which of two is better: write them as columns prompt, chosen and rejected, "
-            raise DataError(
-                f"{self.path}, column {better}", f"beside {two}a and {two}b", f"{bound}or choose with --text"
-            )
+            bound = "write them as columns prompt, chosen and rejected, or choose with --text"
+            value = f"beside {two}a and {two}b"
+            raise DataError(f"{self.path}, column {better}", value, f"says which of two is better: {bound}")
         pair = [self._named((role,), lambda one: one.says) for role in ("chosen", "rejected")]
         if all(pair) and not any(self._laid_out(kind, parts) for kind, parts in _LAYOUTS if kind == "preferences"):
             kind = "turns of a conversation" if _is_chat(self.columns[str(pair[0])]) else "text"
@@ -480,17 +467,6 @@ class _Guess:
 
 def _is_answer(one: Column) -> bool:
     return one.separator is not None or one.is_label or one.is_number
-
-
-def _with_person(made: _Made, columns: Columns, chosen: str | None) -> _Made:
-    """The same by person, where a column says whose a record is: the first that does."""
-    people = [one for one in columns.values() if one.name not in made.roles.values() and is_person(one)]
-    people.sort(key=lambda one: (person_of(one.name), one.name))
-    name = chosen or next((one.name for one in people), None)
-    if name is None:
-        return made
-    why = "chosen" if chosen else "its name: whose a record is (--unit record protects each record alone)"
-    return replace(made, roles={**made.roles, "user": name}, why={**made.why, "user": why})
 
 
 def _listed(columns: Iterable[str]) -> str:

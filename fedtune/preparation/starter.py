@@ -18,7 +18,6 @@ import yaml
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.records import chunks, usable_records
-from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, split_labels
@@ -127,11 +126,6 @@ class Plan:
         most = int(np.quantile(lengths, _WHOLE, method="lower"))
         return min(_MOST_TOKENS, max(_STEP, math.ceil(most / _STEP) * _STEP))
 
-    @property
-    def num_cut(self) -> int:
-        """Measured records that are longer."""
-        return int((self.measured.lengths > self.max_length).sum())
-
 
 def base_of(kind: Kind) -> str:
     """The experiment of conf/ that suits a kind of training."""
@@ -162,9 +156,14 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     shared = [label for label, count in found.labels.items() if count > 1]
     labels = tuple(shared if len(shared) > 1 else found.labels)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
-    data = _with_turns(found, replace(base.data, **own | found.settings | _templates(found)), tokenizer, base.task)
-    faults = Faults()
-    places = _places(found)
+    data = replace(base.data, **own | found.settings | _templates(found), chat_template="none")
+    if found.kind in ("instructions", "chat", "pairs", "preferences"):
+        try:  # the model's own template, if it has one that can be taken
+            data = replace(data, chat_template="model")
+            task.check_tokenizer(tokenizer, data=data)
+        except ConfigError:
+            data = replace(data, chat_template="plain")
+    faults, places = Faults(), _places(found)
     columns = {**found.roles, **({} if places is None else {GROUP: places.name})}
     records = usable_records(found.path, columns, fault=task.fault(data), faults=faults, lenient=False)
     counts: list[int] = []
@@ -215,23 +214,6 @@ def _templates(found: Found) -> dict[str, str]:
     return {"prompt_template": "{prompt}"} if found.kind == "instructions" else {}
 
 
-def _with_turns(found: Found, data: DataSpec, tokenizer: Tokenizer, task: str) -> DataSpec:
-    """The same with the model's own template for turns, if it has one that can be taken."""
-    if found.kind not in ("instructions", "chat", "pairs", "preferences"):
-        return replace(data, chat_template="none")
-    own = replace(data, chat_template="model")
-    try:
-        task_named(task).check_tokenizer(tokenizer, data=own)
-    except ConfigError:
-        return replace(data, chat_template="plain")
-    return own
-
-
-def experiment(found: Found, plan: Plan, *, file: Path) -> str:
-    """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
-    return "\n".join(_lines(found, plan, file)) + "\n"
-
-
 def run_name(file: Path) -> str:
     """A run's name from that of its experiment's file."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")
@@ -251,13 +233,13 @@ def _declared(plan: Plan, units: float) -> int:
     return max(1, int(share // unit * unit))
 
 
-def _delta(size: int) -> float:
-    """1e-5, or the power of ten that is at most a tenth of 1 over a larger site's size."""
-    return min(1e-5, 10.0 ** -math.ceil(math.log10(10 * size)))
-
-
 def _shares(rows: int) -> tuple[float, float]:
     return next(((test, validation) for most, test, validation in _SHARES if rows < most), _LEAST_SHARES)
+
+
+def experiment(found: Found, plan: Plan, *, file: Path) -> str:
+    """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
+    return "\n".join(_lines(found, plan, file)) + "\n"
 
 
 def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
@@ -267,12 +249,9 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
     yield "# before you show this page to others."
     yield "defaults:"
-    yield (
-        f"  - {plan.base}".ljust(_BEFORE_COMMENT + 2)
-        + f" # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
-    )
+    yield f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
     if plan.model is not None:
-        yield f"  - override /model: {plan.model}".ljust(_BEFORE_COMMENT + 2) + " # the frozen base model"
+        yield f"  - {f'override /model: {plan.model}':<{_BEFORE_COMMENT - 2}} # the frozen base model"
     yield ""
     yield _line("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one")
     if plan.model_path is not None:
@@ -299,36 +278,36 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if plan.measured.users is not None:
         yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
     yield f"  {_line('epsilon', 8.0, 'the promise to each of them; lower is stronger: docs/epsilon.md')}"
-    yield f"  {_line('delta', _delta(declared_size(plan)), 'must stay below 1 / declared_sizes')}"
+    # The power of ten that is at most a tenth of 1 over a site's size.
+    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * declared_size(plan))))
+    yield f"  {_line('delta', delta, 'must stay below 1 / declared_sizes')}"
 
 
 def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
     test, validation = _shares(plan.measured.units)
-    yield "train_file", _beside(found.path, file), "the records; relative paths begin at this page's folder"
+    # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
+    # without an ending, and change with its next version.
+    folder, records = file.absolute().parent, found.path.absolute()
+    path = records.relative_to(folder) if records.is_relative_to(folder) else records
+    yield "train_file", str(path), "the records; relative paths begin at this page's folder"
     yield "columns", dict(found.roles), "role of fedtune: column of the file"
     for key, value in found.settings.items():
         yield key, list(value) if isinstance(value, tuple) else value, _ABOUT_ANSWERS[key]
     for key, template in _templates(found).items():
         yield key, template, "what is asked; a part whose columns are blank is left out"
     if plan.measured.turns != "none":
-        yield (
-            "chat_template",
-            plan.measured.turns,
-            "turns as the model's own template writes them (model), or in words (plain)",
-        )
+        why = "turns as the model's own template writes them (model), or in words (plain)"
+        yield "chat_template", plan.measured.turns, why
     if plan.measured.left_out.count:
         yield "unusable", "leave_out", f"{counted(plan.measured.left_out.count, 'row')} cannot be used"
-    most = (
-        ""
-        if not plan.num_cut
-        else f"; {plan.num_cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
-    )
-    yield "max_length", plan.max_length, f"the most tokens of a record{most}"
+    most, cut = "the most tokens of a record", int((plan.measured.lengths > plan.max_length).sum())
+    if cut:
+        most += f"; {cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
+    yield "max_length", plan.max_length, most
     yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
     yield "validation_fraction", validation, "share for the scores after each round"
-    size = declared_size(plan)
     units = "records" if plan.measured.users is None else "persons"
-    yield "declared_sizes", size, f"each site publishes this number of {units}: it becomes PUBLIC"
+    yield "declared_sizes", declared_size(plan), f"each site publishes this number of {units}: it becomes PUBLIC"
     yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
 
 
@@ -382,10 +361,9 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
 
 def notes(found: Found, plan: Plan) -> list[str]:
     """What the person should know before the first run."""
-    size = declared_size(plan)
     told = [
-        f"declared_sizes: {size:,} was set near a site's share. This number becomes public; at a real site, the site "
-        "chooses it in its site.toml.",
+        f"declared_sizes: {declared_size(plan):,} was set near a site's share. This number becomes public; at a real "
+        "site, the site chooses it in its site.toml.",
         "Labels, target_range and max_length were proposed from nearly all records of the file, and become public too: "
         "change what says more than it should.",
     ]
@@ -400,10 +378,8 @@ def notes(found: Found, plan: Plan) -> list[str]:
             "persons: write them alike in the file if they are one."
         )
     if plan.measured.units < _FEW_UNITS * plan.num_sites:
-        unit = "record" if plan.measured.users is None else "person"
-        told.append(
-            f"{counted(plan.measured.units, unit)}: that is little, so with noise expect the run to learn little."
-        )
+        units = counted(plan.measured.units, "record" if plan.measured.users is None else "person")
+        told.append(f"{units}: that is little, so with noise expect the run to learn little.")
     if plan.measured.left_out.count:
         told.append(f"{plan.measured.left_out}. A run leaves such rows out (unusable: leave_out).")
     told += about_spellings(plan.measured.labels)
@@ -432,15 +408,6 @@ def _scalar(value: Any) -> str:
         value, default_flow_style=True, default_style=quotes, allow_unicode=True, width=math.inf, sort_keys=False
     )
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _beside(path: Path, file: Path) -> str:
-    """The path as it is written in a file of settings: from its folder where it lies there or below.
-
-    Links stay: what one leads to may have another name, without an ending, and change with its next version.
-    """
-    folder, target = file.absolute().parent, path.absolute()
-    return str(target.relative_to(folder) if target.is_relative_to(folder) else target)
 
 
 def next_line(file: Path) -> str:

@@ -94,11 +94,12 @@ def test_declared_sizes_are_near_a_site_s_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "delta"), [(60, 1e-5), (600_000, 1e-7)])
 def test_delta_stays_below_one_over_a_site_s_records(tmp_path: Path, rows: int, delta: float) -> None:
-    _, plan = plan_for(table(tmp_path, 60))
+    path = table(tmp_path, 60)
+    _, plan = plan_for(path)
     large = replace(plan, measured=replace(plan.measured, usable=rows))
-    size = starter.declared_size(large)
-    assert starter._delta(size) == pytest.approx(delta)
-    assert starter._delta(size) < 1 / size
+    privacy = yaml.safe_load(starter.experiment(look_at(path, {}), large, file=tmp_path / "own.yaml"))["privacy"]
+    assert privacy["delta"] == pytest.approx(delta)
+    assert privacy["delta"] < 1 / starter.declared_size(large)
 
 
 def test_each_setting_has_its_comment(tmp_path: Path) -> None:
@@ -111,8 +112,8 @@ def test_long_records_are_counted_and_bounded(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"body": "word " * length}) + "\n" for length in (5, 50, 5000)))
     text, plan = plan_for(path, model="random_llama")
-    assert (plan.max_length, plan.num_cut) == (256, 1 + int(plan.measured.lengths[1] > 256))
-    assert f"{plan.num_cut} of 3 records are longer and are cut" in text
+    assert plan.max_length == 256
+    assert f"{1 + int(plan.measured.lengths[1] > 256)} of 3 records are longer and are cut" in text
 
 
 def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
@@ -208,8 +209,9 @@ def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> 
     path = table(tmp_path, 120)
     _, before = plan_for(path)
     path.write_text(path.read_text() + f"{'word ' * 200},yes\n")
-    _text, plan = plan_for(path)
-    assert (plan.max_length, plan.num_cut) == (before.max_length, 1)
+    text, plan = plan_for(path)
+    assert plan.max_length == before.max_length
+    assert "; 1 of 121 records are longer and are cut" in text
     assert any(
         "max_length were proposed from nearly all records" in one for one in starter.notes(look_at(path, {}), plan)
     )
