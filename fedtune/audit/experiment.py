@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fedtune.audit.gradient_attack import GradientAttack
-from fedtune.audit.guesses import Count, Place
+from fedtune.audit.guesses import Place
 from fedtune.audit.record_attack import RecordAttack
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
@@ -83,66 +82,46 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     """
     sites = audited_sites(config, spec)
     everyone = Participants(config, folder, progress=listener.preparing)
-    _allow_large_adapters(everyone)
+    for site in config.federation.active:  # none refuses an adapter for its size: a broken clip is to show as a bound
+        policy = generated_policy(config, everyone.sites.plan, site, lead=everyone.sites.lead_key().public)
+        limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
+        write_policy(replace(policy, limits=limits), everyone.sites.folder / site / POLICY)
     attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
-    history = _History(listener, folder, what=_planted(config, spec, sites))
+    kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
+    planted = f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
+    history = _History(listener, folder, what=planted)
     with attack.watching():
         run = simulate(config, folder, history, everyone=everyone)
     counts = attack.counts(history.adapters)
     membership = attack.membership() if isinstance(attack, RecordAttack) else ()
-    bounds = tuple(_bounds(counts, _claims(run, sites), delta=config.privacy.delta, confidence=spec.confidence))
+    # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
+    charged = {site: run.privacy.sites[site].epsilon for site in sites}
+    claims: dict[Place, float] = {site: math.inf if one is None else one for site, one in charged.items()}
+    claims[None] = max(claims.values())
+    bounds, known = [], {"delta": config.privacy.delta, "confidence": spec.confidence}
+    for place, count in counts.items():
+        bounds.append(
+            AuditBound(
+                site=place,
+                claimed_epsilon=claims[place],
+                lower_bound=epsilon_lower_bound(count.canaries, count.guesses, count.right, **known),
+                best_possible=best_possible(count.canaries, guesses=count.guesses, **known),
+                canaries=count.canaries,
+                guesses=count.guesses,
+                right=count.right,
+            )
+        )
     found = Audit(
         method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",
         confidence=spec.confidence,
         delta=config.privacy.delta,
         seeded=config.runtime.seeded_noise,
-        bounds=bounds,
+        bounds=tuple(bounds),
         membership=membership,
         exceeded=False,
     )
     write_audit(folder, replace(found, exceeded=bool(refuted(found))))
     return run
-
-
-def _planted(config: RunConfig, spec: AuditSpec, sites: Sequence[str]) -> str:
-    kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
-    return f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
-
-
-def _allow_large_adapters(everyone: Participants) -> None:
-    """Let no site refuse an adapter for its size: a broken clip is to show as a bound, not to end the run."""
-    config, sites = everyone.config, everyone.sites
-    for site in config.federation.active:
-        policy = generated_policy(config, sites.plan, site, lead=sites.lead_key().public)
-        limits = replace(policy.limits, max_adapter_value=_LARGEST_ADAPTER)
-        write_policy(replace(policy, limits=limits), sites.folder / site / POLICY)
-
-
-def _claims(run: RunResult, sites: Sequence[str]) -> dict[Place, float]:
-    """What the run charged each audited site; of the average, which is made of all, the most that any of them did."""
-    charged = {site: run.privacy.sites[site].epsilon for site in sites}
-    claims: dict[Place, float] = {site: math.inf if one is None else one for site, one in charged.items()}
-    return {**claims, None: max(claims.values())}
-
-
-def _bounds(
-    counts: Mapping[Place, Count], claims: Mapping[Place, float], *, delta: float, confidence: float
-) -> list[AuditBound]:
-    found = []
-    for site, count in counts.items():
-        m, r = count.canaries, count.guesses
-        found.append(
-            AuditBound(
-                site=site,
-                claimed_epsilon=claims[site],
-                lower_bound=epsilon_lower_bound(m, r, count.right, delta=delta, confidence=confidence),
-                best_possible=best_possible(m, guesses=r, delta=delta, confidence=confidence),
-                canaries=m,
-                guesses=r,
-                right=count.right,
-            )
-        )
-    return found
 
 
 class _History:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
-from fedtune.training.examples import Places, SiteExamples, Told, nobody
+from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
@@ -177,65 +176,62 @@ class Canaries:
             first = end
         return gradients
 
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """With those of canaries made up, dense, like what the hooks give."""
-        return _WithCanaries(of_each, self)
+    def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
+        """Those of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
+        canaries, tally = self, self.tally
+
+        class WithCanaries:
+            def of(self, batch: Batch) -> dict[str, torch.Tensor]:
+                return canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else of_each.of(batch)
+
+        of_units = units.gradients(WithCanaries())
+
+        class Watched:
+            def of(self, batch: Any) -> dict[str, torch.Tensor]:
+                gradients = of_units.of(batch)
+                if not isinstance(batch, CanaryBatch | CanaryUserBatch):
+                    tally.add_records(gradients)
+                return gradients
+
+        return Watched()
+
+    def sampled(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
+        """A step has sampled: its places among the real units, and the coordinates of its canaries behind them."""
+        self.observer.begin(self.tally)
+        return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
 
 
-@dataclass(frozen=True)
-class _WithCanaries:
-    of_each: UnitGradients
-    canaries: Canaries
+class _Behind:
+    """A site's units, and behind them its canaries that are in."""
 
-    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Name -> (n, *parameter shape)."""
-        return self.canaries.raw_gradients(batch) if isinstance(batch, CanaryBatch) else self.of_each.of(batch)
-
-
-class Watched:
-    """Gradients of units, of which the tally is told unless they are canaries'."""
-
-    def __init__(self, units: UnitGradients, tally: Tally) -> None:
-        self._units, self._tally = units, tally
-
-    def of(self, batch: Any) -> dict[str, torch.Tensor]:
-        """Name -> (n, *parameter shape)."""
-        gradients = self._units.of(batch)
-        if not isinstance(batch, CanaryBatch | CanaryUserBatch):
-            self._tally.add_records(gradients)
-        return gradients
-
-
-class CanaryExamples(SiteExamples):
-    """A site's records, and behind them its canaries that are in."""
-
-    def __init__(self, records: SiteExamples, canaries: Canaries) -> None:
-        # Not the parent's: the records keep their own state, and nothing of theirs is copied.
-        self._records, self._canaries = records, canaries
+    def __init__(self, real: Any, canaries: Canaries) -> None:
+        # Not the parent's: the units keep their own state, and nothing of theirs is copied.
+        self._real, self._canaries = real, canaries
 
     def __len__(self) -> int:
-        return len(self._records) + len(self._canaries)
-
-    def cut(self, indices: Places) -> Iterator[Batch]:
-        """The sampled records as ever, then the sampled canaries."""
-        real, places = _told_apart(indices, len(self._records))
-        self._canaries.observer.begin(self._canaries.tally)
-        yield from self._records.cut(real)
-        for coordinates in self._canaries.parts(places):
-            yield CanaryBatch.of(coordinates)
+        return len(self._real) + len(self._canaries)
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
         """With those of the canaries."""
-        units = self._records.gradients(self._canaries.gradients(of_each))
-        return Watched(units, self._canaries.tally)
+        return self._canaries.gradients(self._real, of_each)
 
     def keep_frozen_states(self, model: TaskModel, **how: Any) -> None:
         """Of the records; canaries have none."""
-        self._records.keep_frozen_states(model, **how)
+        self._real.keep_frozen_states(model, **how)
 
     def keep_reference(self, model: TaskModel, **how: Any) -> None:
         """Likewise."""
-        self._records.keep_reference(model, **how)
+        self._real.keep_reference(model, **how)
+
+
+class CanaryExamples(_Behind, SiteExamples):
+    """A site's records with its canaries."""
+
+    def cut(self, indices: Places) -> Iterator[Batch]:
+        """The sampled records as ever, then the sampled canaries."""
+        real, parts = self._canaries.sampled(indices, len(self._real))
+        yield from self._real.cut(real)
+        yield from map(CanaryBatch.of, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,47 +253,21 @@ class CanaryUserBatch(UserBatch):
             )
 
 
-class CanaryUsers(UserExamples):
-    """A site's users, and behind them its canaries that are in, each with as many records as may take part."""
-
-    def __init__(self, users: UserExamples, canaries: Canaries) -> None:
-        # Not the parent's: as for `CanaryExamples`.
-        self._real, self._canaries = users, canaries
-
-    def __len__(self) -> int:
-        return len(self._real) + len(self._canaries)
+class CanaryUsers(_Behind, UserExamples):
+    """A site's users with its canaries, each with as many records as may take part."""
 
     def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterator[UserBatch]]:
         """The sampled users as ever, then the sampled canaries."""
         cut = self._real.cut_with(stream)
 
         def with_canaries(indices: Places) -> Iterator[UserBatch]:
-            real, places = _told_apart(indices, len(self._real))
-            self._canaries.observer.begin(self._canaries.tally)
+            real, parts = self._canaries.sampled(indices, len(self._real))
             yield from cut(real)
-            for coordinates in self._canaries.parts(places):
+            for coordinates in parts:
                 records = [np.full(self._real.most_records, one) for one in coordinates]
                 yield CanaryUserBatch(records, self._real.examples)
 
         return with_canaries
-
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """With those of the canaries."""
-        users = self._real.gradients(self._canaries.gradients(of_each))
-        return Watched(users, self._canaries.tally)
-
-    def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
-        """Of the records; canaries have none."""
-        self._real.keep_frozen_states(model, folder=folder, told=told)
-
-    def keep_reference(self, model: TaskModel) -> None:
-        """Likewise."""
-        self._real.keep_reference(model)
-
-
-def _told_apart(indices: Places, num_real: int) -> tuple[Places, Places]:
-    """Places among the real units, and among the canaries behind them."""
-    return indices[indices < num_real], indices[indices >= num_real] - num_real
 
 
 @dataclass(frozen=True, kw_only=True)

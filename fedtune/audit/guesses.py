@@ -59,7 +59,12 @@ def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate
     spread = max(float(controls.std()), _LEAST_SPREAD * draw)
     inside = np.full_like(above, -np.inf)
     for drawn in range(steps + 1):
-        density = _log_chance(drawn, steps, sampling_rate) - (above - drawn * draw) ** 2 / (2 * spread**2)
+        if sampling_rate < 1:  # the chance of Binomial(steps, rate) = drawn
+            ways = math.lgamma(steps + 1) - math.lgamma(drawn + 1) - math.lgamma(steps - drawn + 1)
+            chance = ways + drawn * math.log(sampling_rate) + (steps - drawn) * math.log1p(-sampling_rate)
+        else:
+            chance = 0.0 if drawn == steps else -math.inf
+        density = chance - (above - drawn * draw) ** 2 / (2 * spread**2)
         inside = np.logaddexp(inside, density)
     return inside + above**2 / (2 * spread**2)
 
@@ -69,11 +74,3 @@ def by_rank(scores: Values) -> Values:
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
     return ranks - (len(scores) - 1) / 2
-
-
-def _log_chance(drawn: int, steps: int, rate: float) -> float:
-    """Of Binomial(steps, rate) = drawn."""
-    if rate >= 1:
-        return 0.0 if drawn == steps else -math.inf
-    ways = math.lgamma(steps + 1) - math.lgamma(drawn + 1) - math.lgamma(steps - drawn + 1)
-    return ways + drawn * math.log(rate) + (steps - drawn) * math.log1p(-rate)

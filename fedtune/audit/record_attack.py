@@ -52,7 +52,7 @@ class PlantedRecords:
     never_used: list[Record]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Losses:
     """Of some records under the initial adapter and under the final one."""
 
@@ -76,9 +76,12 @@ class RecordAttack:
 
     def __init__(self, everyone: Participants, spec: AuditSpec, sites: Sequence[str]) -> None:
         self._everyone, self._spec = everyone, spec
-        self._words = _vocabulary(everyone)
+        # Words that the model has tokens for.
+        tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
+        words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
+        self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
         self.planted = {site: self._plant(site) for site in sites}
-        self._losses: dict[str, tuple[_Losses, _Losses, _Losses]] = {}
+        self._losses: dict[str, list[_Losses]] = {}
 
     def _plant(self, site: str) -> PlantedRecords:
         config, work = self._everyone.config, self._everyone.work[site]
@@ -132,13 +135,10 @@ class RecordAttack:
     def membership(self) -> tuple[AuditMembership, ...]:
         """The baselines on real records, by site and over all sites; after `counts`."""
         by_site = list(self._losses.values())
-        pooled = tuple(
-            _Losses(
-                before=np.concatenate([losses[place].before for losses in by_site]),
-                after=np.concatenate([losses[place].after for losses in by_site]),
-            )
-            for place in range(3)
-        )
+        pooled = [
+            _Losses(*(np.concatenate([getattr(one, when) for one in some]) for when in ("before", "after")))
+            for some in zip(*by_site, strict=True)
+        ]
         return tuple(
             self._baseline(site, score, trained_on=losses[1], never_used=losses[2])
             for site, losses in [*self._losses.items(), (None, pooled)]
@@ -168,16 +168,11 @@ class RecordAttack:
             hit_rates=tuple(rates),
         )
 
-    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> tuple[_Losses, _Losses, _Losses]:
+    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[_Losses]:
         """Of canaries, records trained on, and records never used."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
-        first, last = (
-            [self._losses_of(records, adapter) for records in groups] for adapter in (adapters[0], adapters[-1])
-        )
-        canaries, trained_on, never_used = (
-            _Losses(before=before, after=after) for before, after in zip(first, last, strict=True)
-        )
-        return canaries, trained_on, never_used
+        first, last = ([self._losses_of(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1]))
+        return [_Losses(before=before, after=after) for before, after in zip(first, last, strict=True)]
 
     def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
         losses = np.zeros(len(records))
@@ -192,13 +187,6 @@ class RecordAttack:
                 losses[places] = shared.model.losses(batch.to(shared.device)).double().cpu().numpy()
         # A model that diverged gives no number for some; to the attack that is the largest loss.
         return np.where(np.isfinite(losses), losses, _LARGEST_LOSS)
-
-
-def _vocabulary(everyone: Participants) -> tuple[str, ...]:
-    """Words that the model has tokens for."""
-    tokens = (token.strip("Ġ▁#") for token in everyone.shared.tokenizer.get_vocab())
-    words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
-    return tuple(words) if len(words) >= _FEWEST_WORDS else tuple(f"word{number}" for number in range(1000))
 
 
 def auroc(members: Values, others: Values, *, confidence: float) -> tuple[float, float, float]:

@@ -103,7 +103,8 @@ class _Search:
     def _one(self, gradients: PerExampleGradients) -> Worst:
         """One case: others, one unit more, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
-        units = [self._unit_size() for _ in range(num_others + 1)]
+        by_user, most = self._unit == "user", _MOST_OF_A_USER
+        units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
         examples = self._examples(made_up(self._shared.model, self._lengths(sum(units)), self._draws))
         adapter = self._fill(gradients, examples)
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
@@ -127,9 +128,6 @@ class _Search:
             adapter=adapter,
             others=num_others,
         )
-
-    def _unit_size(self) -> int:
-        return 1 if self._unit == "record" else int(self._draws.integers(1, _MOST_OF_A_USER, endpoint=True))
 
     def _lengths(self, count: int) -> list[int]:
         """Of short records with some long ones, or of long ones alone."""
@@ -157,21 +155,16 @@ class _Search:
                 values = torch.randn(parameter.shape, generator=generator)
                 chosen = values.sign() * self._bound if how == "at the bound" else values * scale
                 parameter.copy_(chosen.to(parameter.device))
-        if how == "by ascent":
-            self._ascend(gradients, examples)
-        project(parameters, self._bound)
-        return how
-
-    def _ascend(self, gradients: PerExampleGradients, examples: SiteExamples) -> None:
-        """Drive the adapter to where losses are large: there attention saturates and gradients are mostly rounding."""
-        parameters = self._shared.model.trainable()
-        for _ in range(_ASCENT_STEPS):
+        # To where losses are large: there attention saturates and gradients are mostly rounding.
+        for _ in range(_ASCENT_STEPS if how == "by ascent" else 0):
             batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
             slopes = {name: gradient.sum(dim=0) for name, gradient in gradients.of(batch).items()}
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
             project(parameters, self._bound)
+        project(parameters, self._bound)
+        return how
 
     def _sum(
         self,

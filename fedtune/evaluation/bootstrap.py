@@ -13,7 +13,7 @@ simulations/intervals measures how often the intervals hold the truth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -80,8 +80,13 @@ class Drawn:
     def estimate(self, model: str, score: str) -> Estimate:
         """A model's score with its interval."""
         value, draws = self.values[model][score], self.draws[model][score]
-        estimate = _estimate(value, draws)
-        return _moved_back(estimate, bias=float(draws.mean()) - value) if score in _TOO_LOW else estimate
+        found = _estimate(value, draws)
+        if score not in _TOO_LOW:
+            return found
+        # Draws of a score of at most 1 lie off it: the interval moves back, and holds the score all the same.
+        bias = float(draws.mean()) - value
+        low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
+        return Estimate(value, min(low, value), max(high, value))
 
     def comparison(self, base: str, tuned: str, score: str, *, judged: str | None = None) -> Comparison:
         """One score of two models.
@@ -129,10 +134,11 @@ def drawn(
     observed = {model: scores(figures) for model, figures in models.items()}
     num_records = len(next(iter(next(iter(models.values())).values())))
     num_units = num_records if units is None else len(units)
-    found: dict[str, dict[str, list[float]]] = {
-        model: {score: [] for score in values} for model, values in observed.items()
-    }
-    for places in _draws(num_units, units, resamples):
+    found: dict[str, dict[str, list[float]]] = {model: {score: [] for score in observed[model]} for model in models}
+    generator = np.random.default_rng(0)
+    for _ in range(resamples):
+        chosen = generator.integers(0, num_units, size=num_units)
+        places = chosen if units is None else np.concatenate([units[unit] for unit in chosen])
         # A draw may hold no record that can be scored, such as one with a token to predict.
         with suppress(DataError):
             each = {
@@ -162,16 +168,6 @@ def compared(
     return {score: found.comparison("base", "tuned", score) for score in found.values["base"]}
 
 
-def _draws(
-    num_units: int, units: Sequence[npt.NDArray[np.int64]] | None, resamples: int
-) -> Iterator[npt.NDArray[np.int64]]:
-    """The places of the records of each draw of units."""
-    generator = np.random.default_rng(0)
-    for _ in range(resamples):
-        chosen = generator.integers(0, num_units, size=num_units)
-        yield chosen if units is None else np.concatenate([units[unit] for unit in chosen])
-
-
 NO_DIFFERENCE: Verdict = "cannot be told apart"
 
 
@@ -180,12 +176,6 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
         return Estimate(value, math.nan, math.nan)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
-
-
-def _moved_back(found: Estimate, *, bias: float) -> Estimate:
-    """The interval where draws of a score of at most 1 lie off it; it holds the score all the same."""
-    low, high = found.low - 2 * bias, min(1.0, found.high - 2 * bias)
-    return Estimate(found.value, min(low, found.value), max(high, found.value))
 
 
 def direction(name: str) -> int:

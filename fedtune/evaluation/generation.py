@@ -158,7 +158,10 @@ def generate(
         ConfigError: when a prompt and its text exceed the positions that the model has.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
-    _check_positions(task_model, longest=int(lengths.max(initial=0)), max_new_tokens=max_new_tokens)
+    longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
+    if most is not None and longest > most:
+        bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
+        raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
     texts = [""] * len(prompts)
     with scoring(task_model):
         for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
@@ -214,16 +217,6 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
     return {"bleu": float(bleu.score), "rouge_l": float(np.mean(figures["rouge_l"]))}
 
 
-def _check_positions(task_model: TaskModel, *, longest: int, max_new_tokens: int) -> None:
-    most = usable_positions(task_model.base.get_base_model())
-    if most is not None and longest > most:
-        raise ConfigError(
-            "evaluation.max_new_tokens",
-            max_new_tokens,
-            f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all",
-        )
-
-
 def write_greedily(
     model: PeftModel,
     prompts: Sequence[np.ndarray],
@@ -241,7 +234,14 @@ def write_greedily(
     Returns:
         The new token ids of each prompt, without the one that ends them.
     """
-    token_ids, mask = _pad_left(prompts, pad_id=pad_id, device=device)
+    # Right-aligned, (n, longest), so that every row's last token is real.
+    longest = max(map(len, prompts))
+    token_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(token_ids)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    token_ids, mask = token_ids.to(device), mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     # Families that read distances off the mask (ALiBi) take no position ids.
     takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
@@ -266,14 +266,3 @@ def write_greedily(
         positions = positions[:, -1:] + 1
     rows = torch.stack(written, dim=1).tolist()
     return [list(takewhile(lambda token_id: token_id not in end_ids, row)) for row in rows]
-
-
-def _pad_left(prompts: Sequence[np.ndarray], *, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-aligned token ids and attention mask, both (n, longest), so that every row's last token is real."""
-    longest = max(len(prompt) for prompt in prompts)
-    token_ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-    mask = np.zeros_like(token_ids)
-    for row, prompt in enumerate(prompts):
-        token_ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return torch.from_numpy(token_ids).to(device), torch.from_numpy(mask).to(device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,15 +78,20 @@ def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[
         smallest: units of a group.
         units: for each unit the places of its records; None: each record is one.
     """
-    counts = _counts(values, units)
+    own_values = [{value} for value in values] if units is None else [{values[i] for i in places} for places in units]
+
+    def units_in(chosen: set[str]) -> int:
+        return sum(not chosen.isdisjoint(own) for own in own_values)
+
+    counts = Counter(value for own in own_values for value in own)
     small = {value for value, count in counts.items() if count < smallest or value == OTHERS}
     left = sorted(set(counts) - small, key=lambda value: (counts[value], value))
-    while small and left and _units_in(values, small, units) < smallest:
+    while small and left and units_in(small) < smallest:
         small.add(left.pop(0))
     names = (*reversed(left), *((OTHERS,) if small else ()))
     place = {value: names.index(value) for value in left} | dict.fromkeys(small, len(left))
     sizes = [counts[value] for value in reversed(left)]
-    sizes += [_units_in(values, small, units)] if small else []
+    sizes += [units_in(small)] if small else []
     return Groups(
         names=names,
         codes=np.array([place[value] for value in values], dtype=np.int64),
@@ -225,19 +230,6 @@ def _mean(part: tuple[float, float, int], noise_multiplier: float, num_sites: in
     return score, _TWO_SIDED * math.sqrt(noise + score * (1 - score) / units)
 
 
-def _counts(values: Sequence[str], units: Sequence[npt.NDArray[np.int64]] | None) -> Counter[str]:
-    """How many units have a record of each value."""
-    if units is None:
-        return Counter(values)
-    return Counter(value for places in units for value in {values[place] for place in places})
-
-
-def _units_in(values: Sequence[str], chosen: set[str], units: Sequence[npt.NDArray[np.int64]] | None) -> int:
-    if units is None:
-        return sum(value in chosen for value in values)
-    return sum(any(values[place] in chosen for place in places) for places in units)
-
-
 def by_group(
     models: Mapping[str, Figures],
     groups: Groups,
@@ -257,48 +249,30 @@ def by_group(
         pairs: models to compare in each group.
         units: for each unit the places of its records; None: each record is one.
     """
-    codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
-    coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
-    found = drawn(coded, scores=_in_each(groups, score=score, scores=scores), units=units)
-    return GroupScores(
-        groups=groups,
-        scores=_by_name(groups, models, lambda number, model: found.estimate(model, f"in {number}")),
-        gaps=_by_name(groups, models, lambda number, model: found.estimate(model, f"gap {number}")),
-        changes={
-            name: {pair: _change(found, number, pair, score, size=size) for pair in pairs}
-            for number, (name, size) in enumerate(zip(groups.names, groups.sizes, strict=True))
-        },
-    )
-
-
-def _change(found: Drawn, number: int, pair: tuple[str, str], score: str, *, size: int) -> Comparison:
-    # The group's own units are what must be enough.
-    of_group = Drawn(found.values, found.draws, num_units=size)
-    return of_group.comparison(*pair, f"in {number}", judged=score)
-
-
-def _by_name(
-    groups: Groups, models: Mapping[str, Figures], estimate: Callable[[int, str], Estimate]
-) -> dict[str, dict[str, Estimate]]:
-    return {name: {model: estimate(number, model) for model in models} for number, name in enumerate(groups.names)}
-
-
-def _in_each(groups: Groups, *, score: str, scores: Scores) -> Scores:
-    """From figures to the score in each group, and its gap to the records outside it."""
 
     def in_each(figures: Figures) -> dict[str, float]:
+        """From figures to the score in each group, and its gap to the records outside it."""
         codes, own = figures[_GROUP], {name: values for name, values in figures.items() if name != _GROUP}
-        found = {}
+        found: dict[str, float] = {}
         for number in range(len(groups.names)):
-            inside, outside = (_part(own, chosen) for chosen in (codes == number, codes != number))
-            found[f"in {number}"] = scores(inside)[score]
-            found[f"gap {number}"] = found[f"in {number}"] - scores(outside)[score]
+            parts = codes == number, codes != number
+            if not all(part.any() for part in parts):
+                raise DataError("evaluation data", "no record", "must hold a record of each group")
+            inside, outside = (scores({name: values[part] for name, values in own.items()})[score] for part in parts)
+            found |= {f"in {number}": inside, f"gap {number}": inside - outside}
         return found
 
-    return in_each
-
-
-def _part(figures: Figures, chosen: npt.NDArray[np.bool_]) -> Figures:
-    if not chosen.any():
-        raise DataError("evaluation data", "no record", "must hold a record of each group")
-    return {name: values[chosen] for name, values in figures.items()}
+    codes: npt.NDArray[np.float64] = groups.codes.astype(np.float64)
+    coded: dict[str, Figures] = {model: {**figures, _GROUP: codes} for model, figures in models.items()}
+    found, numbers = drawn(coded, scores=in_each, units=units), {name: n for n, name in enumerate(groups.names)}
+    # The group's own units are what must be enough.
+    of_group = {n: Drawn(found.values, found.draws, num_units=size) for n, size in enumerate(groups.sizes)}
+    return GroupScores(
+        groups=groups,
+        scores={name: {model: found.estimate(model, f"in {n}") for model in models} for name, n in numbers.items()},
+        gaps={name: {model: found.estimate(model, f"gap {n}") for model in models} for name, n in numbers.items()},
+        changes={
+            name: {pair: of_group[n].comparison(*pair, f"in {n}", judged=score) for pair in pairs}
+            for name, n in numbers.items()
+        },
+    )

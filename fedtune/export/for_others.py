@@ -224,7 +224,9 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
             base = modules.Transformer(scratch, max_seq_length=source.config.data.max_length)
             layers = [base, modules.Pooling(source.base.config.get_text_config().hidden_size, "mean")]
             for weight, bias in source.readout:
-                layers += [modules.Normalize(), _dense(modules, weight, bias)]
+                given = {"bias": bias is not None, "init_weight": weight, "init_bias": bias}
+                dense = modules.Dense(*weight.shape[::-1], activation_function=nn.Identity(), **given)
+                layers += [modules.Normalize(), dense]
             layers += [] if source.readout else [modules.Normalize()]
             library.SentenceTransformer(modules=layers, device="cpu").save_pretrained(
                 str(folder), create_model_card=False
@@ -233,14 +235,6 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
             tokens = {"input_ids": reference.input_ids, "attention_mask": reference.attention_mask}
             with torch.no_grad():
                 reference.require(loaded(tokens)["sentence_embedding"], form="sentence-transformers")
-
-
-def _dense(modules: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    rows, columns = weight.shape
-    layer: nn.Module = modules.Dense(
-        columns, rows, bias=bias is not None, activation_function=nn.Identity(), init_weight=weight, init_bias=bias
-    )
-    return layer
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
