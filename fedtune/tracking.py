@@ -44,10 +44,10 @@ class Tracker(Protocol):
         """Begin, or go on with, the run; returns how many of its rounds are known already."""
 
     def round(self, number: int, figures: Figures) -> None:
-        """What a round came to."""
+        """Log the figures of a round."""
 
     def result(self, figures: Figures, files: Sequence[Path]) -> None:
-        """What the run came to, and its report."""
+        """Log the figures of the whole run, and its report."""
 
     def close(self, how: Ending) -> None:
         """Nothing more is to come."""
@@ -276,7 +276,7 @@ def _why(error: Exception) -> str:
 
 
 def settings_of(config: RunConfig) -> Settings:
-    """What defines the run, by dotted key, without the places of its files."""
+    """The settings that define the run, by dotted key, without the places of its files."""
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in _flat(config.decisive()):
         if value is not None:
@@ -294,7 +294,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:
-    """What run.json says of a finished round, with the largest epsilon of a site by then, as far as it is finite.
+    """The figures of a finished round in run.json, with the largest epsilon of a site by then, as far as finite.
 
     Of a site that was charged more than its updates, for retries, all of these count as early as they can.
     """
@@ -313,7 +313,7 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
 
 
 def final_figures(result: RunResult) -> Iterator[tuple[str, float]]:
-    """What run.json says of the whole run."""
+    """The figures of the whole run in run.json."""
     final = result.final
     figures: dict[str, float | None] = {f"test/{name}": score for name, score in final.metrics.items()}
     figures |= {f"test_before/{name}": score for name, score in final.metrics_before.items()}

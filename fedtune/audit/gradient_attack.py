@@ -67,7 +67,7 @@ class CanaryBatch(Batch):
 
 @dataclass
 class Tally:
-    """What an attacker adds up over a site's steps, in clip norms: the noisy sums less what the records added to them.
+    """An attacker's total over a site's steps, in clip norms: the noisy sums less what the records added to them.
 
     The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
     guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.

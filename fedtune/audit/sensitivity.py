@@ -45,7 +45,7 @@ Integers = npt.NDArray[np.int64]
 
 @spec
 class Worst:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         unit: "record" or "user".

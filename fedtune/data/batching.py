@@ -124,7 +124,7 @@ def alone(batch: Batch, place: int | None) -> Batch:
 
 
 def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[Computed, Iterator[Computed | None]]:
-    """What `compute` makes of no example, and of each example of a batch on which it failed, all in the batch's shape.
+    """Apply `compute` to no example, and to each example of a batch on which it failed, all in the batch's shape.
 
     None stands for an example that cannot be computed, so that the others are as they would be beside any other one.
     Where the machine fails, and not an example, the empty batch fails as well, and that is raised.  So that it needs as

@@ -53,7 +53,7 @@ NONE_LEFT_OUT = LeftOut()
 
 
 class Faults:
-    """What is wrong with rows, as they are read."""
+    """Counts rows that cannot be used, as they are read."""
 
     def __init__(self) -> None:
         self._first: DataError | None = None

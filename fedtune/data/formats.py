@@ -81,7 +81,7 @@ def format_of(path: Path) -> str:
 
 
 def what_is(path: Path) -> str | None:
-    """What lies there in place of a data file, in words; None for a file, or a folder of a saved set."""
+    """Name what lies there in place of a data file; None for a file, or a folder of a saved set."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def _parquet_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[
 
 
 def _plain_footer(path: Path) -> Any:
-    """What a Parquet file says of itself, without the Arrow types that its writer had.
+    """A Parquet file's metadata, without the Arrow types that its writer had.
 
     Into dictionaries its reader takes no text that is not UTF-8: one such record would be a fault of the whole file.
     """
@@ -196,7 +196,7 @@ def _saved_batches(path: Path, columns: Mapping[str, str] | None) -> Iterator[An
 
 @contextlib.contextmanager
 def _whole(path: Path, kind: str) -> Iterator[None]:
-    """What Arrow says of a file that is damaged, in our words: its own may quote the file."""
+    """Turn Arrow's errors about a damaged file into ours: its own may quote the file."""
     import pyarrow
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +94,12 @@ class Dealing:
         lead: dict[str, list[Record]] = {"validation": [], "test": []}
         of_files: list[list[Record]] = []
         left_out = NONE_LEFT_OUT
-        for path in self._files():
-            records, of_file = lead_file(path, self.columns, fault=self.fault, leave_out=spec.skips_unusable)
+        by_file = spec.partition.kind == "file"
+        for site in self.sites if by_file else self.sites[:1]:
+            name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
+            records, of_file = lead_records(
+                name, columns=self.columns, key="data.train_file", fault=self.fault, leave_out=skips
+            )
             left_out = left_out.with_those(of_file)
             of_files.append([])
             for record in records:
@@ -104,7 +108,6 @@ class Dealing:
                     lead[side].append(record)
                 elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
                     of_files[-1].append(record)
-        by_file = spec.partition.kind == "file"
         sites = (
             tuple(of_files)
             if by_file
@@ -126,12 +129,6 @@ class Dealing:
             left_out=left_out,
             shared_users=sum(count > 1 for count in users.values()),
         )
-
-    def _files(self) -> Iterator[Path]:
-        names = self.sites if self.spec.partition.kind == "file" else self.sites[:1]
-        for name in names:
-            file = self.spec.train_file.replace(SITE, name)
-            yield resolve_file(file, shipped_folders(), key="data.train_file")
 
 
 def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
@@ -174,17 +171,11 @@ def lead_records(
         key: for messages.
         fault: what of a record the task cannot use.
         leave_out: go on without what cannot be used; otherwise that is an error.
-    """
-    return lead_file(resolve_file(name, shipped_folders(), key=key), columns, fault=fault, leave_out=leave_out)
-
-
-def lead_file(path: Path, columns: Mapping[str, str], *, fault: Fault, leave_out: bool) -> tuple[list[Record], LeftOut]:
-    """The same from a file that was found.
 
     Raises:
         DataError: the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.
     """
-    faults = Faults()
+    path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
     records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))
     if not records or not leave_out:
         faults.require_none()

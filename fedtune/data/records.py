@@ -22,7 +22,7 @@ from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
 Fault: TypeAlias = Callable[["Record"], DataError | None]
-"""What of a record its task cannot use; None: nothing."""
+"""The reason why a task cannot use a record; None: it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """What its text is to be told apart by: a label, labels or a number; nothing where it has none."""
+        """Its label, labels or number; "" where it has none."""
         return next((self.fields[role] for role in ("label", "labels", "target") if role in self.fields), "")
 
 
@@ -118,7 +118,7 @@ NO_VALUE = "(none)"
 
 
 def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
-    """What a column of their files says of records that were read before, as text; `NO_VALUE` where it says nothing.
+    """The values of a column for records that were read before, as text; `NO_VALUE` where there is none.
 
     Args:
         records: with the file and the line of each.

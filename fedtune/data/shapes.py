@@ -19,7 +19,7 @@ _STEPS = (4, 5, 6)
 """Lengths grow by these quarters of a power of two: a record is padded by a third of itself at most, by half before the
 last length; one below `_SHORTEST` is padded to that."""
 _TOKENS_OF_A_CALL = 100
-"""What a micro-batch costs beside its tokens, in tokens: so MiniLM's steps are shortest, with all layers or two."""
+"""Cost of a micro-batch beside its tokens, in tokens: so MiniLM's steps are shortest, with all layers or two."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,7 @@ _MARKS = {
     b"PK\x03\x04": "the beginning of a ZIP or Excel file",
     b"\x1f\x8b": "the beginning of a gzip file, whose name must end in .gz",
 }
-"""What a file is that begins so and is no text in UTF-8."""
+"""Beginnings of files that are no text in UTF-8, and their kind."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
 _BLANK = b" \t\r\n,;"
 """Of a table's line that holds nothing."""
@@ -106,7 +106,7 @@ def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the kind of a value."""
+    """The type of a value, as JSON calls it."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
     return (names | {bytes: "bytes", datetime: "date", date: "date"}).get(type(value), "object")
 
@@ -275,7 +275,7 @@ def table_state(piece: bytes, before: bytes, *, comma: bytes) -> bytes:
 
 
 _OUTSIDE = {True: re.compile(rb'["\[\]{},]'), False: re.compile(rb'["\[\]{}]')}
-"""What decides outside strings where an array's element ends: directly in the array, and further in."""
+"""Marks outside strings that decide where an array's element ends: directly in the array, and further in."""
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 """The rest of a string, up to its quote, or to the end of the block or a backslash there."""
 

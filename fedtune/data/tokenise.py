@@ -35,7 +35,7 @@ Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] 
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer (`PreTrainedTokenizerBase`)."""
+    """The part of a Hugging Face tokenizer (`PreTrainedTokenizerBase`) that is used."""
 
     bos_token_id: int | None
     eos_token_id: int | None

@@ -25,9 +25,9 @@ SAID = ("chosen", "rejected")
 OPTIONAL_ROLES = frozenset({"input", "system", GROUP})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
-"""What lists of names are written with, and so no part of a user's id; what a message calls a record of several."""
+"""Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
 NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
-"""What tables write where there is no value: all such rows together are of no one person."""
+"""Words that tables write where there is no value: all such rows together are of no one person."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -40,11 +40,11 @@ _SPEAKERS = {"system": "system", "developer": "system", "user": "user", "human":
     ("assistant", "gpt", "bot", "model"), "assistant"
 )
 _TRAINED = ("weight", "train", "training", "loss")
-"""What other programs call it whether an answer is learnt: 0 or false for one that is not."""
+"""Other programs' names for whether an answer is learnt: 0 or false for one that is not."""
 _PARTS_TRAINED = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
 READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
-"""What a run looks at in a turn."""
+"""Fields of a turn that a run looks at."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
@@ -193,7 +193,7 @@ def messages_of(value: object, *, at: str) -> str:
 
 
 def said_of(value: object, at: str) -> str:
-    """What is said after a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
+    """Read what follows a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
 
     A turn alone is one of a list.
 
@@ -241,7 +241,7 @@ def turns_like(value: object) -> list[dict[str, Any]]:
 
 
 def speaker_of(name: object) -> str:
-    """Who speaks, by the name that a file has for it: `system`, `user`, `assistant` or the name itself."""
+    """The role of a speaker by a file's name for it: `system`, `user`, `assistant` or the name itself."""
     said = str(name).strip().lower()
     return _SPEAKERS.get(said, said)
 

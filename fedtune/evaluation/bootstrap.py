@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fedtune.spec import DataError
 
 Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
-"""What scores are computed from, by name: the first axis is the record."""
+"""Inputs of scores, by name: the first axis is the record."""
 Scores: TypeAlias = Callable[[Figures], Mapping[str, float]]
 Verdict: TypeAlias = Literal["better", "worse", "cannot be told apart"]
 

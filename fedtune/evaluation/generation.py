@@ -52,7 +52,7 @@ def write(
 
 
 def as_text(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What each token adds to the text, without special tokens and surrounding space.
+    """The text that each token adds, without special tokens and surrounding space.
 
     A character of several tokens comes whole with its last one, and space with what follows it: the parts together are
     what the tokenizer makes of all tokens at once.
@@ -179,7 +179,7 @@ def generate(
 
 
 def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
-    """What `text_scores` needs of each text: one hypothesis a prompt, against all of the prompt's references.
+    """The figures of each text for `text_scores`: one hypothesis a prompt, against all of the prompt's references.
 
     Args:
         hypotheses: n texts.

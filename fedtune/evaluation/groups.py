@@ -52,7 +52,7 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupScores:
-    """What models score in each group, by one score.
+    """One score of models in each group.
 
     Attributes:
         groups: that they were scored in.
@@ -102,7 +102,7 @@ def merged(values: Sequence[str], *, smallest: int, units: Sequence[npt.NDArray[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoisedGroup:
-    """What noised scores that sites released say of one group, over all sites.
+    """One group over all sites, by the noised scores that they released.
 
     Attributes:
         name: of the group; `OTHERS` last.

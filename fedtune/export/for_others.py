@@ -1,4 +1,4 @@
-"""What others load: a run's adapter, its merged model, a sentence-transformers folder, ONNX.
+"""Exports for others: a run's adapter, its merged model, a sentence-transformers folder, ONNX.
 
 Each form is written beside its place, loaded again by the library that it is for, and compared with the run's own
 model on made-up tokens; only then the folder appears.
@@ -85,7 +85,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run's own model makes of made-up tokens: `logits` of `input_ids` (2, t), of which the last are padding."""
+    """A run's own model on made-up tokens: `logits` of `input_ids` (2, t), of which the last are padding."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor

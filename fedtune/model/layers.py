@@ -164,7 +164,7 @@ class FrozenPrefix:
             self._given = before
 
     def states(self, run: Callable[[], object]) -> torch.Tensor | None:
-        """What the skipped layers put out, (n, t, h), while `run` calls the base; the rest of the base does not run.
+        """The output of the skipped layers, (n, t, h), while `run` calls the base; the rest of the base does not run.
 
         None when there is nothing to skip, or when the layers hand on more than one tensor.
         """
@@ -201,7 +201,7 @@ class OutputLayer:
         self._apart = isinstance(self._layer, nn.Linear) and self._is_last(base)
 
     def inputs(self, run: Callable[[], Any]) -> torch.Tensor:
-        """What the layer would get while `run` calls the base, (n, t, h); of a base run whole its scores."""
+        """The layer's input while `run` calls the base, (n, t, h); of a base run whole its scores."""
         if not self._apart:
             return run().logits  # type: ignore[no-any-return]
 

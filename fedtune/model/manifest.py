@@ -40,7 +40,7 @@ _FIRST_LINE = "fedtune model manifest 1\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a model's hash covers.
+    """The files that a model's hash covers.
 
     Attributes:
         files: name and SHA-256 of each file, in the order of the names.
@@ -50,7 +50,7 @@ class Manifest:
 
     @property
     def text(self) -> str:
-        """What the hash is of; for a GGUF file just its own line."""
+        """The text that is hashed; for a GGUF file just its own line."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
         return lines if self._gguf else _FIRST_LINE + lines
 

@@ -29,5 +29,5 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, without the paragraphs of advice that follow."""
+    """The first line of an error, without the paragraphs of advice that follow."""
     return next(iter(str(error).splitlines()), type(error).__name__)

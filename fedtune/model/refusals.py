@@ -1,4 +1,4 @@
-"""What a model's files may not hold: whatever redirects loading, exhausts a machine, or lets examples see each other.
+"""Refusals of a model's files: they redirect loading, exhaust a machine, or let examples see each other.
 
 Each file is checked as the bytes that will be loaded, before a library parses them.  The keys that files may have are
 lists, since transformers takes any other as well and acts on some.

@@ -22,7 +22,7 @@ from torch import nn
 from fedtune.spec import ConfigError
 
 PEFT_SCALES = (".ia3_l", ".lora_magnitude_vector")
-"""What the names of PEFT's own scales end in, in a saved adapter: of IA3, and of DoRA."""
+"""Endings of the names of PEFT's own scales in a saved adapter: of IA3, and of DoRA."""
 
 
 class Scales(nn.Module):

@@ -42,7 +42,7 @@ def model_folder(spec: ModelSpec) -> Path:
 
 
 def public_place(spec: ModelSpec) -> str:
-    """What plain transformers finds the base by: its public id, a folder or id as it was named, a package's folder."""
+    """The base's place for plain transformers: its public id, a folder or id as it was named, a package's folder."""
     inside = spec.public_id is None and spec.path.startswith(PACKAGE)
     return str(model_folder(spec)) if inside else spec.public_id or spec.path
 

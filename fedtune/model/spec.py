@@ -116,7 +116,7 @@ class LoraSpec:
     alternate: bool = False
 
     def rests_in(self, round: int) -> str | None:
-        """What the names of tensors contain that a round, from 1, leaves as they are; None: all are trained.
+        """The part of the names of tensors that rest in a round, from 1; None: all are trained.
 
         B comes first: as long as it is zero, A has no gradient.
         """
@@ -124,7 +124,7 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """What the product of the two matrices is multiplied by; 1 where there are none."""
+        """The factor of the product of the two matrices; 1 where there are none."""
         return 1.0 if self.kind == "ia3" else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property

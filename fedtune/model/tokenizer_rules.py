@@ -1,4 +1,4 @@
-"""What a tokenizer may do with a text: known steps, which take linear time and let no text grow without bound.
+"""Rules for tokenizers: known steps, which take linear time and let no text grow without bound.
 
 Somebody who may choose a regular expression, or a chain of rules that each make a text longer, can pick words for
 which a tokenizer takes minutes, fills the memory or gives up.  Whether a site still answers would then say whether one
@@ -123,7 +123,7 @@ def tokenizer_refusal(fields: Any) -> str | None:
 
 
 def short(value: object) -> str:
-    """What stands in a file, as a person can be shown it: it may be long, or hold what cannot be printed."""
+    """Shorten a value of a file for a message: it may be long, or hold what cannot be printed."""
     text = value if isinstance(value, str) and re.fullmatch(r"\w{1,40}", value, re.ASCII) else shown(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

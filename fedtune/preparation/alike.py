@@ -21,7 +21,7 @@ from fedtune.data.records import Record
 from fedtune.data.values import one_form
 
 Mark: TypeAlias = tuple[str, str]
-"""What a record is used for, and its answer; records of one mark are told from those of another."""
+"""A record's use and its answer; records of one mark are told from those of another."""
 SAME = 0.8
 """Texts are alike that share so much of their runs of five letters (Jaccard)."""
 MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
@@ -107,7 +107,7 @@ class _Index:
 
 
 def spelling(label: str) -> str:
-    """What labels have in common that differ in case, spaces, form, invisible letters or `.0` of a number alone."""
+    """A label without differences of case, spaces, form, invisible letters or `.0` of a number."""
     text = unicodedata.normalize("NFKC", one_form(label)).casefold()
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 

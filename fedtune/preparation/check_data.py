@@ -1,4 +1,4 @@
-"""What is wrong or odd with the records of an experiment, for the eyes of those who hold them.
+"""Faults and oddities of an experiment's records, for the eyes of those who hold them.
 
 What is found are counts, lines and names of columns; no record's text is among it, since a page may be passed around.
 The counts are exact, and no noise protects them.  Nothing is dropped or changed, and no run reads any of it.
@@ -60,7 +60,7 @@ _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What some records of a file have in common.
+    """Something that records of a file have in common.
 
     Attributes:
         kind: of finding.
@@ -130,7 +130,7 @@ class FileCheck:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteSize:
-    """What a site declares, and how many records (or users) it would train on."""
+    """A site's declared size, and the records (or users) that it would train on."""
 
     site: str
     declared: int
@@ -227,7 +227,7 @@ _ACROSS: Mapping[Likeness, Kind] = {"same": "overlap", "alike": "near_overlap"}
 
 
 class _Look:
-    """What the files of one experiment share."""
+    """A look at the files of one experiment, one after another."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, within: int) -> None:
         self.task, self._config, self._data = task_named(config.task), config, config.data
@@ -318,7 +318,7 @@ class _Look:
         return (record.fields["label"],) if "label" in record.fields else ()
 
     def _use(self, record: Record, site: str) -> str:
-        """What a record of a training file is used for; one that is trained on counts for its site."""
+        """The use of a record of a training file; one that is trained on counts for its site."""
         data, unit = self._data, self._config.privacy.unit
         if side := lead_side(record, data, key=self._key, unit=unit):
             return side
@@ -383,7 +383,7 @@ class _Look:
         languages["" if sum(map(str.isalpha, text)) < _FEW_LETTERS else py3langid.classify(text)[0]] += 1
 
     def skipped(self) -> Iterator[str]:
-        """What was not looked at."""
+        """Checks that were skipped, with the reason."""
         if not alike.is_installed("datasketch"):
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
         if not self._tells_languages:
@@ -396,7 +396,7 @@ class _Look:
 
 
 class _Findings:
-    """What was found in a file so far: by kind, what and column, how many records and the lines of the first."""
+    """Findings in a file so far: by kind, what and column, how many records and the lines of the first."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[Kind, str, str]] = Counter()

@@ -10,7 +10,7 @@ import errno
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -33,12 +33,12 @@ RULES: Mapping[str, str] = {
     "personal": "something in it looks like a personal identifier",
     "damaged": "its encoding is damaged",
 }
-"""What may be dropped.  A row that cannot be read is dropped in any case, for nobody can write it."""
+"""Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
 UNREADABLE = "unreadable"
 
 
 class Cleaning:
-    """What is to be done.
+    """The rules of one cleaning.
 
     Args:
         columns: role to column.
@@ -95,11 +95,14 @@ class Cleaning:
 
         def inner(value: Any) -> Any:
             if isinstance(value, str):
-                if not _is_json(value):
-                    return text_of(value)
+                before, held = kinds.total(), None
                 # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
-                before = kinds.total()
-                held = json.loads(value, parse_int=number_of)
+                if value.lstrip().startswith(("[", "{")):
+                    with suppress(ValueError, RecursionError):
+                        held = json.loads(value)  # whole: what is no JSON is counted as a text
+                        held = json.loads(value, parse_int=number_of)
+                if held is None:
+                    return text_of(value)
                 inside = inner(held)
                 return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
             if isinstance(value, list):
@@ -111,7 +114,7 @@ class Cleaning:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cleaned:
-    """What became of a file.
+    """The outcome for a file.
 
     Attributes:
         rows: that it had.
@@ -148,7 +151,12 @@ def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
             if rule is not None or isinstance(row, DataError):
                 dropped[str(rule)] += 1
                 continue
-            stream.write(_json_line(cleaning.masked(row, kinds) if cleaning.mask else row))
+            # What JSON has no form for, such as a date, as text, and a number that is none as null.
+            written = jsonable(cleaning.masked(row, kinds) if cleaning.mask else row)
+            try:
+                stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
+            except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
+                stream.write(f"{json.dumps(written, default=str)}\n".encode())
             kept += 1
         if not kept:
             raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
@@ -172,19 +180,3 @@ def _new(out: Path) -> Iterator[BufferedWriter]:
     except OSError as error:
         bound = f"must be a new file that can be written ({error.strerror})"
         raise ConfigError("--out", str(out), bound) from None
-
-
-def _is_json(text: str) -> bool:
-    """Whether a text is a list or an object, as a table has them."""
-    try:
-        return text.lstrip().startswith(("[", "{")) and json.loads(text) is not None
-    except (ValueError, RecursionError):
-        return False
-
-
-def _json_line(row: Row) -> bytes:
-    """A row as JSON; what JSON has no form for, such as a date, as text, and a number that is none as null."""
-    try:
-        return f"{json.dumps(jsonable(row), ensure_ascii=False, default=str)}\n".encode()
-    except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
-        return f"{json.dumps(jsonable(row), default=str)}\n".encode()

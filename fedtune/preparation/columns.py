@@ -33,7 +33,7 @@ MOST_LABELS = 200
 RECORDS_A_LABEL = 5
 """A column is a label only if each value has this many records on average."""
 _SEPARATORS = ";|,"
-"""What a text of several labels has between them."""
+"""Separators in a text of several labels."""
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
 """On which people score, the usual first."""
 _MOST_NUMBERS = 1_000_000
@@ -47,7 +47,7 @@ _FLAGS = frozenset(
     {"true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "desirable", "undesirable", "chosen", "rejected"}
     | {"up", "down", "like", "dislike", "accept", "reject", "accepted", "positive", "negative"}
 )
-"""What people say of an answer that is wanted or not."""
+"""Words for whether an answer is wanted."""
 
 
 # What columns are called, the usual first; compared without the case of letters and other marks.
@@ -79,9 +79,9 @@ WANTED = (
     *("label", "labels", "desirable", "preferred", "ktotag", "iscorrect", "correct", "good", "isgood", "feedback"),
     *("thumbs", "vote", "liked", "helpful", "accepted", "isaccepted", "isanswer", "score", "rating", "reward"),
 )
-"""What may say whether an answer is one to learn."""
+"""Columns that may say whether an answer is wanted."""
 BETTER = ("winner", "preference", "preferred", "choice", "better")
-"""What may say which of two answers is the better one."""
+"""Columns that may say which of two answers is better."""
 SPEAKERS = ("role", "from", "speaker", "sender", "author")
 ALIKE = (
     *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
@@ -97,7 +97,7 @@ _PEOPLE = (
     *("handle", "email", "phone", "pseudonym", "pseudo", "subj", "pat", "cust", "emp", "usr", "device", "doctor"),
     *("physician", "agent", "therapist", "commenter", "poster"),
 )
-"""Whose a record is; where several columns say so, the first counts."""
+"""Words for the person whose a record is; where several columns have one, the first counts."""
 _BEFORE = (
     "anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk"
 )
@@ -121,7 +121,7 @@ _LONGEST_ID = 64
 
 @dataclass(slots=True)
 class Column:
-    """What a file has under one name.
+    """The values of a file under one name.
 
     Attributes:
         name: of the column.
@@ -225,7 +225,7 @@ class Column:
 
     @property
     def holds(self) -> str:
-        """What nearly all values are, in words; the types in the order of their numbers where none is."""
+        """The type of nearly all values, in words; where none is, the types in the order of their numbers."""
         return ", ".join(kind for kind, count in self.types.most_common() if count >= (1 - NEARLY) * self.filled)
 
     @property
@@ -236,7 +236,7 @@ class Column:
 
     @property
     def separator(self) -> str | None:
-        """What stands between the labels of a column of several; "[": they are lists; None: it is no such column."""
+        """The separator of a column of several labels; "[": they are lists; None: it is no such column."""
         if self.is_vector or self.nearly("other number"):
             return None
         for mark, counts in self.parts.items():

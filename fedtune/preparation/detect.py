@@ -1,4 +1,4 @@
-"""What a data file is: the kind of training that its columns suit, and why.
+"""The kind of training that the columns of a data file suit, and why.
 
 This reads a file to tell its owner about it.  What it finds goes into an experiment that the owner reads before
 anybody else does; no run and no site calls it.
@@ -126,13 +126,13 @@ OPTIONS: Mapping[str, str] = {
     "context": "input",
     "score": "target",
 }
-"""What the role of a column is called on the command line, and in settings."""
+"""Role of a column: on the command line, and in settings."""
 _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a file is.
+    """The kind of a file and the roles of its columns.
 
     Attributes:
         path: the file.
@@ -167,7 +167,7 @@ class Found:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What an experiment's `data` says of the answers, beside their labels."""
+        """Settings of `data` about the answers, beside their labels."""
         if "target" in self.roles:
             return {"target_range": self.columns[self.roles["target"]].scale}
         separator = self.columns[self.roles["labels"]].separator if self.kind == "tagged" else None
@@ -277,7 +277,7 @@ class _Made(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """What the columns of a file are, by what was chosen, then by names that data sets share, then by values."""
+    """Guesses the roles of columns: by what was chosen, then by names that data sets share, then by values."""
 
     columns: Columns
     chosen: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What looks like a personal identifier in a text, and what looks like damage, by patterns alone.
+"""Likely personal identifiers and damaged encodings in a text, by patterns alone.
 
 Patterns miss what has no form of its own, names and addresses above all, and take some numbers for what they are not.
 """
@@ -24,7 +24,7 @@ class Identifier(NamedTuple):
 
 
 def identifiers(text: str) -> list[Identifier]:
-    """What looks like a personal identifier, none within another, in the order of the text.
+    """Likely personal identifiers, none within another, in the order of the text.
 
     The kinds are looked for one after another, those with a checksum before those that are digits alone.
     """
@@ -97,15 +97,16 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
 
 
 def _iban(text: str) -> str:
-    """The IBAN that a text begins with, whose checksum holds; words in capitals may follow it."""
-    ends = [match.start() for match in re.finditer(r" |$", text)]
-    return next((text[:end] for end in reversed(ends) if _is_iban(text[:end].replace(" ", ""))), "")
+    """The IBAN that a text begins with, by ISO 13616; words in capitals may follow it.
 
-
-def _is_iban(compact: str) -> bool:
-    """By ISO 13616: the country's letters and the checksum behind the rest, letters as numbers, leave 1 modulo 97."""
-    turned = compact[4:] + compact[:4]
-    return 15 <= len(compact) <= 34 and int("".join(str(int(letter, 36)) for letter in turned)) % 97 == 1
+    The country's letters and the checksum behind the rest, letters as numbers, leave 1 modulo 97.
+    """
+    for end in reversed([match.start() for match in re.finditer(r" |$", text)]):
+        compact = text[:end].replace(" ", "")
+        number = "".join(str(int(letter, 36)) for letter in compact[4:] + compact[:4])
+        if 15 <= len(compact) <= 34 and int(number) % 97 == 1:
+            return text[:end]
+    return ""
 
 
 def _card(text: str) -> str:
@@ -140,14 +141,14 @@ _CHECKS: Mapping[str, Callable[[str], str]] = {
     "German tax id": _tax_id,
     "IP address": _address,
 }
-"""What of a match is one, by kind; nothing where it is none."""
+"""By kind, the part of a match that is one; "" where none is."""
 
 # Marks and rows within a text.
 
 _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
-"""What chat templates of well-known models write between turns."""
+"""Marks that chat templates of well-known models write between turns."""
 LINE_ENDS, ROWS_WITHIN, MARKS = "line ends in a cell", "what looks like rows in a cell", "marks of a chat template"
 _ODD_TEXTS: Mapping[str, str] = {
     LINE_ENDS: "line ends within a cell: in a table without quoting, a quote at a cell's beginning takes all along up "

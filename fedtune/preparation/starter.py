@@ -29,7 +29,7 @@ from fedtune.tasks import task_named
 from fedtune.words import counted
 
 MEASURED_ROWS = 20_000
-"""Whose lengths are taken; more would say the same."""
+"""Rows whose lengths are taken; more would say the same."""
 _LONGEST_TOLD = 4096
 """Tokens up to which lengths are told apart."""
 _STEP = 16
@@ -71,7 +71,7 @@ _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What the chosen model's tokenizer makes of a file.
+    """A file as the chosen model's tokenizer reads it.
 
     Attributes:
         usable: records.
@@ -97,13 +97,13 @@ class Measured:
 
     @property
     def units(self) -> int:
-        """What is sampled and protected: persons, or records."""
+        """Units that are sampled and protected: persons, or records."""
         return self.usable if self.users is None else self.users
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be decided about a file before there is an experiment.
+    """Decisions about a file before there is an experiment.
 
     Attributes:
         base: the experiment of conf/ that it builds on.
@@ -208,7 +208,7 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 
 def _templates(found: Found) -> dict[str, str]:
-    """What stands before the answer, where the base's own settings do not say it."""
+    """The prompt template, where the base's own settings do not fit."""
     if "input" in found.roles:
         return {"prompt_template": "{prompt}\n\n{input}"}
     return {"prompt_template": "{prompt}"} if found.kind == "instructions" else {}
@@ -351,7 +351,7 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
 
 
 def about_spellings(labels: Iterable[str]) -> list[str]:
-    """What to say of labels that are probably meant as one."""
+    """A sentence about each group of labels that are probably meant as one."""
     return [
         f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: write them alike in "
         "the file if they are one. They differ in case, spaces, form or invisible letters alone."
@@ -360,7 +360,7 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
 
 
 def notes(found: Found, plan: Plan) -> list[str]:
-    """What the person should know before the first run."""
+    """Notes for the person before the first run."""
     told = [
         f"declared_sizes: {declared_size(plan):,} was set near a site's share. This number becomes public; at a real "
         "site, the site chooses it in its site.toml.",

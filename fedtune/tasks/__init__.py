@@ -1,4 +1,4 @@
-"""What a run can learn: one file a task, and their list.
+"""The tasks: one file each, and their list.
 
 Settings and the list of tasks import at once.  Models are looked up on first use, since torch, transformers and PEFT
 take seconds to import and most commands never need them.

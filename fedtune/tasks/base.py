@@ -1,4 +1,4 @@
-"""What every task says: all that settings, training, scoring and reports need to know of it.
+"""The interface of a task: all that settings, training, scoring and reports need to know of it.
 
 A task is one object without state.  To add one: write its file in this folder, name it in
 `fedtune.tasks.registry`, and give it an experiment in conf/.  Nothing else in fedtune asks which task a run has
@@ -56,7 +56,7 @@ Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
 
 
 class Model(Protocol):
-    """What a task sees of the model that learns it, a `fedtune.tasks.task_model.TaskModel`."""
+    """The part of a `fedtune.tasks.task_model.TaskModel` that a task uses."""
 
     spec: TaskModelSpec
     base: PeftModel
@@ -73,7 +73,7 @@ class Model(Protocol):
 
 
 class Task(ABC):
-    """What a run learns.
+    """A task that a model is trained for.
 
     Methods that take a model import torch themselves: a command that only reads settings does not wait for it.
 
@@ -216,7 +216,7 @@ class Task(ABC):
         """
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        """What of a record the run never declared, each by itself; None: nothing.  The error quotes nothing of it.
+        """A function from a record to what the run cannot use in it; None: nothing.  The error quotes nothing of it.
 
         A real site leaves such a record out.
         """
@@ -267,7 +267,7 @@ class Task(ABC):
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
-        """What each record asks to be written, as tokens, and the text that it has for it; None: nothing to score."""
+        """Each record's prompt, as tokens, and its reference text; None: nothing to score."""
         return None
 
     def add_head(self, model: Model) -> None:  # noqa: B027
@@ -298,7 +298,7 @@ class Task(ABC):
         """
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        """What `scores` needs of each example, (examples, ...) by name."""
+        """The figures of each example that `scores` needs, (examples, ...) by name."""
         return {"loss": model.losses(batch)}
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
@@ -318,11 +318,11 @@ class Task(ABC):
         return self.scores(figures, spec=spec)
 
     def detail(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> Detail | None:
-        """What stands behind the scores, for a person who decides; None: nothing."""
+        """Details behind the scores, for a person who decides; None: nothing."""
         return None
 
     def guess(self, dataset: TextDataset) -> float | None:
-        """The score `judged_by` of who always gives the best single answer to `dataset`; None: there is no such."""
+        """`judged_by` of the majority baseline, the best constant answer to `dataset`; None: there is no such."""
         return None
 
     @abstractmethod
@@ -330,7 +330,7 @@ class Task(ABC):
         """One score in [0, 1] of the one example in `batch`, which may be summed, noised and released."""
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """What the scores of one record say, where the task `answers` without writing: for a person, and as JSON."""
+        """The answer for one record by its scores, where the task does not write: for a person, and as JSON."""
         raise NotImplementedError
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
@@ -358,7 +358,7 @@ class Task(ABC):
         return ()
 
     def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """What an exported model gives for these logits."""
+        """The output of an exported model for these logits."""
         return logits
 
     def loading(self, *, base: str, folder: str) -> str:
@@ -373,7 +373,7 @@ class Task(ABC):
 
 
 def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """What `read` raises about a record; None: nothing.
+    """A function from a record to the error that `read` raises about it; None: nothing.
 
     What it raises besides would be our own mistake, and is a fault of the record all the same: were it to end a site's
     answer, the answer would tell of the record.

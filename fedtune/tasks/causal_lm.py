@@ -114,7 +114,7 @@ class CausalLM(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """What stands before an answer, the answer, and the tokens that end it; the last two are supervised.
+        """The context, the answer, and the tokens that end it; the last two are supervised.
 
         A chat is encoded whole, as its template writes it, and a prompt and its completion apart.  The
         tokenizer's begin-of-text token leads where it is one that adds it.  Of an example that exceeds
@@ -332,7 +332,7 @@ class Layout:
         return cls(start, end, chat_format(data.chat_template, tokenizer, start=start, end=end), None, data)
 
     def prompt(self, fields: Mapping[str, str], *, answer: str | None = None) -> Sequence[Piece]:
-        """What stands before an answer to `fields`, which hold none; `answer`: the one that is known.
+        """The context of an answer to `fields`, which hold none; `answer`: the one that is known.
 
         Raises:
             NoConversation: for messages that are no turns, do not end in a user's, or that the template changes.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fedtune.tasks.counted_template import CountedTemplate
 
 Joint: TypeAlias = tuple[str, str]
-"""What stands on both sides of a fixed text: the roles of two turns, or one of the three below."""
+"""Both sides of a fixed text: the roles of two turns, or one of the three below."""
 START, END, ANSWER = "start", "end", "answer"
 """A conversation's start and end, and the place behind a user's turn where the model is to write."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -89,7 +90,7 @@ class ChatFormat:
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
-        """What stands before an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
+        """The context of an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
 
         Args:
             turns: before the answer.
@@ -116,7 +117,7 @@ class ChatFormat:
         return pieces
 
     def answer(self, content: str) -> list[Piece]:
-        """What is learnt of an assistant's turn: its content, and that it ends."""
+        """The learnt part of an assistant's turn: its content, and that it ends."""
         return [self._said(Turn(ASSISTANT, content)), Piece(self.ending, learnt=True)]
 
     def _said(self, turn: Turn) -> Piece:
@@ -211,7 +212,14 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
     marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
     joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
-    _check_tokens(replace(chain, joints=joints), tried, tokenizer, marked)
+    # Conversations that are encoded whole have the tokens that transformers gives them.  A content that names a mark is
+    # text for us, and a mark for transformers.
+    by_name = {text for text in {turn.content for turns in tried for turn in turns} if _marks_in(text, tokenizer)}
+    plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
+    named = replace(chain, joints=joints)
+    ours = [ids for ids, _ in marked.encode([named.text(turns) for turns in plain])]
+    if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
+        raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
 
     behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
     if last is not None:
@@ -264,22 +272,10 @@ def _named(text: str, marks: Sequence[_Mark], marked: MarkedTokenizer) -> str:
     return text
 
 
-def _check_tokens(
-    chain: _Chain, tried: Mapping[_Conversation, str], tokenizer: Tokenizer, marked: MarkedTokenizer
-) -> None:
-    """Refuse a template whose conversations, encoded whole, get other tokens than transformers gives them."""
-    # A content that names a mark is text for us, and a mark for transformers.
-    named = {text for text in {turn.content for turns in tried for turn in turns} if _marks_in(text, tokenizer)}
-    plain = {turns: text for turns, text in tried.items() if named.isdisjoint(turn.content for turn in turns)}
-    ours = [ids for ids, _ in marked.encode([chain.text(turns) for turns in plain])]
-    if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
-        raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
-
-
 # What a model's own template writes, as texts.
 
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
-"""What templates do to a content: nothing, or they take spaces off its ends."""
+"""Changes that templates make to a content: none, or they take spaces off its ends."""
 _Conversation: TypeAlias = tuple[Turn, ...]
 
 
@@ -304,7 +300,7 @@ class _Chain:
         return said
 
     def text(self, turns: Sequence[Turn]) -> str:
-        """What the template has to write of a conversation, where an answer may be yet to come."""
+        """The text that the template has to write of a conversation, where an answer may be yet to come."""
         contents, ends = self.contents(), (END if turns[-1].role == ASSISTANT else ANSWER)
         roles = (START, *(turn.role for turn in turns), ends)
         said = (*(contents[turn.role](turn.content) for turn in turns), "")
@@ -332,8 +328,11 @@ def _derived(template: CountedTemplate, special: Mapping[str, str]) -> tuple[_Ch
     # Some templates know no system turn: they say so, or leave it out.
     try:
         joints |= _read_off(rendered, (SYSTEM, *one))
-    except _NoChain:
-        if _keeps_system(rendered):
+    except _NoChain:  # some write it before the last user's content alone
+        turns, keeps = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b")), False
+        with suppress(_NoChain):
+            keeps = any("qzxw" in rendered(turns[:count]) for count in (2, 3))
+        if keeps:
             raise
     prompt, written = joints[USER, ANSWER], joints[USER, ASSISTANT]
     lead = written.removeprefix(prompt)
@@ -363,15 +362,6 @@ def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) ->
         texts.append(before)
     ends = END if roles[-1] == ASSISTANT else ANSWER
     return dict(zip(pairwise((START, *roles, ends)), (*texts, rest), strict=True))
-
-
-def _keeps_system(rendered: Callable[[_Conversation], str]) -> bool:
-    """Whether a system turn is written anywhere; some write it before the last user's content alone."""
-    turns = (Turn(SYSTEM, "qzxw"), Turn(USER, "a"), Turn(ASSISTANT, "b"))
-    try:
-        return any("qzxw" in rendered(turns[:count]) for count in (2, 3))
-    except _NoChain:
-        return False
 
 
 def _trimmed(rendered: Callable[[_Conversation], str], chain: _Chain, role: str) -> _Chain:
@@ -406,7 +396,7 @@ def _tried(own_texts: Sequence[str], *, has_system: bool) -> Iterator[_Conversat
 
 
 _WITHHELD = ("strftime_now", "lipsum")
-"""What a template of transformers may call and no record may depend on: a clock, chance.  Where it asks whether they
+"""Calls of transformers' templates on which no record may depend: a clock, chance.  Where it asks whether they
 are there, it hears no."""
 
 

@@ -25,7 +25,7 @@ _A_TURN, _A_CHARACTER = 1 << 17, 1 << 6
 """Characters and items that one rendering may read and make, for each turn and each character of its conversation.
 Known templates need about 2,000 a turn."""
 _MOST_MADE = 1 << 25
-"""What one call could make at most, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
+"""The most that one call could make, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
 _MOST_NUMBER = 1 << 10
 """Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
 _WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
@@ -60,7 +60,7 @@ class CountedTemplate:
         self._one_at_a_time = Lock()
 
     def render(self, given: Mapping[str, Any]) -> str:
-        """What it writes of `messages`, which are texts; whatever it raises is raised.
+        """Render `messages`, whose contents are texts; errors of the template are raised as they are.
 
         Raises:
             TooMuchWork: it passed the bound.
@@ -169,7 +169,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         return counted
 
     def _written(self, value: Any) -> Any:
-        """What is written of a value: a text, a number or nothing."""
+        """Count a value that is written: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
             raise TemplateError(f"it writes a {type(value).__name__} as it is")
         self.spend(value)

@@ -190,7 +190,7 @@ def _losses(cosines: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
 
 
 def _wanted(data: DataSpec) -> Callable[[Record], float]:
-    """What a record asks of its cosines: the one to learn, or the margin between two."""
+    """A function from a record to the cosine to learn, or the margin between two."""
     if "anchor" in data.columns:
         return lambda record: data.pairs.margin
     low, high = bounds = target_range_of(data)
@@ -198,7 +198,7 @@ def _wanted(data: DataSpec) -> Callable[[Record], float]:
 
 
 def _with_negative(data: DataSpec) -> Callable[[Record], Record]:
-    """What gives a record its negative from the public list; which one follows from that record alone."""
+    """A function that gives a record its negative from the public list; which one follows from that record alone."""
     texts = data.pairs.negatives
     if isinstance(texts, str):
         return lambda record: record

@@ -58,7 +58,7 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """What stands behind the scores of a task with labels: each label by itself, and how sure the model was."""
+    """Details of the scores of a task with labels: each label by itself, and how sure the model was."""
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
@@ -175,10 +175,9 @@ def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """Cohen's kappa with quadratic weights, at most 1: what the squared error is less than by chance.
+    """Cohen's kappa with quadratic weights, at most 1: 1 less the squared error as a share of that by chance.
 
-    Chance pairs the same answers with the same truths at random.  0 where all are one class, or always the same is
-    said.
+    Chance pairs the same answers with the same truths at random.  0 where all are one class, or the answer is constant.
 
     Args:
         truth: (n,) classes in [0, num_labels), in their order.

@@ -91,7 +91,7 @@ class MultiLabel(LabelTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """The micro F1 of who always gives the same labels, the most frequent ones, as many as suit best."""
+        """Micro F1 of the most frequent labels as a constant answer, as many of them as suit best."""
         truth = np.asarray(dataset.targets, dtype=np.float64) > 0
         found = np.cumsum(np.sort(truth.sum(axis=0))[::-1])  # pairs that are right with the first label, two, ...
         said = len(dataset) * np.arange(1, len(found) + 1)

@@ -75,7 +75,7 @@ class Ordinal(OneLabelTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """Always the same answer has a kappa of 0."""
+        """A constant answer has a kappa of 0."""
         return 0.0
 
     def unit_score(self, model: Model, batch: Batch) -> float:

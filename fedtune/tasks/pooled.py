@@ -1,4 +1,4 @@
-"""What tasks share that read one text and answer by a linear head on the mean of its hidden states."""
+"""The base of tasks that read one text and answer by a linear head on the mean of its hidden states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PooledTask(Task):
 
     @abstractmethod
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
-        """What the scores say of each row, by name: the figures of an answer, without the truth."""
+        """The figures of each row's answer by its scores, by name, without the truth."""
 
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         """The truth beside them, from the targets."""
@@ -315,7 +315,7 @@ def whole_texts(
 
 
 def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """What stands for each label: its declared description, else its name with spaces for underscores."""
+    """The text of each label: its declared description, else its name with spaces for underscores."""
     return spec.label_texts or tuple(label.replace("_", " ") for label in labels)
 
 

@@ -211,7 +211,7 @@ def _margins(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[i
 
 
 def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
-    """What makes a record of causal_lm of a pair and each of its answers.
+    """A function from a pair to two records of causal_lm, one for each of its answers.
 
     It raises DataError where the record is no pair.
     """

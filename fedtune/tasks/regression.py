@@ -88,7 +88,7 @@ class Regression(PooledTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """The loss of who always gives the mean."""
+        """Loss of the mean as a constant answer."""
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
@@ -103,7 +103,7 @@ class Regression(PooledTask):
     def readout(self, model: Model) -> Readout:
         """With the range in its last layer."""
         ((weight, _),) = super().readout(model)
-        middle, half = _middle_and_half(_range(model.spec))
+        middle, half = _middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
 
     def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
@@ -122,18 +122,14 @@ class Regression(PooledTask):
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
 
 
-def _range(spec: TaskModelSpec) -> tuple[float, float]:
-    assert spec.target_range is not None, "as the settings of its data, from which it was made"
-    return spec.target_range
-
-
-def _middle_and_half(bounds: tuple[float, float]) -> tuple[float, float]:
+def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
     """The middle of the range, and half its width."""
+    assert bounds is not None, "as in the settings of the data"
     low, high = bounds
     return (low + high) / 2, (high - low) / 2
 
 
 def _numbers(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
     """From a unit of half the range's width to the target's own."""
-    middle, half = _middle_and_half(_range(spec))
+    middle, half = _middle_and_half(spec.target_range)
     return middle + half * scaled

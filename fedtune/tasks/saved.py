@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,9 +39,9 @@ from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
 _SAME = 1e-4
-"""What two machines may compute from the same seed, or the same labels, differs by less."""
+"""Two machines' values from the same seed, or the same labels, differ by less."""
 _HEAD = "head."
-"""What the names of the task's own tensors begin with; its public constants are buffers of the model itself."""
+"""Prefix of the task's own tensors; its public constants are buffers of the model itself."""
 
 
 def save_task_model(model: TaskModel, folder: Path) -> None:
@@ -61,7 +62,7 @@ def save_task_model(model: TaskModel, folder: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SavedAdapter:
-    """What `save_task_model` wrote, read back; no model is loaded yet.
+    """A folder of `save_task_model`, read back; no model is loaded yet.
 
     Attributes:
         folder: where it lies.
@@ -183,7 +184,7 @@ class StartAdapter:
 
     @classmethod
     def read(cls, name: str) -> StartAdapter:
-        """What the folder of a run, or of its adapter, says that it holds.
+        """Read the settings in the folder of a run, or of its adapter.
 
         Raises:
             ConfigError: for `model.adapter`: it is no such folder.
@@ -209,25 +210,18 @@ class StartAdapter:
         Raises:
             ConfigError: for `model.adapter`; names all that differs.
         """
-        differing = [
-            f"its {key} is {shown(was)}, not {shown(now)}"
-            for key, was, now in self._settings_beside(spec)
-            if was != now
-        ]
+        keys = ["task", *(f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale"))]
+        keys += [f"head.{key}" for key in ("scale", "centre", "label_texts") if self.has_head_for(spec)]
+        differing = []
+        for key in keys:
+            was, now = (attrgetter(key)(one) for one in (self.spec, spec))
+            if key in ("lora.target_modules", "lora.layers"):  # in any order
+                was, now = (tuple(sorted(one)) if isinstance(one, tuple) else one for one in (was, now))
+            if was != now:
+                differing.append(f"its {key} is {shown(was)}, not {shown(now)}")
         if differing:
             bound = f"must be of the same task and LoRA settings as the run: {'; '.join(differing)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
-
-    def _settings_beside(self, spec: TaskModelSpec) -> Iterator[tuple[str, object, object]]:
-        old, new = self.spec, spec
-        yield "task", old.task, new.task
-        for key in ("kind", "rank", "target_modules", "layers", "scale"):
-            was, now = getattr(old.lora, key), getattr(new.lora, key)
-            in_any_order = key in ("target_modules", "layers") and isinstance(was, tuple) and isinstance(now, tuple)
-            yield f"lora.{key}", *((tuple(sorted(was)), tuple(sorted(now))) if in_any_order else (was, now))
-        if self.has_head_for(spec):
-            for key in ("scale", "centre", "label_texts"):
-                yield f"head.{key}", getattr(old.head, key), getattr(new.head, key)
 
     def adapter_for(self, model: TaskModel) -> Adapter:
         """The adapter that a run of `model` begins with.
@@ -244,7 +238,14 @@ class StartAdapter:
         try:
             tensors, own = _read_tensors(self.folder, self.spec)
             saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
-            if Adapter(self._trained(saved)).digest() != self.digest:
+            # Without an A that FFA-LoRA froze, and a head that was left as it was.
+            trains_a, trains_head = self.spec.lora.train_a, self.spec.head.train
+            trained = {
+                name: one
+                for name, one in saved.items()
+                if (trains_head if name.startswith(_HEAD) else trains_a or ".lora_A." not in name)
+            }
+            if Adapter(trained).digest() != self.digest:
                 raise AdapterError(f"the tensors are not the ones that {_SETTINGS} names by digest")
             taken = {
                 name: one for name, one in saved.items() if self.has_head_for(model.spec) or not name.startswith(_HEAD)
@@ -264,15 +265,6 @@ class StartAdapter:
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})
-
-    def _trained(self, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without an A that FFA-LoRA froze, and a head that was left as it was."""
-        lora, head = self.spec.lora, self.spec.head
-        return {
-            name: one
-            for name, one in saved.items()
-            if (head.train if name.startswith(_HEAD) else lora.train_a or ".lora_A." not in name)
-        }
 
 
 def write_task_model(model: TaskModel, folder: Path) -> None:
@@ -322,22 +314,18 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, spec: TaskModelSpec) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The adapter's tensors, and the task's own."""
-    scaled, has_head = spec.lora.kind != "lora", task_named(spec.task).has_head
-    matrices, offsets, head = (
-        _read_file(folder, name) if wanted else {}
-        for name, wanted in (("adapter_model", True), ("offsets", scaled), ("head", has_head))
-    )
-    return {name: one for name, one in matrices.items() if not name.endswith(PEFT_SCALES)} | offsets, head
-
-
-def _read_file(folder: Path, name: str) -> dict[str, np.ndarray]:
-    file = folder / f"{name}.safetensors"
-    if not file.is_file():
-        raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
+    wanted = {"adapter_model": True, "offsets": spec.lora.kind != "lora", "head": task_named(spec.task).has_head}
+    read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
+    for name in [name for name, is_wanted in wanted.items() if is_wanted]:
+        file = folder / f"{name}.safetensors"
+        if not file.is_file():
+            raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
+        try:
+            read[name] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
+    matrices = {name: one for name, one in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
+    return matrices | read["offsets"], read["head"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

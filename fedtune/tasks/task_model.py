@@ -72,13 +72,13 @@ class TaskModel(nn.Module):
         return losses[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the task's scores need of each example, (examples, ...) by name."""
+        """The figures of each example that the task's scores need, (examples, ...) by name."""
         batch = self._with_reference(batch)
         with self._prefix.given(batch.prefix):
             return self.task.figures(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
-        """What the task wants of the base without adapters for each example, (places, ...), whatever the adapter.
+        """The task's reference by the base without adapters for each example, (places, ...), whatever the adapter.
 
         A batch that carries it as `reference` does not go through the base a second time.  None: it wants nothing.
         """
@@ -93,7 +93,7 @@ class TaskModel(nn.Module):
         return replace(batch, reference=self.reference(batch))
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
-        """What the layers below the first trained one make of each example, (n, t, h), whatever the adapter.
+        """The output of the layers below the first trained one for each example, (n, t, h), whatever the adapter.
 
         A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
         """
