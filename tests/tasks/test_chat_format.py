@@ -61,6 +61,13 @@ SYSTEM_IN_LAST = (
     "{% if message.role == 'user' %}{{ '[INST]' + (lead + '\\n\\n' if lead and loop.last else '') + message.content + "
     "'[/INST]' }}{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def says(content: str) -> str:
+    """A template that writes this for a content."""
+    return CHATML.replace("message['content'] +", f"{content} +")
+
+
 REFUSED = {
     "a system turn before the last user's": (SYSTEM_IN_LAST, "what the system says once"),
     "numbers of turns": (
@@ -68,34 +75,22 @@ REFUSED = {
         "other words before an answer",
     ),
     "thoughts in the last answer": (
-        CHATML.replace("message['content'] +", "('<t></t>' if loop.last else '') + message['content'] +"),
+        says("('<t></t>' if loop.last else '') + message['content']"),
         "other words before an answer",
     ),
-    "capital letters": (CHATML.replace("message['content'] +", "message['content'] | upper +"), "says once"),
-    "escaped contents": (
-        CHATML.replace("message['content'] +", "message['content'] | e +"),
-        "other words before an answer",
-    ),
-    "contents cut off": (CHATML.replace("message['content'] +", "message['content'][:9] +"), "one after another"),
-    "contents twice": (CHATML.replace("message['content'] +", "message['content'] * 2 +"), "says once"),
+    "capital letters": (says("message['content'] | upper"), "says once"),
+    "escaped contents": (says("message['content'] | e"), "other words before an answer"),
+    "contents cut off": (says("message['content'][:9]"), "one after another"),
+    "contents twice": (says("message['content'] * 2"), "says once"),
     "no empty content": (
         CHATML.replace("{{'<|im", "{% if message['content'] %}{{'<|im").replace("'\\n'}}", "'\\n'}}{% endif %}"),
         "one after another",
     ),
     "no prompt for an answer": (CHATML[: CHATML.index("{% if add_gen")], "other words before an answer"),
     "the clock": (DATED.replace("strftime_now is defined", "true"), "refuses turns of user, assistant"),
-    "thoughts cut off": (
-        CHATML.replace("message['content'] +", "message['content'].split('</' ~ 'think>')[-1] +"),
-        "one after another",
-    ),
-    "words of its own cut off": (
-        CHATML.replace("message['content'] +", "message['content'].replace('[TOOL]', '') +"),
-        "one after another",
-    ),
-    "long contents cut off": (
-        CHATML.replace("message['content'] +", "message['content'][:4000] +"),
-        "one after another",
-    ),
+    "thoughts cut off": (says("message['content'].split('</' ~ 'think>')[-1]"), "one after another"),
+    "words of its own cut off": (says("message['content'].replace('[TOOL]', '')"), "one after another"),
+    "long contents cut off": (says("message['content'][:4000]"), "one after another"),
     **{
         name: (start + CHATML, r"takes more than \d+ steps for a short conversation")
         for name, start in {
@@ -241,28 +236,18 @@ def test_a_mark_in_a_record_is_text(kind: str, special: bool) -> None:
     assert tokenizer.decode(ids).count(hostile) == 2, "and no letter of it is lost"
 
 
-SAID = "message['content'] +"
 CHANGES_SOME = {
-    "many turns": (CHATML.replace(SAID, "('again' if loop.index > 8 else '') + " + SAID), chat(*"abcdefghij")),
+    "many turns": (says("('again' if loop.index > 8 else '') + message['content']"), chat(*"abcdefghij")),
     "many turns, by an error": (
         "{% if messages | length > 8 %}{{ raise_exception('no') }}{% endif %}" + CHATML,
         chat(*"abcdefghij"),
     ),
-    "lines of Windows": (
-        CHATML.replace(SAID, "message['content'].split('\\r' ~ '\\n') | join('\\n') +"),
-        chat("a\r\nb", "c"),
-    ),
-    "a content": (
-        CHATML.replace(SAID, "('' if message['content'] == 'No' ~ 'ne' else message['content']) +"),
-        chat("a", "None"),
-    ),
-    "a beginning": (CHATML.replace(SAID, "message['content'].removeprefix('<tool>') +"), chat("<tool>a", "c")),
-    "the last answer": (
-        CHATML.replace(SAID, "(message['content'] | replace(7 | string, '')) +"),
-        chat("a", "b", "c", "7"),
-    ),
+    "lines of Windows": (says("message['content'].split('\\r' ~ '\\n') | join('\\n')"), chat("a\r\nb", "c")),
+    "a content": (says("('' if message['content'] == 'No' ~ 'ne' else message['content'])"), chat("a", "None")),
+    "a beginning": (says("message['content'].removeprefix('<tool>')"), chat("<tool>a", "c")),
+    "the last answer": (says("(message['content'] | replace(7 | string, ''))"), chat("a", "b", "c", "7")),
     "a content, by a loop": (
-        CHATML.replace(SAID, "(range(9999999) | length if 7 | string in message['content'] else '') ~ " + SAID),
+        says("(range(9999999) | length if 7 | string in message['content'] else '') ~ message['content']"),
         chat("7", "b"),
     ),
 }
