@@ -35,19 +35,13 @@ def fields(path: Path) -> list[tuple[str, str, int]]:
 def test_json_lines(tmp_path: Path, name: str) -> None:
     content = b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n  \n"
     content += b'{"id": [1], "intent": 7, "question": "lost\\nit \\u2028 \xc3\xa9"}'
-    assert fields(write(tmp_path, name, content)) == [
-        ("where is my card", "arrival", 1),
-        ("lost\nit \u2028 é", "7", 4),
-    ]
+    assert fields(write(tmp_path, name, content)) == [("where is my card", "arrival", 1), ("lost\nit \u2028 é", "7", 4)]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_csv(tmp_path: Path, name: str) -> None:
     content = b'\xef\xbb\xbfid, question ,intent\r\n1,"two\r\nlines, ""quoted""",a\r\n\r\n,,\r\n2,plain, b \r\n'
-    assert fields(write(tmp_path, name, content)) == [
-        ('two\r\nlines, "quoted"', "a", 2),
-        ("plain", "b", 6),
-    ]
+    assert fields(write(tmp_path, name, content)) == [('two\r\nlines, "quoted"', "a", 2), ("plain", "b", 6)]
 
 
 def test_a_fault_comes_behind_the_whole_records_before_it(tmp_path: Path) -> None:
@@ -168,13 +162,6 @@ def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name
             list(iter_records(path, COLUMNS))
 
 
-@pytest.mark.parametrize("case", [case for name, case in NAMED if name == "a.csv" and case != "blank"])
-def test_a_strict_reading_names_the_row(tmp_path: Path, case: str) -> None:
-    path = write(tmp_path, "a.csv", b"\n".join([b"question,intent", *ROWS, LEFT_OUT["a.csv"][case], b"c,d"]))
-    with pytest.raises(DataError, match=r"a\.csv:5"):
-        list(iter_records(path, COLUMNS))
-
-
 def test_an_open_quote_takes_along_what_stands_before_the_next_quote(tmp_path: Path) -> None:
     # No writer that doubles quotes makes such a row, whatever a record's text.
     rows = [b"a,b", b'"open,b', b"taken,b", b'"with it",b', b"c,d", b'"e",f']
@@ -211,13 +198,6 @@ def test_a_header_that_cannot_be_read_ends_the_file(tmp_path: Path, content: byt
         list(usable_records(write(tmp_path, "a.csv", content), COLUMNS))
 
 
-def test_a_gzip_file_that_is_cut_off_ends_where_it_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(GOOD * 50)[:-10])
-    with pytest.raises(DataError, match="must be a whole gzip file"):
-        list(usable_records(path, COLUMNS))
-
-
 CELL = st.text('",\r\nab ', max_size=6)
 
 
@@ -228,11 +208,7 @@ CELL = st.text('",\r\nab ', max_size=6)
     piece=st.integers(1, 7),
 )
 def test_a_row_that_is_written_as_csv_changes_no_other(
-    rows: list[tuple[str, str]],
-    more: tuple[str, str],
-    place: int,
-    piece: int,
-    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, str]], more: tuple[str, str], place: int, piece: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     def read(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
         buffer = io.StringIO(newline="")

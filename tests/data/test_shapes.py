@@ -129,10 +129,7 @@ def test_shapes_follow_from_public_settings() -> None:
     assert [
         length_of(Shapes.of(max_length=1, max_tokens=9), 1),
         length_of(Shapes.of(max_length=7, max_tokens=9), 7),
-    ] == [
-        8,
-        8,
-    ]
+    ] == [8, 8]
 
 
 @quick

@@ -140,10 +140,7 @@ def labelled() -> TextDataset:
     """Forty texts of 1 to 15 tokens in four classes."""
     generator = np.random.default_rng(1)
     input_ids = tuple(random_ids(generator, length) for length in generator.integers(1, 16, size=40))
-    return TextDataset(
-        input_ids=input_ids,
-        targets=generator.integers(0, NUM_LABELS, size=40, dtype=np.int64),
-    )
+    return TextDataset(input_ids=input_ids, targets=generator.integers(0, NUM_LABELS, size=40, dtype=np.int64))
 
 
 @pytest.fixture

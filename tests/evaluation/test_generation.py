@@ -7,15 +7,7 @@ from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.generation import (
-    PromptSet,
-    as_text,
-    generate,
-    text_figures,
-    text_scores,
-    write,
-    write_greedily,
-)
+from fedtune.evaluation.generation import PromptSet, as_text, generate, text_figures, text_scores, write, write_greedily
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError

@@ -85,10 +85,7 @@ def released(**groups: tuple[float, float]) -> tuple[float, ...]:
 
 
 def told(
-    *sites: tuple[float, ...],
-    noise: float = NOISE,
-    names: tuple[str, ...] = ("a", "b", "c"),
-    declared: float = 100.0,
+    *sites: tuple[float, ...], noise: float = NOISE, names: tuple[str, ...] = ("a", "b", "c"), declared: float = 100.0
 ) -> NoisedGroups:
     each = {f"site-{number}": values for number, values in enumerate(sites)}
     return noised_groups(each, names=names, sizes=dict.fromkeys(each, declared), noise_multiplier=noise)

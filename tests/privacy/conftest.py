@@ -81,16 +81,10 @@ def policy(lead_key: SigningKey) -> Callable[..., Policy]:
             Dataset(id="letters", declared_size=500),
         ),
         budget=Budget(
-            delta=1e-5,
-            max_epsilon=11.0,
-            reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30),
+            delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
         ),
         limits=Limits(
-            min_noise_multiplier=0.6,
-            max_sampling_rate=0.5,
-            max_grad_norm=1.0,
-            max_local_steps=10,
-            max_rounds=20,
+            min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
         ),
         allow=Allow(
             leads=(lead_key.public,),

@@ -26,10 +26,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import COARSE, NEIGHBOURING_RELATION, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
 
-simple = st.one_of(
-    st.just(NonPrivateDpEvent()),
-    st.floats(1e-3, 1e3).map(GaussianDpEvent),
-)
+simple = st.one_of(st.just(NonPrivateDpEvent()), st.floats(1e-3, 1e3).map(GaussianDpEvent))
 every_kind: st.SearchStrategy[DpEvent] = st.recursive(
     simple,
     lambda inner: st.one_of(

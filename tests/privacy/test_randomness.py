@@ -74,12 +74,7 @@ def looks_standard_normal(values: npt.NDArray[np.float64]) -> bool:
     mean = 2 * stats.norm.sf(abs(values.mean()) * np.sqrt(n))
     below = stats.chi2.cdf(np.sum(values**2), df=n)
     return bool(
-        min(
-            mean,
-            2 * min(below, 1 - below),
-            stats.kurtosistest(values).pvalue,
-            stats.kstest(values, "norm").pvalue,
-        )
+        min(mean, 2 * min(below, 1 - below), stats.kurtosistest(values).pvalue, stats.kstest(values, "norm").pvalue)
         > ONCE_IN_A_MILLION
     )
 
@@ -464,7 +459,7 @@ MADE_UP = {
         "_fill": {"random", "Generator", "randn"},
         "_generator": {"random", "Generator", "manual_seed"},
         "_random_weights": {"random", "Generator", "normal_"},
-    },
+    }
 }
 """Modules that may have a generator of numpy's or torch's, and in which of their functions and classes."""
 

@@ -16,16 +16,7 @@ from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import (
-    Budget,
-    Dataset,
-    Machine,
-    Policy,
-    Population,
-    Reference,
-    Releases,
-    period_of,
-)
+from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
 from fedtune.privacy.trust import Trust
 from fedtune.spec import ConfigError
 
@@ -38,12 +29,7 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"plan": {"unit": "user", "records_per_user": 8}}, Reason.UNIT, "user", "record"),
     ({"plan": {"delta": 1e-6}}, Reason.DELTA, "1e-06", "1e-05"),
     ({"plan": {"delta": 2e-5}}, Reason.DELTA, "2e-05", "1e-05"),
-    (
-        {"target_modules": ("q_proj", "k_proj", "o_proj")},
-        Reason.TARGET_MODULES,
-        "k_proj, o_proj",
-        "q_proj, v_proj",
-    ),
+    ({"target_modules": ("q_proj", "k_proj", "o_proj")}, Reason.TARGET_MODULES, "k_proj, o_proj", "q_proj, v_proj"),
     ({"rank": 9}, Reason.MAX_RANK, "9", "at most 8"),
     ({"plan": {"sampling_rate": 0.51}}, Reason.MAX_SAMPLING_RATE, "0.51", "at most 0.5"),
     ({"plan": {"max_grad_norm": 1.1}}, Reason.MAX_GRAD_NORM, "1.1", "at most 1"),

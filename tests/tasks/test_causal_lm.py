@@ -52,10 +52,7 @@ def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[in
 
 def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokenizer: Any) -> None:
     data, fields = settings("text"), {"text": "where is my card"}
-    assert one(fields, leading_tokenizer, data) == (
-        [CLS, WHERE, IS, MY, CARD, SEP],
-        [HIDDEN, WHERE, IS, MY, CARD, SEP],
-    )
+    assert one(fields, leading_tokenizer, data) == ([CLS, WHERE, IS, MY, CARD, SEP], [HIDDEN, WHERE, IS, MY, CARD, SEP])
     ids, targets = one(fields, decoder_tokenizer, data)
     assert (ids, targets) == ([WHERE, IS, MY, CARD, SEP], [HIDDEN, IS, MY, CARD, SEP]), "nothing predicts the first"
 

@@ -70,11 +70,7 @@ def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = Non
     runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
     model = ready_model(lambda: build_task_model(spec), runtime, max_length=15)
     trial = Trial(
-        shapes=SHAPES,
-        keeps_states=model.skips_layers,
-        max_grad_norm=MAX_GRAD_NORM,
-        pad_id=0,
-        weights_chosen=True,
+        shapes=SHAPES, keeps_states=model.skips_layers, max_grad_norm=MAX_GRAD_NORM, pad_id=0, weights_chosen=True
     )
     devices = Devices(model, others or spec, runtime, max_length=15)
     devices.try_others(trial, trial.outcome(model, 7))

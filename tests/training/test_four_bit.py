@@ -67,13 +67,7 @@ def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds
 def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_weights_it_stands_for(
-    trained: Any,
-    examples: Any,
-    path: str,
-    task: str,
-    kind: str,
-    instructions: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    trained: Any, examples: Any, path: str, task: str, kind: str, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not instructions:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)

@@ -106,9 +106,7 @@ def test_noise_is_added_once_for_each_logical_batch(
     monkeypatch.setattr(dp_step, "add_gaussian_noise", counted)
     model = fresh()
     stepper(model).step(
-        records(examples("classification", 9), max_tokens=1),
-        plan(noise_multiplier=1.5, max_grad_norm=0.4),
-        steps=3,
+        records(examples("classification", 9), max_tokens=1), plan(noise_multiplier=1.5, max_grad_norm=0.4), steps=3
     )
     assert calls == [{"noise_multiplier": 1.5}] * 3
 

@@ -17,13 +17,7 @@ from fedtune.training.reach import Reach, reach
 from fedtune.training.spec import TrainingSpec
 
 PLAN = Plan(
-    unit="record",
-    delta=1e-5,
-    sampling_rate=0.1,
-    noise_multiplier=1.0,
-    max_grad_norm=1.0,
-    local_steps=5,
-    num_rounds=4,
+    unit="record", delta=1e-5, sampling_rate=0.1, noise_multiplier=1.0, max_grad_norm=1.0, local_steps=5, num_rounds=4
 )
 SIZE = 200
 SPECS: list[dict[str, Any]] = [
