@@ -308,19 +308,9 @@ def test_the_status_of_a_finished_run(command: Any, finished: Path, result_of: A
     settled = {**told, "metrics": sorted(told["metrics"])}  # scores of another machine differ in their last digits
     snapshots.check_json("run-status", json.dumps(settled), folder=finished)
     result = result_of(finished)
-    assert {key: told[key] for key in ("name", "running", "finished", "round", "num_rounds")} == {
-        "name": "done",
-        "running": False,
-        "finished": True,
-        "round": 2,
-        "num_rounds": 2,
-    }
     assert told["metrics"] == result["rounds"][-1]["metrics"]
-    assert set(told["sites"]) == {"north", "south"}
     for site, about in told["sites"].items():
         assert about["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
-        assert (about["rounds_charged"], about["upper_bound"]) == (2, False)
-        assert (about["last_answer"], about["at"]) == ("none yet", None)
         assert f"{about['epsilon']:.2f}"[:3] in outcome.out
 
 
