@@ -64,13 +64,8 @@ def run_in_folder(
 
     A folder in which nothing had begun is removed again.
 
-    Args:
-        config: the run's.
-        folder: its own.
-        listener: is told how the run goes.
-        work: the run.
-        during: is entered while it runs, and left before its result is told.
-        scored: is told the result before anything else is written: there may be no room for it.
+    `during` is entered while it runs, and left before its result is told.  `scored` is told the result before anything
+    else is written: there may be no room for it.
     """
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked

@@ -185,13 +185,9 @@ def group(help: str, *, cls: type[Group] = Group) -> Group:
 def command(
     app: Group, summary: str, *, name: str | None = None, cls: type[Command] = Command
 ) -> Callable[[Function], Function]:
-    """Add a function to a group: its parameters are the arguments, its docstring is the help.
+    """Add a function to a group, with a few words for the list of its commands.
 
-    Args:
-        app: the group.
-        summary: a few words in the list of its commands.
-        name: where it is not the function's.
-        cls: what parses.
+    Its parameters are the arguments, its docstring is the help; `cls` parses.
     """
 
     def add(function: Function) -> Function:

@@ -140,8 +140,7 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str) -> list[Lin
         with Session() as session:
             for number, line in enumerate(lines, start=1):
                 name = f"{number} of {len(lines)}, {line.name}"
-                work = partial(run_in_a_line, console=console, name=name, again=again, session=session)
-                ran = line.run.run(work)
+                ran = line.run.run(partial(run_in_a_line, console=console, name=name, session=session))
                 if ran.error is not None:
                     raise ran.error
                 done.append(replace(line, run=ran))

@@ -70,16 +70,11 @@ def finished_run(
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
     """The folders of adapters by name: the run's own, called as its folder is unless it is named too, comes first.
 
-    Args:
-        run: as it was given.
-        own: the folder of its adapter.
-        others: `NAME=RUN` each.
-
     Raises:
         ConfigError: a name is missing, taken or none.
     """
     named: dict[str, Path] = {}
-    for word in others:
+    for word in others:  # NAME=RUN each
         name, given, folder = word.partition("=")
         if not given or not folder.strip():
             raise ConfigError("--adapter", word, "must be NAME=RUN")

@@ -48,7 +48,7 @@ def search(
             def work(trial: Trial) -> RunResult:
                 values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
                 say(f"\ntrial {len(tried.rows) + 1} of {found.number}: {values}", style="bold", console=console)
-                return run_in_a_line(trial, console=console, name=trial.folder.name, again=again, session=session)
+                return run_in_a_line(trial, console=console, name=trial.folder.name, session=session)
 
             found.run(work, tried)
     finally:

@@ -29,15 +29,9 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
-    """Run in a folder, as `run_in_folder` does, and show it.
+    """Run in a folder, as `run_in_folder` does, and show it; `again` is the command that continues it.
 
-    Args:
-        config: the run's.
-        folder: its own.
-        console: where progress and result are shown.
-        work: the run.
-        again: the command that continues it.
-        began: when it began, by `time.monotonic`, before libraries that take seconds to load.
+    It `began`, by `time.monotonic`, before libraries that take seconds to load.
     """
     from fedtune.show.display import Display, show_result
 
@@ -65,18 +59,8 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     return result
 
 
-def run_simulation(
-    config: RunConfig, folder: Path, console: Console, *, again: str = "", session: Session | None = None
-) -> RunResult:
-    """Run a simulation in its folder, new or begun.
-
-    Args:
-        config: the run's.
-        folder: its own.
-        console: where progress and result are shown.
-        again: the command that continues it; empty: one that resumes this run alone.
-        session: keeps what this run and the next have in common; None: nothing is kept.
-    """
+def run_simulation(config: RunConfig, folder: Path, console: Console, *, session: Session | None = None) -> RunResult:
+    """Run a simulation in its folder, new or begun, and show it."""
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     with importing():
@@ -85,7 +69,7 @@ def run_simulation(
 
     if config.resume is None:
         config = told(console, config, fitted(config, folder))
-    again = again or f"fedtune simulate resume={folder}"
+    again = f"fedtune simulate resume={folder}"
     return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
 
 
@@ -97,14 +81,12 @@ def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     return fits
 
 
-def run_in_a_line(
-    trial: Trial, *, console: Console, name: str, again: str = "", session: Session | None = None
-) -> RunResult:
+def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
     """Do one of several runs, and say in a line what it came to; its folder has the rest."""
     began = time.monotonic()
     with console.status(f"{name} ..."):
         unseen = Console(file=io.StringIO(), width=console.width)
-        result = run_simulation(trial.config, trial.folder, unseen, again=again, session=session)
+        result = run_simulation(trial.config, trial.folder, unseen, session=session)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
     parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
     say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)

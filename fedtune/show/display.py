@@ -202,14 +202,7 @@ def _left(seconds: float | None) -> str:
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
-    """The table of sites, and the scores.
-
-    Args:
-        console: where it is shown.
-        config: the run's.
-        result: what it came to.
-        whole_s: how long it took with what came before training.
-    """
+    """The table of sites, and the scores; `whole_s` is how long it took with what came before training."""
     say_here = partial(say, console=console)
     privacy, final = result.privacy, result.final
     rows = [

@@ -424,13 +424,8 @@ def score_side_by_side(
 ) -> Compared:
     """Score runs side by side.
 
-    Args:
-        lines: the runs.
-        finished: the settings to score each by, and the folder of its adapter.
-        data: the file to score; None: the first run's test records, or `records`.
-        by: a column to group by.
-        smallest: units of a group.
-        records: a site's own, to score instead.
+    `finished` has the settings to score each of them by, and the folder of its adapter.  Scored is the file `data`, or
+    the first run's test records, or a site's own `records`; by groups of a column of at least `smallest` units.
     """
     from fedtune.runs.side_by_side import Finished, side_by_side, sites_of
 

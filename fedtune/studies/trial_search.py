@@ -162,11 +162,7 @@ class Search:
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
     def run(self, work: Callable[[Trial], RunResult], trials: Trials) -> None:
-        """Run every trial that is not finished yet, and note which one is picked.
-
-        Args:
-            work: runs one trial.
-            trials: has each trial once it has ended.
+        """Run every trial that is not finished yet into `trials`, and note which one is picked.
 
         Raises:
             FedtuneError: of a trial that the same search again would continue.
