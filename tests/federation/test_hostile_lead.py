@@ -17,25 +17,12 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 
-# What is asked for, the rule that it breaks, and what the refusal says about it.
+# What is asked for, the rule that it breaks, and what the refusal says about it: a few of all rules of a policy, which
+# tests/privacy/test_site_policy.py tries.
 _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
-    ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER, "0.0", "at least 4"),
     ({"noise_multiplier": 3.9999}, Reason.MIN_NOISE_MULTIPLIER, "3.9999", "at least 4"),
-    ({"sampling_rate": 1.0}, Reason.MAX_SAMPLING_RATE, "1.0", "at most 0.2"),
-    ({"max_grad_norm": 1e6}, Reason.MAX_GRAD_NORM, "1000000.0", "at most 1"),
-    ({"max_grad_norm": 1e-9}, Reason.MIN_GRAD_NORM, "1e-09", "at least 0.001"),
-    ({"local_steps": 50}, Reason.MAX_LOCAL_STEPS, "50", "at most 2"),
-    ({"num_rounds": 100}, Reason.MAX_ROUNDS, "101", "at most 4"),
     ({"spare_rounds": 2}, Reason.MAX_ROUNDS, "5", "at most 4"),
-    ({"delta": 0.01}, Reason.DELTA, "0.01", "1e-05"),
-    ({"metrics_noise_multiplier": 20.0}, Reason.METRICS, "noised", "none"),
-    ({"metrics_noise_multiplier": 0.01}, Reason.MIN_NOISE_MULTIPLIER, "0.01", "at least 4"),
-    ({"base_model": "cd" * 32}, Reason.BASE_MODELS, "cd" * 32, "ab" * 32),
-    ({"base_model": "unverified"}, Reason.BASE_MODELS, "unverified", "ab" * 32),
     ({"dataset": "letters"}, Reason.DATASET, "letters", "patients"),
-    ({"task": "causal_lm"}, Reason.TASKS, "causal_lm", "classification"),
-    ({"target_modules": ("value", "embeddings")}, Reason.TARGET_MODULES, "embeddings", "query, value"),
-    ({"rank": 64}, Reason.MAX_RANK, "64", "at most 4"),
     ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
     # Within the policy, but not what the site makes of the run's configuration.
     ({"noise_multiplier": 5.0}, Reason.PLAN_CHANGED, None, None),
@@ -89,17 +76,10 @@ def test_a_stranger_learns_nothing_whatever_else_is_wrong(
     site: Any, stranger_key: SigningKey, about: dict[str, Any]
 ) -> None:
     site.ledger()
+    before = site.events()
     reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
     assert refusal(reply).reason is Reason.LEADS
     assert reply.receipt is None
-
-
-def test_a_lead_whom_the_site_does_not_know_is_refused(site: Any, stranger_key: SigningKey) -> None:
-    site.ledger()
-    before = site.events()
-    reply = site.ask(key=stranger_key, lead=stranger_key.public)
-    assert refusal(reply).reason is Reason.LEADS
-    assert reply.receipt is None, "a stranger learns nothing of the ledger"
     require_only_refused(site, before, Reason.LEADS)
 
 
