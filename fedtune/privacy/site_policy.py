@@ -404,7 +404,7 @@ class Policy:
 
     def declared_size(self, dataset: str) -> int:
         """The size that the site publishes for one of its data sets."""
-        return next(one.declared_size for one in self.dataset if one.id == dataset)
+        return next(declared.declared_size for declared in self.dataset if declared.id == dataset)
 
     def adapter_bound(self, lora_scale: float) -> float:
         """The largest absolute value of an adapter at this site."""

@@ -78,10 +78,10 @@ def is_training_file(config: RunConfig, file: str) -> bool:
     if SITE in train or config.runtime.kind == "deployment":
         return False
     try:
-        one, other = (resolve_file(name, shipped_folders(), key="data.train_file") for name in (train, file))
+        own, other = (resolve_file(name, shipped_folders(), key="data.train_file") for name in (train, file))
     except DataError:  # who asks later may have moved it
         return False
-    return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+    return own.samefile(other) or (own.is_file() and other.is_file() and filecmp.cmp(own, other, shallow=False))
 
 
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
@@ -100,8 +100,8 @@ def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
             f"{', '.join(far[:_MOST_NAMED])}{more}. A step is divided by the declared number: too large a one makes "
             "it too short, and too small a one too long"
         )
-    found = {record.fields.get(GROUP, "") for site in dealt.sites for record in site.heldout}
-    if missing := sorted(set(config.privacy.metrics_groups) - found):
+    groups = {record.fields.get(GROUP, "") for site in dealt.sites for record in site.heldout}
+    if missing := sorted(set(config.privacy.metrics_groups) - groups):
         yield (
             f"privacy.metrics_groups: no held-out record has {', '.join(missing[:_MOST_NAMED])} in the column "
             f"{config.data.columns[GROUP]!r}; sites release numbers for it all the same"

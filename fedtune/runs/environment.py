@@ -68,7 +68,7 @@ def note_environment(folder: Path, shared: SharedModel) -> None:
     known, here = read_environments(folder), _here(shared)
     if known and replace(here, since=known[-1].since) == known[-1]:
         return
-    fields = {"schema_version": RUN_SCHEMA, "environments": [asdict(one) for one in (*known, here)]}
+    fields = {"schema_version": RUN_SCHEMA, "environments": [asdict(environment) for environment in (*known, here)]}
     write_durably(RunFolder(folder).environment, json.dumps(fields, indent=1).encode() + b"\n")
 
 
@@ -85,7 +85,7 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         fields = json.loads(path.read_bytes())
         if fields["schema_version"] != RUN_SCHEMA:
             raise ValueError("schema_version")
-        return tuple(Environment(**one) for one in fields["environments"])
+        return tuple(Environment(**each) for each in fields["environments"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
 
@@ -129,7 +129,7 @@ def _here(shared: SharedModel) -> Environment:
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         device=_device(shared),
-        libraries={name: found for name in _LIBRARIES if (found := _version(name))},
+        libraries={name: number for name in _LIBRARIES if (number := _version(name))},
         model_sha256=_weights(shared.config),
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
         sampling="poisson" if trains else None,

@@ -67,7 +67,7 @@ def findings_of(
         guess: that score of always the best single answer; None: there is no such.
         rows: of the test file.
     """
-    if any(one.diverged for one in rounds) or any(finite(score) is None for score in after.values()):
+    if any(result.diverged for result in rounds) or any(finite(score) is None for score in after.values()):
         return (DIVERGED,)
     loss, was = after.get("loss"), before.get("loss")
     if loss and was and loss > _LOST * was:
@@ -270,7 +270,7 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(one.claim(ended_by_scores=ended_by_scores) for one in charges.values())),
+                epsilon=finite(max(charge.claim(ended_by_scores=ended_by_scores) for charge in charges.values())),
                 seeded_noise=seeded_noise,
                 sites={
                     site: SiteResult(

@@ -110,11 +110,11 @@ class SavedModel:
         num_tokens = data.examples.num_tokens
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
-        found = {}
+        measured = {}
         for name in self.names:
             self.use(name)
-            found[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
-        return found
+            measured[name] = Measured.of(self.model, self.tokenizer, data, self.config, generate=True)
+        return measured
 
     def answer(self, record: Record) -> tuple[str, object]:
         """The adapter's answer to a record, which needs none of its own: as text, and as JSON."""
@@ -159,8 +159,8 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     own, unit = _read(config, file)  # before the model, whose loading takes longer
     saved = SavedModel(config, {"tuned": adapter})
     data = LeadData.of(own, config, saved.tokenizer)
-    found, model = saved.measured(data), saved.model
-    base, tuned = found[BASE], found["tuned"]
+    measured, model = saved.measured(data), saved.model
+    base, tuned = measured[BASE], measured["tuned"]
     users = users_of(data.records) if unit == "user" else None
     final = partial(model.task.final_scores, spec=model.spec)
     scores = compared(base.examples, tuned.examples, scores=final, units=users)

@@ -67,13 +67,14 @@ class SideBySide:
     @cached_property
     def _drawn(self) -> tuple[Drawn, ...]:
         """Of the records, and where all models wrote texts for the same prompts, of these."""
-        examples = {name: one.examples for name, one in self.measured.items()}
-        found = [drawn(examples, scores=self.score, units=self.users)]
-        if len({len(one.texts.get("rouge_l", ())) for one in self.measured.values()} | {0}) == 2:
-            found.append(drawn({name: one.texts for name, one in self.measured.items()}, scores=text_scores))
+        examples = {name: measured.examples for name, measured in self.measured.items()}
+        sets = [drawn(examples, scores=self.score, units=self.users)]
+        if len({len(measured.texts.get("rouge_l", ())) for measured in self.measured.values()} | {0}) == 2:
+            texts = {name: measured.texts for name, measured in self.measured.items()}
+            sets.append(drawn(texts, scores=text_scores))
         for name, models in self.means.items():
-            found = [one.with_mean(name, models) for one in found]
-        return tuple(found)
+            sets = [drawing.with_mean(name, models) for drawing in sets]
+        return tuple(sets)
 
     @property
     def num_units(self) -> int:
@@ -83,7 +84,7 @@ class SideBySide:
     @property
     def scores(self) -> tuple[str, ...]:
         """Their names, that which counts first."""
-        names = [score for one in self._drawn for score in next(iter(one.values.values()))]
+        names = [score for drawing in self._drawn for score in next(iter(drawing.values.values()))]
         return tuple(sorted(names, key=lambda name: name != self.judged_by))
 
     def estimate(self, model: str, score: str) -> Estimate:
@@ -96,7 +97,7 @@ class SideBySide:
         return self._with(score).comparison(base, tuned, score)
 
     def _with(self, score: str) -> Drawn:
-        return next(one for one in self._drawn if score in next(iter(one.values.values())))
+        return next(drawing for drawing in self._drawn if score in next(iter(drawing.values.values())))
 
     def by(self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]) -> GroupScores | None:
         """The score that counts by group; None where there are fewer than two groups of `smallest` units.
@@ -115,7 +116,7 @@ class SideBySide:
             raise ConfigError("--smallest", smallest, bound)
         if len(groups.names) < 2:
             return None
-        examples = {name: one.examples for name, one in self.measured.items()}
+        examples = {name: measured.examples for name, measured in self.measured.items()}
         return by_group(examples, groups, score=self.judged_by, scores=self.score, pairs=pairs, units=self.users)
 
 

@@ -73,8 +73,8 @@ class SiteProcess:
 
     def work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
-        found = [file.stat() for file in files_of(Path(shared.config.data.train_file))]
-        version = [[one.st_ino, one.st_size, one.st_mtime_ns] for one in found]
+        files_now = [file.stat() for file in files_of(Path(shared.config.data.train_file))]
+        version = [[file.st_ino, file.st_size, file.st_mtime_ns] for file in files_now]
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:

@@ -127,7 +127,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
     Raises:
         Refused: the site has no such data set or base model, or the run names no hash.
     """
-    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
+    dataset = next((declared for declared in policy.dataset if declared.id == config.data.dataset), None)
     if dataset is None:
         raise Refused(Reason.DATASET, asked=config.data.dataset)
     machine = asdict(policy.machine)

@@ -366,13 +366,13 @@ class Participants:
     def identities(self) -> dict[str, str]:
         """The public key of each active site."""
         files = {name: self.sites.files(name) for name in self.config.federation.active}
-        return {name: SigningKey.load_or_make(one.site_key).public for name, one in files.items()}
+        return {name: SigningKey.load_or_make(own.site_key).public for name, own in files.items()}
 
     @cached_property
     def shared(self) -> SharedModel:
         """The model, loaded when it is first asked for."""
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
-        inexact = all(one.allow.inexact_gradients for one in policies)
+        inexact = all(policy.allow.inexact_gradients for policy in policies)
         return SharedModel.of_simulation(
             self.config,
             inexact_allowed=inexact,
@@ -408,8 +408,8 @@ class Participants:
         except RunError:
             return False  # its ledger is not in order, and it answers for itself
         mine = (Kind.COMMIT, self.config.run_id())
-        noted = [one.detail.get("fingerprint") for one in known.events if (one.kind, one.run) == mine] if known else []
-        return bool(noted) and noted[-1] != self.work[name].fingerprint(key)
+        events = [event for event in known.events if (event.kind, event.run) == mine] if known else []
+        return bool(events) and events[-1].detail.get("fingerprint") != self.work[name].fingerprint(key)
 
     @property
     def plan(self) -> Plan:

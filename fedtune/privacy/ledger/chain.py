@@ -181,12 +181,12 @@ class Head:
         """
         damaged = ConfigError("anchor", str(path), "must be a readable anchor file that fedtune wrote")
         try:
-            found = parse_json(path.read_bytes(), key="anchor", bound="must be JSON")
+            fields = parse_json(path.read_bytes(), key="anchor", bound="must be JSON")
         except (OSError, ConfigError) as error:
             raise damaged from error
-        check_ledger_schema(path, found.pop("schema", None))
+        check_ledger_schema(path, fields.pop("schema", None))
         try:
-            head = decode(cls, found)
+            head = decode(cls, fields)
             right = is_public_key(head.site_key) and is_signed(head.site_key, HEAD, head.message(), head.signature)
         except ValueError as error:  # a ConfigError, or a number that JSON does not have
             raise damaged from error

@@ -272,7 +272,7 @@ class Ledger:
             )
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
-                doubts = frozenset(one for one in doubts if not self._store.knows(one, besides=restored))
+                doubts = frozenset(doubt for doubt in doubts if not self._store.knows(doubt, besides=restored))
             # What was charged there counts in the anchor's period, or in a later one.
             lost = datetime.fromisoformat(anchor.time)
             self._store.note("restored", not_before=lost, **replace(restored, doubts=doubts).to_json())

@@ -175,8 +175,8 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
     (application,) = file.execute("PRAGMA application_id").fetchone()
     if application == _APPLICATION_ID:
         check_ledger_schema(path, schema)
-    found = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
-    if found != set(SCHEMA) or application != _APPLICATION_ID:
+    tables = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    if tables != set(SCHEMA) or application != _APPLICATION_ID:
         raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
 
 

@@ -84,8 +84,8 @@ def _check_pages(file: sqlite3.Connection) -> None:
 def _check_replies(history: History, replies: list[tuple[str, str, bytes]]) -> None:
     """Each run's newest reply is the one that was committed, and no other is stored."""
     expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
-    found = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
-    if sorted(found) != sorted(expected):
+    stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
+    if sorted(stored) != sorted(expected):
         raise RunError("the stored replies are not the newest ones that were committed")
 
 
