@@ -86,17 +86,13 @@ def is_public_key(text: str) -> bool:
 
     Under a point of small order (all zeros among them) anybody can make signatures that pass.
     """
-    return _is_hex(text, 64) and _without_sign(text) not in _SMALL_ORDER
+    return _is_hex(text, 64) and text[:62] + f"{int(text[62:], 16) & 0x7F:02x}" not in _SMALL_ORDER
 
 
 def check_public_key(key: str, text: str) -> None:
     """Require `text` to be what `is_public_key` takes for one."""
     if not is_public_key(text):
         raise ConfigError(key, text, "must be a public key of 64 lower-case hex digits")
-
-
-def _without_sign(public: str) -> str:
-    return public[:62] + f"{int(public[62:], 16) & 0x7F:02x}"
 
 
 def _is_hex(text: str, length: int) -> bool:

@@ -239,30 +239,24 @@ class Update:
         Raises:
             ConfigError: anything but exactly such bytes.
         """
+        start = len(_MAGIC) + 8
         try:
-            return cls._parse(data)
+            (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
+            if not data.startswith(_MAGIC) or size > _MOST_HEADER_BYTES:
+                raise ValueError("magic, or the header's size")
+            header = json.loads(data[start : start + size])
+            update = cls(
+                site=str(header["site"]),
+                run=str(header["run"]),
+                round=int(header["round"]),
+                tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
+                scores=_scores(header["scores"]),
+            )
+            # One update has one encoding: no field beside these, no other type or spacing carries anything.
+            if update._header() != data[start : start + size]:
+                raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
-
-    @classmethod
-    def _parse(cls, data: bytes) -> Update:
-        if not data.startswith(_MAGIC):
-            raise ValueError("magic")
-        start = len(_MAGIC) + 8
-        (size,) = struct.unpack("<Q", data[len(_MAGIC) : start])
-        if size > _MOST_HEADER_BYTES:
-            raise ValueError("header size")
-        header = json.loads(data[start : start + size])
-        update = cls(
-            site=str(header["site"]),
-            run=str(header["run"]),
-            round=int(header["round"]),
-            tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
-            scores=_scores(header["scores"]),
-        )
-        # One update has one encoding: no field beside these, no other type or spacing carries anything.
-        if update._header() != data[start : start + size]:
-            raise ValueError("header")
         update._bytes.append(data)
         return update
 
@@ -287,16 +281,13 @@ def _scores(data: object) -> tuple[float, ...] | None:
     """Finite numbers, as many as some statistics can have, or None; raises ValueError for anything else."""
     if data is None:
         return None
-    if not isinstance(data, list) or not any(_can_be(len(data), known) for known in METRICS.values()):
+    if not isinstance(data, list) or not all(type(value) is float and math.isfinite(value) for value in data):
         raise ValueError("scores")
-    if not all(type(value) is float and math.isfinite(value) for value in data):
-        raise ValueError("scores")
-    return tuple(data)
-
-
-def _can_be(count: int, statistics: Statistics) -> bool:
-    groups, rest = divmod(count, statistics.num_values or count + 1)
-    return not rest and 1 <= groups <= MOST_GROUPS + 1
+    for each in (statistics.num_values for statistics in METRICS.values() if statistics.num_values):
+        groups, rest = divmod(len(data), each)
+        if not rest and 1 <= groups <= MOST_GROUPS + 1:
+            return tuple(data)
+    raise ValueError("scores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -78,7 +78,12 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
         file.execute("PRAGMA journal_mode = DELETE")
         file.execute("PRAGMA synchronous = EXTRA")
         file.execute("BEGIN IMMEDIATE")
-        _make_or_check_tables(file, path)
+        if file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA}")
+            for statement in SCHEMA:
+                file.execute(statement)
+        _check_tables(file, path)
         yield file
         file.execute("COMMIT")
     except sqlite3.Error as error:
@@ -158,15 +163,6 @@ def _event(row: dict[str, object]) -> Event:
         return Event(**{**row, "kind": Kind(row["kind"]), "detail": detail})  # type: ignore[arg-type]
     except ValueError as error:
         raise RunError(f"event {row['sequence']} was changed: it is not written as fedtune writes events") from error
-
-
-def _make_or_check_tables(file: sqlite3.Connection, path: Path) -> None:
-    if file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-        file.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA}")
-        for statement in SCHEMA:
-            file.execute(statement)
-    _check_tables(file, path)
 
 
 def _check_tables(file: sqlite3.Connection, path: Path) -> None:

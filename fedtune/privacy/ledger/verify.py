@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +43,12 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         RunError: says what does not fit.
     """
     with store.reading(path) as file:
-        _check_pages(file)
+        (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
+        if answer != "ok":
+            raise RunError(f"the file is damaged: {answer}")
+        (stray,) = file.execute("SELECT count(*) FROM events WHERE sequence < 1").fetchone()
+        if stray:
+            raise RunError(f"{stray} rows stand before event 1")
         events = store.read_events(file)
         replies = store.stored_replies(file)
     if not events:
@@ -58,9 +62,21 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         raise RunError(f"ledger {path} names site key {own_key}, not {site_key}")
     for event in events:
         chain.check_signature(event, own_key)
-    _check_replies(history, replies)
+    # Each run's newest reply is the one that was committed, and no other is stored.
+    expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
+    stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
+    if sorted(stored) != sorted(expected):
+        raise RunError("the stored replies are not the newest ones that were committed")
     if anchor is not None:
-        _check_anchor(events, history, anchor, own_key)
+        if (anchor.ledger, anchor.site_key) != (history.opened.ledger, own_key):
+            raise RunError("the anchor is of another ledger")
+        if not history.holds(anchor) and anchor.sequence > len(events):
+            raise RunError(
+                f"an older copy of the ledger was put back: it ends at event {len(events)}, "
+                f"the anchor knows {anchor.sequence}"
+            )
+        if not history.holds(anchor):
+            raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger has branched off")
     return Verified(
         events=tuple(events),
         history=history,
@@ -70,33 +86,3 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         rollback_excluded=anchor is not None,
         anchor_sequence=anchor.sequence if anchor else 0,
     )
-
-
-def _check_pages(file: sqlite3.Connection) -> None:
-    (answer,) = file.execute("PRAGMA integrity_check(1)").fetchone()
-    if answer != "ok":
-        raise RunError(f"the file is damaged: {answer}")
-    (stray,) = file.execute("SELECT count(*) FROM events WHERE sequence < 1").fetchone()
-    if stray:
-        raise RunError(f"{stray} rows stand before event 1")
-
-
-def _check_replies(history: History, replies: list[tuple[str, str, bytes]]) -> None:
-    """Each run's newest reply is the one that was committed, and no other is stored."""
-    expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
-    stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
-    if sorted(stored) != sorted(expected):
-        raise RunError("the stored replies are not the newest ones that were committed")
-
-
-def _check_anchor(events: list[Event], history: History, anchor: Head, site_key: str) -> None:
-    if (anchor.ledger, anchor.site_key) != (history.opened.ledger, site_key):
-        raise RunError("the anchor is of another ledger")
-    if history.holds(anchor):
-        return
-    if anchor.sequence > len(events):
-        raise RunError(
-            f"an older copy of the ledger was put back: it ends at event {len(events)}, "
-            f"the anchor knows {anchor.sequence}"
-        )
-    raise RunError(f"event {anchor.sequence} is not the one that the anchor knows: the ledger has branched off")
