@@ -55,7 +55,7 @@ _OTHER_WORDS = {
     "max_seq_length": "data.max_length",
     "device": "runtime.device",
 }
-"""What other programs call a setting."""
+"""Names of a setting in other programs."""
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 MOST_RUNS = 1000
 """Of a sweep or a search: more than anybody means."""
@@ -320,7 +320,7 @@ def key_of(override: str) -> str:
 
 
 def value_of(override: str) -> Any:
-    """What an override gives its key.
+    """The value that an override gives its key.
 
     Raises:
         ConfigError: it is no override.
@@ -332,7 +332,7 @@ def value_of(override: str) -> Any:
 
 
 def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """What overrides give settings that are none of a run's, such as an audit's own: one plain value each.
+    """Values of settings that are none of a run's, such as an audit's own: one plain value each.
 
     Raises:
         ConfigError: one is no override, or stands for several values.

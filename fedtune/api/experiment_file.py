@@ -16,7 +16,7 @@ from fedtune.data.load import shipped_folders
 from fedtune.spec import ConfigError
 
 FROM_FILE = "_from_file_"
-"""What the experiment of a file is called while a run is composed."""
+"""The name of a file's experiment while a run is composed."""
 
 
 def config_folder() -> Path:
@@ -25,7 +25,7 @@ def config_folder() -> Path:
 
 
 def experiment_called(word: str) -> str | None:
-    """What experiment= may have to be for what a person typed: a name of conf/, or a file, whose ending may lack."""
+    """The experiment that a person may have meant: a name of conf/, or a file, whose ending may lack."""
     if os.path.isfile(config_folder() / "experiment" / f"{word}.yaml"):
         return word
     endings = ("",) if word.endswith((".yaml", ".yml")) else (".yaml", ".yml")

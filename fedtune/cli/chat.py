@@ -89,7 +89,7 @@ class _Conversation:
         warn_of_fixed_prompt(config)
 
     def command(self, words: str) -> None:
-        """What is typed with a slash."""
+        """Do what a line with a slash asks for."""
         match words.split():
             case ["/reset"]:
                 self._turns = ()
@@ -137,7 +137,7 @@ class _Conversation:
 
 
 def _typed_lines() -> Iterator[str]:
-    """What is typed, or comes through a pipe, line by line; blank lines are passed over."""
+    """Lines from the keyboard or a pipe; blank lines are passed over."""
     with suppress(ImportError):
         import readline  # noqa: F401  (`input` then edits lines)
     if isinstance(sys.stdin, TextIOWrapper):

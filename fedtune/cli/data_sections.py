@@ -1,4 +1,4 @@
-"""What `fedtune data` shows: of a file before there is an experiment, of an experiment's records, of a new file."""
+"""Sections of `fedtune data`: a file before there is an experiment, an experiment's records, a new file."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
     "personal": ("likely", CAVEAT),
     "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
 }
-"""What a finding is called, and what it means."""
+"""The name of a finding, and its meaning."""
 
 
 def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]:
-    """What the file is, its columns, its first rows and its labels."""
+    """The kind of the file, its columns, its first rows and its labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind]})
     yield Section(
@@ -127,7 +127,7 @@ def lengths(plan: starter.Plan, model: str) -> Section:
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:
-    """What was found in an experiment's files."""
+    """Findings in an experiment's files."""
 
     def is_far(ratio: float) -> bool:
         return not 1 / FAR < ratio < FAR
@@ -240,7 +240,7 @@ def _languages(languages: Mapping[str, int]) -> Section:
 
 
 def clean_sections(done: Cleaned) -> Iterator[Section]:
-    """What became of a file."""
+    """Rows that were kept, dropped and masked."""
     told = {"rows": f"{done.rows:,}", "kept": f"{done.kept:,}", "dropped": f"{sum(done.dropped.values()):,}"}
     yield pairs(told)
     why = {**RULES, UNREADABLE: "the row cannot be read"}

@@ -93,7 +93,7 @@ def _detailed(detail: Detail) -> Iterator[Section]:
 
 
 def _notes(found: BesideBase) -> Iterator[str]:
-    """What the table says in a sentence, and how its intervals were made."""
+    """The table in a sentence, and how its intervals were made."""
     from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES
 
     name, first = next(iter(found.scores.items()))

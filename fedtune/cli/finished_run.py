@@ -121,7 +121,7 @@ def messages_of(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def harmless(text: str) -> str:
-    """What a model wrote, without what could steer a terminal; unlike a name it may have any other letter."""
+    """A model's text without what could steer a terminal; unlike a name it may have any other letter."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 

@@ -1,4 +1,4 @@
-"""What `fedtune ledger` shows of a ledger that was verified, and of one that was put back."""
+"""Sections of `fedtune ledger`: a ledger that was verified, and one that was put back."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def show_verdict(history: History, figures: Spending) -> None:
 
 
 def lifetime(history: History, figures: Spending) -> Section:
-    """What is charged, set aside and left of the caps."""
+    """Charged, set aside and left of the caps."""
     set_aside = figures.share_with_set_aside
     period = f"charged this {figures.period} ({cap_text(figures.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(figures.max_epsilon) else f"{figures.max_epsilon:g}"
@@ -177,7 +177,7 @@ def methods(figures: Spending) -> Section:
 
 
 def each_run(runs: Sequence[RunSpending], history: History) -> Section:
-    """What each run was charged, by itself."""
+    """The charge of each run by itself."""
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run was accepted yet.",))
@@ -198,7 +198,7 @@ def each_run(runs: Sequence[RunSpending], history: History) -> Section:
 
 
 def remarks(history: History) -> Iterator[str]:
-    """What else to know: backups that were put back, caps that moved."""
+    """Backups that were put back, caps that moved."""
     if history.restored:
         yield (
             f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
@@ -213,7 +213,7 @@ def remarks(history: History) -> Iterator[str]:
 
 
 def findings(verified: Verified) -> tuple[list[str], list[str]]:
-    """What was checked and is right, and what was not checked."""
+    """Checks that hold, and checks that were not made."""
     checked = [
         f"The file is whole, and holds {counted(len(verified.events), 'event')}.",
         "Each event's hash covers the event and all before it: none was changed, inserted, reordered, or deleted "

@@ -1,4 +1,4 @@
-"""What is known of a run before any data is touched, as a value that `fedtune plan` shows and writes."""
+"""A run before any data is touched, as a value that `fedtune plan` shows and writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
-    """What is known of a run before any data is touched.
+    """A run before any data is touched.
 
     Attributes:
         config: the run's settings; where something was solved for, `price.plan` has the answer.

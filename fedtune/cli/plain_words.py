@@ -1,4 +1,4 @@
-"""What a ledger's events say, in words for people who did not write them."""
+"""A ledger's events in words, for people who did not write them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def reason_text(reason: str) -> str:
 
 
 def promise_text(unit: str, *, epsilon: float, delta: float) -> str:
-    """What (epsilon, delta) promises to one unit, in the sentence that a report's page has for it."""
+    """The promise of (epsilon, delta) to one unit, in the sentence that a report's page has for it."""
     texts = catalogue("en")
     factor, addition = texts.figure(epsilon, "factor"), texts.figure(delta, "exact")
     return texts.text(f"promise.{unit}", factor=factor, delta=addition).unescape()
 
 
 def event_text(event: Event) -> str:
-    """What one event of a ledger says."""
+    """One event of a ledger in words."""
     detail = event.detail
     match event.kind:
         case Kind.PLAN:

@@ -125,7 +125,7 @@ def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bo
 
 
 def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.SecureSums | None:
-    """What secure sums would give in place of a plain run; None: they are planned, or the settings exclude them."""
+    """Secure sums in place of a plain run; None: they are planned, or the settings exclude them."""
     if not planned.private or planned.shared is not None:
         return None
     settings = config.to_json()

@@ -1,4 +1,4 @@
-"""What is known of a run's price, in sections."""
+"""A run's price in sections."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def _promise(outlook: Outlook) -> str:
 
 
 def _facts(outlook: Outlook) -> dict[str, str]:
-    """The run in a few lines."""
     config, plan, price = outlook.config, outlook.plan, outlook.price
     lora, head = config.training.peak_rates(clipped=plan.private)
     rates = f"{lora:g}" if head == lora else f"{lora:g} (head {head:g})"
@@ -93,7 +92,6 @@ def _facts(outlook: Outlook) -> dict[str, str]:
 
 
 def _solution(outlook: Outlook) -> dict[str, str]:
-    """What was solved for, and the settings that use it."""
     plan, target = outlook.plan, f"epsilon {outlook.config.privacy.epsilon:g}"
     noise = f"privacy.noise_multiplier={plan.noise_multiplier:g}"
     match outlook.solved:
@@ -113,7 +111,6 @@ def _solution(outlook: Outlook) -> dict[str, str]:
 
 
 def _sites(outlook: Outlook) -> Section:
-    """What each site contributes and spends."""
     price, is_private = outlook.price, outlook.plan.private
     epsilons = (price.epsilon, price.epsilon_rdp, price.epsilon_filter)
     rows = [
@@ -191,7 +188,6 @@ def _rounds(outlook: Outlook, *, width: int) -> Section:
 
 
 def _accountants(outlook: Outlook) -> Section:
-    """What each accountant would have said of the whole run."""
     price = outlook.price
     if not outlook.plan.private:
         return Section()
@@ -218,7 +214,7 @@ def _accountants(outlook: Outlook) -> Section:
 
 
 def _what_if(outlook: Outlook) -> Section:
-    """What other plans would cost."""
+    """The price of other plans."""
     if not outlook.changes:
         return Section()
     rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon_text(outlook.price.epsilon))]
@@ -238,7 +234,6 @@ def _what_if(outlook: Outlook) -> Section:
 
 
 def _bytes_and_time(outlook: Outlook) -> Section:
-    """What a run moves and takes."""
     found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
@@ -269,7 +264,7 @@ def _bytes_and_time(outlook: Outlook) -> Section:
 
 
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
-    """What one site would say."""
+    """One site's answer."""
     rows = [
         (f"{reason_text(one.rule)} ({one.rule})", printable(one.asked or "-", 40), printable(one.allowed or "-", 60))
         for one in verdict.broken

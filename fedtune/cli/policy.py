@@ -104,7 +104,6 @@ def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
 
 
 def _show_beside(beside: Beside) -> None:
-    """What the policy's ledger says."""
     say("")
     if beside.verified is None:
         say(f"No ledger yet at {beside.path}; it is made when the site starts.")

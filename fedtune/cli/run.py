@@ -21,7 +21,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.api.working_folder import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, single
-from fedtune.cli.shown_run import show_run, told
+from fedtune.cli.shown_run import say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
@@ -166,7 +166,7 @@ def _is_finished(folder: Path) -> bool:
 def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
-    config = composed(words, kit=kit)
+    config = compose_for_sites(words, kit=kit)
     kit.check_certificate(datetime.now(UTC))
     folder = folder_of(config)
     import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
@@ -178,12 +178,12 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
             stack.enter_context(serve_metrics(metrics, figures.figures))
         lead = LeadService(kit=kit, metrics=figures)
         if config.resume is None:
-            config = told(console, config, lead.fitted(config))
+            config = say_fitted(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"
         show_run(config, folder, console, work=lead.run, again=again, began=began)
 
 
-def composed(words: Sequence[str], *, kit: Kit) -> RunConfig:
+def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster.
 
     Raises:
@@ -269,7 +269,7 @@ def _end(run: str, federation: FederationSpec, *, lead: LeadService) -> None:
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:
-    """Print it.
+    """Print how far a run is, and what each site has spent.
 
     Raises:
         ConfigError: the folder holds no run, or none that has begun.
@@ -294,7 +294,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
 def status_of(
     config: RunConfig, state: LeadState, *, running: bool, answers: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """The same as plain JSON; an epsilon of null means that nothing bounds the loss."""
+    """How far a run is, as plain JSON; an epsilon of null means that nothing bounds the loss."""
     plan, last = config.plan(), state.rounds[-1] if state.rounds else None
     sites = {}
     for site in config.federation.active:

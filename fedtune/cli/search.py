@@ -50,7 +50,7 @@ def search(
                 say(f"\ntrial {len(tried.rows) + 1} of {found.number}: {values}", style="bold", console=console)
                 return run_in_a_line(trial, console=console, name=trial.folder.name, session=session)
 
-            found.run(work, tried)
+            found.run(tried, work)
     finally:
         if as_json:
             print_json(tried.to_json() | {"price": jsonable(found.price)})

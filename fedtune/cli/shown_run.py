@@ -68,12 +68,12 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, session
         from fedtune.sites.virtual_site import fitted
 
     if config.resume is None:
-        config = told(console, config, fitted(config, folder))
+        config = say_fitted(console, config, fitted(config, folder))
     again = f"fedtune simulate resume={folder}"
     return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
 
 
-def told(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
     """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier

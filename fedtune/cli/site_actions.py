@@ -136,7 +136,7 @@ def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> Non
 
 
 def _state(member: Member, trusted: str | None) -> str:
-    """What a site of the roster is here, by the key that the policy has for it; and what to do about it."""
+    """A site of the roster by the key that the policy has for it, and what to do about it."""
     revoked = f"revoked {member.revoked[:10]}" if member.revoked else ""
     if trusted is None:
         return revoked or "not in [trust].members"
@@ -215,7 +215,6 @@ def _price(asked: Proposal) -> str:
 
 
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
-    """What the run would do, and cost."""
     plan = asked.plan
     # All of them: what a site is asked to tell is never cut short.
     groups = ", ".join(f'"{printable(name)}"' for name in plan.metrics_groups)

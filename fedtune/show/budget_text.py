@@ -330,13 +330,13 @@ ABOUT_RDP = (
     "Epsilon by RDP bounds the same loss by an older method. That method is less exact, so its figure is larger as a "
     "rule. It is a check: the figure that counts is {counts}, and nothing is spent in addition."
 )
-"""What stands beside an epsilon by RDP; `counts` names the other figure."""
+"""Beside an epsilon by RDP; `counts` names the other figure."""
 WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
 
 
 def signal_words(ratio: float) -> str:
-    """What a run's signal-to-noise ratio, `planner.signal_to_noise`, means for it."""
+    """The meaning of a run's signal-to-noise ratio, `planner.signal_to_noise`."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
         return f"{times}: nothing is likely to be learnt; a run wants training.go_on_without_signal=true"
@@ -346,7 +346,7 @@ def signal_words(ratio: float) -> str:
 
 
 def contribution(plan: Plan) -> str:
-    """What one user adds to a step of a plan whose unit is that."""
+    """One user's part in a step of a plan whose unit is the user."""
     most = counted(plan.records_per_user, "record")
     return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users"
 

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees of a run: settings, rounds as they finish, and the result."""
+"""A run on the terminal: settings, rounds as they finish, and the result."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Display:
         self._console.print(line, soft_wrap=True)
 
     def _round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
-        """What a round came to, each part with its style."""
+        """A round's line in parts, each with its style."""
         assert self._plan is not None
         federation, last = self._config.federation, state.rounds[-1]
         rounds = rounds_in_all(state.rounds, federation)
@@ -293,7 +293,7 @@ def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Seq
 
 
 def _finding(code: str, config: RunConfig) -> str:
-    """What the scores say against the training, and what to do about it."""
+    """A finding that speaks against the training, and what to do about it."""
     rates = config.training.lower_rates(clipped=config.privacy.private)
     lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
     page = "(docs/own_data.md, When scores are low)"
@@ -309,7 +309,7 @@ def _finding(code: str, config: RunConfig) -> str:
 
 
 def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
-    """What is about to run, with what to think twice about in yellow."""
+    """A run that is about to begin, with what to think twice about in yellow."""
     trained, warnings = shared.initial_adapter.num_values, set[str]()
     sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
     rows = {

@@ -196,7 +196,7 @@ class Compared:
         return intervals("models", rows, x=f"{self._score}, with 95 % intervals", named=named, number="{:g}".format)
 
     def verdict(self) -> list[str]:
-        """What can be said, in sentences; the first is the one that matters most."""
+        """The result in sentences; the first is the one that matters most."""
         compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
         told = [self._sentence(base)]
         others = [name for name in self.sides.measured if name not in (self.main, base)]

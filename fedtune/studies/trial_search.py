@@ -33,7 +33,7 @@ from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price
 from fedtune.show.budget_text import SEEDED
 from fedtune.show.sections import SCHEMA_VERSION, Section, json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least
-from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on
+from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on, run_quietly
 from fedtune.words import counted, jsonable
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Search:
         others = [one.proposal(lead=lead, plan=one.plan()) for one in self.shapes]
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
-    def run(self, work: Callable[[Trial], RunResult], trials: Trials) -> None:
+    def run(self, trials: Trials, work: Callable[[Trial], RunResult] = run_quietly) -> None:
         """Run every trial that is not finished yet into `trials`, and note which one is picked.
 
         Raises:
@@ -209,7 +209,7 @@ class Search:
             raise ConfigError("name", name, bound)
 
     def _identity(self) -> dict[str, Any]:
-        """What makes it this search and no other, as plain JSON."""
+        """All by which the same search is known again, as plain JSON."""
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
@@ -363,7 +363,7 @@ class Tpe:
         self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
 
     def ask(self) -> Values:
-        """What the next trial tries."""
+        """Values for the next trial."""
         self._trial = self._study.ask(self._spaces)
         return _typed(self._searched, self._trial.params)
 

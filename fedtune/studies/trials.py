@@ -135,8 +135,15 @@ class Trial:
         return self.validation.get(self.config.judged_by) if usable else None
 
 
+def run_quietly(trial: Trial) -> RunResult:
+    """Run a trial as `fedtune.simulate` does, without a word."""
+    from fedtune.api.door import simulate
+
+    return simulate(trial.config).result
+
+
 def compared_on(config: RunConfig) -> tuple[Any, ...]:
-    """What runs must have in common for their validation scores to say which is better."""
+    """All that runs must have in common for their validation scores to say which is better."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
     # A loss is one of tokens: model, template and length decide which these are.
@@ -146,7 +153,7 @@ def compared_on(config: RunConfig) -> tuple[Any, ...]:
 
 
 def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
-    """What the run in `folder` has come to; None: nothing, or with `finished` not all of it."""
+    """The result of the run in `folder`; None: it has none yet, or with `finished` not all of it."""
     if not RunFolder(folder).result.is_file():
         return None
     from fedtune.report.record.run_record import read_run
@@ -220,7 +227,7 @@ class Trials:
         trials._check_table()
         return trials
 
-    def run(self, work: Callable[[Trial], RunResult]) -> None:
+    def run(self, work: Callable[[Trial], RunResult] = run_quietly) -> None:
         """Run what is not finished yet.  A run that fails does not keep the others from running.
 
         Raises:
@@ -362,7 +369,6 @@ def _figure(scores: Scores, name: str) -> str:
 
 
 def _notes(trials: Sequence[Trial], best: Trial | None) -> Iterator[str]:
-    """What must be said about the table."""
     reasons: dict[str, list[str]] = {}
     for number, trial in enumerate(trials, start=1):
         if trial.reason:

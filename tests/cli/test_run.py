@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run, write_config
-from fedtune.cli.run import composed
+from fedtune.cli.run import compose_for_sites
 from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits import provisioning
 from fedtune.deploy.kits.kit_file import Kit
@@ -71,18 +71,18 @@ def sizes_of(config: RunConfig) -> dict[str, int]:
     ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"],
 )
 def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None:
-    config = composed(words(f"sites={sites}"), kit=kit)
+    config = compose_for_sites(words(f"sites={sites}"), kit=kit)
     assert config.federation.active == ("west", "north")
     assert sizes_of(config) == {"west": 90, "north": 230}
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
 
 
 def test_without_a_word_all_sites_take_part_that_are_not_revoked(kit: Kit) -> None:
-    assert sizes_of(composed(words(), kit=kit)) == SIZES
+    assert sizes_of(compose_for_sites(words(), kit=kit)) == SIZES
 
 
 def test_the_last_word_on_sites_counts(kit: Kit) -> None:
-    assert sizes_of(composed(words("sites=[west]", "sites=south"), kit=kit)) == {"south": 180}
+    assert sizes_of(compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)) == {"south": 180}
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_other_sites_are_wrong_input(command: Any, kit: Kit, tmp_path: Path, sit
 
 
 def test_a_data_set_that_a_site_did_not_declare_names_the_site(kit: Kit) -> None:
-    assert sizes_of(composed(words("data.dataset=letters", "sites=[north,south]"), kit=kit)) == {
+    assert sizes_of(compose_for_sites(words("data.dataset=letters", "sites=[north,south]"), kit=kit)) == {
         "north": 11,
         "south": 11,
     }
     with pytest.raises(ConfigError) as caught:
-        composed(words("data.dataset=letters"), kit=kit)
+        compose_for_sites(words("data.dataset=letters"), kit=kit)
     assert str(caught.value) == "data.dataset = 'letters': is no data set of west, which declared banking77"
 
 
@@ -121,21 +121,24 @@ def test_a_data_set_that_a_site_did_not_declare_names_the_site(kit: Kit) -> None
 def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
     if prefix == "+":  # in Hydra's grammar, for what is not there yet
         with pytest.raises(ConfigError, match=r"data\.declared_sizes"):
-            composed(words("+data.declared_sizes=70"), kit=kit)
+            compose_for_sites(words("+data.declared_sizes=70"), kit=kit)
         return
-    config = composed(words(f"{prefix}data.declared_sizes=70", "sites=[west,north]"), kit=kit)
+    config = compose_for_sites(words(f"{prefix}data.declared_sizes=70", "sites=[west,north]"), kit=kit)
     assert sizes_of(config) == {"west": 70, "north": 70}
-    with_several = composed(words(f"{prefix}data.declared_sizes=[70,80]", "sites=[west,north]"), kit=kit)
+    with_several = compose_for_sites(words(f"{prefix}data.declared_sizes=[70,80]", "sites=[west,north]"), kit=kit)
     assert sizes_of(with_several) == {"west": 70, "north": 80}
     # Also for a data set that no site declared: the sites will say no.
-    assert composed(words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard"), kit=kit).data.dataset == "unheard"
+    assert (
+        compose_for_sites(words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard"), kit=kit).data.dataset
+        == "unheard"
+    )
 
 
 def test_a_delta_that_is_too_large_for_a_declared_size_is_found_at_once(kit: Kit) -> None:
     with pytest.raises(
         ConfigError, match=r"privacy\.delta = 0\.005: must be below 1 / data\.declared_sizes = 0\.00435"
     ):
-        composed(words("privacy.delta=0.005"), kit=kit)
+        compose_for_sites(words("privacy.delta=0.005"), kit=kit)
 
 
 # Settings that real sites decide.
@@ -162,14 +165,16 @@ def test_what_a_real_run_fixes_cannot_be_set(command: Any, kit: Kit, word: str, 
 
 
 def test_other_settings_of_runtime_and_federation_are_the_leads(kit: Kit) -> None:
-    config = composed(words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1"), kit=kit)
+    config = compose_for_sites(
+        words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1"), kit=kit
+    )
     assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
 
 
 def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
     by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
     for given in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
-        partition = composed(words(*given), kit=kit).data.partition
+        partition = compose_for_sites(words(*given), kit=kit).data.partition
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
@@ -242,7 +247,7 @@ def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, ki
 def folder(tmp_path: Path, kit: Kit) -> Path:
     """The folder of a deployed run that has just been made."""
     folder = tmp_path / "one"
-    write_config(composed(words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
+    write_config(compose_for_sites(words(f"tracking.output_dir='{tmp_path}'"), kit=kit), folder)
     return folder
 
 

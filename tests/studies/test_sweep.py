@@ -150,6 +150,13 @@ def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(
     assert len({line["epsilon_spent"] for line in lines}) == 1
 
 
+def test_a_sweep_is_a_value_in_python(tiny: Any, tmp_path: Path) -> None:
+    trials = Trials.of_sweep(tiny("seed=1,2", *SHORT, into=tmp_path, name="s"))
+    trials.run()
+    assert [trial.state for trial in trials.rows.values()] == ["finished"] * 2
+    assert trials.best in trials.rows.values()
+
+
 def test_a_sweep_without_a_name_says_how_to_go_on_with_it(tiny: Any, tmp_path: Path) -> None:
     words = [word for word in tiny("seed=1,2", into=tmp_path) if not word.startswith("name=")]
     sweep = Trials.of_sweep(words)
