@@ -13,7 +13,7 @@ from fedtune.model import Adapter
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a round made of its updates.
+    """A round's result.
 
     Attributes:
         sites: whose updates are in it.

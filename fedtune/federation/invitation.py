@@ -1,4 +1,4 @@
-"""Who is asked about a run: what a lead brings to it, and what the sites say before anybody pays."""
+"""A run that sites are invited to: the lead's part in it, and the sites' answers before anybody pays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Invited:
-    """Who is asked about what.
+    """A run that sites are asked about.
 
     Attributes:
         proposal: what every site is asked to take part in.
@@ -52,7 +52,7 @@ class Invited:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What the sites said to an invitation.
+    """The sites' answers to an invitation.
 
     Attributes:
         offers: of the sites that would take part, in all of it or in less.
@@ -125,7 +125,7 @@ def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answe
 
 @dataclass(frozen=True, kw_only=True)
 class Lead(Invited):
-    """What the lead brings to a run, beside who is asked about what.
+    """The lead's part in a run.
 
     Attributes:
         training: how each site steps, which bounds how far an update can be from the adapter that was sent.

@@ -60,7 +60,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         # No round can succeed any more: the sites that accepted need not hold budget for it.
         _tell_the_end(transport, lead, adapter=None)
         raise
-    if not any(one.sites for one in state.rounds):
+    if not any(result.sites for result in state.rounds):
         raise RunError(f"no round of {lead.run} had a result; nothing was trained")
     for site, receipt in _tell_the_end(transport, lead, adapter=state.kept).items():
         state = state.heard(site, receipt, run=lead.run, most_rounds=lead.plan.most_rounds) or state
@@ -131,14 +131,14 @@ def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
     return values and all(score is not None and math.isfinite(score) for score in metrics.values())
 
 
-def _back(lead: Lead, state: LeadState, aggregation: Aggregation, found: Scores) -> tuple[Adapter, Scores]:
+def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
     """The adapter before a round that diverged, with its scores; the server optimizer goes back, too.
 
     Raises:
         RunError: the round before diverged as well.
     """
-    scores = ", ".join(f"{name} {score:g}" for name, score in found.items())
-    text = f"round {state.round + 1} diverged ({scores or 'the average is not finite'})"
+    shown = ", ".join(f"{name} {score:g}" for name, score in scores.items())
+    text = f"round {state.round + 1} diverged ({shown or 'the average is not finite'})"
     if state.rounds and state.rounds[-1].diverged:
         rates = lead.training.lower_rates(clipped=lead.plan.private)
         lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())

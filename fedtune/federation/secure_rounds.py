@@ -47,7 +47,7 @@ class _Begun:
 
 @dataclass(slots=True)
 class _Known:
-    """What the lead knows of a run's secure sums, and the next lead of the run, too: all of it is public.
+    """The lead's knowledge of a run's secure sums, kept for the run's next lead: all of it is public.
 
     Attributes:
         begun: the session that goes on; None: another has to begin.
@@ -63,18 +63,18 @@ class _Known:
         """JSON of all of it."""
         assert self.begun is not None, "nothing is known before"
         fields: dict[str, object] = {"left_out": sorted(self.left_out), "accused": sorted(map(sorted, self.accused))}
-        announced = [one.decode() for one in self.begun.announced]
+        announced = [message.decode() for message in self.begun.announced]
         return json.dumps(fields | {"name": self.begun.name, "announced": announced}).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, terms: Terms) -> _Known:
-        """What an earlier lead knew; without the session where it is none of these terms."""
+        """An earlier lead's knowledge; without the session where it is none of these terms."""
         known = cls()
         try:
             fields = json.loads(data)
             known.left_out = set(map(str, fields["left_out"]))
             known.accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
-            announced = tuple(one.encode() for one in fields["announced"])
+            announced = tuple(text.encode() for text in fields["announced"])
             session = session_of(terms, dict(zip(terms.sites, announced, strict=True)))
             known.begun = _Begun(str(fields["name"]), announced, session)
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -153,13 +153,13 @@ class SecureSums:
                 state.strategy,
                 training=lead.training,
                 plan=lead.plan,
-                step=sum(bool(one.sites) for one in state.rounds),
+                step=sum(bool(result.sites) for result in state.rounds),
                 sites=len(sites),
                 most=adapter_bound(DEFAULT_MAX_ADAPTER_VALUE, lead.proposal.lora_scale),
                 declared_size=sum(lead.declared_sizes[site] for site in sites),
             )
         except Unreadable as error:
-            lost = [one.round for one in state.rounds if not one.sites]
+            lost = [result.round for result in state.rounds if not result.sites]
             if state.round in lost or len(lost) + 1 >= MOST_LOST:
                 pairs = sorted(" and ".join(sorted(pair)) for pair in self._known.accused)
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
@@ -179,12 +179,12 @@ class SecureSums:
             RunError: fewer than the threshold are ready.
         """
         failed: Mapping[str, str] = {}
-        here, missing = self._rejoined()
+        here, missing = self._rejoin()
         lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
         if self._known.begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin()
             self._failed[lost] += bool(failed)
-            here, missing = self._rejoined()
+            here, missing = self._rejoin()
         ready = self._ready = tuple(site for site in here if site not in self._known.left_out)
         if len(ready) < self._terms.threshold:
             left_out = dict.fromkeys(self._known.left_out, "deals or gives wrong shares")
@@ -194,8 +194,8 @@ class SecureSums:
             raise RunError(f"{all_of}, and {self._terms.threshold} must ({others}); nothing was charged for this round")
         return ready
 
-    def _rejoined(self) -> tuple[list[str], dict[str, Refusal | None]]:
-        """Who is in the session, and why others are not: they do not answer, or have lost their part in it."""
+    def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
+        """The sites in the session, and why others are not: they do not answer, or have lost their part in it."""
         if self._known.begun is None:
             return [], {}
         begun = self._known.begun
@@ -295,15 +295,15 @@ class SecureSums:
             # A site that has a part in the session knows them; one that has lost it says so, and announces again.
             settings = self._lead.settings if step == ANNOUNCE else ""
             questions.append(Question(site=site, signed=asked.signed(self._lead.key), settings=settings, parts=own))
-        found: dict[str, bytes] = {}
+        answers: dict[str, bytes] = {}
         missing: dict[str, Refusal | None] = dict.fromkeys(parts)
         for site, answer in self._transport.sum_up(questions, timeout_s=timeout_s):
             if isinstance(answer, Refusal):
                 missing[site] = answer
             else:
-                found[site] = answer
+                answers[site] = answer
                 del missing[site]
-        return {site: found[site] for site in self._terms.sites if site in found}, missing
+        return {site: answers[site] for site in self._terms.sites if site in answers}, missing
 
 
 def _in_words(missing: Mapping[str, Refusal | None]) -> dict[str, str]:

@@ -195,11 +195,13 @@ class FederationRun:
         detail: Detail | None = None,
     ) -> RunResult:
         """Write `run.json`."""
+        unit = 1 if sys.platform == "darwin" else 1024
         final = FinalResult(
             metrics=metrics,
             metrics_before=state.metrics_before,
             seconds=seconds,
-            peak_memory_bytes=_peak_memory_bytes(),
+            # Of this process: Ray's actors are not its children.
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
             findings=self._findings(state, metrics),
             kept=kept_of(state.rounds, self.config.federation, judged_by=self.config.judged_by),
             energy=meter.stop(),
@@ -254,9 +256,3 @@ class FederationRun:
             guess=task.guess(test.examples) if test else None,
             rows=len(test.records) if test else 0,
         )
-
-
-def _peak_memory_bytes() -> int:
-    """Peak resident memory of this process (of each Ray actor not: they are not its children)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -18,15 +18,16 @@ from fedtune.spec import ConfigError
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_POLL_S = 0.2
 
 
 class StreamingGrid(Protocol):
-    """A grid that yields each answer as it comes; Flower's own waits for all of them, and holds them all."""
+    """A grid of fedtune's, which yields each answer as it comes."""
 
     def get_node_ids(self) -> Iterable[int]: ...
 
     def receive(self, messages: Iterable[Message], *, timeout: float) -> Iterator[Message]:
-        """Send `messages`, and yield the answers as they come, within `timeout` seconds."""
+        """Send `messages`, and yield the answers that come within `timeout` seconds."""
 
 
 class GridTransport:
@@ -44,7 +45,7 @@ class GridTransport:
         if not self._nodes:
             deadline = time.monotonic() + timeout_s
             while len(node_ids := list(self._grid.get_node_ids())) < len(sites) and time.monotonic() < deadline:
-                time.sleep(0.2)
+                time.sleep(_POLL_S)
             questions = [Message(RecordDict(), node_id, "query") for node_id in sorted(node_ids)]
             for message in self._receive(questions, timeout_s=timeout_s):
                 if not message.has_error():
@@ -98,6 +99,14 @@ class GridTransport:
             yield site, answer
 
     def _receive(self, messages: Sequence[Message], *, timeout_s: float) -> Iterator[Message]:
-        if isinstance(self._grid, Grid):
-            return iter(self._grid.send_and_receive(messages, timeout=timeout_s))
-        return self._grid.receive(messages, timeout=timeout_s)
+        grid, deadline = self._grid, time.monotonic() + timeout_s
+        if not isinstance(grid, Grid):
+            yield from grid.receive(messages, timeout=timeout_s)
+            return
+        waiting = list(grid.push_messages(messages))
+        while waiting and time.monotonic() < deadline:
+            for message_id in list(waiting):
+                for message in grid.pull_messages([message_id]):
+                    waiting.remove(message_id)
+                    yield message
+            time.sleep(_POLL_S)

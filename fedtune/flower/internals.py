@@ -37,17 +37,15 @@ if TYPE_CHECKING:
     from flwr.superlink.grid import HttpGrid
 
 
-def identify(*, run_id: int | None = None, node_id: int | None = None, task_id: int | None = None) -> None:
-    """Set who sends the messages that this process makes; Flower's constructor of one reads it from here."""
-    for name, number in (("run_id", run_id), ("node_id", node_id), ("task_id", task_id)):
-        if number is not None:
-            setattr(TaskIdentity, name, number)
+def identify(**numbers: int) -> None:
+    """Set `run_id`, `node_id`, `task_id` of the sender of this process's messages; Flower's constructor reads them."""
+    for name, number in numbers.items():
+        setattr(TaskIdentity, name, number)
 
 
-def set_metadata(message: Message, *, message_id: str | None = None, src_node_id: int | None = None) -> None:
-    """Set what Flower lets nobody set: the id that an answer refers to, and who sent a message."""
-    changed = {"_message_id": message_id, "_src_node_id": src_node_id}
-    message.metadata.__dict__.update({name: value for name, value in changed.items() if value is not None})
+def set_metadata(message: Message, **values: str | int) -> None:
+    """Set `message_id`, which an answer refers to, or `src_node_id`, the sender; Flower lets nobody set them."""
+    message.metadata.__dict__.update({f"_{name}": value for name, value in values.items()})
 
 
 def http_client(client: rpc.ProtobufClient) -> httpx.Client:

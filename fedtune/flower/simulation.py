@@ -113,7 +113,6 @@ def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
 
 
 _RUN_ID = 1
-_SERVER_NODE_ID = 0
 
 
 class InProcessGrid:
@@ -141,7 +140,7 @@ class InProcessGrid:
             for index in range(num_nodes)
         }
         # Outside a process of Flower's nobody has said who sends.
-        identify(run_id=_RUN_ID, node_id=_SERVER_NODE_ID, task_id=0)
+        identify(run_id=_RUN_ID, node_id=0, task_id=0)
 
     def get_node_ids(self) -> Sequence[int]:
         return list(self._contexts)

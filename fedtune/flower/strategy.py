@@ -1,4 +1,4 @@
-"""Averages by Flower's strategies: what they make of a round's updates, and their state for a checkpoint."""
+"""Averages of a round's updates by Flower's strategies, and their state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Average:
         return Made(adapter, replies.sites, replies.failures, self.state)
 
     def average(self, round: int, arrived: Arrived, weights: Mapping[str, int]) -> Adapter:
-        """What the strategy makes of the updates, a piece of them after the other: the same bits as of all at once.
+        """The strategy's adapter of the updates, computed piece by piece: the same bits as of all at once.
 
         Mean and median take each value by itself.  A server optimizer follows a mean, and is given that as one update.
 
@@ -90,7 +90,7 @@ class Average:
         adapter = arrived.adapter(flat)
         if optimizer is None:
             return adapter
-        # What Flower's own loop would have it keep of the adapter that it sends.
+        # Flower's own loop would have it keep the adapter that it sends.
         sent = arrived.sent.tensors
         if isinstance(optimizer, FedAdam):
             optimizer.current_arrays = dict(sent)
