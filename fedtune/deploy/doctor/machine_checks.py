@@ -263,7 +263,9 @@ def _places(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[_Pl
     yield _Place("connection key", kit / "connection_key.pem", written=True)
     state = kit / "state"
     yield _Place("state", state, written=True)
-    yield from (_Place(f"state/{path.relative_to(state)}", path, written=True) for path in sorted(_within(state)))
+    # Files and folders in it, no link followed; those that may not be looked at are left out.
+    within = sorted(Path(base) / name for base, folders, names in os.walk(state) for name in (*folders, *names))
+    yield from (_Place(f"state/{path.relative_to(state)}", path, written=True) for path in within)
     if files is None:
         return
     yield _Place("ledger", files.ledger, written=True)
@@ -279,12 +281,6 @@ def _places(kit: Path, site_toml: Path, files: SiteFiles | None) -> Iterator[_Pl
             yield _Place(f"data {dataset.id}", site_toml.parent / dataset.path, shown=shown)
 
 
-def _within(folder: Path) -> Iterator[Path]:
-    """Files and folders in `folder`, no link followed; those that may not be looked at are left out."""
-    for base, folders, names in os.walk(folder):
-        yield from (Path(base) / name for name in (*folders, *names))
-
-
 def _wrong(place: _Place, account: int) -> Iterator[Check]:
     try:
         found = place.path.stat()
@@ -297,21 +293,15 @@ def _wrong(place: _Place, account: int) -> Iterator[Check]:
         yield failed(name, said, fix=f"Run `chown {own}: {shown}`.")
         return
     sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    who = "".join(_others(found, account))
+    # Who else may write, as chmod calls them.
+    own_gid = own_group(account)
+    others = found.st_mode & stat.S_IWGRP and found.st_gid not in (os.getegid() if own_gid is None else own_gid, _ROOT)
+    who = ("g" if others else "") + ("o" if found.st_mode & stat.S_IWOTH else "")
     if who and not sticky:
         said = {"o": "every account", "g": f"everyone in group {found.st_gid}"}[who[-1]]
         command = f"chmod {','.join(f'{one}-w' for one in who)}"
         fix = f"Run `{command} {shown}`." if place.shown is None else f"Run `{command}` on {shown}."
         yield failed(name, f"{shown} can be changed by {said}", fix=fix)
-
-
-def _others(found: os.stat_result, account: int) -> Iterator[str]:
-    """Who else may write, as chmod calls them."""
-    own = own_group(account)
-    if found.st_mode & stat.S_IWGRP and found.st_gid not in (own if own is not None else os.getegid(), _ROOT):
-        yield "g"
-    if found.st_mode & stat.S_IWOTH:
-        yield "o"
 
 
 def _in_right_hands(place: _Place, found: os.stat_result, account: int) -> bool:

@@ -36,7 +36,6 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.run_plan import Plan
@@ -180,18 +179,13 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
     try:
-        count = _count(path, dataset, unit)
+        kept = iter_records(path, dataset.columns)  # reads every record
+        count = sum(1 for _ in kept) if unit == "record" else len({record.fields["user"] for record in kept})
     except DataError as error:
         return _unreadable(error, dataset, name=name, block=block, log=log)
     if not count:
         return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
     return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
-
-
-def _count(path: Path, dataset: Dataset, unit: Unit) -> int:
-    """The true number of privacy units; reads every record."""
-    records = iter_records(path, dataset.columns)
-    return sum(1 for _ in records) if unit == "record" else len({record.fields["user"] for record in records})
 
 
 def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
@@ -249,8 +243,11 @@ def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
 def ledger(files: SiteFiles) -> tuple[Check, History | None]:
     """Whether the ledger is whole, this site's, and fit to train with; its history where it is."""
     name = "ledger"
-    if closed := next(_closed(files), None):
-        return closed, None
+    for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
+        if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
+            # Nothing is wrong with what it holds.
+            fix = "Give it to the account of the site's process, as the lines `files` say."
+            return failed(name, f"this account may not read or write {path}: nothing is trained", fix=fix), None
     try:
         verified = files.verified()
         if verified is None and files.anchor is not None and files.anchor.is_file():
@@ -266,14 +263,6 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
         return wrong, None
     rollback = "as far as its anchor" if verified.rollback_excluded else "though without an anchor's word"
     return ok(name, f"whole and signed, {rollback}"), history
-
-
-def _closed(files: SiteFiles) -> Iterator[Check]:
-    """A file that is there, and that this account may not read or write: nothing is wrong with what it holds."""
-    for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
-        if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
-            found = f"this account may not read or write {path}: nothing is trained"
-            yield failed("ledger", found, fix="Give it to the account of the site's process, as the lines `files` say.")
 
 
 def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
@@ -370,11 +359,19 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     Raises:
         ConfigError: no noise makes the run's plan.
     """
-    config = _with_hash(config)
+    if config.model.sha256 is None and config.model.path.startswith(RANDOM):
+        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+        # The lead adds the hash before it asks; of such a model it is known without the lead.
+        model = dataclasses.replace(config.model, sha256=model_sha256(config.model))
+        config = dataclasses.replace(config, model=model)
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
     said = verdict.ask(site_toml, proposal, declared_sizes=sizes)
-    broken = [*said.broken, *_declared_otherwise(policy, dataset=proposal.dataset, asked=sizes.get(policy.site))]
+    broken, asked = list(said.broken), sizes.get(policy.site)
+    own = {declared.id: declared.declared_size for declared in policy.dataset}.get(proposal.dataset)
+    if own is not None and asked is not None and own != asked:  # a run that takes the site for another size is refused
+        broken.append(BrokenRule(rule=Reason.DECLARED_SIZE.value, asked=str(asked), allowed=str(own)))
     name = "run"
     if broken:
         rules = "; ".join(map(_rule, broken))
@@ -388,22 +385,6 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
         fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
         return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)
     return ok(name, found)
-
-
-def _with_hash(config: RunConfig) -> RunConfig:
-    """A run with its model's hash, which the lead adds before it asks, where that is known without the model."""
-    if config.model.sha256 is not None or not config.model.path.startswith(RANDOM):
-        return config
-    from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
-
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, sha256=model_sha256(config.model)))
-
-
-def _declared_otherwise(policy: Policy, *, dataset: str, asked: int | None) -> Iterator[BrokenRule]:
-    """A run that takes the site for another size than it declares is refused."""
-    own = {one.id: one.declared_size for one in policy.dataset}.get(dataset)
-    if own is not None and asked is not None and own != asked:
-        yield BrokenRule(rule=Reason.DECLARED_SIZE.value, asked=str(asked), allowed=str(own))
 
 
 def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
@@ -440,10 +421,7 @@ def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> s
 
 
 def _rule(broken: BrokenRule) -> str:
-    known = _short(asked_and_allowed(broken.asked, broken.allowed))
-    return f"{broken.rule} ({known})" if known else broken.rule
-
-
-def _short(text: str) -> str:
-    """Values as they are, and of a key or a hash the beginning."""
-    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", text)
+    """A rule with its values as they are, and of a key or a hash the beginning."""
+    values = asked_and_allowed(broken.asked, broken.allowed)
+    short = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", values)
+    return f"{broken.rule} ({short})" if short else broken.rule

@@ -234,7 +234,10 @@ class Authority:
         self, public: ec.EllipticCurvePublicKey, *, hosts: Sequence[str], days: int, now: datetime
     ) -> x509.Certificate:
         """A certificate with which a server may serve under any of `hosts`."""
-        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        addresses = {host: ip_address(host) for host in hosts}
+        names = x509.SubjectAlternativeName(
+            [x509.IPAddress(address) if address else x509.DNSName(host) for host, address in addresses.items()]
+        )
         builder = self._end(public, kind="server", name="server")
         builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         return self._signed(builder.add_extension(names, critical=False), days=days, now=now)
@@ -315,8 +318,3 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _host(host: str) -> x509.GeneralName:
-    address = ip_address(host)
-    return x509.DNSName(host) if address is None else x509.IPAddress(address)

@@ -126,7 +126,13 @@ class Roster:
     signature: str = ""
 
     def __post_init__(self) -> None:
-        _check_distinct(self.sites)
+        names: set[str] = set()
+        for member in self.sites:
+            # A file system may take North for north, and so may a person.
+            own = {member.site.casefold(), member.node_key.decode()}
+            if not names.isdisjoint(own):
+                raise ConfigError("site", member.site, "must not repeat another site's name or connection key")
+            names |= own
 
     @classmethod
     def read(cls, path: Path) -> Roster:
@@ -183,16 +189,6 @@ def _check_datasets(datasets: Collection[DataSet]) -> None:
         raise ConfigError("datasets", [], "must declare at least one data set")
     if len(set(names)) < len(names):
         raise ConfigError("datasets.id", names, "must not repeat")
-
-
-def _check_distinct(members: Collection[Member]) -> None:
-    names: set[str] = set()
-    for member in members:
-        # A file system may take North for north, and so may a person.
-        own = {member.site.casefold(), member.node_key.decode()}
-        if not names.isdisjoint(own):
-            raise ConfigError("site", member.site, "must not repeat another site's name or connection key")
-        names |= own
 
 
 @spec
