@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 import json
@@ -92,6 +93,46 @@ OmegaConf.load = staticmethod(_load_yaml_once)  # type: ignore[method-assign]
 records.judged = _judged_once
 
 
+_TRIED: set[tuple[Any, ...]] = set()
+
+
+def share_tiny_models() -> None:
+    """A tiny random model is built once in this process, of which each run gets a copy, and tried once for each task
+    and kind of adapter, not for each run's settings.
+
+    A run that may not train on what was not tried, with the shapes that it has room for, would otherwise take the tests
+    as long to try as to train.  What a trial finds is for tests/training; a test that empties `_measured` has it tried.
+    """
+    from fedtune.sites import shared_model
+
+    within_memory, moved_by_others = shared_model.within_memory, shared_model.moved_by_others
+
+    def known(model: Any, what: str, **settings: Any) -> bool:
+        spec = model.spec
+        kind = (what, spec.task, spec.model, spec.lora.kind, model.device.type, settings["keeps_states"])
+        seen = kind in _TRIED
+        _TRIED.add(kind)
+        return seen and bool(shared_model._measured) and spec.model.path.startswith("random:")
+
+    def within(model: Any, shapes: Any, *, most_bytes: int, **settings: Any) -> Any:
+        if most_bytes >= 1 << 30 and known(model, "memory", **settings):
+            return replace(shapes, most_rows=tuple(shapes.rows(length)[0] for length in shapes.lengths))
+        return within_memory(model, shapes, most_bytes=most_bytes, **settings)
+
+    def moved(model: Any, shapes: Any, **settings: Any) -> float:
+        return 0.0 if known(model, "moved", **settings) else moved_by_others(model, shapes, **settings)
+
+    build = shared_model.build_task_model
+    built = lru_cache(maxsize=64)(lambda spec, device: build(spec, device=device))
+
+    def copied(spec: Any, *, device: Any) -> Any:
+        random = spec.model.path.startswith("random:")
+        return copy.deepcopy(built(spec, str(device))) if random else build(spec, device=device)
+
+    shared_model.within_memory, shared_model.moved_by_others = within, moved
+    shared_model.build_task_model = copied
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `make nightly` asks for."""
     parser.addoption("--result", type=Path, metavar="FILE", help="write what the tests came to into FILE, as JSON")
@@ -146,6 +187,8 @@ def pytest_collection_finish() -> None:
     """From here on search for garbage, but only in what the tests make."""
     gc.freeze()
     gc.enable()
+    if "fedtune.sites.shared_model" in sys.modules:
+        share_tiny_models()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -400,8 +443,7 @@ def has_scale() -> Callable[[Any, float], bool]:
     return test
 
 
-@pytest.fixture
-def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def note_everything_sent(patched: pytest.MonkeyPatch) -> list[bytes]:
     """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
     from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
 
@@ -415,5 +457,10 @@ def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         sent.append(message_to_proto(answer).SerializeToString())
         return answer
 
-    monkeypatch.setattr(InProcessGrid, "deliver", spy)
+    patched.setattr(InProcessGrid, "deliver", spy)
     return sent
+
+
+@pytest.fixture
+def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    return note_everything_sent(monkeypatch)

@@ -40,6 +40,7 @@ def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     # A tiny model instead of MiniLM; everything else is as the page says.
     small = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
+    small += ["data.max_length=16"]
     outcome = command(*own_data_command(), *small, "runtime.num_threads=1")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs/tickets/run.json").is_file()

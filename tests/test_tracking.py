@@ -138,6 +138,7 @@ def wandb_records(path: Path) -> list[Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_wandb(tracked: Callable[[str], Path]) -> None:
     folder = tracked("wandb")
     (path,) = (folder.parent / "wandb" / "wandb").glob("offline-run-*/*.wandb")

@@ -54,6 +54,7 @@ def test_a_sound_run_by_user_passes(audited: Callable[..., Any]) -> None:
         assert bound.lower_bound < bound.claimed_epsilon
 
 
+@pytest.mark.by_day("no noise-overrides0", "no clipping-overrides1")
 @pytest.mark.parametrize(
     ("fault", "overrides"),
     [
@@ -80,6 +81,7 @@ def test_a_broken_run_is_found(
     assert report["audit"]["exceeded"]
 
 
+@pytest.mark.nightly
 def test_the_aggregated_model_alone_gives_a_broken_run_away(
     audited: Callable[..., Any], break_it: Callable[[str], None]
 ) -> None:
@@ -114,6 +116,7 @@ def test_planted_records_and_membership(audited: Callable[..., Any]) -> None:
     assert "made-up records" in (folder / "AUDIT.txt").read_text()
 
 
+@pytest.mark.nightly
 def test_a_model_that_learns_its_records_by_heart_is_found(
     audited: Callable[..., Any], break_it: Callable[[str], None]
 ) -> None:

@@ -57,6 +57,7 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
 BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
+@pytest.mark.by_day("user")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 def test_every_draw_adds_exactly_the_clip_norm(
     everyone: Callable[..., Participants], break_it: Callable[[str], None], by_unit: tuple[str, ...]
@@ -126,6 +127,7 @@ def test_canaries_are_sampled_like_records(
     assert drawn.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.3)
 
 
+@pytest.mark.by_day("record")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
 def test_without_a_canary_in_training_is_as_ever(
     everyone: Callable[..., Participants], by_unit: tuple[str, ...]

@@ -43,6 +43,7 @@ def test_a_record_of_three_texts_moves_a_step_by_one_clip_norm_at_most(searched:
     assert 0.9 < found["moved"] <= 1.0
 
 
+@pytest.mark.nightly
 def test_a_pair_of_answers_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
     beside = ("data.columns={prompt: a, chosen: b, rejected: c}", "data.declared_sizes=20", "lora.layers=null")
     outcome, found = searched("experiment=own_preferences", "model=random_llama", *TRIPLETS[2:5], *beside)
@@ -64,6 +65,7 @@ def test_a_record_whose_texts_are_clipped_one_by_one_is_found(searched: Any, mon
     assert found["exceeded"] > 0
 
 
+@pytest.mark.by_day("True")
 @pytest.mark.parametrize("by_user", [False, True])
 def test_a_sound_step_is_moved_by_one_clip_norm_at_most(searched: Any, by_user: bool) -> None:
     outcome, found = searched(*(("privacy.unit=user", "+data.columns.user=label") if by_user else ()))

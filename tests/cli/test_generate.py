@@ -31,7 +31,7 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     simulate("training.learning_rate=0.2", into=into, name="intents")
     for name, seed in (("tables", "seed=0"), ("others", "seed=3")):
         short = (
-            "data.max_length=200",
+            "data.max_length=64",
             "federation.num_rounds=1",
             "training.learning_rate=0.2",
             "runtime.seeded_noise=true",

@@ -227,6 +227,7 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
     return done.returncode, (done.stdout or b"").decode("latin-1"), done.stderr.decode("latin-1")
 
 
+@pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str) -> None:
     code, out, err = started("plan", "experiment=debug", PYTHONIOENCODING=encoding)

@@ -407,6 +407,7 @@ def test_a_run_s_report_is_the_lead_s_if_the_same_key_signed_the_roster(
     assert re.search("signature +right", command("report", "verify", str(signed), "--roster", str(roster)).out)
 
 
+@pytest.mark.nightly
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_changed_digit_passes(data: st.DataObject, signed: Path, command: Any) -> None:

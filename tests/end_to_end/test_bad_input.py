@@ -114,8 +114,38 @@ _WRONG_VALUES = [
     ("debug", "override", "'debug'", "must look like key=value; did you mean experiment=debug?"),
     ("privacy.epsilon=${nope}", "privacy.epsilon", "'${nope}'", "Interpolation key 'nope' not found"),
 ]
+# One of each kind of mistake; the bounds of each setting are for the tests of its spec.
+_BY_DAY = [
+    "privacy.epsilonn=3",
+    "frobnicate=1",
+    "+privacy.new=3",
+    "hydra.run.dir=elsewhere",
+    "privacy.epsilon=much",
+    "federation.num_rounds=1.5",
+    "federation.num_rounds=true",
+    "federation.num_rounds=null",
+    "lora.train_a=perhaps",
+    "training.optimizer=adam",
+    "privacy.epsilon=nan",
+    "privacy.delta=0.012",
+    "privacy.unit=user",
+    "data.declared_sizes=[90,90,90]",
+    "data.max_length=9999",
+    "data.train_file=nowhere.jsonl",
+    "federation.num_sites=500",
+    "lora.target_modules=[nothing]",
+    "model.path=/no/such/folder",
+    "experiment=nonesuch",
+    "privacy.epsilon=1,3",
+    "runtime=deployment",
+    "name=../up",
+    "privacy.epsilon=[1",
+    "debug",
+    "privacy.epsilon=${nope}",
+]
 
 
+@pytest.mark.by_day(*_BY_DAY)
 @pytest.mark.parametrize(("override", "key", "value", "bound"), _WRONG_VALUES, ids=[row[0] for row in _WRONG_VALUES])
 def test_a_wrong_setting_is_named(refuse: Callable[..., str], override: str, key: str, value: str, bound: str) -> None:
     # Noise that is given, and too small, is a mistake of its own; here the epsilons are tried without it.
@@ -157,6 +187,13 @@ _FILES = {
 }
 
 
+@pytest.mark.by_day(
+    "broken json-train_file",
+    "a number for a text-train_file",
+    "a missing column-validation_file",
+    "an undeclared label-test_file",
+    "nothing-validation_file",
+)
 @pytest.mark.parametrize("key", ["train_file", "validation_file", "test_file"])
 @pytest.mark.parametrize("fault", list(_FILES))
 def test_a_malformed_file_is_named_with_its_line(

@@ -253,6 +253,7 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
+@pytest.mark.nightly
 def test_where_a_and_b_take_turns_the_first_round_s_average_has_every_a_as_it_began(
     simulate: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def whole(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return folders
 
 
+@pytest.mark.by_day("fedadam")
 @pytest.mark.parametrize("strategy", list(_STRATEGIES))
 def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
     whole: dict[str, Path], strategy: str, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,13 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
 
+from ..conftest import note_everything_sent
+
 SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
 THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
 
 
-@pytest.fixture
-def shares(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, np.ndarray]]:
-    """What each site put into the sums, in the order in which they did."""
-    found: list[dict[str, np.ndarray]] = []
-    real = site_work.share_of_round
-
-    def noted(*arguments: Any, **named: Any) -> Any:
-        found.append(real(*arguments, **named))
-        return found[-1]
-
-    monkeypatch.setattr(site_work, "share_of_round", noted)
-    return found
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
+def note_steps(patched: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
     """Adapter before, total, and adapter after each of the lead's steps."""
     found: list[tuple[Adapter, np.ndarray, Adapter]] = []
 
@@ -56,33 +44,81 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Ad
         found.append((adapter, total, after[0]))
         return after
 
-    monkeypatch.setattr(secure_rounds, "lead_step", noted)
+    patched.setattr(secure_rounds, "lead_step", noted)
     return found
 
 
-def test_the_lead_gets_the_sum_to_the_bit(simulate: Any, tmp_path: Path, shares: Any, steps: Any) -> None:
-    simulate(*SECURE, *THREE, into=tmp_path)
-    assert len(steps) == 3
-    for number, (adapter, total, after) in enumerate(steps):
-        of_round = shares[3 * number : 3 * number + 3]
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Adapter, np.ndarray, Adapter]]:
+    return note_steps(monkeypatch)
+
+
+@dataclass
+class Noted:
+    """A run of three sites.
+
+    Attributes:
+        steps: adapter before, total, and adapter after each of the lead's.
+        shares: what each site put into the sums, in the order in which they did.
+        uploads: number of bytes of each, and of bits a value.
+        sent: every byte that a site handed to Flower.
+    """
+
+    steps: list[tuple[Adapter, np.ndarray, Adapter]]
+    shares: list[dict[str, np.ndarray]]
+    uploads: list[tuple[int, int]]
+    sent: bytes
+
+
+@pytest.fixture(scope="module")
+def noted(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Noted:
+    shares: list[dict[str, np.ndarray]] = []
+    uploads: list[tuple[int, int]] = []
+    real_share, real_upload = site_work.share_of_round, Upload.from_bytes
+
+    def share(*arguments: Any, **named: Any) -> Any:
+        shares.append(real_share(*arguments, **named))
+        return shares[-1]
+
+    def upload(data: bytes, session: Any) -> Upload:
+        found = real_upload(data, session)
+        uploads.append((len(found.vector), session.terms.bits))
+        assert unpacked(found.vector, session.terms.length, session.terms.bits).max() < 2**session.terms.bits
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(site_work, "share_of_round", share)
+        patched.setattr(Upload, "from_bytes", upload)
+        steps, sent = note_steps(patched), note_everything_sent(patched)
+        simulate(*SECURE, *THREE, into=tmp_path_factory.mktemp("noted"))
+    return Noted(steps, shares, uploads, b"".join(sent))
+
+
+def test_the_lead_gets_the_sum_to_the_bit(noted: Noted) -> None:
+    assert len(noted.steps) == 3
+    for number, (adapter, total, after) in enumerate(noted.steps):
+        of_round = noted.shares[3 * number : 3 * number + 3]
         exact = sum(np.concatenate([share[name].ravel() for name in adapter.tensors]) for share in of_round)
         np.testing.assert_array_equal(total, exact)
         assert after.digest() != adapter.digest()
 
 
-def test_nothing_that_a_site_sends_shows_its_share(
-    simulate: Any, tmp_path: Path, shares: Any, steps: Any, everything_sent: list[bytes]
-) -> None:
-    simulate(*SECURE, *THREE, into=tmp_path)
-    sent = b"".join(everything_sent)
-    assert b'"tensors": "masked"' in sent
-    assert b'"tensors": [' not in sent, "no update in clear"
-    for share in shares:
+def test_nothing_that_a_site_sends_shows_its_share(noted: Noted) -> None:
+    assert b'"tensors": "masked"' in noted.sent
+    assert b'"tensors": [' not in noted.sent, "no update in clear"
+    for share in noted.shares:
         values = np.concatenate([value.ravel() for value in share.values()])
         for kind in ("<i4", "<i8", "<f4"):
-            assert values[:64].astype(kind).tobytes() not in sent
+            assert values[:64].astype(kind).tobytes() not in noted.sent
 
 
+def test_uploads_are_packed(noted: Noted) -> None:
+    length = sum(value.size for value in noted.shares[0].values())
+    assert {size for size, _ in noted.uploads} == {-(-length * bits // 8) for _, bits in noted.uploads}
+    assert {bits for _, bits in noted.uploads} <= set(range(12, 24))
+
+
+@pytest.mark.nightly
 def test_it_is_one_step_of_sgd_on_the_mean(
     simulate: Any, tmp_path: Path, steps: Any, result_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,13 +139,13 @@ def test_it_is_one_step_of_sgd_on_the_mean(
             np.testing.assert_allclose(moved, multiple * part, atol=1e-6, err_msg="each moves by the same multiple")
 
 
-def test_a_site_is_charged_for_the_fewest_shares(simulate: Any, tmp_path: Path, result_of: Any) -> None:
-    spent = {}
+def test_a_site_is_to_be_charged_for_the_fewest_shares(command: Any, tiny: Any, tmp_path: Path) -> None:
+    planned = {}
     for threshold in (3, 4):
         chosen = ("federation.num_sites=4", f"federation.threshold={threshold}", "privacy.noise_multiplier=1.0")
-        folder = simulate(*SECURE, *chosen, into=tmp_path, name=f"t{threshold}")
-        spent[threshold] = result_of(folder)["privacy"]["sites"]["site-1"]["epsilon"]
-    assert spent[3] > spent[4]
+        outcome = command("plan", *tiny(*SECURE, *chosen, into=tmp_path), "--json")
+        planned[threshold] = json.loads(outcome.out)["epsilon"]
+    assert planned[3] > planned[4]
 
 
 def test_a_run_goes_on_without_a_site_and_ends_without_two(
@@ -170,23 +206,6 @@ def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
     assert result["privacy"]["sites"]["site-1"]["steps"] == 3
 
 
-def test_uploads_are_packed(simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: Any) -> None:
-    sizes: list[tuple[int, int]] = []
-    real = Upload.from_bytes
-
-    def noted(data: bytes, session: Any) -> Upload:
-        upload = real(data, session)
-        sizes.append((len(upload.vector), session.terms.bits))
-        assert unpacked(upload.vector, session.terms.length, session.terms.bits).max() < 2**session.terms.bits
-        return upload
-
-    monkeypatch.setattr(Upload, "from_bytes", noted)
-    simulate(*SECURE, *THREE, into=tmp_path)
-    length = sum(value.size for value in shares[0].values())
-    assert {size for size, _ in sizes} == {-(-length * bits // 8) for _, bits in sizes}
-    assert {bits for _, bits in sizes} <= set(range(12, 24))
-
-
 @pytest.fixture
 def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Site-2 is started again after the second session's or round's question, and has lost its keys; once."""
@@ -204,6 +223,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return times
 
 
+@pytest.mark.by_day("3")
 @pytest.mark.parametrize("sites", [3, 4])
 def test_a_site_that_was_started_again_costs_nobody_a_round(
     sites: int, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any
@@ -230,6 +250,7 @@ def away_at(site: str, number: int) -> Callable[..., bytes]:
     return announce
 
 
+@pytest.mark.by_day("it does not come back")
 @pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
 def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
     away: str, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
@@ -401,6 +422,7 @@ def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
     assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [4, 4, 4]
 
 
+@pytest.mark.nightly
 def test_the_lead_s_adapter_stays_within_the_sites_bound(simulate: Any, tmp_path: Path, steps: Any) -> None:
     wild = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
     simulate(*SECURE, *THREE, *wild, into=tmp_path)
@@ -491,6 +513,7 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
     }
 
 
+@pytest.mark.nightly
 def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
     sites_stay: Any, simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
 ) -> None:
@@ -517,6 +540,7 @@ def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
     assert [(round, len(survivors)) for round, survivors in read] == [(1, 4), (2, 4), (3, 3), (4, 3)]
 
 
+@pytest.mark.by_day("None")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', None])
 def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(
     kept: bytes | None, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, sites_stay: Any

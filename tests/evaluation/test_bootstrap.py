@@ -130,6 +130,7 @@ def test_other_scores_and_differences_are_the_draws_own() -> None:
     assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
 
 
+@pytest.mark.by_day("100")
 @pytest.mark.parametrize("number", [20, 100, 400])
 def test_models_that_are_alike_are_seldom_called_different(number: int) -> None:
     """Where a few records stand for 40 classes the bias is larger than the interval: it must not become a verdict."""

@@ -209,6 +209,7 @@ def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, mea
     assert len(on_time.events("received")) == 1, "who has answered is left alone"
 
 
+@pytest.mark.nightly
 def test_a_site_that_dies_with_a_message_is_asked_again_when_it_is_back(network: Loopback, meanwhile: Any) -> None:
     dying = network.site("a", dies_on=1)
     with network.grid(["a"]) as grid:
@@ -231,6 +232,7 @@ def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
     assert site.process.poll() is None
 
 
+@pytest.mark.nightly
 def test_an_answer_that_comes_too_late_is_dropped_and_the_site_goes_on(network: Loopback) -> None:
     site = network.site("a", works_s=7.0)
     site.wait_for("activated")
@@ -245,6 +247,7 @@ def test_an_answer_that_comes_too_late_is_dropped_and_the_site_goes_on(network: 
 _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received")
 
 
+@pytest.mark.nightly
 def test_whichever_call_of_the_lead_is_cut_off_every_question_is_answered(network: Loopback) -> None:
     # "after": the server has done it, and its answer does not arrive.  It gives each message and each reply once.
     sites = [network.site("a"), network.site("b", works_s=0.3)]
@@ -263,6 +266,7 @@ def test_whichever_call_of_the_lead_is_cut_off_every_question_is_answered(networ
 _SITES_CALLS = ("pull-messages", "pull-object", "confirm-message-received", "push-messages", "push-object")
 
 
+@pytest.mark.nightly
 def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: Loopback) -> None:
     faults = list(itertools.product(_SITES_CALLS, ("before", "after")))
     site = network.site("a", faults=faults)
@@ -274,6 +278,7 @@ def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: L
     assert site.process.poll() is None
 
 
+@pytest.mark.nightly
 def test_a_server_that_is_killed_in_the_middle_forgets_nothing(network: Loopback, meanwhile: Any) -> None:
     slow = network.site("a", works_s=2.0)
     with network.grid(["a", "b"]) as grid:

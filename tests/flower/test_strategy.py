@@ -64,6 +64,7 @@ def test_the_median_has_no_weights(federation: Callable[..., Any]) -> None:
     assert moved(federation(sizes=(1000, 1, 1), strategy="fedmedian")) == pytest.approx(0.125)
 
 
+@pytest.mark.by_day("fedavg", "fedmedian")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_replies_in_any_order_give_the_same_bytes(
     federation: Callable[..., Any], tamper: Callable[..., None], strategy: str
@@ -80,6 +81,7 @@ def test_replies_in_any_order_give_the_same_bytes(
     assert len(digests) == 1
 
 
+@pytest.mark.by_day("fedadam")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], strategy: str) -> None:
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}

@@ -7,12 +7,15 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from ..forked import run_forked
 from .bombs import MOST_MIB
 
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.nightly
 def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
     done = run_forked(
         [sys.executable, "-m", "tests.fuzz.bombs"],

@@ -14,7 +14,7 @@ from . import file_targets, ledger_target, seeds, wire_targets
 from .target import Target
 
 TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS, *ledger_target.TARGETS)}
-EXAMPLES, EXAMPLES_AT_NIGHT = 60, 3_000
+EXAMPLES, EXAMPLES_AT_NIGHT = 30, 3_000
 """Of each target.  The same ones every time by day; others each night."""
 
 

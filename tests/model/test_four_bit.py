@@ -182,6 +182,7 @@ def test_layers_alone_are_kept_so(path: str, predicts_tokens: bool) -> None:
     assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"
 
 
+@pytest.mark.nightly
 def test_llama_3_1_8b_takes_6_gb() -> None:
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     with torch.device("meta"):

@@ -95,6 +95,7 @@ def test_what_is_sampled_stays_in_one_piece() -> None:
     assert events.grouped([event, event]) == {event: 2}
 
 
+@pytest.mark.nightly
 def test_many_events_in_few_settings_cost_what_each_of_them_costs() -> None:
     settings_of_a_run = [events.dp_sgd(sampling_rate=0.1, noise_multiplier=1 + n / 10, steps=2) for n in range(3)]
     history = [settings_of_a_run[n % 3] for n in range(12)]

@@ -81,6 +81,7 @@ def test_equal_charts_have_equal_bytes_in_every_process(code: str, run: Report, 
     assert not re.search(r"\d{4}-\d\d-\d\dT| style=", str(chart(report, code).svg))
 
 
+@pytest.mark.nightly
 def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     program = (
         "from fedtune.report.page.drawing import Panel, Series, chart\n"

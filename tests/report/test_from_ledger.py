@@ -377,6 +377,7 @@ def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
     assert recompute.problems(report) == []
 
 
+@pytest.mark.nightly
 def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
     books: Callable[..., Books], run_proposal: Proposals
 ) -> None:

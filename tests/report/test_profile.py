@@ -198,6 +198,7 @@ def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], n
     )
 
 
+@pytest.mark.by_day("0.05-0.9-2", "0.3-2.0-5", "1.0-3.0-2")
 @pytest.mark.parametrize("members", [2, 5])
 @pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.9), (0.3, 2.0), (1.0, 3.0)])
 def test_of_several_records_no_attacker_guesses_better(rate: float, sigma: float, members: int) -> None:

@@ -51,6 +51,7 @@ print(*sorted(hashlib.sha256(text.encode()).hexdigest() for text in reports))
 """
 
 
+@pytest.mark.nightly
 def test_threads_and_the_order_of_two_reports_change_no_byte(
     tmp_path: Path, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
 ) -> None:

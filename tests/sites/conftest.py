@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
 from fedtune.model.base_model import model_sha256
-from fedtune.model.spec import RANDOM, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.mechanism import PrivacySpec
@@ -29,13 +27,11 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Machine
-from fedtune.sites import shared_model
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 LABELS = ("invoice", "complaint", "praise")
@@ -74,23 +70,6 @@ def letters() -> Callable[..., RunConfig]:
         runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1, seeded_noise=True),
     )
     return lambda **groups: changed(config, **groups)
-
-
-@cache
-def _built(spec: TaskModelSpec, device: str) -> TaskModel:
-    return build_task_model(spec, device=device)
-
-
-@pytest.fixture(autouse=True)
-def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model of the same settings is built once for all tests, and each time that one is loaded is a copy."""
-
-    def build(spec: TaskModelSpec, *, device: Any) -> TaskModel:
-        if not spec.model.path.startswith(RANDOM):
-            return build_task_model(spec, device=device)
-        return copy.deepcopy(_built(spec, str(device)))
-
-    monkeypatch.setattr(shared_model, "build_task_model", build)
 
 
 def round_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:

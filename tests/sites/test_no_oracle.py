@@ -24,6 +24,7 @@ def put(path: Path, *rows: tuple[str, str]) -> None:
         csv.writer(stream).writerows([("body", "kind"), *rows])
 
 
+@pytest.mark.by_day("{'labels': ('never', 'declared')}", "{'max_length': 3}")
 @pytest.mark.parametrize(
     "asked",
     [

@@ -423,6 +423,7 @@ def test_another_run_of_the_same_model_reads_the_records_anew(
     assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
 
 
+@pytest.mark.by_day("machine0")
 @pytest.mark.parametrize("machine", [{"micro_batch_tokens": 64}, {"kept_states_mib": 0}])
 def test_another_machine_in_the_policy_loads_the_model_anew(
     site: Any, loaded: list[str], machine: dict[str, Any]
@@ -572,6 +573,7 @@ def kept_folder(site: Any) -> Path:
     return Path(site.adapters / for_sites(site.config).run_id())
 
 
+@pytest.mark.by_day("after a restart")
 @pytest.mark.parametrize("restarted", [False, True], ids=["same process", "after a restart"])
 def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, restarted: bool) -> None:
     final = Adapter(site.update().tensors)

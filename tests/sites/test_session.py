@@ -89,6 +89,7 @@ def test_runs_that_hand_on_come_to_what_each_comes_to_alone(
             assert was["final"][scores] == now["final"][scores]
 
 
+@pytest.mark.by_day("privacy.max_grad_norm=0.5")
 @pytest.mark.parametrize(
     "other",
     ["lora.rank=3", "seed=1", "data.max_length=12", "privacy.max_grad_norm=0.5", "runtime.micro_batch_tokens=64"],
@@ -105,6 +106,7 @@ def test_another_model_or_other_shapes_are_made_anew(
     assert adapter_of(alone) == adapter_of(together)
 
 
+@pytest.mark.by_day("data.train_fraction=0.03")
 @pytest.mark.parametrize("other", ["data.train_fraction=0.03", "data.test_rows=9", "evaluation.max_tokens=64"])
 def test_other_records_are_read_run_and_scored_anew(
     simulate: Simulate, tmp_path: Path, result_of: Any, adapter_of: Any, worked: dict[str, int], other: str

@@ -52,6 +52,7 @@ def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]
     return train
 
 
+@pytest.mark.by_day("given noise")
 @pytest.mark.parametrize(
     "groups",
     [
@@ -72,6 +73,7 @@ def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(
     assert simulated(1).digest() != simulated(2).digest()
 
 
+@pytest.mark.nightly
 def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Callable[..., Any], tmp_path: Path) -> None:
     site = station()
     first = Adapter(site.update().tensors)
@@ -100,6 +102,7 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Calla
     assert Adapter(site.update(round=2).tensors).digest() == second
 
 
+@pytest.mark.nightly
 def test_a_lead_that_asks_until_devices_agree_is_refused_each_time(
     station: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

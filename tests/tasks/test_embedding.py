@@ -249,6 +249,7 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
     ]
 
 
+@pytest.mark.by_day("listed-more3")
 @pytest.mark.parametrize(
     ("layout", "more"),
     [

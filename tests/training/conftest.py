@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@cache
+def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
+    """Built once for all tests, which get copies; the processor's instructions decide what four-bit layers are."""
+    return build_task_model(spec)
+
+
 @pytest.fixture
 def fresh() -> Callable[..., TaskModel]:
     """A tiny model as training starts: every B is zero, and so is the head."""
@@ -54,7 +62,7 @@ def fresh() -> Callable[..., TaskModel]:
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
-        model = build_task_model(spec)
+        model = copy.deepcopy(_built(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         multiply_by_onednn(model.base)  # as a run does
         return model
 
