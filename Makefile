@@ -6,9 +6,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Two processes more than there are cores, since tests of real servers wait for them; a file's tests share what they set up,
-# so they stay together, in the folders' order: by their number, those that take longest would come last.
-WORKERS ?= $(shell $(PYTHON) -c "import os; print(2 + (os.cpu_count() or 1))")
+# One process more than there are cores, since tests of real servers wait for them, and each takes 20 seconds to collect;
+# a file's tests share what they set up, so they stay together, in the folders' order: by their number, those that take
+# longest would come last.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
 PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Where pip takes torch from; empty: pip's own default index.  Set it to the wheel index of the torch build you want,
