@@ -22,7 +22,7 @@ published system or easily made, is put into a copy of the code, and the tests m
 killed when a test ran and failed on what it expects; breaking an import, a fixture or the interpreter does not count,
 nor does running out of time, and the same tests pass on an unchanged copy.
 
-`make nightly` runs all of them, `make test` the quickest few and a check that every one still applies; the catalogue is
+`make nightly` runs all of them, `make test` the quickest and a check that every one still applies; the catalogue is
 `tests/mutants/faults`. To run some of them and renew their rows: `python -m tests.mutants.write_table NAME ...`.
 
 **{killed} of {all} killed**, the last of them on {date}.
