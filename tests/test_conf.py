@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.api.compose import compose_run
+from fedtune.api.compose import compose_run, write_config
 from fedtune.api.experiment_file import config_folder
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, saved_config
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -134,9 +134,12 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
-def test_every_option_composes(group: str, option: str) -> None:
+def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: str, tmp_path: Path) -> None:
     overrides = [*_BESIDE.get((group, option), []), f"{group}={option}", "name=x"]
     config = compose_run(overrides)
+    write_config(config, tmp_path / "x")
+    assert saved_config(tmp_path / "x") == config
+    assert saved_config(tmp_path / "x").digest() == config.digest()
     if group == "experiment":
         return
     settings = load(CONF / group / f"{option}.yaml")

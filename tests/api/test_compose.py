@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from fedtune.api.compose import compose_run, write_config
-from fedtune.api.experiment_file import config_folder
 from fedtune.config import RunConfig, saved_config
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trials
@@ -17,32 +16,10 @@ def swept(overrides: Sequence[str]) -> list[RunConfig]:
     return [trial.config for trial in Trials.of_sweep(overrides).rows.values()]
 
 
-EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
-
-
 OWN = ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"]
 """What `experiment=own_data` leaves open."""
-_RANGE = "data.target_range=[0,5]"
-LEFT_OPEN = {
-    "own_data": OWN,
-    "own_text": [*OWN[:2], "data.columns={prompt: question, completion: answer}"],
-    "own_preferences": [*OWN[:2], "data.columns={prompt: a, chosen: b, rejected: c}"],
-    "own_labels": OWN,
-    "own_order": OWN,
-    "own_numbers": [*OWN[:2], _RANGE],
-    "own_pairs": [*OWN[:2], "data.columns={text: one, other: two, target: score}", _RANGE],
-}
 WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, completion: text}"]
 """For settings that a language model alone has."""
-
-
-@pytest.mark.parametrize(("experiment", "privacy"), [*((name, "dp_sgd") for name in EXPERIMENTS), ("debug", "none")])
-def test_config_yaml_round_trip(experiment: str, privacy: str, tmp_path: Path) -> None:
-    given = LEFT_OPEN.get(experiment, [])
-    config = compose_run([f"experiment={experiment}", f"privacy={privacy}", "name=x", "privacy.delta=2.5e-6", *given])
-    write_config(config, tmp_path / "x")
-    assert saved_config(tmp_path / "x") == config
-    assert saved_config(tmp_path / "x").digest() == config.digest()
 
 
 def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:

@@ -132,30 +132,6 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
     assert not (tmp_path / "runs" / "third").exists()
 
 
-@pytest.mark.nightly
-@several_rounds
-def test_more_noise_instead_of_fewer_rounds(
-    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
-) -> None:
-    for site in SITES:
-        allow_rounds(kept, site, 1.5 * ROUNDS)
-    second = run("second", "federation.if_over_budget=more_noise")
-    assert (second.code, second.err) == (0, "")
-    result = result_of(tmp_path / "runs" / "second")
-    assert len(result["rounds"]) == ROUNDS
-    noise = result["privacy"]["sites"]["site-1"]["noise_multiplier"]
-    assert 4.0 < noise < 8.0
-    assert saved_config(tmp_path / "runs" / "second").privacy.noise_multiplier == noise
-    assert f"room for {ROUNDS} rounds at noise multiplier {noise:g}" in second.out
-    for site in SITES:
-        history = ledger(kept, site).history
-        assert history.charged()[PoissonSampledDpEvent(0.2, GaussianDpEvent(noise))] == 2 * ROUNDS
-    # What is left is next to nothing: only a run that learns nothing would still fit.
-    third = run("third")
-    assert third.code == 3
-    assert "site-1: max_epsilon" in third.message
-
-
 @several_rounds
 def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     run: Callable[..., Any], kept: Path, tmp_path: Path
@@ -232,28 +208,6 @@ def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
     assert "is older than its anchor" in (folder / "log.txt").read_text()
     assert ledger(kept, "site-1").events == before["site-1"]
     assert run("fifth", "federation.min_sites=2").code == 1
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("what", ["put back", "begun anew"])
-def test_without_an_anchor_the_lead_s_receipts_of_earlier_runs_show_it(
-    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any, what: str
-) -> None:
-    for site in SITES:
-        edit(kept, site, budget={"max_epsilon": 9.0})
-    ledger_path = kept / "site-1" / "ledger.db"
-    shutil.copy(ledger_path, tmp_path / "backup")
-    assert run("second", "federation.min_sites=2").code == 0
-    ledger_path.unlink()
-    if what == "put back":
-        shutil.copy(tmp_path / "backup", ledger_path)
-    for name in ("third", "fourth"):
-        outcome = run(name)
-        assert outcome.code == 0
-        assert "site-1: ledger_behind_receipt" in outcome.out
-        assert result_of(tmp_path / "runs" / name)["rounds"][0]["sites"] == ["site-2"]
-    charged = ledger(kept, "site-1").history.charged()
-    assert sum(charged.values()) == (2 if what == "put back" else 0), "nothing was trained on it"
 
 
 @pytest.mark.by_day("seed=5-seed = 5", "data.train_file=simulations/data/banking77/test.jsonl.gz-data.train_file = ")

@@ -253,20 +253,6 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
-@pytest.mark.nightly
-def test_where_a_and_b_take_turns_the_first_round_s_average_has_every_a_as_it_began(
-    simulate: Callable[..., Path], tmp_path: Path
-) -> None:
-    def adapter(name: str) -> dict[str, Any]:
-        folder = simulate("lora.alternate=true", "federation.num_rounds=1", into=tmp_path, name=name)
-        found: dict[str, Any] = load_file(folder / "adapter" / "adapter_model.safetensors")
-        return found
-
-    one, other = adapter("one"), adapter("other")
-    for name, value in one.items():
-        assert np.array_equal(value, other[name]) == (".lora_A." in name), name
-
-
 def test_evaluation_of_the_lead_is_all_that_log_and_terminal_say_of_scores(run: tuple[Path, str]) -> None:
     # A site's own loss or counts must not reach the lead's log: only Flower's notes and our warnings belong there.
     assert "loss" not in (run[0] / "log.txt").read_text()

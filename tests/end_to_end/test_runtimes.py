@@ -98,18 +98,3 @@ def test_a_site_keeps_its_records_whoever_else_takes_part(
     simulate(*only, into=tmp_path, name="one")
     assert set(everyone) == {"site-1", "site-2", "site-3"}
     assert seen == {"site-3": everyone["site-3"]}
-
-
-def test_a_sweep_makes_a_folder_for_each_value(command: Any, tiny: Any, tmp_path: Path, result_of: Any) -> None:
-    swept = tiny("privacy.epsilon=1,3", into=tmp_path, name="sweep")
-    outcome = command("simulate", "-m", *swept)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert (tmp_path / "sweep.csv").is_file()
-    folders = {path.name: path for path in tmp_path.iterdir() if path.is_dir()}
-    assert set(folders) == {"sweep-privacy.epsilon=1", "sweep-privacy.epsilon=3"}
-    for name, folder in folders.items():
-        report = json.loads((folder / "report.json").read_text())
-        assert report["target_epsilon"] == float(name.partition("=")[2])
-        assert report["verdict"]["state"] == "within"
-        assert result_of(folder)["final"]["metrics"]
-    assert "best by validation accuracy" in outcome.out.split("Sweep")[1]

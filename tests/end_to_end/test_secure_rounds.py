@@ -513,33 +513,6 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
     }
 
 
-@pytest.mark.nightly
-def test_a_lead_that_forgot_a_release_reads_no_second_sum_of_it(
-    sites_stay: Any, simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
-) -> None:
-    """Its folder was put back from a copy that was made after round 1, and now another site is away."""
-    real = secure_rounds.SecureSums.total
-    read: list[tuple[int, tuple[str, ...]]] = []
-
-    def dies(self: Any, round: int, uploads: Any) -> Any:
-        total, survivors = real(self, round, uploads)
-        read.append((round, survivors))
-        if len(read) == 2:
-            raise KeyboardInterrupt
-        return total, survivors
-
-    monkeypatch.setattr(secure_rounds.SecureSums, "total", dies)
-    four = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
-    assert command("simulate", *tiny(*SECURE, *four, into=tmp_path)).code == 1
-    asked = tmp_path / "run" / "checkpoints" / "asked.jsonl"
-    asked.write_bytes(asked.read_bytes().splitlines(keepends=True)[0])
-    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
-    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [4, 0, 3, 3]
-    assert [(round, len(survivors)) for round, survivors in read] == [(1, 4), (2, 4), (3, 3), (4, 3)]
-
-
 @pytest.mark.by_day("None")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', None])
 def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(

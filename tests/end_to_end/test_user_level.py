@@ -158,23 +158,6 @@ def test_a_seeded_run_by_user_repeats(run: Run, adapter_of: Any) -> None:
     assert adapter_of(one) != adapter_of(other)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        (("~data.columns.user",), "data.columns"),
-        (("data.partition.kind=dirichlet", "+data.columns.label=text"), "data.partition.kind = 'dirichlet'"),
-        (("privacy.records_per_user=0",), "privacy.records_per_user = 0"),
-        (("privacy.delta=0.12",), "privacy.delta = 0.12: must be below 1 / data.declared_sizes = 0.111"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_what_does_not_fit_is_named(command: Any, tmp_path: Path, overrides: tuple[str, ...], named: str) -> None:
-    outcome = command("simulate", *arguments(tmp_path, *overrides))
-    assert outcome.code == 2
-    assert named in " ".join(outcome.err.split())
-    assert "Traceback" not in outcome.err
-
-
 def test_a_record_of_several_users_ends_with_one_line(command: Any, tmp_path: Path) -> None:
     file = tmp_path / "shared.jsonl"
     rows = [{"text": "some words here", "user": f"u{n}"} for n in range(8)] + [{"text": "ours", "user": ["u1", "u2"]}]

@@ -209,20 +209,6 @@ def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, mea
     assert len(on_time.events("received")) == 1, "who has answered is left alone"
 
 
-@pytest.mark.nightly
-def test_a_site_that_dies_with_a_message_is_asked_again_when_it_is_back(network: Loopback, meanwhile: Any) -> None:
-    dying = network.site("a", dies_on=1)
-    with network.grid(["a"]) as grid:
-        asked = meanwhile(grid, 1)
-        dying.process.wait(timeout=30)
-        assert len(dying.events("received")) == 1
-        again = network.site("a")
-        # The server takes the dead process for alive until it has missed its heartbeats for twenty seconds.
-        assert sites_of(asked.result(timeout=70)) == {1: "a"}
-    assert {event["kind"] for event in again.events("trouble")} <= {"Unreachable"}
-    assert any("an earlier connection" in event["text"] for event in again.events("trouble"))
-
-
 def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
     with network.grid(["a"]) as grid:
@@ -276,23 +262,6 @@ def test_whichever_call_of_a_site_is_cut_off_the_question_is_answered(network: L
             wait_for(lambda number=number: len(site.events("trouble")) >= number, what=f"the fault {fault}")
     assert [tuple(event["fault"]) for event in site.events("fault")] == faults
     assert site.process.poll() is None
-
-
-@pytest.mark.nightly
-def test_a_server_that_is_killed_in_the_middle_forgets_nothing(network: Loopback, meanwhile: Any) -> None:
-    slow = network.site("a", works_s=2.0)
-    with network.grid(["a", "b"]) as grid:
-        asked = meanwhile(grid, 1, 2)
-        slow.wait_for("received")
-        network.kill()
-        slow.wait_for("trouble")  # it has its answer, and nobody takes it
-        network.start()
-        network.site("b")
-        assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
-        # The same processes go on.
-        assert sites_of(list(grid.receive(questions(1, 2), timeout=30))) == {1: "a", 2: "b"}
-    assert slow.events("trouble")[0]["kind"] == "Unreachable"
-    assert len(slow.events("activated")) >= 1
 
 
 def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwhile: Any) -> None:

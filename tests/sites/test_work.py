@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedtune.training.devices as devices_module
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
@@ -24,7 +23,6 @@ from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
-from fedtune.training.devices import Trial
 
 from .conftest import round_request
 
@@ -100,22 +98,6 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Calla
     again.process.join()
     site.edit(ledger="fourth.db")
     assert Adapter(site.update(round=2).tensors).digest() == second
-
-
-@pytest.mark.nightly
-def test_a_lead_that_asks_until_devices_agree_is_refused_each_time(
-    station: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each request drew other made-up examples, and the third found some for which the devices came to the same."""
-    monkeypatch.setattr(devices_module, "_differ", set())
-    outcome = Trial.outcome
-    site = station(seed=11)
-    site.edit(machine={"num_devices": 2})
-    with monkeypatch.context() as patched:
-        patched.setattr(Trial, "outcome", lambda *args: outcome(*args)._replace(bits="00" * 32))
-        assert site.refusal() is Reason.SITE_ERROR
-    assert site.refusal() is Reason.SITE_ERROR
-    assert site.ledger().history.runs == {}
 
 
 @pytest.mark.parametrize("seeded", [True, False])

@@ -198,20 +198,6 @@ def test_micro_batches_change_a_round_by_rounding_only(fresh: Any, examples: Any
         np.testing.assert_allclose(one.tensors[name], other.tensors[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.by_day("lora0-random:bert-classification", "lora1-random:llama-causal_lm")
-@kinds
-@pytest.mark.parametrize("lora", [LoraSpec(rank=2), LoraSpec(rank=2, layers=(-1,))])
-def test_gradient_checkpointing_gives_the_same_round(
-    fresh: Any, examples: Any, work: Any, path: str, task: str, lora: LoraSpec
-) -> None:
-    sgd = work(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
-    plain = released(fresh(path, task, lora=lora), examples(task), sgd)
-    model = fresh(path, task, lora=lora)
-    model.enable_gradient_checkpointing()
-    for name, tensor in released(model, examples(task), sgd).tensors.items():
-        np.testing.assert_allclose(tensor, plain.tensors[name], rtol=1e-5, atol=1e-6)
-
-
 def test_an_empty_sample_is_a_step_like_any_other(fresh: Any, examples: Any, work: Any, plan: Any) -> None:
     never = plan(sampling_rate=1e-12, noise_multiplier=1.0, local_steps=2)
     after = released(fresh(), examples("classification"), work(plan=never))
