@@ -64,71 +64,65 @@ class Dealt:
     shared_users: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Dealing:
-    """How a simulation deals its records out; with unit "user" no user is parted.
+def deal(
+    spec: DataSpec,
+    columns: Mapping[str, str],
+    names: Sequence[str],
+    *,
+    seed: int,
+    unit: Unit = "record",
+    fault: Fault = lambda record: None,
+) -> Dealt:
+    """Read a simulation's files, and give each record to the lead or to a site by its own hash, or its user's.
 
-    Attributes:
+    Args:
         spec: the run's.
         columns: role to column, with what the partition goes by.
-        sites: the names of the sites.
+        names: of the sites.
         seed: of the run.
-        unit: that is dealt out.
+        unit: that is dealt out; with "user" no user is parted.
         fault: what of a record the task cannot use.
+
+    Raises:
+        DataError: a file is missing or malformed, or a site would have no record, or a user would be at two.
     """
-
-    spec: DataSpec
-    columns: Mapping[str, str]
-    sites: Sequence[str]
-    seed: int
-    unit: Unit = "record"
-    fault: Fault = lambda record: None
-
-    def dealt(self) -> Dealt:
-        """Read the files, and give each record to the lead or to a site by its own hash, or its user's.
-
-        Raises:
-            DataError: a file is missing or malformed, or a site would have no record, or a user would be at two.
-        """
-        spec, key, unit = self.spec, split_key(self.seed), self.unit
-        lead: dict[str, list[Record]] = {"validation": [], "test": []}
-        of_files: list[list[Record]] = []
-        left_out = NONE_LEFT_OUT
-        by_file = spec.partition.kind == "file"
-        for site in self.sites if by_file else self.sites[:1]:
-            name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
-            records, of_file = lead_records(
-                name, columns=self.columns, key="data.train_file", fault=self.fault, leave_out=skips
-            )
-            left_out = left_out.with_those(of_file)
-            of_files.append([])
-            for record in records:
-                side = lead_side(record, spec, key=key, unit=unit)
-                if side is not None:
-                    lead[side].append(record)
-                elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
-                    of_files[-1].append(record)
-        sites = (
-            tuple(of_files)
-            if by_file
-            else partition_records(of_files[0], spec.partition, num_sites=len(self.sites), key=key, unit=unit)
-        )
-        # By user, the sites that have records of it.
-        users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
-        split = []
-        for number, records in enumerate(sites):
-            held = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)
-            if not held[0]:
-                bound = f"leaves site {number + 1} of {len(sites)} without a record ({self.sites[number]})"
-                raise DataError("data.train_file", spec.train_file, bound)
-            split.append(SiteRecords(*held))
-        return Dealt(
-            sites=tuple(split),
-            validation=lead["validation"],
-            test=lead["test"],
-            left_out=left_out,
-            shared_users=sum(count > 1 for count in users.values()),
-        )
+    key = split_key(seed)
+    lead: dict[str, list[Record]] = {"validation": [], "test": []}
+    of_files: list[list[Record]] = []
+    left_out = NONE_LEFT_OUT
+    by_file = spec.partition.kind == "file"
+    for site in names if by_file else names[:1]:
+        name, skips = spec.train_file.replace(SITE, site), spec.skips_unusable
+        records, of_file = lead_records(name, columns=columns, key="data.train_file", fault=fault, leave_out=skips)
+        left_out = left_out.with_those(of_file)
+        of_files.append([])
+        for record in records:
+            side = lead_side(record, spec, key=key, unit=unit)
+            if side is not None:
+                lead[side].append(record)
+            elif is_selected(record, fraction=spec.train_fraction, key=key, unit=unit):
+                of_files[-1].append(record)
+    sites = (
+        tuple(of_files)
+        if by_file
+        else partition_records(of_files[0], spec.partition, num_sites=len(names), key=key, unit=unit)
+    )
+    # By user, the sites that have records of it.
+    users = Counter(user for site in sites for user in {one.fields.get("user") for one in site} if unit == "user")
+    split = []
+    for number, records in enumerate(sites):
+        held = split_heldout(records, fraction=spec.heldout_fraction, key=key, unit=unit)
+        if not held[0]:
+            bound = f"leaves site {number + 1} of {len(sites)} without a record ({names[number]})"
+            raise DataError("data.train_file", spec.train_file, bound)
+        split.append(SiteRecords(*held))
+    return Dealt(
+        sites=tuple(split),
+        validation=lead["validation"],
+        test=lead["test"],
+        left_out=left_out,
+        shared_users=sum(count > 1 for count in users.values()),
+    )
 
 
 def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:

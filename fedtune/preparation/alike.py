@@ -69,7 +69,7 @@ class Earlier:
         same = self._same.get(digest, ())
         if all(one.mark != twin.mark for one in same) and len(self._same) < MOST_SAME:
             self._same[digest] = (*same, twin)
-        return {"same": same, "alike": self._index.alike(text, twin) if self._index else ()}
+        return {"same": same, "alike": self._index.twins(text, twin) if self._index else ()}
 
 
 class _Index:
@@ -87,7 +87,7 @@ class _Index:
     def is_full(self) -> bool:
         return len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
 
-    def alike(self, text: str, twin: Twin) -> tuple[Twin, ...]:
+    def twins(self, text: str, twin: Twin) -> tuple[Twin, ...]:
         """One of each mark; the record is noted unless it is alike to one of its own mark."""
         letters = text[:_FIRST].casefold()
         if len(letters) < _LEAST or self._letters >= MOST_LETTERS:

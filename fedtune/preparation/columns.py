@@ -6,6 +6,7 @@ import math
 import re
 from array import array
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,46 +160,40 @@ class Column:
         if is_missing(value):
             return
         self.filled += 1
-        kind = self._note_number(value)
+        json_kind = json_type(value)
+        kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(json_kind, json_kind)
+        with suppress(DataError):
+            number = float(number_of(value, self.name))
+            if len(self.numbers) < _MOST_NUMBERS:
+                self.numbers.append(number)
+            self.reads["target"] += 1
+            self.reads["whole"] += number.is_integer()
+            kind = "number as text" if kind == "text" else kind
         self.types[kind] += 1
         if len(self.odd[kind]) < _ODD_SHOWN:
             self.odd[kind].append((row, shown(value)))
         self.reads["other number"] += is_number_in_another_form(value)
         turns = turns_like(value)
         self.reads["messages"] += bool(turns)
-        self.reads["whole chat"] += (
-            bool(turns) and speaker_of(turns[0].get("role") or turns[0].get("from")) != "assistant"
-        )
+        first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
+        self.reads["whole chat"] += speaker_of(first) != "assistant"
         self.beside.update(key for turn in turns for key in turn if key not in READ_OF_TURNS and turn[key])
         if isinstance(value, str):
             self.characters += len(value.strip())
             self.reads["code"] += _CODE.fullmatch(value.strip()) is not None
             self.reads["few words"] += len(value.split()) <= _WORDS_OF_A_NAME
         self._note_parts(value)
+        name = ""
         for role in ("user", "label"):
-            try:
+            name = ""
+            with suppress(DataError):
                 name = read_value(value, role, at="")
                 self.reads[role] += 1
-            except DataError:
-                name = ""
         if self._open and name:
             self.values[kind][name] += 1
             if len(self.values[kind]) > _MOST_VALUES or len(name) > LONGEST_LABEL:
                 self.values.clear()
                 self._open = False
-
-    def _note_number(self, value: object) -> str:
-        """The type of a value, as people call it."""
-        kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(json_type(value), json_type(value))
-        try:
-            number = float(number_of(value, self.name))
-        except DataError:
-            return kind
-        if len(self.numbers) < _MOST_NUMBERS:
-            self.numbers.append(number)
-        self.reads["target"] += 1
-        self.reads["whole"] += number.is_integer()
-        return "number as text" if kind == "text" else kind
 
     def _note_parts(self, value: object) -> None:
         if isinstance(value, list):

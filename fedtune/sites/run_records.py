@@ -11,7 +11,7 @@ from functools import cached_property
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
-from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records
+from fedtune.data.load import Dealt, chosen_rows, deal, lead_records
 from fedtune.privacy.mechanism import Unit
 from fedtune.tasks import task_named
 
@@ -57,7 +57,7 @@ class RunRecords:
     @cached_property
     def dealt(self) -> Dealt:
         """All records of a simulation, dealt out."""
-        return dealing(self._config).dealt()
+        return deal_out(self._config)
 
     @cached_property
     def validation(self) -> LeadRecords | None:
@@ -79,14 +79,9 @@ class RunRecords:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)
 
 
-def dealing(config: RunConfig) -> Dealing:
-    """How a simulation deals its records out."""
+def deal_out(config: RunConfig) -> Dealt:
+    """Deal out the records of a simulation."""
     task, unit = task_named(config.task), config.privacy.unit
-    return Dealing(
-        spec=config.data,
-        columns=task.columns(config.data, partition=True, unit=unit, groups=config.privacy.metrics_groups),
-        sites=config.federation.names,
-        seed=config.seed,
-        unit=unit,
-        fault=task.fault(config.data),
-    )
+    columns = task.columns(config.data, partition=True, unit=unit, groups=config.privacy.metrics_groups)
+    fault = task.fault(config.data)
+    return deal(config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault)

@@ -22,7 +22,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Asserted, Machine
-from fedtune.sites.run_records import dealing
+from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 
@@ -51,7 +51,7 @@ class LocalFederation:
     def _make_sites(self) -> None:
         lead = tomllib.loads((self.folder / "fed/lead/kit.toml").read_text())["lead"]
         config, sent = self.config, for_sites(self.config)
-        dealt, commands = dealing(config).dealt().sites, list[list[str]]()
+        dealt, commands = deal_out(config).sites, list[list[str]]()
         for name, records in zip(self.sites, dealt, strict=True):
             place = self.folder / name
             place.mkdir()

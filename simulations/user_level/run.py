@@ -42,7 +42,7 @@ from study import run_line
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record, unit_hash, users_of
-from fedtune.data.load import Dealing, split_key
+from fedtune.data.load import deal, split_key
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
@@ -156,14 +156,8 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     Which ones: those with the smallest keyed hashes, so that it is a matter of that user's records alone.
     """
     key = split_key(config.seed)
-    by_user = Dealing(
-        spec=config.data,
-        columns=task_named(config.task).columns(config.data, partition=True, unit="user"),
-        sites=config.federation.names,
-        seed=config.seed,
-        unit="user",
-    )
-    sites = by_user.dealt().sites
+    columns = task_named(config.task).columns(config.data, partition=True, unit="user")
+    sites = deal(config.data, columns, config.federation.names, seed=config.seed, unit="user").sites
     rows = []
     for number, site in enumerate(sites):
         for places in users_of(site.training):

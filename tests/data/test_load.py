@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.data import DataSpec, PartitionSpec, Record
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import Dealing, Dealt, chosen_rows, lead_records, own_records
+from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_records
 from fedtune.data.records import Fault
 from fedtune.spec import ConfigError, DataError
 
@@ -32,7 +32,7 @@ def spec(path: Path, **settings: Any) -> DataSpec:
 def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Dealt:
     roles = ("text", "label")
     columns = given.needed_columns(roles, partition=True, unit=unit)
-    return Dealing(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault).dealt()
+    return deal(given, columns, ("north", "south"), seed=seed, unit=unit, fault=fault)
 
 
 def undeclared(record: Record) -> DataError | None:

@@ -24,7 +24,7 @@ from fedtune.data import (
     unit_hash,
     users_of,
 )
-from fedtune.data.load import Dealing, own_records
+from fedtune.data.load import deal, own_records
 from fedtune.spec import ConfigError, DataError
 
 KEY = b"a key of these tests"
@@ -179,7 +179,7 @@ def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) 
 def test_a_simulations_users_lie_whole_at_one_site_on_one_side(tmp_path: Path) -> None:
     path = written(tmp_path, *(f"u{n % 40}" for n in range(400)))
     given = spec(path, heldout_fraction=0.3, train_fraction=0.8)
-    sites = Dealing(given, columns(given, unit="user"), ["a", "b"], seed=1, unit="user").dealt().sites
+    sites = deal(given, columns(given, unit="user"), ["a", "b"], seed=1, unit="user").sites
     sides = [{record.fields["user"] for record in side} for site in sites for side in (site.training, site.heldout)]
     assert sum(map(len, sides)) == len(set().union(*sides)) < 40, "no user on two sides, and some are not used at all"
     assert all(sides)

@@ -19,7 +19,7 @@ from fedtune.data import Record
 from fedtune.deploy.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Asserted, Machine, Policy
-from fedtune.sites.run_records import dealing
+from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 
@@ -58,7 +58,7 @@ def simulated(*overrides: str, names: Sequence[str] = NAMES) -> list[str]:
 def dealt(names: tuple[str, ...]) -> dict[str, list[Record]]:
     """Each site's records, as a simulation deals them out."""
     config = compose_run(simulated(*settings("name=dealt"), names=names))
-    of_sites = dealing(config).dealt().sites
+    of_sites = deal_out(config).sites
     return {name: records.training for name, records in zip(names, of_sites, strict=True)}
 
 

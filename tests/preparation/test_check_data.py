@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data.load import Dealing
+from fedtune.data.load import deal
 from fedtune.model import load_tokenizer
 from fedtune.preparation import alike, check_data
 from fedtune.preparation.check_data import Checked, Finding, Kind, at_own_site, check
@@ -184,7 +184,7 @@ def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     )
     config = tickets(*rows, overrides=overrides)
     columns = task_named(config.task).columns(config.data, partition=True)
-    dealt = Dealing(config.data, columns, config.federation.names, config.seed).dealt()
+    dealt = deal(config.data, columns, config.federation.names, seed=config.seed)
     some = checked(config)
     assert [one.true for one in some.sizes] == [len(site.training) for site in dealt.sites]
     sites = {"train": sum(len(site.training) for site in dealt.sites)}

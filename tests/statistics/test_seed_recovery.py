@@ -33,7 +33,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.sites.run_records import dealing
+from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
 from fedtune.tasks import load_task_model
@@ -239,7 +239,7 @@ def work(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     overrides = ("federation.num_rounds=1", "training.local_steps=1")
     config = compose_run(tiny(*overrides, into=tmp_path_factory.mktemp("runs")))
     shared = SharedModel(config)
-    records = dealing(config).dealt().sites
+    records = deal_out(config).sites
     name = config.federation.names[0]
     size = config.declared_sizes()[name]
     return SiteWork(name, shared, records[0], declared_size=size, max_adapter_value=math.inf)
