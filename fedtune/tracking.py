@@ -24,7 +24,7 @@ from fedtune.federation.lead import LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.runs.results import RunResult, charged_epsilons, site_charge
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import finite
+from fedtune.words import dotted, finite
 
 log = logging.getLogger(__name__)
 
@@ -278,19 +278,11 @@ def _why(error: Exception) -> str:
 def settings_of(config: RunConfig) -> Settings:
     """The settings that define the run, by dotted key, without the places of its files."""
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
-    for key, value in _flat(config.decisive()):
+    for key, value in dotted(config.decisive()):
         if value is not None:
             shown = Path(value).name if key in _PLACES else value
             found[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
     return found
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[tuple[str, float]]:

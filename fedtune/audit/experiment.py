@@ -98,25 +98,25 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     charged = {site: run.privacy.sites[site].epsilon for site in sites}
     claims: dict[Place, float] = {site: math.inf if one is None else one for site, one in charged.items()}
     claims[None] = max(claims.values())
-    bounds, known = [], {"delta": config.privacy.delta, "confidence": spec.confidence}
-    for place, count in counts.items():
-        bounds.append(
-            AuditBound(
-                site=place,
-                claimed_epsilon=claims[place],
-                lower_bound=epsilon_lower_bound(count.canaries, count.guesses, count.right, **known),
-                best_possible=best_possible(count.canaries, guesses=count.guesses, **known),
-                canaries=count.canaries,
-                guesses=count.guesses,
-                right=count.right,
-            )
+    known = {"delta": config.privacy.delta, "confidence": spec.confidence}
+    bounds = tuple(
+        AuditBound(
+            site=place,
+            claimed_epsilon=claims[place],
+            lower_bound=epsilon_lower_bound(count.canaries, count.guesses, count.right, **known),
+            best_possible=best_possible(count.canaries, guesses=count.guesses, **known),
+            canaries=count.canaries,
+            guesses=count.guesses,
+            right=count.right,
         )
+        for place, count in counts.items()
+    )
     found = Audit(
         method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",
         confidence=spec.confidence,
         delta=config.privacy.delta,
         seeded=config.runtime.seeded_noise,
-        bounds=tuple(bounds),
+        bounds=bounds,
         membership=membership,
         exceeded=False,
     )

@@ -12,7 +12,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -128,16 +128,17 @@ class Observer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See the steps that are taken meanwhile."""
-        handle = register_optimizer_step_pre_hook(self._before_step)
+
+        def before_step(*_: object) -> None:
+            if self._training is not None:  # a site without canaries is not watched
+                self._training.end(self.parameters)
+                self._training = None
+
+        handle = register_optimizer_step_pre_hook(before_step)
         try:
             yield
         finally:
             handle.remove()
-
-    def _before_step(self, *_: object) -> None:
-        if self._training is not None:  # a site without canaries is not watched
-            self._training.end(self.parameters)
-            self._training = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,11 +333,9 @@ class GradientAttack:
         everyone.work[site] = replace(work, around=planted)
         return Planted(coordinates=coordinates, inserted=inserted, tally=tally)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """See every step meanwhile."""
-        with self._observer.watching():
-            yield
+        return self._observer.watching()
 
     def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
         """How the guesses went, by site, and on the average of all sites.
@@ -371,19 +370,14 @@ class GradientAttack:
         """
         training, plan = self._everyone.config.training, self._everyone.plan
         lora_rate, head_rate = training.peak_rates(clipped=True)
-        steps = plan.local_steps
-        factors = [
-            learning_rate_factor(training, step=step, total_steps=plan.num_rounds * steps)
-            for step in range(plan.num_rounds * steps)
-        ]
-        total = np.zeros(sum(value.size for value in adapters[0].tensors.values()))
+        steps, all_steps = plan.local_steps, plan.num_rounds * plan.local_steps
+        factors = [learning_rate_factor(training, step=step, total_steps=all_steps) for step in range(all_steps)]
+        total = np.zeros(adapters[0].num_values)
         for number, (before, after) in enumerate(pairwise(adapters)):
-            rate = sum(factors[number * steps : (number + 1) * steps])
-            total += np.concatenate(
-                [
-                    (value.astype(np.float64) - after.tensors[name]).ravel()
-                    / (rate * (head_rate if name.startswith("head.") else lora_rate))
-                    for name, value in before.tensors.items()
-                ]
-            )
+            factor = sum(factors[number * steps : (number + 1) * steps])
+            moves = []
+            for name, value in before.tensors.items():
+                rate = factor * (head_rate if name.startswith("head.") else lora_rate)
+                moves.append((value.astype(np.float64) - after.tensors[name]).ravel() / rate)
+            total += np.concatenate(moves)
         return total

@@ -8,8 +8,8 @@ scores of private records.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
@@ -90,11 +90,10 @@ class RecordAttack:
         texts = randomness.stream(site, "audit", "records")
         canaries = [self._made_up(texts) for _ in range(self._spec.canaries)]
         chosen = [canary for canary, is_in in zip(canaries, inserted, strict=True) if is_in]
-        real = work.records
-        self._everyone.work[site] = replace(work, records=replace(real, training=[*real.training, *chosen]))
-        return PlantedRecords(
-            canaries=canaries, inserted=inserted, trained_on=list(real.training), never_used=list(real.heldout)
-        )
+        trained_on, never_used = list(work.records.training), list(work.records.heldout)
+        records = replace(work.records, training=[*trained_on, *chosen])
+        self._everyone.work[site] = replace(work, records=records)
+        return PlantedRecords(canaries=canaries, inserted=inserted, trained_on=trained_on, never_used=never_used)
 
     def _made_up(self, stream: RandomStream) -> Record:
         """Random words, and where the task has a declared set of answers, one of them."""
@@ -111,10 +110,9 @@ class RecordAttack:
 
         return Record({role: text(role) for role in task.columns(data)})
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Nothing is watched: the attacker sees the final model alone."""
-        yield
+        return nullcontext()
 
     def counts(self, adapters: Sequence[Adapter]) -> Mapping[Place, Count]:
         """How the guesses went, by site and over all sites; also scores the real records.
@@ -150,11 +148,10 @@ class RecordAttack:
         self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: _Losses, never_used: _Losses
     ) -> AuditMembership:
         members, others = (one.gain if score == "reference_ratio" else -one.after for one in (trained_on, never_used))
-        confidence = self._spec.confidence
-        area, low, high = auroc(members, others, confidence=confidence)
+        area, low, high = auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for false_alarms in FALSE_ALARMS:
-            found = hit_rate(members, others, false_alarms=false_alarms, confidence=confidence)
+            found = hit_rate(members, others, false_alarms=false_alarms, confidence=self._spec.confidence)
             share, least, most = found or (None, None, None)
             rates.append(AuditHitRate(false_alarms=false_alarms, found=share, low=least, high=most))
         return AuditMembership(

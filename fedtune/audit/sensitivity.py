@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,21 +98,27 @@ class _Search:
                 if worst is None or one.moved > worst.moved:
                     worst = one
         assert worst is not None
-        fields = asdict(worst) | {"tries": tries, "exceeded": exceeded, "others_moved": others_moved}
-        return Worst(**fields)
+        return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
 
     def _one(self, gradients: PerExampleGradients) -> Worst:
         """One case: others, one unit more, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
         by_user, most = self._unit == "user", _MOST_OF_A_USER
         units = [int(self._draws.integers(1, most, endpoint=True)) if by_user else 1 for _ in range(num_others + 1)]
-        examples = self._examples(made_up(self._shared.model, self._lengths(sum(units)), self._draws))
+        # Short records with some long ones, or long ones alone.
+        most = self._shared.config.data.max_length
+        usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
+        lengths = self._draws.integers(1, usual, size=sum(units), endpoint=True)
+        lengths[self._draws.random(len(lengths)) < 0.1] = most
+        dataset = made_up(self._shared.model, [int(length) for length in lengths], self._draws)
+        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.shapes, device=self._shared.device)
+        if self._shared.keeps_states:
+            examples.keep_frozen_states(self._shared.model)
+        examples.keep_reference(self._shared.model)
         adapter = self._fill(gradients, examples)
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
 
-        def summed(chosen: list[int]) -> Integers:
-            return self._sum(gradients, examples, units, chosen, max_grad_norm)
-
+        summed = partial(self._sum, gradients, examples, units, max_grad_norm)
         # The one more has any place among the others, so that it changes rows, shapes and company.
         one_more = int(self._draws.integers(0, num_others, endpoint=True))
         everyone = list(range(num_others + 1))
@@ -128,21 +135,6 @@ class _Search:
             adapter=adapter,
             others=num_others,
         )
-
-    def _lengths(self, count: int) -> list[int]:
-        """Of short records with some long ones, or of long ones alone."""
-        most = self._shared.config.data.max_length
-        usual = max(1, int(most * self._draws.choice([0.1, 0.3, 1.0])))
-        lengths = self._draws.integers(1, usual, size=count, endpoint=True)
-        lengths[self._draws.random(count) < 0.1] = most
-        return [int(length) for length in lengths]
-
-    def _examples(self, dataset: TextDataset) -> SiteExamples:
-        examples = SiteExamples(dataset, pad_id=0, shapes=self._shared.shapes, device=self._shared.device)
-        if self._shared.keeps_states:
-            examples.keep_frozen_states(self._shared.model)
-        examples.keep_reference(self._shared.model)
-        return examples
 
     def _fill(self, gradients: PerExampleGradients, examples: SiteExamples) -> str:
         """Give the adapter values that a lead might send; returns how they were made."""
@@ -171,8 +163,8 @@ class _Search:
         gradients: PerExampleGradients,
         examples: SiteExamples,
         units: list[int],
-        chosen: list[int],
         max_grad_norm: float,
+        chosen: list[int],
     ) -> Integers:
         """The clean sum of the chosen units, in cells, by the code of a step."""
         sums = dp_step.zeros(self._shared.model.trainable())

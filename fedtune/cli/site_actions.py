@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, re
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.studies.comparison import Line, score_side_by_side
 from fedtune.studies.trials import Trial
-from fedtune.words import counted, spoken, spoken_start
+from fedtune.words import counted, dotted, spoken, spoken_start
 
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
@@ -78,7 +78,12 @@ def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, ye
     verdict = ask(site_toml, pending.proposal, declared_sizes={})
     # Every other setting that the run's name stands for; the site understood them before the run was put up.
     settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
-    show(Console(), [_price_and_plan(pending.proposal, verdict), pairs(dict(_flat(settings)))])
+    rows = {}
+    for key, value in dotted(settings):
+        listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
+        if value not in (None, [], ""):
+            rows[key] = printable(listed, 1000)
+    show(Console(), [_price_and_plan(pending.proposal, verdict), pairs(rows)])
     if verdict.ledger == "in doubt":
         raise RunError(verdict.note)
     if not verdict.allowed:
@@ -246,16 +251,6 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
         **({"groups": f"{len(plan.metrics_groups)}: {groups}"} if plan.metrics_groups else {}),
     }
     return pairs(rows)
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value:
-            yield f"{prefix}{key}", printable(f"{len(value)}: {', '.join(map(str, value))}", 1000)
-        elif value not in (None, [], {}, ""):
-            yield f"{prefix}{key}", printable(value, 1000)
 
 
 class SomethingFailed(FedtuneError):

@@ -27,6 +27,7 @@ Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 """Inputs of scores, by name: the first axis is the record."""
 Scores: TypeAlias = Callable[[Figures], Mapping[str, float]]
 Verdict: TypeAlias = Literal["better", "worse", "cannot be told apart"]
+NO_DIFFERENCE: Verdict = "cannot be told apart"
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -102,8 +103,12 @@ class Drawn:
         with np.errstate(invalid="ignore"):  # infinity less infinity
             difference = _estimate(float(np.subtract(values[1], values[0])), draws[1] - draws[0])
         one, other = self.estimate(base, score), self.estimate(tuned, score)
-        enough = self.num_units >= FEWEST_UNITS
-        verdict = _verdict(judged or score, one, other, difference) if enough else NO_DIFFERENCE
+        sign, verdict = direction(judged or score), NO_DIFFERENCE
+        ends = sorted((sign * difference.low, sign * difference.high))
+        if self.num_units >= FEWEST_UNITS and math.isfinite(one.value) != math.isfinite(other.value):
+            verdict = "better" if math.isfinite(other.value) else "worse"
+        elif self.num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0):
+            verdict = "better" if ends[0] > 0 else "worse"
         return Comparison(one, other, difference, verdict)
 
     def with_mean(self, name: str, models: Sequence[str]) -> Drawn:
@@ -168,9 +173,6 @@ def compared(
     return {score: found.comparison("base", "tuned", score) for score in found.values["base"]}
 
 
-NO_DIFFERENCE: Verdict = "cannot be told apart"
-
-
 def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
     if not np.isfinite(drawn).all() or not len(drawn):
         return Estimate(value, math.nan, math.nan)
@@ -181,13 +183,3 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
 def direction(name: str) -> int:
     """1 for a score of which more is better, and -1 for one of which less is."""
     return -1 if name in _LOWER_IS_BETTER else 1
-
-
-def _verdict(name: str, base: Estimate, tuned: Estimate, difference: Estimate) -> Verdict:
-    if math.isfinite(base.value) != math.isfinite(tuned.value):
-        return "better" if math.isfinite(tuned.value) else "worse"
-    sign = direction(name)
-    ends = sorted((sign * difference.low, sign * difference.high))
-    if math.isnan(ends[0]) or ends[0] <= 0 <= ends[1]:
-        return NO_DIFFERENCE
-    return "better" if ends[0] > 0 else "worse"

@@ -92,10 +92,7 @@ library does: patches as many as the richest example has (BLT), experts that rou
 (GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
 batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
 
-_IMPLEMENTATIONS = {
-    "attn": frozenset({"eager", "sdpa"}),
-    "experts": frozenset({"eager", "batched_mm", "grouped_mm"}),
-}
+_IMPLEMENTATIONS = {"attn": frozenset({"eager", "sdpa"}), "experts": frozenset({"eager", "batched_mm", "grouped_mm"})}
 """Others are fetched from a hub as compiled code ("kernels-community/..."), or need packages that sites may lack."""
 
 _TOKENIZER_REDIRECTS = frozenset({"auto_map", "fast_tokenizer_files", "init_inputs"})

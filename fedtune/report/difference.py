@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fedtune.report.model import Report, to_json
 from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.words import dotted
 
 Group = Literal["settings", "privacy", "utility", "cost"]
 GROUPS: tuple[Group, ...] = ("utility", "privacy", "settings", "cost")
@@ -136,11 +137,5 @@ def _picked(data: Mapping[str, Any], places: Sequence[str], prefix: str) -> Figu
 
 def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Value]]:
     """Nested mappings as dotted keys; what is listed stands in one text."""
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            yield f"{prefix}{key}", ", ".join(map(str, value))
-        else:
-            assert value is None or isinstance(value, str | float | int), key
-            yield f"{prefix}{key}", value
+    for key, value in dotted(fields, prefix):
+        yield key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
