@@ -206,15 +206,12 @@ def _is_impossible(pairs: npt.NDArray[np.float64], declared: float, noise_multip
     number as a site may have, and what its draw of them may add (a binomial's tail, by Bernstein, for six deviations).
     """
     scores, units = pairs.T
-    deviation = _deviation(noise_multiplier, 1)
+    noise = _BEYOND_NOISE * _deviation(noise_multiplier, 1)
     most = MORE_THAN_DECLARED * declared
     most += _BEYOND_NOISE * math.sqrt(most) + _BEYOND_NOISE**2
-    if units.sum() > most + _BEYOND_NOISE * _deviation(noise_multiplier, 1, merged=len(units)):
-        return True
-    below = np.minimum(scores, units) < -_BEYOND_NOISE * deviation
-    # Of a difference of two noised numbers.
-    above = scores - units > _BEYOND_NOISE * math.sqrt(2) * deviation
-    return bool(np.any(below | above))
+    too_many = units.sum() > most + _BEYOND_NOISE * _deviation(noise_multiplier, 1, merged=len(units))
+    below, above = np.minimum(scores, units) < -noise, scores - units > math.sqrt(2) * noise  # of two noised numbers
+    return bool(too_many or np.any(below | above))
 
 
 def _together(parts: Sequence[tuple[float, float, int]]) -> tuple[float, float, int]:
