@@ -13,8 +13,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Output, Overrides, check_output, single
-from fedtune.cli.outlook import Outlook
-from fedtune.cli.plan_sections import show_outlook
+from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
 from fedtune.privacy.accountant import epsilon_text

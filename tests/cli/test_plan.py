@@ -15,9 +15,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.outlook import Outlook
 from fedtune.cli.plan import chart_svg
-from fedtune.cli.plan_sections import show_outlook
+from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.federation import planner, verdict
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
