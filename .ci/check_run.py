@@ -8,7 +8,8 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from fedtune.privacy.ledger.verify import verify
-from fedtune.report import recompute, signing
+from fedtune.report import signing
+from fedtune.report.rederive import problems
 
 folder = Path(sys.argv[1])
 run = json.loads((folder / "run.json").read_text())
@@ -35,6 +36,6 @@ for site, spent in run["privacy"]["sites"].items():
     assert abs(accountant.get_epsilon(run["privacy"]["delta"]) - spent["epsilon"]) < 1e-3
     assert spent["epsilon"] <= 8
 report = signing.read((folder / "report.json").read_bytes())
-assert recompute.problems(report) == []
+assert problems(report) == []
 assert (report.verdict.state, report.epsilon) == ("within", run["privacy"]["epsilon"])
 sys.stdout.write(f"run folder is right: {folder.name}\n")

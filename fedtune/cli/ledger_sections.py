@@ -62,11 +62,13 @@ def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
 
 def charged_runs(verified: Verified, *, last: int | None) -> Section:
     """A line for each run, and for each backup that was put back, by when it was last charged."""
-    from fedtune.report.from_ledger import day_of, steps  # what other commands can do without
+    from fedtune.report.derive.ledger_figures import steps  # what other commands can do without
+    from fedtune.report.from_ledger import charges, day_of
 
     history, figures = verified.history, figures_of(verified)
     runs = {run.run: run for run in figures.runs}
-    totals = steps(verified.events, history, epsilon=figures.epsilon, most=0)
+    charged, plans = charges(verified.events, history, most=0), {name: run.plan for name, run in history.runs.items()}
+    totals = steps(charged, plans, order=history.order, delta=history.delta, epsilon=figures.epsilon)
     lines = [(one.time or "", runs.get(one.run), epsilon_text(unbounded(one.epsilon))) for one in totals]
     accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
     lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
@@ -204,9 +206,9 @@ def remarks(history: History) -> Iterator[str]:
             f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
             "in no run's own."
         )
-    caps = [cap for _, cap in history.policies]
+    caps = [cap for _, cap, _ in history.policies]
     if len(set(caps)) > 1:
-        changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap in history.policies)
+        changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap, _ in history.policies)
         yield f"The lifetime cap was changed: {changes}. A cap promises most when it never moves."
     if why := history.held_back():
         yield f"{why[0].upper()}{why[1:]}."

@@ -24,7 +24,8 @@ from fedtune.report.checks import check_report, read_report
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.difference import Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
-from fedtune.report.model import Report, State, schema_text
+from fedtune.report.facts import State
+from fedtune.report.model import Report, schema_text
 from fedtune.report.page.catalogue import catalogue
 from fedtune.show.lines import printable
 from fedtune.show.sections import Section, print_json, say, show

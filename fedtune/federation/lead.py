@@ -20,14 +20,14 @@ from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoi
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt, read_release
-from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole
+from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole, spec
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
 """Name -> score on a file of the lead; None, or a number that is not finite: the model diverged."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@spec
 class RoundResult:
     """What one round came to, as `run.json` shows it.
 

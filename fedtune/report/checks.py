@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +12,16 @@ from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
-from fedtune.report import recompute, signing
-from fedtune.report.derive.facts import settings_problems
+from fedtune.report import signing
+from fedtune.report.derive import cells
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Problem, Report, SiteReport
+from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.words import counted
+
+_CALIBRATED = 1e-3
+"""Relative; what the noise that two versions find for one target may differ by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +86,9 @@ def _signature(report: Report, key: str | None) -> Check:
 
 
 def _figures(report: Report) -> Iterator[Check]:
-    problems = recompute.problems(report)
-    of_verdict = tuple(problem for problem in problems if ".verdict." in f".{problem.where}")
-    others = tuple(problem for problem in problems if problem not in of_verdict)
+    found = problems(report)
+    of_verdict = tuple(problem for problem in found if ".verdict." in f".{problem.where}")
+    others = tuple(problem for problem in found if problem not in of_verdict)
     events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
     again = f"computed again from the {events:,} mechanisms that {counted(len(report.sites), 'site')} ran"
     if others:
@@ -97,7 +104,7 @@ def _figures(report: Report) -> Iterator[Check]:
 
 
 def _taken(report: Report) -> Iterator[Check]:
-    """What no event in the report gives: a joined ledger's figures over all its runs."""
+    """What no fact in the report gives: a joined ledger's figures over all its runs."""
     if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
         text = (
             f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
@@ -110,18 +117,58 @@ def _is_joined(site: SiteReport) -> bool:
     return site.source == "signed_site_report" and site.lifetime is not None
 
 
+def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
+    """Every fact of a run that its settings deny.
+
+    Guarantee: where there is none, each number of the plan, and so each mechanism, is the one that the settings ask
+    for; what the report says of data, model and settings is what they say.
+
+    Args:
+        facts: of the run.
+        config: its settings; that they are the run's own shows their digest.
+    """
+    if config.digest() != facts.provenance.config_sha256:
+        yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
+        return
+    plan, said, noise = config.plan(), facts.plan, facts.plan.noise_multiplier
+    # Noise that was searched for may differ by what two versions of the search find; epsilon differs by as little.
+    searched = config.privacy.noise_multiplier is None and noise > 0
+    if searched and math.isclose(noise, plan.noise_multiplier, rel_tol=_CALIBRATED):
+        plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
+    sizes = config.declared_sizes()
+    for where, is_so, asked in (
+        *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
+        ("name", facts.name, config.name),
+        ("target_epsilon", facts.target_epsilon, config.privacy.epsilon if plan.private else None),
+        ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
+        ("keep_round", facts.keep_round, config.federation.keep_round),
+        ("stop_after", facts.stop_after, config.federation.stop_after),
+        ("judged_by", facts.judged_by, config.judged_by),
+        ("settings", dict(facts.settings), cells.settings_of(config, plan)),
+        ("provenance.model", facts.provenance.model, config.model.shown_path),
+        ("provenance.model_licence", facts.provenance.model_licence, config.model.licence),
+        ("provenance.dataset", facts.provenance.dataset, config.data.dataset),
+        ("provenance.task", facts.provenance.task, config.task),
+        ("provenance.purpose", facts.provenance.purpose, config.report.about.purpose),
+        ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
+    ):
+        if is_so != asked:
+            yield Problem(where, is_so, asked)
+
+
 def _configuration(report: Report, sha256: str | None, config: RunConfig | None) -> Check:
     """The run's settings against the report: their digest, and the plan that they give."""
-    if report.kind == "ledger":
+    facts = report.facts
+    if not isinstance(facts, RunFacts):
         text = "A ledger covers many runs and has no single configuration."
         return Check(name="configuration", state="not_checked", text=text)
-    problems = [*settings_problems(report, config)] if config is not None else []
-    said = report.provenance.config_sha256
+    found = [*settings_problems(facts, config)] if config is not None else []
+    said = facts.provenance.config_sha256
     if sha256 not in (None, said):
-        problems.insert(0, Problem("provenance.config_sha256", said, sha256))
-    if problems:
+        found.insert(0, Problem("provenance.config_sha256", said, sha256))
+    if found:
         text = "The run's settings say something else:"
-        return Check(name="configuration", state="wrong", text=text, problems=tuple(problems))
+        return Check(name="configuration", state="wrong", text=text, problems=tuple(found))
     if config is not None:
         text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
         return Check(name="configuration", state="right", text=text)

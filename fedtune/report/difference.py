@@ -93,7 +93,7 @@ def _changes(group: Group, old: Figures, new: Figures) -> Iterator[Change]:
 
 def _figures(report: Report) -> dict[Group, Figures]:
     """What was chosen and what it ran on, what was spent and whether it was allowed, scores, and sums over rounds."""
-    data = to_json(report)
+    data = to_json(report)["derived"]
     found = {group: _picked(data, _OF_REPORT.get(group, ()), "") for group in GROUPS}
     for site in data["sites"]:
         where = f"sites.{site['site']}."

@@ -1,48 +1,27 @@
-"""The report of a ledger: one site's own view over all runs and years, from events that were verified.
-
-Its figures are the filter's, which hold although each run was chosen after what earlier ones released.
-"""
+"""The facts of a ledger: one site's own view over all runs and years, from events that were verified."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
-
-from fedtune.privacy import accountant, filter
-from fedtune.privacy import events as dp_events
+from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import RunSpending, Spending, divergence_left, runs_left, spending
 from fedtune.privacy.policy_file import policy_of
-from fedtune.report.derive import cells, profile, reliance, verdicts
-from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts
-from fedtune.report.derive.profile import mechanism_of
-from fedtune.report.derive.rules import report_of
-from fedtune.report.model import (
-    Approved,
-    Cap,
-    Charge,
-    Lifetime,
-    LifetimeRun,
-    Mechanism,
-    Release,
-    Report,
-    SiteReport,
-    Spent,
-    Step,
-    Verdict,
-    Verification,
-)
+from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.report.derive.cells import rank_text
+from fedtune.report.derive.derived import derive
+from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, Provenance, Release, RunInLedger, Verification
+from fedtune.report.model import Report
 from fedtune.report.record.ledger_record import LedgerRecord, read_ledger
 from fedtune.words import finite
 
 MOST_STEPS = 400
-"""Steps of a report: so many rounds of the newest runs, and one for each run before those."""
+"""Charges that a report shows by themselves: rounds of the newest runs, and one for each run before those."""
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
@@ -59,73 +38,90 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
         ConfigError: there is no such file, or the files do not belong together.
         RunError: the ledger cannot be read at all.
     """
-    record = read_ledger(site_toml_or_ledger, anchor=anchor)
-    site, facts = site_report(record, spending(record.history, record.now))
-    return report_of(facts, (site,), known=cells.of_ledger(record, facts.provenance))
+    return derive(facts_of(read_ledger(site_toml_or_ledger, anchor=anchor), most=MOST_STEPS))
 
 
-def site_report(record: LedgerRecord, figures: Spending) -> tuple[SiteReport, LedgerFacts]:
-    """The one site of a ledger's report, and what else the rules were told of it.
+def facts_of(record: LedgerRecord, *, most: int) -> LedgerFacts:
+    """What a ledger's report rests on.
 
     Args:
         record: of the ledger.
-        figures: what it has spent.
+        most: charges that are told by themselves; 0: one for each run, and for each backup put back.
     """
-    history, policy = record.history, record.policy
-    ran, charged = mechanisms(history), history.charged()
-    size = sum(dataset.declared_size for dataset in policy.dataset)
-    lifetime, rounds = _lifetime(record, figures, ran), sum(row.rounds for row in ran)
-    site = SiteReport(
+    history, budget, now = record.history, record.in_force.budget, record.now
+    policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
+    # A simulation notes that it is one, whatever the file says.
+    own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
+    run_caps, adapters = _run_caps(record), _final_adapters(record)
+    proposals = [run.proposal for run in history.runs.values()]
+    settings = {
+        "rank": ", ".join(dict.fromkeys(rank_text(proposal.adapter, proposal.rank) for proposal in proposals)),
+        "target_modules": ", ".join(dict.fromkeys(name for one in proposals for name in one.target_modules)),
+    }
+    return LedgerFacts(
+        kind="ledger",
         site=history.opened.site,
-        source="own_ledger",
-        verdict=Verdict(state="within"),
-        declared_size=size,
-        approved=_approved(record),
-        spent=Spent(
-            epsilon=finite(figures.epsilon),
-            epsilon_pld=finite(figures.epsilon_pld),
-            epsilon_rdp=finite(figures.epsilon_rdp),
-            planned_epsilon=None,
-            upper_bound=False,
-            rounds=rounds,
-            steps=sum(row.rounds * row.local_steps for row in ran),
-        ),
-        left=lifetime.left,
-        meaning=None,
-        mechanisms=ran,
-        curve=profile.curve(charged, profile.curve_deltas(history.delta)) if charged else (),
-        steps=steps(record.events, history, epsilon=figures.epsilon, most=MOST_STEPS),
-        lifetime=lifetime,
-        verification=_verification(record),
-        releases=releases(record.events, history),
-        # Nobody stands behind a simulated site who could state anything, whatever its policy says.
-        asserted={} if record.simulated else dataclasses.asdict(policy.asserted),
-        by_trust=reliance.by_trust(
-            ran, lambda spent: finite(filter.epsilon_filter(spent, order=history.order, delta=history.delta))
-        ),
-    )
-    facts = LedgerFacts.of_record(record, above_run_cap=any(_plans_above_their_caps(record, figures)))
-    return verdicts.judged(site, verdicts.of_ledger(site, facts), charged=charged, delta=history.delta), facts
-
-
-def _plans_above_their_caps(record: LedgerRecord, figures: Spending) -> Iterator[bool]:
-    caps = _run_caps(record)
-    for run in figures.runs:
-        cap = caps[run.run]
-        if cap is not None and run.planned_epsilon > cap:
-            plan = record.history.runs[run.run].plan
-            # Once more, as it was decided then: a close call on the fine grid.
-            yield accountant.epsilon_above([plan.whole], plan.delta, limit=cap) is not None
-
-
-def _approved(record: LedgerRecord) -> Approved:
-    budget, noted = record.in_force.budget, record.policy.budget
-    return Approved(
+        population=history.opened.population,
+        date=now.date().isoformat(),
+        unit=record.policy.population.unit,
+        delta=history.delta,
+        order=history.order,
+        declared_size=record.policy.population_size,
         max_epsilon=finite(budget.max_epsilon),
         max_epsilon_per_run=budget.max_epsilon_per_run,
         max_epsilon_per_period=budget.max_epsilon_per_period,
         period=budget.period,
-        since=_caps_of(record.history)[-1].time if budget.max_epsilon == noted.max_epsilon else None,
+        reference=budget.reference,
+        caps=_caps_of(history),
+        runs=tuple(
+            RunInLedger(
+                run=name,
+                lead=run.proposal.lead,
+                dataset=run.proposal.dataset,
+                state="open" if run.is_open(now) else "ended" if run.expires is None else "expired",
+                plan=run.plan,
+                lost_rounds=history.lost_runs.get(name, 0),
+                max_epsilon=run_caps[name],
+                seeded_noise=run.proposal.seeded_noise,
+                base_model=run.proposal.base_model,
+                adapter_sha256=adapters.get(name),
+            )
+            for name, run in history.runs.items()
+        ),
+        charges=charges(record.events, history, most=most),
+        lost_seed=any(restored.seeded for restored in history.restored),
+        frozen=history.frozen,
+        in_doubt=history.in_doubt is not None,
+        simulated=record.simulated,
+        inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
+        policy_noted=None if own is None else own.to_json() == record.policy.to_json(),
+        policy_digest=own.digest() if own else "",
+        verification=_verification(record),
+        problem=record.problem,
+        releases=releases(record.events, history),
+        # Nobody stands behind a simulated site who could state anything, whatever its policy says.
+        asserted={} if record.simulated else dataclasses.asdict(record.policy.asserted),
+        settings={name: text for name, text in settings.items() if text},
+        provenance=_provenance(record),
+    )
+
+
+def _provenance(record: LedgerRecord) -> Provenance:
+    """What the events name; the machine that they came about on is not among it."""
+    proposals = [run.proposal for run in record.history.runs.values()]
+    models = {proposal.base_model for proposal in proposals}
+    return Provenance(
+        fedtune_version=" / ".join(dict.fromkeys(event.code for event in record.events)),
+        config_sha256=None,
+        model=None,
+        model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
+        model_licence=None,
+        dataset=", ".join(dataset.id for dataset in record.policy.dataset),
+        task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
+        libraries={},
+        python=None,
+        machine=None,
+        purpose=record.policy_file.about.purpose if record.policy_file else None,
     )
 
 
@@ -143,52 +139,6 @@ def _verification(record: LedgerRecord) -> Verification | None:
     )
 
 
-def _lifetime(record: LedgerRecord, figures: Spending, ran: Sequence[Mechanism]) -> Lifetime:
-    """The figures over all runs, at the time of the newest event."""
-    history, policy, now = record.history, record.in_force, record.now
-    in_period = history.charged_in_period(policy.budget.period, now)
-    rounds, adapters = {row.run: row.rounds for row in ran}, _final_adapters(record)
-    return Lifetime(
-        order=figures.order,
-        epsilon=finite(figures.epsilon),
-        with_set_aside=finite(figures.epsilon_with_set_aside),
-        epsilon_pld=finite(figures.epsilon_pld),
-        epsilon_rdp=finite(figures.epsilon_rdp),
-        left=finite(divergence_left(history, policy, now)),
-        period=policy.budget.period,
-        period_epsilon=finite(filter.epsilon_filter(in_period, order=history.order, delta=history.delta)),
-        reference_runs_left=runs_left(history, policy, policy.budget.reference_event(), now),
-        caps=_caps_of(history),
-        runs=tuple(_run(history, run, rounds[run.run], adapters.get(run.run)) for run in figures.runs),
-        frozen=history.frozen,
-        in_doubt=history.in_doubt is not None,
-        restored=len(history.restored),
-        seeded=history.seeded,
-    )
-
-
-def _run(history: History, run: RunSpending, rounds: int, adapter: str | None) -> LifetimeRun:
-    """One run; rounds that it was charged on a lost branch are in its figures."""
-    known = history.runs[run.run]
-    plan, epsilon = known.plan, run.epsilon
-    if rounds != run.rounds:
-        epsilon = accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
-    return LifetimeRun(
-        run=run.run,
-        lead=run.lead,
-        dataset=run.dataset,
-        state=run.state,
-        rounds=rounds,
-        most_rounds=run.most_rounds,
-        steps=rounds * plan.local_steps,
-        epsilon=finite(epsilon),
-        planned_epsilon=finite(run.planned_epsilon),
-        seeded_noise=known.proposal.seeded_noise,
-        base_model=known.proposal.base_model,
-        adapter_sha256=adapter,
-    )
-
-
 def _final_adapters(record: LedgerRecord) -> Mapping[str, str]:
     """Run -> digest of the adapter that its lead gave to the site at its end."""
     return {
@@ -201,9 +151,9 @@ def _final_adapters(record: LedgerRecord) -> Mapping[str, str]:
 def _caps_of(history: History) -> tuple[Cap, ...]:
     """The lifetime caps, each from when it began to hold."""
     caps: list[Cap] = []
-    for time, cap in history.policies:
+    for time, cap, charges in history.policies:
         if not caps or caps[-1].max_epsilon != finite(cap):
-            caps.append(Cap(time=time, max_epsilon=finite(cap)))
+            caps.append(Cap(time=time, max_epsilon=finite(cap), charges_before=charges))
     return tuple(caps)
 
 
@@ -219,104 +169,44 @@ def _run_caps(record: LedgerRecord) -> Mapping[str, float | None]:
     return caps
 
 
-def mechanisms(history: History) -> tuple[Mechanism, ...]:
-    """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
-    rounds = {name: history.charged_rounds(name) for name in history.runs}
-    unexplained = Counter(history.charged())
-    for name, run in history.runs.items():
-        unexplained.subtract(dp_events.grouped([run.plan.event(rounds=rounds[name])]))
-    if any(count < 0 for count in unexplained.values()):
-        # A head that names more rounds than charges: the events alone count, and what they leave is nobody's run.
-        rounds = {name: run.charged_rounds for name, run in history.runs.items()}
-        unexplained = Counter(history.charged())
-        for name, run in history.runs.items():
-            unexplained.subtract(dp_events.grouped([run.plan.event(rounds=rounds[name])]))
-    known = [
-        mechanism_of(run.plan, run=name, rounds=rounds[name], sampling="poisson")  # by the fedtune that wrote the event
-        for name, run in history.runs.items()
-    ]
-    return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
-
-
-def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
-    """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
-    ((json, _),) = dp_events.counted([event])
-    rate, noise, scores = 1.0, 0.0, 0.0
-    match event:
-        case PoissonSampledDpEvent():
-            rate, noise = event.sampling_probability, event.event.noise_multiplier
-        case GaussianDpEvent():
-            noise = scores = event.noise_multiplier
-        case NonPrivateDpEvent():
-            pass
-    return Mechanism(
-        run="",
-        sampling_assumed="poisson",
-        sampling_run=NOT_RECORDED,
-        sampling_rate=rate,
-        noise_multiplier=noise,
-        max_grad_norm=None,
-        local_steps=0 if scores else count,
-        rounds=0 if scores else 1,
-        metrics_noise_multiplier=scores,
-        charges=(Charge(event=json, count=count),),
-    )
-
-
 def day_of(time: str) -> str:
     """The day of an event: a policy may hide from everybody when exactly its site trained."""
     return time[:10]
 
 
-@dataclass(frozen=True, slots=True)
-class _Charge:
-    """What one event charged, and to which round."""
-
-    run: str
-    round: int | None
-    time: str
-    divergence: float
-
-
-def steps(events: Sequence[Event], history: History, *, epsilon: float, most: int) -> tuple[Step, ...]:
-    """Epsilon by the filter after each of the newest rounds, and before those after each run.
+def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
+    """What was charged, in order; rounds of the newest runs alone, those of one run in a row together.
 
     Args:
         events: of the ledger.
         history: what they add up to.
-        epsilon: after the last of them.
-        most: steps, where rounds are among them; 0: one for each run, and for each backup put back.
+        most: charges that are told by themselves; 0: one for each run, and for each backup put back.
     """
-    charges = list(_charges(events, history))
-    by_round = _newest_runs(charges, most)
-    last = {charge.run: number for number, charge in enumerate(charges)}
-    made, total = [], 0.0
-    surcharge = filter.surcharge(history.order, history.delta)
-    for number, charge in enumerate(charges):
-        total += charge.divergence
-        if charge.run in by_round or last[charge.run] == number:
-            # Summed in another order than the ledger's own figure, from which it differs in the last digits.
-            so_far = epsilon if number == len(charges) - 1 else min(epsilon, max(0.0, total + surcharge))
-            shown = charge.round if charge.run in by_round else None
-            made.append(Step(run=charge.run, round=shown, time=day_of(charge.time), epsilon=finite(so_far)))
+    alone = _newest_runs([event.run for event in events if _charges(event)], most)
+    restored, made = iter(history.restored), list[ChargedRounds]()
+    for event in events:
+        day = day_of(event.time)
+        if event.kind is Kind.RESERVE and event.run in alone:
+            made.append(ChargedRounds(run=event.run, rounds=1, round=event.round, day=day))
+        elif event.kind is Kind.RESERVE:
+            rounds, last = 1, made[-1] if made else None
+            # A calendar period has whole months.
+            if last and last.run == event.run and last.day[:7] == day[:7]:
+                rounds += made.pop().rounds
+            made.append(ChargedRounds(run=event.run, rounds=rounds, round=None, day=day))
+        elif _charges(event):
+            lost = tuple(Charge(event=charged, count=count) for charged, count in next(restored).gap)
+            made.append(ChargedRounds(run="", rounds=0, round=None, day=day, lost=lost, entry=event.sequence))
     return tuple(made)
 
 
-def _charges(events: Sequence[Event], history: History) -> Iterator[_Charge]:
-    restored = iter(history.restored)
-    each = {name: history.divergence([run.plan.event()]) for name, run in history.runs.items()}
-    for event in events:
-        if event.kind is Kind.RESERVE:
-            yield _Charge(run=event.run, round=event.round, time=event.time, divergence=each[event.run])
-        elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
-            gap = history.divergence(Counter(dict(next(restored).charges())))
-            yield _Charge(run="", round=None, time=event.time, divergence=gap)
+def _charges(event: Event) -> bool:
+    return event.kind is Kind.RESERVE or (event.kind is Kind.NOTE and event.detail["what"] == "restored")
 
 
-def _newest_runs(charges: Sequence[_Charge], most: int) -> set[str]:
-    """The runs, newest first, whose rounds all fit into the report beside one step for each other run."""
-    count = Counter(charge.run for charge in charges)
-    newest_first = list(dict.fromkeys(charge.run for charge in reversed(charges)))
+def _newest_runs(charged: Sequence[str], most: int) -> set[str]:
+    """The runs, newest first, whose rounds all fit beside one charge for each other run; `charged` names them."""
+    count, newest_first = Counter(charged), list(dict.fromkeys(reversed(charged)))
     room, chosen = most - len(newest_first), set[str]()
     for run in newest_first:
         room -= count[run] - 1

@@ -1,49 +1,40 @@
-"""The report of a run: what its lead can show, from the run folder, and what sites chose to release beside it.
+"""The facts of a run: what its lead can show, from the run folder, and what sites chose to release beside it.
 
 A site may sign a report of its own ledger and give it to the lead.  Its word is worth what its signature is, and no
-more than the receipts that it gave before.  Such a report is checked by itself before it is joined, because the figures
-over all runs cannot be computed again from what is joined.
+more than the receipts that it gave before.  Such a report is checked by itself before a part of it is taken over,
+because the figures over all runs do not follow from that part.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fedtune.federation.lead import RoundResult
-from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy import accountant
 from fedtune.privacy.run_plan import Plan
-from fedtune.report import recompute, signing
-from fedtune.report.derive import cells, profile, reliance, verdicts
-from fedtune.report.derive.audit_bounds import judged, read_audit
-from fedtune.report.derive.facts import NOT_RECORDED, RunFacts, differing
-from fedtune.report.derive.profile import charged_events, largest, mechanism_of
-from fedtune.report.derive.rules import report_of
-from fedtune.report.model import (
-    LifetimeRun,
-    Release,
-    Report,
-    RoundCost,
-    SiteReport,
-    Source,
-    Spent,
-    Step,
-    Utility,
-    Verdict,
+from fedtune.report import signing
+from fedtune.report.derive import cells
+from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.derive.derived import derive
+from fedtune.report.derive.ledger_figures import num_charges
+from fedtune.report.facts import (
+    NOT_RECORDED,
+    LedgerFacts,
+    Provenance,
+    RunFacts,
+    RunInLedger,
+    SiteFacts,
+    SiteStatement,
+    StartAdapter,
 )
+from fedtune.report.model import Report
 from fedtune.report.record.run_record import RunRecord, read_run
-from fedtune.runs.results import FinalResult, charged_epsilons
+from fedtune.report.rederive import problems
+from fedtune.runs.environment import UNKNOWN
+from fedtune.runs.results import FinalResult
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, finite_scores
-
-_MOST_FIGURES = 64
-"""Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
@@ -72,51 +63,89 @@ def of_record(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> 
     Raises:
         RunError: the findings of the attack are damaged, or of another run.
     """
-    audit, marked = read_audit(folder), RunFolder(folder).audit_mark.exists()
-    if audit is not None and audit.delta != record.plan.delta:
+    return derive(facts_of(folder, record, own=own))
+
+
+def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
+    """What a run's report rests on; arguments and errors as in `of_record`."""
+    config, plan, state = record.config, record.plan, record.state
+    audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
+    if audit is not None and audit.delta != plan.delta:
         raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
-    facts = RunFacts.of_record(record)
-    made = (
-        joined(record, own[site], facts) if site in own else _from_receipts(record, site, facts)
-        for site in record.config.federation.active
-    )
-    sites = judged(made, audit, marked=marked)
-    known = cells.of_run(record, facts.provenance)
-    return report_of(facts, sites, known=known, utility=_utility(record, sites), audit=audit)
-
-
-def _from_receipts(record: RunRecord, site: str, facts: RunFacts) -> SiteReport:
-    """A site as the lead knows it."""
-    rounds, upper_bound = record.charged(site)
-    source: Source = "charged_by_receipts" if site in record.receipts else "not_released"
-    charged = Charged(rounds=rounds, upper_bound=upper_bound, source="run_record" if record.state is None else source)
-    return site_report(record, site, charged, facts, sampling=facts.sampling or NOT_RECORDED)
-
-
-def _utility(record: RunRecord, sites: Sequence[SiteReport]) -> Utility:
-    epsilons, final = epsilon_by_round(sites), record.result.final if record.result else FinalResult(metrics={})
-    before = record.state.metrics_before if record.state else final.metrics_before
-    return Utility(
-        before=finite_scores(before),
+    final = record.result.final if record.result else FinalResult(metrics={})
+    times = [one.ended for one in record.rounds if one.ended] + [one.since for one in record.environments]
+    return RunFacts(
+        kind="run",
+        name=config.name,
+        run=record.run,
+        plan=plan,
+        target_epsilon=config.privacy.epsilon if plan.private else None,
+        seeded_noise=record.seeded,
+        date=max(times, default=None),
+        sampling=noted.sampling if noted else None,
+        randomness=noted.randomness if noted else None,
+        inexact_gradients=record.inexact_gradients,
+        has_checkpoint=state is not None,
+        config_file_sha256=config.digest(),
+        judged_by=config.judged_by,
+        keep_round=config.federation.keep_round,
+        stop_after=config.federation.stop_after,
+        settings=cells.settings_of(config, plan),
+        trained_parameters=state.adapter.num_values if state else None,
+        provenance=_provenance(record),
+        # What the rounds released of scores at the sites is no part of a report.
+        rounds=tuple(
+            replace(one, site_scores={}, metrics=finite_scores(one.metrics), failed_sites=dict(one.failed_sites))
+            for one in record.rounds
+        ),
+        before=finite_scores(state.metrics_before if state else final.metrics_before),
         final=finite_scores(final.metrics),
-        non_private=None,
+        seconds=final.seconds,
         findings=final.findings,
         energy=final.energy,
         detail=final.detail,
-        kept=record.kept,
         selection=record.selection,
-        rounds=tuple(
-            RoundCost(
-                round=result.round,
-                sites=result.sites,
-                failed_sites=dict(result.failed_sites),
-                seconds=result.seconds,
-                bytes_down=result.bytes_down,
-                bytes_up=result.bytes_up,
-                scores=finite_scores(result.metrics),
-                epsilon=epsilons[result.round],
-            )
-            for result in record.rounds
+        audit=audit,
+        canaries_planted=RunFolder(folder).audit_mark.exists(),
+        sites=tuple(_site(record, site, own.get(site)) for site in config.federation.active),
+    )
+
+
+def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
+    """A site as the lead knows it, and what it said in a report of its own, where it gave one."""
+    receipt, (rounds, upper_bound) = record.receipts.get(site), record.charged(site)
+    made = SiteFacts(
+        site=site,
+        declared_size=record.config.declared_sizes()[site],
+        rounds=rounds,
+        upper_bound=upper_bound,
+        signed_rounds=receipt.charged_rounds if receipt else None,
+        key=receipt.site_key[:16] if receipt else "",
+        believed=site not in record.doubtful,
+    )
+    if report is None:
+        return made
+    (own,), facts, known = report.sites, _ledger_of(report), _this_run(record, report)
+    assert own.lifetime is not None
+    assert own.approved is not None
+    charged = next((one.rounds for one in own.lifetime.runs if one.run == record.run), 0)
+    if known and upper_bound and known.state != "open":
+        # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
+        rounds, upper_bound = _by_receipt(record, site), False
+    return replace(
+        made,
+        rounds=max(rounds, charged),
+        upper_bound=upper_bound,
+        statement=SiteStatement(
+            reported=report.date[:10] if report.date else None,
+            same_plan=known is None or _same_plan(known.plan, record.plan),
+            verdict=own.verdict,
+            approved=own.approved,
+            lifetime=own.lifetime,
+            charges=num_charges(facts),
+            verification=own.verification,
+            releases=tuple(release for release in own.releases if release.run == record.run),
+            asserted=own.asserted,
         ),
     )
 
@@ -157,41 +186,10 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """
     found: dict[str, Report] = {}
     for report in reports:
-        site = _checked(record, report).site
+        site = _checked(record, report)
         if found.setdefault(site, report) != report:
             raise _refused(report, f"must be the only report of {site}: it gave another one, too")
     return found
-
-
-def joined(record: RunRecord, report: Report, facts: RunFacts) -> SiteReport:
-    """What a run's report says of a site that released its own."""
-    own, run = report.sites[0], _this_run(record, report)
-    sampling = next((one.sampling_run for one in own.mechanisms if one.run == record.run), NOT_RECORDED)
-    made = site_report(record, own.site, _charged(record, own.site, run), facts, sampling=sampling)
-    disagrees = _disagrees(record, report, run)
-    words = [made.verdict, own.verdict]
-    if disagrees:
-        words.append(Verdict(state="no_guarantee", reasons=("site_report_disagrees",)))
-    return replace(
-        made,
-        verdict=verdicts.worst(words),
-        meaning=None if verdicts.worst(words).state == "no_guarantee" else made.meaning,
-        approved=own.approved,
-        left=own.left,
-        lifetime=own.lifetime,
-        verification=own.verification,
-        releases=tuple(release for release in own.releases if release.run == record.run),
-        asserted=own.asserted,
-        reported=report.date[:10] if report.date else None,
-    )
-
-
-def _charged(record: RunRecord, site: str, run: LifetimeRun | None) -> Charged:
-    """The larger of both words, unless the ledger can charge nothing more to the run: then its own."""
-    rounds, upper_bound = record.charged(site)
-    if run and upper_bound and run.state != "open":
-        rounds, upper_bound = _by_receipt(record, site), False
-    return Charged(rounds=max(rounds, run.rounds if run else 0), upper_bound=upper_bound, source="signed_site_report")
 
 
 def _by_receipt(record: RunRecord, site: str) -> int:
@@ -200,32 +198,28 @@ def _by_receipt(record: RunRecord, site: str) -> int:
     return max(record.updates(site), receipt.charged_rounds if receipt else 0)
 
 
-def _disagrees(record: RunRecord, report: Report, run: LifetimeRun | None) -> bool:
-    """Whether the report says less than the site's receipts, or something else than what the run asked for."""
-    if run is None:
-        return False
-    plan, own = record.plan, report.sites[0]
-    if run.rounds < _by_receipt(record, own.site) or run.seeded_noise != record.seeded:
-        return True
-    if (report.unit, report.delta, run.most_rounds) != (plan.unit, plan.delta, plan.most_rounds):
-        return True
-    return any(True for row in own.mechanisms if row.run == record.run for _ in differing(row, plan))
+def _same_plan(noted: Plan, plan: Plan) -> bool:
+    """Whether a ledger noted the plan of a run; which of its rounds are spare ones makes no difference."""
+    same_length = replace(noted, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds)
+    return same_length == plan and noted.most_rounds == plan.most_rounds
 
 
-def _this_run(record: RunRecord, report: Report) -> LifetimeRun | None:
+def _this_run(record: RunRecord, report: Report) -> RunInLedger | None:
     """The run in the site's ledger; None: the site refused all of it."""
-    own = report.sites[0]
-    if own.lifetime is None:
-        raise _refused(report, "must hold the ledger's figures over all its runs")
-    known = next((run for run in own.lifetime.runs if run.run == record.run), None)
-    if known is None and _by_receipt(record, own.site):
+    known = next((run for run in _ledger_of(report).runs if run.run == record.run), None)
+    if known is None and _by_receipt(record, report.sites[0].site):
         raise _refused(report, f"must be of a ledger that knows the run {record.run}")
     return known
 
 
-def _checked(record: RunRecord, report: Report) -> SiteReport:
-    if report.kind != "ledger" or len(report.sites) != 1:
+def _ledger_of(report: Report) -> LedgerFacts:
+    if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
         raise _refused(report, "must be a site's report of its own ledger")
+    return report.facts
+
+
+def _checked(record: RunRecord, report: Report) -> str:
+    _ledger_of(report)
     (own,) = report.sites
     if own.site not in (sites := record.config.federation.active):
         raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
@@ -243,153 +237,61 @@ def _checked(record: RunRecord, report: Report) -> SiteReport:
     if own.verification is not None and own.verification.num_events < receipt.sequence:
         had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
         raise _refused(report, f"must be no older than this run: its ledger had {had}")
-    if found := recompute.problems(report):
+    if found := problems(report):
         first = found[0]
         raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
-    return own
+    return own.site
 
 
 def _refused(report: Report, bound: str) -> ConfigError:
     return ConfigError("site report", report.name, bound)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Charged:
-    """What was charged to a run at one site.
-
-    Attributes:
-        rounds: retries included.
-        upper_bound: the site fell silent, and every round asked of it is counted.
-        source: who says so.
-    """
-
-    rounds: int
-    upper_bound: bool
-    source: Source
-
-
-def site_report(record: RunRecord, site: str, charged: Charged, facts: RunFacts, *, sampling: str) -> SiteReport:
-    """One site of a run.
-
-    Args:
-        record: of the run.
-        site: its name.
-        charged: to the run at that site.
-        facts: of the run.
-        sampling: how units really joined its steps, or "not_recorded".
-    """
-    plan, grid = record.plan, profile.interval_of(charged.source)
-    mechanisms = charged_events(plan, charged.rounds)
-    rows = [mechanism_of(plan, run=record.run, rounds=charged.rounds, sampling=sampling)] if charged.rounds else []
-    made = SiteReport(
-        site=site,
-        source=charged.source,
-        verdict=Verdict(state="within"),
-        declared_size=record.config.declared_sizes()[site],
-        approved=None,
-        spent=_spent(plan, charged, ended_by_scores=facts.ended_by_scores),
-        left=None,
-        meaning=None,
-        mechanisms=tuple(rows),
-        curve=profile.curve(mechanisms, profile.curve_deltas(plan.delta)) if mechanisms else (),
-        steps=tuple(_steps(record, site, charged.rounds)),
-        releases=tuple(_releases(record, site)),
-        by_trust=reliance.by_trust(
-            # What scores ended claims its whole plan.
-            [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
-            lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
-        ),
-    )
-    return verdicts.judged(made, verdicts.of_run(made, facts), charged=mechanisms, delta=plan.delta)
-
-
-def epsilon_by_round(sites: Iterable[SiteReport]) -> dict[int, float | None]:
-    """Round -> the worst site's epsilon after it."""
-    worst: dict[int, list[float | None]] = {}
-    for site in sites:
-        for step in site.steps:
-            worst.setdefault(step.round or 0, []).append(step.epsilon)
-    return {number: largest(values) for number, values in worst.items()}
-
-
-def _spent(plan: Plan, charged: Charged, *, ended_by_scores: bool) -> Spent:
-    mechanisms, grid = charged_events(plan, charged.rounds), profile.interval_of(charged.source)
-    by_pld = profile.epsilon_pld(mechanisms, plan.delta, interval=grid)
-    return Spent(
-        epsilon=by_pld,
-        epsilon_pld=by_pld,
-        epsilon_rdp=profile.epsilon_rdp(mechanisms, plan.delta),
-        planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
-        upper_bound=charged.upper_bound,
-        rounds=charged.rounds,
-        steps=charged.rounds * plan.local_steps,
-        ended_by_scores=ended_by_scores and charged.rounds > 0,
+def _provenance(record: RunRecord) -> Provenance:
+    config, environments = record.config, record.environments
+    names = dict.fromkeys(name for environment in environments for name in environment.libraries)
+    libraries = {name: _one(one.libraries[name] for one in environments if name in one.libraries) for name in names}
+    version = _one(environment.fedtune_version for environment in environments)
+    return Provenance(
+        fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
+        config_sha256=record.config_sha256,
+        model=config.model.shown_path,
+        model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
+        model_licence=config.model.licence,
+        dataset=config.data.dataset,
+        task=config.task,
+        libraries={name: version for name, version in libraries.items() if version},
+        python=_one(environment.python for environment in environments),
+        machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
+        start_adapter=_start_adapter(record),
+        purpose=config.report.about.purpose,
     )
 
 
-def _steps(record: RunRecord, site: str, charged: int) -> Iterator[Step]:
-    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
-    took_part = [site in result.sites for result in record.rounds]
-    for index, result in enumerate(record.rounds):
-        so_far = max(0, charged - sum(took_part[index + 1 :]))
-        yield Step(
-            run=record.run,
-            round=result.round,
-            time=result.ended or None,
-            epsilon=_epsilon_after(record.plan, so_far, charged),
-        )
+def _start_adapter(record: RunRecord) -> StartAdapter | None:
+    """As the run noted it, in files that anybody may have written: what has another form is not known."""
+    digest, noted = record.config.model.adapter_sha256, record.start_adapter
+
+    def text(key: str) -> str | None:
+        value = noted.get(key)
+        return value if isinstance(value, str) and value != UNKNOWN else None
+
+    def number(key: str) -> float | None:
+        value = noted.get(key)
+        return finite(value) if isinstance(value, float) else None
+
+    if digest is None:
+        return None
+    return StartAdapter(
+        digest=digest,
+        run=text("from"),
+        dataset=text("dataset"),
+        unit=text("unit"),
+        delta=number("delta"),
+        epsilon=number("epsilon"),
+    )
 
 
-def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
-    every = math.ceil(charged / _MOST_FIGURES) or 1
-    shown = min(charged, math.ceil(rounds / every) * every)
-    final = charged_epsilons(plan, charged)[0]
-    return finite(final if shown == charged else min(final, _coarse_epsilon(plan, shown)))
-
-
-@lru_cache(maxsize=256)
-def _coarse_epsilon(plan: Plan, rounds: int) -> float:
-    """Never less than on the fine grid, and several times faster."""
-    if rounds == 0:
-        return 0.0
-    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
-
-
-def _releases(record: RunRecord, site: str) -> Iterator[Release]:
-    """What came from a site over all rounds, by kind and reason."""
-    groups: dict[tuple[str, str | None], list[RoundResult]] = {}
-    for result in record.rounds:
-        if (what := _what_came(result, site)) is not None:
-            groups.setdefault(what, []).append(result)
-    for (kind, reason), results in groups.items():
-        times = [result.ended for result in results if result.ended]
-        yield Release(
-            kind=kind,
-            run=record.run,
-            reason=reason,
-            count=len(results),
-            first=min(times, default=None),
-            last=max(times, default=None),
-        )
-    receipt = record.receipts.get(site)
-    came = Counter({kind: len(results) for (kind, _), results in groups.items()})["update"]
-    if receipt and receipt.charged_rounds > came:
-        without = receipt.charged_rounds - came
-        yield Release(
-            kind="reservation_without_update", run=record.run, reason=None, count=without, first=None, last=None
-        )
-
-
-def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
-    """Kind and reason; None where the site was not asked."""
-    if site in result.sites:
-        return "update", None
-    match result.failed_sites.get(site):
-        case reason if reason in (None, LEFT_OUT):
-            return None
-        case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
-            return "no_answer", reason
-        case reason if reason in (INVALID_UPDATE, BEYOND_PLAN):
-            return "update", reason
-        case reason:
-            return "refusal", reason
+def _one(values: Iterable[str]) -> str | None:
+    """What all parts of a run had in common, or in order what they had."""
+    return " / ".join(dict.fromkeys(values)) or None

@@ -17,38 +17,19 @@ from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.events import Charge as Charge
-from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
+from fedtune.report.facts import Approved as Approved
+from fedtune.report.facts import Cap as Cap
+from fedtune.report.facts import LedgerFacts, Release, RunFacts, Scores, Source
+from fedtune.report.facts import Lifetime as Lifetime
+from fedtune.report.facts import LifetimeRun as LifetimeRun
+from fedtune.report.facts import Provenance as Provenance
+from fedtune.report.facts import StartAdapter as StartAdapter
+from fedtune.report.facts import Verdict as Verdict
+from fedtune.report.facts import Verification as Verification
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail
-
-Scores = Mapping[str, float | None]
-State = Literal["within", "exceeded", "no_guarantee"]
-Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
-
-
-@spec
-class Verdict:
-    """Whether what was spent stays within what was approved; `reasons` are codes of the catalogue."""
-
-    state: State
-    reasons: tuple[str, ...] = ()
-
-
-@spec
-class Approved:
-    """What the site's policy allows; None: no bound of that kind.
-
-    Attributes:
-        since: when the newest lifetime cap was noted; None: it stands in the policy, and the ledger has not noted it.
-    """
-
-    max_epsilon: float | None
-    max_epsilon_per_run: float | None
-    max_epsilon_per_period: float | None
-    period: str
-    since: str | None
 
 
 @spec
@@ -176,88 +157,6 @@ class Step:
 
 
 @spec
-class LifetimeRun:
-    """One run in a ledger.
-
-    Attributes:
-        base_model: SHA-256 of the weights that the run named, or "unverified".
-        adapter_sha256: of the final adapter, where the lead gave it to the site.
-    """
-
-    run: str
-    lead: str
-    dataset: str
-    state: str
-    rounds: int
-    most_rounds: int
-    steps: int
-    epsilon: float | None
-    planned_epsilon: float | None
-    seeded_noise: bool
-    base_model: str = UNVERIFIED
-    adapter_sha256: str | None = None
-
-
-@spec
-class Cap:
-    """A lifetime cap, and from when on."""
-
-    time: str
-    max_epsilon: float | None
-
-
-@spec
-class Lifetime:
-    """A ledger's figures over all its runs."""
-
-    order: float
-    epsilon: float | None
-    with_set_aside: float | None
-    epsilon_pld: float | None
-    epsilon_rdp: float | None
-    left: float | None
-    period: str
-    period_epsilon: float | None
-    reference_runs_left: int | None
-    caps: tuple[Cap, ...]
-    runs: tuple[LifetimeRun, ...]
-    frozen: bool
-    in_doubt: bool
-    restored: int
-    seeded: bool
-
-
-@spec
-class Verification:
-    """What checking a ledger found."""
-
-    num_events: int
-    head: str
-    site_key: str
-    key_expected: bool
-    rollback_excluded: bool
-    anchor_sequence: int | None
-
-
-@spec
-class Release:
-    """Something that left the site, or was refused; equal ones of one run are counted together.
-
-    Attributes:
-        kind: "update", "refusal", "offer", "reservation_without_update".
-        reason: of a refusal.
-        first: when; a ledger's only to the day, since a policy may hide when exactly its site trained.
-    """
-
-    kind: str
-    run: str
-    reason: str | None
-    count: int
-    first: str | None
-    last: str | None
-
-
-@spec
 class SiteReport:
     """One site.
 
@@ -338,40 +237,6 @@ class Utility:
 
 
 @spec
-class StartAdapter:
-    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
-
-    digest: str
-    run: str | None
-    dataset: str | None
-    unit: str | None
-    delta: float | None
-    epsilon: float | None
-
-
-@spec
-class Provenance:
-    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one.
-
-    Attributes:
-        purpose: of the training, in the words of a person.
-    """
-
-    fedtune_version: str
-    config_sha256: str | None
-    model: str | None
-    model_sha256: str | None
-    model_licence: str | None
-    dataset: str | None
-    task: str | None
-    libraries: Mapping[str, str]
-    python: str | None
-    machine: str | None
-    start_adapter: StartAdapter | None = None
-    purpose: str | None = None
-
-
-@spec
 class Cell:
     """A field of an impact assessment or of technical documentation, and who fills it."""
 
@@ -390,8 +255,13 @@ class Signature:
 
 @spec
 class Report:
-    """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes."""
+    """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes.
 
+    Attributes:
+        facts: that everything else follows from.
+    """
+
+    facts: Annotated[RunFacts | LedgerFacts, Field(discriminator="kind")]
     kind: Literal["run", "ledger"]
     name: str
     date: str | None
@@ -433,11 +303,14 @@ class Problem(NamedTuple):
 
 
 _ADAPTER = TypeAdapter(Report)
+_NOT_DERIVED = ("schema_version", "facts", "signature")
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON; `from_json` gives the report back."""
-    return dict(_ADAPTER.dump_python(report, mode="json"))
+    """Plain JSON: facts, what is derived from them, signature; `from_json` gives the report back."""
+    derived = dict(_ADAPTER.dump_python(report, mode="json"))
+    schema, facts, signature = (derived.pop(key) for key in _NOT_DERIVED)
+    return {"schema_version": schema, "facts": facts, "derived": derived, "signature": signature}
 
 
 def from_json(text: str | bytes) -> Report:
@@ -446,26 +319,42 @@ def from_json(text: str | bytes) -> Report:
     Raises:
         ConfigError: the text is no report of this schema version.
     """
+    fields = json.loads(text)
+    bound = f"must be as in a report of schema version {REPORT_SCHEMA} (fedtune report schema)"
+    if not isinstance(fields, dict):
+        raise ConfigError("report", "another value", bound)
+    if "schema_version" in fields:
+        check_schema("schema_version", fields["schema_version"], REPORT_SCHEMA, of="report")
+    expected = (*_NOT_DERIVED, "derived")
+    for key in (*expected, *fields):
+        if key not in fields or key not in expected or (key == "derived" and not isinstance(fields[key], dict)):
+            said = "absent" if key not in fields else "unknown" if key not in expected else "another value"
+            raise ConfigError(key, said, bound)
+    derived = fields.pop("derived")
+    if repeated := sorted(derived.keys() & set(_NOT_DERIVED)):
+        raise ConfigError(f"derived.{repeated[0]}", "unknown", bound)
     try:
-        return _ADAPTER.validate_json(text, strict=True)  # strict: "1" and true are no numbers
+        return _ADAPTER.validate_json(json.dumps({**derived, **fields}), strict=True)  # "1" and true are no numbers
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        for one in problems:
-            if one["loc"] == ("schema_version",) and one["type"] != "missing":
-                check_schema("schema_version", one["input"], REPORT_SCHEMA, of="report")
-        first = problems[0]
-        where = ".".join(str(part) for part in first["loc"]) or "report"
+        first = error.errors(include_url=False)[0]
+        place = [str(part) for part in first["loc"]]
+        where = ".".join(place if place and place[0] in _NOT_DERIVED else ["derived", *place])
         said = {"missing": "absent", "unexpected_keyword_argument": "unknown"}.get(first["type"], "another value")
-        bound = f"must be as in a report of schema version {REPORT_SCHEMA} (fedtune report schema)"
         raise ConfigError(where, said, bound) from None
 
 
-def json_schema() -> dict[str, Any]:
-    """The published schema."""
-    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}
-    return _ADAPTER.json_schema() | about
-
-
 def schema_text() -> str:
-    """The schema as it is published."""
-    return json.dumps(json_schema(), indent=1, sort_keys=True) + "\n"
+    """The JSON schema of a report.json."""
+    schema = _ADAPTER.json_schema()
+    properties, required = schema["properties"], schema["required"]
+    derived = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {key: value for key, value in properties.items() if key not in _NOT_DERIVED},
+        "required": [key for key in required if key not in _NOT_DERIVED],
+    }
+    whole = {key: properties[key] for key in _NOT_DERIVED} | {"derived": derived}
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}
+    return (
+        json.dumps(schema | about | {"properties": whole, "required": sorted(whole)}, indent=1, sort_keys=True) + "\n"
+    )

@@ -274,7 +274,7 @@ def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
         "epsilon_left": epsilon_left(history),
         "reference_runs_left": reference_runs_left(history),
         "restored": len(history.restored),
-        "policies": [{"time": time, "max_epsilon": cap} for time, cap in history.policies],
+        "policies": [{"time": time, "max_epsilon": cap} for time, cap, _ in history.policies],
         "runs": [asdict(run) | {"seeded_noise": history.runs[run.run].proposal.seeded_noise} for run in figures.runs],
     }
 

@@ -169,7 +169,7 @@ def test_a_generated_policy_says_what_the_run_was_allowed(result: Any, folder: P
 
 
 def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Path) -> None:
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())["derived"]
     assert report["verdict"]["state"] == "within"
     assert (report["epsilon"], report["target_epsilon"]) == (result["privacy"]["epsilon"], 8.0)
     assert report["randomness"] == "operating_system"
@@ -269,7 +269,7 @@ def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Pa
     for site in privacy["sites"].values():
         assert (site["epsilon"], site["epsilon_rdp"], site["noise_multiplier"]) == (None, None, 0.0)
         assert site["steps"] == 4
-    report = json.loads((unprotected / "report.json").read_text())
+    report = json.loads((unprotected / "report.json").read_text())["derived"]
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["no_noise"]}
     assert (report["target_epsilon"], report["epsilon"]) == (None, None)
     for site in report["sites"]:
@@ -289,5 +289,5 @@ def test_a_seeded_study_repeats_and_is_marked_wherever_its_epsilon_stands(
     assert adapter_of(tmp_path / "one") == adapter_of(tmp_path / "other")
     assert "study without a guarantee" in outcome.out
     assert result_of(tmp_path / "other")["privacy"]["seeded_noise"] is True
-    report = json.loads((tmp_path / "other" / "report.json").read_text())
+    report = json.loads((tmp_path / "other" / "report.json").read_text())["derived"]
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["seeded_noise"]}

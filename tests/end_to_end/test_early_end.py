@@ -14,7 +14,8 @@ import pytest
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.ledger.verify import verify
-from fedtune.report import from_run, recompute
+from fedtune.report import from_run
+from fedtune.report.rederive import problems
 from fedtune.runs.results import charged_epsilons
 from fedtune.tasks.saved import StartAdapter
 
@@ -42,7 +43,7 @@ def test_the_claim_stays_the_planned_epsilon(stopped: Path, result_of: Callable[
 
 def test_report_and_card_say_what_was_kept_and_both_epsilons(stopped: Path) -> None:
     report = from_run.build(stopped)
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     assert report.verdict.reasons == ("ended_by_scores",)
     assert report.utility is not None
     assert report.utility.kept is not None
@@ -80,7 +81,7 @@ def test_a_report_that_claims_the_smaller_epsilon_is_found_out(stopped: Path, wh
             utility = replace(utility, kept=replace(utility.kept, round=2, score=0.999))
         case _:
             site = replace(site, spent=replace(site.spent, planned_epsilon=site.spent.epsilon))
-    assert recompute.problems(replace(report, sites=(site, *others), utility=utility)) != []
+    assert problems(replace(report, sites=(site, *others), utility=utility)) != []
 
 
 def test_the_adapter_is_the_kept_round_s(stopped: Path) -> None:

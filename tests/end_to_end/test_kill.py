@@ -121,7 +121,7 @@ def test_with_a_spare_round_an_interrupted_round_is_charged_and_tried_again(
     assert (sites["site-1"]["steps"], sites["site-1"]["upper_bound"]) == (4, False)
     assert (sites["site-2"]["steps"], sites["site-2"]["upper_bound"]) == (6, False)
     assert sites["site-1"]["epsilon"] < sites["site-2"]["epsilon"] == result["privacy"]["epsilon"] <= 2
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())["derived"]
     spent = {site["site"]: site["spent"] for site in report["sites"]}
     assert (spent["site-2"]["steps"], spent["site-2"]["rounds"]) == (6, 3)
     assert report["verdict"]["state"] == "within"

@@ -213,7 +213,7 @@ def test_other_records_in_a_resumed_run_are_noticed_and_reported(
     assert "are others than when the run began" in resumed.out
     assert "A training file changed between two starts of this run." in resumed.out
     assert result_of(folder)["final"]["findings"] == ["data_changed"]
-    assert json.loads((folder / "report.json").read_text())["utility"]["findings"] == ["data_changed"]
+    assert json.loads((folder / "report.json").read_text())["derived"]["utility"]["findings"] == ["data_changed"]
 
 
 def test_a_damaged_ledger_keeps_its_site_from_training(folder: Path, command: Any, result_of: Any) -> None:

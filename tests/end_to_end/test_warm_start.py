@@ -152,7 +152,7 @@ def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first:
 
 
 def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
-    report = json.loads((second[0] / "report.json").read_text())
+    report = json.loads((second[0] / "report.json").read_text())["derived"]
     assert report["provenance"]["start_adapter"] == {
         "digest": digest_of(first),
         "run": "first",
@@ -165,7 +165,7 @@ def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, secon
     assert digest_of(first) in page
     assert "Epsilon of its own tuning, not part of the figures here" in page
     assert command("report", "verify", str(second[0])).code == 0
-    assert json.loads((first / "report.json").read_text())["provenance"]["start_adapter"] is None
+    assert json.loads((first / "report.json").read_text())["derived"]["provenance"]["start_adapter"] is None
 
 
 def test_what_the_start_itself_began_in_is_told_too(simulate: Any, second: Any, tmp_path: Path, result_of: Any) -> None:

@@ -20,7 +20,7 @@ from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.events import grouped
 from fedtune.privacy.release import METRICS, Statistics, Update
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.derive.facts import statistics_of
+from fedtune.report.derive.rules import statistics_of
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
 

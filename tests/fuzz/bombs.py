@@ -12,9 +12,16 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from fedtune.report import recompute, signing
+from pydantic import TypeAdapter
+
+from fedtune.report import signing
+from fedtune.report.derive.derived import derive
+from fedtune.report.facts import LedgerFacts
+from fedtune.report.rederive import problems
 
 from . import file_targets, seeds, wire_targets
 from .target import Target
@@ -72,18 +79,19 @@ def bombs() -> Iterator[tuple[str, Target, bytes]]:
 
 
 def _of_many_mechanisms(count: int) -> bytes:
-    """A run's report whose charges would take half an hour to compute: each is another mechanism."""
-    report = json.loads((Path(__file__).parents[1] / "report/reports/run.json").read_text())
-    report["sites"][0]["mechanisms"][0]["charges"] = [
-        {"count": 1, "event": {"kind": "poisson_sampled", "sampling_probability": 1e-3, "event": gaussian}}
-        for gaussian in ({"kind": "gaussian", "noise_multiplier": 1 + number * 1e-6} for number in range(count))
-    ]
-    return json.dumps(report).encode()
+    """A ledger's report whose charges would take half an hour to compute: each run has another mechanism."""
+    path = Path(__file__).parents[1] / "report/reports/ledger.json"
+    report = derive(TypeAdapter(LedgerFacts).validate_json(path.read_bytes(), strict=True))
+    facts = cast(LedgerFacts, report.facts)
+    plans = {f"r{n}": replace(facts.runs[0].plan, noise_multiplier=1 + n * 1e-6) for n in range(count)}
+    runs = tuple(replace(facts.runs[0], run=name, plan=plan) for name, plan in plans.items())
+    charges = tuple(replace(facts.charges[0], run=name) for name in plans)
+    return signing.to_text(replace(report, facts=replace(facts, runs=runs, charges=charges))).encode()
 
 
 def _verified(data: bytes) -> None:
     began = time.monotonic()
-    assert [problem.where for problem in recompute.problems(signing.read(data))] == ["sites.mechanisms"]
+    assert [problem.where for problem in problems(signing.read(data))] == ["facts"]
     assert time.monotonic() - began < 10
 
 

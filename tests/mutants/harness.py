@@ -24,7 +24,8 @@ from . import witness
 from .mutant import ROOT, Mutant
 
 TIME_LIMIT_S = 300.0
-_LEFT_OUT = (".*", "__pycache__", "*.egg-info", "runs", "dist", "outputs", "multirun")
+_LEFT_OUT = (".*", "__pycache__", "*.egg-info")
+_LEFT_OUT_AT_THE_TOP = ("runs", "dist", "outputs", "multirun")
 _WITHOUT_MODELS = ("tests/privacy/", "tests/test_spec_module.py", tempfile.gettempdir())
 """Tests that need no torch."""
 _OPTIONS = ("-x", "-q", "-m", "nightly or not nightly", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
@@ -113,7 +114,12 @@ def _copy() -> Iterator[Path]:
     """The tree, without what git ignores, in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder).resolve() / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        everywhere, at_the_top = (shutil.ignore_patterns(*names) for names in (_LEFT_OUT, _LEFT_OUT_AT_THE_TOP))
+
+        def ignored(folder: str, names: list[str]) -> set[str]:
+            return everywhere(folder, names) | (at_the_top(folder, names) if Path(folder) == ROOT else set())
+
+        shutil.copytree(ROOT, tree, ignore=ignored)
         yield tree
 
 

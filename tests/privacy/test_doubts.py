@@ -196,7 +196,7 @@ def test_a_restore_forgets_neither_a_denial_nor_a_cap(
         opened().reserve(denied, round=1, request="q")
     assert refused.value.reason is Reason.DENIED
     assert opened().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
-    assert [cap for _, cap in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
+    assert [cap for _, cap, _ in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
     assert opened().history.cap == 11.0
 
 

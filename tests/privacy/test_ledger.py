@@ -556,7 +556,7 @@ def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, policy
         opened(policy=each)
     notes = [event.detail for event in events_of(path) if event.detail.get("what") == "policy"]
     assert [note["sha256"] for note in notes] == [policy().digest(), other.digest(), policy().digest()]
-    assert [cap for _, cap in opened().history.policies] == [11.0] * 3
+    assert [cap for _, cap, _ in opened().history.policies] == [11.0] * 3
 
 
 def test_another_reference_does_not_move_the_filters_order(opened: Open, policy: Any) -> None:

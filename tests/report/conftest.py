@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from fedtune.privacy.site_policy import Policy
-from fedtune.report import from_ledger, from_run, signing
+from fedtune.report import from_ledger, from_run
+from fedtune.report.derive.derived import derive
+from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.model import Report
 
 from .site_ledgers import Books
@@ -35,7 +38,9 @@ def browser() -> Iterator[Any]:
 
 
 def _on_file(name: str) -> Callable[..., Report]:
-    return partial(replace, signing.read((Path(__file__).parent / "reports" / f"{name}.json").read_bytes()))
+    facts: TypeAdapter[RunFacts | LedgerFacts] = TypeAdapter(RunFacts | LedgerFacts)
+    path = Path(__file__).parent / "reports" / f"{name}.json"
+    return partial(replace, derive(facts.validate_json(path.read_bytes(), strict=True)))
 
 
 @pytest.fixture(scope="session")

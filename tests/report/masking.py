@@ -26,7 +26,7 @@ _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_versio
 
 def masked(report: Report) -> Any:
     """Plain JSON; figures that follow from the settings stay, in six digits."""
-    return _masked(to_json(report), "")
+    return _masked(to_json(report)["derived"], "")
 
 
 def _masked(value: Any, key: str) -> Any:

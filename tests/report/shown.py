@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedtune.federation.cost import Energy
-from fedtune.report import recompute
 from fedtune.report.derive import cells, rules
 from fedtune.report.model import Assumption, Cap, Release, Report, SiteReport, Spent, Step, Verdict
 from fedtune.report.page import render
+from fedtune.report.rederive import problems
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
 Make = Callable[..., Report]
@@ -43,7 +43,7 @@ LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medic
 
 def where(report: Report) -> set[str]:
     """The places at which `report verify` finds something wrong."""
-    return {problem.where for problem in recompute.problems(report)}
+    return {problem.where for problem in problems(report)}
 
 
 def with_site(report: Report, **changes: Any) -> Report:
@@ -241,7 +241,9 @@ def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
     lifetime = replace(
         site.lifetime,
         runs=many(site.lifetime.runs),
-        caps=tuple(Cap(time=f"{2020 + n}-01-01T08:00:00+00:00", max_epsilon=4.0 + n) for n in range(3)),
+        caps=tuple(
+            Cap(time=f"{2020 + n}-01-01T08:00:00+00:00", max_epsilon=4.0 + n, charges_before=n) for n in range(3)
+        ),
         with_set_aside=2.5,
     )
     refusal = Release(

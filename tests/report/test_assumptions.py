@@ -18,7 +18,6 @@ from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
-from fedtune.report.derive.facts import RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
@@ -42,8 +41,8 @@ def evidence(report: Report, code: str) -> str:
     return found
 
 
-def of_run(record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
-    return rules.assumptions(RunFacts.of_record(record), sites)
+def of_run(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+    return rules.assumptions(from_run.facts_of(folder, record, own={}), sites)
 
 
 def test_codes_are_told_and_stand_once(run_folder: Path, books: Callable[..., Books]) -> None:
@@ -99,7 +98,7 @@ def test_of_a_simulation_the_process_itself_knows(run_folder: Path) -> None:
 
 def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
-    (one,) = (one for one in found if one.code in rules.CLIPPING)
+    (one,) = (one for one in found if one.code in ("clipping_exact", "clipping_but_for_rounding"))
     return one.code, one.status
 
 
@@ -162,7 +161,7 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = {one.code: one.status for one in of_run(deployed, from_run.build(run_folder).sites)}
+    found = {one.code: one.status for one in of_run(run_folder, deployed, from_run.build(run_folder).sites)}
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
@@ -173,7 +172,7 @@ def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
     record = read_run(run_folder)
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
-    found = of_run(replace(record, state=state), from_run.build(run_folder).sites)
+    found = of_run(run_folder, replace(record, state=state), from_run.build(run_folder).sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
 
@@ -198,7 +197,7 @@ def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
 def test_delta_that_is_too_large_for_the_size_is_violated(run_folder: Path) -> None:
     report = from_run.build(run_folder)
     large = [replace(site, declared_size=200_000) for site in report.sites]
-    found = {one.code: one for one in of_run(read_run(run_folder), large)}["delta_below_one_over_size"]
+    found = {one.code: one for one in of_run(run_folder, read_run(run_folder), large)}["delta_below_one_over_size"]
     assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
 
 
@@ -206,7 +205,7 @@ def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) 
     report = from_run.build(run_folder)
     (first, *others) = report.sites
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
-    found = {one.code: one.status for one in of_run(read_run(run_folder), [wrong, *others])}
+    found = {one.code: one.status for one in of_run(run_folder, read_run(run_folder), [wrong, *others])}
     assert found["accountants_agree"] == "violated"
 
 

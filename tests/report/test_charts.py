@@ -146,7 +146,9 @@ def test_epsilon_by_round_has_a_point_for_each_round_and_the_target(run: Report)
     assert {"north-hospital", "south-hospital", "limit"} <= set(found)
     without = texts(drawn(replace(run, target_epsilon=None), "epsilon_spent"))
     assert "limit" not in without
-    rows = chart(run, "epsilon_spent").table.rows
+    north, south = run.sites
+    gone = replace(run, sites=(north, replace(south, steps=south.steps[:3])))  # a round that the site has no step of
+    rows = chart(gone, "epsilon_spent").table.rows
     assert len(rows) == 4
     assert [re.sub("<[^>]*>", "", cell) for cell in rows[3]] == ["4", "1.104", "–"]  # noqa: RUF001 - a dash: no round
 
@@ -154,8 +156,8 @@ def test_epsilon_by_round_has_a_point_for_each_round_and_the_target(run: Report)
 def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
     site = ledger.sites[0]
     caps = (
-        Cap(time="2026-01-01T08:00:00+00:00", max_epsilon=6.0),
-        Cap(time="2026-02-01T07:00:00+00:00", max_epsilon=9.0),
+        Cap(time="2026-01-01T08:00:00+00:00", max_epsilon=6.0, charges_before=0),
+        Cap(time="2026-02-01T07:00:00+00:00", max_epsilon=9.0, charges_before=0),
     )
     raised = replace(ledger, sites=(replace(site, lifetime=replace(site.lifetime, caps=caps)),))
     assert chart(raised, "epsilon_spent").svg != chart(ledger, "epsilon_spent").svg

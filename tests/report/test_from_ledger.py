@@ -23,8 +23,9 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Policy
-from fedtune.report import from_ledger, recompute, signing
+from fedtune.report import from_ledger, signing
 from fedtune.report.derive import profile
+from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError, RunError
 
 from .shown import status
@@ -77,7 +78,7 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
         "s": ("open", 1, 4),
     }
     assert report.date == history.last_time.date().isoformat()
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     assert report.verdict.state == "within"
 
 
@@ -129,7 +130,7 @@ def test_an_empty_ledger_has_spent_nothing(books: Callable[..., Books]) -> None:
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
     assert (site.steps, site.releases, site.mechanisms, site.curve) == ((), (), (), ())
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_proposal: Proposals) -> None:
@@ -154,7 +155,7 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert (report.sites[0].approved.max_epsilon, report.sites[0].approved.since) == (4.0, None)
     assert report.sites[0].left == report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].left
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
@@ -167,7 +168,7 @@ def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: 
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
     assert getattr(report.sites[0].approved, key) == round(spent * 0.8, 3)
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     higher = replace(policy.budget, max_epsilon=50.0, max_epsilon_per_period=60.0)
     write_policy(replace(policy, budget=higher), charged.site_toml)
     approved = from_ledger.build(charged.site_toml).sites[0].approved
@@ -219,7 +220,7 @@ def test_caps_before_and_after_what_was_spent(
     assert site.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
     assert (site.left is None) == (cap == ANY)
     assert site.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_a_lower_cap_per_run_judges_later_runs_only(books: Callable[..., Books], run_proposal: Proposals) -> None:
@@ -249,7 +250,7 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
     assert evidence == [f"anchor: {found.anchor_sequence} / {found.num_events}"]
     said = {cell.facts["rollback_excluded"] for cell in report.cells if "rollback_excluded" in cell.facts}
     assert said == {"up_to_the_anchor"}
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_times_are_told_to_the_day_only(charged: Books) -> None:
@@ -282,7 +283,7 @@ def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(
     assert [figure is not None for figure in figures] == [known] * len(figures)
     found = {one.code: one.status for one in report.assumptions}
     assert found.get("ends_independent_of_releases") == ("assumed" if len(charged_rounds) == 1 else None)
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     shown = {cell.facts.get("right_of_100_mechanism") for cell in report.cells} - {None}
     assert ("not_computed" in shown) == (not known)
 
@@ -350,7 +351,7 @@ def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
     one, other = (signing.to_text(from_ledger.build(charged.site_toml)) for _ in range(2))
     assert one == other
     assert signing.read(one.encode()) == from_ledger.build(charged.site_toml)
-    assert json.loads(one)["schema_version"] == 3
+    assert json.loads(one)["schema_version"] == 4
 
 
 def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
@@ -374,7 +375,7 @@ def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
     assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
     assert site.steps[-1].run == ""
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 @pytest.mark.nightly

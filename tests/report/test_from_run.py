@@ -18,7 +18,9 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report import from_run, one_run, recompute, signing
+from fedtune.report import from_run, one_run, signing
+from fedtune.report.derive import run_figures
+from fedtune.report.rederive import problems
 from fedtune.runs import environment
 from fedtune.spec import ConfigError, RunError
 
@@ -54,7 +56,7 @@ def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
         assert site.source == "charged_by_receipts"
         assert (site.approved, site.lifetime, site.left) == (None, None, None), "the site has not told"
     assert [site.declared_size for site in report.sites] == [80, 90]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(run_folder: Path) -> None:
@@ -81,10 +83,10 @@ def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, mon
         composed.append(spent)
         return 0.1 * len(composed)
 
-    monkeypatch.setattr(from_run.accountant, "epsilon_pld", epsilon)
+    monkeypatch.setattr(run_figures.accountant, "epsilon_pld", epsilon)
     plan = record.plan
-    shown = [from_run._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
-    assert len(composed) <= from_run._MOST_FIGURES + 2
+    shown = [run_figures._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
+    assert len(composed) <= run_figures._MOST_FIGURES + 2
     assert None not in shown
 
 
@@ -143,7 +145,7 @@ def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
     assert [site.spent for site in report.sites] == [site.spent for site in whole.sites]
     assert status(report, "receipts_signed") == "assumed"
     assert [site.source for site in report.sites] == ["run_record"] * 2, "no receipt was read"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def change_receipts(folder: Path, change: Callable[[Receipt], Receipt], *, taken: bool = False) -> None:
@@ -164,7 +166,7 @@ def test_a_receipt_that_is_not_the_sites_word_counts_as_none(folder: Path, chang
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
     assert status(report, "receipts_signed") == "violated"
     assert [site.meaning for site in report.sites] == [None, None]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_a_signed_receipt_of_another_run_counts_as_none(folder: Path) -> None:
@@ -191,7 +193,7 @@ def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder:
     report = from_run.build(folder)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
     assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in report.sites)
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 @pytest.mark.parametrize("journal", [True, False])
@@ -207,7 +209,7 @@ def test_a_checkpoint_that_knows_less_than_run_json_is_not_believed(folder: Path
     assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in report.sites)
     assert report.epsilon >= whole.epsilon
     assert report.utility.rounds == whole.utility.rounds, "run.json has all of them"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path) -> None:
@@ -218,7 +220,7 @@ def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path)
     assert all(site.spent.upper_bound for site in report.sites)
     assert report.verdict.reasons == ("receipts_not_believed",), "run.json was written with receipts"
     assert status(report, "receipts_signed") == "violated"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     (folder / "run.json").unlink()
     assert status(from_run.build(folder), "receipts_signed") == "assumed"
 
@@ -232,7 +234,7 @@ def test_how_records_were_drawn_is_said_where_the_lead_does_not_know(folder: Pat
     assert (report.verdict.state, report.verdict.reasons) == ("within", ("sampling_not_recorded",))
     for code in ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness"):
         assert status(report, code) == "assumed"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
@@ -251,7 +253,7 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))
     assert [site.meaning is None for site in report.sites] == [True, False]
     assert "attack_on_real_records" in report.unprotected_figures
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2, "delta": 1e-4}))
     with pytest.raises(RunError, match="of another run: its delta is"):
         from_run.build(folder)
@@ -267,7 +269,7 @@ def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing
     assert (before.verdict.state, report.verdict.state) == ("within", "no_guarantee")
     assert [site.verdict.reasons for site in report.sites] == [("holds_canaries",)] * 2
     assert [site.meaning for site in report.sites] == [None, None]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     found = {"schema_version": 2, "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False,
              "exceeded": False, "bounds": [], "membership": []}  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(found))
@@ -346,7 +348,7 @@ def test_a_configuration_that_was_changed_otherwise_is_marked(folder: Path) -> N
     assert status(report, "configuration_unchanged") == "violated"
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
     assert [site.source for site in report.sites] == ["charged_by_receipts"] * 2, "the receipts are still this run's"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     assert report.provenance.config_sha256 == result_of(folder)["config_sha256"]
 
 

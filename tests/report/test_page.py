@@ -77,7 +77,7 @@ def words_of(element: Element) -> str:
 
 def test_every_figure_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
     report, html = shown
-    data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
+    data, figures = json.loads(json.dumps(to_json(report)["derived"])), main(html).all("data")
     assert len(figures) > 40
     for figure in figures:
         found = lookup(data, figure.attributes["data-at"])
@@ -87,7 +87,7 @@ def test_every_figure_is_in_the_json(shown: tuple[Report, str], language: str) -
 
 def test_every_name_and_code_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
     report, html = shown
-    data, words = json.loads(json.dumps(to_json(report))), Words(report, catalogue(language))
+    data, words = json.loads(json.dumps(to_json(report)["derived"])), Words(report, catalogue(language))
     texts = [one for one in main(html).walk() if "data-at" in one.attributes and one.tag != "data"]
     assert len(texts) > 30
     for element in texts:
@@ -130,11 +130,11 @@ def test_tables_hold_the_rows_of_the_json(shown: tuple[Report, str]) -> None:
     ):
         rows = [
             f"/sites/{place}/{at}/{number}"
-            for place, site in enumerate(to_json(report)["sites"])
+            for place, site in enumerate(to_json(report)["derived"]["sites"])
             for number in range(len(_within(site, of) or ()))
         ]
         shown_rows = {row for row in rows if f'data-at="{row}/' in html}
-        data = json.loads(json.dumps(to_json(report)))
+        data = json.loads(json.dumps(to_json(report)["derived"]))
         told = {json.dumps(lookup(data, row)) for row in shown_rows}
         if len(report.sites) == 1:
             assert len(shown_rows) == min(len(rows), MOST_ROWS), at

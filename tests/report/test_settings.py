@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.report import from_run, recompute
-from fedtune.report.derive.facts import settings_problems
+from fedtune.report import from_run
+from fedtune.report.checks import settings_problems
+from fedtune.report.derive.derived import derive
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
 from fedtune.report.record.run_record import read_run
+from fedtune.report.rederive import problems
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +30,12 @@ def forged(folder: Path, **changes: Any) -> Report:
 
 
 def places(report: Report, config: RunConfig) -> set[str]:
-    return {problem.where.rpartition(".")[2] for problem in settings_problems(report, config)}
+    assert isinstance(report.facts, RunFacts)
+    return {problem.where.rpartition(".")[2] for problem in settings_problems(report.facts, config)}
 
 
 def test_a_true_report_fits_its_settings(of_run: Report, config: RunConfig) -> None:
-    assert [*settings_problems(of_run, config)] == []
+    assert places(of_run, config) == set()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def test_a_true_report_fits_its_settings(of_run: Report, config: RunConfig) -> N
         ({"sampling_rate": 0.01}, "sampling_rate"),
         ({"max_grad_norm": 0.5}, "max_grad_norm"),
         ({"local_steps": 1}, "local_steps"),
-        ({"num_rounds": 1}, "planned_epsilon"),
+        ({"num_rounds": 1}, "num_rounds"),
         ({"delta": 1e-4}, "delta"),
     ],
 )
@@ -49,21 +53,29 @@ def test_a_plan_that_the_settings_do_not_give_is_found(
     changes: dict[str, Any], where: str, run_folder: Path, config: RunConfig
 ) -> None:
     report = forged(run_folder, **changes)
-    assert recompute.problems(report) == [] or "num_rounds" in changes, "it agrees with itself"
+    assert problems(report) == [] or "num_rounds" in changes, "it agrees with itself"
     assert where in places(report, config)
 
 
-@pytest.mark.parametrize("change", [{"target_epsilon": 80.0}, {"unit": "user"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_epsilon": 80.0},
+        {"name": "another"},
+        {"stop_after": 1},
+        {"keep_round": "best"},
+        {"settings": {"runtime": "deployment"}},
+    ],
+)
 def test_what_a_report_says_of_its_settings_is_compared(
     change: dict[str, Any], of_run: Report, config: RunConfig
 ) -> None:
-    assert places(replace(of_run, **change), config) == set(change)
+    assert places(replace(of_run, facts=replace(of_run.facts, **change)), config) == set(change)
 
 
-def test_a_shorter_run_is_not_the_settings_run(of_run: Report, config: RunConfig) -> None:
-    assert of_run.utility
-    shorter = replace(of_run, utility=replace(of_run.utility, rounds=of_run.utility.rounds[:1]))
-    assert places(shorter, config) == {"rounds"}
+def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:
+    shorter = derive(replace(of_run.facts, rounds=of_run.facts.rounds[:1]))
+    assert shorter.verdict.reasons == ("not_finished",)
 
 
 def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, config: RunConfig) -> None:
@@ -72,7 +84,8 @@ def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, con
 
     def with_noise(value: float) -> Report:
         report = forged(run_folder, noise_multiplier=value)
-        return replace(report, provenance=replace(report.provenance, config_sha256=searched.digest()))
+        made = replace(report.facts.provenance, config_sha256=searched.digest())
+        return replace(report, facts=replace(report.facts, provenance=made))
 
     assert places(with_noise(noise), searched) == set()
     assert places(with_noise(noise + 1e-4), searched) == set(), "another version's last digit"
@@ -82,5 +95,6 @@ def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, con
 
 def test_other_settings_are_named_by_their_digest_alone(of_run: Report, config: RunConfig) -> None:
     other = replace(config, training=replace(config.training, learning_rate=0.123))
-    (problem,) = settings_problems(of_run, other)
+    assert isinstance(of_run.facts, RunFacts)
+    (problem,) = settings_problems(of_run.facts, other)
     assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())

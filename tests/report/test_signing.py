@@ -161,7 +161,7 @@ def test_no_edit_passes_for_another_report(text: str, data: st.DataObject) -> No
         ('"rounds": 4', '"rounds": true'),
         ('"rounds": 4', '"rounds": "4"'),
         ('"rounds": 4', '"rounds": 4.0'),
-        ('"schema_version": 3', '"schema_version": 2'),
+        ('"schema_version": 4', '"schema_version": 3'),
         ('"kind": "run"', '"kind": "rum"'),
         ('"kind": "run"', '"kind": "run", "note": "x"'),
         ("{", "["),

@@ -15,11 +15,13 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import checks
+from fedtune.report.derive.derived import derive
 from fedtune.report.from_run import read_site_report
-from fedtune.report.model import Assumption, Report
+from fedtune.report.model import Report
 from fedtune.report.page import render
+from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError
 
 from .site_ledgers import Books
@@ -56,6 +58,12 @@ def signed_report(folder: Path, site: str, **changes: Any) -> Report:
     return signing.signed(replace(report, **changes), key_of(folder, site))
 
 
+def derived(folder: Path, site: str, **changes: Any) -> Report:
+    """What a site would sign that changed facts of its ledger and derived all else from them."""
+    facts = from_ledger.build(folder / "sites" / site / "site.toml").facts
+    return signing.signed(derive(replace(facts, **changes)), key_of(folder, site))
+
+
 def with_run(report: Report, **changes: Any) -> dict[str, Any]:
     """The report's sites, with the newest run's line in the lifetime figures changed."""
     (site,) = report.sites
@@ -86,7 +94,7 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
     assert {release.run for release in joined.releases} == {joined.mechanisms[0].run}
     assert (other.approved, other.lifetime, other.asserted) == (None, None, {})
     assert report.verdict.state == "within"
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_the_assumptions_say_who_asserts_what(folder: Path) -> None:
@@ -121,20 +129,18 @@ def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) 
     report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    early = Assumption(code="ends_independent_of_releases", status="assumed", evidence="")
-    changes = with_run(own, most_rounds=9, planned_epsilon=5.0) | {"assumptions": (*own.assumptions, early)}
-    less = signed_report(folder, "site-1", **changes)
+    *earlier, newest = from_ledger.build(folder / "sites" / "site-1" / "site.toml").facts.runs
+    less = derived(folder, "site-1", runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
     report = from_run.build(folder / "second", site_reports=[less])
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
     assert report.sites[1].verdict.state == "within"
     assert report.sites[0].meaning is None
     assert [one.status for one in report.assumptions if one.code == "site_reports_agree"] == ["violated"]
-    assert recompute.problems(report) == []
+    assert problems(report) == []
 
 
 def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
@@ -177,12 +183,39 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
 
 
-def test_figures_over_all_runs_that_do_not_cover_this_run_are_found(folder: Path) -> None:
-    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
-    site, other = report.sites
-    life = replace(site.lifetime, epsilon=0.001, with_set_aside=0.001, left=1.999)
-    changed = replace(report, sites=(replace(site, lifetime=life, left=1.999), other))
-    assert "sites.site-1.lifetime.epsilon" in {problem.where for problem in recompute.problems(changed)}
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"epsilon": 0.001, "with_set_aside": 0.001, "period_epsilon": 0.001, "left": 1.999}, "lifetime.epsilon"),
+        ({"with_set_aside": 0.01}, "lifetime.epsilon"),
+        ({"period_epsilon": 9.0}, "lifetime.epsilon"),
+        ({"left": 1.9}, "lifetime.left"),
+        ({"left": None}, "lifetime.left"),
+        ({"caps": ()}, "approved.max_epsilon"),
+        ({"order": 1e300}, "lifetime.order"),
+        ({"order": 1.0}, "lifetime.order"),
+    ],
+)
+def test_figures_over_all_runs_that_deny_themselves_are_found(folder: Path, changes: Any, place: str) -> None:
+    facts = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")]).facts
+    site, other = facts.sites
+    said = replace(site.statement, lifetime=replace(site.statement.lifetime, **changes))
+    forged = replace(facts, sites=(replace(site, statement=said), other))
+    found = {problem.where for problem in problems(derive(forged))}
+    assert f"sites.site-1.statement.{place}" in found
+
+
+def test_a_seeded_run_of_a_statement_is_said_of_its_ledger(folder: Path) -> None:
+    facts = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")]).facts
+    site, other = facts.sites
+    first, *runs = site.statement.lifetime.runs
+    for seeded in (False, True):
+        life = replace(site.statement.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
+        forged = replace(site, statement=replace(site.statement, lifetime=life))
+        report = derive(replace(facts, sites=(forged, other)))
+        found = {problem.where for problem in problems(report)}
+        assert found == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
+        assert (report.verdict.state == "no_guarantee") == seeded
 
 
 def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
@@ -255,11 +288,12 @@ def test_a_report_of_another_site_s_ledger_is_refused(folder: Path) -> None:
 
 
 def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    (site,) = own.sites
-    early = replace(site, lifetime=replace(site.lifetime, runs=site.lifetime.runs[:1]))
-    fewer = tuple(one for one in own.assumptions if one.code != "runs_fixed_beforehand")  # of one run there is no other
-    report = signed_report(folder, "site-1", sites=(early,), assumptions=fewer)
+    facts = from_ledger.build(folder / "sites" / "site-1" / "site.toml").facts
+    first = facts.runs[0].run
+    charges, releases = ([one for one in part if one.run == first] for part in (facts.charges, facts.releases))
+    report = derived(
+        folder, "site-1", runs=facts.runs[:1], charges=tuple(charges), releases=tuple(releases),
+    )  # fmt: skip
     assert "must be of a ledger that knows the run second-" in refused(folder, report)
     assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
@@ -275,19 +309,13 @@ def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[.
     assert site.lifetime.epsilon > site.spent.epsilon == 0
 
 
-def test_a_report_without_lifetime_figures_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    without = signed_report(folder, "site-1", sites=(replace(own.sites[0], lifetime=None),))
-    assert "must hold the ledger's figures" in refused(folder, without)
-
-
 def test_a_runs_report_is_no_sites(folder: Path) -> None:
     assert "must be a site's report of its own ledger" in refused(folder, from_run.build(folder / "first"))
 
 
 def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
     one = signed_report(folder, "site-1")
-    other = signed_report(folder, "site-1", provenance=replace(one.provenance, task="regression"))
+    other = derived(folder, "site-1", provenance=replace(one.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):
         from_run.build(folder / "second", site_reports=[one, other])
 

@@ -19,11 +19,12 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy
-from fedtune.report import from_ledger, from_run, recompute, signing
+from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
+from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
 
 from .masking import check_golden, masked
@@ -35,7 +36,7 @@ Proposals = Callable[..., Proposal]
 def check(name: str, report: Report) -> Report:
     """The report is whole, its figures follow from its events, and it is the one that somebody has read."""
     assert signing.read(signing.to_text(report).encode()) == report
-    assert recompute.problems(report) == []
+    assert problems(report) == []
     found = masked(report)
     if name not in ("within", "two_runs"):
         del found["cells"]  # test_cells.py looks at them; two kinds of reports show them whole
@@ -105,7 +106,7 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
         assert banner in " ".join(command("report", *of).out.split())
         report = signing.read((at / "report.json").read_bytes())
         assert report.banners == ("simulation",)
-        assert recompute.problems(report) == []
+        assert problems(report) == []
         assert (at / "report.html").read_text().count(banner) == 1
     # Two figures for one training, and page 1 of each says why.
     ours, theirs = (signing.read((at / "report.json").read_bytes()).epsilon for at in (folder, tmp_path / "own"))
@@ -157,7 +158,7 @@ def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., P
         )
         for site in report.sites
     )  # fmt: skip
-    found = {problem.where for problem in recompute.problems(replace(report, sites=sites))}
+    found = {problem.where for problem in problems(replace(report, sites=sites))}
     assert not any("unpredictable_randomness" in where for where in found)
 
 

@@ -33,7 +33,7 @@ def test_a_run_ends_with_its_report(run_folder: Path) -> None:
     assert report == from_run.build(run_folder), "later, the same run_folder gives the same report"
     assert data.decode() == signing.to_text(report)
     assert (run_folder / "report.html").read_text() == render.render(report, language="en")
-    assert json.loads(data)["schema_version"] == 3
+    assert json.loads(data)["schema_version"] == 4
 
 
 def test_writing_it_again_gives_the_same_bytes(run_folder: Path) -> None:

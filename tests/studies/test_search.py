@@ -116,21 +116,22 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any
 
     def problem(**changes: Any) -> str:
         changed = json.loads(json.dumps(told))
-        changed["utility"]["selection"] |= changes
+        for selection in (changed["facts"]["selection"], changed["derived"]["utility"]["selection"]):
+            selection |= changes
         (tmp_path / "report.json").write_text(json.dumps(changed))
         checked = command("report", "verify", str(tmp_path))
         assert checked.code != 0
         return " ".join((checked.out + checked.err).split())
 
-    assert "utility.selection.epsilon" in problem(epsilon=told["utility"]["selection"]["epsilon"] / 2)
-    assert "utility.selection.trials" in problem(trials=4)
-    assert "utility.selection.delta" in problem(delta=1e-3)
-    (charge,) = told["utility"]["selection"]["charges"]
-    assert "utility.selection.charges" in problem(charges=[], epsilon=0.0)
-    assert "utility.selection.epsilon" in problem(charges=[charge | {"count": 4}])
+    assert "selection.epsilon" in problem(epsilon=told["facts"]["selection"]["epsilon"] / 2)
+    assert "selection.trials" in problem(trials=4)
+    assert "selection.delta" in problem(delta=1e-3)
+    (charge,) = told["facts"]["selection"]["charges"]
+    assert "selection.charges" in problem(charges=[], epsilon=0.0)
+    assert "selection.epsilon" in problem(charges=[charge | {"count": 4}])
     for trials in (0, 1000, None):
-        assert "utility.selection.trials" in problem(trials=trials)
-    assert "utility.selection.method" in problem(method="by hand")
+        assert "selection.trials" in problem(trials=trials)
+    assert "selection.method" in problem(method="by hand")
 
 
 def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words: list[str], folder: Path) -> None:

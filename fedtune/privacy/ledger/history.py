@@ -183,8 +183,8 @@ class History:
         restored: what was made up for, each time a backup was put back.
         lost_runs: run -> rounds that it was charged on lost branches alone.
         hashes: of all events, in order.
-        policies: caps in force, oldest first, as (time, max_epsilon); those of a lost branch as of when it was made up
-            for.
+        policies: caps in force, oldest first, as (time, max_epsilon, how many rounds were charged and backups put back
+            before); those of a lost branch as of when it was made up for.
         answers: refusals and offers of each day, and whether a stranger got them.
         refused: (day, run, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
@@ -203,7 +203,7 @@ class History:
         self.doubts: frozenset[Doubt] = frozenset()
         self.restored: list[Restored] = []
         self.lost_runs: dict[str, int] = {}
-        self.policies: list[tuple[str, float]] = []
+        self.policies: list[tuple[str, float, int]] = []
         self.hashes: list[str] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
@@ -285,7 +285,9 @@ class History:
             case "policy":
                 self.policy = policy_of(event.detail["policy"])
                 self.users.known.update(_user_columns(self.policy))
-                self.policies.append((event.time, self.policy.budget.max_epsilon))
+                self.policies.append(
+                    (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
+                )
             case "approved":
                 self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
             case "denied":
@@ -315,7 +317,7 @@ class History:
         self.users.known |= restored.users
         for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
             if cap != self.cap:
-                self.policies.append((moment.isoformat(), cap))
+                self.policies.append((moment.isoformat(), cap, len(self._rounds) + len(self.restored)))
         # How far each run had really got is not known here, so none of them goes on, known or not.
         for run in self.runs.values():
             run.expires = None
@@ -341,7 +343,7 @@ class History:
     @property
     def caps(self) -> tuple[float | None, ...]:
         """All lifetime caps that were in force, the newest last; None: no cap."""
-        return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap in self.policies))
+        return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap, _ in self.policies))
 
     @property
     def length(self) -> int:

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
-from fedtune.report.model import Cell, Provenance, Report, Scores, SiteReport, Verification
-from fedtune.report.record.ledger_record import LedgerRecord
-from fedtune.runs.results import FinalResult
+from fedtune.report.facts import RunFacts, Scores
+from fedtune.report.model import Cell, Report, SiteReport
 from fedtune.tasks import task_named
 from fedtune.words import score_text
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
-    from fedtune.report.record.run_record import RunRecord
+    from fedtune.config import RunConfig
 
 
 class Row(NamedTuple):
@@ -43,6 +43,8 @@ BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
 """Fact -> the section of texts that has words for its values."""
 NUMBERS = frozenset(_DATA["numbers"]["facts"])
+SETTINGS = frozenset(_DATA["settings"]["facts"])
+"""Facts that a run's settings, or those of a ledger's runs, say."""
 Facts = dict[str, str | None]
 _TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
@@ -69,77 +71,85 @@ def _cells(row: Row, known: Mapping[str, str]) -> Iterator[Cell]:
     yield Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, ""))
 
 
-def of_run(record: RunRecord, provenance: Provenance | None) -> Facts:
-    """Those that a run's folder has and the rest of its report has not."""
-    config, data = record.config, record.config.data
-    sizes = config.declared_sizes()
-    final = record.result.final if record.result else FinalResult(metrics={})
-    targets = config.lora.target_modules
-    parameters = record.state.adapter.num_values if record.state else None
-    return _of_every_report(provenance) | {
-        "dataset": data.dataset,
-        "task": config.task,
-        "declared_sizes": _pairs(sizes),
-        "declared_total": str(sum(sizes.values())),
-        "columns_used": _listed(
-            task_named(config.task).columns(data, unit=record.plan.unit, groups=record.plan.metrics_groups)
-        ),
-        "num_sites": str(len(config.federation.active)),
-        "runtime": config.runtime.kind,
-        "most_tokens": str(data.max_length),
-        "trained_parameters": None if parameters is None else str(parameters),
-        "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
-        "rank": _rank(config.lora.kind, config.lora.matrices),
-        "target_modules": targets if isinstance(targets, str) else _listed(targets),
-        "update_checks": config.federation.strategy,
-        "mechanism": "dp_sgd" if record.plan.private else "none",
-        "transport": _TRANSPORT[config.runtime.kind],
-        "seconds": _number(final.seconds),
-        "labels": str(len(data.labels)) if data.labels else None,
-        "heldout_fraction": _number(data.heldout_fraction),
-        # How much of a file a simulation uses says nothing of real sites' files.
-        "used_fraction": None if record.deployed else _number(data.train_fraction),
-        "scores_before": _scores(record.state.metrics_before if record.state else final.metrics_before),
-        "scores_final": _scores(final.metrics),
-    }
-
-
-def of_ledger(record: LedgerRecord, provenance: Provenance | None) -> Facts:
-    """Those that a ledger has, over all its runs, and the rest of its report has not."""
-    policy, history = record.policy, record.history
-    size = str(policy.population_size)
-    proposals = [run.proposal for run in history.runs.values()]
-    return _of_every_report(provenance) | {
-        "dataset": _listed(dataset.id for dataset in policy.dataset),
-        "task": _listed(proposal.task for proposal in proposals),
-        "declared_sizes": f"{history.opened.site}: {size}",
-        "declared_total": size,
-        "num_sites": "1",
-        "runtime": "simulation" if record.simulated else None,
-        "rank": _listed(_rank(proposal.adapter, proposal.rank) for proposal in proposals),
-        "target_modules": _listed(name for proposal in proposals for name in proposal.target_modules),
-        "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in history.runs.values()),
-        "base_model": _listed(proposal.base_model for proposal in proposals),
-    }
-
-
-def _rank(adapter: str, rank: int) -> str:
-    return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
-
-
-def of_report(report: Report) -> Facts:
-    """Those that follow from the rest of a report, whose own cells are not looked at."""
-    known = figures(report.sites, delta=report.delta)
-    known |= {
+def of_report(report: Report) -> tuple[Cell, ...]:
+    """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
+    facts, provenance = report.facts, report.provenance
+    version = provenance.libraries.get("dp-accounting")
+    sizes = {site.site: site.declared_size or 0 for site in report.sites}
+    known: dict[str, str | None] = {
+        **facts.settings,
+        **BY_DESIGN,
+        **figures(report.sites, delta=report.delta),
         "unit": report.unit,
         "released": _listed(report.released),
         "randomness": report.randomness,
         "known_limits": _listed(report.not_protected),
         "date": report.date,
+        "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
+        "base_model": provenance.model,
+        "base_model_sha256": provenance.model_sha256,
+        "base_model_licence": provenance.model_licence,
+        "fedtune_version": provenance.fedtune_version,
+        "hardware": provenance.machine,
+        "libraries": _listed(f"{name} {version}" for name, version in provenance.libraries.items()),
+        "dataset": provenance.dataset,
+        "task": provenance.task,
+        "declared_sizes": ", ".join(f"{name}: {size}" for name, size in sizes.items()),
+        "declared_total": str(sum(sizes.values())),
+        "num_sites": str(len(sizes)),
     }
-    if report.kind == "ledger":
-        known |= _of_verification(report.sites[0].verification if report.sites else None)
-    return known
+    if isinstance(facts, RunFacts):
+        parameters = facts.trained_parameters
+        return rows(
+            known
+            | {
+                "mechanism": "dp_sgd" if facts.plan.private else "none",
+                "transport": _TRANSPORT.get(facts.settings.get("runtime", "")),
+                "trained_parameters": None if parameters is None else str(parameters),
+                "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
+                "seconds": _number(facts.seconds),
+                "scores_before": _scores(facts.before),
+                "scores_final": _scores(facts.final),
+            }
+        )
+    verified = facts.verification
+    up_to_there = verified is not None and verified.anchor_sequence is not None and not verified.rollback_excluded
+    to_the_end = verified is not None and verified.rollback_excluded
+    return rows(
+        known
+        | {
+            "runtime": "simulation" if facts.simulated else None,
+            "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in facts.runs),
+            "base_model": _listed(run.base_model for run in facts.runs),
+            "ledger_verified": _yes_or_no(verified is not None),
+            "rollback_excluded": "up_to_the_anchor" if up_to_there else _yes_or_no(to_the_end),
+        }
+    )
+
+
+def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
+    """What cells say of a run's settings."""
+    data, targets, federation = config.data, config.lora.target_modules, config.federation
+    columns = task_named(config.task).columns(data, unit=plan.unit, groups=plan.metrics_groups)
+    # How much of a file a simulation uses says nothing of real sites' files.
+    used = None if config.runtime.kind == "deployment" else data.train_fraction
+    known = {
+        "columns_used": _listed(columns),
+        "runtime": config.runtime.kind,
+        "most_tokens": str(data.max_length),
+        "rank": rank_text(config.lora.kind, config.lora.matrices),
+        "target_modules": targets if isinstance(targets, str) else _listed(targets),
+        "update_checks": federation.strategy,
+        "labels": str(len(data.labels)) if data.labels else None,
+        "heldout_fraction": _number(data.heldout_fraction),
+        "used_fraction": _number(used),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def rank_text(adapter: str, rank: int) -> str:
+    """An adapter's rank, with its kind where it isn't LoRA."""
+    return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
 
 
 def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
@@ -176,28 +186,6 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     }
 
 
-def of_provenance(report: Report) -> Facts:
-    """Those that follow from where a report comes from; a ledger's runs may have had several base models."""
-    known = _of_every_report(report.provenance)
-    if report.kind == "ledger":
-        del known["base_model"]
-    return known
-
-
-def _of_every_report(provenance: Provenance | None) -> Facts:
-    assert provenance is not None, "facts of a record"
-    version = provenance.libraries.get("dp-accounting")
-    return dict(BY_DESIGN) | {
-        "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
-        "base_model": provenance.model,
-        "base_model_sha256": provenance.model_sha256,
-        "base_model_licence": provenance.model_licence,
-        "fedtune_version": provenance.fedtune_version,
-        "hardware": provenance.machine,
-        "libraries": _listed(f"{name} {version}" for name, version in provenance.libraries.items()),
-    }
-
-
 def _scores(metrics: Scores) -> str | None:
     shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
     return _listed(f"{name} {score_text(value)}" for name, value in shown)
@@ -207,22 +195,9 @@ def _by_mechanism(values: Sequence[float | None]) -> str | None:
     return "not_computed" if None in values else _of_100(values)
 
 
-def _of_verification(found: Verification | None) -> Facts:
-    up_to_there = found is not None and found.anchor_sequence is not None and not found.rollback_excluded
-    to_the_end = found is not None and found.rollback_excluded
-    return {
-        "ledger_verified": _yes_or_no(found is not None),
-        "rollback_excluded": "up_to_the_anchor" if up_to_there else _yes_or_no(to_the_end),
-    }
-
-
 def _of_100(values: Iterable[float | None]) -> str | None:
     """In hundredths, upwards."""
     return _number(max((math.ceil(value * 100) / 100 for value in values if value is not None), default=None))
-
-
-def _pairs(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}: {size}" for name, size in sizes.items())
 
 
 def _listed(names: Iterable[str]) -> str | None:

@@ -26,10 +26,10 @@ from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_me
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
-from fedtune.privacy.events import Spent
+from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.selection import Selection
-from fedtune.report.model import Charge, CurvePoint, HitRate, Meaning, Mechanism, Posterior, Source
+from fedtune.report.facts import Source
+from fedtune.report.model import CurvePoint, HitRate, Meaning, Mechanism, Posterior
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
@@ -99,14 +99,14 @@ def by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEv
     return events.grouped(charged)
 
 
-def charges_of(row: Mechanism | Selection) -> Counter[DpEvent]:
-    """The mechanisms that a row of a report names, counted.
+def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
+    """The mechanisms that a report names, counted.
 
     Raises:
         ConfigError: one is no event of fedtune's.
     """
     total: Counter[DpEvent] = Counter()
-    for charge in row.charges:
+    for charge in charges:
         check_at_least("count", charge.count, 1)
         total[events.from_json(charge.event)] += charge.count
     return events.grouped(total)

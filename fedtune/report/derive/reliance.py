@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from dp_accounting import DpEvent
 
 from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
-from fedtune.report.model import ByTrust, Meaning, Mechanism, Problem, Report, SiteReport
+from fedtune.report.model import ByTrust, Meaning, Mechanism, SiteReport
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
@@ -36,7 +36,7 @@ def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Coun
     total: Counter[DpEvent] = Counter()
     for row in rows:
         # Of a lost run nothing is known but its charges.
-        total.update(profile.by_settings(row, colluders=colluders) if row.shared else profile.charges_of(row))
+        total.update(profile.by_settings(row, colluders=colluders) if row.shared else profile.charges_of(row.charges))
     return total
 
 
@@ -54,23 +54,3 @@ def means(site: SiteReport, charged: Spent, *, delta: float, fixed: bool) -> Mea
         if trust is None
         else (charged_against(site.mechanisms, colluders=MOST_SITES), trust.with_all_others),
     )
-
-
-def contradictions(report: Report) -> Iterator[Problem]:
-    """Settings of secure sums that no run can have, or that the rest of the report denies."""
-    survivors = [len(one.sites) for one in report.utility.rounds if one.sites] if report.utility else []
-    for site in report.sites:
-        for row in site.mechanisms:
-            if (shared := row.shared) is None:
-                continue
-            where = f"sites.{site.site}.mechanisms.{row.run}.shared"
-            if row.noise_multiplier != shared.noise_of_fewest:
-                yield Problem(f"{where}.noise_multiplier", row.noise_multiplier, shared.noise_of_fewest)
-            if row.local_steps != 1:
-                yield Problem(f"{where}.local_steps", row.local_steps, 1)
-            taking_part = len(report.sites) if report.kind == "run" else shared.num_sites
-            if shared.num_sites != taking_part or shared.num_sites > MOST_SITES:
-                yield Problem(f"{where}.num_sites", shared.num_sites, f"{taking_part}, at most {MOST_SITES}")
-                continue
-            if shared.threshold > (most := min(survivors, default=shared.num_sites)):
-                yield Problem(f"{where}.threshold", shared.threshold, f"at most {most}")

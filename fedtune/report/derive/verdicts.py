@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Literal
 
 from fedtune.privacy.events import Spent
-from fedtune.report.derive import profile, reliance
-from fedtune.report.derive.facts import NOT_RECORDED, LedgerFacts, RunFacts
+from fedtune.report.derive import reliance
 from fedtune.report.derive.profile import accountants_agree, interval_of
-from fedtune.report.model import Report, SiteReport, State, Verdict
+from fedtune.report.facts import NOT_RECORDED, Approved, Lifetime, RunFacts, State, Verdict
+from fedtune.report.model import Report, SiteReport
 from fedtune.words import unbounded
 
 REASONS: Mapping[State, tuple[str, ...]] = {
@@ -97,22 +97,21 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     means = reliance.means(site, charged, delta=delta, fixed=were_fixed(site))
-    return replace(site, verdict=verdict, meaning=profile.as_stated(means))
+    return replace(site, verdict=verdict, meaning=means)
 
 
 def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
     """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
     spent = site.spent
-    if spent is None:
-        return
+    assert spent is not None
     if spent.rounds == 0:
         yield "nothing_spent"
     else:
         rows, planned = site.mechanisms, (spent.epsilon, spent.planned_epsilon)
         yield from _holding(
             no_noise=spent.epsilon is None,
-            seeded_noise=facts.seeded,
-            above_target=any(above(epsilon, facts.target) for epsilon in planned),
+            seeded_noise=facts.seeded_noise,
+            above_target=any(above(epsilon, facts.target_epsilon) for epsilon in planned),
             not_finished=not facts.finished,
             ended_by_scores=facts.ended_by_scores,
             site_silent=spent.upper_bound,
@@ -120,31 +119,32 @@ def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
         )
     yield from _holding(
         configuration_changed=not facts.unchanged,
-        receipts_not_believed=site.site in facts.doubtful,
+        receipts_not_believed=any(one.site == site.site and not one.believed for one in facts.sites),
         accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
     )
 
 
-def of_ledger(site: SiteReport, facts: LedgerFacts) -> Iterator[str]:
-    """The reasons of a ledger: what was spent against what is approved now."""
-    spent, life, approved = site.spent, site.lifetime, site.approved
-    if spent is None or life is None:
-        return
+def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: bool) -> Iterator[str]:
+    """The reasons of a ledger: what was spent against what is approved now.
+
+    Args:
+        life: what was spent.
+        approved: by the site.
+        charges: that the ledger holds, as `Cap.charges_before` counts them.
+        verified: whether it fits together.
+    """
     something = life.epsilon != 0
-    cap, of_period = (approved.max_epsilon, approved.max_epsilon_per_period) if approved else (None, None)
     yield from _holding(
-        ledger_not_verified=site.verification is None,
+        ledger_not_verified=not verified,
         ledger_in_doubt=life.in_doubt,
         seeded_noise=life.seeded,
         no_noise=life.epsilon is None,
         # A filter bounds anything only while a cap is fixed and never passed.
-        no_lifetime_cap=facts.spent_without_cap or (cap is None and something),
-        above_lifetime_cap=something and above(life.epsilon, cap),
-        above_period_cap=something and above(life.period_epsilon, of_period),
-        above_run_cap=facts.above_run_cap,
+        no_lifetime_cap=life.spent_without_cap(charges) or (approved.max_epsilon is None and something),
+        above_lifetime_cap=something and above(life.epsilon, approved.max_epsilon),
+        above_period_cap=something and above(life.period_epsilon, approved.max_epsilon_per_period),
         nothing_spent=not something,
-        cap_raised=facts.cap_raised,
-        accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
+        cap_raised=life.cap_raised,
     )
 
 

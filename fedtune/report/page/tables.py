@@ -99,7 +99,7 @@ class Words:
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
         self.report = report
         self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
-        self.json = model.to_json(report)
+        self.json = model.to_json(report)["derived"]  # pointers on a page begin there
         self.order = tuple(sorted(range(len(report.sites)), key=self._favour))
         """Places of the sites, the least favourable result first."""
 

@@ -1,0 +1,263 @@
+"""The report of a ledger, from its facts alone.
+
+Its figures are the filter's, which hold although each run was chosen after what earlier ones released.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.events import Charge
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import period_of
+from fedtune.report.derive import profile, reliance, rules, verdicts
+from fedtune.report.derive.profile import mechanism_of
+from fedtune.report.facts import (
+    NOT_RECORDED,
+    Approved,
+    ChargedRounds,
+    LedgerFacts,
+    Lifetime,
+    LifetimeRun,
+    RunInLedger,
+    Verdict,
+)
+from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
+from fedtune.words import finite
+
+
+def report_of(facts: LedgerFacts) -> Report:
+    """The figures that follow from a ledger's facts."""
+    ran, charged = mechanisms(facts), charged_of(facts)
+    lifetime, delta = _lifetime(facts, ran, charged), facts.delta
+    spent = Spent(
+        epsilon=lifetime.epsilon,
+        epsilon_pld=lifetime.epsilon_pld,
+        epsilon_rdp=lifetime.epsilon_rdp,
+        planned_epsilon=None,
+        upper_bound=False,
+        rounds=sum(row.rounds for row in ran),
+        steps=sum(row.rounds * row.local_steps for row in ran),
+    )
+    site = SiteReport(
+        site=facts.site,
+        source="own_ledger",
+        verdict=Verdict(state="within"),
+        declared_size=facts.declared_size,
+        approved=_approved(facts),
+        spent=spent,
+        left=lifetime.left,
+        meaning=None,
+        mechanisms=ran,
+        curve=profile.curve(charged, profile.curve_deltas(delta)) if charged else (),
+        steps=steps(facts.charges, plans_of(facts), order=facts.order, delta=delta, epsilon=lifetime.epsilon),
+        lifetime=lifetime,
+        verification=facts.verification,
+        releases=facts.releases,
+        asserted=facts.asserted,
+        by_trust=reliance.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
+    )
+    reasons = [
+        *verdicts.of_ledger(
+            lifetime, _approved(facts), charges=num_charges(facts), verified=facts.verification is not None
+        ),
+        *(["above_run_cap"] if _plans_above_their_caps(facts) else []),
+        *(["accountants_disagree"] if not profile.accountants_agree(spent, width=accountant.COARSE) else []),
+    ]
+    site = verdicts.judged(site, reasons, charged=charged, delta=delta)
+    return rules.report_of(facts, (site,))
+
+
+def num_charges(facts: LedgerFacts) -> int:
+    """Rounds that the entries charged, and backups that were put back."""
+    return sum(entry.rounds if entry.run else 1 for entry in facts.charges)
+
+
+def plans_of(facts: LedgerFacts) -> Mapping[str, Plan]:
+    """Run -> its plan."""
+    return {run.run: run.plan for run in facts.runs}
+
+
+def charged_of(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
+    """Everything charged; with a `period`, in that of the newest entry."""
+    plans, total = plans_of(facts), Counter[DpEvent]()
+    for entry in facts.charges:
+        if period is None or _number(entry.day, period) == _number(facts.date, period):
+            total.update(_of_entry(entry, plans))
+    return events.grouped(total)
+
+
+def _number(day: str, period: str) -> int:
+    return period_of(datetime.fromisoformat(day), period)
+
+
+def _of_entry(entry: ChargedRounds, plans: Mapping[str, Plan]) -> Counter[DpEvent]:
+    return profile.charges_of(entry.lost) + events.grouped(
+        [plans[entry.run].event(rounds=entry.rounds)] if entry.run else []
+    )
+
+
+def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
+    return finite(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
+
+
+def _rounds(facts: LedgerFacts) -> Mapping[str, int]:
+    """Run -> rounds that the ledger's own entries charged."""
+    rounds = dict.fromkeys(plans_of(facts), 0)
+    for entry in facts.charges:
+        if entry.run:
+            rounds[entry.run] += entry.rounds
+    return rounds
+
+
+def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
+    """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
+    own, charged = _rounds(facts), charged_of(facts)
+    rounds = {run.run: own[run.run] + run.lost_rounds for run in facts.runs}
+    unexplained = _less(charged, facts, rounds)
+    if any(count < 0 for count in unexplained.values()):
+        # A head that names more rounds than charges: the events alone count, and what they leave is nobody's run.
+        rounds = dict(own)
+        unexplained = _less(charged, facts, rounds)
+    known = [
+        # The fedtune that wrote the entry samples so.
+        mechanism_of(run.plan, run=run.run, rounds=rounds[run.run], sampling="poisson")
+        for run in facts.runs
+    ]
+    return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
+
+
+def _less(charged: Counter[DpEvent], facts: LedgerFacts, rounds: Mapping[str, int]) -> Counter[DpEvent]:
+    left = Counter(charged)
+    for run in facts.runs:
+        left.subtract(events.grouped([run.plan.event(rounds=rounds[run.run])]))
+    return left
+
+
+def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
+    """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
+    ((json, _),) = events.counted([event])
+    rate, noise, scores = 1.0, 0.0, 0.0
+    match event:
+        case PoissonSampledDpEvent():
+            rate, noise = event.sampling_probability, event.event.noise_multiplier
+        case GaussianDpEvent():
+            noise = scores = event.noise_multiplier
+        case NonPrivateDpEvent():
+            pass
+    return Mechanism(
+        run="",
+        sampling_assumed="poisson",
+        sampling_run=NOT_RECORDED,
+        sampling_rate=rate,
+        noise_multiplier=noise,
+        max_grad_norm=None,
+        local_steps=0 if scores else count,
+        rounds=0 if scores else 1,
+        metrics_noise_multiplier=scores,
+        charges=(Charge(event=json, count=count),),
+    )
+
+
+def _lifetime(facts: LedgerFacts, ran: tuple[Mechanism, ...], charged: Counter[DpEvent]) -> Lifetime:
+    """The figures over all runs, as of the newest entry."""
+    own, rounds = _rounds(facts), {row.run: row.rounds for row in ran}
+    held = Counter[DpEvent]()
+    for run in facts.runs:
+        if run.state == "open":
+            held.update(events.grouped([run.plan.event(rounds=run.plan.most_rounds - own[run.run])]))
+    left = _left(facts, charged + held)
+    reference = facts.reference
+    typical = events.dp_sgd(
+        sampling_rate=reference.sampling_rate, noise_multiplier=reference.noise_multiplier, steps=reference.steps
+    )
+    each = filter.total_divergence([typical], facts.order)
+    return Lifetime(
+        order=facts.order,
+        epsilon=_filtered(facts, charged),
+        with_set_aside=_filtered(facts, charged + held),
+        epsilon_pld=profile.epsilon_pld(charged, facts.delta),
+        epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
+        left=left,
+        period=facts.period,
+        period_epsilon=_filtered(facts, charged_of(facts, period=facts.period)),
+        reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
+        caps=facts.caps,
+        runs=tuple(_run(facts, run, rounds[run.run]) for run in facts.runs),
+        frozen=facts.frozen,
+        in_doubt=facts.in_doubt,
+        restored=sum(not entry.run for entry in facts.charges),
+        seeded=facts.seeded_noise,
+    )
+
+
+def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
+    """What the lifetime cap leaves for new runs, as a divergence of the ledger's order; None: no cap."""
+    if facts.frozen or facts.in_doubt:
+        return 0.0
+    if facts.max_epsilon is None:
+        return None
+    room = filter.most_divergence(facts.max_epsilon, order=facts.order, delta=facts.delta)
+    return max(0.0, room - filter.total_divergence(taken, facts.order))
+
+
+def _run(facts: LedgerFacts, run: RunInLedger, rounds: int) -> LifetimeRun:
+    """One run; rounds that it was charged on a lost branch are in its figures."""
+    plan = run.plan
+    return LifetimeRun(
+        run=run.run,
+        lead=run.lead,
+        dataset=run.dataset,
+        state=run.state,
+        rounds=rounds,
+        most_rounds=plan.most_rounds,
+        steps=rounds * plan.local_steps,
+        epsilon=profile.epsilon_pld([plan.event(rounds=rounds)], facts.delta),
+        planned_epsilon=profile.epsilon_pld([plan.whole], facts.delta),
+        seeded_noise=run.seeded_noise,
+        base_model=run.base_model,
+        adapter_sha256=run.adapter_sha256,
+    )
+
+
+def _approved(facts: LedgerFacts) -> Approved:
+    return Approved(
+        max_epsilon=facts.max_epsilon,
+        max_epsilon_per_run=facts.max_epsilon_per_run,
+        max_epsilon_per_period=facts.max_epsilon_per_period,
+        period=facts.period,
+        since=facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None,
+    )
+
+
+def _plans_above_their_caps(facts: LedgerFacts) -> bool:
+    """Whether a plan is above the cap on one run that was in force when it was accepted, as it was decided then."""
+    return any(
+        accountant.epsilon_above([run.plan.whole], run.plan.delta, limit=run.max_epsilon) is not None
+        for run in facts.runs
+        if run.max_epsilon is not None
+    )
+
+
+def steps(
+    charges: Sequence[ChargedRounds], plans: Mapping[str, Plan], *, order: float, delta: float, epsilon: float | None
+) -> tuple[Step, ...]:
+    """Epsilon by the filter after each round that is told by itself, and after the others' runs; `epsilon` at last."""
+    most, total, made = math.inf if epsilon is None else epsilon, 0.0, list[Step]()
+    last = {entry.run: number for number, entry in enumerate(charges)}
+    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}
+    for number, entry in enumerate(charges):
+        lost = filter.total_divergence(profile.charges_of(entry.lost), order)
+        total += each[entry.run] * entry.rounds if entry.run else lost
+        if entry.run and entry.round is None and last[entry.run] != number:
+            continue
+        # Summed in another order than the ledger's own figure, from which it differs in the last digits.
+        so_far = most if number == len(charges) - 1 else min(most, max(0.0, total + filter.surcharge(order, delta)))
+        made.append(Step(run=entry.run, round=entry.round, time=entry.day, epsilon=finite(so_far)))
+    return tuple(made)

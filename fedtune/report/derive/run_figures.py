@@ -1,0 +1,200 @@
+"""The report of a run, from its facts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
+from fedtune.privacy import accountant
+from fedtune.privacy.run_plan import Plan
+from fedtune.report.derive import audit_bounds, profile, reliance, rules, verdicts
+from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
+from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility
+from fedtune.runs.results import charged_epsilons
+from fedtune.words import finite
+
+_MOST_FIGURES = 64
+"""Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
+
+
+def report_of(facts: RunFacts) -> Report:
+    """The figures that follow from a run's facts."""
+    sites = audit_bounds.judged(
+        (_site(facts, site) for site in facts.sites), facts.audit, marked=facts.canaries_planted
+    )
+    return rules.report_of(facts, sites, utility=_utility(facts, sites))
+
+
+def source_of(facts: RunFacts, site: SiteFacts) -> Source:
+    """Where a site's figures come from."""
+    if site.statement:
+        return "signed_site_report"
+    if not facts.has_checkpoint:
+        return "run_record"
+    return "not_released" if site.signed_rounds is None else "charged_by_receipts"
+
+
+def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
+    """Whether a site's ledger says no less than its receipts and updates, and what the run asked for."""
+    known = [run for run in said.lifetime.runs if run.run == facts.run]
+    least = max(site.signed_rounds or 0, sum(site.site in result.sites for result in facts.rounds))
+    return said.same_plan and all(
+        run.rounds >= least and run.seeded_noise == facts.seeded_noise and run.most_rounds == facts.plan.most_rounds
+        for run in known
+    )
+
+
+def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
+    plan, source, statement = facts.plan, source_of(facts, site), site.statement
+    grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
+    known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
+    sampling = facts.sampling if statement is None else "poisson" if known else None
+    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=sampling or NOT_RECORDED)
+    rows = (row,) if site.rounds else ()
+    by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
+    made = SiteReport(
+        site=site.site,
+        source=source,
+        verdict=Verdict(state="within"),
+        declared_size=site.declared_size,
+        approved=statement.approved if statement else None,
+        spent=Spent(
+            epsilon=by_pld,
+            epsilon_pld=by_pld,
+            epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
+            planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
+            upper_bound=site.upper_bound,
+            rounds=site.rounds,
+            steps=site.rounds * plan.local_steps,
+            ended_by_scores=facts.ended_by_scores and site.rounds > 0,
+        ),
+        left=statement.lifetime.left if statement else None,
+        meaning=None,
+        mechanisms=rows,
+        curve=profile.curve(charged, profile.curve_deltas(plan.delta)) if charged else (),
+        steps=tuple(_steps(facts, site)),
+        lifetime=statement.lifetime if statement else None,
+        verification=statement.verification if statement else None,
+        releases=statement.releases if statement else tuple(_releases(facts, site)),
+        asserted=statement.asserted if statement else {},
+        reported=statement.reported if statement else None,
+        by_trust=reliance.by_trust(
+            # What scores ended claims its whole plan.
+            [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
+            lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
+        ),
+    )
+    judged = verdicts.judged(made, verdicts.of_run(made, facts), charged=charged, delta=plan.delta)
+    if statement is None:
+        return judged
+    reasons = verdicts.of_ledger(
+        statement.lifetime,
+        statement.approved,
+        charges=statement.charges,
+        verified=statement.verification is not None,
+    )
+    words = [judged.verdict, statement.verdict, verdicts.verdict_of(reasons)]
+    if not agrees(facts, site, statement):
+        words.append(Verdict(state="no_guarantee", reasons=("site_report_disagrees",)))
+    verdict = verdicts.worst(words)
+    meaning = None if verdict.state == "no_guarantee" else judged.meaning
+    return replace(judged, verdict=verdict, meaning=meaning)
+
+
+def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
+    epsilons = epsilon_by_round(sites)
+    return Utility(
+        before=facts.before,
+        final=facts.final,
+        non_private=None,
+        findings=facts.findings,
+        energy=facts.energy,
+        detail=facts.detail,
+        kept=facts.kept,
+        selection=facts.selection,
+        rounds=tuple(
+            RoundCost(
+                round=result.round,
+                sites=result.sites,
+                failed_sites=result.failed_sites,
+                seconds=result.seconds,
+                bytes_down=result.bytes_down,
+                bytes_up=result.bytes_up,
+                scores=result.metrics,
+                epsilon=epsilons[result.round],
+            )
+            for result in facts.rounds
+        ),
+    )
+
+
+def epsilon_by_round(sites: Iterable[SiteReport]) -> Mapping[int, float | None]:
+    """Round -> the worst site's epsilon after it."""
+    worst: dict[int, list[float | None]] = {}
+    for site in sites:
+        for step in site.steps:
+            worst.setdefault(step.round or 0, []).append(step.epsilon)
+    return {number: profile.largest(values) for number, values in worst.items()}
+
+
+def _steps(facts: RunFacts, site: SiteFacts) -> Iterator[Step]:
+    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
+    took_part = [site.site in result.sites for result in facts.rounds]
+    for index, result in enumerate(facts.rounds):
+        so_far = max(0, site.rounds - sum(took_part[index + 1 :]))
+        yield Step(
+            run=facts.run,
+            round=result.round,
+            time=result.ended or None,
+            epsilon=_epsilon_after(facts.plan, so_far, site.rounds),
+        )
+
+
+def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
+    every = math.ceil(charged / _MOST_FIGURES) or 1
+    shown = min(charged, math.ceil(rounds / every) * every)
+    final = charged_epsilons(plan, charged)[0]
+    return finite(final if shown == charged else min(final, _coarse_epsilon(plan, shown)))
+
+
+@lru_cache(maxsize=256)
+def _coarse_epsilon(plan: Plan, rounds: int) -> float:
+    """Never less than on the fine grid, and several times faster."""
+    if rounds == 0:
+        return 0.0
+    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+
+
+def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
+    """What came from a site over all rounds, by kind and reason."""
+    groups: dict[tuple[str, str | None], list[RoundResult]] = {}
+    for result in facts.rounds:
+        if (what := _what_came(result, site.site)) is not None:
+            groups.setdefault(what, []).append(result)
+    for (kind, reason), results in groups.items():
+        times = [result.ended for result in results if result.ended]
+        first, last = min(times, default=None), max(times, default=None)
+        yield Release(kind=kind, run=facts.run, reason=reason, count=len(results), first=first, last=last)
+    came = sum(len(results) for (kind, _), results in groups.items() if kind == "update")
+    if (without := (site.signed_rounds or 0) - came) > 0:
+        kind = "reservation_without_update"
+        yield Release(kind=kind, run=facts.run, reason=None, count=without, first=None, last=None)
+
+
+def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
+    """Kind and reason; None where the site was not asked."""
+    if site in result.sites:
+        return "update", None
+    match result.failed_sites.get(site):
+        case reason if reason in (None, LEFT_OUT):
+            return None
+        case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
+            return "no_answer", reason
+        case reason if reason in (INVALID_UPDATE, BEYOND_PLAN):
+            return "update", reason
+        case reason:
+            return "refusal", reason

@@ -1,0 +1,431 @@
+"""What a report rests on, each thing once; everything else in it follows (`derive`).
+
+A builder reads facts in a run's folder or in a ledger.  They hold plans, counts, limits and days, never a record's
+contents.  Who checks a report derives everything else from them again; that they are true shows a signature alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from itertools import pairwise
+from typing import Literal
+
+from fedtune.federation.cost import Energy
+from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
+from fedtune.federation.lead import RoundResult
+from fedtune.federation.spec import FederationSpec
+from fedtune.privacy.events import Charge
+from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import Selection
+from fedtune.privacy.site_policy import Reference
+from fedtune.report.audit_findings import Audit
+from fedtune.spec import check_at_least, spec
+from fedtune.tasks.measures import Detail
+
+Scores = Mapping[str, float | None]
+State = Literal["within", "exceeded", "no_guarantee"]
+Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
+NOT_RECORDED = "not_recorded"
+"""For a fact that was not recorded at the time."""
+
+
+@spec
+class Verdict:
+    """Whether what was spent stays within what was approved; `reasons` are codes of the catalogue."""
+
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+@spec
+class Approved:
+    """What the site's policy allows; None: no bound of that kind.
+
+    Attributes:
+        since: when the newest lifetime cap was noted; None: it stands in the policy, and the ledger has not noted it.
+    """
+
+    max_epsilon: float | None
+    max_epsilon_per_run: float | None
+    max_epsilon_per_period: float | None
+    period: Literal["month", "quarter", "year"]
+    since: str | None
+
+
+@spec
+class Cap:
+    """A lifetime cap, and from when on.
+
+    Attributes:
+        charges_before: charges that the ledger had noted by then, in rounds and in backups put back.
+    """
+
+    time: str
+    max_epsilon: float | None
+    charges_before: int
+
+
+@spec
+class LifetimeRun:
+    """One run in a ledger.
+
+    Attributes:
+        base_model: SHA-256 of the weights that the run named, or "unverified".
+        adapter_sha256: of the final adapter, where the lead gave it to the site.
+    """
+
+    run: str
+    lead: str
+    dataset: str
+    state: str
+    rounds: int
+    most_rounds: int
+    steps: int
+    epsilon: float | None
+    planned_epsilon: float | None
+    seeded_noise: bool
+    base_model: str = UNVERIFIED
+    adapter_sha256: str | None = None
+
+
+@spec
+class Lifetime:
+    """A ledger's figures over all its runs."""
+
+    order: float
+    epsilon: float | None
+    with_set_aside: float | None
+    epsilon_pld: float | None
+    epsilon_rdp: float | None
+    left: float | None
+    period: str
+    period_epsilon: float | None
+    reference_runs_left: int | None
+    caps: tuple[Cap, ...]
+    runs: tuple[LifetimeRun, ...]
+    frozen: bool
+    in_doubt: bool
+    restored: int
+    seeded: bool
+
+    @property
+    def cap_raised(self) -> bool:
+        """Whether a lifetime cap was raised after something was charged, and so perhaps because of its release."""
+        return any(
+            later.charges_before > 0
+            and cap.max_epsilon is not None
+            and (later.max_epsilon is None or later.max_epsilon > cap.max_epsilon)
+            for cap, later in pairwise(self.caps)
+        )
+
+    def spent_without_cap(self, charges: int) -> bool:
+        """Whether one of so many charges came while no lifetime cap was in force: no later cap bounds that."""
+        ends = (*(cap.charges_before for cap in self.caps[1:]), charges)
+        spans = zip(self.caps, ends, strict=False)  # where there are no caps, there is no span
+        return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)
+
+
+@spec
+class Verification:
+    """What checking a ledger found."""
+
+    num_events: int
+    head: str
+    site_key: str
+    key_expected: bool
+    rollback_excluded: bool
+    anchor_sequence: int | None
+
+
+@spec
+class Release:
+    """Something that left the site, or was refused; equal ones of one run are counted together.
+
+    Attributes:
+        kind: "update", "refusal", "offer", "reservation_without_update".
+        reason: of a refusal.
+        first: when; a ledger's only to the day, since a policy may hide when exactly its site trained.
+    """
+
+    kind: str
+    run: str
+    reason: str | None
+    count: int
+    first: str | None
+    last: str | None
+
+
+@spec
+class StartAdapter:
+    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
+
+    digest: str
+    run: str | None
+    dataset: str | None
+    unit: str | None
+    delta: float | None
+    epsilon: float | None
+
+
+@spec
+class Provenance:
+    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one.
+
+    Attributes:
+        purpose: of the training, in the words of a person.
+    """
+
+    fedtune_version: str
+    config_sha256: str | None
+    model: str | None
+    model_sha256: str | None
+    model_licence: str | None
+    dataset: str | None
+    task: str | None
+    libraries: Mapping[str, str]
+    python: str | None
+    machine: str | None
+    start_adapter: StartAdapter | None = None
+    purpose: str | None = None
+
+
+@spec
+class SiteStatement:
+    """What a site says in a signed report of its own ledger, as far as a run's report repeats it.
+
+    Attributes:
+        reported: day of the report.
+        same_plan: whether its ledger holds the plan that the run asked for, if it knows the run.
+        charges: that its ledger holds, as `Cap.charges_before` counts them.
+    """
+
+    reported: str | None
+    same_plan: bool
+    verdict: Verdict
+    approved: Approved
+    lifetime: Lifetime
+    charges: int
+    verification: Verification | None
+    releases: tuple[Release, ...]
+    asserted: Mapping[str, bool]
+
+
+@spec
+class SiteFacts:
+    """One site of a run, as its lead knows it.
+
+    Attributes:
+        rounds: charged to the run, retries included.
+        upper_bound: the site fell silent, or its receipts are missing, and every round that may be charged is counted.
+        signed_rounds: that its newest receipt names; None: the lead holds no receipt of its.
+        key: that signed the receipt, shortened.
+        believed: whether its receipts fit what is known beside them.
+        statement: from a report that it signed.
+    """
+
+    site: str
+    declared_size: int | None
+    rounds: int
+    upper_bound: bool
+    signed_rounds: int | None
+    key: str
+    believed: bool
+    statement: SiteStatement | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("rounds", self.rounds, 0)
+
+
+@spec
+class RunFacts:
+    """Of a run.
+
+    Attributes:
+        run: as the sites' ledgers call it.
+        target_epsilon: that the run was given.
+        date: of the newest thing on record.
+        sampling: how the process that trained says units joined a step; None: nobody noted it.
+        randomness: where it says noise came from, likewise.
+        inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
+        has_checkpoint: whether one is left; else `run.json` is all that tells of receipts.
+        config_file_sha256: of the `config.yaml` in the folder; `provenance` has that of the run's.
+        settings: of the run, that its cells show.
+        trained_parameters: None: not known.
+        rounds: the finished ones, without the sites' noised scores.
+        before: scores on the test file before training, and `final` after it.
+        audit: what an attack found; `canaries_planted` where one was begun.
+    """
+
+    kind: Literal["run"]
+    name: str
+    run: str
+    plan: Plan
+    target_epsilon: float | None
+    seeded_noise: bool
+    date: str | None
+    sampling: str | None
+    randomness: str | None
+    inexact_gradients: bool | None
+    has_checkpoint: bool
+    config_file_sha256: str
+    judged_by: str
+    keep_round: Literal["last", "best"]
+    stop_after: int | None
+    settings: Mapping[str, str]
+    trained_parameters: int | None
+    provenance: Provenance
+    rounds: tuple[RoundResult, ...]
+    before: Scores
+    final: Scores
+    seconds: float | None
+    findings: tuple[str, ...]
+    energy: Energy | None
+    detail: Detail | None
+    selection: Selection | None
+    audit: Audit | None
+    canaries_planted: bool
+    sites: tuple[SiteFacts, ...]
+
+    @property
+    def _federation(self) -> FederationSpec:
+        return FederationSpec(
+            num_rounds=self.plan.num_rounds,
+            spare_rounds=self.plan.spare_rounds,
+            keep_round=self.keep_round,
+            stop_after=self.stop_after,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round was aggregated, or scores ended the run."""
+        return is_over(self.rounds, self._federation, judged_by=self.judged_by)
+
+    @property
+    def progress(self) -> str:
+        """How many rounds there were of how many."""
+        return f"{len(self.rounds)} / {rounds_in_all(self.rounds, self._federation)}"
+
+    @property
+    def kept(self) -> Kept | None:
+        """What validation scores decided; None: nothing."""
+        return kept_of(self.rounds, self._federation, judged_by=self.judged_by)
+
+    @property
+    def ended_by_scores(self) -> bool:
+        """Whether validation scores ended the run before its plan did."""
+        return self.kept is not None and self.kept.ended_early
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether `config.yaml` is the one that the run had."""
+        return self.config_file_sha256 == self.provenance.config_sha256
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites were real ones."""
+        return self.settings.get("runtime") == "deployment"
+
+
+@spec
+class ChargedRounds:
+    """What entries of a ledger charged: rounds of one run in a row, or what a lost branch was charged.
+
+    Attributes:
+        run: "" for a lost branch.
+        round: of one round that the report shows by itself; None: several, or a run that it shows as a whole.
+        day: of the last of them.
+        lost: mechanisms of the lost branch.
+        entry: that made up for it.
+    """
+
+    run: str
+    rounds: int
+    round: int | None
+    day: str
+    lost: tuple[Charge, ...] = ()
+    entry: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("rounds", self.rounds, 1 if self.run else 0)
+
+
+@spec
+class RunInLedger:
+    """One run that a ledger accepted.
+
+    Attributes:
+        state: "open", "ended" or "expired".
+        lost_rounds: that it was charged on lost branches.
+        max_epsilon: the cap on one run that was in force when it was accepted; None: there was none.
+    """
+
+    run: str
+    lead: str
+    dataset: str
+    state: Literal["open", "ended", "expired"]
+    plan: Plan
+    lost_rounds: int
+    max_epsilon: float | None
+    seeded_noise: bool
+    base_model: str
+    adapter_sha256: str | None
+
+    def __post_init__(self) -> None:
+        check_at_least("lost_rounds", self.lost_rounds, 0)
+
+
+@spec
+class LedgerFacts:
+    """Of a ledger.
+
+    Attributes:
+        date: of its newest entry.
+        order: of the filter, fixed when the ledger was made.
+        max_epsilon: the smaller of the cap that the ledger noted and the policy's; None: no cap; the others likewise.
+        reference: a typical run.
+        charges: in order.
+        lost_seed: whether noise on a lost branch came from a seed.
+        simulated: whether the site was ever one of a simulation's.
+        inexact_gradients: whether one of its policies accepted them.
+        policy_noted: whether the ledger has noted the policy in force, with its digest; None: it was not given.
+        problem: why the ledger does not verify.
+        settings: of its runs, that its cells show.
+    """
+
+    kind: Literal["ledger"]
+    site: str
+    population: str
+    date: str
+    unit: Unit
+    delta: float
+    order: float
+    declared_size: int
+    max_epsilon: float | None
+    max_epsilon_per_run: float | None
+    max_epsilon_per_period: float | None
+    period: Literal["month", "quarter", "year"]
+    reference: Reference
+    caps: tuple[Cap, ...]
+    runs: tuple[RunInLedger, ...]
+    charges: tuple[ChargedRounds, ...]
+    lost_seed: bool
+    frozen: bool
+    in_doubt: bool
+    simulated: bool
+    inexact_gradients: bool
+    policy_noted: bool | None
+    policy_digest: str
+    verification: Verification | None
+    problem: str
+    releases: tuple[Release, ...]
+    asserted: Mapping[str, bool]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    provenance: Provenance
+
+    @property
+    def seeded_noise(self) -> bool:
+        """Whether any run took its noise from a seed."""
+        return self.lost_seed or any(run.seeded_noise for run in self.runs)

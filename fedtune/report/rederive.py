@@ -1,0 +1,312 @@
+"""Whether a report follows from its facts, and whether these can all be true at once.
+
+Whatever is derived is derived again, by the same functions, and compared; an independent program computes the epsilons
+again in the tests.  A figure that another machine rounds otherwise may differ in its last digits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
+from fedtune.privacy.selection import MOST_TRIALS
+from fedtune.report.derive import cells, ledger_figures, profile, run_figures
+from fedtune.report.derive.audit_bounds import audit_problems
+from fedtune.report.derive.derived import figures_of
+from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
+from fedtune.report.model import Problem, Report, to_json
+from fedtune.spec import ConfigError
+from fedtune.words import finite, unbounded
+
+TOLERANCE = 1e-6
+"""Relative, upwards; downwards only what two machines' last digits may differ by."""
+_LAST_DIGITS = 1e-9
+_FFT_ROUNDING = 5e-15
+"""Of the sum that a delta is: distributions are composed by a Fourier transform, which two processors round otherwise.
+An epsilon at delta 1e-10 was seen to differ by 1.3e-6 of itself."""
+_MOST_BUCKETS = 5e7
+"""Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
+ledger of 200 runs, each with another plan and noised scores, stays below it; a run has one plan."""
+_MOST_COMPOSED = 2 * _MOST_BUCKETS
+"""Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
+_MOST_ORDER = 1e4
+_BUCKETS_OF_ANY = 3e4
+"""As much work as a mechanism takes whatever its size: about 0.1 s."""
+
+Charges = Counter[DpEvent]
+
+
+def problems(report: Report) -> list[Problem]:
+    """Every contradiction between the report's facts; without one, everything in it that does not follow from them.
+
+    An epsilon may be larger than what is found by a millionth, and never smaller.
+    """
+    facts = report.facts
+    try:
+        if found := [*_contradictions(facts)] or [*_too_much_work(facts)] or [*_of_selection(facts)]:
+            return found
+        # Cells are texts, in which a last digit would show: they are of the figures that the report states.
+        again = replace(figures_of(facts), cells=cells.of_report(report))
+        return [*_differences("", to_json(report)["derived"], to_json(again)["derived"]), *audit_problems(again)]
+    except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
+        return [Problem("facts", "figures", f"that cannot be computed: {error}")]
+
+
+def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+    """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
+    parts = list(_parts(facts))
+    for charged, _, _ in parts:
+        for event, count in charged.items():
+            _check_size(event, count)
+    single = {(interval, event) for charged, interval, _ in parts for event in charged}
+    work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
+    work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
+    too_much = work > _MOST_BUCKETS
+    if not too_much:  # or it would be too much to say how wide the compositions are
+        wide = [(_widest(charged) / interval, len(charged) * times) for charged, interval, times in parts]
+        too_much = any(width > _MOST_BUCKETS for width, _ in wide)
+        too_much = too_much or sum(width * count for width, count in wide) > _MOST_COMPOSED
+    if too_much:
+        yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
+
+
+def _parts(facts: RunFacts | LedgerFacts) -> Iterator[tuple[Charges, float, int]]:
+    """What has to be composed, the width of its buckets, and how often."""
+    if isinstance(facts, RunFacts):
+        rounds = max([facts.plan.most_rounds, *(site.rounds for site in facts.sites)])
+        yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 1
+        if facts.selection:
+            yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
+    else:
+        whole = events.grouped([entry.plan.whole for entry in facts.runs])
+        # Each run and its plan is computed by itself, too.
+        yield ledger_figures.charged_of(facts) | whole, accountant.COARSE, 3
+
+
+def _widest(charges: Charges) -> float:
+    """About the largest loss that the distribution of these charges has to hold."""
+    noisy = Counter({event: count for event, count in charges.items() if not isinstance(event, NonPrivateDpEvent)})
+    return unbounded(profile.epsilon_rdp(noisy, 1e-12))
+
+
+def _check_size(event: DpEvent, count: int) -> None:
+    """Refuse what no site would run, and what would keep this machine busy for hours."""
+    rate = event.sampling_probability if isinstance(event, PoissonSampledDpEvent) else 1.0
+    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    if isinstance(gaussian, GaussianDpEvent):
+        sigma = gaussian.noise_multiplier
+        if rate >= LEAST_SAMPLING_RATE and sigma <= 1e6 and count <= 10**9 and _buckets(event) <= _MOST_BUCKETS:
+            return
+    elif isinstance(event, NonPrivateDpEvent):
+        return
+    raise ConfigError(
+        "event", f"{count} x {events.to_json(event)}", "must be a mechanism whose epsilon can be computed"
+    )
+
+
+def _buckets(event: DpEvent) -> float:
+    """Of a mechanism's distribution on the fine grid, about."""
+    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    if not isinstance(gaussian, GaussianDpEvent):
+        return 0.0
+    sigma = gaussian.noise_multiplier
+    return float(10 / sigma + 1 / sigma**2) / accountant.FINE
+
+
+def _contradictions(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+    """Facts that cannot be true beside others."""
+    if unknown := sorted(facts.settings.keys() - cells.SETTINGS):
+        yield Problem("settings", unknown[0], f"one of {', '.join(sorted(cells.SETTINGS))}")
+    for key, said, bound in _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts):
+        yield Problem(key, said, bound)
+
+
+_Found = tuple[str, object, object]
+
+
+def _of_run(facts: RunFacts) -> Iterator[_Found]:
+    plan, names = facts.plan, [site.site for site in facts.sites]
+    if not names or len(set(names)) < len(names):
+        yield "sites", ", ".join(names), "at least one site, and each once"
+    if plan.private and facts.target_epsilon is None:
+        yield "target_epsilon", None, "a number: what the run was given"
+    if facts.randomness == "seeded" and not facts.seeded_noise:
+        yield "seeded_noise", False, "true, as the process that trained says"
+    numbers = [result.round for result in facts.rounds]
+    if numbers != sorted(set(numbers)) or len(numbers) > plan.most_rounds:
+        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.most_rounds}, each once and in order"
+    asked = {name for result in facts.rounds for name in (*result.sites, *result.failed_sites)}
+    if strangers := sorted(asked - set(names)):
+        yield "sites", ", ".join(names), f"{strangers[0]}, which was asked, too"
+    if shared := plan.shared:
+        if shared.num_sites != len(names):
+            yield "plan.shared.num_sites", shared.num_sites, len(names)
+        most = min((len(result.sites) for result in facts.rounds if result.sites), default=shared.num_sites)
+        if shared.threshold > most:
+            yield "plan.shared.threshold", shared.threshold, f"at most {most}"
+    if late := [result.ended for result in facts.rounds if result.ended > (facts.date or "")]:
+        yield "date", facts.date, f"no earlier than {max(late)}, when a round ended"
+    for site in facts.sites:
+        for key, said, bound in _of_site(facts, site):
+            yield f"sites.{site.site}.{key}", said, bound
+
+
+def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
+    least = max(site.signed_rounds or 0, sum(site.site in result.sites for result in facts.rounds))
+    if not least <= site.rounds <= facts.plan.most_rounds:
+        yield "rounds", site.rounds, f"from {least}, which left the site, to the plan's {facts.plan.most_rounds}"
+    if (
+        facts.has_checkpoint
+        and not site.upper_bound
+        and not site.statement
+        and site.rounds != (site.signed_rounds or 0)
+    ):
+        yield "rounds", site.rounds, f"{site.signed_rounds or 0}, as its receipt says, or an upper bound"
+    if not facts.has_checkpoint and site.signed_rounds is not None:
+        yield "signed_rounds", site.signed_rounds, "none: receipts stand in a checkpoint"
+    if site.statement:
+        for key, said, bound in _of_statement(facts, site, site.statement):
+            yield f"statement.{key}", said, bound
+
+
+def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
+    """Of a ledger's figures over all its runs, that a lead took over: what they themselves deny."""
+    life, plan, cap = said.lifetime, facts.plan, said.approved.max_epsilon
+    if not 1 < life.order < _MOST_ORDER:
+        yield "lifetime.order", life.order, "a number above 1 that can be computed"
+        return
+    if run_figures.agrees(facts, site, said):
+        # The ledger counts this run, too; of one that is open and fell silent, in what it has set aside.
+        charged = events.grouped([plan.event(rounds=site.rounds)])
+        least = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
+        most = life.with_set_aside if site.upper_bound else life.epsilon
+        if not _at_most(least, most):
+            yield "lifetime.epsilon", most, f"at least {least}, by this run alone"
+    if not _at_most(life.epsilon, life.with_set_aside) or not _at_most(life.period_epsilon, life.epsilon):
+        yield "lifetime.epsilon", life.epsilon, "no less than in the period, and no more than with what is set aside"
+    if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
+        yield "lifetime.seeded", False, ", ".join(seeded)
+    newest = life.caps[-1].max_epsilon if life.caps else None
+    # One that the policy in force has and the ledger has not noted yet is smaller, and stands since nobody knows.
+    if cap != newest and not (said.approved.since is None and _at_most(cap, newest)):
+        yield "approved.max_epsilon", cap, newest
+    if life.frozen or life.in_doubt:
+        left: float | None = 0.0
+    elif cap is None or life.with_set_aside == 0:  # before the first charge a fixed part is still to come
+        left = life.left if cap is not None else None
+    else:
+        left = max(0.0, cap - unbounded(life.with_set_aside))
+    if (life.left is None) != (left is None) or (left is not None and not _near(life.left or 0.0, left)):
+        yield "lifetime.left", life.left, left
+    yield from _of_caps([one.charges_before for one in life.caps], said.charges)
+    yield from _of_verification(said.verification)
+
+
+def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+    """What is said of the search that the run was picked in, against all that the search might do to a site."""
+    if not isinstance(facts, RunFacts) or (told := facts.selection) is None:
+        return
+    charged, delta = profile.charges_of(told.charges), facts.plan.delta
+    if told.delta != delta:
+        yield Problem("selection.delta", told.delta, delta)
+    yield from _differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
+    if told.method not in ("grid", "random", "tpe"):
+        yield Problem("selection.method", told.method, "grid, random or tpe")
+    if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
+        yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
+    for site in facts.sites:
+        if events.grouped([facts.plan.event(rounds=site.rounds)]) - charged:
+            listed = "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
+            yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
+
+
+def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
+    names = [entry.run for entry in facts.runs]
+    if not 0 < facts.delta < 1:
+        yield "delta", facts.delta, "a number between 0 and 1"
+    if not 1 < facts.order < _MOST_ORDER:
+        yield "order", facts.order, "a number above 1 that can be computed"
+    if "" in names or len(set(names)) < len(names):
+        yield "runs", ", ".join(names), "each run once"
+    if others := sorted({entry.run for entry in facts.charges} - {"", *names}):
+        yield "charges", others[0], "a run that was accepted"
+        return
+    rounds = Counter(dict.fromkeys(names, 0))
+    for entry in facts.charges:
+        rounds[entry.run] += entry.rounds
+    for name, plan in ledger_figures.plans_of(facts).items():
+        if (plan.unit, plan.delta) != (facts.unit, facts.delta):
+            yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
+        if rounds[name] > plan.most_rounds:
+            yield f"runs.{name}.plan", rounds[name], f"at most {plan.most_rounds}"
+        updates = sum(one.count for one in facts.releases if (one.kind, one.run) == ("update", name))
+        if updates > rounds[name]:
+            yield "releases", updates, f"at most {rounds[name]} of {name}, which were charged"
+    lost = [entry for entry in facts.charges if not entry.run]
+    if not lost and (named := [entry.run for entry in facts.runs if entry.lost_rounds]):
+        yield f"runs.{named[0]}.lost_rounds", "some", "0: no lost branch was made up for"
+    if any((entry.run == "") != (entry.entry is not None) or (entry.run and entry.lost) for entry in facts.charges):
+        yield "charges", "a lost branch", "under no run, with the entry that made up for it"
+    if bool(facts.problem) != (facts.verification is None):
+        yield "problem", facts.problem, "said where the ledger does not verify, and there alone"
+    if bool(facts.policy_digest) != (facts.policy_noted is not None):
+        yield "policy_digest", facts.policy_digest, "said where the policy was given, and there alone"
+    days = [*(entry.day[:10] for entry in facts.charges), facts.date[:10]]
+    if any(later < day for day, later in pairwise(days)):
+        yield "charges", "days", "in order, none after the report's date"
+    yield from _of_caps([cap.charges_before for cap in facts.caps], ledger_figures.num_charges(facts))
+    if facts.caps and not _at_most(facts.max_epsilon, facts.caps[-1].max_epsilon):
+        yield "max_epsilon", facts.max_epsilon, f"at most {facts.caps[-1].max_epsilon}, which the ledger noted"
+    yield from _of_verification(facts.verification)
+
+
+def _of_caps(places: list[int], charges: int) -> Iterator[_Found]:
+    if not places or [0, *places, charges] != sorted([0, *places, charges]):
+        yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
+
+
+def _of_verification(found: Verification | None) -> Iterator[_Found]:
+    if found and found.rollback_excluded != (found.anchor_sequence == found.num_events):
+        yield "verification.rollback_excluded", found.rollback_excluded, f"an anchor at entry {found.anchor_sequence}"
+
+
+def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:
+    """The differences between two pieces of plain data; numbers with a fraction are upper bounds, but for `under`."""
+    if isinstance(said, Mapping) and isinstance(found, Mapping) and said.keys() == found.keys():
+        if "epsilon_pld" in said and "delta" in said:  # a point of a curve
+            under = max(_LAST_DIGITS, _FFT_ROUNDING / found["delta"])
+        for key in said:
+            place = f"{where}.{key}" if where else key
+            if key == "left" and None not in (said[key], found[key]):
+                yield from () if _near(said[key], found[key]) else [Problem(place, said[key], found[key])]
+            else:
+                yield from _differences(
+                    place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
+                )
+    elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        for number, (one, other) in enumerate(zip(said, found, strict=True)):
+            keys = [key for key in ("site", "code", "run") if isinstance(other, Mapping) and key in other]
+            unique = keys and sum(item[keys[0]] == other[keys[0]] for item in found) == 1
+            yield from _differences(f"{where}.{other[keys[0]] if unique else number}", one, other)
+    elif isinstance(said, float) and isinstance(found, float | int):
+        if not -under * abs(found) <= said - found <= max(under, TOLERANCE) * abs(found):
+            yield Problem(where, said, float(found))
+    elif said != found:
+        yield Problem(where, said, found)
+
+
+def _near(left: float, found: float) -> bool:
+    """What is left may be smaller than found, but for the last digits."""
+    return -TOLERANCE * max(1.0, found) <= left - found <= _LAST_DIGITS * max(1.0, found)
+
+
+def _at_most(epsilon: float | None, most: float | None) -> bool:
+    """None is unbounded."""
+    return most is None or (epsilon is not None and epsilon <= most * (1 + _LAST_DIGITS))

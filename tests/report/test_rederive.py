@@ -1,0 +1,421 @@
+"""What `report verify` finds: whatever does not follow from a report's facts, and facts that deny each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.events import Charge
+from fedtune.privacy.site_policy import Policy
+from fedtune.report import from_ledger, rederive, signing
+from fedtune.report.derive.derived import derive
+from fedtune.report.derive.profile import accountants_agree
+from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts, Verification
+from fedtune.report.model import Problem, Report, Spent, to_json
+from fedtune.report.rederive import problems
+from fedtune.spec import ConfigError
+
+from .by_hand import WIDTH, epsilon
+from .shown import where, with_site
+from .site_ledgers import Books
+
+Make = Callable[..., Report]
+ON_FILE = ("a_report", "a_report_without_privacy", "a_secure_report", "a_ledger_report")
+
+OF_NO_EFFECT = {
+    r"reference\..*": "a typical run: how many such runs still fit is a whole number",
+    r"runs\.\*\.max_epsilon": "the cap on one run of that time, where its plan is below the other, too",
+    r"judged_by|keep_round|stop_after": "settings, where scores decided nothing; those beside the run are compared",
+    r"plan\.(max_grad_norm|spare_rounds)|randomness": "settings, where there is no noise",
+    r"rounds\.\*\.(diverged|site_scores)": "stands in run.json alone",
+}
+"""Facts of which a change alone may change nothing else in the report, and why."""
+
+ON_A_SIGNATURE = {
+    # What the report is of, and by what it was made; the settings beside a run are compared.
+    r"name|run|site|population|date|sites\.\*\.site": "names and times",
+    r"provenance\..*|settings\..*|trained_parameters|config_file_sha256": "what the run was made of",
+    r"sampling|randomness|seeded_noise|inexact_gradients|simulated|lost_seed": "said by the process that trained",
+    r"target_epsilon|judged_by|keep_round|stop_after": "what the lead asked for",
+    r"plan\..*|runs\.\*\.plan\..*|(sites|charges)\.\*\.rounds|unit|delta|order": "what ran; the sites' ledgers show it",
+    # What a site decides, and what checking its ledger found.
+    r"declared_size|sites\.\*\.declared_size|asserted\..*": "the site's own statement",
+    r"max_epsilon.*|period|reference\..*|caps.*|policy_.*|frozen|in_doubt": "its policy, and its ledger's state",
+    r"runs\.\*\.(run|lead|dataset|state|lost_rounds|max_epsilon|seeded_noise|base_model|adapter_sha256)": "ledger's",
+    r"charges\.\*\.(run|round|day|lost|entry)|releases.*|verification.*|problem": "its ledger's entries",
+    r"sites\.\*\.(upper_bound|signed_rounds|key|believed|statement)|has_checkpoint": "receipts, which the lead holds",
+    # Exact figures on the lead's own files, which no guarantee covers; an audit computes its bounds again.
+    r"rounds.*|before.*|final.*|seconds|findings.*|energy|detail.*|selection|audit|canaries_planted": "the lead's own",
+}
+"""Facts that a forger may change who derives all the rest again; that they are true shows the signature alone."""
+
+
+def places(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each value and each list; of a list's parts the first two, which is enough, but of cells all."""
+    if path and not isinstance(part, dict):
+        yield path, part
+    if isinstance(part, dict):
+        for key, value in part.items():
+            yield from places(value, (*path, key))
+    elif isinstance(part, list):
+        for number, value in enumerate(part if path[:1] == ("cells",) else part[:2]):
+            yield from places(value, (*path, number))
+
+
+def others(value: Any) -> list[Any]:
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value + 1, 0]
+        case float():
+            return [value * 0.5, None]
+        case str():
+            return [f"{value}x"]
+        case list():
+            return [[], value[:-1]] if value else []
+        case _:
+            return [0.0, "2026-01-01"]
+
+
+def changed(report: Report, part: str) -> Iterator[tuple[str, Report]]:
+    """The report with each value of its facts, or of what is derived, changed by itself, where it is one."""
+    whole = to_json(report)
+    for path, value in places(whole[part]):
+        name = ".".join("*" if isinstance(key, int) else key for key in path)
+        for other in others(value):
+            edited = copy.deepcopy(whole)
+            place: Any = edited[part]
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = other
+            try:
+                found = signing.read(json.dumps(edited).encode())
+            except ConfigError:
+                continue  # no report
+            if other != value:
+                yield f"{name}: {value!r} -> {other!r}", found
+
+
+MADE = pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger"], indirect=True)
+
+
+def listed(name: str, patterns: dict[str, str]) -> bool:
+    return any(re.fullmatch(pattern, name.partition(":")[0]) for pattern in patterns)
+
+
+@pytest.fixture(params=[*ON_FILE, "of_run", "of_ledger"])
+def report(request: pytest.FixtureRequest) -> Report:
+    made = request.getfixturevalue(request.param)
+    whole: Report = made if isinstance(made, Report) else made()
+    return whole
+
+
+def test_a_report_as_it_is_made_has_no_problem(report: Report) -> None:
+    assert problems(report) == []
+
+
+@MADE
+def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = rederive.figures_of(report.facts)
+    monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay
+    monkeypatch.setattr(rederive, "_too_much_work", lambda _: ())
+    found = [name for name, other in changed(report, "derived") if not problems(other)]
+    assert found == []
+
+
+@MADE
+def test_a_fact_that_is_changed_alone_is_found(report: Report) -> None:
+    found = [name for name, other in changed(report, "facts") if not problems(other)]
+    assert [name for name in found if not listed(name, OF_NO_EFFECT)] == []
+
+
+@MADE
+def test_a_forger_who_derives_all_again_changes_only_what_a_signature_shows(report: Report) -> None:
+    passed = []
+    for name, other in changed(report, "facts"):
+        try:
+            forged = derive(other.facts)
+        except (ValueError, ArithmeticError, LookupError):
+            continue
+        passed += [] if problems(forged) else [name]
+    assert [name for name in passed if not listed(name, ON_A_SIGNATURE)] == []
+
+
+@pytest.mark.parametrize("made", ["a_report", "a_secure_report", "a_ledger_report"])
+def test_another_program_finds_the_same_epsilon(made: str, request: pytest.FixtureRequest) -> None:
+    report: Report = request.getfixturevalue(made)()
+    site = report.sites[0]
+    charges = [{"event": one.event, "count": one.count} for row in site.mechanisms for one in row.charges]
+    most = epsilon(charges, report.delta)
+    assert most - WIDTH * sum(one["count"] for one in charges) <= site.spent.epsilon_pld <= most
+
+
+def with_facts(report: Report, **changes: Any) -> Report:
+    """A report of changed facts, from which all is derived again."""
+    return derive(replace(report.facts, **changes))
+
+
+@pytest.mark.parametrize(
+    ("factor", "fine"), [(1 + 9e-7, True), (1 + 2e-6, False), (1 - 1e-8, False), (1 - 1e-12, True)]
+)
+def test_an_epsilon_may_be_a_little_larger_and_never_smaller(a_report: Make, factor: float, fine: bool) -> None:
+    report = a_report()
+    spent = report.sites[0].spent
+    larger = with_site(report, spent=replace(spent, epsilon_rdp=spent.epsilon_rdp * factor))
+    assert (problems(larger) == []) == fine
+
+
+def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
+    right = a_report().sites[0].spent
+    (problem,) = problems(with_site(a_report(), spent=replace(right, epsilon_pld=1.0)))
+    assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
+
+
+@pytest.mark.parametrize("less", [1e-6, 0.1])
+def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make, less: float) -> None:
+    report = a_ledger_report()
+    assert where(with_site(report, left=report.sites[0].left + less)) == {"sites.north-hospital.left"}
+    assert where(with_site(report, left=report.sites[0].left - 1e-7)) == set()
+
+
+def of_many_plans(report: Report, count: int) -> LedgerFacts:
+    """So many runs, each with another plan and with noised scores."""
+    facts = report.facts
+    assert isinstance(facts, LedgerFacts)
+    run = facts.runs[1]
+    noises = [(f"r{number}", 1 + number / 1000) for number in range(count)]
+    return replace(
+        facts,
+        runs=tuple(
+            replace(run, run=name, plan=replace(run.plan, noise_multiplier=noise, metrics_noise_multiplier=19 + noise))
+            for name, noise in noises
+        ),
+        charges=tuple(ChargedRounds(run=name, rounds=3, round=None, day="2026-01-01") for name, _ in noises),
+    )
+
+
+def test_the_work_that_a_small_report_asks_for_is_bounded(
+    a_ledger_report: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rederive.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
+    many = of_many_plans(a_ledger_report(), 1000)
+    (problem,) = rederive._too_much_work(many)
+    assert (problem.where, problem.found) == ("facts", "that would take hours to compute")
+    assert problems(a_ledger_report(facts=many)) == [problem]
+    assert list(rederive._too_much_work(of_many_plans(a_ledger_report(), 200))) == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kind": "laplace", "noise_multiplier": 1.0},
+        {"kind": "gaussian", "noise_multiplier": 0},
+        {"kind": "gaussian", "noise_multiplier": 1e-9},
+        {"kind": "gaussian", "noise_multiplier": 1e12},
+        {
+            "kind": "poisson_sampled",
+            "sampling_probability": 1e-300,
+            "event": {"kind": "gaussian", "noise_multiplier": 1},
+        },
+        {"kind": "poisson_sampled", "sampling_probability": 2, "event": {"kind": "gaussian", "noise_multiplier": 1}},
+        {"kind": "poisson_sampled", "sampling_probability": 0.1, "event": {"kind": "non_private"}},
+        {"kind": "self_composed", "count": 10**400, "event": {"kind": "gaussian", "noise_multiplier": 1}},
+        {"kind": "self_composed", "count": 10**8, "event": {"kind": "gaussian", "noise_multiplier": 0.1}},
+        {},
+    ],
+)
+def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_report: Make, event: Any) -> None:
+    facts = a_ledger_report().facts
+    lost = ChargedRounds(run="", rounds=0, round=None, day="2026-02-02", lost=(Charge(event=event, count=1),), entry=9)
+    assert where(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {"facts"}
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("plan", "delta"), 0.0),
+        (("plan", "delta"), 1.0),
+        (("plan", "sampling_rate"), -0.1),
+        (("plan", "noise_multiplier"), -1.5),
+        (("sites", 0, "rounds"), -4),
+    ],
+)
+def test_facts_out_of_range_are_no_report(a_report: Make, path: tuple[Any, ...], to: float) -> None:
+    whole = to_json(a_report())
+    part = whole["facts"]
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = to
+    with pytest.raises(ConfigError, match="facts"):
+        signing.read(json.dumps(whole).encode())
+
+
+def run_facts(report: Report) -> RunFacts:
+    assert isinstance(report.facts, RunFacts)
+    return report.facts
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        (lambda facts: {"sites": ()}, "sites"),
+        (lambda facts: {"sites": (*facts.sites, facts.sites[0])}, "sites"),
+        (lambda facts: {"sites": facts.sites[:1]}, "sites"),  # the other one was asked
+        (lambda facts: {"target_epsilon": None}, "target_epsilon"),
+        (lambda facts: {"randomness": "seeded"}, "seeded_noise"),
+        (lambda facts: {"rounds": facts.rounds * 2}, "rounds"),
+        (lambda facts: {"sites": (replace(facts.sites[0], rounds=3), facts.sites[1])}, "sites.north-hospital.rounds"),
+        (lambda facts: {"sites": (replace(facts.sites[0], rounds=5), facts.sites[1])}, "sites.north-hospital.rounds"),
+        (lambda facts: {"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
+        (lambda facts: {"settings": {"epsilon": "0.1"}}, "settings"),
+    ],
+)
+def test_facts_of_a_run_that_deny_each_other(a_report: Make, changes: Any, place: str) -> None:
+    facts = run_facts(a_report())
+    assert place in where(a_report(facts=replace(facts, **changes(facts))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"num_sites": 6}, "plan.shared.num_sites"),
+        ({"threshold": 5, "num_sites": 5}, "plan.shared.threshold"),
+    ],
+)
+def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make, changes: Any, place: str) -> None:
+    facts = run_facts(a_secure_report())
+    plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
+    rounds = (replace(facts.rounds[0], sites=facts.rounds[0].sites[:4]), *facts.rounds[1:])
+    assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {place}
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        (lambda facts: {"delta": 0.0}, "delta"),
+        (lambda facts: {"delta": 1e-6}, "runs.diagnosis.plan"),
+        (lambda facts: {"order": 1.0}, "order"),
+        (lambda facts: {"order": 1e300}, "order"),
+        (lambda facts: {"runs": facts.runs * 2}, "runs"),
+        (lambda facts: {"runs": facts.runs[:1]}, "charges"),
+        (lambda facts: {"charges": facts.charges[::-1]}, "charges"),
+        (lambda facts: {"charges": (replace(facts.charges[0], rounds=5), facts.charges[1])}, "runs.diagnosis.plan"),
+        (lambda facts: {"charges": (replace(facts.charges[0], rounds=3), facts.charges[1])}, "releases"),
+        (lambda facts: {"caps": ()}, "caps"),
+        (lambda facts: {"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
+        (lambda facts: {"max_epsilon": 7.0}, "max_epsilon"),
+        (lambda facts: {"max_epsilon": None}, "max_epsilon"),
+        (
+            lambda facts: {"verification": replace(facts.verification, rollback_excluded=True, anchor_sequence=3)},
+            "verification.rollback_excluded",
+        ),
+    ],
+)
+def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make, changes: Any, place: str) -> None:
+    facts = a_ledger_report().facts
+    assert place in where(a_ledger_report(facts=replace(facts, **changes(facts))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, "within"),
+        ({"caps": (Cap(time="2025-01-01", max_epsilon=None, charges_before=0),), "max_epsilon": 6.0}, "no_guarantee"),
+        ({"max_epsilon": 1.5}, "exceeded"),
+        ({"max_epsilon_per_period": 1.0}, "exceeded"),
+        ({"in_doubt": True}, "no_guarantee"),
+        ({"lost_seed": True}, "no_guarantee"),
+        ({"verification": None}, "no_guarantee"),
+    ],
+)
+def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make, changes: Any, state: str) -> None:
+    assert with_facts(a_ledger_report(), **changes).verdict.state == state
+
+
+def test_a_charge_between_two_limits_of_which_the_first_was_none_is_found(a_ledger_report: Make) -> None:
+    caps = tuple(
+        Cap(time="2026-01-01", max_epsilon=cap, charges_before=charges) for cap, charges in ((None, 0), (6.0, 4))
+    )
+    report = with_facts(a_ledger_report(), caps=caps)
+    assert report.verdict.reasons == ("no_lifetime_cap",)
+    assert with_facts(a_ledger_report(), caps=(caps[0], replace(caps[1], charges_before=0))).verdict.state == "within"
+
+
+def test_a_period_holds_what_its_days_spent(a_ledger_report: Make) -> None:
+    charges = a_ledger_report().facts.charges
+    for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
+        last = replace(charges[1], day=day)
+        report = with_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", period=period)
+        found = report.sites[0].lifetime.period_epsilon
+        assert found >= least
+        assert (found > 0) == (least > 0)
+
+
+def test_a_seed_is_predictable(of_run: Report) -> None:
+    report = with_facts(of_run, seeded_noise=True, randomness="seeded")
+    found = {one.code: one.status for one in report.assumptions}
+    assert (found["unpredictable_randomness"], report.verdict.state) == ("violated", "no_guarantee")
+
+
+def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report: Make) -> None:
+    facts = run_facts(a_report())
+    planned = replace(facts.plan, num_rounds=12)
+    report = with_facts(a_report(), plan=planned, target_epsilon=1.2)
+    assert report.epsilon < 1.2 < report.sites[0].spent.planned_epsilon
+    assert report.verdict.state == "exceeded"
+
+
+def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
+    codes = {one.code for one in of_run.assumptions}
+    assert "sites_run_their_own_software" not in codes
+    assert "simulation" in of_run.banners
+    real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
+    assert "sites_run_their_own_software" in {one.code for one in real.assumptions}
+    assert "simulation" not in real.banners
+
+
+def test_a_rollback_is_excluded_by_an_anchor_at_the_end_only(of_ledger: Report) -> None:
+    found = of_ledger.facts.verification
+    assert isinstance(found, Verification)
+    whole = replace(found, rollback_excluded=True, anchor_sequence=found.num_events)
+    assert problems(with_facts(of_ledger, verification=whole)) == []
+    assert where(with_facts(of_ledger, verification=replace(whole, anchor_sequence=3)))
+
+
+def test_a_ledger_without_a_cap_or_a_check_is_not_within(
+    site_policy: Callable[..., Policy], run_proposal: Any, tmp_path: Path
+) -> None:
+    without = Books.made(tmp_path / "a", site_policy(budget={"max_epsilon": float("inf")}))
+    without.charge(run_proposal(), 1)
+    assert from_ledger.build(without.ledger).verdict.state == "no_guarantee"
+    without.edit(budget={"max_epsilon": 5.0})
+    assert problems(from_ledger.build(without.ledger)) == []
+    broken = Books.made(tmp_path / "b", site_policy())
+    broken.charge(run_proposal(), 1)
+    broken.tamper("UPDATE replies SET reply = x'00'")
+    assert from_ledger.build(broken.ledger).verdict.state == "no_guarantee"
+
+
+@pytest.mark.parametrize(
+    ("pld", "rdp", "steps", "agree"),
+    [(1.0, 1.5, 100, True), (1.0, 0.98, 100, False), (0.2065, 0.0769, 50_000, True), (2.0, 1.0, 50_000, False)],
+)
+def test_accountants_may_differ_by_the_width_of_their_buckets(pld: float, rdp: float, steps: int, agree: bool) -> None:
+    spent = Spent(
+        epsilon=pld,
+        epsilon_pld=pld,
+        epsilon_rdp=rdp,
+        planned_epsilon=None,
+        upper_bound=False,
+        rounds=0,
+        steps=steps,
+    )
+    assert accountants_agree(spent, width=0.001) == agree
