@@ -25,7 +25,7 @@ from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, size, spoken_start
 
 if TYPE_CHECKING:
-    from fedtune.federation.forecast import Forecast  # which imports torch
+    from fedtune.runs.forecast import Forecast  # which imports torch
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MOST_BAR = 60
