@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union
@@ -20,7 +20,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_LONGEST_KEY = 60
+_LONGEST_KEY, _MOST_LEVELS, _MOST_WHOLE = 60, 64, 1 << 63
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _hints = lru_cache(maxsize=256)(typing.get_type_hints)
 
@@ -35,7 +35,10 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         found = json.loads(data)
     except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, an integer of thousands of digits
         found = None
-    if not isinstance(found, dict):
+    inner = [found]
+    for _ in range(_MOST_LEVELS):
+        inner = [item for each in inner for item in _items(each)]
+    if inner or not isinstance(found, dict):  # what is deeper can be parsed, and breaks who copies or writes it
         raise ConfigError(key, "something else", bound)
     return found
 
@@ -85,11 +88,14 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         return hint(value)
     if hint is Any:
         return value
-    if hint is float and type(value) is int:
-        _require(key, value, abs(value) < 1 << 1023, "must be a number")
-        return float(value)
-    _require(key, value, type(value) is hint, f"must be {_PLAIN[hint]}")
-    return value
+    whole = type(value) is int
+    right = abs(value) < _MOST_WHOLE if whole and hint in (int, float) else type(value) is hint
+    _require(key, value, right, f"must be {_PLAIN[hint]}")
+    return float(value) if whole and hint is float else value
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _sequence(key: str, value: Any, hint: Any) -> Any:

@@ -56,6 +56,7 @@ def test_a_record_is_what_its_types_say() -> None:
         ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
         ({"counts": {"r": 1.0}}, r"^counts.r = 1.0: must be a whole number$"),
         ({"cap": 10**400}, "^cap = .*: must be a number$"),
+        ({"counts": {"r": 1 << 63}}, "^counts.r = .*: must be a whole number$"),
     ],
 )
 def test_anything_else_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
@@ -63,7 +64,11 @@ def test_anything_else_is_an_error_that_names_the_key(change: dict[str, Any], me
         decode(Whole, JSON | change)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
+DEEP = b'{"a":' * 64 + b"{}" + b"}" * 64
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a": ' + b"1" * 5000 + b"}", DEEP])
 def test_what_is_no_object_of_json_is_not_quoted(data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"^file = 'something else': must be JSON$"):
         parse_json(data, key="file", bound="must be JSON")
+    assert parse_json(DEEP[5:-1], key="file", bound="must be JSON"), "of 64 levels"

@@ -177,10 +177,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config_sha256: str) -> None:
-        self._folder = folder
-        self._config = config_sha256
-        self._asked = folder / ASKED
-        self._session = folder / "session.json"
+        self._folder, self._config = folder, config_sha256
+        self._asked, self._session = folder / ASKED, folder / "session.json"
 
     @property
     def arrived(self) -> Path:
@@ -200,10 +198,13 @@ class Checkpoints:
         line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
         write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
-    def asked(self) -> dict[int, list[str]]:
-        """Round -> the sites that were asked for it."""
-        lines = map(json.loads, self._whole_lines())
-        return {int(line["round"]): list(map(str, line["sites"])) for line in lines}
+    def asked(self, *, after: int) -> list[tuple[int, list[str]]]:
+        """Each later round that was asked for, with its sites; raises RunError where the journal is damaged."""
+        try:
+            lines = map(json.loads, self._whole_lines())
+            return [(_count(line["round"]), list(map(str, line["sites"]))) for line in lines if line["round"] > after]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
 
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""
@@ -263,15 +264,8 @@ class Checkpoints:
             raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_way_on(found)}") from error
         if other:
             raise ConfigError("resume", str(self._folder.parent), "was made with another configuration")
-        return self._with_unanswered(state)
-
-    def _with_unanswered(self, state: LeadState) -> LeadState:
-        try:
-            for asked in map(json.loads, self._whole_lines()):
-                if asked["round"] > state.round:
-                    state = state.asked(asked["sites"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
+        for _, sites in self.asked(after=state.round):
+            state = state.asked(sites)
         return state
 
     def _whole_lines(self) -> list[bytes]:

@@ -91,9 +91,11 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         )
         for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
             receipt, update = lead.heed(site, reply).receipt, isinstance(reply.body, Update)
-            after = state.heard(site, receipt, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
+            # A receipt of another answer, which a server put here, says nothing of what this round was charged.
+            own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
+            after = state.heard(site, own, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
             # Without its receipt an update does not count.
-            replies.take(site, replace(reply, receipt=receipt if after else None))
+            replies.take(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state
         _require_enough(replies, lead, round)
         made = aggregation.combine(state, replies)
@@ -195,5 +197,5 @@ def _tell_the_end(transport: Transport, lead: Lead, *, adapter: Adapter | None) 
     return {
         site: receipt
         for site, receipt in transport.end(questions, timeout_s=timeout_s)
-        if receipt and receipt.site_key == lead.site_keys.get(site, receipt.site_key)
+        if receipt and not receipt.reply and receipt.site_key == lead.site_keys.get(site, receipt.site_key)
     }

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.codec import parse_json
 from fedtune.federation.aggregation import Made
 from fedtune.federation.invitation import Lead
 from fedtune.federation.lead import Arrays, LeadState, RoundResult
@@ -71,7 +72,7 @@ class _Known:
         """An earlier lead's knowledge; without the session where it is none of these terms."""
         known = cls()
         try:
-            fields = json.loads(data)
+            fields = parse_json(data, key="session", bound="must be JSON")
             known.left_out = set(map(str, fields["left_out"]))
             known.accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
             announced = tuple(text.encode() for text in fields["announced"])
@@ -121,9 +122,7 @@ class SecureSums:
         Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
         """
         lead = self._lead
-        for round, sites in sorted(lead.checkpoints.asked().items()):
-            if round <= state.round:
-                continue
+        for round, sites in sorted(dict(lead.checkpoints.asked(after=state.round)).items()):
             not_asked = {site: LEFT_OUT if site in self.left_out else NO_REPLY for site in lead.declared_sizes}
             lost = RoundResult(
                 round=round,

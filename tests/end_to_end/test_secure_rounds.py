@@ -514,7 +514,7 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
 
 
 @pytest.mark.by_day("None")
-@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', None])
+@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None])
 def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(
     kept: bytes | None, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, sites_stay: Any
 ) -> None:

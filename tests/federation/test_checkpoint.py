@@ -188,6 +188,7 @@ def test_a_request_after_a_cut_line_keeps_the_journal_whole(
     checkpoints.ask(2, ["a", "b"])
     loaded = checkpoints.load()
     assert loaded.unanswered["a"] - state(1).unanswered.get("a", 0) == 2
-    (folder / "asked.jsonl").write_bytes(b"not JSON\n")
-    with pytest.raises(RunError, match="damaged"):
-        checkpoints.load()
+    for line in (b"not JSON\n", b'{"round": 2, "sites": 5}\n', b'{"round": 2.5, "sites": []}\n'):
+        (folder / "asked.jsonl").write_bytes(line)
+        with pytest.raises(RunError, match="damaged"):
+            checkpoints.load()

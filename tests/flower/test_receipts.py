@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Site
@@ -96,44 +96,36 @@ def test_a_site_that_failed_in_silence_may_have_been_charged_less(federation: Ca
     assert charges(made, state)["site-2"] == (1, False), "it was never asked the second time"
 
 
-def answer_the_end(change: Callable[[Message], None]) -> Callable[[list[Message]], list[Message]]:
-    def changed(messages: list[Message]) -> list[Message]:
-        for message in messages:
-            if message.metadata.src_node_id == 2:
-                change(message)
+def test_a_receipt_of_an_earlier_answer_hides_no_charge(
+    federation: Callable[..., Any], tamper: Callable[..., None]
+) -> None:
+    """A server keeps what a site says of a round, and gives the lead what it said before."""
+    made, said = federation(num_rounds=2), list[RecordDict]()
+
+    def swap(messages: list[Message]) -> list[Message]:
+        said.append(messages[1].content)
+        if messages[1].metadata.message_type == "train":
+            messages[1].content = said[0]  # its offer
+        elif len(said) > 1:  # the end: what it said of round 1
+            receipt = flower_records.to_reply(said[1]).receipt
+            messages[1].content = flower_records.from_receipt(receipt)
         return messages
 
-    return changed
+    tamper(swap, ("query.invite", "train", "query.end"))
+    state = run_rounds(made.transport, made.lead, made.start)
+    assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
 
 
-def put(**fields: Any) -> Callable[[Message], None]:
-    """Change fields of the receipt in the answer to the end of a run."""
-
-    def change(message: Message) -> None:
-        receipt = json.loads(str(message.content.config_records[flower_records.RECEIPT]["json"])) | fields
-        message.content[flower_records.RECEIPT] = ConfigRecord({"json": json.dumps(receipt)})
-
-    return change
-
-
-def replace_by(content: RecordDict) -> Callable[[Message], None]:
-    def change(message: Message) -> None:
-        message.content = content
-
-    return change
-
-
-_LAST_WORDS: dict[str, Callable[[Message], None]] = {
-    "nothing": replace_by(RecordDict()),
-    "no receipt": replace_by(flower_records.from_receipt(None)),
-    "no json": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": "{"})})),
-    "a list": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": "[1]"})})),
-    "a number": replace_by(RecordDict({flower_records.RECEIPT: ConfigRecord({"json": 7})})),
-    "of fewer rounds": put(charged_rounds=0),
-    "of another run": put(run="s"),
-    "of another site": put(site="site-1"),
-    "unsigned": put(signature=""),
-    "with more in it": put(note="x"),
+_LAST_WORDS: dict[str, Any] = {  # a text, or changes of the receipt
+    "no receipt": "null",
+    "no json": "{",
+    "a list": "[1]",
+    "a number": 7,
+    "of fewer rounds": {"charged_rounds": 0},
+    "of another run": {"run": "s"},
+    "of another site": {"site": "site-1"},
+    "unsigned": {"signature": ""},
+    "with more in it": {"note": "x"},
 }
 
 
@@ -141,9 +133,14 @@ _LAST_WORDS: dict[str, Callable[[Message], None]] = {
 def test_a_last_word_that_is_none_changes_nothing(
     federation: Callable[..., Any], tamper: Callable[..., None], what: str
 ) -> None:
+    def spoil(messages: list[Message]) -> list[Message]:
+        record, said = messages[1].content.config_records[flower_records.RECEIPT], _LAST_WORDS[what]
+        record["json"] = json.dumps(json.loads(str(record["json"])) | said) if isinstance(said, dict) else said
+        return messages
+
     made = federation()
     tamper(without(2))
-    tamper(answer_the_end(_LAST_WORDS[what]), ("query.end",))
+    tamper(spoil, ("query.end",))
     state = run_rounds(made.transport, made.lead, made.start)
     assert charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
     assert state.round == 1, "the run is over all the same"

@@ -199,8 +199,8 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(
     assert state.rounds[0].failed_sites == {"site-2": reason}
     assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
     charge = site_charge(made.finished[-1], "site-2", made.plan)
-    # Where the receipt could be read it counts; else the round is taken as charged, until the site's last word.
-    assert (charge.steps, charge.upper_bound) == (2, reason == "no_reply")
+    # The round is taken as charged, until the site's last word: its receipt may be that of another answer.
+    assert (charge.steps, charge.upper_bound) == (2, True)
     charge = site_charge(state, "site-2", made.plan)
     assert (charge.steps, charge.upper_bound) == (2, False)
 

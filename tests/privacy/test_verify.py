@@ -309,7 +309,7 @@ def test_whatever_a_forger_writes_into_a_detail_is_a_run_error(
     found(victim)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"what":1e999}', '{"what":NaN}', "{"])
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])
 def test_what_is_no_json_is_a_run_error(victim: Path, tamper: Any, text: str) -> None:
     tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
     assert found(victim) == "event 2 was changed: it is not written as fedtune writes events"
