@@ -205,3 +205,13 @@ def test_only_the_command_itself_begins_processes_that_nobody_asked_for(
     steps = config.federation.num_rounds * config.training.local_steps
     expected = steps * config.privacy.sampling_rate * sum(config.declared_sizes().values())
     assert asked == [pytest.approx(expected) if counts else 0.0, 0.0]
+
+
+def test_a_run_that_leaves_records_out_learns_nothing_from_those_that_cannot_be_encoded() -> None:
+    def within(*, leave_out: bool, lenient: bool = False) -> int | None:
+        task = SimpleNamespace(tokenise=lambda records, tokenizer, *, data, lenient_within: lenient_within)
+        model, data = SimpleNamespace(task=task, num_ids=7), SimpleNamespace(skips_unusable=leave_out)
+        shared: Any = SimpleNamespace(model=model, tokenizer=None, config=SimpleNamespace(data=data))
+        return SharedModel.tokenised(shared, [], lenient=lenient)  # type: ignore[return-value]
+
+    assert (within(leave_out=False), within(leave_out=True), within(leave_out=False, lenient=True)) == (None, 7, 7)
