@@ -144,18 +144,11 @@ def show_findings(console: Console, result: Audit, folder: Path) -> None:
 
 
 def _bounds(result: Audit) -> Section:
-    wrong = refuted(result)
-    rows = tuple(
-        (
-            place(bound.site),
-            epsilon_text(bound.claimed_epsilon),
-            f"{bound.lower_bound:.3f}",
-            f"{bound.best_possible:.3f}",
-            f"{bound.right:,} of {bound.guesses:,}",
-            f"{bound.canaries:,}",
-        )
-        for bound in result.bounds
-    )
+    wrong, rows = refuted(result), []
+    for bound in result.bounds:
+        figures = (epsilon_text(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", f"{bound.best_possible:.3f}")
+        guesses = f"{bound.right:,} of {bound.guesses:,}"
+        rows.append((place(bound.site), *figures, guesses, f"{bound.canaries:,}"))
     return Section(
         title="Epsilon: claimed, and shown by the attack",
         headings=("", "claimed", "shown", "ceiling", "right guesses", "canaries"),

@@ -212,7 +212,6 @@ def restore(
 
 
 def _copy_the_roster(folder: Path) -> str:
-    """The step that lets the server know of a change."""
     return (
         f"Copy {folder}/server/roster.json into the server's kit. Until then nothing changes there; no restart is "
         f"needed. A lead's kit on another machine needs {folder}/lead/roster.json."
@@ -244,7 +243,6 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
 
 
 def _show_admitted(folder: Path, done: Admitted, *, new_to_server: bool = True) -> None:
-    """Until when its certificate is valid, and what to send to whom."""
     say(f"Its certificate is valid until {Certificate.of(done.member.issued).not_after:%Y-%m-%d}.")
     roster = [_copy_the_roster(folder)] if new_to_server else []
     _steps(f"Send {done.archive} to the site; nothing in it is secret.", *roster)
@@ -260,7 +258,6 @@ def _renew(of: Literal["server", "lead"], folder: Path, days: int | None) -> Non
 
 
 def _compare(title: str, fingerprints: Mapping[str, str]) -> None:
-    """Fingerprints in groups of four, one under the other."""
     say("\n" + title)
     for name, fingerprint in fingerprints.items():
         say(f"  {name:<14}  {spoken(fingerprint)}")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.deploy.kits.kit_file import Kit
 from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.federation.kept_round import is_over
-from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.accountant import epsilon_text
@@ -277,45 +277,37 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     """
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
-    status = status_of(config, state, running=is_running(folder), answers=latest_answers(folder))
-    if as_json:
-        print_json(status)
-        return
-    how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
-    say(f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done")
-    rows = []
-    for site, about in status["sites"].items():
-        bound = " at most" if about["upper_bound"] else ""
-        rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
-    headings = ("site", "last answer", "at", "epsilon so far")
-    show(Console(), [Section(headings=headings, rows=rows, words=range(4))])
-
-
-def status_of(
-    config: RunConfig, state: LeadState, *, running: bool, answers: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """How far a run is, as plain JSON; an epsilon of null means that nothing bounds the loss."""
-    plan, last = config.plan(), state.rounds[-1] if state.rounds else None
-    sites = {}
+    plan, answers, sites = config.plan(), latest_answers(folder), dict[str, dict[str, Any]]()
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
         answer = answers.get(site, {})
         sites[site] = {
             "last_answer": answer.get("what", "none yet"),
             "at": answer.get("time"),
-            "epsilon": finite(charge.epsilon),
+            "epsilon": finite(charge.epsilon),  # None: nothing bounds the loss
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,
         }
-    return {
+    status = {
         "name": config.name,
-        "running": running,
+        "running": is_running(folder),
         "finished": is_over(state.rounds, config.federation, judged_by=config.judged_by),
         "round": state.round,
         "num_rounds": config.federation.num_rounds,
-        "metrics": dict(last.metrics) if last else {},
+        "metrics": dict(state.rounds[-1].metrics) if state.rounds else {},
         "sites": sites,
     }
+    if as_json:
+        print_json(status)
+        return
+    how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
+    say(f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done")
+    rows = []
+    for site, about in sites.items():
+        bound = " at most" if about["upper_bound"] else ""
+        rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
+    headings = ("site", "last answer", "at", "epsilon so far")
+    show(Console(), [Section(headings=headings, rows=rows, words=range(4))])
 
 
 app = single(run)
