@@ -283,12 +283,6 @@ def test_export_overwrites_nothing(lived: Any, command: Any) -> None:
         assert (lived.folder / name).read_bytes() == before
 
 
-def test_export_into_a_place_that_cannot_be_written_is_wrong_input(lived: Any, command: Any) -> None:
-    outcome = command("ledger", "export", str(lived.ledger), "--output", str(lived.ledger / "x.json"))
-    assert outcome.code == 2
-    assert "must be a file that can be written" in outcome.message
-
-
 def test_an_anchor_made_by_hand_is_as_good_as_the_ledger_s_own(lived: Any, command: Any, tmp_path: Path) -> None:
     made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
     assert command("ledger", "anchor", str(lived.ledger), "--key", str(key), "--output", str(made)).code == 0
