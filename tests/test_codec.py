@@ -54,7 +54,6 @@ def test_a_record_is_what_its_types_say() -> None:
         ({"pairs": [[1]]}, r"^pairs = .*: must be a list of 2$"),
         ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
         ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
-        ({"counts": {"r": 1.0}}, r"^counts.r = 1.0: must be a whole number$"),
         ({"cap": 10**400}, "^cap = .*: must be a number$"),
         ({"counts": {"r": 1 << 63}}, "^counts.r = .*: must be a whole number$"),
     ],
