@@ -15,7 +15,7 @@ from fedtune.data.partition import (
     unit_hash,
     users_of,
 )
-from fedtune.data.records import Record, iter_records, read_records, record_key, resolve_file
+from fedtune.data.records import Record, iter_records, record_key, resolve_file
 from fedtune.data.shapes import Part, Shapes
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
@@ -36,7 +36,6 @@ __all__ = [
     "iter_records",
     "micro_batches",
     "partition_records",
-    "read_records",
     "record_key",
     "resolve_file",
     "split_heldout",

@@ -90,22 +90,6 @@ def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file
     raise DataError(key, name, f"no such file, looked in {', '.join(map(str, folders))}")
 
 
-def read_records(path: Path, columns: Mapping[str, str]) -> list[Record]:
-    """Read a file's records, in file order.
-
-    Args:
-        path: as `iter_records` takes it.
-        columns: role to column name.
-
-    Raises:
-        DataError: as `iter_records`; also when there is no record at all.
-    """
-    records = list(iter_records(path, columns))
-    if not records:
-        raise without_records(path)
-    return records
-
-
 def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Some records at a time."""
     iterator = iter(records)

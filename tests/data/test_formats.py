@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fedtune.data import Record, read_records, text_rows
+from fedtune.data import Record, iter_records, text_rows
 from fedtune.data.formats import files_of, raw_rows
 from fedtune.data.records import usable_records
 from fedtune.spec import DataError
@@ -73,7 +73,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
         saved(path, pyarrow.Table.from_pylist(ROWS))
     else:
         path.write_bytes(WRITERS[name](ROWS))
-    records = read_records(path, {"text": "text", "label": "label"})
+    records = list(iter_records(path, {"text": "text", "label": "label"}))
     assert [record.fields for record in records] == [{"text": row["text"], "label": row["label"]} for row in ROWS]
     lines = {"a.csv": [2, 4, 5], "a.tsv": [2, 4, 5], "a.json": [1, 1, 1], "b.json": [3, 8, 13]}.get(name, [1, 2, 3])
     assert [record.line for record in records] == lines
@@ -84,7 +84,7 @@ def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
 def test_a_saved_set_of_hugging_face() -> None:
     # Its labels are numbers there, whose names the set has beside them.
     columns = {"text": "text", "label": "label", "messages": "messages"}
-    records = read_records(SAVED, columns)
+    records = list(iter_records(SAVED, columns))
     assert [record.fields["label"] for record in records] == ["billing", "travel", "billing"]
     assert records[1].fields["messages"] == ('[{"role":"user","content":"é?"},{"role":"assistant","content":"ü!"}]')
     assert records[1].at("text") == f"{SAVED}:2, text"
@@ -97,7 +97,7 @@ def test_what_a_schema_notes_of_labels_may_be_anything(tmp_path: Path, names: An
     rows = pyarrow.Table.from_pylist([{"label": 0}, {"label": 1}]).replace_schema_metadata({"huggingface": noted})
     parquet.write_table(rows, tmp_path / "a.parquet")
     expected = "x" if names == {"names": ["x"]} else "0"
-    assert [one.fields["label"] for one in read_records(tmp_path / "a.parquet", {"label": "label"})] == [expected, "1"]
+    assert [one.fields["label"] for one in iter_records(tmp_path / "a.parquet", {"label": "label"})] == [expected, "1"]
 
 
 BAD_TEXTS = pyarrow.Array.from_buffers(
@@ -146,13 +146,13 @@ def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: s
     found = list(usable_records(tmp_path / name, {role: role}))
     assert [record.line for record in found] == kept
     with pytest.raises(DataError, match=rf"{name}:{min({1, 2, 3, 4} - set(kept))}"):
-        read_records(tmp_path / name, {role: role})
+        list(iter_records(tmp_path / name, {role: role}))
 
 
 def test_text_that_no_run_reads_hides_no_row_of_a_saved_set(tmp_path: Path) -> None:
     pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
     saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
-    assert len(read_records(tmp_path / "set", {"text": "text"})) == 2
+    assert len(list(iter_records(tmp_path / "set", {"text": "text"}))) == 2
     assert len([row for _, row in raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
 
 
@@ -204,7 +204,7 @@ def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     saved(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs a library that reads Parquet and Arrow: pip install 'fedtune\[data\]'"):
-        read_records(tmp_path / name, {"text": "text"})
+        list(iter_records(tmp_path / name, {"text": "text"}))
 
 
 # Conversations, and roles that a record may lack.
@@ -219,14 +219,14 @@ def test_conversations_are_one_text_however_they_are_written(tmp_path: Path, nam
     in_table = name.endswith("sv") and not isinstance(turns, str)
     row = {"chat": json.dumps(turns) if in_table else turns}
     (tmp_path / name).write_bytes(WRITERS[name]([row]))
-    (record,) = read_records(tmp_path / name, {"messages": "chat"})
+    (record,) = list(iter_records(tmp_path / name, {"messages": "chat"}))
     assert record == Record({"messages": CANONICAL})
 
 
 def test_a_chat_of_the_other_form_changes_no_chat_of_its_table(tmp_path: Path) -> None:
     # A struct has the fields of all of them, so that each is null under the other's names.
     (tmp_path / "a.parquet").write_bytes(packed([{"chat": SHAREGPT}, {"chat": TURNS}]))
-    assert read_records(tmp_path / "a.parquet", {"messages": "chat"}) == [Record({"messages": CANONICAL})] * 2
+    assert list(iter_records(tmp_path / "a.parquet", {"messages": "chat"})) == [Record({"messages": CANONICAL})] * 2
 
 
 @pytest.mark.parametrize("role", ["label", "user"])
@@ -241,7 +241,7 @@ def test_a_number_that_is_missing_changes_no_other_of_its_column(tmp_path: Path,
 def test_conversations_that_are_taken(tmp_path: Path, speakers: list[str]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": [{"role": one, "content": " a "} for one in speakers]}))
-    (record,) = read_records(path, {"messages": "messages"})
+    (record,) = list(iter_records(path, {"messages": "messages"}))
     names = {"human": "user", "bot": "assistant", "model": "assistant"}
     expected = [{"role": names.get(one, one), "content": " a "} for one in speakers]
     assert json.loads(record.fields["messages"]) == expected
@@ -252,14 +252,14 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"instruction": "a", "output": "b"} | row))
     columns = {"prompt": "instruction", "completion": "output", "input": "in", "system": "in"}
-    (record,) = read_records(path, columns)
+    (record,) = list(iter_records(path, columns))
     assert record.fields == {"prompt": "a", "completion": "b", "input": "", "system": ""}
     path.write_text(json.dumps({"instruction": "a", "output": "b", "in": 3}))
     with pytest.raises(DataError, match=r"column 'in' = 'number': must be text \(role input\)"):
-        read_records(path, columns)
+        list(iter_records(path, columns))
     (tmp_path / "a.csv").write_text("instruction,output\na,b\n")
     with pytest.raises(DataError, match=r"column 'in' = 'absent'"):  # of a table, that is a mistake in the settings
-        read_records(tmp_path / "a.csv", columns)
+        list(iter_records(tmp_path / "a.csv", columns))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import read_records, resolve_file
+from fedtune.data import iter_records, resolve_file
+from fedtune.data.load import lead_records
 from fedtune.data.records import usable_records
 from fedtune.spec import DataError
 
@@ -207,7 +208,7 @@ def test_a_malformed_file_is_named_with_place_and_bound(tmp_path: Path, case: st
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
-        read_records(path, CHAT if b"messages" in content else COLUMNS)
+        lead_records(str(path), columns=CHAT if b"messages" in content else COLUMNS, key="file")
     message = str(error.value)
     assert where in message
     assert why in message
@@ -221,7 +222,7 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     bad = [b'{"question": " ", "intent": "b"}'] * 3 + [b"{"] * 2 + [b'{"question": 3, "intent": "b"}']
     path.write_bytes(b"\n".join([GOOD, *bad, GOOD]))
     with pytest.raises(DataError) as error:
-        read_records(path, COLUMNS)
+        list(iter_records(path, COLUMNS))
     assert str(error.value) == (
         f"{path}:2, column 'question' = 'blank': must not be blank (role text) (6 rows cannot be used, in lines "
         "2, 3, 4, 5, 6, ...: 3 must not be blank (role text); 2 must be one whole JSON object on a line; 1 must be "
@@ -270,7 +271,7 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
         resolve_file("a.jsonl", key="data.test_file")
     assert why.format(path=tmp_path / path) in str(error.value)
     with pytest.raises(DataError, match=r"^a\.jsonl = '"):
-        read_records(path, COLUMNS)
+        list(iter_records(path, COLUMNS))
 
 
 @pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800"])
@@ -278,7 +279,7 @@ def test_a_saved_set_whose_list_of_files_is_damaged(tmp_path: Path, state: str) 
     broken = state in ("[", "{}")
     (tmp_path / "state.json").write_text(state if broken else json.dumps({"_data_files": [{"filename": state}]}))
     with pytest.raises(DataError, match=r"state\.json = 'damaged': must name the files of the set"):
-        read_records(tmp_path, COLUMNS)
+        list(iter_records(tmp_path, COLUMNS))
 
 
 @pytest.mark.parametrize("kept", [0, 100, 700, -300])

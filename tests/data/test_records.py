@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Record, iter_records, read_records, record_key, resolve_file, text_rows
+from fedtune.data import Record, iter_records, record_key, resolve_file, text_rows
 from fedtune.data.records import record_of, usable_records
 from fedtune.data.values import labels_of, said_of, turns_said
 from fedtune.spec import DataError
@@ -28,7 +28,7 @@ def write(folder: Path, name: str, content: bytes) -> Path:
 
 
 def fields(path: Path) -> list[tuple[str, str, int]]:
-    return [(r.fields["text"], r.fields["label"], r.line) for r in read_records(path, COLUMNS)]
+    return [(r.fields["text"], r.fields["label"], r.line) for r in iter_records(path, COLUMNS)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL"])
@@ -412,14 +412,14 @@ def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.Mo
 def test_whatever_stands_for_a_group_leaves_no_record_out(tmp_path: Path, value: str, group: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(f'{{"body": "a", "ward": {value}}}\n{{"body": "b"}}\n')
-    found = read_records(path, {"text": "body", "group": "ward"})
+    found = list(iter_records(path, {"text": "body", "group": "ward"}))
     assert [dict(record.fields) for record in found] == [{"text": "a", "group": group}, {"text": "b", "group": ""}]
 
 
 def test_a_table_without_the_group_s_column_has_no_groups(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("body\na\n")
-    assert [record.fields["group"] for record in read_records(path, {"text": "body", "group": "ward"})] == [""]
+    assert [record.fields["group"] for record in iter_records(path, {"text": "body", "group": "ward"})] == [""]
 
 
 def test_a_record_s_group_decides_nothing_about_it() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.data import read_records
+from fedtune.data import iter_records
 
 FOLDER = Path(__file__).parents[2] / "simulations" / "data"
 ROWS = {
@@ -50,7 +50,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_file_reads(name: str) -> None:
     sides = [FOLDER / name / f"{side}.jsonl.gz" for side in ("train", "validation", "test")]
-    records = [read_records(path, COLUMNS[name]) for path in sides]
+    records = [list(iter_records(path, COLUMNS[name])) for path in sides]
     assert tuple(map(len, records)) == ROWS[name]
     if "label" in COLUMNS[name]:
         declared, *others = [{record.fields["label"] for record in side} for side in records]

@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import Record, read_records, unit_hash, users_of
+from fedtune.data import Record, iter_records, unit_hash, users_of
 from fedtune.data.records import column_values, record_of, usable_records
 from fedtune.data.values import one_form, turns_like
 from fedtune.spec import DataError
@@ -178,11 +178,11 @@ def test_values_of_a_database(tmp_path: Path) -> None:
     }
     parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
     columns = {"target": "price", "labels": "tags", "user": "id"}
-    found = [dict(one.fields) for one in read_records(tmp_path / "a.parquet", columns)]
+    found = [dict(one.fields) for one in iter_records(tmp_path / "a.parquet", columns)]
     assert found[0] == {"target": "3.7", "labels": '["late"]', "user": "7"}
     assert [one.fields["text"] for one in usable_records(tmp_path / "a.parquet", {"text": "body"})] == ["caf\u00e9"]
     with pytest.raises(DataError, match="= 'bytes': must be text"):
-        read_records(tmp_path / "a.parquet", {"text": "body"})
+        list(iter_records(tmp_path / "a.parquet", {"text": "body"}))
 
 
 CLASSES = {"_type": "ClassLabel", "names": ["joy", "anger"]}
@@ -212,11 +212,11 @@ def test_a_folder_of_parts_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "spark.parquet").mkdir()
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "spark.parquet" / "part-0.parquet")
     with pytest.raises(DataError, match=r"holds 1 part of a table: write them as one file"):
-        read_records(tmp_path / "spark.parquet", {"text": "text"})
+        list(iter_records(tmp_path / "spark.parquet", {"text": "text"}))
 
 
 def test_a_selection_of_a_saved_set_is_refused(tmp_path: Path) -> None:
     state = {"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(DataError, match="call flatten_indices"):
-        read_records(tmp_path, {"text": "text"})
+        list(iter_records(tmp_path, {"text": "text"}))

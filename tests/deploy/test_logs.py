@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.data.records import read_records
+from fedtune.data.records import iter_records
 from fedtune.data.spec import DataSpec
 from fedtune.deploy import logs
 from fedtune.deploy.logs import LEVELS, Level, configure_logs
@@ -160,7 +160,7 @@ def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_
     file.write_text("text,label\nfine,a\n" + rows)
     with logged() as lines:
         try:
-            records = read_records(file, {"text": "text", "label": "label"})
+            records = list(iter_records(file, {"text": "text", "label": "label"}))
             columns = {"text": "text", "label": "label"}
             data = DataSpec(
                 dataset="d", train_file="f", columns=columns, declared_sizes=1, labels=("a", "b"), max_length=8

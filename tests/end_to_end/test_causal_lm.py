@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedtune.config import saved_config
-from fedtune.data import read_records
+from fedtune.data import iter_records
 from fedtune.data.load import chosen_rows
 
 pytestmark = pytest.mark.nightly
@@ -62,7 +62,8 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
 
 def test_evaluate_repeats_the_final_scores(folder: Path, result_of: Any, command: Any, tmp_path: Path) -> None:
     test_file = tmp_path / "test.jsonl"
-    records = read_records(REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", saved_config(folder).data.columns)
+    source, columns = REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", saved_config(folder).data.columns
+    records = list(iter_records(source, columns))
     scored = [{"mr": one.fields["prompt"], "ref": one.fields["completion"]} for one in chosen_rows(records, 10)]
     test_file.write_text("".join(json.dumps(row) + "\n" for row in scored))
     outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")

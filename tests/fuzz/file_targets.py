@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedtune.config import saved_config
-from fedtune.data.records import read_records, usable_records
+from fedtune.data.records import iter_records, usable_records
 from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.deploy.kits.kit_file import KitFile, read_spec
 from fedtune.deploy.kits.members import Roster
@@ -130,7 +130,7 @@ def _checkpoint_data(data: bytes) -> object:
 
 
 def _rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
-    return _in_file(name, lambda path: (list(usable_records(path, columns)), read_records(path, columns)))
+    return _in_file(name, lambda path: (list(usable_records(path, columns)), list(iter_records(path, columns))))
 
 
 def _saved(name: str) -> Callable[[bytes], object]:
@@ -142,7 +142,7 @@ def _saved(name: str) -> Callable[[bytes], object]:
             shutil.copytree(_SAVED, folder)
         (folder / name).write_bytes(data)
         columns = {"text": "text", "label": "label", "messages": "messages"}
-        return list(usable_records(folder, columns)), read_records(folder, columns)
+        return list(usable_records(folder, columns)), list(iter_records(folder, columns))
 
     return parse
 

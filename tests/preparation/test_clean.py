@@ -114,11 +114,11 @@ def test_nothing_is_left_behind_where_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_same_experiment_reads_the_new_file(tickets: Callable[..., RunConfig], tmp_path: Path) -> None:
-    from fedtune.data.records import read_records
+    from fedtune.data.records import iter_records
 
     config = tickets("a,sales", ",sales", '"b, or\nc",billing')
     done, _ = cleaned(Path(config.data.train_file), "empty")
-    records = read_records(tmp_path / "kept.jsonl", config.data.columns)
+    records = list(iter_records(tmp_path / "kept.jsonl", config.data.columns))
     assert (done.dropped, [record.fields["text"] for record in records]) == ({"empty": 1}, ["a", "b, or\nc"])
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fedtune.api.compose import compose_run
-from fedtune.data import read_records
+from fedtune.data import iter_records
 from fedtune.data.faults import LeftOut
 from fedtune.model import load_tokenizer
 from fedtune.preparation import starter
@@ -147,7 +147,7 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
     overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
     overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
     config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
-    records = read_records(tmp_path / "chats.jsonl", config.data.columns)
+    records = list(iter_records(tmp_path / "chats.jsonl", config.data.columns))
     made = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
     assert plan.measured.lengths.tolist() == made.lengths.tolist()
 

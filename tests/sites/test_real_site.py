@@ -111,8 +111,7 @@ def test_a_request_that_is_refused_leaves_nothing_on_the_disk(station: MakeStati
     """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
     names = ("north", "south", "east")
     site = station(
-        federation={"aggregation": "secure", "num_sites": 3, "site_names": names},
-        training={"local_steps": 1},
+        federation={"aggregation": "secure", "num_sites": 3, "site_names": names}, training={"local_steps": 1}
     )
     members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
     site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None})
@@ -350,10 +349,9 @@ def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
         site.data.unlink()
     else:
         site.data.write_bytes(
-            {
-                "another header": b"a,b\nsecret-17,2\n",
-                "no text in the header": b"body,kind,\xff\nsecret-17,praise,\n",
-            }[fault]
+            {"another header": b"a,b\nsecret-17,2\n", "no text in the header": b"body,kind,\xff\nsecret-17,praise,\n"}[
+                fault
+            ]
         )
     reply = site.ask()
     assert isinstance(reply.body, Refusal)

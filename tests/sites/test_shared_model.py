@@ -95,9 +95,7 @@ def test_another_chat_template_wants_a_model_that_was_checked_for_it(letters: Ca
 
     def settings(kind: str) -> RunConfig:
         return letters(
-            task="causal_lm",
-            model={"path": "random:llama", "sha256": None},
-            data={**prompted, "chat_template": kind},
+            task="causal_lm", model={"path": "random:llama", "sha256": None}, data={**prompted, "chat_template": kind}
         )
 
     kept = SharedModel(settings("none"))

@@ -53,11 +53,7 @@ def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]
 @pytest.mark.by_day("given noise")
 @pytest.mark.parametrize(
     "groups",
-    [
-        {},
-        {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}},
-        {"runtime": {"kept_states_mib": 0}, "seed": 3},
-    ],
+    [{}, {"privacy": {"noise_multiplier": None, "max_grad_norm": 0.3}}, {"runtime": {"kept_states_mib": 0}, "seed": 3}],
     ids=["given noise", "calibrated noise", "nothing kept"],
 )
 def test_a_real_site_trains_to_the_bit_what_a_simulated_one_does(
