@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+
+import torch
 
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
-from fedtune.model import Adapter
+from fedtune.model import Adapter, TaskModelSpec
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
+from fedtune.tasks import TaskModel, build_task_model
 
 
 def run_result(**fields: Any) -> RunResult:
@@ -64,3 +69,14 @@ def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
     for name, method in methods.items():
         setattr(site, name, method)
     return site
+
+
+def built(spec: TaskModelSpec) -> TaskModel:
+    """A copy of the tiny model of this spec, which is built once in a process."""
+    # The processor's instructions decide what four-bit layers are.
+    return copy.deepcopy(_built(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+@cache
+def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
+    return build_task_model(spec)

@@ -36,6 +36,7 @@ TRIPLETS = (
 )
 
 
+@pytest.mark.nightly
 def test_a_record_of_three_texts_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
     outcome, found = searched(*TRIPLETS)
     assert outcome.code == 0, outcome.err

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TASKS, TaskModel, build_task_model
+from fedtune.tasks import TASKS, TaskModel
+
+from ..builders import built
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -70,7 +72,7 @@ def trained(spec: Callable[..., TaskModelSpec]) -> Callable[..., TaskModel]:
     """A tiny model whose trainable tensors are random, as after some training (B starts at zero)."""
 
     def make(*args: Any, **changes: Any) -> TaskModel:
-        model = build_task_model(spec(*args, **changes))
+        model = built(spec(*args, **changes))
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for parameter in model.trainable().values():

@@ -130,6 +130,7 @@ def test_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
         assert figures == sorted(figure for figure in figures if figure is not None)
 
 
+@pytest.mark.by_day("one sampled step", "a run with scores")
 def test_figures_are_the_accountants_own(spent: dict[DpEvent, int]) -> None:
     for interval in (accountant.FINE, accountant.COARSE):
         found = profile.epsilon_pld(spent, 1e-5, interval=interval)
@@ -146,6 +147,7 @@ def test_equal_histories_give_equal_digits() -> None:
     assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, (1e-5,)))
 
 
+@pytest.mark.by_day("one Gaussian", "a run")
 def test_what_it_means(spent: dict[DpEvent, int]) -> None:
     epsilon = profile.epsilon_pld(spent, 1e-5)
     meant = profile.meaning(spent, epsilon=epsilon, delta=1e-5, declared_size=2000)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from fedtune.model.products import multiply_by_onednn
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import Records, dp_sgd_step
 from fedtune.training.examples import SiteExamples
@@ -27,6 +25,7 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
+from ..builders import built
 from ..model.conftest import declared
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
@@ -44,12 +43,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@cache
-def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
-    """Built once for all tests, which get copies; the processor's instructions decide what four-bit layers are."""
-    return build_task_model(spec)
-
-
 @pytest.fixture
 def fresh() -> Callable[..., TaskModel]:
     """A tiny model as training starts: every B is zero, and so is the head."""
@@ -62,7 +55,7 @@ def fresh() -> Callable[..., TaskModel]:
         if task in TEXTS:
             task, values = "embedding", values | {"texts": TEXTS[task]}
         spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
-        model = copy.deepcopy(_built(spec, torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        model = built(spec)
         multiply_by_onednn(model.base)  # as a run does
         return model
 

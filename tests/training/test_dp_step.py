@@ -90,12 +90,7 @@ def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[st
     return {name: gradient.double().numpy() for name, gradient in zip(parameters, gradients, strict=True)}
 
 
-@pytest.mark.by_day(
-    "random:bert-classification-sgd",
-    "random:bert-classification-adamw",
-    "random:llama-causal_lm-sgd",
-    "random:bert-triplets-adamw",
-)
+@pytest.mark.by_day("random:bert-classification-sgd", "random:bert-classification-adamw", "random:llama-causal_lm-sgd")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @kinds
 def test_without_clipping_and_noise_it_is_plain_peft_training(
