@@ -121,7 +121,11 @@ def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: 
 
 
 def test_unreadable_replies_are_one_kind_of_error() -> None:
-    for content in (RecordDict(), RecordDict({flower_records.REPLY: ConfigRecord({"json": '{"kind": "update"}'})})):
+    texts = ("{", "[1]", '{"kind": "update"}')
+    for content in (
+        RecordDict(),
+        *(RecordDict({flower_records.REPLY: ConfigRecord({"json": text})}) for text in texts),
+    ):
         with pytest.raises(ConfigError, match="must be a site's answer"):
             flower_records.to_reply(content)
 
@@ -148,16 +152,6 @@ def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
     for content in (RecordDict({flower_records.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
         with pytest.raises(ConfigError, match="must be a site's receipt"):
             flower_records.to_receipt(content)
-
-
-def test_settings_arrive_as_they_were_sent_and_count_as_bytes(request_: Signed) -> None:
-    settings = '{"name": "Größe"}'
-    content = flower_records.from_question(Question(site="", signed=request_, settings=settings), None)
-    assert flower_records.to_settings(content) == settings
-    plain = flower_records.from_question(Question(site="", signed=request_), None)
-    assert flower_records.to_settings(plain) == ""
-    assert set(plain) == {flower_records.REQUEST}
-    assert flower_records.num_bytes(content) - flower_records.num_bytes(plain) == len(settings)
 
 
 @pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])

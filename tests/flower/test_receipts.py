@@ -234,20 +234,3 @@ def test_an_adapter_that_was_exchanged_on_the_way_is_not_kept(
     assert set(kept) == {"site-1", "site-3"}
     assert made.ledger("site-2").history.runs["r"].expires is not None
     assert charges(made, state)["site-2"] == (1, False), "its receipt of the round is there"
-
-
-def test_known_nodes_are_not_asked_for_their_names(
-    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, types = federation(), []
-    deliver = made.grid.deliver
-
-    def note(message: Message) -> Message:
-        types.append(message.metadata.message_type)
-        return deliver(message)
-
-    monkeypatch.setattr(made.grid, "deliver", note)
-    nodes = dict(enumerate(SITES, 1))
-    state = run_rounds(GridTransport(made.grid, nodes), made.lead, made.start)
-    assert state.rounds[0].sites == SITES
-    assert types == ["query.invite"] * 3 + ["train"] * 3 + ["query.end"] * 3
