@@ -33,7 +33,6 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.results import site_charge
 from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
-from fedtune.words import finite
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
@@ -284,7 +283,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         sites[site] = {
             "last_answer": answer.get("what", "none yet"),
             "at": answer.get("time"),
-            "epsilon": finite(charge.epsilon),  # None: nothing bounds the loss
+            "epsilon": charge.epsilon,  # None: nothing bounds the loss
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,
         }

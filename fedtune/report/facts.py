@@ -13,7 +13,7 @@ from typing import Literal
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
-from fedtune.federation.lead import RoundResult
+from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
@@ -25,7 +25,6 @@ from fedtune.report.audit_findings import Audit
 from fedtune.spec import check_at_least, spec
 from fedtune.tasks.measures import Detail
 
-Scores = Mapping[str, float | None]
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"

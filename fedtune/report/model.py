@@ -15,13 +15,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
+from fedtune.federation.lead import Scores
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
 from fedtune.report.facts import Approved as Approved
 from fedtune.report.facts import Cap as Cap
-from fedtune.report.facts import LedgerFacts, Release, RunFacts, Scores, Source
+from fedtune.report.facts import LedgerFacts, Release, RunFacts, Source
 from fedtune.report.facts import Lifetime as Lifetime
 from fedtune.report.facts import LifetimeRun as LifetimeRun
 from fedtune.report.facts import Provenance as Provenance

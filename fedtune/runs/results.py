@@ -21,7 +21,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
-from fedtune.words import finite, finite_scores
+from fedtune.words import finite, finite_scores, unbounded
 
 DIVERGED = "diverged"
 WORSE = "worse_than_before"
@@ -84,8 +84,16 @@ def findings_of(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SiteResult:
-    """One site's `SiteCharge` as JSON has it, with the plan's numbers; nothing bounds an epsilon of None."""
+class SiteCharge:
+    """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None.
+
+    Attributes:
+        epsilon: by PLD, at the plan's delta; `epsilon_rdp` by RDP.
+        rounds: charged, retries included; `steps` are theirs.
+        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
+            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
+        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
+    """
 
     epsilon: float | None = None
     epsilon_rdp: float | None = None
@@ -96,6 +104,10 @@ class SiteResult:
     noise_multiplier: float
     metrics_noise_multiplier: float
     upper_bound: bool
+
+    def claim(self, *, ended_by_scores: bool) -> float | None:
+        """The epsilon that is proved for a run that ended so."""
+        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,32 +123,7 @@ class PrivacyResult:
     delta: float
     epsilon: float | None = None
     seeded_noise: bool
-    sites: Mapping[str, SiteResult]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteCharge:
-    """A site's spending in one run, from its receipts.
-
-    Attributes:
-        rounds: charged, retries included; `steps` are theirs.
-        epsilon: by PLD, at the plan's delta; infinite without noise.
-        epsilon_rdp: the same events by RDP.
-        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
-            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
-        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
-    """
-
-    rounds: int
-    steps: int
-    epsilon: float
-    epsilon_rdp: float
-    planned_epsilon: float
-    upper_bound: bool
-
-    def claim(self, *, ended_by_scores: bool) -> float:
-        """The epsilon that is proved for a run that ended so."""
-        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon
+    sites: Mapping[str, SiteCharge]
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
@@ -151,11 +138,14 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     rounds = max(charged, min(charged + silent, plan.most_rounds))
     epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
     return SiteCharge(
+        epsilon=finite(epsilon),
+        epsilon_rdp=finite(epsilon_rdp),
         rounds=rounds,
+        planned_epsilon=finite(charged_epsilons(plan, plan.most_rounds)[0]),
         steps=rounds * plan.local_steps,
-        epsilon=epsilon,
-        epsilon_rdp=epsilon_rdp,
-        planned_epsilon=charged_epsilons(plan, plan.most_rounds)[0],
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        metrics_noise_multiplier=plan.metrics_noise_multiplier,
         upper_bound=silent > 0,
     )
 
@@ -270,22 +260,9 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(charge.claim(ended_by_scores=ended_by_scores) for charge in charges.values())),
+                epsilon=finite(max(unbounded(one.claim(ended_by_scores=ended_by_scores)) for one in charges.values())),
                 seeded_noise=seeded_noise,
-                sites={
-                    site: SiteResult(
-                        epsilon=finite(charge.epsilon),
-                        epsilon_rdp=finite(charge.epsilon_rdp),
-                        rounds=charge.rounds,
-                        planned_epsilon=finite(charge.planned_epsilon),
-                        steps=charge.steps,
-                        sampling_rate=plan.sampling_rate,
-                        noise_multiplier=plan.noise_multiplier,
-                        metrics_noise_multiplier=plan.metrics_noise_multiplier,
-                        upper_bound=charge.upper_bound,
-                    )
-                    for site, charge in charges.items()
-                },
+                sites=charges,
             ),
         )
 

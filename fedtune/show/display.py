@@ -171,10 +171,8 @@ class Display:
         yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
         yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
-        yield (
-            f"epsilon {epsilon_text(max(site_charge(state, one, self._plan).epsilon for one in federation.active))}",
-            "",
-        )
+        charges = (site_charge(state, site, self._plan) for site in federation.active)
+        yield f"epsilon {epsilon_text(max(unbounded(charge.epsilon) for charge in charges))}", ""
         yield f"{last.seconds:.1f} s", ""
         kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
         if kept is not None and kept.round < last.round:

@@ -19,7 +19,7 @@ from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.model import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import Receipt
-from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteResult
+from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteCharge
 from fedtune.show.display import Display, show_result
 
 from ..builders import run_result
@@ -185,7 +185,7 @@ def test_the_bar_counts_sites_and_rounds(config: RunConfig, state: Callable[...,
 
 def result(**changes: Any) -> RunResult:
     plan = {"rounds": 2, "sampling_rate": 0.2, "noise_multiplier": 4.0, "metrics_noise_multiplier": 0.0}
-    site = SiteResult(epsilon=1.00001, epsilon_rdp=1.2, steps=4, upper_bound=False, **plan)
+    site = SiteCharge(epsilon=1.00001, epsilon_rdp=1.2, steps=4, upper_bound=False, **plan)
     sites = {"site-1": site, "site-2": replace(site, upper_bound=True)}
     privacy = PrivacyResult(delta=1e-5, epsilon=1.00001, seeded_noise=False, sites=sites)
     final = FinalResult(

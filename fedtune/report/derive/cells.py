@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedtune.federation.lead import Scores
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
-from fedtune.report.facts import RunFacts, Scores
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Cell, Report, SiteReport
 from fedtune.tasks import task_named
 from fedtune.words import score_text
