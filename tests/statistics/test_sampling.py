@@ -21,7 +21,7 @@ from fedtune.training.dp_step import Records, dp_sgd_step
 
 from .decisions import FALSE_ALARM, POWER, Rate
 
-UNITS, STEPS, RATE = 50, 4000, 0.3
+UNITS, STEPS, RATE = 50, 8000, 0.3
 LAGS = (1, 2, 3, 4, 5)
 Joined = npt.NDArray[np.bool_]
 Sampler = Callable[[int, float, RandomStream], npt.NDArray[np.int64]]
