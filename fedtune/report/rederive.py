@@ -80,8 +80,9 @@ def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
 def _parts(facts: RunFacts | LedgerFacts) -> Iterator[tuple[Charges, float, int]]:
     """What has to be composed, the width of its buckets, and how often."""
     if isinstance(facts, RunFacts):
-        rounds = max([facts.plan.most_rounds, *(site.rounds for site in facts.sites)])
-        yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 1
+        # The whole plan, and what each site was charged, with what it came to after earlier rounds.
+        for rounds in {facts.plan.most_rounds, *(site.rounds for site in facts.sites)}:
+            yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
             yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
     else:
@@ -241,14 +242,16 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     rounds = Counter(dict.fromkeys(names, 0))
     for entry in facts.charges:
         rounds[entry.run] += entry.rounds
+    updates = Counter[str]()
+    for release in facts.releases:
+        updates[release.run] += release.count if release.kind == "update" else 0
     for name, plan in ledger_figures.plans_of(facts).items():
         if (plan.unit, plan.delta) != (facts.unit, facts.delta):
             yield f"runs.{name}.plan", f"{plan.unit}, {plan.delta}", f"{facts.unit}, {facts.delta}"
         if rounds[name] > plan.most_rounds:
             yield f"runs.{name}.plan", rounds[name], f"at most {plan.most_rounds}"
-        updates = sum(one.count for one in facts.releases if (one.kind, one.run) == ("update", name))
-        if updates > rounds[name]:
-            yield "releases", updates, f"at most {rounds[name]} of {name}, which were charged"
+        if updates[name] > rounds[name]:
+            yield "releases", updates[name], f"at most {rounds[name]} of {name}, which were charged"
     lost = [entry for entry in facts.charges if not entry.run]
     if not lost and (named := [entry.run for entry in facts.runs if entry.lost_rounds]):
         yield f"runs.{named[0]}.lost_rounds", "some", "0: no lost branch was made up for"
@@ -291,10 +294,14 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
                     place, said[key], found[key], under=under if key == "epsilon_pld" else _LAST_DIGITS
                 )
     elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
+        # A part is named by what it is of, where it alone is of that.
+        kinds = ("site", "code", "run")
+        parts = (part if isinstance(part, Mapping) else {} for part in found)
+        names = [next((part[kind] for kind in kinds if kind in part), None) for part in parts]
+        count = Counter(names)
         for number, (one, other) in enumerate(zip(said, found, strict=True)):
-            keys = [key for key in ("site", "code", "run") if isinstance(other, Mapping) and key in other]
-            unique = keys and sum(item[keys[0]] == other[keys[0]] for item in found) == 1
-            yield from _differences(f"{where}.{other[keys[0]] if unique else number}", one, other)
+            name = names[number] if names[number] is not None and count[names[number]] == 1 else number
+            yield from _differences(f"{where}.{name}", one, other)
     elif isinstance(said, float) and isinstance(found, float | int):
         if not -under * abs(found) <= said - found <= max(under, TOLERANCE) * abs(found):
             yield Problem(where, said, float(found))

@@ -88,7 +88,9 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
             lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
         ),
     )
-    judged = verdicts.judged(made, verdicts.of_run(made, facts), charged=charged, delta=plan.delta)
+    judged = verdicts.judged(
+        made, verdicts.of_run(made, facts, believed=site.believed), charged=charged, delta=plan.delta
+    )
     if statement is None:
         return judged
     reasons = verdicts.of_ledger(
@@ -143,9 +145,10 @@ def epsilon_by_round(sites: Iterable[SiteReport]) -> Mapping[int, float | None]:
 
 def _steps(facts: RunFacts, site: SiteFacts) -> Iterator[Step]:
     """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
-    took_part = [site.site in result.sites for result in facts.rounds]
-    for index, result in enumerate(facts.rounds):
-        so_far = max(0, site.rounds - sum(took_part[index + 1 :]))
+    later = sum(site.site in result.sites for result in facts.rounds)
+    for result in facts.rounds:
+        later -= site.site in result.sites
+        so_far = max(0, site.rounds - later)
         yield Step(
             run=facts.run,
             round=result.round,

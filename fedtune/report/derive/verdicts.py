@@ -100,8 +100,11 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     return replace(site, verdict=verdict, meaning=means)
 
 
-def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
-    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
+def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str]:
+    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run.
+
+    `believed` says whether its receipts are.
+    """
     spent = site.spent
     assert spent is not None
     if spent.rounds == 0:
@@ -119,7 +122,7 @@ def of_run(site: SiteReport, facts: RunFacts) -> Iterator[str]:
         )
     yield from _holding(
         configuration_changed=not facts.unchanged,
-        receipts_not_believed=any(one.site == site.site and not one.believed for one in facts.sites),
+        receipts_not_believed=not believed,
         accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
     )
 
