@@ -172,6 +172,17 @@ def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopb
     assert about(answers[0])["number"] == 1, "too early to ask again"
 
 
+def test_what_a_site_said_before_it_began_to_work_is_no_answer(
+    network: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
+    monkeypatch.setattr(remote_grid, "_SAYS_SO_AGAIN_S", 1.0)
+    site = network.site("a", dies_on=2)
+    with network.grid(["a"], hear=lambda *_: Heard(good=False, again_s=0.2, idle=True)) as grid:
+        assert list(grid.receive(questions(1), timeout=8)) == []
+    assert len(site.events("received")) == 2
+
+
 def test_a_round_with_enough_answers_waits_for_an_absent_site_no_longer_than_its_grace(network: Loopback) -> None:
     network.site("a").wait_for("activated")
     with network.grid(["a", "b"], grace_s=2.0) as grid:

@@ -69,10 +69,9 @@ class _Question:
     idle: bool = False
 
     @property
-    def is_idle(self) -> bool:
-        """Whether the site said that it does nothing: one that does not say so again has begun to work."""
-        silent_s = time.monotonic() - self.asked if self.message_ids else 0.0
-        return self.idle and silent_s < _SAYS_SO_AGAIN_S
+    def has_begun(self) -> bool:
+        """Whether the site, asked again, has not said the same again: it works, and may be charged by now."""
+        return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
 
 
 class RemoteGrid:
@@ -136,7 +135,7 @@ class RemoteGrid:
                 for answer, heard in self._collect(open_, left_s=left):
                     good += heard.good
                     yield answer
-                at_work = sum(n in online and not question.is_idle for n, question in open_.items())
+                at_work = sum(n in online and (one.has_begun or not one.idle) for n, one in open_.items())
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
             except httpx.HTTPStatusError as error:
@@ -151,7 +150,7 @@ class RemoteGrid:
                 self._wait_for_server(error)
             else:
                 time.sleep(_POLL_S)
-        yield from [question.provisional for question in open_.values() if question.provisional]
+        yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
     def _ask(self, questions: Mapping[int, _Question], *, ttl: float) -> Collection[int]:
         """Send what was not sent yet, or may have been forgotten, to the sites that are online; returns these."""
@@ -197,6 +196,7 @@ class RemoteGrid:
                 del questions[number]  # what it sent is no reply, and would be none again
                 continue
             if answer.has_error():
+                question.provisional = None
                 continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
             set_metadata(answer, src_node_id=number)
             heard = self._hear(number, question.question, answer)
