@@ -15,7 +15,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.facts import RunFacts
-from fedtune.report.model import Problem, Report, SiteReport
+from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.words import counted
@@ -105,16 +105,13 @@ def _figures(report: Report) -> Iterator[Check]:
 
 def _taken(report: Report) -> Iterator[Check]:
     """What no fact in the report gives: a joined ledger's figures over all its runs."""
-    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in report.sites if _is_joined(site)]:
+    told = [site for site in report.sites if site.source == "signed_site_report" and site.lifetime is not None]
+    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in told]:
         text = (
             f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
             "runs). The lead took them from the site's own report, whose signature is not in this file."
         )
         yield Check(name="taken", state="not_checked", text=text)
-
-
-def _is_joined(site: SiteReport) -> bool:
-    return site.source == "signed_site_report" and site.lifetime is not None
 
 
 def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:

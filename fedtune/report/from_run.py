@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.run_plan import Plan
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
@@ -132,13 +131,18 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     if known and upper_bound and known.state != "open":
         # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
         rounds, upper_bound = _by_receipt(record, site), False
+    plan = record.plan
+    same_plan = known is None or (  # which of its rounds are spare ones makes no difference
+        known.plan.most_rounds == plan.most_rounds
+        and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
+    )
     return replace(
         made,
         rounds=max(rounds, charged),
         upper_bound=upper_bound,
         statement=SiteStatement(
             reported=report.date[:10] if report.date else None,
-            same_plan=known is None or _same_plan(known.plan, record.plan),
+            same_plan=same_plan,
             verdict=own.verdict,
             approved=own.approved,
             lifetime=own.lifetime,
@@ -196,12 +200,6 @@ def _by_receipt(record: RunRecord, site: str) -> int:
     """Rounds that the site signed for; no fewer than the updates that it gave."""
     receipt = record.receipts.get(site)
     return max(record.updates(site), receipt.charged_rounds if receipt else 0)
-
-
-def _same_plan(noted: Plan, plan: Plan) -> bool:
-    """Whether a ledger noted the plan of a run; which of its rounds are spare ones makes no difference."""
-    same_length = replace(noted, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds)
-    return same_length == plan and noted.most_rounds == plan.most_rounds
 
 
 def _this_run(record: RunRecord, report: Report) -> RunInLedger | None:

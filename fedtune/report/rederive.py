@@ -125,8 +125,7 @@ def _contradictions(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
     """Facts that cannot be true beside others."""
     if unknown := sorted(facts.settings.keys() - cells.SETTINGS):
         yield Problem("settings", unknown[0], f"one of {', '.join(sorted(cells.SETTINGS))}")
-    for key, said, bound in _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts):
-        yield Problem(key, said, bound)
+    yield from map(Problem._make, _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts))
 
 
 _Found = tuple[str, object, object]

@@ -167,8 +167,13 @@ def _randomness(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> s
 
 def assumptions(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """What the guarantee rests on, the violated ones first."""
-    found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_a_ledger(facts, sites[0])
-    made = [Assumption(code=code, status=status, evidence=evidence) for code, status, evidence in found]
+    found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_ledger(facts, sites[0])
+    # A ledger that does not fit together shows nothing, not even what its site asserts.
+    shows = isinstance(facts, RunFacts) or facts.verification is not None
+    made = [
+        Assumption(code=code, status=status if shows or status == "violated" else "assumed", evidence=evidence)
+        for code, status, evidence in found
+    ]
     return tuple(sorted(made, key=lambda assumption: _WORST_FIRST.index(assumption.status)))
 
 
@@ -194,13 +199,6 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         yield "site_reports_are_newest", "assumed", _named(f"{site.site}: {site.reported}" for site in said)
     if facts.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
-
-
-def _of_a_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
-    """Those of a ledger; one that does not fit together shows nothing, not even what its site asserts."""
-    for code, status, evidence in _of_ledger(facts, site):
-        fits = site.verification is not None or status == "violated"
-        yield code, status if fits else "assumed", evidence
 
 
 def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:

@@ -101,10 +101,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
 
 
 def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str]:
-    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run.
-
-    `believed` says whether its receipts are.
-    """
+    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
     spent = site.spent
     assert spent is not None
     if spent.rounds == 0:
