@@ -239,6 +239,8 @@ class SecureSums:
         assert self._known.begun is not None, "prepare first"
         release = Summation(self._known.begun.session, release=round)
         _take(uploads, release.add_upload)
+        if (uploaded := len(release.survivors)) < (least := self._lead.federation.least_sites):
+            raise Unreadable(round, f"{uploaded} sites uploaded, and {least} must")
         request = release.confirm_request()
         # Sites that did not upload may help, too.
         confirmed, _ = self._ask(CONFIRM, self._known.begun.name, dict.fromkeys(self._ready, (request,)))

@@ -406,6 +406,18 @@ def test_a_site_that_accuses_another_now_and_then_ends_the_run(
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
+def test_a_sum_of_fewer_than_min_sites_is_not_read(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One site signs an upload that is none, so that the lead counts its reply first."""
+    real = Party.upload
+    monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
+    four = ("federation.num_sites=4", "federation.threshold=3", "federation.min_sites=4")
+    done = command("simulate", *tiny(*SECURE, *four, into=tmp_path))
+    assert done.code == 1
+    assert "release 2 of the secure sum cannot be read: 3 sites uploaded, and 4 must" in done.err
+
+
 def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
     simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
