@@ -406,9 +406,7 @@ def test_a_site_that_accuses_another_now_and_then_ends_the_run(
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
-def test_a_sum_of_fewer_than_min_sites_is_not_read(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sum_of_fewer_than_min_sites_is_not_read(command: Any, tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """One site signs an upload that is none, so that the lead counts its reply first."""
     real = Party.upload
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])

@@ -96,9 +96,7 @@ def test_a_site_that_failed_in_silence_may_have_been_charged_less(federation: Ca
     assert charges(made, state)["site-2"] == (1, False), "it was never asked the second time"
 
 
-def test_a_receipt_of_an_earlier_answer_hides_no_charge(
-    federation: Callable[..., Any], tamper: Callable[..., None]
-) -> None:
+def test_an_older_receipt_hides_no_charge(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:
     """A server keeps what a site says of a round, and gives the lead what it said before."""
     made, said = federation(num_rounds=2), list[RecordDict]()
 
@@ -107,8 +105,7 @@ def test_a_receipt_of_an_earlier_answer_hides_no_charge(
         if messages[1].metadata.message_type == "train":
             messages[1].content = said[0]  # its offer
         elif len(said) > 1:  # the end: what it said of round 1
-            receipt = flower_records.to_reply(said[1]).receipt
-            messages[1].content = flower_records.from_receipt(receipt)
+            messages[1].content = flower_records.from_receipt(flower_records.to_reply(said[1]).receipt)
         return messages
 
     tamper(swap, ("query.invite", "train", "query.end"))
@@ -119,7 +116,6 @@ def test_a_receipt_of_an_earlier_answer_hides_no_charge(
 _LAST_WORDS: dict[str, Any] = {  # a text, or changes of the receipt
     "no receipt": "null",
     "no json": "{",
-    "a list": "[1]",
     "a number": 7,
     "of fewer rounds": {"charged_rounds": 0},
     "of another run": {"run": "s"},

@@ -172,9 +172,7 @@ def test_at_the_deadline_a_provisional_answer_is_better_than_none(network: Loopb
     assert about(answers[0])["number"] == 1, "too early to ask again"
 
 
-def test_what_a_site_said_before_it_began_to_work_is_no_answer(
-    network: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_site_said_before_it_began_is_no_answer(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
     monkeypatch.setattr(remote_grid, "_SAYS_SO_AGAIN_S", 1.0)
     site = network.site("a", dies_on=2)
