@@ -41,13 +41,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
-@pytest.mark.by_day(
-    "private-adamw-1000000000.0--3e+38",
-    "private-sgd-0.01-7.0",
-    "private-sgd-1000000000.0-0.1",
-    "plain-adamw-0.01--3e+38",
-    "plain-sgd-1000000000.0-7.0",
-)
+@pytest.mark.by_day("private-adamw-1000000000.0--3e+38", "private-sgd-0.01-7.0", "plain-sgd-1000000000.0-7.0")
 @pytest.mark.parametrize("sent", [0.1, 7.0, -3e38])
 @pytest.mark.parametrize("rate", [0.01, 1e9])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
