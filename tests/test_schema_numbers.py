@@ -13,8 +13,8 @@ import pytest
 
 from fedtune.api.compose import compose_run, write_config
 from fedtune.config import saved_config
-from fedtune.deploy.kits.kit_file import KitFile, read_spec
-from fedtune.deploy.kits.members import JoinRequest, Roster
+from fedtune.ops.kits.kit_file import KitFile, read_spec
+from fedtune.ops.kits.members import JoinRequest, Roster
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger

@@ -34,9 +34,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.report.audit_findings import Audit
     from fedtune.report.checks import Check
     from fedtune.report.model import Report
+    from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import BesideBase, SavedModel
-    from fedtune.runs.side_by_side import SideBySide
     from fedtune.sites.session import Session
     from fedtune.sites.shared_model import SharedModel
 
@@ -107,7 +107,7 @@ def simulate(
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
         RunError: too few sites replied.
     """
-    from fedtune.api.working_folder import folder_of, run_in_folder
+    from fedtune.api.start_and_resume import folder_of, run_in_folder
     from fedtune.flower import simulation
     from fedtune.sites.virtual_site import fitted
 
@@ -145,7 +145,7 @@ def audit(
     Raises:
         ValueError, RunError: as `simulate`; and for a setting of the attack.
     """
-    from fedtune.api.working_folder import folder_of, run_in_folder
+    from fedtune.api.start_and_resume import folder_of, run_in_folder
     from fedtune.audit.experiment import auditable, run_audit
     from fedtune.audit.spec import AuditSpec
     from fedtune.report.derive.audit_bounds import read_audit
@@ -218,7 +218,7 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
-    from fedtune.runs.side_by_side import Finished, side_by_side
+    from fedtune.runs.model_comparison import Finished, side_by_side
 
     if not runs:
         raise ConfigError("runs", {}, "must name at least one run")

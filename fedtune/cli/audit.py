@@ -12,16 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, plain_values
-from fedtune.api.working_folder import folder_of, make
+from fedtune.api.start_and_resume import folder_of, make
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, single
-from fedtune.cli.shown_run import show_run
+from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.audit_findings import Audit, AuditHitRate
 from fedtune.report.derive.audit_bounds import read_audit, refuted
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 
 _PREFIX = "audit."

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, same_command, single
 from fedtune.cli.finished_run import finished_run
-from fedtune.cli.shown_run import run_in_a_line
+from fedtune.cli.interruptible_run import run_in_a_line
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
@@ -20,7 +20,7 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.show.sections import json_text, print_json, require_agreed, say, show, write_file
+from fedtune.show.terminal_tables import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, price_text, score_side_by_side

@@ -19,14 +19,14 @@ from fedtune.data.spec import SITE
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import starter
-from fedtune.preparation.alike import is_installed
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.detect import OPTIONS, Found, look_at
+from fedtune.preparation.duplicates import is_installed
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show, write_file
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
 

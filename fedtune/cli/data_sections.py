@@ -14,7 +14,7 @@ from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Le
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.patterns import CAVEAT
-from fedtune.show.sections import Section, pairs
+from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, finished_run
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -33,7 +33,7 @@ def evaluate(
     Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
-    from fedtune.runs.data_notes import is_training_file
+    from fedtune.runs.data_warnings import is_training_file
     from fedtune.runs.saved_model import beside_base
 
     with columns_by_option():

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Run, finished_run
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import size
@@ -48,7 +48,7 @@ def export(
         raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
-    from fedtune.export.for_others import export as write  # torch takes seconds to import
+    from fedtune.export.export_formats import export as write  # torch takes seconds to import
 
     files = write(adapter, config, to, format=chosen)
     if as_json:

@@ -33,7 +33,7 @@ from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.show.sections import SCHEMA_VERSION, print_json
+from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 

@@ -21,15 +21,15 @@ from fedtune.cli.ledger_sections import (
     show_made_up,
     show_verdict,
 )
-from fedtune.deploy.backup import anchors_at_hand, make_up_for
-from fedtune.deploy.files import act_as_owner
 from fedtune.federation.run_folder import run_folders_near
+from fedtune.ops.backup import anchors_at_hand, make_up_for
+from fedtune.ops.files import act_as_owner
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.show.budget_text import figures_of, identity_json, spending_json, verification_json
-from fedtune.show.sections import Section, json_text, print_json, require_agreed, say, show, write_file
+from fedtune.show.terminal_tables import Section, json_text, print_json, require_agreed, say, show, write_file
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 

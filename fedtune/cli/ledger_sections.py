@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.cli.plain_words import event_text, promise_text
-from fedtune.deploy.backup import MadeUp
+from fedtune.ops.backup import MadeUp
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Event, Kind
@@ -26,7 +26,7 @@ from fedtune.show.budget_text import (
     trust_words,
 )
 from fedtune.show.lines import printable
-from fedtune.show.sections import Section, say
+from fedtune.show.terminal_tables import Section, say
 from fedtune.words import counted, unbounded
 
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}

@@ -34,7 +34,7 @@ def model_hash(
     from fedtune.model.manifest import manifest_of
     from fedtune.model.source import locate, model_folder
     from fedtune.model.spec import RANDOM
-    from fedtune.show.sections import SCHEMA_VERSION, print_json
+    from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 
     spec = locate(model)
     random = spec.path.startswith(RANDOM)  # made from its settings, not read from files

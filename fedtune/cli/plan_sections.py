@@ -20,7 +20,7 @@ from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
 from fedtune.show.budget_text import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
-from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, size, spoken_start
 

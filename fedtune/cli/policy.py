@@ -30,7 +30,7 @@ from fedtune.show.budget_text import (
     spending_json,
 )
 from fedtune.show.lines import printable
-from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.words import counted
 

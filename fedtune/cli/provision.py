@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
-from fedtune.deploy.kits.federation_folder import FederationFolder
-from fedtune.deploy.kits.members import JoinRequest
-from fedtune.deploy.kits.provisioning import Admitted
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
+from fedtune.ops.kits.federation_folder import FederationFolder
+from fedtune.ops.kits.members import JoinRequest
+from fedtune.ops.kits.provisioning import Admitted
 from fedtune.show.lines import printable
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted, spoken
 
@@ -190,7 +190,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], federation: Federation = Path(".")) -> None:
     """Back up the federation's folder. The file holds every key of authority, lead and server: keep it offline."""
-    from fedtune.deploy.backup import back_up_federation
+    from fedtune.ops.backup import back_up_federation
 
     back_up_federation(file, federation=federation)
     say(f"{file} is written. It holds secret keys: keep it offline.")
@@ -202,7 +202,7 @@ def restore(
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
 ) -> None:
     """Write the federation's folder anew from a backup."""
-    from fedtune.deploy.backup import put_back_federation
+    from fedtune.ops.backup import put_back_federation
 
     put_back_federation(file, out=out)
     say(

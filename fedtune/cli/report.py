@@ -28,7 +28,7 @@ from fedtune.report.facts import State
 from fedtune.report.model import Report, schema_text
 from fedtune.report.page.catalogue import catalogue
 from fedtune.show.lines import printable
-from fedtune.show.sections import Section, print_json, say, show
+from fedtune.show.terminal_tables import Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import counted, score_text, score_words
 
@@ -260,7 +260,7 @@ def schema() -> None:
 
 def _key_by_roster(report: Report, path: Path) -> str:
     """The key that must have signed: for a ledger its site's, for a run that of the lead, who signed the roster too."""
-    from fedtune.deploy.kits.members import Roster
+    from fedtune.ops.kits.members import Roster
 
     roster = Roster.read(path)
     if report.kind == "ledger":

@@ -19,19 +19,19 @@ from click.exceptions import Exit
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.working_folder import folder_of, has_begun, is_running
+from fedtune.api.start_and_resume import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, single
-from fedtune.cli.shown_run import say_fitted, show_run
+from fedtune.cli.interruptible_run import say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.services.lead_and_server import LeadService, latest_answers, members, running_process
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.results import site_charge
-from fedtune.show.sections import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 
 _ACTIONS = ("status", "stop", "resume")
@@ -168,8 +168,8 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     config = compose_for_sites(words, kit=kit)
     kit.check_certificate(datetime.now(UTC))
     folder = folder_of(config)
-    import fedtune.flower.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
-    from fedtune.deploy.metrics import LeadMetrics, serve_metrics
+    import fedtune.ops.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
+    from fedtune.ops.metrics import LeadMetrics, serve_metrics
 
     figures, console = LeadMetrics(kit=kit) if metrics else None, Console()
     with ExitStack() as stack:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, Overrides, same_command, single
-from fedtune.cli.shown_run import run_in_a_line, show_trials
-from fedtune.show.sections import print_json, say, show
+from fedtune.cli.interruptible_run import run_in_a_line, show_trials
+from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
 from fedtune.studies.trial_search import Method, Search, price_section
 from fedtune.studies.trials import Trial, Trials

@@ -37,14 +37,14 @@ def start(
     It holds neither the lead's key nor a model, and runs no code that anybody sends. Every connection needs a
     certificate of the federation. A new roster.json or certificate that is copied into the kit is used within seconds.
     """
-    from fedtune.deploy.health import Health as Endpoint
-    from fedtune.deploy.health import serve_health
-    from fedtune.deploy.kits.kit_file import Kit
-    from fedtune.deploy.logs import configure_logs
-    from fedtune.deploy.metrics import ServerMetrics, serve_metrics
+    from fedtune.ops.health import Health as Endpoint
+    from fedtune.ops.health import serve_health
+    from fedtune.ops.kits.kit_file import Kit
+    from fedtune.ops.logs import configure_logs
+    from fedtune.ops.metrics import ServerMetrics, serve_metrics
 
     own = Kit.read(kit, kind="server")
-    from fedtune.deploy.services.lead_and_server import ServerService
+    from fedtune.ops.services.lead_and_server import ServerService
 
     os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(log_level)
@@ -61,7 +61,7 @@ def start(
 @command(app, "write a backup")
 def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitFolder, data: Data = None) -> None:
     """Back up the server's messages and its audit log, also while it runs. No key is in it."""
-    from fedtune.deploy.backup import back_up_server
+    from fedtune.ops.backup import back_up_server
 
     os.umask(0o077)
     back_up_server(file, data=data or kit)
@@ -77,7 +77,7 @@ def restore(
     """Put the messages back where there are none. Messages that came after the backup are lost; sites and lead send
     again what is still wanted.
     """
-    from fedtune.deploy.backup import put_back_server
+    from fedtune.ops.backup import put_back_server
 
     os.umask(0o077)
     put_back_server(file, data=data or kit)

@@ -8,10 +8,10 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.working_folder import folder_of
+from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, single
-from fedtune.cli.shown_run import run_in_a_line, run_simulation, show_trials
-from fedtune.show.sections import SCHEMA_VERSION, print_json
+from fedtune.cli.interruptible_run import run_in_a_line, run_simulation, show_trials
+from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trials

@@ -15,8 +15,8 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
-    from fedtune.deploy.kits.kit_file import Kit
-    from fedtune.deploy.services.site_state import SiteState
+    from fedtune.ops.kits.kit_file import Kit
+    from fedtune.ops.services.site_state import SiteState
 
 app = group(
     """\
@@ -68,8 +68,8 @@ def init(
     """Make the site's keys, and a request to join. Keys are made here and never leave."""
     folder = (out or site).absolute().parent
     _as_owner(folder, *folder.parents)  # before there is a kit, the owner of its folder to be
-    from fedtune.deploy.kits.members import next_steps, site_init
-    from fedtune.show.sections import say
+    from fedtune.ops.kits.members import next_steps, site_init
+    from fedtune.show.terminal_tables import say
 
     say(next_steps(site_init(site, out=out)).rstrip())
 
@@ -102,7 +102,7 @@ def doctor(
     The lines hold no record, no count of records and no path of their files, so that they can be shown to others.
     Exit codes: 0 nothing failed, 2 something at the site, 3 the run would be refused, 1 the server cannot be reached.
     """
-    from fedtune.deploy.files import act_as_owner
+    from fedtune.ops.files import act_as_owner
 
     act_as_owner(kit / "connection_key.pem", kit)
     from fedtune.cli.site_actions import examine_site
@@ -129,11 +129,11 @@ def start(
     A new certificate that is copied into the kit is used within seconds.
     """
     own = _own_kit(kit)
-    from fedtune.deploy.health import Health as Endpoint
-    from fedtune.deploy.health import serve_health
-    from fedtune.deploy.logs import configure_logs
-    from fedtune.deploy.metrics import SiteMetrics, serve_metrics
-    from fedtune.deploy.services.site_service import SiteService
+    from fedtune.ops.health import Health as Endpoint
+    from fedtune.ops.health import serve_health
+    from fedtune.ops.logs import configure_logs
+    from fedtune.ops.metrics import SiteMetrics, serve_metrics
+    from fedtune.ops.services.site_service import SiteService
 
     configure_logs(log_level)
     endpoint = Endpoint()
@@ -269,7 +269,7 @@ def backup(file: Annotated[Path, Argument("FILE", help="a new file")], kit: KitF
     No key is in it: keep site_key.pem apart, since anybody who has both could go on with the ledger.
     """
     _own_kit(kit)
-    from fedtune.deploy.backup import back_up_site
+    from fedtune.ops.backup import back_up_site
 
     back_up_site(file, kit=kit, site_toml=site)
     sys.stdout.write(f"{file} is written. Keep it, and apart from it the site's key.\n")
@@ -289,7 +289,7 @@ def restore(
     """
     _as_owner(kit, *site.absolute().parents)
     from fedtune.cli.ledger_sections import show_made_up, show_other_policy
-    from fedtune.deploy.backup import anchors_at_hand, put_back_site
+    from fedtune.ops.backup import anchors_at_hand, put_back_site
 
     files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)
     if made_up is None:
@@ -303,7 +303,7 @@ def restore(
 
 def _site_state(kit: Path) -> SiteState:
     own = _own_kit(kit)
-    from fedtune.deploy.services.site_state import SiteState
+    from fedtune.ops.services.site_state import SiteState
 
     return SiteState.of(own.folder)
 
@@ -311,14 +311,14 @@ def _site_state(kit: Path) -> SiteState:
 def _own_kit(folder: Path) -> Kit:
     """The site's kit, read as the account that the site's process runs as."""
     _as_owner(folder / "connection_key.pem", folder)
-    from fedtune.deploy.kits.kit_file import Kit
+    from fedtune.ops.kits.kit_file import Kit
 
     return Kit.read(folder, kind="site")
 
 
 def _as_owner(*places: Path) -> None:
     """Act as the account that `places` belong to, and let no library ask a hub."""
-    from fedtune.deploy.files import act_as_owner
+    from fedtune.ops.files import act_as_owner
 
     act_as_owner(*places)
     # No file of a model's can make a site ask a hub, whatever it says; read when the libraries are imported.

@@ -19,21 +19,21 @@ from rich.text import Text
 from fedtune.api.compose import compose_run
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.plain_words import reason_text
-from fedtune.deploy.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
-from fedtune.deploy.doctor.examination import Visit, examine
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import Member, Roster
-from fedtune.deploy.services.site_state import Pending, SiteState
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import Verdict, ask
+from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
+from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.members import Member, Roster
+from fedtune.ops.services.site_state import Pending, SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
-from fedtune.show.sections import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.studies.comparison import Line, score_side_by_side
 from fedtune.studies.trials import Trial

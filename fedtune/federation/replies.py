@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply
 from fedtune.federation.spec import FederationSpec
+from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Tensors, Update

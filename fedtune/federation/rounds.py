@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 import numpy as np
 
 from fedtune.federation.aggregation import Aggregation
-from fedtune.federation.arrived import Arrived
 from fedtune.federation.invitation import Lead, invite
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
@@ -23,6 +22,7 @@ from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
 from fedtune.federation.transport import Question, Transport
+from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.release import Reason, Receipt, Update
 from fedtune.spec import RefusedError, RunError, StuckError

@@ -24,7 +24,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
-from fedtune.runs.data_notes import check_decides, lead_notes
+from fedtune.runs.data_warnings import check_decides, lead_notes
 from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
 from fedtune.runs.results import (
     DATA_CHANGED,

@@ -26,8 +26,8 @@ from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import split_labels
 from fedtune.federation.spec import FederationSpec
-from fedtune.preparation import alike
-from fedtune.preparation.alike import Earlier, Likeness, spelling
+from fedtune.preparation import duplicates
+from fedtune.preparation.duplicates import Earlier, Likeness, spelling
 from fedtune.preparation.patterns import OddTexts, damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
@@ -234,8 +234,8 @@ class _Look:
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
-        self._earlier = Earlier(alike=alike.is_installed("datasketch"))
-        self._tells_languages = alike.is_installed("py3langid")
+        self._earlier = Earlier(alike=duplicates.is_installed("datasketch"))
+        self._tells_languages = duplicates.is_installed("py3langid")
         self._units: defaultdict[str, set[object]] = defaultdict(set)  # by site: users, or numbers of records
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
@@ -384,14 +384,14 @@ class _Look:
 
     def skipped(self) -> Iterator[str]:
         """Checks that were skipped, with the reason."""
-        if not alike.is_installed("datasketch"):
+        if not duplicates.is_installed("datasketch"):
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
         if not self._tells_languages:
             yield f"languages: py3langid is not installed ({INSTALL})"
         if self._earlier.is_full:
             yield (
-                f"duplicates beyond {alike.MOST_SAME:,} different records, near-duplicates beyond "
-                f"{alike.MOST_ALIKE:,} or {alike.MOST_LETTERS:,} letters"
+                f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond "
+                f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
             )
 
 
@@ -429,7 +429,7 @@ def _note_shared_texts(record: Record, texts: dict[bytes, tuple[int, int]], foun
         digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
         line, count = texts.get(digest, (record.line, 0))
         earlier += [line] if count else []
-        if count or len(texts) < alike.MOST_SAME:
+        if count or len(texts) < duplicates.MOST_SAME:
             texts[digest] = line, count + 1
     if earlier:
         found.note(record.line, "shared", like=min(earlier))

@@ -20,7 +20,7 @@ from fedtune.data.formats import raw_rows
 from fedtune.data.records import Fault, record_of
 from fedtune.data.text_rows import Row
 from fedtune.data.values import NO_TEXT, OPTIONAL_ROLES
-from fedtune.preparation.alike import Earlier
+from fedtune.preparation.duplicates import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import jsonable

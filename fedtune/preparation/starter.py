@@ -21,9 +21,9 @@ from fedtune.data.records import chunks, usable_records
 from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, split_labels
-from fedtune.preparation.alike import spelt_alike
 from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
+from fedtune.preparation.duplicates import spelt_alike
 from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import counted

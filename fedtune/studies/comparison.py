@@ -20,14 +20,14 @@ from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.mechanism import OTHERS
 from fedtune.report.page.drawing import intervals
-from fedtune.show.sections import SCHEMA_VERSION, Section
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trial
 from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, score_words, size
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
-    from fedtune.runs.side_by_side import SideBySide
+    from fedtune.runs.model_comparison import SideBySide
 
 _POOLED_SITE = "all"
 Kind = Literal["alone", "federated", "pooled", "run"]
@@ -427,7 +427,7 @@ def score_side_by_side(
     `finished` has the settings to score each of them by, and the folder of its adapter.  Scored is the file `data`, or
     the first run's test records, or a site's own `records`; by groups of a column of at least `smallest` units.
     """
-    from fedtune.runs.side_by_side import Finished, side_by_side, sites_of
+    from fedtune.runs.model_comparison import Finished, side_by_side, sites_of
 
     means = {}
     for suffix in ("", NO_PRIVACY):

@@ -31,7 +31,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
 from fedtune.show.budget_text import SEEDED
-from fedtune.show.sections import SCHEMA_VERSION, Section, json_text
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text
 from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least
 from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on, run_quietly
 from fedtune.words import counted, jsonable
@@ -288,7 +288,7 @@ def _check_searchable(asked: RunConfig) -> None:
     if asked.may_be_fitted:
         bound = "must be stop in a search, whose price is fixed before the first trial"
         raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.runs.data_notes import check_decides
+    from fedtune.runs.data_warnings import check_decides
 
     check_decides(asked)
 

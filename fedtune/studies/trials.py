@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, time_stamp, value_of
-from fedtune.api.working_folder import folder_of
+from fedtune.api.start_and_resume import folder_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.show.sections import SCHEMA_VERSION, Section
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
 
@@ -129,7 +129,7 @@ class Trial:
     @property
     def score(self) -> float | None:
         """The validation score of a run that is finished and did not diverge; None where its scores may not decide."""
-        from fedtune.runs.data_notes import may_decide
+        from fedtune.runs.data_warnings import may_decide
 
         usable = self.state == "finished" and may_decide(self.config)
         return self.validation.get(self.config.judged_by) if usable else None

@@ -29,7 +29,7 @@ from fedtune.data.tokenise import (
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
-from fedtune.tasks.chat_format import (
+from fedtune.tasks.chat_template import (
     SYSTEM,
     USER,
     ChatFormat,

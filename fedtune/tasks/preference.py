@@ -28,7 +28,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Ids, Model, Task, error_of
 from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
-from fedtune.tasks.chat_format import ASSISTANT, before_last_answer, turns_in
+from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
 
 if TYPE_CHECKING:
     import torch

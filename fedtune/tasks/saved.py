@@ -2,7 +2,7 @@
 
 adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
 offsets.safetensors                              of DoRA and IA3: their scales as they were trained, of which PEFT's
-                                                 tensors are made (`fedtune.model.scales`)
+                                                 tensors are made (`fedtune.model.ia3_and_dora`)
 head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
-from fedtune.model.scales import PEFT_SCALES, as_peft
+from fedtune.model.ia3_and_dora import PEFT_SCALES, as_peft
 from fedtune.model.source import public_place
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, shown

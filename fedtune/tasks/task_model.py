@@ -130,7 +130,7 @@ class TaskModel(nn.Module):
         """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
 
         Names are PEFT's own in a saved adapter ("base_model.model....lora_A.weight"), "....scales.offset" of what
-        scales (`fedtune.model.scales`), and "head.weight".
+        scales (`fedtune.model.ia3_and_dora`), and "head.weight".
         """
         named = {
             name.removeprefix("base.").replace(".default.", "."): parameter

@@ -18,8 +18,8 @@ from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import nn
 
 from fedtune.data.batching import Batch, one_at_a_time
+from fedtune.model.ia3_and_dora import Scales
 from fedtune.model.products import multiply_by_onednn, uses_onednn
-from fedtune.model.scales import Scales
 from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks import TaskModel
 

@@ -56,7 +56,7 @@ def of_display(module):
     module.Display.preparing = marked(module.Display.preparing, None)
     module.Display.prepared = marked(module.Display.prepared, "prepared")
 
-CHANGED = {"fedtune.training.local": of_training, "fedtune.show.display": of_display}
+CHANGED = {"fedtune.training.local": of_training, "fedtune.show.run_progress": of_display}
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):

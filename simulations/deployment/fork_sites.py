@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-import fedtune.deploy.services.site_service
+import fedtune.ops.services.site_service
 import fedtune.sites.real_site  # noqa: F401  torch and transformers, which take seconds
 from fedtune.cli.main import main
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fedtune.api.experiment_file import config_folder
-from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.members import REQUEST, site_init
-from fedtune.deploy.services.site_state import SiteState
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.members import REQUEST, site_init
+from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy, write_policy

@@ -1,4 +1,4 @@
-"""`fedtune site doctor` as a person sees it: lines, JSON, exit codes; what is checked is in tests/deploy."""
+"""`fedtune site doctor` as a person sees it: lines, JSON, exit codes; what is checked is in tests/ops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import site_actions
-from fedtune.deploy.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
 
 from ..conftest import parsed

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.kits.members import JoinRequest, Roster, next_steps, site_init
+from fedtune.ops.kits.members import JoinRequest, Roster, next_steps, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtune.cli.report import verdict_line
-from fedtune.deploy.kits.members import Roster
+from fedtune.ops.kits.members import Roster
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy

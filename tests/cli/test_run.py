@@ -17,11 +17,11 @@ import pytest
 from fedtune.api.compose import compose_run, write_config
 from fedtune.cli.run import compose_for_sites
 from fedtune.config import RunConfig, saved_config
-from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.deploy.kits.members import REQUEST, site_init
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.spec import FederationSpec
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -319,7 +319,7 @@ def test_stopping_for_good_says_which_sites_heard_it(
         assert process.poll() is not None, "first it is stopped"
         return [site.name for site in connection.sites if site.name != "south"]
 
-    monkeypatch.setattr("fedtune.flower.deployment.end_deployed", tell)
+    monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
     process = runner()
     outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
     assert outcome.code == 0
@@ -340,7 +340,7 @@ def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ..
         asked.append((run, tuple(site.name for site in connection.sites)))
         return list(federation.active)
 
-    monkeypatch.setattr("fedtune.flower.deployment.end_deployed", tell)
+    monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
     return asked
 
 
@@ -367,7 +367,7 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
 
 
 def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.flower.deployment.online_sites", lambda federation, *, connection: ["west", "north"])
+    monkeypatch.setattr("fedtune.ops.deployment.online_sites", lambda federation, *, connection: ["west", "north"])
     outcome = command("run", "status", "--kit", str(kit.folder))
     assert [line.split() for line in outcome.out.splitlines()[-3:]] == [
         ["north", "online"],

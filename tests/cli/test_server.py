@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.kits import provisioning
+from fedtune.ops.kits import provisioning
 
 from ..conftest import own_logging
 

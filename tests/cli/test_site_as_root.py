@@ -17,10 +17,10 @@ import fedtune.cli.site
 
 # A process that gave root up may not be able to read modules any more.
 import fedtune.cli.site_actions
-import fedtune.deploy.doctor.examination
-import fedtune.deploy.kits.models  # noqa: F401
+import fedtune.ops.doctor.examination
+import fedtune.ops.kits.models  # noqa: F401
 from fedtune.cli.main import main
-from fedtune.deploy import files
+from fedtune.ops import files
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal

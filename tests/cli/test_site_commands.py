@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.services.site_state import serving
+from fedtune.ops.services.site_state import serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from fedtune.cli.main import fedtune, main
-from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 
 from . import snapshots

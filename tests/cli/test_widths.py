@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.main import main
-from fedtune.deploy.kits.members import REQUEST, site_init
+from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 

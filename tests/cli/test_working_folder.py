@@ -21,8 +21,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.working_folder import folder_of, has_begun, is_running, make, only_one
-from fedtune.cli.shown_run import show_run
+from fedtune.api.start_and_resume import folder_of, has_begun, is_running, make, only_one
+from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import saved_checkpoints
 from fedtune.spec import ConfigError, RefusedError, RunError
@@ -108,7 +108,7 @@ def test_a_folder_that_may_only_be_read_can_be_looked_at(config: RunConfig, fold
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     code = (
-        "import sys, time; from pathlib import Path; from fedtune.api.working_folder import only_one\n"
+        "import sys, time; from pathlib import Path; from fedtune.api.start_and_resume import only_one\n"
         "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -209,7 +209,7 @@ def test_scores_are_shown_before_a_report_that_has_no_room(
     def no_room(*_: object, **__: object) -> None:
         raise full()
 
-    monkeypatch.setattr("fedtune.show.display.show_result", lambda console, *_, **__: console.print("the scores"))
+    monkeypatch.setattr("fedtune.show.run_progress.show_result", lambda console, *_, **__: console.print("the scores"))
     monkeypatch.setattr("fedtune.report.page.render.write_report", no_room)
     said = io.StringIO()
     with pytest.raises(OSError, match="No space"):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data import Record
-from fedtune.deploy.kits import provisioning
+from fedtune.ops.kits import provisioning
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Asserted, Machine, Policy
 from fedtune.sites.run_records import deal_out

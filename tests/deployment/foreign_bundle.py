@@ -10,7 +10,7 @@ import sys
 import zipfile
 
 from fedtune.cli.main import main
-from fedtune.flower.wire import lead_session
+from fedtune.ops.wire import lead_session
 
 _PROJECT = """\
 [build-system]

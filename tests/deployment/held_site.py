@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fedtune.deploy.services.site_service as site_service
+import fedtune.ops.services.site_service as site_service
 import fedtune.sites.work as site_work
 from fedtune.cli.main import main
 

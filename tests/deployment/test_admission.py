@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.kits.certificates import Authority, certificate_pem, read_connection_key
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.flower.wire.fleet import Unauthorised, Unreachable, hello
-from fedtune.flower.wire.identity import Tls
+from fedtune.ops.kits.certificates import Authority, certificate_pem, read_connection_key
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.wire.fleet import Unauthorised, Unreachable, hello
+from fedtune.ops.wire.identity import Tls
 
 from .federation import Command, Federation, dealt
 from .networks import Loopback

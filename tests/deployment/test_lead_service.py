@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedtune.deploy.services.lead_and_server import running_process
+from fedtune.ops.services.lead_and_server import running_process
 
 from .books import check_average, check_books
 from .federation import LEAD, Federation, settings

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedtune.deploy.kits import provisioning
-from fedtune.deploy.kits.certificates import Certificate
-from fedtune.deploy.kits.kit_file import Kit
 from fedtune.federation.run_folder import RunFolder
-from fedtune.flower.wire.fleet import Unauthorised, hello
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.certificates import Certificate
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.wire.fleet import Unauthorised, hello
 
 from .federation import Federation, dealt, settings
 from .networks import Loopback

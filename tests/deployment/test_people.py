@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.services.lead_and_server import running_process
+from fedtune.ops.services.lead_and_server import running_process
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .books import check_average, check_books

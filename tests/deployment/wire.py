@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.data import Record
-from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key, private_pem
-from fedtune.deploy.kits.kit_file import Kit
-from fedtune.flower.wire.identity import Tls
-from fedtune.flower.wire.waiting import WAIT
+from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.waiting import WAIT
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from .federation import Federation, dealt, settings, write_records

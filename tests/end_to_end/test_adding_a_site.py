@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.deploy.kits.members import Roster
+from fedtune.ops.kits.members import Roster
 from fedtune.privacy import filter
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify

@@ -103,7 +103,7 @@ def test_strategies_that_average_alike_still_differ_where_they_should(whole: dic
 def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
     command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result_of: Any
 ) -> None:
-    import fedtune.show.display as display
+    import fedtune.show.run_progress as display
 
     def interrupt(self: object, state: LeadState) -> None:
         raise KeyboardInterrupt

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.federation.arrived import Arrived
 from fedtune.federation.protocol import Reply, digest_of
 from fedtune.federation.replies import (
     BEYOND_PLAN,
@@ -19,6 +18,7 @@ from fedtune.federation.replies import (
     UNSIGNED_REPLY,
     RoundReplies,
 )
+from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedtune.flower.wire.identity import Tls
+from fedtune.ops.wire.identity import Tls
 
 LOOPBACK = "127.0.0.1"
 

@@ -19,11 +19,11 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
+from fedtune.flower.averaging import Average
 from fedtune.flower.client import make_client_app
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import superlink_app
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.flower.strategy import Average
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event

@@ -8,7 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable
 
-from fedtune.flower.wire.identity import Tls
+from fedtune.ops.wire.identity import Tls
 
 from .certificates import LOOPBACK
 

@@ -26,8 +26,8 @@ from sqlalchemy import create_engine
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.wire.identity import Tls
-from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 
 from ..forked import Forked

@@ -23,8 +23,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from fedtune.flower.wire.fleet import node_key
-from fedtune.flower.wire.identity import Tls
+from fedtune.ops.wire.fleet import node_key
+from fedtune.ops.wire.identity import Tls
 
 from .loopback import Loopback, wait_for
 

@@ -25,10 +25,10 @@ sys.addaudithook(note_outbound)
 
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
-from fedtune.flower.wire.connections import Limits  # noqa: E402
-from fedtune.flower.wire.gate import Registered  # noqa: E402
-from fedtune.flower.wire.identity import Tls  # noqa: E402
-from fedtune.flower.wire.superlink import ServerSettings, serve  # noqa: E402
+from fedtune.ops.wire.connections import Limits  # noqa: E402
+from fedtune.ops.wire.gate import Registered  # noqa: E402
+from fedtune.ops.wire.identity import Tls  # noqa: E402
+from fedtune.ops.wire.superlink import ServerSettings, serve  # noqa: E402
 
 
 def roster() -> list[Registered]:

@@ -35,14 +35,14 @@ sys.addaudithook(note_outbound)
 from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
-import fedtune.flower.wire.bounded_http as bounded_http  # noqa: E402
-from fedtune.flower.wire.fleet import (  # noqa: E402
+import fedtune.ops.wire.bounded_http as bounded_http  # noqa: E402
+from fedtune.ops.wire.fleet import (  # noqa: E402
     Dropped,
     Fleet,
     Unauthorised,
     Unreachable,
 )
-from fedtune.flower.wire.identity import Tls  # noqa: E402
+from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

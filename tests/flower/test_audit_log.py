@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.flower.wire.audit_log import AuditLog
+from fedtune.ops.wire.audit_log import AuditLog
 
 
 class Clock:

@@ -17,14 +17,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
-import fedtune.flower.wire.bounded_http as bounded_http
+import fedtune.ops.wire.bounded_http as bounded_http
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.wire.bounded_http import OutOfBounds, _Bound
-from fedtune.flower.wire.fleet import Fleet, Foreign, Unreachable, hello
-from fedtune.flower.wire.identity import Tls
-from fedtune.flower.wire.lead_session import LeadSession
-from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire.bounded_http import OutOfBounds, _Bound
+from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.lead_session import LeadSession
+from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.flower.wire import connections
-from fedtune.flower.wire.fleet import HELLO, hello
-from fedtune.flower.wire.identity import Tls
+from fedtune.ops.wire import connections
+from fedtune.ops.wire.fleet import HELLO, hello
+from fedtune.ops.wire.identity import Tls
 
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, wait_for

@@ -20,9 +20,9 @@ from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.flower.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears, run_deployed
-from fedtune.flower.wire.remote_grid import Heard as Answered
 from fedtune.model import Adapter
+from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears, run_deployed
+from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
@@ -232,7 +232,7 @@ def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("fedtune.flower.deployment._grid", lambda *_, **__: Grid())
+    monkeypatch.setattr("fedtune.ops.deployment._grid", lambda *_, **__: Grid())
     receipts = ReceiptBook(tmp_path / "receipts")
 
     def run(config: RunConfig) -> None:

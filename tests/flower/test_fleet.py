@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.supercore.date import now
 
-import fedtune.flower.wire.fleet as fleet_module
-from fedtune.flower.wire.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
-from fedtune.flower.wire.identity import Tls
+import fedtune.ops.wire.fleet as fleet_module
+from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
+from fedtune.ops.wire.identity import Tls
 from fedtune.spec import ConfigError
 
 from .certificates import LOOPBACK, Authority

@@ -25,10 +25,10 @@ from flwr.supercore.constant import (
 from flwr.supercore.date import now
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from fedtune.flower.wire import gate
-from fedtune.flower.wire.fleet import HELLO
-from fedtune.flower.wire.identity import BODY, CALL, SIGNATURE, TIME, NotAllowed, Tls, _message
-from fedtune.flower.wire.lead_session import _bundle
+from fedtune.ops.wire import gate
+from fedtune.ops.wire.fleet import HELLO
+from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, NotAllowed, Tls, _message
+from fedtune.ops.wire.lead_session import _bundle
 from fedtune.privacy.keys import SigningKey
 
 from .certificates import LOOPBACK

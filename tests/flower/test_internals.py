@@ -29,7 +29,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from sqlalchemy import TextClause
 
 from fedtune.flower import internals
-from fedtune.flower.wire import gate, message_objects, site_calls
+from fedtune.ops.wire import gate, message_objects, site_calls
 
 from .loopback import _empty_database
 

@@ -21,9 +21,9 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
-from fedtune.flower.wire import bounded_http, gate, message_objects
-from fedtune.flower.wire.remote_grid import RemoteGrid
-from fedtune.flower.wire.site_calls import SiteCalls
+from fedtune.ops.wire import bounded_http, gate, message_objects
+from fedtune.ops.wire.remote_grid import RemoteGrid
+from fedtune.ops.wire.site_calls import SiteCalls
 
 from .loopback import Loopback
 from .member import Member, Question, an_object

@@ -15,9 +15,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-import fedtune.flower.wire.message_objects as message_objects
-from fedtune.flower.wire.bounded_http import OutOfBounds
-from fedtune.flower.wire.message_objects import pull_message
+import fedtune.ops.wire.message_objects as message_objects
+from fedtune.ops.wire.bounded_http import OutOfBounds
+from fedtune.ops.wire.message_objects import pull_message
 
 Objects = dict[str, bytes]
 

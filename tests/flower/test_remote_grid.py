@@ -17,9 +17,9 @@ from flwr.proto.message_pb2 import ObjectTree
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.flower_records import ARRAYS
-from fedtune.flower.wire import bounded_http, remote_grid
-from fedtune.flower.wire.lead_session import LeadSession
-from fedtune.flower.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire import bounded_http, remote_grid
+from fedtune.ops.wire.lead_session import LeadSession
+from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 

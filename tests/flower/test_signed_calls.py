@@ -14,7 +14,7 @@ from flwr.supercore.protobuf.client import ProtobufRequestContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.flower.wire.identity import (
+from fedtune.ops.wire.identity import (
     BODY,
     SIGNATURE,
     TIME,

@@ -16,11 +16,11 @@ from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-from fedtune.flower.wire import superlink
-from fedtune.flower.wire.audit_log import AuditLog
-from fedtune.flower.wire.fleet import HELLO, Unauthorised, hello
-from fedtune.flower.wire.gate import Registered
-from fedtune.flower.wire.superlink import keep_roster
+from fedtune.ops.wire import superlink
+from fedtune.ops.wire.audit_log import AuditLog
+from fedtune.ops.wire.fleet import HELLO, Unauthorised, hello
+from fedtune.ops.wire.gate import Registered
+from fedtune.ops.wire.superlink import keep_roster
 
 from .certificates import Authority, public_pem
 from .loopback import Loopback, ended, start_process, wait_for
@@ -124,7 +124,7 @@ def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback)
 
 def test_it_does_not_report_to_flowers_makers() -> None:
     # Flower reads the variable when it is imported, and would call home at every start.
-    code = "import fedtune.flower.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "FLWR_TELEMETRY_ENABLED": "1"},

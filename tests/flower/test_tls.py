@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedtune.flower.wire.bounded_http import bounded
-from fedtune.flower.wire.fleet import Unreachable, hello
-from fedtune.flower.wire.identity import Tls, refusal
+from fedtune.ops.wire.bounded_http import bounded
+from fedtune.ops.wire.fleet import Unreachable, hello
+from fedtune.ops.wire.identity import Tls, refusal
 
 from .certificates import LOOPBACK, Authority
 from .hostile import Answer, Hostile, server_context

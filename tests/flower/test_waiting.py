@@ -13,9 +13,9 @@ import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
-import fedtune.flower.wire.waiting as waiting
-from fedtune.flower.wire.identity import Tls
-from fedtune.flower.wire.waiting import WAIT, Bell, Questions
+import fedtune.ops.wire.waiting as waiting
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.waiting import WAIT, Bell, Questions
 
 from .loopback import Loopback, wait_for
 from .member import by_site

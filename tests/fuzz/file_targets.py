@@ -18,14 +18,14 @@ from pyarrow import parquet
 
 from fedtune.config import saved_config
 from fedtune.data.records import iter_records, usable_records
-from fedtune.deploy.kits.federation_folder import FederationFile, FederationFolder
-from fedtune.deploy.kits.kit_file import KitFile, read_spec
-from fedtune.deploy.kits.members import Roster
-from fedtune.deploy.services.lead_and_server import latest_answers
-from fedtune.deploy.services.site_state import SiteState
 from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
+from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
+from fedtune.ops.kits.kit_file import KitFile, read_spec
+from fedtune.ops.kits.members import Roster
+from fedtune.ops.services.lead_and_server import latest_answers
+from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
@@ -189,8 +189,8 @@ def _roster_seed() -> Any:
 def _member() -> Any:
     from datetime import UTC, datetime
 
-    from fedtune.deploy.kits.certificates import Authority, certificate_pem, make_key
-    from fedtune.deploy.kits.members import DataSet, Member
+    from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key
+    from fedtune.ops.kits.members import DataSet, Member
 
     authority = Authority.make("clinics", days=30, now=datetime.now(UTC))
     certificate = authority.issue_client(

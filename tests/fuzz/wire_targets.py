@@ -13,16 +13,16 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
-from fedtune.deploy.kits.members import PURPOSE, JoinRequest
 from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.flower import flower_records
-from fedtune.flower.wire.audit_log import AuditLog
-from fedtune.flower.wire.fleet import HELLO
-from fedtune.flower.wire.gate import Gate, Registered
-from fedtune.flower.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.model import Adapter
 from fedtune.model.adapter import AdapterError
+from fedtune.ops.kits.members import PURPOSE, JoinRequest
+from fedtune.ops.wire.audit_log import AuditLog
+from fedtune.ops.wire.fleet import HELLO
+from fedtune.ops.wire.gate import Gate, Registered
+from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_settings import read_settings
 from fedtune.spec import ConfigError
@@ -164,7 +164,7 @@ def _join(data: bytes) -> object:
 
 
 def _join_seed() -> Any:
-    from fedtune.deploy.kits.members import site_init
+    from fedtune.ops.kits.members import site_init
 
     path = seeds.folder() / "joining" / "site.toml"
     if not path.exists():

@@ -14,7 +14,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.load import deal
 from fedtune.model import load_tokenizer
-from fedtune.preparation import alike, check_data
+from fedtune.preparation import check_data, duplicates
 from fedtune.preparation.check_data import Checked, Finding, Kind, at_own_site, check
 from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.spec import ConfigError, DataError
@@ -237,7 +237,7 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
 
 
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alike, "is_installed", lambda library: False)
+    monkeypatch.setattr(duplicates, "is_installed", lambda library: False)
     some = checked(tickets("same,sales", "same,sales"))
     assert [one.partition(":")[0] for one in some.skipped] == ["near-duplicates", "languages"]
     assert all(check_data.INSTALL in one for one in some.skipped)

@@ -14,7 +14,7 @@ import pytest
 from fedtune.report.model import to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.show.sections import Section, pairs
+from fedtune.show.terminal_tables import Section, pairs
 
 from .shown import NAMES, lookup, page_of, reports_of
 

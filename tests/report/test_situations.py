@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import fedtune.show.display as display
+import fedtune.show.run_progress as display
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.policy_file import read_policy, write_policy

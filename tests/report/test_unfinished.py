@@ -17,16 +17,16 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.working_folder import folder_of
+from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import InterruptTold
-from fedtune.cli.shown_run import run_simulation
+from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
 from fedtune.report.page.render import render
 from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.report.run_page import UnfinishedReport
-from fedtune.show.display import Display
+from fedtune.show.run_progress import Display
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.show.lines import fold, printable
-from fedtune.show.sections import Section, show
+from fedtune.show.terminal_tables import Section, show
 
 
 def test_what_is_copied_is_never_cut() -> None:

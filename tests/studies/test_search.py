@@ -19,7 +19,7 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
-from fedtune.show.display import Display
+from fedtune.show.run_progress import Display
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 from fedtune.studies.trial_search import Search

@@ -17,8 +17,8 @@ from fedtune.api.compose import compose_run
 from fedtune.federation.lead import RoundResult
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
-from fedtune.show.display import Display
-from fedtune.show.sections import show
+from fedtune.show.run_progress import Display
+from fedtune.show.terminal_tables import show
 from fedtune.spec import RunError
 from fedtune.studies.trials import Trial, Trials
 

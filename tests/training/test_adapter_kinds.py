@@ -196,14 +196,14 @@ def test_frozen_a_and_frozen_layers_take_no_part(trained: Any, examples: Any, ki
 def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(
     fresh: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune.model import scales
+    from fedtune.model import ia3_and_dora
 
-    plain = scales._scaled
+    plain = ia3_and_dora._scaled
 
     def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
         return plain(layer, inputs.flatten(0, 1)).view(*inputs.shape[:2], -1)
 
-    monkeypatch.setattr(scales, "_scaled", flat)
+    monkeypatch.setattr(ia3_and_dora, "_scaled", flat)
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*scales': mixes the tokens of several examples"):
         fresh(lora=of_kind("ia3"))
 

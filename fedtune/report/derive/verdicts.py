@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fedtune.privacy.events import Spent
-from fedtune.report.derive import reliance
+from fedtune.report.derive import trust_statement
 from fedtune.report.derive.profile import accountants_agree, interval_of
 from fedtune.report.facts import NOT_RECORDED, Approved, Lifetime, RunFacts, State, Verdict
 from fedtune.report.model import Report, SiteReport
@@ -96,7 +96,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     assert spent is not None
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
-    means = reliance.means(site, charged, delta=delta, fixed=were_fixed(site))
+    means = trust_statement.means(site, charged, delta=delta, fixed=were_fixed(site))
     return replace(site, verdict=verdict, meaning=means)
 
 

@@ -1,0 +1,119 @@
+"""A run as a command shows it: on the terminal, until a signal ends it, and with how to go on."""
+
+from __future__ import annotations
+
+import io
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.api.start_and_resume import Work, run_in_folder
+from fedtune.cli.command import InterruptTold, importing
+from fedtune.config import RunConfig
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.durable import full_disk
+from fedtune.show.terminal_tables import say, show
+from fedtune.spec import RunError, StuckError
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.runs.results import RunResult
+    from fedtune.sites.session import Session
+    from fedtune.studies.trials import Trial, Trials
+
+
+def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
+    """Run in a folder, as `run_in_folder` does, and show it; `again` is the command that continues it.
+
+    It `began`, by `time.monotonic`, before libraries that take seconds to load.
+    """
+    from fedtune.show.run_progress import Display, show_result
+
+    display = Display(console, config, shown=config.tracking.progress)
+
+    def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
+        with display:
+            return work(config, folder, listener)
+
+    def scored(result: RunResult) -> None:
+        show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
+
+    try:
+        result = run_in_folder(config, folder, display, work=shown, during=_interrupted_by_signals(), scored=scored)
+    except BaseException as error:
+        begun = bool(RunFolder(folder).saved_checkpoints)
+        hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."
+        if isinstance(error, KeyboardInterrupt):
+            say(f"\nInterrupted. {hint}", console=console)
+            raise InterruptTold from error
+        if full_disk(error) or (isinstance(error, RunError) and not isinstance(error, StuckError)):
+            say(hint, console=console)
+        raise
+    say(f"run folder: {folder}\nreport:     {folder / 'report.html'}", console=console)
+    return result
+
+
+def run_simulation(config: RunConfig, folder: Path, console: Console, *, session: Session | None = None) -> RunResult:
+    """Run a simulation in its folder, new or begun, and show it."""
+    began = time.monotonic()
+    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    with importing():
+        from fedtune.flower.simulation import simulate
+        from fedtune.sites.virtual_site import fitted
+
+    if config.resume is None:
+        config = say_fitted(console, config, fitted(config, folder))
+    again = f"fedtune simulate resume={folder}"
+    return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
+
+
+def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
+    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
+    if fits != asked:
+        rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
+        console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
+    return fits
+
+
+def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
+    """Do one of several runs, and say in a line what it came to; its folder has the rest."""
+    began = time.monotonic()
+    with console.status(f"{name} ..."):
+        unseen = Console(file=io.StringIO(), width=console.width)
+        result = run_simulation(trial.config, trial.folder, unseen, session=session)
+    scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
+    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
+    say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
+    return result
+
+
+def show_trials(console: Console, trials: Trials, *, again: str) -> None:
+    """The table of several runs, where the best one and the table's file lie, and how to go on."""
+    show(console, [table := trials.section()])
+    if (best := trials.best) is not None:
+        say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
+    if trials.table.is_file():
+        say(f"table: {trials.table} (every score, and each run's folder)", console=console)
+    if any(trial.can_go_on for trial in trials.rows.values()):
+        say(f"Continue the {'search' if table.title == 'Trials' else 'sweep'} with: {again}", console=console)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,344 @@
+"""Exports for others: a run's adapter, its merged model, a sentence-transformers folder, ONNX.
+
+Each form is written beside its place, loaded again by the library that it is for, and compared with the run's own
+model on made-up tokens; only then the folder appears.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedtune.config import RunConfig
+from fedtune.data.batching import Batch
+from fedtune.model import load_tokenizer
+from fedtune.model.base_model import load_base, save_plain
+from fedtune.model.ia3_and_dora import merged
+from fedtune.model.quiet import quiet
+from fedtune.report import from_run
+from fedtune.report.model_card import Form, card_files
+from fedtune.report.record.run_record import read_run
+from fedtune.spec import ConfigError, RunError
+from fedtune.tasks import Task, TaskModel, load_task_model, task_named
+from fedtune.tasks.base import Readout
+from fedtune.tasks.saved import write_task_model
+
+_ONNX = "model.onnx"
+_MOST_APART = 1e-3
+"""The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A run's model on its way out.
+
+    Attributes:
+        config: the run's.
+        adapter: the folder of the run's adapter.
+        base: a fresh model of the base's plain class with the adapter merged into its weights.
+        readout: the task's, of the mean hidden state.
+    """
+
+    config: RunConfig
+    adapter: Path
+    task: Task
+    base: PreTrainedModel
+    readout: Readout
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, config: RunConfig, adapter: Path) -> tuple[Source, Reference]:
+        """Load a run's model, and note what it makes of made-up tokens before it is merged.
+
+        Raises:
+            ConfigError: the base or the adapter cannot be loaded.
+            AdapterError: the adapter's tensors are not those of its settings.
+        """
+        model = load_task_model(adapter, model=replace(config.model, dtype="float32"))
+        reference = Reference.of(model)
+        readout = model.task.readout(model)
+        with quiet():
+            base = merged(model.base)
+        if config.data.labels:
+            base.config.id2label = dict(enumerate(config.data.labels))
+            base.config.label2id = {label: place for place, label in enumerate(config.data.labels)}
+        tokenizer = load_tokenizer(model.spec.model)
+        if base.can_generate():
+            base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
+        source = cls(config=config, adapter=adapter, task=model.task, base=base, readout=readout, tokenizer=tokenizer)
+        return source, reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run's own model on made-up tokens: `logits` of `input_ids` (2, t), of which the last are padding."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: TaskModel) -> Reference:
+        """With the same tokens for every model of one vocabulary."""
+        draws = np.random.default_rng(0)
+        input_ids = torch.from_numpy(draws.integers(0, model.num_ids, size=(2, 9)))
+        mask = torch.ones_like(input_ids)
+        mask[1, 5:] = 0
+        with torch.no_grad():
+            logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
+            logits = model.task.read_out(logits, spec=model.spec)
+        return cls(input_ids, mask, logits)
+
+    def require(self, found: torch.Tensor, *, form: str) -> None:
+        """Check the logits that another library computed.
+
+        Raises:
+            RunError: they differ by more than rounding.
+        """
+        attended = self.attention_mask.bool() if self.logits.dim() > 2 else slice(None)
+        ours, theirs = self.logits[attended], found[attended]
+        apart = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+        if not apart <= _MOST_APART * max(1.0, float(ours.abs().max())):
+            raise RunError(f"the {form} export computes other logits than the run's model (apart by {apart:.3g})")
+
+
+class Scores(nn.Module):
+    """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits or embeddings."""
+
+    def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout) -> None:
+        super().__init__()
+        self.base, self.depth, self.predicts_tokens = base, len(readout), base.can_generate()
+        for place, (weight, bias) in enumerate(readout):
+            self.register_buffer(f"weight_{place}", weight)
+            self.register_buffer(f"bias_{place}", bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        cache = {"use_cache": False} if self.predicts_tokens else {}
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
+        if self.predicts_tokens:
+            return output.logits  # type: ignore[no-any-return]
+        mask = attention_mask.unsqueeze(-1).to(torch.float32)
+        values: torch.Tensor = (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+        for place in range(self.depth):
+            weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
+            values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
+        return values if self.depth else nn.functional.normalize(values, dim=-1)
+
+
+def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> list[Path]:
+    """Write a finished run's model into a new folder, with its card and tokenizer.
+
+    Args:
+        adapter: the folder of the adapter, in that of its run.
+        config: of the run.
+        target: the new folder.
+        format: one of the task's.
+
+    Returns:
+        The files.
+
+    Raises:
+        ConfigError: a library is missing, the model cannot be loaded, or the folder cannot be written.
+        RunError: what was written computes something else than the run's model.
+    """
+    run = adapter.absolute().parent
+    card = card_files(read_run(run), from_run.build(run), _form(format, config))
+    with _new(target) as folder:
+        source, reference = Source.of(config, adapter)
+        source.tokenizer.save_pretrained(folder)
+        _WRITERS[format](source, reference, folder)
+        if config.data.labels:
+            lines = (" ".join(label.split()) for label in config.data.labels)
+            (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, data in card.items():
+            (folder / name).write_bytes(data)
+    return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when all of it is there."""
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            folder = Path(scratch, "complete")
+            folder.mkdir()
+            yield folder
+            os.rename(folder, target)
+    except OSError as error:
+        raise ConfigError("--to", str(target), f"must be a folder that can be written ({error.strerror})") from error
+
+
+def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
+    # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
+    # Beside the base as others load it: where DoRA starts follows from the weights.
+    model = load_task_model(source.adapter, model=replace(source.config.model, dtype="float32"))
+    write_task_model(model, folder)
+    if not (source.readout or source.task.predicts_tokens):
+        return  # a head of the task's own, which no other library has
+    with quiet(), torch.no_grad():
+        base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
+        loaded = PeftModel.from_pretrained(base, folder)
+        scores = Scores(loaded, source.readout)(reference.input_ids, reference.attention_mask)
+    reference.require(scores, form="peft")
+
+
+def _write_merged(source: Source, reference: Reference, folder: Path) -> None:
+    plain = Scores(_plain(source, folder), source.readout)
+    with torch.no_grad():
+        reference.require(plain(reference.input_ids, reference.attention_mask), form="merged")
+
+
+def _plain(source: Source, folder: Path) -> PreTrainedModel:
+    """Save the merged base, and load it as anybody would."""
+    auto = AutoModelForCausalLM if source.task.predicts_tokens else AutoModel
+    with quiet():
+        save_plain(source.base, folder)
+        return auto.from_pretrained(folder, local_files_only=True).eval()
+
+
+def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
+    library = _needed("sentence_transformers", format="sentence-transformers")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    with TemporaryDirectory() as scratch:
+        _plain(source, Path(scratch))
+        source.tokenizer.save_pretrained(scratch)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = modules.Transformer(scratch, max_seq_length=source.config.data.max_length)
+            layers = [base, modules.Pooling(source.base.config.get_text_config().hidden_size, "mean")]
+            for weight, bias in source.readout:
+                given = {"bias": bias is not None, "init_weight": weight, "init_bias": bias}
+                dense = modules.Dense(*weight.shape[::-1], activation_function=nn.Identity(), **given)
+                layers += [modules.Normalize(), dense]
+            layers += [] if source.readout else [modules.Normalize()]
+            library.SentenceTransformer(modules=layers, device="cpu").save_pretrained(
+                str(folder), create_model_card=False
+            )
+            loaded = library.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+            tokens = {"input_ids": reference.input_ids, "attention_mask": reference.attention_mask}
+            with torch.no_grad():
+                reference.require(loaded(tokens)["sentence_embedding"], form="sentence-transformers")
+
+
+def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
+    _needed("onnxscript", format="onnx")
+    runtime = _needed("onnxruntime", format="onnx")
+    with TemporaryDirectory() as scratch:
+        plain = Scores(_plain(source, Path(scratch)), source.readout).eval()
+        source.base.config.save_pretrained(folder)
+        rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
+        with quiet(), _silent_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                plain,
+                (reference.input_ids, reference.attention_mask),
+                dynamo=True,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes=({0: rows, 1: tokens}, {0: rows, 1: tokens}),
+                verbose=False,
+            )
+            assert program is not None
+            program.save(folder / _ONNX)
+    session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
+    given = {"input_ids": reference.input_ids.numpy(), "attention_mask": reference.attention_mask.numpy()}
+    reference.require(torch.from_numpy(session.run(None, given)[0]), form="onnx")
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """The exporter warns of itself, and of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _needed(library: str, *, format: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        package = library.replace("_", "-")
+        raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
+
+
+_WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
+    "peft": _write_adapter,
+    "merged": _write_merged,
+    "sentence-transformers": _write_sentence_transformers,
+    "onnx": _write_onnx,
+}
+_LOADING = {
+    "merged": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("folder")
+model = AutoModelForCausalLM.from_pretrained("folder")
+""",
+    "sentence-transformers": """\
+from sentence_transformers import SentenceTransformer
+
+LABELSmodel = SentenceTransformer("folder")
+scores = model.encode("a text")
+print(READS)
+""",
+    "onnx": """\
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokens = AutoTokenizer.from_pretrained("folder")("a text", return_tensors="np")
+session = onnxruntime.InferenceSession("folder/model.onnx")
+logits = session.run(None, {name: tokens[name] for name in ("input_ids", "attention_mask")})[0]
+""",
+}
+_LABELS = 'labels = open("folder/labels.txt", encoding="utf-8").read().splitlines()\n'
+_WHAT = {
+    "merged": ("The weights, with the adapter merged into them,", "transformers"),
+    "sentence-transformers": (
+        "The tuned head on the weights, with the adapter merged into them,",
+        "sentence-transformers",
+    ),
+    "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
+}
+_EMBEDS = "A model for embeddings, with the adapter merged into its weights,"
+_EMBEDDING = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("folder")
+embeddings = model.encode(["a text", "another"])
+print(model.similarity(embeddings, embeddings))
+"""
+"""Of a sentence-transformers folder without a head."""
+
+
+def _form(format: str, config: RunConfig) -> Form:
+    if format == "peft":
+        return Form.adapter(config, folder="folder")
+    what, library = _WHAT[format]
+    task = task_named(config.task)
+    labels = _LABELS if config.data.labels else ""
+    loading = _LOADING[format].replace("LABELS", labels).replace("READS", task.reads)
+    if format == "sentence-transformers" and not task.has_head:
+        what, loading = _EMBEDS, _EMBEDDING
+    return Form(what=what, library=library, relation="finetune", loading=loading)

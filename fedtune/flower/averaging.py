@@ -1,0 +1,130 @@
+"""Averages of a round's updates by Flower's strategies, and their state for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
+
+from fedtune.federation.aggregation import Made
+from fedtune.federation.lead import LeadState
+from fedtune.federation.replies import RoundReplies
+from fedtune.federation.spec import FederationSpec
+from fedtune.federation.update_store import Arrived
+from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted
+from fedtune.model import Adapter
+
+Arrays = Mapping[str, npt.NDArray[np.float32]]
+_VALUES = "values"
+_PIECE_BYTES = 1 << 27
+"""Of all sites' values that are averaged at once."""
+
+
+class Average:
+    """The aggregation of plain updates, by the strategy that settings name.
+
+    Whom to ask, and how many must answer, is fedtune's own rule.
+
+    Args:
+        spec: names the strategy.
+        sizes: site -> its declared size, which weighs its update.
+    """
+
+    session = ""
+    left_out = ()
+
+    def __init__(self, spec: FederationSpec, sizes: Mapping[str, int]) -> None:
+        self._sizes = sizes
+        common: dict[str, Any] = {"weighted_by_key": WEIGHT_KEY, "arrayrecord_key": ARRAYS}
+        rate, momentum = spec.server_learning_rate, spec.server_momentum
+        self._strategy: FedAvg
+        match spec.strategy:
+            case "fedadam":
+                self._strategy = FedAdam(
+                    **common, eta=rate, beta_1=momentum, beta_2=spec.server_beta_2, tau=spec.server_tau
+                )
+            case "fedavgm":
+                self._strategy = FedAvgM(**common, server_learning_rate=rate, server_momentum=momentum)
+            case "fedmedian":
+                self._strategy = FedMedian(**common)
+            case _:
+                self._strategy = FedAvg(**common)
+
+    def resume(self, state: LeadState) -> LeadState:
+        self.restore(state.strategy)
+        return state
+
+    def prepare(self) -> tuple[str, ...]:
+        return tuple(self._sizes)
+
+    def combine(self, state: LeadState, replies: RoundReplies) -> Made:
+        weights = {site: self._sizes[site] for site in replies.sites}
+        adapter = self.average(replies.round, replies.arrived, weights)
+        return Made(adapter, replies.sites, replies.failures, self.state)
+
+    def average(self, round: int, arrived: Arrived, weights: Mapping[str, int]) -> Adapter:
+        """The strategy's adapter of the updates, computed piece by piece: the same bits as of all at once.
+
+        Mean and median take each value by itself.  A server optimizer follows a mean, and is given that as one update.
+
+        Args:
+            round: from 1.
+            arrived: the updates.
+            weights: site -> its weight, in the order in which a sum adds them.
+        """
+        strategy = self._strategy
+        optimizer = strategy if isinstance(strategy, FedAdam | FedAvgM) else None
+        take = strategy.aggregate_train if optimizer is None else partial(FedAvg.aggregate_train, strategy)
+        flat = np.empty(arrived.sent.num_values, dtype=np.float32)
+        step = max(1, _PIECE_BYTES // (4 * len(weights)))
+        for start in range(0, len(flat), step):
+            piece = flat[start : start + step]
+            parts = {site: {_VALUES: arrived.values(site, start=start, count=len(piece))} for site in weights}
+            updates = [Message(weighted(parts[site], weight), 1, "train") for site, weight in weights.items()]
+            piece[:] = _arrays(take(round, updates))[_VALUES]
+        adapter = arrived.adapter(flat)
+        if optimizer is None:
+            return adapter
+        # Flower's own loop would have it keep the adapter that it sends.
+        sent = arrived.sent.tensors
+        if isinstance(optimizer, FedAdam):
+            optimizer.current_arrays = dict(sent)
+        else:
+            optimizer.current_arrays = to_arrays(sent)
+        update = Message(weighted(adapter.tensors, next(iter(weights.values()))), 1, "train")
+        # FedAdam counts in float64; an adapter is float32 everywhere.
+        arrays = _arrays(optimizer.aggregate_train(round, [update]))
+        return Adapter({name: value.astype(np.float32) for name, value in arrays.items()})
+
+    @property
+    def state(self) -> Arrays:
+        """The server optimizer's arrays, under names that `restore` knows; empty where it has none."""
+        strategy = self._strategy
+        if isinstance(strategy, FedAdam) and strategy.m_t is not None and strategy.v_t is not None:
+            moments = {"m": strategy.m_t, "v": strategy.v_t}
+            return {f"{moment}/{name}": value for moment, values in moments.items() for name, value in values.items()}
+        if isinstance(strategy, FedAvgM) and strategy.momentum_vector is not None:
+            return {f"momentum/{number:05d}": value for number, value in enumerate(strategy.momentum_vector)}
+        return {}
+
+    def restore(self, strategy: Arrays) -> None:
+        """Continue from what `state` was, whatever has been seen since."""
+
+        def part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
+            return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}
+
+        if isinstance(self._strategy, FedAdam):
+            self._strategy.m_t, self._strategy.v_t = part("m") or None, part("v") or None
+        elif isinstance(self._strategy, FedAvgM):
+            self._strategy.momentum_vector = [value for _, value in sorted(part("momentum").items())] or None
+
+
+def _arrays(outcome: tuple[ArrayRecord | None, MetricRecord | None]) -> Arrays:
+    arrays, _ = outcome
+    assert arrays is not None, "there is an update"
+    return from_arrays(arrays)

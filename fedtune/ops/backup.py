@@ -1,0 +1,360 @@
+"""Backups: one file with what cannot be made again, written while the process runs, and put back where it is missing.
+
+A backup is a zip with a list of its files and their hashes.  Databases are copied by SQLite itself, which waits for a
+transaction that is under way; all other files are only ever replaced as a whole.  Putting back replaces nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal
+
+from dp_accounting import DpEvent
+
+from fedtune.ops.files import new_folder, writing
+from fedtune.ops.kits.federation_folder import FederationFolder
+from fedtune.ops.services.lead_and_server import DATABASE
+from fedtune.ops.services.site_state import serving
+from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.version import __version__
+
+Kind = Literal["site", "server", "lead"]
+_LIST = "backup.json"
+_CHUNK = 1 << 20
+_LOCK_S = 60.0
+_STATE = ("state/paused", "state/left")
+
+
+def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None:
+    """Write a new file, readable by its owner alone.
+
+    Args:
+        target: the file.
+        kind: whose it is.
+        files: name in the backup -> file; one that ends in `.db` is an SQLite database, which may be in use.
+
+    Raises:
+        ConfigError: `target` exists, or cannot be written; or a file cannot be read.
+    """
+    if os.path.lexists(target):
+        raise ConfigError("FILE", str(target), "exists already; choose a new file")
+    with writing(target, key="FILE"), tempfile.TemporaryDirectory(prefix=".backup.", dir=target.parent) as folder:
+        building, copy = Path(folder) / "backup.zip", Path(folder) / "copy.db"
+        hashes = {}
+        with zipfile.ZipFile(building, "x", zipfile.ZIP_DEFLATED) as archive:
+            for name, path in sorted(files.items()):
+                if path.suffix == ".db":
+                    copy.unlink(missing_ok=True)
+                    copy_database(path, copy)
+                    path = copy
+                with path.open("rb") as source, archive.open(name, "w", force_zip64=True) as entry:
+                    hashes[name] = _copied(source, entry)
+            made = datetime.now(UTC).isoformat(timespec="seconds")
+            about = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
+            archive.writestr(_LIST, json.dumps(about, indent=1))
+        building.chmod(0o600)
+        with building.open("rb") as file:
+            os.fsync(file.fileno())
+        os.link(building, target)  # unlike a renaming, it replaces nothing
+        fsync_folder(target.parent)
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """Copy an SQLite database that others may write, as it was between two transactions.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    # Only who may write can take back what a crash cut short, and until then nobody can read.
+    address = f"{source.resolve().as_uri()}?mode=rw"
+    try:
+        with (
+            closing(sqlite3.connect(address, uri=True, timeout=_LOCK_S)) as old,
+            closing(sqlite3.connect(target)) as new,
+        ):
+            old.backup(new)
+            new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is one file
+    except sqlite3.Error as error:
+        raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backup:
+    """A backup whose files are all there, as they were.
+
+    Attributes:
+        made: when, in UTC.
+        names: of its files.
+    """
+
+    made: str
+    names: tuple[str, ...]
+    archive: zipfile.ZipFile
+
+    def put(self, name: str, target: Path) -> bool:
+        """Write one file where there is none, whole or not at all; says whether it did.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if os.path.lexists(target):
+            return False
+        with writing(target, key="restore"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+            try:
+                with os.fdopen(descriptor, "wb") as file, self.archive.open(name) as entry:
+                    _copied(entry, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(building, target)
+            finally:
+                os.unlink(building)
+            fsync_folder(target.parent)
+        return True
+
+
+@contextmanager
+def opened_backup(source: Path, *, kind: Kind) -> Iterator[Backup]:
+    """A backup to put back from.
+
+    Raises:
+        ConfigError: the file is none, is another's, or was damaged.
+    """
+    try:
+        archive = zipfile.ZipFile(source)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError("FILE", str(source), f"must be a backup that fedtune wrote ({error})") from error
+    with archive:
+        yield _checked(archive, source, kind)
+
+
+def _checked(archive: zipfile.ZipFile, source: Path, kind: Kind) -> Backup:
+    try:
+        about = json.loads(archive.read(_LIST))
+        hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
+        whose, made = str(about["kind"]), str(about["made"])
+        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
+            raise ValueError("a name leads out of the folder")
+        for name, sha256 in hashes.items():
+            with archive.open(name) as entry:
+                if _copied(entry, None) != sha256:
+                    raise ValueError(f"{name} was changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+        raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
+    if whose != kind:
+        raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, and is a {whose}'s")
+    return Backup(made=made, names=tuple(hashes), archive=archive)
+
+
+def tree(folder: Path, *, under: str) -> dict[str, Path]:
+    """Every file of a folder, by its name in a backup; links are left out, and files that are being written."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
+
+
+def _copied(source: IO[bytes], target: IO[bytes] | None) -> str:
+    """Copy to the end; SHA-256 of what was read, in hex."""
+    sha256 = hashlib.sha256()
+    while part := source.read(_CHUNK):
+        sha256.update(part)
+        if target is not None:
+            target.write(part)
+    return sha256.hexdigest()
+
+
+# A site's.
+
+
+def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
+    """Back up a site's policy, ledger, kept adapters and whether it is paused or has left; no key.
+
+    Raises:
+        ConfigError: the policy is none, there is no ledger, or `target` cannot be written.
+        RunError: the ledger does not fit together, or is older than its anchor.
+    """
+    files = SiteFiles.of(site_toml)
+    if files.verified() is None:
+        raise ConfigError("ledger", str(files.ledger), "is missing: there is nothing to back up")
+    state = {name: kit / name for name in _STATE if (kit / name).exists()}
+    own = {"site.toml": site_toml, "ledger.db": files.ledger}
+    write_backup(target, kind="site", files={**own, **state, **tree(kit / "adapters", under="adapters")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUp:
+    """A ledger that was brought up to what anchors know.
+
+    Attributes:
+        gap: what was charged for that.
+        last: the newest event that an anchor knew and the ledger lacked; None: it lacked nothing.
+        since: the newest such anchor, where it knows another policy than site.toml; that one was in force.
+    """
+
+    ledger: Ledger
+    gap: Counter[DpEvent]
+    last: int | None
+    since: Head | None
+
+    def require_sure(self) -> None:
+        """Raise RunError where a receipt still shows that events are missing, to this ledger or to a lost one."""
+        if (doubt := self.ledger.history.in_doubt) is not None:
+            raise RunError(
+                f"the ledger is still in doubt: a receipt of this site's own knows event {doubt.sequence}, which is "
+                "missing, and no anchor given knows it; find a newer anchor, or freeze the population"
+            )
+
+
+def anchors_at_hand(site: SiteFiles, given: Path | None) -> list[Path]:
+    """The anchors that a ledger to be put back is measured by.
+
+    Raises:
+        ConfigError: there is none, so nobody could say what was charged after the backup.
+    """
+    found = [given] if given else []
+    if site.anchor is not None and (site.anchor.is_file() or not found):
+        found.append(site.anchor)
+    if not found:
+        raise ConfigError("--anchor", NOT_GIVEN, "is required, since the policy names no anchor")
+    return found
+
+
+def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
+    """Charge the ledger at `path` what the anchors know and it lacks.
+
+    Raises:
+        ConfigError: a file is no anchor, or the site's key is missing.
+        RunError: the ledger was changed, or an anchor is of another one.
+    """
+    verify(path)  # an older ledger is what is expected here; one that was changed is not
+    ledger = Ledger(path, site.policy, SigningKey.load(site.site_key))
+    # The policy's own anchor is the one that knows most, whichever was given.
+    heads = sorted((Head.read(anchor) for anchor in anchors), key=lambda head: head.sequence, reverse=True)
+    gap: Counter[DpEvent] = Counter()
+    lacking = [head for head in heads if not ledger.history.holds(head)]
+    for head in lacking:
+        gap += ledger.charge_gap(head)
+    since = next((head for head in lacking[:1] if head.policy not in ("", site.policy.digest())), None)
+    return MadeUp(ledger=ledger, gap=gap, last=max((head.sequence for head in lacking), default=None), since=since)
+
+
+def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | None) -> tuple[SiteFiles, MadeUp | None]:
+    """Put back what a site lacks; its ledger only once it is charged what an anchor knows and the backup lacks.
+
+    Returns:
+        The site's files, and what was made up for; None where the ledger was there and is whole.
+
+    Raises:
+        ConfigError: the backup, the policy, an anchor or the site's key is missing or wrong, or the site runs.
+        RunError: the backup's ledger cannot be trusted, or another one is in its place.
+    """
+    with opened_backup(source, kind="site") as backup:
+        backup.put("site.toml", site_toml)
+        files = SiteFiles.of(site_toml)
+        with serving(files.ledger):
+            made_up = _put_ledger(backup, files, anchor)
+        if kit.is_dir():  # `fedtune site init` makes it, and takes no folder that is there
+            for name in backup.names:
+                if name in _STATE or name.startswith("adapters/"):
+                    backup.put(name, kit / name)
+    return files, made_up
+
+
+def _put_ledger(backup: Backup, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
+    key = SigningKey.load(files.site_key)
+    with tempfile.TemporaryDirectory(prefix=".restore.", dir=files.ledger.parent) as folder:
+        copy = Path(folder) / "ledger.db"
+        backup.put("ledger.db", copy)
+        inside = verify(copy, site_key=key.public)
+        if files.ledger.exists():
+            try:
+                there = verify(files.ledger)
+            except RunError:
+                pass  # damaged, so that it makes room below
+            else:
+                hashes, last = there.history.hashes, inside.history.length
+                if hashes[last - 1 : last] != [inside.hash]:
+                    bound = "is another ledger, or an older one than the backup's: move it away"
+                    raise ConfigError("ledger", str(files.ledger), bound)
+                return None
+        made_up = make_up_for(copy, files, anchors_at_hand(files, anchor))
+        made_up.require_sure()
+        # A damaged ledger makes room, and with it a journal, which SQLite would apply to what takes the ledger's place.
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        for ending in ("-journal", "-wal", "-shm", ""):
+            part = files.ledger.with_name(f"{files.ledger.name}{ending}")
+            if part.exists():
+                part.rename(files.ledger.with_name(f"{files.ledger.name}.damaged-{stamp}{ending}"))
+        with writing(files.ledger, key="ledger"):
+            os.link(copy, files.ledger)
+            fsync_folder(files.ledger.parent)
+        if files.anchor is not None:
+            write_durably(files.anchor, made_up.ledger.head().to_bytes())
+        return made_up
+
+
+# A server's and a lead's.
+
+
+def back_up_server(target: Path, *, data: Path) -> None:
+    """Back up a server's database and its audit log.
+
+    Raises:
+        ConfigError: there is no database, or `target` cannot be written.
+    """
+    if not (data / DATABASE).is_file():
+        raise ConfigError("--data", str(data), f"must be the server's folder; it has no {DATABASE}")
+    others = {path.name: path for path in data.glob("audit.jsonl*") if path.is_file()}
+    write_backup(target, kind="server", files={DATABASE: data / DATABASE, **others})
+
+
+def put_back_server(source: Path, *, data: Path) -> None:
+    """Put a server's database back where there is none, with its audit log.
+
+    Raises:
+        ConfigError: there is one already, or `source` is no server's backup.
+    """
+    with opened_backup(source, kind="server") as backup:
+        for part in (DATABASE, f"{DATABASE}-wal"):
+            if (data / part).exists():
+                raise ConfigError("--data", str(data / part), "exists already: stop the server, and move it away")
+        for name in backup.names:
+            backup.put(name, data / name)
+
+
+def back_up_federation(target: Path, *, federation: Path) -> None:
+    """Back up a federation's whole folder: authority, kits, roster, receipts, and every key of the lead's.
+
+    Raises:
+        ConfigError: the folder is no federation's, or `target` cannot be written.
+    """
+    with FederationFolder.held(federation) as held:
+        write_backup(target, kind="lead", files=tree(held.folder, under="federation"))
+
+
+def put_back_federation(source: Path, *, out: Path) -> None:
+    """Write a federation's folder anew.
+
+    Raises:
+        ConfigError: `out` exists, or `source` is no lead's backup.
+    """
+    with opened_backup(source, kind="lead") as backup, new_folder(out, key="--out") as folder:
+        for name in backup.names:
+            backup.put(name, folder / Path(name).relative_to("federation"))

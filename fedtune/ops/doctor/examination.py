@@ -1,0 +1,189 @@
+"""`fedtune site doctor`: everything that a site needs before it starts, each thing looked at on its own.
+
+Nothing is trained, and neither ledger nor policy is written.  What the lines hold is in `check.Check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from fedtune.config import RunConfig
+from fedtune.ops.doctor import machine_checks, site_checks
+from fedtune.ops.doctor.check import Check, PrivateLog, from_error, ok, skipped
+from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
+from fedtune.ops.kits.certificates import Certificate, read_certificate
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
+from fedtune.spec import ConfigError, DataError, FedtuneError
+
+_KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """The places to examine.
+
+    Attributes:
+        kit: the kit's folder.
+        site_toml: the policy.
+        model: a base model to install first, as `install_model` takes it.
+        run: settings of a run to try out; None: none was named.
+        timeout_s: of each connection.
+    """
+
+    kit: Path
+    site_toml: Path
+    model: Path | None = None
+    run: Callable[[], RunConfig] | None = None
+    timeout_s: float = 10.0
+
+
+def examine(visit: Visit) -> Iterator[Check]:
+    """Look at everything, one line after another; a check that goes wrong keeps no other from being made."""
+    return _Examination(visit).checks()
+
+
+class _Examination:
+    """Files read on the way, for later checks; a check whose need could not be read is skipped."""
+
+    kit: Kit
+    files: SiteFiles
+    history: History
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+        self._log = PrivateLog(visit.kit / "state" / "doctor.log")
+        self._read: set[str] = set()
+        self._certificate: Certificate | None = None
+        self._clock_ahead_s: tuple[float, float] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in `files`."""
+        return self.files.policy
+
+    def checks(self) -> Iterator[Check]:
+        """All of them."""
+        for names, needs, look in self._looks():
+            missing = [need for need in needs if need not in self._read]
+            if missing:
+                yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
+                continue
+            try:
+                yield from look()
+            except Exception as error:
+                # A DataError's words are for the owner of the file; other errors of ours are made to be shown.
+                if isinstance(error, FedtuneError) and not isinstance(error, DataError):
+                    yield from_error(names[0], error, fix="Correct what is named here.")
+                else:
+                    yield site_checks.unforeseen(names[0], error, self._log)
+
+    def _looks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[Check]]]]:
+        """The names of each check's lines, what must have been read for it, and how it is done."""
+        visit = self._visit
+        yield (("policy",), (), self._read_policy)
+        yield (("kit",), (), self._read_kit)
+        yield (("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
+        yield (("certificate",), (_KIT,), self._read_certificate)
+        yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
+        yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
+        yield (("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
+        yield ((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
+        now = datetime.now(UTC)
+        clock = partial(machine_checks.clock, now=now)
+        yield (("clock",), (), lambda: [clock(self._clock_ahead_s, certificate=self._certificate)])
+        yield (("disks",), (), self._disks)
+        if visit.model is not None:
+            model = visit.model
+            yield (("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
+        yield (("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
+        yield (("memory",), (), self._memory)
+        gpu = machine_checks.this_gpu
+        yield (("GPU",), (_POLICY,), lambda: [machine_checks.gpu(self.policy.machine.device, ask=gpu)])
+        data = partial(site_checks.data_sets, folder=visit.site_toml.parent, log=self._log)
+        yield (("data",), (_POLICY,), lambda: data(self.policy))
+        yield (("ledger",), (_POLICY,), self._read_ledger)
+        yield (("site key",), (_POLICY,), lambda: [site_checks.site_key(self.files, self._history_if_read)])
+        yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
+        yield (("serving",), (_POLICY,), lambda: [site_checks.serving(self.files, state=visit.kit / "state")])
+        if visit.run is None:
+            yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
+        else:
+            yield (("run",), (_KIT, _POLICY, _LEDGER), self._try_out)
+
+    @property
+    def _history_if_read(self) -> History | None:
+        return self.history if _LEDGER in self._read else None
+
+    @property
+    def _files_if_read(self) -> SiteFiles | None:
+        return self.files if _POLICY in self._read else None
+
+    def _read_policy(self) -> Iterator[Check]:
+        try:
+            self.files = SiteFiles.of(self._visit.site_toml)
+        except ConfigError as error:
+            fix = "Correct what is named here; `fedtune site template` explains every key."
+            yield from_error("policy", error, fix=fix)
+            return
+        self._read.add(_POLICY)
+        yield ok("policy", f"can be read, for site {self.policy.site} and population {self.policy.population.name}")
+
+    def _read_kit(self) -> Iterator[Check]:
+        try:
+            self.kit = Kit.read(self._visit.kit, kind="site")
+        except ConfigError as error:
+            yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
+            return
+        self._read.add(_KIT)
+        yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
+
+    def _read_certificate(self) -> Iterator[Check]:
+        yield site_checks.certificate(self.kit, datetime.now(UTC))
+        with suppress(ConfigError):  # that it cannot be read is said by then
+            self._certificate = Certificate.of(read_certificate(self.kit.certificate))
+
+    def _connect(self) -> Iterator[Check]:
+        connection = Connection(self.kit, timeout_s=self._visit.timeout_s)
+        yield from connection.checks()
+        self._clock_ahead_s = connection.clock_ahead_s
+
+    def _disks(self) -> Iterator[Check]:
+        folders, files = {"kit": self._visit.kit}, self._files_if_read
+        if files is None:
+            yield from machine_checks.disks(folders)
+            return
+        folders["ledger"] = files.ledger.parent
+        if files.anchor is not None:
+            folders["anchor"] = files.anchor.parent
+        yield from machine_checks.disks(folders)
+        yield machine_checks.ledger_place(files.ledger)
+        yield machine_checks.anchor_place(files.ledger, files.anchor)
+
+    def _memory(self) -> Iterator[Check]:
+        both = {_KIT, _POLICY} <= self._read
+        model_bytes = site_checks.largest_model_bytes(self.kit, self.policy) if both else None
+        in_four_bits = both and self.policy.allow.dtypes == ("nf4",)
+        yield machine_checks.memory(model_bytes, in_four_bits=in_four_bits)
+
+    def _read_ledger(self) -> Iterator[Check]:
+        check, history = site_checks.ledger(self.files)
+        if history is not None:
+            self.history = history
+            self._read.add(_LEDGER)
+        yield check
+
+    def _try_out(self) -> Iterator[Check]:
+        visit = self._visit
+        assert visit.run is not None
+        run = visit.run()
+        yield site_checks.experiment(
+            run, kit=self.kit, site_toml=visit.site_toml, policy=self.policy, history=self.history
+        )

@@ -1,0 +1,427 @@
+"""Whether what is a site's own is as it should be: certificate, policy, base models, data, ledger and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import math
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from fedtune.config import RunConfig
+from fedtune.data.formats import what_is
+from fedtune.data.records import iter_records
+from fedtune.data.values import SEVERAL_USERS
+from fedtune.federation import verdict
+from fedtune.federation.verdict import BrokenRule, Verdict
+from fedtune.model.spec import RANDOM
+from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
+from fedtune.ops.kits.certificates import SOON_DAYS, check_private
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.models import (
+    install_model,
+    installed_bytes,
+    is_made_here,
+    licence_files,
+    model_place,
+    verify_model,
+)
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.release import Reason, asked_and_allowed
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Dataset, Policy
+from fedtune.spec import ConfigError, DataError, RunError
+from fedtune.tasks import TASKS
+from fedtune.words import spoken_start
+
+_PAGE = "docs/site_policy.md"
+FEW, MANY = 0.5, 2.0
+"""True number of records (or users), as a share of the declared size, below or above which a person should look."""
+
+
+def certificate(kit: Kit, now: datetime) -> Check:
+    """Whether the site's certificate belongs to its key and to the authority, and for how long it is in force."""
+    name = "certificate"
+    try:
+        found = kit.check_certificate(now)
+    except ConfigError as error:
+        fix = "Unzip the kit that was made from this folder's join_request.json, or send the lead that request again."
+        return from_error(name, error, fix=fix)
+    said = f"in force until {found.not_after:%Y-%m-%d}, {found.days_left(now)} days from now"
+    if found.days_left(now) < SOON_DAYS:
+        fix = f"Ask the lead for a new kit (`fedtune provision renew-site {kit.site}`), and unzip it here."
+        return warning(name, said, fix=fix)
+    return ok(name, f"belongs to this site's key; {said}")
+
+
+def names(kit: Kit, policy: Policy) -> Check:
+    """Whether kit and policy are one site's."""
+    if kit.site == policy.site:
+        return ok("site's name", f"{policy.site}, in kit and policy")
+    found = f"the kit is for {kit.site}, the policy for {policy.site}"
+    return failed("site's name", found, fix="Use the kit that was made for this policy's site.")
+
+
+def lead(kit: Kit, policy: Policy) -> Check:
+    """Whether the policy lets the federation's lead ask for anything."""
+    name = "lead"
+    if kit.lead in policy.allow.leads:
+        return ok(name, f"the kit's lead {spoken_start(kit.lead)} is one of the policy's leads")
+    line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
+    found = f"the policy does not allow the kit's lead {spoken_start(kit.lead)}: all of its requests are refused"
+    return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
+
+
+def replies(policy: Policy) -> Check:
+    """Whether the time of a reply is hidden."""
+    name, every_s = "time of replies", policy.releases.reply_after_s
+    if every_s:
+        return ok(name, f"answers leave at multiples of {every_s:g} s after their request")
+    fix = "Set `reply_after_s` under [releases] in site.toml to more seconds than a round takes, such as 600."
+    return warning(name, f"`reply_after_s` is 0: {AT_ONCE}", fix=fix)
+
+
+def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
+    """Whether each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
+    known = {model.sha256: model for model in kit.model}
+    for sha256 in policy.allow.base_models:
+        name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
+        if sha256 == UNVERIFIED:
+            found = "the policy accepts runs that do not say which model they train"
+            yield warning(name, found, fix='Take "unverified" out of allow.base_models, except for a test federation.')
+        elif sha256 not in known and not model_place(kit.folder, sha256).is_dir():
+            found = "the policy allows it, and no run of this federation may name it"
+            yield warning(name, found, fix="Take it out of allow.base_models, or ask the lead for it.")
+        else:
+            yield _installed(kit, sha256, name=name, licence=known[sha256].licence if sha256 in known else "")
+    for model in kit.model:
+        if model.sha256 not in policy.allow.base_models:
+            found = f"runs may name it, and the policy does not allow it (SHA-256 {model.sha256})"
+            yield ok(f"base model {model.name}", found)
+    if not policy.allow.base_models:
+        found = "the policy allows none: every request is refused"
+        fix = "Put the SHA-256 of the models that you agree to into allow.base_models in site.toml."
+        yield failed("base models", found, fix=fix)
+
+
+def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
+    place = model_place(kit.folder, sha256)
+    if not place.is_dir():
+        if is_made_here(sha256):
+            return ok(name, "a tiny made-up model for tests, of which nothing needs to be installed")
+        fix = (
+            "Get its files and run `fedtune site doctor ... --import-model PATH`, with PATH their folder or GGUF file."
+        )
+        return failed(name, f"is not installed (SHA-256 {sha256})", fix=fix)
+    try:
+        verify_model(kit.folder, sha256)
+    except (ConfigError, OSError) as error:
+        why = "its files cannot be read" if isinstance(error, OSError) else error.bound
+        fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find out what changed it."
+        return failed(name, f"in {place}: {why}", fix=fix)
+    papers = ", ".join(licence_files(kit.folder, sha256)) or "no licence file came with it"
+    if not licence:
+        fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."
+        return warning(name, "installed and unchanged, and no run of this federation may name it", fix=fix)
+    return ok(name, f"installed and unchanged; licence {licence} ({papers})")
+
+
+def imported(model: Path, kit: Kit) -> Check:
+    """A base model that is installed first, as `install_model` takes it."""
+    installed = install_model(model, kit)
+    state = "is installed now" if installed.new else "was installed before, and is unchanged"
+    return ok("import", f"{installed.model.name} {state}, in {installed.folder}")
+
+
+def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
+    """Size of the largest installed base model; None where none is installed."""
+    sizes = []
+    for sha256 in policy.allow.base_models:
+        try:
+            sizes.append(installed_bytes(kit.folder, sha256))
+        except (ConfigError, OSError):
+            continue
+    return max(sizes, default=None)
+
+
+def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
+    """Whether each data set of the policy can be trained on; every record is read."""
+    for dataset in policy.dataset:
+        yield _data(dataset, folder, policy, log=log)
+
+
+def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) -> Check:
+    tasks, unit = policy.allow.tasks, policy.population.unit
+    name, block = f"data {dataset.id}", f"[[dataset]] {dataset.id} in site.toml"
+    if not dataset.path:
+        return failed(name, "has no file", fix=f"Set `path` in {block}.")
+    path = folder / dataset.path
+    if other := what_is(path):
+        found = f"is {other}" if path.exists() else "its file is not there, or this account may not look"
+        fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
+        return failed(name, found, fix=fix)
+    lacking = _roles_lacking(dataset.columns, tasks)
+    if lacking is None:
+        asked = " or ".join(
+            f"{', '.join(roles)} ({task})" for task in tasks if task in TASKS for roles in TASKS[task].layouts
+        )
+        fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
+        return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
+    try:
+        kept = iter_records(path, dataset.columns)  # reads every record
+        count = sum(1 for _ in kept) if unit == "record" else len({record.fields["user"] for record in kept})
+    except DataError as error:
+        return _unreadable(error, dataset, name=name, block=block, log=log)
+    if not count:
+        return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
+    return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
+
+
+def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
+    """Tasks that `columns` does not serve, in words, empty for none; None where it serves no task at all."""
+    lacking = [
+        task
+        for task in tasks
+        if task not in TASKS or not any(set(roles) <= set(columns) for roles in TASKS[task].layouts)
+    ]
+    return None if len(lacking) == len(tasks) else ", ".join(lacking)
+
+
+def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog) -> Check:
+    """A file that cannot be read, without the error's own words.
+
+    They say in which line it is, which may be the last one and so the number of records, and which columns there are,
+    which in a file without a header are the first record.
+    """
+    where = log.keep(f"{name}: {error}")
+    if error.value == SEVERAL_USERS:
+        fix = "Leave out records of several people, or decide who owns them: each record has one id, without , ; or |."
+        return failed(name, f"a record names several users; runs leave such records out{where}", fix=fix)
+    # The key names the column, where it is about one, by the name that the policy has for it.
+    column = next((f"column {column!r}" for column in dataset.columns.values() if repr(column) in error.key), "")
+    if error.value == "absent":
+        fix = f"Name a column that the file has in `columns` of {block}; a CSV file begins with a header."
+        return failed(name, f"{column} is not in every record{where}", fix=fix)
+    found = f"a record cannot be read{f' at {column}' if column else ''}{where}"
+    fix = "Mend or take out that record: each must be a whole JSON object or CSV row, in UTF-8, without blank values."
+    return failed(name, found, fix=fix)
+
+
+def _sized(name: str, share: float, *, units: str, lacking: str, block: str) -> Check:
+    """The true number of records, or of users, beside the declared size, in words alone."""
+    if share < FEW:
+        fix = f"See whether the file is whole; otherwise declare a smaller size in {block}."
+        return warning(name, f"every record can be read; far fewer {units} than the declared size", fix=fix)
+    if share > MANY:
+        fix = f"See whether it is the right file; otherwise declare a larger size in {block}."
+        return warning(name, f"every record can be read; far more {units} than the declared size", fix=fix)
+    found = f"every record can be read; enough {units} for the declared size"
+    if lacking:
+        fix = f"Add the roles to `columns` in {block}, or take the task out of allow.tasks."
+        return warning(name, f"{found}; its columns have not the roles of task {lacking}", fix=fix)
+    return ok(name, found)
+
+
+def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
+    """A check that itself went wrong; the error's text may hold anything, so it is not shown."""
+    where = log.keep(f"{name}: {''.join(traceback.format_exception(error))}")
+    found = f"could not be looked at ({type(error).__name__}){where}"
+    return failed(name, found, fix="Report this as a bug, without the log's text unless you have read it.", exit_code=1)
+
+
+def ledger(files: SiteFiles) -> tuple[Check, History | None]:
+    """Whether the ledger is whole, this site's, and fit to train with; its history where it is."""
+    name = "ledger"
+    for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
+        if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
+            # Nothing is wrong with what it holds.
+            fix = "Give it to the account of the site's process, as the lines `files` say."
+            return failed(name, f"this account may not read or write {path}: nothing is trained", fix=fix), None
+    try:
+        verified = files.verified()
+        if verified is None and files.anchor is not None and files.anchor.is_file():
+            newest = Head.read(files.anchor).sequence
+            raise RunError(f"{files.ledger} is missing, and its anchor knows {newest} events")
+    except (RunError, ConfigError) as error:
+        fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
+        return failed(name, str(error), fix=fix), None
+    if verified is None:
+        return ok(name, "none yet; it is made when the site starts"), History.before(files.policy)
+    history = verified.history
+    if wrong := next(_unfit(files, history), None):
+        return wrong, None
+    rollback = "as far as its anchor" if verified.rollback_excluded else "though without an anchor's word"
+    return ok(name, f"whole and signed, {rollback}"), history
+
+
+def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
+    """Why nothing would be trained with a ledger that is whole."""
+    name = "ledger"
+    for key, made_for, says in history.opened.differences(files.policy):
+        fix = f"Set {key} in site.toml back: it is fixed for the ledger's life."
+        yield failed(name, f"was made for {key} = {made_for}, and the policy says {says}", fix=fix)
+    if files.anchor is not None and not files.anchor.is_file() and history.charged():
+        fix = f"Bring the anchor back, or make a new one with `fedtune ledger anchor` ({_PAGE})."
+        yield failed(name, "its anchor is missing, and something was charged: nothing is trained", fix=fix)
+    if history.in_doubt is not None:
+        fix = f"Restore the newest backup and run `fedtune ledger restore` ({_PAGE})."
+        found = f"in doubt: a receipt knows event {history.in_doubt.sequence}, which it lacks; nothing is trained"
+        yield failed(name, found, fix=fix)
+    if history.frozen:
+        fix = "There is no way back, and that was meant; ask the lead to revoke this site if nothing else is to come."
+        yield failed(name, "frozen: all training on this population has ended for ever", fix=fix)
+
+
+def site_key(files: SiteFiles, history: History | None) -> Check:
+    """Whether the key that signs the ledger is there, private, and the ledger's own."""
+    name, path = "site key", files.site_key
+    if not path.is_file():
+        if not files.ledger.is_file():
+            return ok(name, "none yet; it is made with the ledger")
+        fix = "Restore it from its backup: the ledger needs the key that it was made with."
+        return failed(name, f"{path} is missing", fix=fix)
+    try:
+        public = SigningKey.load(path).public
+        check_private(path)
+    except ConfigError as error:
+        return from_error(name, error, fix="Restore it from its backup.")
+    if history is not None and history.length and history.opened.site_key != public:
+        fix = "Restore the key that the ledger was made with from its backup."
+        return failed(name, f"{path} is not the key that the ledger was made with", fix=fix)
+    return ok(name, f"{spoken_start(public)}, readable by its owner alone")
+
+
+def serving(files: SiteFiles, *, state: Path) -> Check:
+    """Whether a process trains with the ledger now: it holds a lock beside it.
+
+    Args:
+        files: of the site.
+        state: the folder in which a site's commands leave word for its process.
+    """
+    name, lock = "serving", files.ledger.with_name(f"{files.ledger.name}.serving")
+    if (state / "left").exists():
+        fix = f"Remove {state / 'left'} if this site is to take part again."
+        return warning(name, "this site has left the federation, and would not start", fix=fix)
+    served = False
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for no longer than it takes to ask
+    except BlockingIOError:
+        served = True
+    except FileNotFoundError:
+        pass  # no lock was ever taken
+    except OSError:
+        return skipped(name, f"this account may not open {lock}")
+    if (state / "paused").exists():
+        return warning(name, "this site is paused: it trains nothing", fix="`fedtune site resume --kit DIR` goes on.")
+    return ok(name, "a process of this site is serving" if served else "no process of this site is serving now")
+
+
+def budget(history: History, policy: Policy) -> Check:
+    """Check the lifetime budget's room."""
+    name, cap = "budget", policy.budget.max_epsilon
+    now = history.now()
+    taken = history.charged() + history.set_aside(now)
+    if history.seeded:
+        fix = "Keep real records out of it: it is marked for ever."
+        return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
+    if why := history.held_back():
+        return warning(
+            name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
+        )
+    epsilon = epsilon_text(filter.epsilon_filter(taken, order=history.order, delta=history.delta))
+    if math.isinf(cap):
+        found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
+        return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
+    runs = spending.runs_left(history, policy, policy.budget.reference_event(), now)
+    room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
+    found = f"{_percent(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
+    if not runs:
+        fix = "Plan without this site, or for smaller runs; a cap that is raised promises less than it did."
+        return warning(name, found, fix=fix)
+    return ok(name, found)
+
+
+def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, history: History) -> Check:
+    """The site's answer to a run, and the run's price; nothing is written.
+
+    Raises:
+        ConfigError: no noise makes the run's plan.
+    """
+    if config.model.sha256 is None and config.model.path.startswith(RANDOM):
+        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+        # The lead adds the hash before it asks; of such a model it is known without the lead.
+        model = dataclasses.replace(config.model, sha256=model_sha256(config.model))
+        config = dataclasses.replace(config, model=model)
+    plan, sizes = config.plan(), config.declared_sizes()
+    proposal = config.proposal(lead=kit.lead, plan=plan)
+    said = verdict.ask(site_toml, proposal, declared_sizes=sizes)
+    broken, asked = list(said.broken), sizes.get(policy.site)
+    own = {declared.id: declared.declared_size for declared in policy.dataset}.get(proposal.dataset)
+    if own is not None and asked is not None and own != asked:  # a run that takes the site for another size is refused
+        broken.append(BrokenRule(rule=Reason.DECLARED_SIZE.value, asked=str(asked), allowed=str(own)))
+    name = "run"
+    if broken:
+        rules = "; ".join(map(_rule, broken))
+        found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
+        if config.model.sha256 is None:
+            fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
+        return failed(name, found, fix=fix, exit_code=REFUSED)
+    who = ", once a person here approves it" if policy.approval == "manual" else ""
+    found = f"would be accepted{who}; {_price(plan, history, policy)}"
+    if policy.site not in sizes:
+        fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
+        return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)
+    return ok(name, found)
+
+
+def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
+    """Suggest a run that would be accepted in place of this one."""
+    ways = []
+    if num_broken == len(said.broken):
+        if 0 < said.most_rounds < plan.num_rounds:
+            ways.append(f"{said.most_rounds} of its {plan.num_rounds} rounds")
+        if said.least_noise is not None:
+            ways.append(f"a noise multiplier of {said.least_noise:g}")
+    if ways:
+        return f"Tell the lead that {' or '.join(ways)} would be accepted, all else as it is."
+    return "Tell the lead, or change these rules in site.toml if you agree to the run."
+
+
+def _price(plan: Plan, history: History, policy: Policy) -> str:
+    """The price of a run alone, and of the lifetime budget."""
+    alone = accountant.epsilon_pld([plan.whole], plan.delta, interval=accountant.COARSE)
+    price = f"epsilon {epsilon_text(alone)} for the run alone"
+    if math.isinf(policy.budget.max_epsilon):
+        return f"{price}; there is no lifetime cap"
+    before, after = _percent(history, policy), _percent(history, policy, also=plan)
+    return f"{price}; lifetime budget {before} taken before, {after} after"
+
+
+def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
+    """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite."""
+    taken = history.charged() + history.set_aside(history.now())
+    if also is not None:
+        taken += events.grouped([also.whole])
+    share = spending.share_of_cap(history, taken, cap=policy.budget.max_epsilon)
+    assert share is not None, "a finite cap"
+    return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
+
+
+def _rule(broken: BrokenRule) -> str:
+    """A rule with its values as they are, and of a key or a hash the beginning."""
+    values = asked_and_allowed(broken.asked, broken.allowed)
+    short = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", values)
+    return f"{broken.rule} ({short})" if short else broken.rule

@@ -1,0 +1,255 @@
+"""How a process is doing, for the site's own monitoring: two addresses to read, on this machine only.
+
+`GET /health` answers 200 as long as the process runs; `GET /ready` answers 200 when a round that came now would be
+answered (state "connected" or "training"), else 503.  Both give the same five values and nothing of any record.
+Still, how long a site is in state "training" tells roughly how many records it has, as the time of a reply would
+(docs/site_policy.md, `reply_after_s`): so an address that other machines reach has to be asked for.
+
+    python -m fedtune.ops.health 127.0.0.1:8089 [/health | /ready]
+
+asks, prints the answer and ends with 0 for 200, else with 1: a probe for containers without any other client in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import ipaddress
+import json
+import re
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Literal, TypedDict, get_args
+
+from fedtune.spec import ConfigError, check_one_of
+from fedtune.version import __version__
+
+State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
+READY: frozenset[State] = frozenset({"connected", "training"})
+
+_KEY = "--health"
+_BOUND = "must be host:port on this machine, such as 127.0.0.1:8089"
+_REQUEST_S = 2.0  # for all of a connection
+_REQUEST_BYTES = 4096
+_PLACES = 4
+_FAR = "could be read by other machines; if you want that, add --health-anywhere"
+
+Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]
+"""Path of a GET -> status, content type and body."""
+
+
+class Snapshot(TypedDict):
+    """The endpoint's answer; times are UTC, in ISO 8601.
+
+    Attributes:
+        since: when the state was entered.
+        last_contact: when the server last answered a site, or when a server began to listen; None before that.
+        rounds_answered: by a site, since its process started.
+    """
+
+    state: State
+    since: str
+    last_contact: str | None
+    rounds_answered: int
+    version: str
+
+
+class Health:
+    """How a process is doing; any thread may update it and any may read it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told = Snapshot(
+            state="starting", since=_spelt(datetime.now(UTC)), last_contact=None, rounds_answered=0, version=__version__
+        )
+
+    def update(
+        self, *, state: State | None = None, last_contact: datetime | None = None, rounds_answered: int | None = None
+    ) -> None:
+        """Set what is given, together; what is None stays.
+
+        Args:
+            state: "starting", then mostly "connected" (a server: it listens) or "disconnected".
+            last_contact: with a time zone.
+            rounds_answered: since the process started.
+        """
+        check_one_of("state", state, (None, *get_args(State)))
+        with self._lock:
+            if state is not None and state != self._told["state"]:
+                self._told["state"], self._told["since"] = state, _spelt(datetime.now(UTC))
+            if last_contact is not None:
+                self._told["last_contact"] = _spelt(last_contact.astimezone(UTC))
+            if rounds_answered is not None:
+                self._told["rounds_answered"] = rounds_answered
+
+    def snapshot(self) -> Snapshot:
+        """All values, of one moment."""
+        with self._lock:
+            return self._told.copy()
+
+
+def _spelt(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+@contextmanager
+def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Iterator[str]:
+    """Answer at `address` while the block runs; yields the address, with its port where 0 was asked for.
+
+    Args:
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost.
+        health: what to tell.
+        anywhere: also take an address that other machines reach.
+
+    Raises:
+        ConfigError: the address is none, is not loopback without `anywhere`, or cannot be had.
+    """
+
+    async def respond(path: str) -> tuple[int, str, bytes]:
+        if path not in ("/health", "/ready"):
+            return 404, "application/json", b"{}\n"
+        snapshot = health.snapshot()
+        status = 503 if path == "/ready" and snapshot["state"] not in READY else 200
+        return status, "application/json", json.dumps(snapshot).encode() + b"\n"
+
+    with serve_locally(address, respond, key=_KEY, most_s=_REQUEST_S, far=None if anywhere else _FAR) as bound:
+        yield bound
+
+
+@contextmanager
+def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, far: str | None) -> Iterator[str]:
+    """Answer GET at `address` while the block runs; yields the address, with its port where 0 was asked for.
+
+    Args:
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost.
+        respond: what is answered.
+        key: the option that named the address.
+        most_s: that a connection may last, so that a caller who dribbles bytes holds a place no longer.
+        far: what an address that other machines reach is refused with; None: it is taken.
+
+    Raises:
+        ConfigError: the address is none, is refused, or cannot be had.
+    """
+    host, port = _parse(address, key=key, far=far)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=16)
+    except OSError as error:
+        raise ConfigError(key, address, f"cannot be listened on ({error.strerror})") from None
+    stop, callers = asyncio.Event(), list[asyncio.StreamWriter]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.append(writer)
+        if len(callers) > _PLACES:  # a probe takes milliseconds: a caller who takes longer must not keep it out
+            callers.pop(0).transport.abort()
+        try:
+            async with asyncio.timeout(most_s):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.transport.set_write_buffer_limits(high=0)
+                writer.write(await _answer(head, respond))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
+            pass  # the caller hung up, says nothing, or too much
+        finally:
+            writer.transport.abort()
+            if writer in callers:
+                callers.remove(writer)
+
+    async def serve() -> None:
+        server = await asyncio.start_server(answer, sock=listening, limit=_REQUEST_BYTES)
+        await stop.wait()
+        server.close()
+
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
+
+    def run() -> None:
+        with runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run, name=key.lstrip("-"), daemon=True)
+    thread.start()
+    try:
+        bound = listening.getsockname()[1]
+        yield f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        listening.close()
+
+
+async def _answer(head: bytes, respond: Respond) -> bytes:
+    """The HTTP answer to a request's head; only GET has one of its own."""
+    asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
+    status, kind, content = 400, "application/json", b"{}\n"
+    if asked is not None:
+        status, kind, content = await respond(asked[2].decode().partition("?")[0])
+        if status != HTTPStatus.NOT_FOUND and asked[1] != b"GET":
+            status, content = 405, b"{}\n"
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        f"content-type: {kind}",
+        f"content-length: {len(content)}",
+        "cache-control: no-store",
+        "connection: close",
+        *(["allow: GET"] if status == HTTPStatus.METHOD_NOT_ALLOWED else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def ask(address: str, path: str = "/health") -> tuple[int, str]:
+    """Status and body of one request, directly: no proxy is used.
+
+    Raises:
+        OSError: nobody answers.
+        http.client.HTTPException: somebody else does.
+    """
+    host, port = _parse(address, key=_KEY, far=None)
+    connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read(_REQUEST_BYTES).decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def _parse(address: str, *, key: str, far: str | None) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = "127.0.0.1" if host == "localhost" else host[1:-1] if bracketed else host
+    try:
+        known = ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(key, address, _BOUND) from None
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16) or bracketed != (known.version == 6):
+        raise ConfigError(key, address, _BOUND)
+    if far is not None and not known.is_loopback:
+        raise ConfigError(key, address, far)
+    return host, int(port)
+
+
+def main(arguments: list[str]) -> int:
+    """Ask once; 0 for 200, 1 for anything else, 2 for arguments that are wrong."""
+    try:
+        address, path = (*arguments, "/health")[:2] if 1 <= len(arguments) <= 2 else ("", "")
+        status, body = ask(address, path)
+    except ConfigError as error:
+        sys.stderr.write(f"fedtune: {error}\n")
+        return error.exit_code
+    except (OSError, http.client.HTTPException) as error:
+        sys.stderr.write(f"fedtune: nobody answers at {address} ({type(error).__name__})\n")
+        return 1
+    sys.stdout.write(body)
+    return 0 if status == http.client.OK else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

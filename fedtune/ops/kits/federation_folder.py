@@ -1,0 +1,322 @@
+"""The folder that `fedtune provision init` makes: federation.toml, the authority, the kits and the roster."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.ops.files import locked, writing
+from fedtune.ops.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    check_common_name,
+    check_days,
+    fingerprint_of,
+    names_of,
+    read_certificate,
+)
+from fedtune.ops.kits.kit_file import (
+    Address,
+    KitFile,
+    KitModel,
+    check_models,
+    is_host,
+    read_json,
+    read_spec,
+)
+from fedtune.ops.kits.members import Member, Roster
+from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import KIT_SCHEMA, ConfigError, spec
+from fedtune.words import spoken
+
+SETTINGS, CHANGE = "federation.toml", "change.json"
+Kind = Literal["server", "lead", "site"]
+_RETIRED = "retired_keys.json"
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+@spec
+class CertificateDays:
+    """For how many days certificates are valid; none outlives the authority's own."""
+
+    authority_days: int = 3650
+    server_days: int = 365
+    lead_days: int = 365
+    site_days: int = 365
+
+    def __post_init__(self) -> None:
+        for key in ("authority_days", "server_days", "lead_days", "site_days"):
+            check_days(key, getattr(self, key))
+
+
+@spec
+class FederationFile:
+    """One federation.toml.
+
+    Attributes:
+        server: host:port as the sites reach it.
+        also_known_as: further names or IP addresses of the server, for its certificate.
+        model: base models that runs may name.
+    """
+
+    name: str
+    server: str
+    also_known_as: tuple[str, ...] = ()
+    certificates: CertificateDays = CertificateDays()
+    model: tuple[KitModel, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_common_name("name", self.name)
+        Address.of(self.server)
+        for host in self.also_known_as:
+            if not is_host(host):
+                raise ConfigError("also_known_as", host, "must be a DNS name or an IP address, without a port")
+        check_models(self.model)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every name and address of the server, the first of them the one in the kits; none repeats."""
+        return tuple(dict.fromkeys((Address.of(self.server).host, *(host.lower() for host in self.also_known_as))))
+
+
+@spec
+class _RetiredKeys:
+    """The content of retired_keys.json."""
+
+    version: int
+    fingerprints: tuple[str, ...]
+
+
+@spec
+class _Change:
+    """The content of change.json: a change that is made, and not yet written everywhere.
+
+    Attributes:
+        files: by path in the folder, their bytes in base64.
+    """
+
+    version: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FederationFolder:
+    """A federation's folder as it stands, with the settings that the lead may edit: new certificates and kits follow.
+
+    Attributes:
+        lead_key: public key of the lead, 64 hex digits.
+    """
+
+    folder: Path
+    settings: FederationFile
+    lead_key: str
+
+    @classmethod
+    def open(cls, folder: Path) -> FederationFolder:
+        """The federation in `folder`; a change that a command was killed in the middle of is completed first.
+
+        Raises:
+            ConfigError: it holds none, or its settings are wrong, or such a change cannot be written.
+        """
+        if (folder / CHANGE).exists():
+            with locked(folder):
+                _complete(folder)
+        if not all(map(os.path.isfile, (folder / SETTINGS, folder / "server" / "roster.json"))):
+            bound = "must be the folder that `fedtune provision init` made; name it with --federation"
+            raise ConfigError("--federation", str(folder), bound)
+        settings = read_spec(FederationFile, folder / SETTINGS)
+        made_for = read_spec(KitFile, folder / "lead" / "kit.toml")
+        if settings.name != made_for.federation:
+            bound = f"must stay {made_for.federation!r}: certificates are made out to it"
+            raise ConfigError("name", settings.name, bound).in_file(folder / SETTINGS)
+        return cls(folder=folder, settings=settings, lead_key=made_for.lead)
+
+    @classmethod
+    @contextmanager
+    def held(cls, folder: Path) -> Iterator[FederationFolder]:
+        """The federation in `folder`, which no other command changes meanwhile."""
+        cls.open(folder)
+        with locked(folder):
+            _complete(folder)
+            yield cls.open(folder)
+
+    @property
+    def federation(self) -> str:
+        """Its name."""
+        return self.settings.name
+
+    @property
+    def server(self) -> str:
+        """The server's host:port."""
+        return self.settings.server
+
+    @property
+    def authority(self) -> Certificate:
+        """The authority's certificate."""
+        return Certificate.of(read_certificate(self.folder / "server" / "ca.pem"))
+
+    @property
+    def server_certificate(self) -> Certificate:
+        """The server's certificate."""
+        return Certificate.of(read_certificate(self.folder / "server" / "server.pem"))
+
+    @property
+    def lead_certificate(self) -> Certificate:
+        """The lead's certificate of its connection."""
+        return Certificate.of(read_certificate(self.folder / "lead" / "lead.pem"))
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The sites, revoked ones too."""
+        return self.roster.sites
+
+    def issue(
+        self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
+    ) -> x509.Certificate:
+        """A certificate for `days` days, or as federation.toml says; it needs the authority's key.
+
+        Raises:
+            ConfigError: the key is not at hand, or is another federation's.
+        """
+        if days is not None:
+            check_days("--days", days)
+        days = days or int(getattr(self.settings.certificates, f"{kind}_days"))
+        authority = Authority.load(self.folder / "authority")
+        if authority.certificate != read_certificate(ca := self.folder / "server" / "ca.pem"):
+            bound = f"must be the authority of this federation, whose certificate is {ca}"
+            raise ConfigError("authority", str(self.folder / "authority"), bound)
+        if kind == "server":
+            return authority.issue_server(public, hosts=self.settings.hosts, days=days, now=now)
+        return authority.issue_client(public, kind=kind, name=name, days=days, now=now)
+
+    @property
+    def roster(self) -> Roster:
+        """The newest one."""
+        return Roster.read(self.folder / "server" / "roster.json")
+
+    def change(self, members: Collection[Member], files: Mapping[str, bytes]) -> None:
+        """Make a change: the `files`, by their path here, and both rosters, signed, with these members.
+
+        One file decides.  Once change.json is on disk, with all of it, the change is made, and the next process that
+        opens the folder completes it; until then nothing of it is anywhere, so that nothing of a change that failed
+        reaches the server.  A roster's number is the time, so that a folder that was put back from a backup does not
+        use one again.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
+        roster = Roster(
+            version=KIT_SCHEMA,
+            federation=self.federation,
+            sites=tuple(members),
+            number=max(before + 1, int(time.time())),
+        ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
+        both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
+        encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
+        with writing(self.folder, key="--federation"):
+            write_durably(self.folder / CHANGE, _json_of(_Change(version=KIT_SCHEMA, files=encoded)))
+        _complete(self.folder)
+
+    def retired(self) -> frozenset[str]:
+        """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""
+        path = self.folder / _RETIRED
+        try:
+            return frozenset(read_json(_RetiredKeys, path.read_bytes(), key="file").fingerprints)
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise ConfigError("file", str(path), f"must be a readable file ({error.strerror})") from None
+        except ConfigError as error:
+            raise error.in_file(path) from None
+
+    def retiring(self, node_key: bytes) -> dict[str, bytes]:
+        """The file that remembers a connection key which must never be used again, for `change`."""
+        fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
+        return {_RETIRED: _json_of(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
+
+    def check_served(self) -> None:
+        """Require that the server's certificate is for the address that new kits name."""
+        host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
+        if host not in names:
+            bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
+            raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
+
+    def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
+        """Names and bytes of what is not secret in a kit, but for the roster."""
+        kit = KitFile(
+            version=KIT_SCHEMA,
+            kind=kind,
+            federation=self.federation,
+            server=self.server,
+            lead=self.lead_key,
+            site=site,
+            model=self.settings.model,
+        )
+        ca = read_certificate(self.folder / "authority" / "ca.pem")
+        return {
+            "kit.toml": kit.to_toml().encode(),
+            "ca.pem": certificate_pem(ca),
+            "README.md": _readme(kit, certificate, ca=ca).encode(),
+            f"{kind}.pem": certificate_pem(certificate),
+        }
+
+
+def _complete(folder: Path) -> None:
+    """Write what a change that is made consists of, if it is not written everywhere; it may be done twice."""
+    path = folder / CHANGE
+    if not path.exists():
+        return
+    try:
+        change = read_json(_Change, path.read_bytes(), key="file")
+        for name, encoded in change.files.items():
+            write_durably(folder / name, base64.b64decode(encoded))
+        path.unlink()
+        fsync_folder(folder)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        bound = f"has a change that is made, and not written everywhere: {error.strerror or error}{where}"
+        raise ConfigError("--federation", str(folder), f"{bound}. Mend that; each command completes it first") from None
+    except ConfigError as error:
+        raise error.in_file(path) from None
+    except ValueError:
+        raise ConfigError("files", "something else", "must be bytes in base64").in_file(path) from None
+
+
+def _json_of(what: _Change | _RetiredKeys) -> bytes:
+    return json.dumps(dataclasses.asdict(what), indent=1).encode() + b"\n"
+
+
+def _readme(kit: KitFile, certificate: x509.Certificate, *, ca: x509.Certificate) -> str:
+    """A kit's README.md: what its files are, which are secret, and what to type, in order."""
+    own = Certificate.of(certificate)
+    return (
+        (_TEMPLATES / f"{kit.kind}.md")
+        .read_text(encoding="utf-8")
+        .format(
+            federation=kit.federation,
+            server=kit.server,
+            port=Address.of(kit.server).port,
+            hosts=", ".join(names_of(certificate)),
+            site=kit.site,
+            fingerprint=spoken(own.fingerprint),
+            ends=f"{own.not_after:%Y-%m-%d}",
+            lead_key=kit.lead,
+            lead=spoken(kit.lead),
+            authority=spoken(Certificate.of(ca).fingerprint),
+        )
+    )

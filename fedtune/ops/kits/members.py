@@ -1,0 +1,346 @@
+"""The sites of a federation: the request with which one asks to join, and the roster in which it then stands.
+
+A site makes two keys and a request, and the lead checks the request.  Server and lead know the sites by roster.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedtune.ops.files import new_folder, write_secret, writing
+from fedtune.ops.kits.certificates import (
+    UNREADABLE,
+    check_common_name,
+    check_private,
+    common_name,
+    fingerprint_of,
+    is_p384,
+    make_key,
+    p384_of,
+    private_pem,
+    public_pem,
+)
+from fedtune.ops.kits.kit_file import KitFile, read_json
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, spec
+from fedtune.words import spoken
+
+PURPOSE, ROSTER = "join request", "roster"
+"""Of the site's signature, and of the lead's."""
+REQUEST = "join_request.json"
+_T = TypeVar("_T")
+_MOST_BYTES = 1 << 16
+_MOST_UNITS = 1 << 53  # what a float still counts exactly
+
+
+@spec
+class DataSet:
+    """A data set, as a site declares it in its request and as the roster keeps it."""
+
+    id: str
+    declared_size: int
+
+    def __post_init__(self) -> None:
+        check_name("id", self.id)
+        if not 1 <= self.declared_size < _MOST_UNITS:
+            raise ConfigError("declared_size", self.declared_size, "must be from 1 to fewer than 2^53")
+
+
+@spec
+class Member:
+    """A site of the federation, as the server and the lead know it, and as roster.json keeps it.
+
+    Attributes:
+        certificate: in PEM form; made out to the site, for the EC P-384 key of its connection.
+        site_key: public key of its ledger, 64 hex digits.
+        revoked: when it was shut out, in ISO form; None: it takes part.
+    """
+
+    site: str
+    certificate: str
+    site_key: str
+    datasets: tuple[DataSet, ...]
+    revoked: str | None
+
+    def __post_init__(self) -> None:
+        check_name("site", self.site)
+        check_public_key("site_key", self.site_key)
+        if self.revoked is not None:
+            try:
+                datetime.fromisoformat(self.revoked)
+            except ValueError:
+                raise ConfigError("revoked", self.revoked, "must be a time in ISO form, or null") from None
+        try:
+            issued = self.issued
+            named, connection_key = common_name(issued.subject), issued.public_key()  # parsed only now
+        except UNREADABLE:
+            raise ConfigError("certificate", self.site, "must be one in PEM form") from None
+        if named != self.site or not is_p384(connection_key):
+            raise ConfigError("certificate", self.site, "must be the site's own, for an EC P-384 key")
+        _check_datasets(self.datasets)
+
+    @property
+    def issued(self) -> x509.Certificate:
+        """The certificate, read."""
+        return x509.load_pem_x509_certificate(self.certificate.encode())
+
+    @property
+    def node_key(self) -> bytes:
+        """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
+        return public_pem(self.issued)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The declared size of each data set."""
+        return {one.id: one.declared_size for one in self.datasets}
+
+
+@spec
+class Roster:
+    """The sites of a federation at one moment: one roster.json.
+
+    The lead signs it, so that it may travel by any way.
+
+    Attributes:
+        sites: revoked ones too, in the order in which they joined.
+        number: seconds since 1970 at which it was made, and more than that of the one before.
+        signature: the lead's, over the rest.
+    """
+
+    version: int
+    federation: str
+    sites: tuple[Member, ...]
+    number: int
+    signature: str = ""
+
+    def __post_init__(self) -> None:
+        names: set[str] = set()
+        for member in self.sites:
+            # A file system may take North for north, and so may a person.
+            own = {member.site.casefold(), member.node_key.decode()}
+            if not names.isdisjoint(own):
+                raise ConfigError("site", member.site, "must not repeat another site's name or connection key")
+            names |= own
+
+    @classmethod
+    def read(cls, path: Path) -> Roster:
+        """The roster in the file `path`.
+
+        Raises:
+            ConfigError: the file is missing or no roster; it names what is wrong.
+        """
+        return _in_file(path, lambda data: read_json(cls, data, key="roster"), key="roster")
+
+    @classmethod
+    def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
+        """The same, signed by the lead that `kit` names, and for its federation."""
+        roster = cls.read(path)
+        try:
+            roster.check_signed(kit.lead)
+            if roster.federation != kit.federation:
+                raise ConfigError("roster.federation", roster.federation, f"must be {kit.federation!r}")
+        except ConfigError as error:
+            raise error.in_file(path) from None
+        return roster
+
+    def signed(self, key: SigningKey) -> Roster:
+        """The same, with the lead's signature."""
+        return dataclasses.replace(self, signature=key.sign(ROSTER, signed_bytes(dataclasses.asdict(self))))
+
+    def check_signed(self, lead: str) -> None:
+        """Require the signature of the lead with this public key."""
+        if not is_signed(lead, ROSTER, signed_bytes(dataclasses.asdict(self)), self.signature):
+            bound = "must be signed by the federation's lead: somebody else made it, or changed it"
+            raise ConfigError("roster.signature", self.signature[:16], bound)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes."""
+        return json.dumps(dataclasses.asdict(self), indent=1).encode() + b"\n"
+
+
+def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1) -> _T:
+    """Read at most `most` bytes of a file with `of`; a mistake in them names the file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most)
+    except OSError as error:
+        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+    try:
+        return of(data)
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+def _check_datasets(datasets: Collection[DataSet]) -> None:
+    names = [one.id for one in datasets]
+    if not names:
+        raise ConfigError("datasets", [], "must declare at least one data set")
+    if len(set(names)) < len(names):
+        raise ConfigError("datasets.id", names, "must not repeat")
+
+
+@spec
+class JoinRequest:
+    """The content of a site's join_request.json: the site holds both keys, and signed what it declares.
+
+    Whether the site is who it says is for people to compare: over the telephone, by the fingerprints.
+
+    Attributes:
+        csr: a certificate signing request for its connection key, EC P-384, which it proves to hold; in PEM form.
+        site_key: public key of its ledger, 64 hex digits.
+        signature: the site key's, over the rest.
+    """
+
+    version: int
+    site: str
+    csr: str
+    site_key: str
+    datasets: tuple[DataSet, ...]
+    signature: str = ""
+
+    def __post_init__(self) -> None:
+        check_site_name(self.site)
+        check_public_key("site_key", self.site_key)
+        if not is_signed(self.site_key, PURPOSE, signed_bytes(dataclasses.asdict(self)), self.signature):
+            bound = "must be the site's: the request was changed after it was made; ask the site for it again"
+            raise ConfigError("signature", self.signature, bound)
+        _check_csr(self.csr, site=self.site)
+        _check_datasets(self.datasets)
+
+    @classmethod
+    def read(cls, path: Path) -> JoinRequest:
+        """The request in the file `path`.
+
+        Raises:
+            ConfigError: the file is none, or was changed after the site signed it.
+        """
+        return _in_file(path, cls.of, key="request", most=_MOST_BYTES + 1)
+
+    @classmethod
+    def of(cls, data: bytes) -> JoinRequest:
+        """The request in `data`, a file's bytes."""
+        if len(data) > _MOST_BYTES:
+            raise ConfigError("request", f"more than {_MOST_BYTES} bytes", f"must have at most {_MOST_BYTES} bytes")
+        return read_json(cls, data, key="request")
+
+    @property
+    def signing_request(self) -> x509.CertificateSigningRequest:
+        """The certificate signing request, read."""
+        return x509.load_pem_x509_csr(self.csr.encode())
+
+    @property
+    def node_key(self) -> bytes:
+        """Public key of its connection: SubjectPublicKeyInfo in PEM form."""
+        return public_pem(self.signing_request)
+
+
+def check_site_name(name: str) -> None:
+    """Require a name that a site may have in a federation."""
+    check_common_name("site", name)
+    if name.casefold() in ("server", "lead", "authority"):
+        raise ConfigError("site", name, "must not be the name of a part of every federation")
+
+
+def _check_csr(text: str, *, site: str) -> None:
+    """Require a certificate signing request of the site's, for an EC P-384 key that its maker holds."""
+    try:
+        csr = x509.load_pem_x509_csr(text.encode())
+        signed, name = csr.is_signature_valid, common_name(csr.subject)
+    except UNREADABLE:
+        raise ConfigError("csr", "unreadable", "must be a certificate signing request in PEM form") from None
+    p384_of(csr, key="csr")
+    if not signed:
+        raise ConfigError("csr", name, "must be signed with the key that it names")
+    if name != site:
+        raise ConfigError("csr", name, f"must have the site's name, {site!r}, as its common name")
+
+
+def site_init(site_toml: Path, *, out: Path | None) -> Path:
+    """Make a site's connection key and its request to join, from its policy; return their folder.
+
+    The site's key, which signs its ledger, is made too where it is missing.
+
+    Args:
+        site_toml: the site's policy.
+        out: a new folder; None: `kit` beside the policy.
+
+    Raises:
+        ConfigError: the policy is wrong, the folder exists or cannot be written, or a key is not fit for use.
+    """
+    files = SiteFiles.of(site_toml)
+    try:
+        check_site_name(files.policy.site)
+    except ConfigError as error:
+        raise error.in_file(site_toml) from None
+    folder = out or site_toml.parent / "kit"
+    with new_folder(folder, key="folder") as building:
+        connection = make_key()
+        write_durably(building / REQUEST, json.dumps(_request(files, connection), indent=1).encode() + b"\n")
+        JoinRequest.of((building / REQUEST).read_bytes())  # what the lead would refuse is refused here
+        write_secret(building / "connection_key.pem", private_pem(connection))
+    return folder
+
+
+def next_steps(folder: Path) -> str:
+    """The site's next steps after `site_init`, to be printed."""
+    request = JoinRequest.read(folder / REQUEST)
+    declared = ", ".join(f"{one.id} ({one.declared_size:,} declared)" for one in request.datasets)
+    return f"""\
+Site {request.site}: data sets {declared}.
+
+1. Send this file to the lead; it holds no secret:
+     {folder / REQUEST}
+2. When the lead calls you, or you the lead, read these out, so that nobody's request is taken for yours. Note the
+   fingerprints of lead and authority that the lead reads out:
+     connection key  {spoken(fingerprint_of(request.node_key))}
+     site key        {spoken(request.site_key)}
+3. Unzip the kit that the lead sends back into the same folder, and follow its README.md. It begins with comparing what
+   you noted:
+     unzip {request.site}-kit.zip -d {folder}
+
+{folder / "connection_key.pem"} is secret: it never leaves this machine, and nobody will ever ask for it.
+Keep a backup of the site key that site.toml names; without it the ledger cannot go on.
+"""
+
+
+def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
+    """The fields of `JoinRequest`."""
+    policy, site_key = files.policy, _site_key(files)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
+    csr = x509.CertificateSigningRequestBuilder(name).sign(connection, hashes.SHA384())
+    fields = {
+        "version": KIT_SCHEMA,
+        "site": policy.site,
+        "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
+        "site_key": site_key.public,
+        "datasets": [{"id": one.id, "declared_size": one.declared_size} for one in policy.dataset],
+    }
+    return {**fields, "signature": site_key.sign(PURPOSE, signed_bytes(fields))}
+
+
+def signed_bytes(fields: Mapping[str, Any]) -> bytes:
+    """The bytes to sign of these fields: all but the signature."""
+    signed = {key: value for key, value in fields.items() if key != "signature"}
+    return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _site_key(files: SiteFiles) -> SigningKey:
+    if files.ledger.is_file() and not files.site_key.is_file():
+        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with: restore it from its backup"
+        raise ConfigError("site_key", str(files.site_key), bound)
+    with writing(files.site_key, key="site_key"):
+        key = SigningKey.load_or_make(files.site_key)
+    check_private(files.site_key)
+    return key

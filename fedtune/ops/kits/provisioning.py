@@ -1,0 +1,324 @@
+"""Provisioning a federation: authority, server and lead are made once; sites come, renew and go.
+
+A command that fails or is killed leaves the federation as it was, or has changed it whole, as `FederationFolder.change`
+says; no other site's kit is ever touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.ops.files import new_folder, write_secret, zip_of
+from fedtune.ops.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    fingerprint_of,
+    make_key,
+    p384_of,
+    private_pem,
+    read_certificate,
+)
+from fedtune.ops.kits.federation_folder import SETTINGS, FederationFile, FederationFolder
+from fedtune.ops.kits.kit_file import read_spec
+from fedtune.ops.kits.members import JoinRequest, Member
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+OwnKind = Literal["server", "lead"]
+
+
+def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
+    """Make a federation from its federation.toml, in the new folder `out` (None: one that is named after it).
+
+    Raises:
+        ConfigError: the file is wrong, or the folder exists or cannot be written.
+    """
+    settings = read_spec(FederationFile, file)
+    target = out or Path(settings.name)
+    with new_folder(target, key="--out") as building:
+        authority = Authority.make(settings.name, days=settings.certificates.authority_days, now=now)
+        server, lead = make_key(), make_key()
+        for name in ("authority", "server", "lead", "sites"):
+            (building / name).mkdir(mode=0o700)
+        write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
+        write_secret(building / "server" / "server_key.pem", private_pem(server))
+        write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
+        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem").public
+        write_durably(building / SETTINGS, file.read_bytes())
+        for name in ("authority", "server"):
+            write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
+        federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
+        kits = _kit(federation, "server", server.public_key(), days=None, now=now)
+        federation.change((), {**kits, **_kit(federation, "lead", lead.public_key(), days=None, now=now)})
+    return FederationFolder.open(target)
+
+
+def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Certificate:
+    """Make a new certificate for the key of the server (for the names that federation.toml now gives it) or the lead.
+
+    Raises:
+        ConfigError: the authority's key is not at hand.
+    """
+    path = folder / kind / f"{kind}.pem"
+    with FederationFolder.held(folder) as federation:
+        public = p384_of(read_certificate(path), key=path.name)
+        federation.change(federation.members, _kit(federation, kind, public, days=days, now=now))
+    return Certificate.of(read_certificate(path))
+
+
+def _kit(
+    federation: FederationFolder, kind: OwnKind, public: ec.EllipticCurvePublicKey, *, days: int | None, now: datetime
+) -> dict[str, bytes]:
+    """The kit of the server or the lead, but for its secrets and the roster, by paths in the folder."""
+    certificate = federation.issue(kind, public, name=kind, days=days, now=now)
+    return {f"{kind}/{name}": data for name, data in federation.kit_files(kind, certificate).items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admitted:
+    """A site that was let in, or renewed.
+
+    Attributes:
+        archive: the zip to send to it.
+        changes: what a renewal changed besides the certificate, for people.
+    """
+
+    member: Member
+    archive: Path
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A request that nothing is wrong with, while people compare its keys: nothing is changed yet.
+
+    Attributes:
+        request: as it was read, once; another file in its place is not looked at.
+        let_in: makes the change, unless something is wrong with the request by now.
+    """
+
+    request: JoinRequest
+    let_in: Callable[[], Admitted]
+
+
+def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
+    """Read the request of a site that would join the federation in `folder`.
+
+    Raises:
+        ConfigError: the request is wrong, or its name or a key of it is taken.
+    """
+    asked = JoinRequest.read(request)
+
+    def checked(federation: FederationFolder) -> Member:
+        with _about(request):
+            _check_not_taken(asked.site, federation.members)
+            _check_keys_are_new(federation, asked, federation.members)
+        return _admitted(federation, asked, days=days, now=now)
+
+    def let_in() -> Admitted:
+        with FederationFolder.held(folder) as federation:
+            member = checked(federation)
+            archive = _admit(federation, member, (*federation.members, member), {})
+            return Admitted(member=member, archive=archive)
+
+    checked(FederationFolder.open(folder))
+    return Asked(request=asked, let_in=let_in)
+
+
+def ask_to_renew(
+    folder: Path, name: str, *, request: Path, days: int | None, new_site_key: bool, now: datetime
+) -> Asked:
+    """Read a new request of a site, for another connection key or other declared data sets.
+
+    Args:
+        folder: of the federation.
+        name: of the site.
+        request: the file.
+        days: for which the certificate is valid; None: as federation.toml says.
+        new_site_key: whether the request may name another site key, which means a new ledger.
+        now: with a time zone.
+
+    Raises:
+        ConfigError: there is no such site, it was revoked and the connection key is not new, or the request is wrong.
+    """
+    asked = JoinRequest.read(request)
+
+    def checked(federation: FederationFolder) -> tuple[Member, Member]:
+        old = _member_named(name, federation.members)
+        with _about(request):
+            if asked.site != old.site:
+                raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
+            if asked.node_key == old.node_key:
+                _check_not_revoked(old)
+            else:
+                _check_keys_are_new(federation, asked, [one for one in federation.members if one != old])
+            if asked.site_key != old.site_key and not new_site_key:
+                bound = (
+                    f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
+                    "what the old one spent no longer counts, so the same people's budget starts anew. If you and the "
+                    "site agreed on that, add --new-site-key"
+                )
+                raise ConfigError("site_key", asked.site_key, bound)
+        return old, _admitted(federation, asked, days=days, now=now)
+
+    def let_in() -> Admitted:
+        with FederationFolder.held(folder) as federation:
+            old, member = checked(federation)
+            return _renewed(federation, member, old=old)
+
+    checked(FederationFolder.open(folder))
+    return Asked(request=asked, let_in=let_in)
+
+
+def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
+    """Make a new certificate and kit for a site, whose keys and data sets stay; nothing changes for any other.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked.
+    """
+    with FederationFolder.held(folder) as federation:
+        old = _member_named(name, federation.members)
+        _check_not_revoked(old)
+        member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
+        return _renewed(federation, member, old=old)
+
+
+def _renewed(federation: FederationFolder, member: Member, *, old: Member) -> Admitted:
+    members = tuple(member if one == old else one for one in federation.members)
+    retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
+    archive = _admit(federation, member, members, retiring)
+    return Admitted(member=member, archive=archive, changes=_changes(old, member))
+
+
+def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
+    """Shut a site out; its connection key can never be used again.
+
+    Raises:
+        ConfigError: there is no such site, or it was revoked before.
+    """
+    with FederationFolder.held(folder) as federation:
+        members = federation.members
+        old = _member_named(name, members)
+        if old.revoked:
+            raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
+        revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
+        federation.change(tuple(revoked if one is old else one for one in members), {})
+        return revoked
+
+
+@contextmanager
+def _about(request: Path) -> Iterator[None]:
+    """Name the request in errors about what it says."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.in_file(request) from None
+
+
+def _admit(
+    federation: FederationFolder, member: Member, members: Collection[Member], others: Mapping[str, bytes]
+) -> Path:
+    """Change the members, with the site's kit, its archive, which is returned, and `others`."""
+    kit = federation.kit_files("site", member.issued, site=member.site)
+    files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
+    archive = f"sites/{member.site}-kit.zip"
+    files[archive] = zip_of(kit, moment=member.issued.not_valid_before_utc)
+    federation.change(members, {**files, **others})
+    return federation.folder / archive
+
+
+def _admitted(federation: FederationFolder, asked: JoinRequest, *, days: int | None, now: datetime) -> Member:
+    return Member(
+        site=asked.site,
+        certificate=_certify(federation, asked.signing_request, site=asked.site, days=days, now=now),
+        site_key=asked.site_key,
+        datasets=asked.datasets,
+        revoked=None,
+    )
+
+
+def _certify(
+    federation: FederationFolder,
+    holder: x509.Certificate | x509.CertificateSigningRequest,
+    *,
+    site: str,
+    days: int | None,
+    now: datetime,
+) -> str:
+    """A certificate for the key of `holder`, in PEM form."""
+    federation.check_served()
+    issued = federation.issue("site", p384_of(holder, key="csr"), name=site, days=days, now=now)
+    return certificate_pem(issued).decode()
+
+
+def _check_not_taken(name: str, members: Collection[Member]) -> None:
+    for member in members:
+        if member.site.casefold() != name.casefold():  # a file system may take North for north
+            continue
+        if member.revoked:
+            bound = f"was revoked on {member.revoked}: let it in again with `renew-site {member.site} REQUEST`"
+        else:
+            bound = f"is taken by a site; a new request of that same site goes to `renew-site {member.site} REQUEST`"
+        raise ConfigError("site", name, bound)
+
+
+def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:
+    """Require keys that no other site has or had; Flower never takes back a connection key that it let go."""
+    fingerprint = fingerprint_of(asked.node_key)
+    again = "make a new one with `fedtune site init --out NEW`"
+    if fingerprint in federation.retired():
+        raise ConfigError("connection key", fingerprint, f"was replaced before and can never be used again: {again}")
+    for member in others:
+        if member.node_key == asked.node_key:
+            state = "was revoked with" if member.revoked else "belongs to"
+            raise ConfigError("connection key", fingerprint, f"{state} site {member.site}: {again}")
+        if member.site_key == asked.site_key:
+            bound = f"belongs to site {member.site}: every site has a ledger and a site key of its own"
+            raise ConfigError("site_key", asked.site_key, bound)
+
+
+def _check_not_revoked(member: Member) -> None:
+    if member.revoked:
+        bound = (
+            f"was revoked on {member.revoked}, and its connection key can never be used again: ask the site for a new "
+            f"request (`fedtune site init --out NEW`), then `renew-site {member.site} REQUEST`"
+        )
+        raise ConfigError("site", member.site, bound)
+
+
+def _member_named(name: str, members: Collection[Member]) -> Member:
+    for member in members:
+        if member.site == name:
+            return member
+    known = ", ".join(member.site for member in members) or "none yet"
+    raise ConfigError("site", name, f"must be a site of the federation: {known}")
+
+
+def _changes(old: Member, new: Member) -> tuple[str, ...]:
+    """List what a renewal changed besides the certificate."""
+    changes = []
+    if old.revoked:
+        changes.append("The site was revoked, and takes part again.")
+    if new.node_key != old.node_key:
+        changes.append("It has a new connection key; the old one can never be used again.")
+    if new.site_key != old.site_key:
+        changes.append("It has a new site key, and so a new ledger: what the old one spent no longer counts.")
+    for name in sorted(old.sizes.keys() | new.sizes.keys()):
+        before, after = old.sizes.get(name), new.sizes.get(name)
+        if before is None:
+            changes.append(f"Data set {name} is new, with a declared size of {after:,}.")
+        elif after is None:
+            changes.append(f"Data set {name} is gone.")
+        elif before != after:
+            changes.append(f"Data set {name} has a declared size of {after:,} instead of {before:,}.")
+    return tuple(changes)

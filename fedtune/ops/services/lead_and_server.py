@@ -1,0 +1,336 @@
+"""`fedtune run` and `fedtune server start`: a lead's runs over real sites, and a federation's server, from their kits.
+
+Both begin without Flower and torch, which take seconds to import: to look at a run, or to be told of a mistake in a
+setting, needs neither.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.config import RunConfig
+from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import FederationSpec
+from fedtune.ops.kits.certificates import fingerprint_of
+from fedtune.ops.kits.kit_file import Kit, KitCertificate, file_mark
+from fedtune.ops.kits.members import Member, Roster
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fedtune.federation.lead import LeadState
+    from fedtune.ops.deployment import DeployedListener, LeadConnection
+    from fedtune.ops.health import Health
+    from fedtune.ops.metrics import LeadMetrics, ServerMetrics
+    from fedtune.ops.wire.gate import Registered
+    from fedtune.privacy.proposal import Proposal
+    from fedtune.runs.results import RunResult
+    from fedtune.sites.shared_model import SharedModel
+
+log = logging.getLogger(__name__)
+RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
+
+
+def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
+    """The named sites of the roster, or all that are not revoked where none is named.
+
+    Raises:
+        ConfigError: the roster is not the lead's, or there is no such site, or it was revoked, or named twice.
+    """
+    known = {member.site: member for member in Roster.read_signed(kit.roster, kit=kit).sites}
+    current = [name for name, member in known.items() if member.revoked is None]
+    if not names and not current:
+        raise ConfigError("sites", [], "the roster has no site yet: `fedtune provision add-site` adds one")
+    for name in names:
+        if name not in known:
+            raise ConfigError("sites", name, f"must be one of {', '.join(current)}")
+        if known[name].revoked is not None:
+            raise ConfigError("sites", name, f"was revoked at {known[name].revoked}")
+    if len(set(names)) != len(names):
+        raise ConfigError("sites", list(names), "must not repeat a name")
+    return tuple(known[name] for name in names or current)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadService:
+    """A lead that is ready to run, by its kit.
+
+    Attributes:
+        metrics: told how the run is doing; None: nobody asks.
+    """
+
+    kit: Kit
+    metrics: LeadMetrics | None = None
+
+    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
+        """Run `config` over its sites.
+
+        Raises:
+            ConfigError: kit, roster or settings are wrong.
+            RunError: the server cannot be reached, or too few sites replied.
+            RefusedError: too many sites refuse.
+        """
+        from fedtune.ops.deployment import run_deployed
+
+        connection = self._connection(config.federation)
+        with _running(folder):
+            return run_deployed(
+                config,
+                folder,
+                connection=connection,
+                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
+                listener=_Noted(listener, folder, self.metrics),
+            )
+
+    def fitted(self, config: RunConfig) -> RunConfig:
+        """`config` with as many rounds or as little noise as the sites have room for, where it asks for that.
+
+        Raises:
+            ConfigError, RunError, RefusedError: as for `run`.
+        """
+        if not config.may_be_fitted:
+            return config
+        from fedtune.ops.deployment import fitted_deployed
+
+        return fitted_deployed(config, connection=self._connection(config.federation))
+
+    def end(self, run: str, federation: FederationSpec, *, timeout_s: float) -> list[str]:
+        """Tell a run's sites that it is over for good; returns those that heard it."""
+        from fedtune.ops.deployment import end_deployed
+
+        return end_deployed(run, federation, connection=self._connection(federation), timeout_s=timeout_s)
+
+    def online(self) -> dict[str, bool]:
+        """Site of the roster -> whether it has a line to the server now."""
+        from fedtune.ops.deployment import online_sites
+
+        found = online_sites(everyone := self.everyone, connection=self._connection(everyone))
+        return {site: site in found for site in everyone.active}
+
+    @property
+    def everyone(self) -> FederationSpec:
+        """All sites of the roster that are not revoked."""
+        names = tuple(member.site for member in members(self.kit, ()))
+        return FederationSpec(num_sites=len(names), site_names=names)
+
+    def run_named(self, name: str) -> str:
+        """The whole name of a run, as its sites have it: given so, or as in the newest receipt of any site.
+
+        Raises:
+            ConfigError: no run is known by this name.
+        """
+        if re.fullmatch(r".+-[0-9a-f]{32}", name):
+            return name
+        known = sorted({receipt.run for receipt in ReceiptBook(self.kit.folder / RECEIPTS).read().values()})
+        found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
+        if len(found) != 1:
+            newest = f"; sites were last charged for {', '.join(known)}" if known else ""
+            bound = "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it"
+            raise ConfigError("run folder", name, bound + newest)
+        return found[0]
+
+    def _connection(self, federation: FederationSpec) -> LeadConnection:
+        from fedtune.ops.deployment import KnownSite, LeadConnection
+
+        certificate = KitCertificate(self.kit)
+        return LeadConnection(
+            server=self.kit.server,
+            tls=self.kit.tls(),
+            key=SigningKey.load(self.kit.lead_key),
+            sites=[
+                KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
+                for member in members(self.kit, federation.active)
+            ],
+            has_new_certificate=certificate.is_new,
+        )
+
+
+class _Noted:
+    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
+
+    def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics | None = None) -> None:
+        self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
+        self._answers: dict[str, dict[str, str]] = {}
+        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        if self._metrics is not None:
+            self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
+        self._listener.prepared(shared, proposal, state)
+
+    def round_finished(self, state: LeadState) -> None:
+        if self._metrics is not None:
+            self._metrics.finished(state)
+        self._listener.round_finished(state)
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
+        if self._metrics is not None:
+            self._metrics.answered(site, what)
+        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
+
+
+def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
+    """Site -> what it last answered, and when (UTC); empty before the first answer.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    path = RunFolder(folder).answers
+    try:
+        known = json.loads(path.read_bytes()) if path.exists() else {}
+        return {str(site): {key: str(answer[key]) for key in ("what", "time")} for site, answer in known.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        bound = "move it away to see the rest of the run's state, and what sites answer from then on"
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); {bound}") from error
+
+
+@contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
+    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
+    try:
+        yield
+    finally:
+        (folder / RUNNING).unlink(missing_ok=True)
+
+
+def running_process(folder: Path) -> int | None:
+    """The process that runs a folder on this machine, if one does."""
+    try:
+        pid = int(json.loads((folder / RUNNING).read_bytes())["pid"])
+        if pid <= 0:  # to the system, a group of processes and none of them
+            return None
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return pid
+
+
+class KitRoster:
+    """The roster in a server's kit, read again when the file changes.
+
+    A newer one alone takes the place of the one before, and none in which a connection key is back that was revoked in
+    one seen before: an old copy lets nobody in again.  A process that starts again takes the kit's roster as it is; the
+    keys that were revoked stay so in the server's database.
+    """
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._mark: tuple[int, int, int] | None = None
+        self._newest: Roster | None = None
+        self._revoked: frozenset[str] = frozenset()
+
+    def look(self) -> Roster:
+        """The newest roster.
+
+        Raises:
+            ConfigError: the kit's cannot be read, is not the lead's, is older, or has a revoked key back.
+        """
+        path = self._kit.roster
+        try:
+            mark = file_mark(path)
+        except OSError as error:
+            raise ConfigError("roster", str(path), f"cannot be read ({error.strerror})") from None
+        if self._newest is None or mark != self._mark:
+            self._newest = self._newer(Roster.read_signed(path, kit=self._kit))
+            self._mark = mark
+        return self._newest
+
+    def _newer(self, roster: Roster) -> Roster:
+        before = self._newest
+        if before is not None and roster != before and roster.number <= before.number:
+            bound = f"must be higher than {before.number}, that of the roster before"
+            raise ConfigError("roster.number", roster.number, bound)
+        keys = {one.site: fingerprint_of(one.node_key) for one in roster.sites}
+        revoked = {one.site for one in roster.sites if one.revoked is not None}
+        if back := [site for site, key in keys.items() if site not in revoked and key in self._revoked]:
+            bound = "must stay revoked: revoke them again, after the federation's folder was put back from a backup"
+            raise ConfigError("roster.sites", back, bound)
+        self._revoked |= {keys[site] for site in revoked}
+        return roster
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerService:
+    """A server that is ready to start.
+
+    Attributes:
+        port: to listen on; None: the one that the sites are told.
+        data: folder for the database and the audit log; None: the kit's own.
+        health: told how the server is doing.
+        metrics: told what comes and goes; None: nobody asks.
+    """
+
+    kit: Kit
+    host: str
+    port: int | None
+    data: Path | None
+    health: Health
+    metrics: ServerMetrics | None = None
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: the kit is incomplete, its certificate expired, or its roster is not the lead's.
+        """
+        from fedtune.ops.wire.audit_log import FILE_NAME
+        from fedtune.ops.wire.superlink import ServerSettings, serve
+
+        folder = self.data or self.kit.folder
+        if not folder.is_dir():
+            raise ConfigError("--data", str(folder), "must be a folder")
+        roster, certificate = KitRoster(self.kit), KitCertificate(self.kit)
+        settings = ServerSettings(
+            tls=self.kit.tls(),
+            lead=self.kit.lead,
+            host=self.host,
+            port=self.port or self.kit.port,
+            database=folder / DATABASE,
+            roster=lambda: self._registered(roster.look()),
+            audit=folder / FILE_NAME,
+        )
+        if self.metrics is not None:
+            self.metrics.traffic = settings.traffic
+
+        def ready() -> None:
+            self.health.update(state="connected", last_contact=datetime.now(UTC))
+            until = certificate.certificate.not_after.isoformat()
+            about = {"federation": self.kit.federation, "port": settings.port, "certificate_until": until}
+            log.info("the server listens", extra=about)
+
+        serve(settings, ready=ready, works=self._works, has_new_certificate=certificate.is_new)
+        self.health.update(state="stopping")
+        log.info("the server is down")
+
+    def _works(self, works: bool) -> None:
+        """Note whether the database takes what is written: a server that cannot keep a message is not ready."""
+        state = self.health.snapshot()["state"]
+        if works and state == "failing":
+            self.health.update(state="connected")
+        elif not works and state == "connected":
+            self.health.update(state="failing")
+
+    def _registered(self, roster: Roster) -> list[Registered]:
+        from fedtune.ops.wire.gate import Registered
+
+        members = [
+            Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
+            for member in roster.sites
+        ]
+        if self.metrics is not None:
+            self.metrics.members = members
+        return members

@@ -1,0 +1,274 @@
+"""`fedtune site start`: the one long-lived process of a site.
+
+It waits for the server's questions, answers them, and keeps its model warm.
+
+It opens no port but a health endpoint on loopback.  What it answers is decided in `fedtune.federation.site_round`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.flower.client import Exchange, SiteApp
+from fedtune.ops.health import Health, State
+from fedtune.ops.kits.certificates import check_private
+from fedtune.ops.kits.kit_file import Kit, KitCertificate
+from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
+from fedtune.ops.wire.waiting import Bell
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Offer, Refusal
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fedtune.sites.real_site import SiteProcess
+
+log = logging.getLogger(__name__)
+
+_MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
+_POLL_S, _MOST_POLL_S = 0.3, 1.0
+"""How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
+_RUNG_POLL_S = 30.0
+"""The same where the server says when there is a question."""
+_LOOK_S = 0.25
+"""How soon a stop, a leave or a pause is seen meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteService:
+    """A site that is ready to start, by its kit and its policy.
+
+    Attributes:
+        health: told how the site is doing.
+        answered: told each answer to a round or a question: "update", or the reason for none.
+    """
+
+    kit: Kit
+    site_toml: Path
+    health: Health
+    answered: Callable[[str], None] = lambda _: None
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
+
+        Raises:
+            ConfigError: kit and policy do not fit, or another process serves the ledger.
+            RunError: the ledger cannot be trusted or written, or the site has left.
+        """
+        state = SiteState.of(self.kit.folder)
+        certificate, files = KitCertificate(self.kit), self._checked(state)
+        with serving(files.ledger), _until_stopped() as stop:
+            if state.has_served() and not files.ledger.is_file():
+                raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
+            state.check_ledger(files.open().history.opened.ledger)
+            process = cache(lambda: self._site_process(state))
+            app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
+            fleet = Fleet(
+                self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
+            )
+            log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
+            bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
+
+            def until() -> datetime:
+                if certificate.is_new():
+                    fleet.show_certificate()
+                    bell.show_certificate()
+                return certificate.certificate.not_after
+
+            try:
+                _Loop(fleet, bell, app, state, self.health, stop, until=until, answered=self.answered).run()
+            finally:
+                self.health.update(state="stopping")
+                bell.close()
+                fleet.close()
+            log.info("the site is down", extra={"site": files.policy.site})
+
+    def _site_process(self, state: SiteState) -> SiteProcess:
+        """The process's state, made when the first message comes: its libraries take seconds and most of the memory."""
+        from fedtune.ops.kits.models import installed_model
+        from fedtune.sites.real_site import SiteProcess
+
+        return SiteProcess(
+            site_toml=self.site_toml,
+            installed=lambda sha256: installed_model(self.kit.folder, sha256),
+            paused=lambda: state.paused.exists() or state.left.exists(),
+            runs=state.runs,
+            adapters=self.kit.folder / "adapters",
+            awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
+        )
+
+    def _checked(self, state: SiteState) -> SiteFiles:
+        files = self.kit.site_files(self.site_toml)
+        if not files.site_key.is_file():
+            bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
+            raise ConfigError("site_key", str(files.site_key), bound)
+        check_private(files.site_key)
+        if state.left.exists():
+            raise RunError(f"this site has left the federation; remove {state.left} to take part again")
+        if self.kit.lead not in files.policy.allow.leads:
+            log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
+        return files
+
+
+def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
+    if state.wait_for_approval(proposal, settings):
+        log.warning("a run waits for approval", extra={"run": proposal.run})
+
+
+class _Loop:
+    """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        bell: Bell,
+        app: SiteApp,
+        state: SiteState,
+        health: Health,
+        stop: threading.Event,
+        *,
+        until: Callable[[], datetime],
+        answered: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
+        self._health, self._stop, self._until, self._answered = health, stop, until, answered
+        self._active = False
+        self._wait_s, self._poll_s = 1.0, _POLL_S
+        self._rounds = 0
+        self._sent = -math.inf
+
+    def run(self) -> None:
+        while not self._stop.is_set() and not self._state.left.exists():
+            self._bell.rung.clear()
+            exchange = self._next()
+            if exchange is not None:
+                self._poll_s = _POLL_S
+                try:
+                    self._answer(exchange)
+                except Exception:  # of a kind that Flower can address no answer to
+                    log.exception("a message was dropped: there is no answer to its kind")
+            elif self._active:
+                self._rest()
+        # Flower gives nobody the answer of a node that has said that it goes: the lead is to have fetched it before.
+        time.sleep(max(0.0, self._sent + _FETCHED_S - time.monotonic()))
+
+    def _rest(self) -> None:
+        """Until there may be a question, or the site is to stop or to leave."""
+        until = time.monotonic() + (_RUNG_POLL_S if self._bell.works else self._poll_s)
+        self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
+        while not (self._stop.is_set() or self._state.left.exists() or self._bell.rung.is_set()):
+            if (left := until - time.monotonic()) <= 0:
+                return
+            self._health.update(state=self._online())
+            self._until()
+            self._bell.rung.wait(min(left, _LOOK_S))
+
+    def _next(self) -> Exchange | None:
+        try:
+            self._require_certificate()
+            if not self._active:
+                self._fleet.activate()
+                self._active = True
+                self._connected()  # what comes next may take long
+            message = self._fleet.receive()
+        except (Unreachable, Unauthorised) as error:
+            self._trouble(error)
+            return None
+        except Dropped as error:
+            log.info("a message was gone before it was fetched", extra={"reason": str(error)})
+            return None
+        self._wait_s = 1.0
+        self._connected()
+        return None if message is None else Exchange(message)
+
+    def _require_certificate(self) -> None:
+        """Hold no line to the server with a certificate that has ended: an open one would go on."""
+        ends = self._until()
+        if datetime.now(UTC) > ends:
+            raise Expired(
+                f"this site's own certificate ended at {ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, and "
+                "unzip it over this one"
+            )
+
+    def _connected(self) -> None:
+        self._health.update(state=self._online(), last_contact=datetime.now(UTC))
+
+    def _online(self) -> State:
+        return "paused" if self._state.paused.exists() else "connected"
+
+    def _answer(self, exchange: Exchange) -> None:
+        self._health.update(state="training")
+        began = time.monotonic()
+        self._app.answer(exchange)
+        self._note(exchange, seconds=time.monotonic() - began)
+        self._send(exchange)
+
+    def _send(self, exchange: Exchange) -> None:
+        """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
+        while not exchange.is_void(time.time()):
+            try:
+                self._require_certificate()
+                self._fleet.reply(exchange.reply)
+                self._sent = time.monotonic()
+                return
+            except Dropped as error:
+                log.info("nobody waits for this answer any more", extra={"reason": str(error)})
+                return
+            except (Unreachable, Unauthorised) as error:
+                self._trouble(error)
+            if self._stop.is_set() or self._state.left.exists():
+                return  # the ledger has the bytes, and the lead will ask again
+
+    def _trouble(self, error: Unreachable | Unauthorised) -> None:
+        expired = isinstance(error, Expired)
+        self._health.update(state="expired" if expired else "disconnected")
+        wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S
+        log.warning("no contact: %s%s", error, "" if expired else f"; trying again in {wait_s:.0f} s")
+        self._active = self._active and isinstance(error, Unreachable)
+        self._stop.wait(wait_s)
+        self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
+
+    def _note(self, exchange: Exchange, *, seconds: float) -> None:
+        """Say in the log what was answered, and put a run that waits where `fedtune site approve` finds it."""
+        answered = exchange.answered
+        if answered is None or isinstance(answered, Offer):
+            log.info("answered", extra={"what": exchange.kind})
+            self._answered("offer" if answered else "other")
+            return
+        refused = answered.reason if isinstance(answered, Refusal) else None
+        self._rounds += refused is None
+        self._health.update(rounds_answered=self._rounds)
+        what = "update" if refused is None else refused.value
+        self._answered(what)
+        about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
+        log.info("answered", extra={"what": what, **about})
+
+
+@contextmanager
+def _until_stopped() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; the second of them ends the process at once."""
+    stop = threading.Event()
+
+    def first(number: int, frame: object) -> None:
+        stop.set()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, first) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

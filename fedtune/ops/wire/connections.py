@@ -1,0 +1,282 @@
+"""The server's connections: who gets one, how many, for how long, and what each may take its time for.
+
+uvicorn bounds neither handshake nor headers nor numbers, so each connection is counted as it comes, shakes hands within
+seconds, says within seconds what it wants, and ends after minutes, or with its certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import resource
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import NameOID
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from fedtune.ops.wire.audit_log import AuditLog
+from fedtune.ops.wire.gate import PEER, Peer
+from fedtune.ops.wire.identity import Tls
+
+_RESERVED_FILES = 128
+"""Of the process's, for database, roster, health and logs."""
+_MOST_CONNECTIONS, _LEAST_CONNECTIONS = 2048, 16
+_SHUTDOWN_S, _PAUSE_S = 2.0, 0.1
+_BACKLOG = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Limits on connections.
+
+    Attributes:
+        of_address: connections at a time from one address, which many sites may share, and half of all at most.
+        of_certificate: the same with one certificate's key; a site uses up to ten.
+        handshake_s: for TLS.
+        head_s: for the headers of the first request.
+        idle_s: until the headers of the next one have come; a site's client ends a connection after 5 s itself.
+        life_s: of a connection, after which it takes no more requests.
+        answer_s: for what is being answered then.
+    """
+
+    of_address: int = 256
+    of_certificate: int = 16
+    handshake_s: float = 10.0
+    head_s: float = 10.0
+    idle_s: float = 15.0
+    life_s: float = 600.0
+    answer_s: float = 300.0
+
+
+def server_context(tls: Tls) -> ssl.SSLContext:
+    """For the server: TLS 1.3, and a certificate of the federation's at the other end, looked at each time."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(tls.certificate, tls.key)
+    context.load_verify_locations(tls.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0  # a session that goes on would not have its certificate's dates looked at
+    return context
+
+
+def most_connections() -> int:
+    """That this process's limit of open files leaves room for; raises that limit as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = wanted if soft == resource.RLIM_INFINITY else soft
+    return max(_LEAST_CONNECTIONS, min(_MOST_CONNECTIONS, room - _RESERVED_FILES))
+
+
+class Door:
+    """Lets connections in, one by one.
+
+    Args:
+        context: for TLS; it may be replaced, for connections that come from then on.
+        member: the name of the member with a connection key; empty: none.
+        of_certificate: where connections are counted, by the key of their certificate.
+    """
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        limits: Limits,
+        *,
+        member: Callable[[bytes], str],
+        audit: AuditLog,
+        of_certificate: Counter[bytes],
+    ) -> None:
+        self.context, self.limits, self.audit, self.member = context, limits, audit, member
+        self.of_certificate = of_certificate
+        self._most = most_connections()
+        self._of_address: Counter[str] = Counter()
+        self._shaking: dict[asyncio.Task[None], str] = {}  # with their addresses, the oldest first
+        self._accepting: list[asyncio.Task[None]] = []
+
+    def open(self, host: str, port: int, make: Callable[[str], Http]) -> None:
+        """Listen.
+
+        Args:
+            host: address to listen on.
+            port: to listen on.
+            make: what serves a connection from an address.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listening.setblocking(False)
+        self._accepting.append(asyncio.get_running_loop().create_task(self._accept(listening, make)))
+
+    async def close(self) -> None:
+        """Listen no longer, and end what has not shaken hands."""
+        tasks = [*self._accepting, *self._shaking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leave(self, address: str) -> None:
+        origin = _origin(address)
+        self._of_address[origin] -= 1
+        if not self._of_address[origin]:
+            del self._of_address[origin]
+
+    async def _accept(self, listening: socket.socket, make: Callable[[str], Http]) -> None:
+        loop = asyncio.get_running_loop()
+        with listening:
+            while True:
+                try:
+                    connection, name = await loop.sock_accept(listening)
+                except OSError:  # it was gone again, or no file is left
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
+                address = str(name[0])
+                if not self._admits(address):
+                    connection.close()
+                    continue
+                self._of_address[_origin(address)] += 1
+                http = make(address)
+                task = loop.create_task(self._shake_hands(connection, http, address))
+                self._shaking[task] = address
+                # A task that gives way before it began runs nothing of its own.
+                task.add_done_callback(partial(self._shaken, connection, http, address))
+
+    def _shaken(self, connection: socket.socket, http: Http, address: str, task: asyncio.Task[None]) -> None:
+        self._shaking.pop(task, None)
+        if http.transport is None:  # else it leaves when it ends
+            connection.close()
+            self.leave(address)
+
+    def _admits(self, address: str) -> bool:
+        origin = _origin(address)
+        if self._of_address[origin] >= min(self.limits.of_address, self._most // 2):
+            self.audit.note("connection refused", address=address, reason="too many from this address")
+            return self._give_way([task for task, other in self._shaking.items() if _origin(other) == origin])
+        if self._of_address.total() >= self._most:
+            self.audit.note("connection refused", address=address, reason="too many connections")
+            return self._give_way(self._shaking)
+        return True
+
+    def _give_way(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
+        """End the oldest of those that have shown no certificate yet; whether there is one."""
+        oldest = next(iter(shaking), None)
+        if oldest is not None:
+            del self._shaking[oldest]
+            oldest.cancel()
+        return oldest is not None
+
+    async def _shake_hands(self, connection: socket.socket, http: Http, address: str) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: http,
+                connection,
+                ssl=self.context,
+                ssl_handshake_timeout=self.limits.handshake_s,
+                ssl_shutdown_timeout=_SHUTDOWN_S,
+            )
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
+            self.audit.note("handshake refused", address=address, reason=_why(error))
+
+
+def _origin(address: str) -> str:
+    """Whom connections are counted for: an IPv4 address, or an IPv6 network, of which one machine has all addresses."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((ipaddress.ip_address(address.partition("%")[0]), 64), strict=False))
+
+
+def _why(error: BaseException) -> str:
+    """In OpenSSL's own words, which hold nothing but the kind of mistake."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "TLS").replace("_", " ").lower()
+    return "too slow" if isinstance(error, TimeoutError | ConnectionAbortedError) else "hung up"
+
+
+class Http(H11Protocol):
+    """HTTP over a connection that has shown its certificate, with a time for everything."""
+
+    def __init__(
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, door: Door, address: str
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._door, self._address, self._key = door, address, b""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer, until = _peer(transport, self._address)
+        limits, self._key = self._door.limits, peer.key
+        self.app_state = {**self.app_state, PEER: peer}
+        about = {"address": peer.address, "certificate": peer.certificate, "member": self._door.member(peer.key)}
+        self._door.of_certificate[self._key] += 1
+        if self._door.of_certificate[self._key] > limits.of_certificate:
+            self._door.audit.note("connection refused", reason="too many with this certificate", **about)
+            transport.abort()
+            return
+        self._door.audit.note("connected", **about)
+        left = (until - datetime.now(UTC)).total_seconds()
+        self._at("life", min(limits.life_s, max(0.0, left)), self._end)
+        self._at("head", limits.head_s, self._hang_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._door.leave(self._address)
+        self._door.of_certificate[self._key] -= 1
+        if not self._door.of_certificate[self._key]:
+            del self._door.of_certificate[self._key]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            super().data_received(data)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and (timer := self._timers.pop("head", None)):
+            timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._at("head", self._door.limits.idle_s, self._hang_up)
+        super().on_response_complete()
+        self._unset_keepalive_if_required()
+
+    def _at(self, name: str, seconds: float, call: Callable[[], None]) -> None:
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = self.loop.call_later(seconds, call)
+
+    def _hang_up(self) -> None:
+        """No whole request came in time."""
+        self.transport.close()
+
+    def _end(self) -> None:
+        """Its life is over, or its certificate's: what is being answered is, within minutes."""
+        self._at("life", self._door.limits.answer_s, self.transport.abort)
+        self.shutdown()
+
+
+def _peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
+    """The holder of the other end's certificate, and the end of that."""
+    shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
+    key = shown.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    names = shown.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    certificate = str(names[0].value) if names else ""
+    return Peer(address=address, certificate=certificate, key=key), shown.not_valid_after_utc

@@ -1,0 +1,325 @@
+"""A site's end of the line: the node's half of Flower's Fleet protocol, over mutual TLS.
+
+It takes the place of Flower's SuperNode, so that one process polls, trains and answers, and stays warm.  Flower's app
+bundle is never asked for, let alone installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+
+from fedtune.flower.internals import (
+    FleetHttpClient,
+    RuntimeVersionHttpInterceptor,
+    asymmetric,
+    constant,
+    core,
+    fetching,
+    fleet_pb2,
+    heartbeat_pb2,
+    http_client,
+    identify,
+    inflating,
+    message_to_proto,
+    node_authentication,
+    node_pb2,
+    now,
+    objects,
+    remove_content_from_message,
+    set_metadata,
+)
+from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
+from fedtune.ops.wire.identity import Tls, refusal, staying
+from fedtune.ops.wire.message_objects import pull_message
+from fedtune.spec import ConfigError, RunError
+
+HELLO = "/v1/fedtune/hello"
+"""Where the server tells a site how it knows it; not Flower's."""
+_MOST_REASON = 300
+_CALL_TIMEOUT_S = 30.0
+_HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
+
+
+class Unauthorised(RunError):
+    """The server does not take this node: its key is unknown, or was revoked."""
+
+
+class Expired(Unauthorised):
+    """The certificate of this node has ended."""
+
+
+class Unreachable(RunError):
+    """The server cannot be reached, or has no time; asking again later may help."""
+
+
+class Foreign(Unreachable):
+    """The answer comes from no server of fedtune's."""
+
+
+class Dropped(RunError):
+    """The server takes no answer to this message any more; the lead that asked will ask again."""
+
+
+class Fleet:
+    """A node's connection.  One thread at a time receives and replies; heartbeats have their own.
+
+    Args:
+        server: host:port.
+        tls: the site's certificates and key.
+        heard: called each time that the server answers a heartbeat, also while a message is being answered.
+    """
+
+    def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
+        self._server, self._tls, self._heard = server, tls, heard
+        private, public = node_key(tls.key)
+        self._public = asymmetric.public_key_to_bytes(public)
+        self._client = staying(
+            FleetHttpClient(
+                f"https://{server}",
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    node_authentication(private, public),
+                ],
+                verify=tls.client_context(),
+                timeout=_CALL_TIMEOUT_S,
+            )
+        )
+        self._node: node_pb2.Node | None = None
+        self._may_have_lost_one = False
+        # An answer that may have reached the server in part.
+        self._begun: dict[str, fleet_pb2.PushMessagesResponse] = {}
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def activate(self) -> None:
+        """Tell the server that this node is there, and keep telling it.
+
+        Raises:
+            Unauthorised: the server does not know the key.
+            Unreachable: no connection; or an earlier process of this node died less than twenty seconds ago.
+        """
+        request = fleet_pb2.ActivateNodeRequest(
+            public_key=self._public, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
+        )
+        try:
+            with in_our_words():
+                self._node = node_pb2.Node(node_id=self._client.ActivateNode(request).node_id)
+        except Unauthorised as error:
+            hello(self._server, self._tls)  # says whether, and why, the server does not know the key
+            raise Unreachable("an earlier connection of this site is not over yet, or it was just added") from error
+        self._may_have_lost_one = False
+        # Flower's messages say from here who sends them.
+        identify(node_id=self._node.node_id, task_id=0)
+        if self._beating is None:
+            self._beating = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+            self._beating.start()
+
+    def receive(self) -> Message | None:
+        """The next message for this node, if there is one.
+
+        Raises:
+            Dropped: the message is no longer there.
+            Unauthorised, Unreachable: as for `activate`.
+        """
+        if self._may_have_lost_one:
+            self._come_back()
+        self._may_have_lost_one = True
+        message = self._next_message()
+        self._may_have_lost_one = False
+        return message
+
+    def _come_back(self) -> None:
+        """Leave and return: the server gives a message once, and the lead asks again when it sees a site return."""
+        with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
+            self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._activated.node_id))
+        self.activate()
+
+    def _next_message(self) -> Message | None:
+        node = self._activated
+        with in_our_words():
+            answer = self._client.PullMessages(fleet_pb2.PullMessagesRequest(node=node))
+            if not answer.messages_list:
+                return None
+            run_id = answer.messages_list[0].metadata.run_id
+            tree = answer.message_object_trees[0]
+            message = pull_message(
+                tree,
+                fetching.make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                fetching.make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+            )
+        set_metadata(message, message_id=tree.object_id)
+        identify(run_id=run_id)
+        return message
+
+    def reply(self, reply: Message) -> None:
+        """Send an answer.  It is safe to send the same one again after an error.
+
+        Raises:
+            Dropped: the Flower run is over, or the server has lost it.
+            Unauthorised, Unreachable: as for `activate`.
+        """
+        node, run_id, id = self._activated, reply.metadata.run_id, reply.object_id
+        set_metadata(reply, message_id=id)
+        in_doubt, self._may_have_lost_one = self._may_have_lost_one, True
+        try:
+            with in_our_words(), objects.no_object_id_recompute():
+                begun = self._begun.get(id)
+                self._begun = {id: begun or self._announce(reply)}
+                send = fetching.make_push_object_fn_protobuf(
+                    self._client.PushObject, node, run_id, self._begun[id].session_id
+                )
+
+                def push(object_id: str, content: bytes) -> None:
+                    # Of an answer that was begun some is there already; should it not arrive, the lead asks again.
+                    with contextlib.suppress(*(inflating.ObjectPushError,) if begun else ()):
+                        send(object_id, content)
+
+                inflating.push_objects(
+                    objects.get_all_nested_objects(reply), push, object_ids_to_push={*self._begun[id].objects_to_push}
+                )
+        except Unauthorised as error:
+            self.activate()  # where that helps, the server has lost its database, and knows the node anew
+            raise Dropped("the server has forgotten who asked") from error
+        self._begun, self._may_have_lost_one = {}, in_doubt
+
+    def _announce(self, reply: Message) -> fleet_pb2.PushMessagesResponse:
+        request = fleet_pb2.PushMessagesRequest(
+            node=self._activated,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[objects.get_object_tree(reply)],
+            # Flower reports here how long the app ran, which grows with the true number of records.
+            clientapp_runtime_list=[0.0],
+        )
+        return self._client.PushMessages(request)
+
+    def show_certificate(self) -> None:
+        """Show the certificate that the kit has now, in connections that are made from here on."""
+        show(http_client(self._client), self._tls.client_context())
+
+    def close(self) -> None:
+        """Tell the server, if it hears, that the node is gone."""
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join(timeout=_CALL_TIMEOUT_S)
+        if self._node is not None:
+            with contextlib.suppress(httpx.HTTPError):  # it would notice by the missing heartbeats
+                self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._node.node_id))
+        self._client.close()
+
+    @property
+    def _activated(self) -> node_pb2.Node:
+        assert self._node is not None, "activate comes first"
+        return self._node
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            # The number may have changed: a server that lost its database gives new ones.
+            request = heartbeat_pb2.SendNodeHeartbeatRequest(
+                node=self._node, heartbeat_interval=constant.HEARTBEAT_MIN_INTERVAL
+            )
+            try:
+                self._client.SendNodeHeartbeat(request)
+            except Exception:  # who polls meets the same trouble, and reports it
+                continue
+            self._heard()
+
+
+def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    """The private key in a PEM file, and its public half.
+
+    Raises:
+        ConfigError: the file holds no EC key.
+    """
+    try:
+        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("key", str(path), "must be a PEM file with an EC private key") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError("key", str(path), "must be a PEM file with an EC private key")
+    return private, private.public_key()
+
+
+def hello(server: str, tls: Tls) -> str:
+    """The name by which the server knows this site; asking changes nothing there.
+
+    Raises:
+        Unauthorised: it does not, or no longer; the text says which.
+        Foreign: the answer is no fedtune server's.
+        Unreachable: no connection.
+    """
+    headers = signed_headers(tls)
+    with in_our_words(), httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S) as client:
+        bounded(client)
+        answer = client.get(f"https://{server}{HELLO}", headers=headers)
+    if answer.status_code != httpx.codes.OK:
+        raise Unauthorised(f"the server refused this site: {reason_in(answer, server)}")
+    return said_in(answer, "site", server)
+
+
+def reason_in(answer: httpx.Response, server: str) -> str:
+    """Why fedtune's server refused a call; raises `Foreign` as `said_in` does."""
+    reason = said_in(answer, "reason", server)
+    if not reason.isprintable() or len(reason) > _MOST_REASON:  # words that are not for people
+        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})")
+    return reason
+
+
+def said_in(answer: httpx.Response, field: str, server: str) -> str:
+    """A field of an answer of fedtune's own.
+
+    Raises:
+        Foreign: it is no answer of fedtune's server.
+    """
+    try:
+        return str(answer.json()[field])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise Foreign(f"what answers at {server} is no server of fedtune's ({answer.status_code})") from error
+
+
+def signed_headers(tls: Tls) -> dict[str, str]:
+    """The headers that say which site makes one of fedtune's own calls, as in Flower's."""
+    private, public = node_key(tls.key)
+    timestamp = now().isoformat()
+    return {
+        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(asymmetric.public_key_to_bytes(public)).decode(),
+        constant.TIMESTAMP_HEADER: timestamp,
+        core.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(
+            asymmetric.sign_message(private, timestamp.encode())
+        ).decode(),
+    }
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Flower's and httpx's errors as the few that a site can do something about."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if error.response.is_redirect:
+            raise Unreachable(f"the server sends elsewhere ({status}), which is never followed") from error
+        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
+            raise Unauthorised(f"the server does not take this site's key ({status})") from error
+        if status < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise Dropped(f"the server no longer needs this message ({status})") from error
+        raise Unreachable(f"the server answered {status}") from error
+    except (inflating.ObjectPullError, inflating.ObjectPushError) as error:
+        raise Dropped("the server no longer keeps this message") from error
+    except OutOfBounds as error:
+        raise Unreachable(f"the server's answer is not accepted: {error}") from error
+    except httpx.HTTPError as error:
+        cut = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError)
+        what = refusal(error) or ("the connection was cut" if cut else type(error).__name__)
+        raise Unreachable(f"no connection to the server ({what})") from error
+    except Exception as error:  # a proxy's page, or bytes that are no message: each library has errors of its own
+        raise Unreachable(f"the server's answer cannot be read ({type(error).__name__})") from error

@@ -1,0 +1,422 @@
+"""The gate in front of the server's Flower: it passes a few calls of registered sites, and the lead's signed ones."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import datetime
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
+from fedtune.ops.wire.audit_log import AuditLog, Event
+from fedtune.ops.wire.fleet import HELLO
+from fedtune.ops.wire.identity import NotAllowed, SeenCalls, body_of_lead
+from fedtune.ops.wire.waiting import WAIT, Questions
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10
+"""A body may take so long, and longer for what has come of it."""
+
+_SITE_CALLS = frozenset(
+    f"/v1/fleet/{call}"
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    )
+)
+"""What a site needs.  Not among them: registering itself, and fetching the app bundle."""
+_LEAD_CALLS = frozenset(
+    {"/v1/control/start-run", "/v1/control/stop-run"}
+    | {
+        f"/v1/runtime/{call}"
+        for call in (
+            "acquire-task",
+            "send-task-heartbeat",
+            "pull-task-input",
+            "push-task-output",
+            "get-nodes",
+            "push-messages",
+            "pull-messages",
+            "push-object",
+            "pull-object",
+            "confirm-message-received",
+        )
+    }
+)
+_PUSH_QUESTIONS, _PULL_ANSWERS = "/v1/runtime/push-messages", "/v1/runtime/pull-messages"
+_OF_RUNS: dict[str, Event] = {
+    "/v1/control/start-run": "run started",
+    "/v1/control/stop-run": "run ended",
+    "/v1/runtime/push-task-output": "run ended",
+}
+_LEAD_BYTES = 1 << 30
+"""Of one call's body of the lead."""
+_UNSIGNED = "not signed by the lead, or its clock is wrong"
+_MOST_DIGITS = 18
+PEER = "fedtune peer"
+"""Where in a scope's state the other end of the connection is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registered:
+    """A site as the server knows it.
+
+    Attributes:
+        node_key: PEM of its connection key's public half.
+        revoked: it was, and is no longer, a member.
+    """
+
+    site: str
+    node_key: bytes
+    revoked: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """The other end of a connection, as TLS knows it.
+
+    Attributes:
+        address: without the port.
+        certificate: its common name.
+        key: PEM of its public key.
+    """
+
+    address: str
+    certificate: str
+    key: bytes
+
+
+@dataclass(kw_only=True, slots=True)
+class Traffic:
+    """Traffic since the server began.  The server's event loop writes; any thread may read a value.
+
+    Attributes:
+        began: in seconds since 1970, like `heard`.
+        received: bytes of calls' bodies.
+        sent: bytes of answers' bodies.
+        waiting: calls of sites that are held until the lead asks something.
+        heard: site -> when it last made a call that was let in.
+        connections: open ones, by the key of their certificate.
+    """
+
+    began: float = field(default_factory=time.time)
+    received: int = 0
+    sent: int = 0
+    waiting: int = 0
+    heard: dict[str, float] = field(default_factory=dict)
+    connections: Counter[bytes] = field(default_factory=Counter)
+
+    def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """The same two, counting what passes."""
+
+        async def counted_receive() -> MutableMapping[str, Any]:
+            message = await receive()
+            self.received += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: MutableMapping[str, Any]) -> None:
+            self.sent += len(message.get("body", b""))
+            await send(message)
+
+        return counted_receive, counted_send
+
+
+class Rules(Protocol):
+    """Rules for a site's call; see `fedtune.ops.wire.site_calls`."""
+
+    def most_bytes(self, path: str) -> int: ...
+
+    def check(self, path: str, key: bytes, body: bytes) -> None: ...
+
+    def asked(self, body: bytes) -> list[int]: ...
+
+    def node_of(self, key: bytes) -> int | None: ...
+
+    def finished(self, body: bytes) -> bytes: ...
+
+
+Roster = Callable[[], Sequence[Registered]]
+"""The sites as they stand when it is called."""
+
+
+class Gate:
+    """ASGI middleware that answers everything with 404 but what sites and the lead need.
+
+    Args:
+        lead: public key of who may start runs.
+        rules: that a site's call is held to.
+        traffic: noted there.
+    """
+
+    def __init__(
+        self,
+        app: Asgi,
+        *,
+        lead: str,
+        roster: Roster,
+        rules: Rules,
+        audit: AuditLog,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
+        self._traffic = traffic or Traffic()
+        self._seen, self._questions = SeenCalls(), Questions()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+        path = scope.get("path", "")
+        receive, send = self._traffic.counted(receive, send)
+        try:
+            if path in _SITE_CALLS:
+                await self._site_call(scope, receive, send)
+            elif path in _LEAD_CALLS:
+                await self._lead_call(scope, receive, send)
+            elif path == WAIT:
+                await self._wait_call(scope, send)
+            elif path == HELLO:
+                site = self._member(headers_of(scope), _peer(scope)).site
+                await answer(send, 200, {"site": site, "time": time.time()})
+            else:
+                raise NotAllowed(404, "no such call")
+        except NotAllowed as refusal:
+            self._note(scope, refusal)
+            await answer(send, refusal.status, {"reason": refusal.reason})
+
+    async def _wait_call(self, scope: Scope, send: Send) -> None:
+        """Hold a site's call until the lead asks it something; see `fedtune.ops.wire.waiting`."""
+        member = self._member(headers_of(scope), _peer(scope))
+        try:
+            ((name, heard),) = parse_qsl(scope["query_string"].decode("ascii"), strict_parsing=True)
+            number = int(heard[:_MOST_DIGITS])
+        except ValueError:
+            name, number = "", 0
+        if name != "heard":
+            raise NotAllowed(400, "malformed")
+        node = await asyncio.to_thread(self._rules.node_of, member.node_key)
+        if node is None:
+            raise NotAllowed(403, "unknown")
+        self._traffic.waiting += 1
+        try:
+            count = await self._questions.count(node, heard=number)
+        finally:
+            self._traffic.waiting -= 1
+        await answer(send, 200, {"questions": count})
+
+    def close(self) -> None:
+        """Answer all who are held; the server ends."""
+        self._questions.close()
+
+    async def _site_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Flower authenticates it again; but only after it has read a body, which a revoked site may make large."""
+        headers, path = headers_of(scope), scope["path"]
+        try:
+            member = self._member(headers, _peer(scope))
+        except NotAllowed as refusal:
+            raise NotAllowed(401, refusal.reason) from None
+        check_form(scope, headers)
+        body = await read_body(receive, headers, most_bytes=self._rules.most_bytes(path))
+        await asyncio.to_thread(self._rules.check, path, member.node_key, body)
+        await self._app(as_read(scope, headers), again(body, receive), send)
+
+    async def _lead_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
+        body = await self._body_of_lead(scope, receive)
+        check_form(scope, headers)
+        if path in _OF_RUNS:
+            self._audit.note(_OF_RUNS[path], **self._about(peer))
+        nodes: list[int] = []
+        if path == _PUSH_QUESTIONS:
+            nodes = await asyncio.to_thread(self._rules.asked, body)
+        if path == _PULL_ANSWERS:
+            body = await asyncio.to_thread(self._rules.finished, body)
+        await self._app(as_read(scope, headers), again(body, receive), send)
+        self._questions.asked(nodes)
+
+    async def _body_of_lead(self, scope: Scope, receive: Receive) -> bytes:
+        """The body of a call that the lead signed.
+
+        Raises:
+            NotAllowed: it did not, or for another body, or the call was made before, or over a site's connection.
+        """
+        headers, path, peer = headers_of(scope), scope["path"], _peer(scope)
+        signed = body_of_lead(headers, path=path, lead=self._lead, now=time.time())
+        if signed is None:
+            raise NotAllowed(401, _UNSIGNED)
+        if peer is not None and self._with(peer.key):
+            raise NotAllowed(401, f"{_UNSIGNED}; and this is a site's connection")
+        self._seen.check(headers)  # before a body is read that may be large
+        body = await read_body(receive, headers, most_bytes=_LEAD_BYTES)
+        if hashlib.sha256(body).hexdigest() != signed:
+            raise NotAllowed(401, _UNSIGNED)
+        self._seen.take(headers, now=time.time())
+        return body
+
+    def _member(self, headers: dict[str, str], peer: Peer | None) -> Registered:
+        """The member that makes a call, over its own connection.
+
+        Raises:
+            NotAllowed: nobody does, or a former one.
+        """
+        try:
+            key = base64.b64decode(headers[core.FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = base64.b64decode(headers[core.FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            moment = headers[constant.TIMESTAMP_HEADER]
+            age = (now() - datetime.datetime.fromisoformat(moment)).total_seconds()
+            signed = asymmetric.verify_signature(asymmetric.bytes_to_public_key(key), moment.encode("ascii"), signature)
+        except Exception:  # a key of another kind is an AttributeError, an unknown curve cryptography's own
+            raise NotAllowed(401, "malformed") from None
+        if not signed:
+            raise NotAllowed(401, "wrong signature")
+        if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
+            raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
+        known = self._with(key)
+        if known is None:
+            raise NotAllowed(403, "unknown")
+        if known.revoked:
+            raise NotAllowed(403, "revoked")
+        if peer is None or peer.key != key:
+            # A site signs the time alone: who has seen that must not use it.
+            raise NotAllowed(401, "signed by another than the connection's certificate")
+        self._traffic.heard[known.site] = time.time()
+        return known
+
+    def _with(self, key: bytes) -> Registered | None:
+        """The member with a connection key, also one that was revoked."""
+        return next((member for member in self._roster() if member.node_key == key), None)
+
+    def name_of(self, key: bytes) -> str:
+        """The name of that member; empty: there is none."""
+        member = self._with(key)
+        return member.site if member else ""
+
+    def _note(self, scope: Scope, refusal: NotAllowed) -> None:
+        path, peer = scope.get("path", ""), _peer(scope)
+        if path == "/" and peer is not None and (known := self._with(peer.key)) is not None and not known.revoked:
+            return  # a member's doctor looks whether this is HTTP, and what the time is
+        event: Event = "call refused"
+        if path in _LEAD_CALLS:
+            event = "lead's call refused"
+        elif path in _SITE_CALLS and refusal.status != 401:
+            event = "message refused"
+        reason = "its clock is wrong" if refusal.reason.startswith("its clock") else refusal.reason
+        # Paths that are no calls are a caller's own words: they would make as many lines as he likes.
+        named = path if path in {HELLO, WAIT} | _SITE_CALLS | _LEAD_CALLS else ""
+        about = {"path": named, "reason": reason, **self._about(peer)}
+        if self._audit.note(event, **about):
+            log.warning("%s: %s", event, reason, extra=about)
+
+    def _about(self, peer: Peer | None) -> dict[str, str]:
+        if peer is None:
+            return {}
+        return {"address": peer.address, "certificate": peer.certificate, "member": self.name_of(peer.key)}
+
+
+def _peer(scope: Scope) -> Peer | None:
+    peer = scope.get("state", {}).get(PEER)
+    return peer if isinstance(peer, Peer) else None
+
+
+def check_form(scope: Scope, headers: dict[str, str]) -> None:
+    """Pass a call in the form that Flower reads: it authenticates no other, and inflates nothing.
+
+    Raises:
+        NotAllowed: it has another.
+    """
+    if scope.get("method") != "POST":
+        raise NotAllowed(405, "not a POST")
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != PROTOBUF_MEDIA_TYPE:
+        raise NotAllowed(415, "not a message of Flower's")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise NotAllowed(415, "a compressed body")
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Each header once: the last of its name."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def as_read(scope: Scope, headers: dict[str, str]) -> Scope:
+    """The call as it was read here, for Flower to read it the same way.
+
+    Of a header that came twice Flower takes the first; and it takes a call's kind from its URL, in which an older
+    Starlette has whatever the caller says that the host's name is.
+    """
+    kept = {**headers, "host": "server"}
+    for name in ("content-length", "transfer-encoding"):
+        kept.pop(name, None)
+    lines = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept.items()]
+    return {**scope, "headers": lines, "query_string": b""}
+
+
+async def read_body(receive: Receive, headers: dict[str, str], *, most_bytes: int) -> bytes:
+    """A whole body that comes in time.
+
+    Raises:
+        NotAllowed: it does not, or it is too large, or the caller hung up.
+    """
+    announced = headers.get("content-length", "0")
+    if not (announced.isascii() and announced.isdigit()) or int(announced[:20]) > most_bytes:
+        raise NotAllowed(413, "too large")
+    parts, size, began = [], 0, asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(_BODY_S) as limit:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise NotAllowed(400, "hung up")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most_bytes:
+                    raise NotAllowed(413, "too large")
+                if not message.get("more_body"):
+                    return b"".join(parts)
+                limit.reschedule(began + _BODY_S + size / _BODY_BYTES_A_SECOND)
+    except TimeoutError:
+        raise NotAllowed(408, "too slow") from None
+
+
+def again(body: bytes, receive: Receive) -> Receive:
+    """Gives `body`, then what comes."""
+    given = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def answer(send: Send, status: int, content: dict[str, object]) -> None:
+    """Answer with JSON."""
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status in (408, 413):  # the rest of the body is not waited for
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,171 @@
+"""Identity at both ends of a connection: certificates of the federation's authority, and the lead's signatures.
+
+TLS tells the server that somebody of the federation calls, not who; Flower's Control and Runtime APIs ask for no more
+than that.  So the server lets a call through to them only with the signature of the federation's lead, over its path,
+its time and its body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+from fedtune.flower.internals import add_headers, http_client, rpc
+from fedtune.ops.wire.bounded_http import HungUp, bounded
+from fedtune.privacy.keys import SigningKey, is_signed
+
+_Client = TypeVar("_Client", bound=rpc.ProtobufClient)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tls:
+    """PEM files of one end.
+
+    Attributes:
+        ca: certificate of the federation's authority, the only one that is trusted.
+        certificate: this end's own.
+        key: its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too.
+    """
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def client_context(self) -> ssl.SSLContext:
+        """For a client: trusts this authority alone, checks the server's name, and shows its own certificate."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+def staying(client: _Client) -> _Client:
+    """The same client, whose calls are bounded, and which calls no address but its own.
+
+    Flower's would follow a redirect with its signed headers: a person who runs the server could make a site or a lead
+    call any address in its network, also without TLS.
+    """
+    bounded(http_client(client))
+    return client
+
+
+_OF_CERTIFICATES = (
+    "BAD_CERTIFICATE",
+    "UNSUPPORTED_CERTIFICATE",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_UNKNOWN",
+    "CERTIFICATE_REQUIRED",
+    "UNKNOWN_CA",
+    "ACCESS_DENIED",
+)
+"""TLS alerts that are about the certificate that this end showed; others are about protocols and ciphers."""
+
+
+def refusal(error: BaseException) -> str | None:
+    """Which end does not accept the other's certificate, and why; None where that is not what went wrong."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not accepted here: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
+            alert = cause.reason.rpartition("_ALERT_")[2]
+            said = alert.replace("_", " ").lower()
+            if alert in _OF_CERTIFICATES:
+                return f"it does not accept this site's certificate: {said}"
+            return f"it ended the encryption: {said}"
+        if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
+            return "it hung up right after the handshake; if this goes on, it does not accept this site's certificate"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+CALL = "call"
+"""Purpose of the lead's signatures."""
+TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
+TOLERANCE_S = 120.0
+"""How far the clocks of lead and server may differ; a signature is good for so long."""
+
+
+class NotAllowed(Exception):
+    """A call that the server does not take, with the status that it gets."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+_MOST_SEEN = 1 << 17
+"""Two minutes of a lead that calls five hundred times a second."""
+
+
+class SeenCalls:
+    """The lead's signatures that were used, for as long as they are good; each passes once.  A retry is signed anew."""
+
+    def __init__(self, most: int = _MOST_SEEN) -> None:
+        self._most = most
+        self._until: dict[str, float] = {}
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Pass a signature that was not used yet.
+
+        Raises:
+            NotAllowed: it was.
+        """
+        if headers[SIGNATURE] in self._until:
+            raise NotAllowed(401, "the lead's signature was used before")
+
+    def take(self, headers: Mapping[str, str], *, now: float) -> None:
+        """Use the signature of a call that is the lead's.
+
+        Raises:
+            NotAllowed: it was used before, or too many are remembered.
+        """
+        signature = headers[SIGNATURE]
+        self.check(headers)
+        if len(self._until) >= self._most:
+            self._until = {one: until for one, until in self._until.items() if until >= now}
+        if len(self._until) >= self._most:
+            raise NotAllowed(503, "too many calls of the lead's within two minutes")
+        self._until[signature] = float(headers[TIME]) + TOLERANCE_S
+
+
+class LeadSignature:
+    """Signs each of a Flower client's calls."""
+
+    def __init__(self, key: SigningKey) -> None:
+        self._key = key
+
+    def intercept(self, context: rpc.ProtobufRequestContext, call_next: rpc.ProtobufCall) -> httpx.Response:
+        request = context.request
+        moment, digest = repr(time.time()), hashlib.sha256(request.read()).hexdigest()
+        signature = self._key.sign(CALL, _message(request.url.path, moment, digest))
+        add_headers(request, {TIME: moment, BODY: digest, SIGNATURE: signature})
+        return call_next(context)
+
+
+def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float) -> str | None:
+    """SHA-256, in hex, of the body that the lead signed for this call; None where its signature is not there.
+
+    It takes the headers alone, so that nobody else's body need be read.
+    """
+    moment, body = headers.get(TIME, ""), headers.get(BODY, "")
+    try:
+        age = now - float(moment)
+    except ValueError:
+        return None
+    if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
+        return None
+    return body if is_signed(lead, CALL, _message(path, moment, body), headers.get(SIGNATURE, "")) else None
+
+
+def _message(path: str, moment: str, body: str) -> bytes:
+    return f"{path}\n{moment}\n{body}".encode()

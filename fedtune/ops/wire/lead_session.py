@@ -1,0 +1,203 @@
+"""One of Flower's runs, as the lead holds it: started, claimed, kept alive and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import httpx
+from flwr.app import Message
+
+from fedtune.flower.internals import (
+    RunStarter,
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    constant,
+    control_pb2,
+    core,
+    fab_pb2,
+    fetching,
+    http_client,
+    http_grid,
+    identify,
+    inflating,
+    message_pb2,
+    node_pb2,
+    rpc,
+    run_from_proto,
+    runtime_pb2,
+)
+from fedtune.ops.wire.bounded_http import show
+from fedtune.ops.wire.identity import LeadSignature, Tls, staying
+from fedtune.ops.wire.message_objects import NotWhole, pull_message
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import RunError
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 10.0
+_BUNDLE = """\
+[project]
+name = "fedtune"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "fedtune"
+[tool.flwr.app.components]
+serverapp = "none:none"
+clientapp = "none:none"
+[tool.flwr.app.config]
+"""
+"""Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """The messages that have come for a question.
+
+    Attributes:
+        message_id: the question's, as the server says.
+        message: None where it is no answer.
+        is_lost: a part of it did not come; who sent it can send it again.
+    """
+
+    message_id: str
+    message: Message | None
+    is_lost: bool = False
+
+
+class LeadSession:
+    """One of Flower's runs: started, claimed, kept alive, and ended by this process.
+
+    Attributes:
+        grid: Flower's own, over the connection of this session.
+    """
+
+    def __init__(self, server: str, tls: Tls, key: SigningKey) -> None:
+        signature, version = LeadSignature(key), RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+
+        def client(*token: RuntimeTokenHttpInterceptor) -> RunStarter:
+            signed: tuple[rpc.ProtobufClientInterceptor, ...] = (version, *token, signature)
+            return staying(RunStarter(f"https://{server}", interceptors=signed, verify=tls.client_context()))
+
+        with readable():
+            with client() as opening:
+                opening.start_run(control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=_bundle())))
+                # It may be one that another process has just started; any fresh run will do.
+                token = opening.AcquireTask(
+                    runtime_pb2.AcquireTaskRequest(supported_task_types=[core.TaskType.SERVER_APP])
+                ).token
+            if not token:
+                raise RunError(f"{server} started a run and did not hand it out")
+            self._client, self._tls = client(RuntimeTokenHttpInterceptor(token)), tls
+            given = self._client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
+        identify(run_id=given.run.run_id, node_id=given.context.node_id, task_id=given.task_id)
+        self.grid = http_grid(server, token, self._client)
+        self.grid.set_run(run_from_proto(given.run))
+        self._nodes: dict[int, node_pb2.NodeInfo] = {}
+        self._looked = float("-inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, name="lead's heartbeats", daemon=True).start()
+
+    def nodes(self, numbers: Mapping[bytes, int]) -> Mapping[int, node_pb2.NodeInfo]:
+        """The sites that are online, by number; looked up once a second."""
+        if time.monotonic() - self._looked > 1.0:
+            with readable():
+                online = self.grid.get_nodes()
+                self._nodes = {numbers[bytes(n.public_key)]: n for n in online if bytes(n.public_key) in numbers}
+            self._looked = time.monotonic()
+        return self._nodes
+
+    def push(self, message: Message) -> str | None:
+        """Ask; the question's id, empty where its node is gone, None where the server takes none of its size."""
+        with readable():
+            ids = list(self.grid.push_messages([message]))
+            if len(ids) > 1:
+                raise ValueError("more than was asked for")
+        return ids[0] if ids else None
+
+    def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
+        """The answers to these questions, each fetched when it is asked for: memory need not hold them all.
+
+        Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
+        """
+        with readable():
+            found = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=message_ids))
+        ends = time.monotonic() + most_s
+        pairs = zip(found.messages_list, found.message_object_trees, strict=False)
+        for about, tree in pairs:
+            pulled = Pulled(message_id=about.metadata.reply_to_message_id, message=None)
+            try:
+                message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
+            except inflating.ObjectPullError:
+                pulled = replace(pulled, is_lost=True)
+            else:
+                if message is not None and not (message.has_error() and not about.HasField("error")):
+                    pulled = replace(pulled, message=message)  # an error is the server's to say
+            yield pulled
+
+    def _whole(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
+        """A message with its content, from the server."""
+        node, run_id = self.grid.node, self.grid.run.run_id
+        try:
+            return pull_message(
+                tree,
+                fetching.make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                fetching.make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                most_bytes=most_bytes,
+                most_s=most_s,
+            )
+        except inflating.ObjectPullError:
+            raise
+        except NotWhole as error:
+            log.warning("an answer is left aside: %s", error)
+            return None
+        except httpx.HTTPError:
+            raise
+        except Exception as error:  # each of Flower's readers has errors of its own over bytes that a site chose
+            log.warning("an answer cannot be read (%s)", type(error).__name__)
+            return None
+
+    def show_certificate(self) -> None:
+        """Show the certificate that the kit has now, in connections that are made from here on."""
+        show(http_client(self._client), self._tls.client_context())
+
+    def close(self) -> None:
+        """End the run; messages that nobody fetched are dropped."""
+        self._stop.set()
+        with contextlib.suppress(httpx.HTTPError):  # it would end by itself without heartbeats
+            self._client.PushTaskOutput(
+                runtime_pb2.PushTaskOutputRequest(sub_status=constant.SubStatus.COMPLETED, details="")
+            )
+        self._client.close()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                self._client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
+            except (httpx.HTTPError, RuntimeError):
+                continue  # who asks and collects meets the same trouble
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Turn an answer that is not Flower's, such as a proxy's page, into an error of the line."""
+    try:
+        yield
+    except (httpx.HTTPError, inflating.ObjectPushError, RunError):
+        raise
+    except Exception as error:  # each of the libraries has errors of its own over bytes that it did not expect
+        raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
+
+
+def _bundle() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("pyproject.toml", _BUNDLE)
+    return stream.getvalue()

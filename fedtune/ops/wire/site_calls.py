@@ -1,0 +1,270 @@
+"""Rules for a site's calls: each message is held to its sender, its receiver and an open question of the lead's.
+
+Flower 1.41 checks who calls, and believes the rest: it stores a message between any two nodes, and hands the lead
+whatever claims to be addressed to it.  Written for its tables; tests/flower/test_internals.py fails where they change.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+
+from fedtune.flower.internals import (
+    PROTOBUF_REQUEST_TYPES,
+    constant,
+    fleet_pb2,
+    message_pb2,
+    now,
+    objects,
+    runtime_pb2,
+    uint64_to_int64,
+)
+from fedtune.ops.wire.identity import NotAllowed
+
+if TYPE_CHECKING:
+    from fedtune.flower.internals import SqlLinkState
+
+FLEET = "/v1/fleet/"
+_SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
+_OBJECT_BYTES = 1 << 23
+"""Flower cuts an array into objects of 5 MiB."""
+_MOST_OBJECTS = 4096
+_SLACK_BYTES = 1 << 20
+_UNKNOWN_BYTES = 1 << 30
+"""Of an answer to a question that was fetched before this process started."""
+_REMEMBERED, _REMEMBERED_OBJECTS = 4096, 1 << 17
+
+_QUESTION = text("""
+SELECT q.run_id, q.src_node_id, q.dst_node_id, q.group_id, q.message_type, q.created_at + q.ttl AS until,
+       (SELECT message_id FROM message_res WHERE reply_to_message_id = q.message_id) AS answer
+FROM message_ins AS q WHERE q.message_id = :id""")
+_NUM_BYTES = text("""
+WITH RECURSIVE part(id) AS (
+  SELECT :id UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id)
+SELECT coalesce(sum(length(content)), 0) FROM objects JOIN part ON object_id = part.id""")
+_IS_ASKED = text("""
+WITH RECURSIVE whole(id) AS (
+  SELECT :object UNION SELECT parent_id FROM object_children JOIN whole ON child_id = whole.id)
+SELECT 1 FROM message_ins JOIN whole ON message_id = whole.id WHERE dst_node_id = :node AND run_id = :run""")
+_IS_AWAITED = text("""
+SELECT 1 FROM object_push_session_pending AS object JOIN object_push_sessions USING (session_id)
+WHERE session_id = :session AND object_id = :object AND run_id = :run""")
+_UNANSWERED = text("""
+SELECT q.message_id FROM message_ins AS q JOIN node ON node_id = q.dst_node_id
+WHERE q.created_at + q.ttl > :time AND online_until > :time
+AND NOT EXISTS (SELECT 1 FROM message_res WHERE reply_to_message_id = q.message_id)
+UNION
+SELECT reply_to_message_id FROM message_res JOIN object_push_session_roots ON root_object_id = message_id
+JOIN object_push_sessions USING (session_id) WHERE pending_count > 0 AND expires_at > :now""")
+
+
+@dataclass
+class _Answer:
+    """One that a site has announced.
+
+    Attributes:
+        most_bytes: of all its objects together.
+        until: when its question expires, in seconds since 1970.
+        num_bytes: of each object that came.
+    """
+
+    object_ids: frozenset[str]
+    most_bytes: int
+    until: float
+    num_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class SiteCalls:
+    """The rules, over what Flower has in its database.  Any thread may ask.
+
+    Args:
+        state: Flower's, in a database.
+    """
+
+    def __init__(self, state: SqlLinkState) -> None:
+        self._state, self._lock = state, threading.Lock()
+        self._answers: dict[int, dict[str, _Answer]] = {}  # of a node, by message id
+        self._sizes: dict[str, int] = {}  # of questions that were fetched: their objects are deleted then
+        self._asked: dict[str, frozenset[str]] = {}  # the lead's objects, and what each is made of
+
+    def most_bytes(self, path: str) -> int:
+        """Of the body of a call."""
+        call = path.removeprefix(FLEET)
+        return {"push-messages": _ANNOUNCED_BYTES, "push-object": _OBJECT_BYTES}.get(call, _SMALL_BYTES)
+
+    def check(self, path: str, key: bytes, body: bytes) -> None:
+        """Pass a call of the site with the connection key `key`.
+
+        Raises:
+            NotAllowed: the site may not make it.
+        """
+        try:
+            request: Any = PROTOBUF_REQUEST_TYPES["POST", path].FromString(body)
+        except Exception:  # protobuf's own, which mypy does not know
+            raise NotAllowed(400, "not a message of this call") from None
+        node = self.node_of(key)
+        call = path.removeprefix(FLEET)
+        if call == "activate-node":
+            own = request.public_key == key
+        else:
+            own = node is not None and (request.node_id if call == "deactivate-node" else request.node.node_id) == node
+        if not own:
+            raise NotAllowed(401, "another node's call")
+        if call == "push-messages":
+            self._check_answer(request, node or 0)
+        elif call == "push-object":
+            self._check_object(request, node or 0)
+        elif call == "pull-object":
+            self._check_pull(request, node or 0)
+        elif call == "confirm-message-received":
+            self._check_confirmed(request, node or 0)
+
+    def node_of(self, key: bytes) -> int | None:
+        """The node with this connection key; None: there is none."""
+        return self._state.get_node_id_by_public_key(key)
+
+    def asked(self, body: bytes) -> list[int]:
+        """The lead's questions: what they are made of, which no site may say otherwise; the nodes that are asked.
+
+        Flower names objects by their content, for all runs and nodes, and believes who names one first: with other
+        parts announced for it, the lead could ask nobody any more.
+        """
+        try:
+            request = runtime_pb2.PushAppMessagesRequest.FromString(body)
+        except Exception:  # protobuf's own; Flower refuses it
+            return []
+        with self._lock:
+            for tree in request.message_object_trees:
+                for part in islice(_parts(tree), _MOST_OBJECTS):
+                    self._asked.pop(part.object_id, None)
+                    self._asked[part.object_id] = frozenset(child.object_id for child in part.children)
+            while len(self._asked) > _REMEMBERED_OBJECTS:
+                del self._asked[next(iter(self._asked))]
+        return [message.metadata.dst_node_id for message in request.messages_list]
+
+    def finished(self, body: bytes) -> bytes:
+        """The lead's call for answers, less those that are not there, or not whole yet.
+
+        Flower would have the lead wait for one of which a part is missing, and one may be announced at any moment:
+        only what is whole now is asked for.  A site that is offline is answered for by Flower.
+        """
+        asked = runtime_pb2.PullAppMessagesRequest.FromString(body)
+        moment = now()
+        found = self._rows(_UNANSWERED, time=moment.timestamp(), now=moment.isoformat(sep=" "))
+        unanswered = {row[0] for row in found}
+        ids = [id for id in asked.message_ids if id not in unanswered]
+        return (
+            body
+            if len(ids) == len(asked.message_ids)
+            else runtime_pb2.PullAppMessagesRequest(message_ids=ids).SerializeToString()
+        )
+
+    def _check_answer(self, request: fleet_pb2.PushMessagesRequest, node: int) -> None:
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            raise NotAllowed(403, "not exactly one message")
+        if any(request.clientapp_runtime_list):
+            raise NotAllowed(403, "a time that training took")
+        (message,), (tree,) = request.messages_list, request.message_object_trees
+        if message.HasField("error") or message.content.ByteSize():
+            raise NotAllowed(403, "content beside the objects")
+        about = message.metadata
+        object_ids = self._object_ids(tree)
+        if tree.object_id != about.message_id:
+            raise NotAllowed(403, "objects of another message")
+        until = self._check_metadata(about, node)
+        size = max(self._num_bytes(about.reply_to_message_id), self._sizes.get(about.reply_to_message_id, 0))
+        most = 2 * size + _SLACK_BYTES if size else _UNKNOWN_BYTES
+        answer = _Answer(object_ids=object_ids, most_bytes=most, until=until)
+        with self._lock:
+            before = self._open_answers(node).get(about.message_id)
+            if before is None or before.object_ids != object_ids:  # else: announced once more
+                self._answers[node][about.message_id] = answer
+
+    def _object_ids(self, tree: message_pb2.ObjectTree) -> frozenset[str]:
+        parts = list(islice(_parts(tree), _MOST_OBJECTS + 1))
+        if len(parts) > _MOST_OBJECTS or not all(objects.is_valid_sha256_hash(part.object_id) for part in parts):
+            raise NotAllowed(403, "too many objects, or objects without a name")
+        with self._lock:
+            for part in parts:
+                made_of = frozenset(child.object_id for child in part.children)
+                if self._asked.get(part.object_id, made_of) != made_of:
+                    raise NotAllowed(403, "an object of the lead's, made of other parts")
+        return frozenset(part.object_id for part in parts)
+
+    def _check_metadata(self, about: message_pb2.Metadata, node: int) -> float:
+        """Raise unless it answers an open question of the lead to this node; when the question expires."""
+        if about.src_node_id != node:
+            raise NotAllowed(403, "in another sender's name")
+        if about.dst_node_id != constant.SUPERLINK_NODE_ID:
+            raise NotAllowed(403, "not to the lead")
+        found = list(self._rows(_QUESTION, id=about.reply_to_message_id))
+        if not about.reply_to_message_id:
+            raise NotAllowed(403, "answers no question")
+        if not found or found[0].until <= time.time():
+            raise NotAllowed(409, "the question is not open")
+        (question,) = found
+        if question.dst_node_id != uint64_to_int64(node) or question.src_node_id != constant.SUPERLINK_NODE_ID:
+            raise NotAllowed(403, "another node's question")
+        if question.run_id != uint64_to_int64(about.run_id):
+            raise NotAllowed(403, "another run's question")
+        if (about.message_type, about.group_id) != (question.message_type, question.group_id):
+            raise NotAllowed(403, "of another kind than the question")
+        if question.answer not in (None, about.message_id):
+            raise NotAllowed(409, "the question is answered")
+        return float(question.until)
+
+    def _check_object(self, request: Any, node: int) -> None:
+        id, size = request.object_id, len(request.object_content)
+        with self._lock:
+            announced = next((one for one in self._open_answers(node).values() if id in one.object_ids), None)
+            if announced is not None:
+                others = sum(announced.num_bytes.values()) - announced.num_bytes.get(id, 0)
+                if others + size > announced.most_bytes:
+                    raise NotAllowed(413, "an answer larger than its question allows")
+                announced.num_bytes[id] = size
+                return
+        # The session's id is known to whom it was given, and to nobody else: one from before this process's start.
+        run = uint64_to_int64(request.run_id)
+        if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
+            raise NotAllowed(409, "an object that nobody waits for")
+
+    def _check_pull(self, request: message_pb2.PullObjectRequest, node: int) -> None:
+        run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node)
+        if not any(self._rows(_IS_ASKED, object=request.object_id, node=mine, run=run)):
+            raise NotAllowed(409, "an object of no question to this node")
+
+    def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
+        id = request.message_object_id
+        found = list(self._rows(_QUESTION, id=id))
+        if not found or found[0].dst_node_id != uint64_to_int64(node):
+            raise NotAllowed(409, "no question to this node")
+        size = self._num_bytes(id)
+        with self._lock:
+            while len(self._sizes) >= _REMEMBERED:
+                del self._sizes[next(iter(self._sizes))]
+            self._sizes[id] = max(self._sizes.pop(id, 0), size)
+
+    def _open_answers(self, node: int) -> dict[str, _Answer]:
+        kept = {id: one for id, one in self._answers.get(node, {}).items() if one.until > time.time()}
+        self._answers[node] = kept
+        return kept
+
+    def _num_bytes(self, id: str) -> int:
+        return int(next(iter(self._rows(_NUM_BYTES, id=id)))[0])
+
+    def _rows(self, query: Any, **values: object) -> Iterable[Any]:
+        with self._state.session() as session:
+            return session.execute(query, values).all()
+
+
+def _parts(tree: message_pb2.ObjectTree) -> Iterator[message_pb2.ObjectTree]:
+    """All of its objects; protobuf bounds its depth."""
+    yield tree
+    for child in tree.children:
+        yield from _parts(child)

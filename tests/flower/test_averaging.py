@@ -1,0 +1,168 @@
+"""How updates become one adapter: by declared sizes, in a fixed order, with state that survives a restart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from fedtune.federation.protocol import RoundRequest
+from fedtune.federation.rounds import run_rounds
+from fedtune.federation.site_round import Trained
+from fedtune.federation.spec import STRATEGIES, FederationSpec
+from fedtune.federation.update_store import Arrived
+from fedtune.flower.averaging import Average
+from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
+from fedtune.model import Adapter
+
+from .conftest import STEPS
+
+Tensors = dict[str, np.ndarray]
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedadam": {"server_learning_rate": 0.1, "server_momentum": 0.5, "server_beta_2": 0.9, "server_tau": 0.01},
+    "fedavgm": {"server_learning_rate": 0.5, "server_momentum": 0.9},
+    "fedmedian": {},
+}
+# What each strategy makes of a mean step d in the first round, in float64 by hand.
+_EXPECTED: dict[str, Callable[[float], float]] = {
+    "fedavg": lambda d: d,
+    "fedavgm": lambda d: 0.5 * d,
+    # m = (1 - .5) d, v = (1 - .9) d^2, bias correction for round 1 with Flower's exponent t + 1 = 2.
+    "fedadam": lambda d: 0.1 * np.sqrt(1 - 0.9**2) / (1 - 0.5**2) * (0.5 * d) / (np.sqrt(0.1 * d * d) + 0.01),
+}
+
+
+def moved(federation: Any) -> float:
+    """By how much one round moved every value of the adapter."""
+    state = run_rounds(federation.transport, federation.lead, federation.start)
+    steps = np.concatenate(
+        [(state.adapter.tensors[name] - value).ravel() for name, value in federation.adapter.tensors.items()]
+    )
+    assert steps.dtype == np.float32
+    np.testing.assert_allclose(steps, steps[0], atol=1e-6)
+    return float(steps[0])
+
+
+@pytest.mark.parametrize("strategy", list(_EXPECTED))
+@pytest.mark.parametrize("sizes", [(10, 10, 10), (1, 3, 6), (1000, 1, 1)])
+def test_updates_are_weighted_by_declared_sizes(
+    federation: Callable[..., Any], strategy: str, sizes: tuple[int, ...]
+) -> None:
+    mean = float(np.average(list(STEPS.values()), weights=sizes))
+    made = federation(sizes=sizes, strategy=strategy, **_SETTINGS[strategy])
+    assert moved(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
+
+
+def test_the_median_has_no_weights(federation: Callable[..., Any]) -> None:
+    assert moved(federation(sizes=(1000, 1, 1), strategy="fedmedian")) == pytest.approx(0.125)
+
+
+@pytest.mark.by_day("fedavg", "fedmedian")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_replies_in_any_order_give_the_same_bytes(
+    federation: Callable[..., Any], tamper: Callable[..., None], strategy: str
+) -> None:
+    digests = set()
+    for order in range(4):
+
+        def shuffled(messages: list[Message], order: int = order) -> list[Message]:
+            return random.Random(order).sample(messages, len(messages))
+
+        tamper(shuffled)
+        made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
+        digests.add(run_rounds(made.transport, made.lead, made.start).adapter.digest())
+    assert len(digests) == 1
+
+
+@pytest.mark.by_day("fedadam")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], strategy: str) -> None:
+    settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
+    whole = federation(num_rounds=3, folder="whole", **settings)
+    expected = run_rounds(whole.transport, whole.lead, whole.start)
+    first = federation(num_rounds=3, folder="parts", **settings)
+    first.run_until(1)
+    second = federation(num_rounds=3, folder="parts", **settings)
+    state = second.lead.checkpoints.load()
+    assert run_rounds(second.transport, second.lead, state).adapter.digest() == expected.adapter.digest()
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "fedavgm"])
+def test_the_state_that_is_restored_matters(federation: Callable[..., Any], strategy: str) -> None:
+    settings = {"strategy": strategy, **_SETTINGS[strategy]}
+    made = federation(num_rounds=2, folder="whole", **settings)
+    expected = run_rounds(made.transport, made.lead, made.start)
+    state = federation(num_rounds=2, folder="parts", **settings).run_until(1)
+    assert state.strategy
+    forgetful, state = federation(num_rounds=2, folder="parts", **settings), replace(state, strategy={})
+    assert run_rounds(forgetful.transport, forgetful.lead, state).adapter.digest() != expected.adapter.digest()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_that_has_not_stepped_has_no_state(strategy: str) -> None:
+    made = Average(FederationSpec(strategy=strategy, **_SETTINGS[strategy]), {})  # type: ignore[arg-type]
+    assert made.state == {}
+    made.restore({})
+    assert made.state == {}
+
+
+def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
+    average = Average(FederationSpec(strategy="fedavgm", server_momentum=0.5), {})
+    state = {f"momentum/{number:05d}": np.full(1, number, np.float32) for number in range(12)}
+    average.restore(state)
+    assert list(average.state) == list(state)
+    assert [int(value[0]) for value in average.state.values()] == list(range(12))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("piece_bytes", [1, 40, 1 << 27])
+def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("fedtune.flower.averaging._PIECE_BYTES", piece_bytes)
+    draw = np.random.default_rng(3)
+    sizes = {"a": 30, "b": 5, "c": 71, "d": 4}
+    spec = FederationSpec(num_sites=len(sizes), strategy=strategy, **_SETTINGS[strategy])
+    whole, pieces = Average(spec, sizes)._strategy, Average(spec, sizes)
+    sent = adapter
+    for round in (1, 2):
+        updates = {
+            site: {name: value + draw.standard_normal(value.shape, np.float32) for name, value in sent.tensors.items()}
+            for site in sizes
+        }
+        whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
+        replies = [Message(weighted(updates[site], size), 1, "train") for site, size in sizes.items()]
+        arrays, _ = whole.aggregate_train(round, replies)
+        assert arrays is not None
+        expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
+        with Arrived(tmp_path / "arrived", sent) as arrived:
+            for site in reversed(sizes):
+                arrived.put(site, updates[site])
+            sent = pieces.average(round, arrived, sizes)
+        for name, value in expected.items():
+            assert value.tobytes() == sent.tensors[name].tobytes(), name
+
+
+def test_an_update_is_on_disk_before_the_next_site_trains(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = federation(sizes=(3, 5, 7))
+    there: list[list[str]] = []
+    train = made._train
+
+    def spy(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        there.append(sorted(path.name for path in made.lead.checkpoints.arrived.iterdir()))
+        return train(request, adapter, attempt)
+
+    monkeypatch.setattr(made, "_train", spy)
+    run_rounds(made.transport, made.lead, made.start)
+    sites = list(made.sizes)
+    assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
+    assert not made.lead.checkpoints.arrived.exists()

@@ -1,0 +1,253 @@
+"""Builders of these tests: a federation in a folder, sites that want to join it, a server that a doctor asks."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
+from fedtune.ops.kits.provisioning import Admitted
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_policy import Policy
+
+FEDERATION_TOML = f"""\
+name = "cardiology-2026"
+server = "127.0.0.1:9092"
+also_known_as = ["localhost", "fl.example.org"]
+
+[[model]]
+name = "minilm"
+sha256 = "{"53" * 32}"
+licence = "Apache-2.0"
+"""
+
+
+@pytest.fixture(scope="session")
+def now() -> datetime:
+    """The moment at which all of it was made, in whole seconds as certificates have them."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+@pytest.fixture
+def federation_toml(tmp_path: Path) -> Path:
+    """A federation.toml whose server is this machine."""
+    path = tmp_path / "federation.toml"
+    path.write_text(FEDERATION_TOML)
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
+    """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
+    return new_federation(tmp_path_factory.mktemp("made"), now=now)
+
+
+def new_federation(folder: Path, *, now: datetime) -> Path:
+    """The folder of a federation that was made at this moment, inside `folder`."""
+    (folder / "federation.toml").write_text(FEDERATION_TOML)
+    return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
+
+
+@pytest.fixture
+def federation(federation_toml: Path, made: Path) -> Path:
+    """A copy of its own."""
+    return shutil.copytree(made, federation_toml.parent / "federation")
+
+
+@pytest.fixture
+def request_of(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Path]:
+    """The join request of a site, which lies in a folder named after it; `kit` names another folder for its keys."""
+
+    def make(site: str, *, kit: str = "kit", declared_size: int = 100) -> Path:
+        folder = tmp_path / site
+        folder.mkdir(exist_ok=True)
+        write_policy(site_policy(site, declared_size=declared_size), folder / "site.toml")
+        return site_init(folder / "site.toml", out=folder / kit) / REQUEST
+
+    return make
+
+
+@pytest.fixture
+def joined(federation: Path, request_of: Callable[..., Path], now: datetime) -> Callable[[str], Path]:
+    """Let a site in; its kit, unzipped where its keys are."""
+
+    def make(site: str) -> Path:
+        request = request_of(site)
+        done = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
+        unpack(done.archive, request.parent)
+        return request.parent
+
+    return make
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The lead's: a federation's folder, the requests of sites, and what is done with them."""
+
+    folder: Path
+    now: datetime
+    request: Callable[..., Path]
+    join: Callable[[str], Path]
+
+    def add(self, request: Path, *, days: int | None = None) -> Admitted:
+        return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now).let_in()
+
+    def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
+        """Renew a site so many days `later`."""
+        now = self.now + timedelta(days=later)
+        if request is None:
+            return provisioning.renew_site(self.folder, name, days=None, now=now)
+        return provisioning.ask_to_renew(
+            self.folder, name, request=request, days=None, new_site_key=new_site_key, now=now
+        ).let_in()
+
+    def revoke(self, name: str) -> Member:
+        return provisioning.revoke_site(self.folder, name, now=self.now)
+
+    def member(self, name: str) -> Member:
+        """A site in the server's roster, which must be the lead's, too."""
+        members = Roster.read(self.folder / "server" / "roster.json").sites
+        assert members == Roster.read(self.folder / "lead" / "roster.json").sites
+        return next(one for one in members if one.site == name)
+
+
+@pytest.fixture
+def desk(federation: Path, now: datetime, request_of: Callable[..., Path], joined: Callable[[str], Path]) -> Desk:
+    return Desk(folder=federation, now=now, request=request_of, join=joined)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Kill what runs next at this step on the disk, from 0, before it takes place; the steps that were begun."""
+    begun: list[str] = []
+
+    def counted(call: Callable[..., None], name: str) -> Callable[..., None]:
+        def made(*arguments: Any, **options: Any) -> None:
+            begun.append(name)
+            if len(begun) > step:
+                raise Killed
+            call(*arguments, **options)
+
+        return made
+
+    for name in ("fsync", "replace", "unlink"):
+        patch.setattr(os, name, counted(getattr(os, name), name))
+    return begun
+
+
+def of_odd_version(pem: str) -> str:
+    """A certificate, or a request for one, with a version that X.509 does not have."""
+    first, *lines, last = pem.splitlines()
+    encoded = bytearray(base64.b64decode("".join(lines)))
+    version = re.search(rb"\x02\x01[\x00\x02]", encoded)
+    assert version is not None
+    encoded[version.end() - 1] = 110
+    return "\n".join((first, base64.encodebytes(encoded).decode().strip(), last, ""))
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unzip a kit, as its README.md says."""
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy of this machine's stands between a site and its server."""
+    for name in ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+class Mailbox(http.server.ThreadingHTTPServer):
+    """A federation's server on loopback that knows one site, as far as the doctor asks it.
+
+    Attributes:
+        context: for TLS; set before the first connection.
+        says: status and content for a site that says hello.
+        clock_ahead_s: of its `Date`.
+        seen: paths that were asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.context: ssl.SSLContext | None = None
+        self.says: Callable[[], tuple[int, Any]] = lambda: (200, {"site": "north", "time": time.time()})
+        self.clock_ahead_s = 0.0
+        self.seen: list[str] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        plain, address = super().get_request()
+        assert self.context is not None
+        # The handshake is made by the thread that answers, so that a client that fails it stops nobody else.
+        return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is what these tests are about."""
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve in a thread for the block."""
+        thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            self.shutdown()
+            self.server_close()
+            thread.join()
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    server: Mailbox
+
+    def do_GET(self) -> None:
+        self.server.seen.append(self.path)
+        status, content = self.server.says() if self.path == "/v1/fedtune/hello" else (404, {"reason": "no"})
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return formatdate((timestamp or time.time()) + self.server.clock_ahead_s, usegmt=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
+    """The folder of a site that has joined, with its anchor on another disk."""
+    folder = joined("north").parent
+    (folder / "other disk").mkdir()
+    write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
+    return folder

@@ -1,0 +1,314 @@
+"""Certificates hold under the strictest checks of OpenSSL, in real handshakes, and only for whom they were made."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from fedtune.ops.kits.certificates import (
+    Authority,
+    Certificate,
+    certificate_pem,
+    check_issued,
+    fingerprint_of,
+    make_key,
+    private_pem,
+    public_pem,
+    read_connection_key,
+)
+from fedtune.spec import ConfigError
+from fedtune.words import spoken
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Files of somebody with a certificate."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class World:
+    """An authority's certificate, and a function that makes certificates of it."""
+
+    ca: Path
+    authority: Authority
+    folder: Path
+
+    def holder(
+        self, kind: str, *, name: str = "a", hosts: tuple[str, ...] = ("localhost",), **when: datetime
+    ) -> Holder:
+        key, now = make_key(), when.get("now", datetime.now(UTC))
+        if kind == "server":
+            certificate = self.authority.issue_server(key.public_key(), hosts=hosts, days=1, now=now)
+        else:
+            certificate = self.authority.issue_client(key.public_key(), kind=kind, name=name, days=1, now=now)
+        made = Holder(certificate=self.folder / f"{kind}-{name}.pem", key=self.folder / f"{kind}-{name}-key.pem")
+        made.certificate.write_bytes(certificate_pem(certificate))
+        made.key.write_bytes(private_pem(key))
+        return made
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Callable[..., World]:
+    def make(name: str = "cardiology", *, now: datetime | None = None, days: int = 100) -> World:
+        folder = tmp_path / name
+        folder.mkdir()
+        authority = Authority.make(name, days=days, now=now or datetime.now(UTC))
+        (folder / "ca.pem").write_bytes(certificate_pem(authority.certificate))
+        return World(ca=folder / "ca.pem", authority=authority, folder=folder)
+
+    return make
+
+
+def context(side: int, *, ca: Path, holder: Holder | None) -> ssl.SSLContext:
+    """What Python's newest versions use by default, with certificates demanded on both sides."""
+    made = ssl.SSLContext(side)
+    made.verify_mode = ssl.CERT_REQUIRED
+    made.verify_flags |= ssl.VERIFY_X509_STRICT
+    made.load_verify_locations(ca)
+    if holder:
+        made.load_cert_chain(holder.certificate, holder.key)
+    return made
+
+
+def exchange(server: ssl.SSLContext, client: ssl.SSLContext, *, host: str = "localhost") -> dict[str, object]:
+    """Connect over loopback and pass a word both ways; the client's certificate as the server saw it.
+
+    Raises:
+        ssl.SSLError: either side refused the other.
+    """
+    seen: dict[str, object] = {}
+    failed: dict[str, OSError] = {}
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            try:
+                plain, _ = listening.accept()
+                plain.settimeout(10)
+                with plain, server.wrap_socket(plain, server_side=True) as tls:
+                    seen.update(tls.getpeercert() or {})
+                    tls.sendall(tls.recv(5))
+            except OSError as error:
+                failed["server"] = error
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with (
+                socket.create_connection(listening.getsockname(), timeout=10) as plain,
+                client.wrap_socket(plain, server_hostname=host) as tls,
+            ):
+                tls.sendall(b"hello")
+                assert tls.recv(5) in (b"hello", b"")
+        except OSError as error:
+            failed["client"] = error
+        thread.join(10)
+    if failed:  # in TLS 1.3 a client learns only later that it was refused, and not always why
+        raise ssl.SSLError(", ".join(f"{side}: {error}" for side, error in failed.items()))
+    return seen
+
+
+def shake(world: World, *, server: Holder | None = None, client: Holder | None = None, **options: str) -> object:
+    """A handshake between holders of certificates of `world`."""
+    server = server or world.holder("server", hosts=("localhost", "127.0.0.1", "fl.example.org"))
+    client = client or world.holder("site", name="north")
+    return exchange(
+        context(ssl.PROTOCOL_TLS_SERVER, ca=world.ca, holder=server),
+        context(ssl.PROTOCOL_TLS_CLIENT, ca=world.ca, holder=client),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "fl.example.org"])
+def test_server_and_site_trust_each_other(world: Callable[..., World], host: str) -> None:
+    seen = shake(world(), host=host)
+    assert isinstance(seen, dict)
+    assert [part[0] for part in seen["subject"]] == [
+        ("organizationName", "cardiology"),
+        ("organizationalUnitName", "site"),
+        ("commonName", "north"),
+    ]
+
+
+@pytest.mark.parametrize("host", ["example.org", "127.0.0.2", "x.fl.example.org"])
+def test_a_server_is_nobody_else(world: Callable[..., World], host: str) -> None:
+    with pytest.raises(ssl.SSLError, match="certificate is not valid for"):
+        shake(world(), host=host)
+
+
+def test_a_site_of_another_federation_is_turned_away(world: Callable[..., World]) -> None:
+    stranger = world("bakery").holder("site", name="north")
+    with pytest.raises(ssl.SSLError, match=r"server: .*(certificate verify failed)"):
+        shake(world(), client=stranger)
+
+
+def test_a_server_of_another_authority_of_the_same_name_is_not_believed(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    ours = world()
+    theirs = World(ca=ours.ca, authority=Authority.make("cardiology", days=9, now=datetime.now(UTC)), folder=tmp_path)
+    with pytest.raises(ssl.SSLError, match=r"client: .*certificate verify failed"):
+        shake(ours, server=theirs.holder("server"))
+
+
+@pytest.mark.parametrize("late", ["site", "server"])
+def test_an_expired_certificate_is_refused(world: Callable[..., World], late: str) -> None:
+    past = datetime.now(UTC) - timedelta(days=2)
+    ours = world(now=past)
+    expired = ours.holder(late, name="late", now=past)
+    with pytest.raises(ssl.SSLError, match="certificate has expired"):
+        shake(ours, **{"client" if late == "site" else "server": expired})
+
+
+def test_a_client_without_a_certificate_is_turned_away(world: Callable[..., World]) -> None:
+    ours = world()
+    server = context(ssl.PROTOCOL_TLS_SERVER, ca=ours.ca, holder=ours.holder("server"))
+    with pytest.raises(ssl.SSLError, match=r"server: .*PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+        exchange(server, context(ssl.PROTOCOL_TLS_CLIENT, ca=ours.ca, holder=None))
+
+
+def test_a_site_cannot_pose_as_the_server(world: Callable[..., World]) -> None:
+    ours = world()
+    with pytest.raises(ssl.SSLError, match="unsuitable certificate purpose"):
+        shake(ours, server=ours.holder("site", name="localhost"))
+
+
+def test_the_server_s_certificate_is_no_site_s(world: Callable[..., World]) -> None:
+    ours = world()
+    with pytest.raises(ssl.SSLError, match="unsuitable certificate purpose"):
+        shake(ours, client=ours.holder("server", name="other"))
+
+
+def test_a_site_cannot_issue_certificates(world: Callable[..., World], tmp_path: Path) -> None:
+    ours = world()
+    site = ours.holder("site", name="north")
+    key = make_key()
+    own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
+    posing = Authority(key=read_connection_key(site.key), certificate=own)
+    forged = posing.issue_client(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
+    with pytest.raises(ConfigError, match="must be issued by the authority"):
+        check_issued(forged, ca=ours.authority.certificate, key="site.pem")
+    chain = Holder(certificate=tmp_path / "chain.pem", key=tmp_path / "forged.pem")
+    chain.certificate.write_bytes(certificate_pem(forged) + certificate_pem(own))
+    chain.key.write_bytes(private_pem(key))
+    with pytest.raises(ssl.SSLError, match=r"server: .*(invalid CA certificate)"):
+        shake(ours, client=chain)
+
+
+@needs_openssl
+def test_openssl_finds_nothing_to_object_to(world: Callable[..., World]) -> None:
+    ours = world()
+    for holder, purpose in (
+        (ours.holder("server", hosts=("fl.example.org", "10.0.0.3", "2001:db8::1")), "sslserver"),
+        (ours.holder("lead", name="lead"), "sslclient"),
+        (ours.holder("site", name="north"), "sslclient"),
+    ):
+        command = ["openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", ours.ca, holder.certificate]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_extensions_say_who_may_do_what(world: Callable[..., World]) -> None:
+    authority, now = world().authority, datetime.now(UTC)
+    own = authority.certificate.extensions
+    constraints = own.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical
+    assert (constraints.value.ca, constraints.value.path_length) == (True, 0)
+    assert own.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    server = authority.issue_server(make_key().public_key(), hosts=("fl", "::1"), days=1, now=now)
+    site = authority.issue_client(make_key().public_key(), kind="site", name="a", days=1, now=now)
+    for certificate, purpose in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (site, ExtendedKeyUsageOID.CLIENT_AUTH)):
+        found = certificate.extensions
+        assert certificate.version is x509.Version.v3
+        assert isinstance(certificate.signature_hash_algorithm, hashes.SHA384)
+        assert found.get_extension_for_class(x509.BasicConstraints).critical
+        assert found.get_extension_for_class(x509.BasicConstraints).value.ca is False
+        usage = found.get_extension_for_class(x509.KeyUsage)
+        assert usage.critical
+        assert usage.value.digital_signature
+        assert not usage.value.key_cert_sign
+        assert list(found.get_extension_for_class(x509.ExtendedKeyUsage).value) == [purpose]
+        issuer = found.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        assert issuer == own.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+        assert found.get_extension_for_class(x509.SubjectKeyIdentifier)
+    assert server.serial_number != site.serial_number
+    assert server.serial_number.bit_length() > 100
+
+
+def test_a_certificate_begins_earlier_for_slow_clocks_and_never_outlives_its_authority(
+    world: Callable[..., World],
+) -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    authority = world(now=start, days=10).authority
+    key = make_key().public_key()
+
+    def issued(now: datetime, days: int) -> Certificate:
+        return Certificate.of(authority.issue_client(key, kind="site", name="a", days=days, now=now))
+
+    later = start + timedelta(days=3)
+    assert issued(later, 2).not_before == later - timedelta(minutes=5)
+    assert issued(later, 2).not_after == later + timedelta(days=2)
+    assert issued(later, 365).not_after == start + timedelta(days=10)
+    assert issued(start, 1).not_before == start - timedelta(minutes=5)  # the authority's own beginning
+    with pytest.raises(ConfigError, match="provision the federation again"):
+        issued(start + timedelta(days=11), 1)
+
+
+def test_a_loaded_authority_is_the_one_that_was_made(world: Callable[..., World]) -> None:
+    ours = world()
+    path = ours.folder / "ca_key.pem"
+    with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
+        Authority.load(ours.folder)
+    path.write_bytes(private_pem(ours.authority.key))
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"mode 640.*chmod 600"):
+        Authority.load(ours.folder)
+    path.chmod(0o600)
+    assert Authority.load(ours.folder).certificate == ours.authority.certificate
+    path.write_bytes(private_pem(make_key()))
+    with pytest.raises(ConfigError, match="is not the key of the certificate"):
+        Authority.load(ours.folder)
+    path.write_bytes(private_pem(ec.generate_private_key(ec.SECP256R1())))
+    with pytest.raises(ConfigError, match="must be an EC P-384 private key"):
+        Authority.load(ours.folder)
+
+
+def test_a_renewal_keeps_the_fingerprint(world: Callable[..., World]) -> None:
+    authority, now, key = world().authority, datetime.now(UTC), make_key()
+    one, two = (authority.issue_client(key.public_key(), kind="site", name="a", days=n, now=now) for n in (1, 2))
+    assert Certificate.of(one).fingerprint == Certificate.of(two).fingerprint == fingerprint_of(public_pem(key))
+    assert Certificate.of(one).not_after != Certificate.of(two).not_after
+
+
+@needs_openssl
+def test_the_fingerprint_is_what_openssl_computes(world: Callable[..., World]) -> None:
+    ours = world()
+    holder = ours.holder("site", name="north")
+    pem = subprocess.run(
+        ["openssl", "x509", "-in", holder.certificate, "-pubkey", "-noout"], capture_output=True, check=True
+    ).stdout
+    der = subprocess.run(["openssl", "pkey", "-pubin", "-outform", "DER"], input=pem, capture_output=True, check=True)
+    digest = subprocess.run(["openssl", "dgst", "-sha256", "-r"], input=der.stdout, capture_output=True, check=True)
+    certificate = x509.load_pem_x509_certificate(holder.certificate.read_bytes())
+    assert Certificate.of(certificate).fingerprint == digest.stdout.split()[0].decode()
+
+
+def test_fingerprints_are_grouped_for_reading_out() -> None:
+    assert spoken("0123456789abcdef") == "0123 4567 89ab cdef"

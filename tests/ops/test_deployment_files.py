@@ -1,0 +1,377 @@
+"""The files in deployment/: read by the tools that they are for where these are here, tried where it is possible."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from fedtune.ops.health import READY, Health, State
+
+from ..conftest import parsed
+from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, name_of, pod_of, run, tool
+
+UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
+COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
+SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
+EXECUTABLE = "/opt/fedtune/bin/fedtune"
+
+
+def test_every_kind_of_file_is_there() -> None:
+    assert len(UNITS) == 3
+    assert len(COMPOSE) == 2
+
+
+# systemd
+
+
+def unit(path: Path) -> configparser.SectionProxy:
+    """The [Service] section; of keys that are given twice the last counts, which is enough here."""
+    parsed = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    parsed.optionxform = str  # type: ignore[method-assign,assignment]
+    parsed.read_string(path.read_text())
+    return parsed["Service"]
+
+
+def verify(text: str, file: Path) -> str:
+    """What `systemd-analyze verify` has to say; it ends with 0 also when it ignored a line."""
+    file.write_text(text.replace(EXECUTABLE, shutil.which("true") or "/bin/true"))
+    done = run(tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
+    return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_systemd_takes_the_unit(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    assert verify(text, tmp_path / path.name) == ""
+    assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_systemd_finds_the_unit_hardened(path: Path, tmp_path: Path) -> None:
+    threshold = "25"  # in tenths; a service without any setting has 96
+    shutil.copy(path, tmp_path)
+    command = (tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
+    done = run(*command, tmp_path / path.name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    weak = tmp_path / "weak.service"
+    weak.write_text("[Service]\nExecStart=/bin/true\n")
+    assert run(*command, weak).returncode != 0
+
+
+@pytest.mark.parametrize("path", UNITS, ids=name_of)
+def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
+    service = unit(path)
+    assert service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"] == "2 3"
+    assert service["KillSignal"] == "SIGTERM"
+    assert service["TimeoutStopSec"]
+    assert "StartLimitBurst=" in path.read_text()
+    assert service["User"] not in ("", "root")
+    for key, value in {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "PrivateTmp": "yes"}.items():
+        assert service[key] == value
+
+
+def test_a_server_has_bounds_on_files_memory_and_processes() -> None:
+    service = unit(DEPLOYMENT / "systemd/fedtune-server.service")
+    # The server takes 2048 connections at most, and keeps 128 files for itself.
+    assert int(service["LimitNOFILE"]) >= 2048 + 128
+    assert service["MemoryMax"] == "4G"
+    assert int(service["TasksMax"]) <= 1024
+    compose = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["server"]
+    assert compose["ulimits"] == {"core": 0, "nofile": {"soft": 4096, "hard": 4096}}
+    assert (compose["mem_limit"], compose["pids_limit"]) == ("4g", 512)
+    assert service["LimitCORE"] == "0"
+
+
+def test_sites_and_leads_have_a_bound_on_memory() -> None:
+    assert unit(DEPLOYMENT / "systemd/fedtune-site.service")["MemoryMax"] == "16G"
+    assert unit(DEPLOYMENT / "systemd/fedtune-lead@.service")["MemoryMax"] == "8G"
+    site = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
+    assert (site["mem_limit"], site["pids_limit"]) == ("${SITE_MEMORY:-16g}", 4096)
+    # Neither swap nor a core file: records would lie on a disk.
+    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+    assert (service["MemorySwapMax"], site["memswap_limit"]) == ("0", site["mem_limit"])
+    assert (service["LimitCORE"], site["ulimits"]) == ("0", {"core": 0})
+
+
+def test_no_site_can_write_its_policy() -> None:
+    text = (DEPLOYMENT / "systemd/fedtune-site.service").read_text()
+    policy = f"{unit(DEPLOYMENT / 'systemd/fedtune-site.service')['WorkingDirectory']}/site.toml"
+    assert f"\nReadOnlyPaths=-{policy}\n" in text
+    service = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
+    told = parsed(*service["command"])
+    (bound,) = (one for one in service["volumes"] if one["target"] == str(told["site"]))
+    assert bound["read_only"] is True
+    (folder,) = (one for one in service["volumes"] if one["target"] == str(told["site"].parent))
+    assert bound["source"] == f"{folder['source']}/site.toml"
+
+
+def test_the_page_s_drop_in_is_the_unit_s_command_with_metrics() -> None:
+    text = (DEPLOYMENT / "README.md").read_text()
+    (drop_in,) = re.findall(r"^\[Service\]\nExecStart=\nExecStart=(.*)$", text, re.MULTILINE)
+    (job,) = (
+        one
+        for one in yaml.safe_load((DEPLOYMENT / "monitoring/prometheus.yaml").read_text())["scrape_configs"]
+        if one["job_name"] == "fedtune-site"
+    )
+    (address,) = job["static_configs"][0]["targets"]
+    assert drop_in == f"{unit(DEPLOYMENT / 'systemd/fedtune-site.service')['ExecStart']} --metrics {address}"
+    assert "/opt/fedtune/bin/pip install --constraint constraints.txt '.[metrics]'" in text
+
+
+def test_the_site_s_unit_lets_the_gpu_through() -> None:
+    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+    assert service["PrivateDevices"] == "no"
+    assert "DevicePolicy" not in service
+    assert "MemoryDenyWriteExecute" not in service
+    assert "ProcSubset" not in service
+
+
+# Docker
+
+
+def test_hadolint_takes_the_dockerfile(tmp_path: Path) -> None:
+    hadolint, dockerfile = tool("hadolint"), DEPLOYMENT / "docker/Dockerfile"
+    done = run(hadolint, dockerfile)
+    assert done.returncode == 0, done.stdout
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(dockerfile.read_text().replace("ENTRYPOINT [", "ENTRYPOINTS ["))
+    assert run(hadolint, broken).returncode != 0
+
+
+def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
+    text = (DEPLOYMENT / "docker/Dockerfile").read_text()
+    final = text[text.rindex("\nFROM ") :]
+    users = re.findall(r"^USER (.+)$", final, re.M)
+    assert users == ["${FEDTUNE_UID}:${FEDTUNE_UID}"]
+    assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
+    assert "HEALTHCHECK" in final
+    assert "fedtune.ops.health" in final
+    # `--metrics` needs the extra, and nobody can install it into the container.
+    assert "--constraint constraints.txt '.[metrics]'" in text
+    # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
+    assert "s/^torch==//p" in text
+
+
+def test_the_build_sees_only_what_the_image_is_made_of() -> None:
+    lines = (DEPLOYMENT / "docker/Dockerfile.dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert patterns[0] == "*"
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOYMENT / "docker/Dockerfile").read_text(), re.M)
+    sources = {source for line in copied for source in line.split()}
+    assert sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert f"!{source}" in patterns, source
+    last_let_in = max(number for number, pattern in enumerate(patterns) if pattern.startswith("!"))
+    for secret in ("**/*.pem", "**/*.db"):
+        assert patterns.index(secret) > last_let_in
+
+
+def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
+    command = (tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec")
+    done = run(*command, *COMPOSE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = [tmp_path / path.name for path in COMPOSE]
+    for path, copy in zip(COMPOSE, broken, strict=True):
+        copy.write_text(path.read_text().replace("  site:", "  site:\n    red_only: true", 1))
+    found = run(*command, *broken)
+    assert found.returncode != 0
+    assert all(copy.name in found.stdout for copy in broken)
+
+
+def test_the_services_of_compose_are_closed() -> None:
+    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
+    assert set(services) == {"server", "site"}
+    for name, service in services.items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+        assert not service["user"].startswith(("0", "root"))
+        assert service["profiles"] == [name]
+        assert all(volume["bind"] == {"create_host_path": False} for volume in service["volumes"])
+    assert "ports" not in services["site"]
+    assert "expose" not in services["site"]
+    assert services["server"]["ports"] == ["9092:9092"]
+    (records,) = (volume for volume in services["site"]["volumes"] if volume["target"] == "/records")
+    assert records["read_only"] is True
+
+
+# SLURM
+
+
+def test_compose_s_server_may_write_nothing_of_its_kit() -> None:
+    service = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["server"]
+    told = parsed(*service["command"])
+    places = {one["target"]: one for one in service["volumes"]}
+    assert places[str(told["kit"])]["read_only"] is True
+    assert not places[str(told["data"])].get("read_only")
+
+
+def test_sbatch_takes_every_option_of_the_batch_script(tmp_path: Path) -> None:
+    """As far as sbatch goes without a controller: it reads the options, then finds nobody at port 1."""
+    settings = ("ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "AuthType=auth/none", "GresTypes=gpu")
+    (tmp_path / "slurm.conf").write_text("\n".join((*settings, "MessageTimeout=2\n")))
+    environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+
+    def said(text: str) -> str:
+        (tmp_path / "job").write_text(text)
+        return run(tool("sbatch"), "--test-only", tmp_path / "job", env=environment).stderr
+
+    text = SBATCH.read_text()
+    assert "Unable to contact slurm controller" in said(text)
+    assert "unrecognized option" in said(text.replace("--requeue", "--requeues"))
+    assert "Invalid --signal" in said(text.replace("TERM@120", "TERM@soon"))
+    assert "Invalid --time" in said(text.replace("--time=24:00:00", "--time=a day"))
+
+
+def test_bash_and_shellcheck_take_the_batch_script(tmp_path: Path) -> None:
+    assert run("bash", "-n", SBATCH).returncode == 0
+    done = run(tool("shellcheck"), SBATCH)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_batch_script_asks_slurm_for_a_signal_in_time() -> None:
+    options = re.findall(r"^#SBATCH (\S+)$", SBATCH.read_text(), re.M)
+    assert "--signal=B:TERM@120" in options
+    assert "--requeue" in options
+    assert "--dependency=singleton" in options
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Any:
+    """The batch script with a `fedtune` that notes what it is told, and a `scontrol` that notes that it was called."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "site").mkdir()
+    fedtune, scontrol = tmp_path / "bin/fedtune", tmp_path / "bin/scontrol"
+    fedtune.write_text(
+        "#!/bin/bash\n"
+        'echo "$PWD $*" > ../asked\n'
+        '[[ -z ${CODE:-} ]] || exit "$CODE"\n'
+        "trap 'echo TERM >> ../told; sleep 0.5; exit 0' TERM\n"
+        "echo > ../runs\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    scontrol.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/requeued\n')
+    for path in (fedtune, scontrol):
+        path.chmod(0o755)
+
+    def start(*, left_s: int, code: str = "") -> subprocess.Popen[bytes]:
+        environment = {
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "FEDTUNE": str(fedtune),
+            "FEDTUNE_SITE": str(tmp_path / "site"),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_END_TIME": str(int(time.time()) + left_s),
+            "CODE": code,
+        }
+        return subprocess.Popen(["bash", str(SBATCH)], env=environment)
+
+    return start
+
+
+def wait_for(path: Path) -> None:
+    ends = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < ends, f"{path.name} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("left_s", "again"), [(110, True), (7200, False)])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_job_near_its_limit_ends_gracefully_and_queues_again(
+    left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path
+) -> None:
+    job = batch(left_s=left_s)
+    wait_for(tmp_path / "runs")
+    for _ in range(signals):
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert job.wait(timeout=30) == 0
+    assert (tmp_path / "told").read_text() == "TERM\n"
+    assert (tmp_path / "requeued").exists() == again
+    if again:
+        assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    assert (tmp_path / "asked").read_text() == f"{tmp_path}/site site start --kit kit --site site.toml\n"
+
+
+@pytest.mark.parametrize("code", ["2", "3", "1", "0"])
+def test_a_job_that_ends_by_itself_is_not_queued_again(code: str, batch: Any, tmp_path: Path) -> None:
+    assert batch(left_s=60, code=code).wait(timeout=30) == int(code)
+    assert not (tmp_path / "requeued").exists()
+
+
+# All of them
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `fedtune ... start` in the files, as (where, its words)."""
+    found = []
+    for path in (*UNITS, SBATCH):
+        for line in path.read_text().splitlines():
+            if match := re.search(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', line):
+                found.append((name_of(path), match[1].split()))
+    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
+    found += [("docker/compose.yaml", service["command"]) for service in services.values()]
+    for path in (KUBERNETES / "server/server.yaml", KUBERNETES / "site/site.yaml"):
+        (container,) = pod_of(path)["containers"]
+        found.append((name_of(path), container["args"]))
+    return found
+
+
+def test_every_file_starts_a_server_or_a_site_as_the_help_says() -> None:
+    assert len(commands()) == 7
+    for role in ("server", "site"):
+        done = run(sys.executable, "-m", "fedtune", role, "start", "--help")
+        assert done.returncode == 0, done.stderr
+        for where, words in commands():
+            options = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
+            if words[:2] == [role, "start"]:
+                assert "--kit" in options
+                for option in options:
+                    assert re.search(rf"{option}\b(?!-)", done.stdout), f"{where}: there is no option {option}"
+
+
+@pytest.mark.parametrize("page", [DEPLOYMENT / "README.md", ROOT / "docs/operations.md", ROOT / "docs/air_gapped.md"])
+def test_the_pages_name_what_there_is(page: Path) -> None:
+    text = page.read_text()
+    for target, place in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", text):
+        assert (page.parent / target).exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.M)
+            assert place in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for name in re.findall(r"(?:deployment|docs|tests)/[\w/.@-]+\w", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_page_on_operations_shows_what_processes_say() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    shown = [json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines, healths = [one for one in shown if "logger" in one], [one for one in shown if "logger" not in one]
+    assert len(lines) == 3
+    for line in lines:
+        assert list(line)[:4] == ["time", "level", "logger", "event"]
+        assert (ROOT / (line["logger"].replace(".", "/") + ".py")).is_file()
+    assert [set(told) for told in healths] == [set(Health().snapshot())]
+    states = dict(re.findall(r"^\| `(\w+)` \| .* \| (200|503) \|$", text, re.M))
+    assert states == {state: "200" if state in READY else "503" for state in get_args(State)}
+
+
+def test_no_secret_lies_among_the_files() -> None:
+    for path in DEPLOYMENT.rglob("*"):
+        if path.is_file():
+            assert "PRIVATE KEY" not in path.read_text(), path
+            assert path.suffix not in {".pem", ".db"}, path

@@ -1,0 +1,673 @@
+"""The doctor at a whole site that was really provisioned: each thing that can be wrong is made wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import gzip
+import json
+import os
+import re
+import shutil
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.model.base_model import model_sha256
+from fedtune.model.manifest import manifest_of
+from fedtune.model.spec import ModelSpec
+from fedtune.ops.doctor import site_checks
+from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of
+from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.members import REQUEST, site_init
+from fedtune.ops.kits.models import install_model, model_place
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.spec import DataError
+
+from .conftest import Mailbox, unpack
+
+pytestmark = pytest.mark.usefixtures("no_proxy")
+
+CANARY = "Xylander-7391"
+"""Stands in the records, and must stand in nothing that is printed."""
+ELSEWHERE = (Path("/dev/shm"), Path("/var/tmp"))
+"""Folders, of which one is on another file system than the tests' own where there is a second one at all."""
+LINES = [
+    *("policy", "kit", "files", "certificate", "site's name", "lead", "time of replies"),
+    *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
+    *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
+    *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
+]
+
+
+@dataclass
+class Home:
+    """A site's files, the lead's public key, and a run that the lead may ask for."""
+
+    folder: Path
+    lead: str
+    policy: Policy
+    model: Path
+    asked: Callable[..., Proposal]
+
+    @property
+    def kit(self) -> Path:
+        return self.folder / "kit"
+
+    @property
+    def site_toml(self) -> Path:
+        return self.folder / "site.toml"
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "records.csv"
+
+    def change(self, **changes: Any) -> None:
+        """Write the policy anew; dicts change tables."""
+        tables = {
+            name: dataclasses.replace(getattr(self.policy, name), **change) if isinstance(change, dict) else change
+            for name, change in changes.items()
+        }
+        self.policy = dataclasses.replace(self.policy, **tables)
+        write_policy(self.policy, self.site_toml)
+
+    def change_data(self, **changes: Any) -> None:
+        self.change(dataset=(dataclasses.replace(self.policy.dataset[0], **changes),))
+
+    def write_records(self, count: int = 100) -> None:
+        rows = [f'"{CANARY} came on day {number}",{CANARY if number % 2 else "well"}' for number in range(count)]
+        self.records.write_text("\n".join(["letter,outcome", *rows]) + "\n")
+
+    def open(self) -> Ledger:
+        return SiteFiles.of(self.site_toml).open()
+
+    def spend(self, *, rounds: int = 1, **asked: Any) -> None:
+        """Charge rounds of a run that the policy allows."""
+        ledger = self.open()
+        proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
+        for round in range(1, rounds + 1):
+            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
+            assert not isinstance(granted, bytes)
+            ledger.commit(granted, b"reply")
+
+    def put_back(self, change: Callable[[], None]) -> None:
+        """Do something, and then put back the ledger as it was before."""
+        shutil.copy(self.folder / "ledger.db", self.folder / "backup.db")
+        change()
+        os.replace(self.folder / "backup.db", self.folder / "ledger.db")
+
+    def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
+        """Every line, by its name; a run is tried out where one is asked for or changed."""
+        named = (lambda: self.run(*overrides)) if run or overrides else None
+        visit = Visit(kit=self.kit, site_toml=self.site_toml, model=model, run=named, timeout_s=5.0)
+        return {check.name: check for check in examine(visit)}
+
+    def run(self, *overrides: str) -> RunConfig:
+        """The run that the policy allows."""
+        return compose_run(
+            [
+                *(
+                    "name=study",
+                    "model=minilm",
+                    "data=banking77",
+                    "lora=all_linear",
+                    f"model.path={self.model}",
+                ),
+                f"model.sha256={self.policy.allow.base_models[0]}",
+                *("data.dataset=patients", "data.labels=[well,ill]", "head.init=zero", "head.label_texts=[]"),
+                *("data.partition.kind=iid", "data.declared_sizes=100", "data.max_length=16"),
+                *("lora.rank=4", "lora.target_modules=[query,value]"),
+                *("federation.num_sites=1", "federation.site_names=[north]", "federation.num_rounds=3"),
+                *("federation.spare_rounds=1", "training.local_steps=2"),
+                *("privacy.sampling_rate=0.2", "privacy.noise_multiplier=4.0", "privacy.max_grad_norm=1.0"),
+                *overrides,
+            ]
+        )
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> Iterator[Mailbox]:
+    mailbox = Mailbox()
+    with mailbox.serving():
+        yield mailbox
+
+
+@pytest.fixture
+def home(whole: Home, tmp_path: Path) -> Home:
+    """A site of its own that lacks nothing, and a server that answers it."""
+    shutil.copytree(whole.folder.parent, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(whole, folder=tmp_path / "north", model=tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    mailbox: Mailbox,
+    site_policy: Callable[..., Policy],
+    run_proposal: Callable[..., Proposal],
+    now: datetime,
+) -> Home:
+    """What is copied for each test."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    model = tmp_path / "tiny"
+    model.mkdir()
+    save_file({"w": torch.arange(8.0)}, model / "model.safetensors")
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    (model / "LICENSE").write_text("do as you please")
+    digest = manifest_of(model).sha256
+    written = tmp_path / "federation.toml"
+    written.write_text(
+        f'name = "cardiology"\nserver = "127.0.0.1:{mailbox.server_port}"\n'
+        f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicence = "CC0-1.0"\n'
+    )
+    federation = tmp_path / "federation"
+    provisioning.init(written, out=federation, now=now)
+    mailbox.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    mailbox.context.load_cert_chain(federation / "server" / "server.pem", federation / "server" / "server_key.pem")
+    mailbox.context.load_verify_locations(federation / "authority" / "ca.pem")
+    mailbox.context.verify_mode = ssl.CERT_REQUIRED
+    lead = Kit.read(federation / "lead", kind="lead").lead
+    policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
+    site = Home(tmp_path / "north", lead, policy, model, run_proposal)
+    site.folder.mkdir()
+    columns = {"text": "letter", "label": "outcome"}
+    site.change_data(path="records.csv", columns=columns)
+    site.write_records()
+    request = site_init(site.site_toml, out=site.kit) / REQUEST
+    admitted = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
+    unpack(admitted.archive, site.kit)
+    install_model(model, Kit.read(site.kit, kind="site"))
+    return site
+
+
+def failures(checks: dict[str, Check]) -> dict[str, str]:
+    """Names of the checks that failed, with what was found; each says what to do in one sentence."""
+    found = {name: check.found for name, check in checks.items() if check.status is Status.FAILED}
+    for name in found:
+        fix = checks[name].fix
+        assert fix, name
+        assert fix[0].isupper() or fix.startswith("`"), fix
+    return found
+
+
+def code(checks: dict[str, Check]) -> int:
+    return exit_code_of(checks.values())
+
+
+def test_a_site_that_lacks_nothing(home: Home) -> None:
+    home.write_records(count=113)
+    checks = home.examined(run=True)
+    assert list(checks) == LINES
+    assert not failures(checks)
+    assert code(checks) == 0
+    warned = [name for name, check in checks.items() if check.status is Status.WARNING]
+    assert warned == ["anchor's place"]
+    assert checks["base model tiny"].found == "installed and unchanged; licence CC0-1.0 (LICENSE)"
+    assert checks["ledger"].found.startswith("none yet")
+    assert not (home.folder / "ledger.db").exists(), "nothing is made"
+    assert not (home.kit / "state").exists()
+    assert checks["time of replies"].found == "answers leave at multiples of 600 s after their request"
+    assert checks["run"].found.startswith("would be accepted; epsilon 0.")
+    assert "lifetime budget 0 % taken before" in checks["run"].found
+    texts = json.dumps([check.to_json() for check in checks.values()])
+    for secret in (CANARY, "113", "114", "records.csv", "outcome", "well"):
+        assert secret not in texts, secret
+    assert "enough records for the declared size" in texts
+    home.change(approval="manual")
+    assert "once a person here approves it" in home.examined(run=True)["run"].found
+
+
+def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Path) -> None:
+    visit = Visit(kit=tmp_path / "kit", site_toml=tmp_path / "site.toml")
+    checks = {check.name: check for check in examine(visit)}
+    assert failures(checks).keys() == {"policy", "kit"}
+    assert code(checks) == 2
+    assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"
+    assert checks["disk of the kit"].status is Status.OK
+    assert checks["run"].found == "skipped, because no experiment was named to try out"
+
+
+# One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
+
+OF_THE_MACHINE = {
+    "disk of the kit",
+    "disk of the ledger",
+    "disk of the anchor",
+    "anchor's place",
+    "file system",
+    "memory",
+    "GPU",
+}
+SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
+
+
+def missing(name: str) -> Callable[[Home], None]:
+    return lambda home: (home.kit / name).unlink()
+
+
+def data(**changes: Any) -> Callable[[Home], None]:
+    return lambda home: home.change_data(**changes)
+
+
+def policy(**changes: Any) -> Callable[[Home], None]:
+    return lambda home: home.change(**changes)
+
+
+def records(content: bytes, *, name: str = "records.csv") -> Callable[[Home], None]:
+    def write(home: Home) -> None:
+        (home.folder / name).write_bytes(content)
+        home.change_data(path=name)
+
+    return write
+
+
+def in_policy(old: str, new: str) -> Callable[[Home], Any]:
+    return lambda home: home.site_toml.write_text(home.site_toml.read_text().replace(old, new))
+
+
+def state(name: str) -> Callable[[Home], None]:
+    def make(home: Home) -> None:
+        (home.kit / "state").mkdir()
+        (home.kit / "state" / name).touch()
+
+    return make
+
+
+def another_key(home: Home) -> None:
+    other = site_init(home.site_toml, out=home.folder / "again")
+    shutil.copy(other / "connection_key.pem", home.kit / "connection_key.pem")
+
+
+def without_header(home: Home) -> None:
+    # Its first record would stand where the error names the columns that there are.
+    home.records.write_text(home.records.read_text().partition("\n")[2])
+
+
+def cut_off(home: Home) -> None:
+    # Where it ends is the number of records, but for a few.
+    packed = gzip.compress(home.records.read_bytes())
+    records(packed[: len(packed) // 2], name="records.csv.gz")(home)
+
+
+def not_given(home: Home) -> None:
+    (home.folder / "kept.csv").symlink_to("/proc/self/mem")  # it can be opened; reading it is an error
+    home.change_data(path="kept.csv")
+
+
+def of_users(home: Home, records_a_user: int = 1, *, users: int = 100) -> None:
+    """A site whose population is protected by user, with records of so many."""
+    columns = {"text": "letter", "label": "outcome", "user": "patient"}
+    home.change_data(columns=columns)
+    home.change(population={"unit": "user"})
+    rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
+    home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
+
+
+def of_two_users(home: Home) -> None:
+    of_users(home)
+    home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
+
+
+def changed_ledger(home: Home) -> None:
+    home.spend()
+    path = home.folder / "ledger.db"
+    path.write_bytes(path.read_bytes().replace(b'"rank":4', b'"rank":5'))
+
+
+def ledger_put_back(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    home.put_back(lambda: home.spend(run="r2"))
+
+
+def ledger_gone(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    (home.folder / "ledger.db").unlink()
+
+
+def anchor_gone(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    (home.folder / "anchor.json").unlink()
+
+
+def in_doubt(home: Home) -> None:
+    home.open()
+    receipts: list[Any] = []
+
+    def train() -> None:
+        home.spend()
+        receipts.append(home.open().receipt("r"))
+
+    home.put_back(train)
+    with contextlib.suppress(Exception):
+        home.open().require_contains(receipts[0])
+
+
+def of_another_population(home: Home) -> None:
+    home.open()
+    home.change(population={"name": "others"})
+
+
+def site_key(change: Callable[[Path], object]) -> Callable[[Home], None]:
+    def make(home: Home) -> None:
+        home.open()
+        change(home.folder / "site_key.pem")
+
+    return make
+
+
+def another_site_key(path: Path) -> None:
+    path.unlink()
+    SigningKey.load_or_make(path)
+
+
+def changed_model(home: Home) -> None:
+    weights = model_place(home.kit, home.policy.allow.base_models[0]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+
+
+def made_up_model(home: Home) -> None:
+    digest = model_sha256(ModelSpec(path="random:bert"))
+    text = (home.kit / "kit.toml").read_text()
+    (home.kit / "kit.toml").write_text(text.replace(home.policy.allow.base_models[0], digest))
+    home.change(allow={"base_models": (digest,)})
+
+
+def seeded(home: Home) -> None:
+    home.change(allow={"seeded_noise": True})
+    home.spend(seeded_noise=True)
+
+
+def second_data_set(home: Home) -> None:
+    second = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
+    home.change(dataset=(*home.policy.dataset, second))
+
+
+FAULTS: dict[str, Callable[[Home], Any]] = {
+    "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
+    **{f"a kit without {name}": missing(name) for name in ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")},
+    "a kit of another key": another_key,
+    "a kit of another site": policy(site="south"),
+    "a policy with a misspelt key": in_policy("max_rank = 4", "max_rnak = 4"),
+    "a policy that is no TOML": lambda home: home.site_toml.write_text("site = \n"),
+    "a lead that the policy does not know": policy(allow={"leads": ("ab" * 32,)}),
+    "replies that leave at once": policy(releases={"reply_after_s": 0.0}),
+    "a column that is missing": data(columns={"text": "letter", "label": "department"}),
+    "a file without a header": without_header,
+    "columns of no task": data(columns={"prompt": "letter"}),
+    "columns of one task of two": lambda home: (
+        home.change_data(columns={"text": "letter"}),
+        home.change(allow={"tasks": ("classification", "causal_lm")}),
+    ),
+    "no UTF-8": records(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
+    "an open quote": records(b'letter,outcome\n"Xylander-7391,well\n'),
+    "a cell too many": records(b"letter,outcome\nXylander-7391,well,Xylander-7391\n"),
+    "a blank value": records(b"letter,outcome\nXylander-7391,\n"),
+    "a column twice": records(b"letter,letter,outcome\nXylander-7391,a,b\n"),
+    "another key": records(f'{{"{CANARY}": 1}}\n'.encode(), name="records.jsonl"),
+    "a list": records(f'["{CANARY}"]\n'.encode(), name="records.jsonl"),
+    "half an object": records(f'{{"letter": "{CANARY}\n'.encode(), name="records.jsonl"),
+    "a word": records(b"nonsense\n", name="records.jsonl"),
+    "a gzip file that was cut off": cut_off,
+    "a file that is not there": data(path="gone.csv"),
+    "a folder for a file": data(path="."),
+    "no file": data(path=""),
+    "a file without records": records(b"letter,outcome\n"),
+    "a file that the system does not give": not_given,
+    "a second data set without its file": second_data_set,
+    "a record of several users": of_two_users,
+    "a model with a changed byte": changed_model,
+    "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
+    "models that kit and policy see differently": policy(allow={"base_models": ("ab" * 32, "unverified")}),
+    "no model that is allowed": policy(allow={"base_models": ()}),
+    "a ledger that was changed": changed_ledger,
+    "a ledger that is none": lambda home: (home.folder / "ledger.db").write_bytes(
+        b"SQLite format 3\0" + b"\xff" * 4096
+    ),
+    "a ledger that was put back": ledger_put_back,
+    "a ledger that is gone": ledger_gone,
+    "a ledger whose anchor is gone": anchor_gone,
+    "a ledger of another population": of_another_population,
+    "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
+    "a ledger in doubt": in_doubt,
+    "a ledger with seeded noise": seeded,
+    "a site key that others can read": site_key(lambda path: path.chmod(0o640)),
+    "a site key that is gone": site_key(Path.unlink),
+    "another site key": site_key(another_site_key),
+    "a site that is paused": state("paused"),
+    "a site that has left": state("left"),
+}
+WITH_A_RUN = ("a policy with a misspelt key", "a ledger that was changed")
+RUNS = {
+    "max_rank": "lora.rank=8",
+    "dataset": "data.dataset=others",
+    "declared_size": "data.declared_sizes=90",
+    "max_rounds": "federation.num_rounds=9",
+    "min_noise_multiplier": "privacy.noise_multiplier=3.0",
+    "base_models": "model.sha256=null",
+    "site_names": "federation.site_names=[south]",
+    "misspelt": "lora.rnak=8",
+}
+
+
+def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
+    """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
+    failures(checks)
+    texts = json.dumps([check.to_json() for check in checks.values()])
+    for secret in (CANARY, "records.csv", "records.jsonl", "gone.csv", "kept.csv", "line 4"):
+        assert secret not in texts, texts
+    lines, skipped = [f"exit code {code(checks)}"], dict[str, list[str]]()
+    for name, check in checks.items():
+        if name in OF_THE_MACHINE or check.status is Status.OK:
+            continue
+        if check.status is Status.SKIPPED:
+            skipped.setdefault(check.found, []).append(name)
+        else:
+            lines += [f"{check.status:<8}{name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
+    lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
+    text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
+    short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
+    masks = {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", short: "HEX..."}
+    for pattern, mask in masks.items():
+        text = re.sub(pattern, mask, text)
+    return text
+
+
+def check_snapshot(name: str, text: str) -> None:
+    """Compare with the section `name` of the snapshots; FEDTUNE_WRITE_SNAPSHOTS=1 writes it."""
+    sections = dict(part.split("\n", 1) for part in SNAPSHOTS.read_text().split("## ")[1:])
+    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
+        sections[name] = text + "\n\n"
+        SNAPSHOTS.write_text("".join(f"## {each}\n{sections[each]}" for each in sections))
+    assert text == sections[name].rstrip("\n")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
+    model = home.policy.allow.base_models[0]
+    FAULTS[fault](home)
+    check_snapshot(fault, told(home, home.examined(run=fault in WITH_A_RUN), model=model))
+
+
+@pytest.mark.parametrize("rule", RUNS)
+def test_a_run_that_breaks_a_rule(home: Home, rule: str) -> None:
+    check_snapshot(f"a run: {rule}", told(home, home.examined(RUNS[rule]), model=home.policy.allow.base_models[0]))
+
+
+def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Home) -> None:
+    without_header(home)
+    home.examined()
+    log = home.kit / "state" / "doctor.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
+
+
+def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
+    of_users(home, 9)
+    found = home.examined()["data patients"]
+    assert (found.status, found.found) == (Status.OK, "every record can be read; enough users for the declared size")
+    of_users(home, 100, users=9)
+    found = home.examined()["data patients"]
+    assert found.status is Status.WARNING
+    assert "far fewer users than the declared size" in found.found
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(40, "far fewer"), (60, "enough records"), (150, "enough records"), (230, "far more")]
+)
+def test_the_true_count_is_said_in_words_alone(home: Home, count: int, words: str) -> None:
+    home.write_records(count)
+    check = home.examined()["data patients"]
+    assert words in check.found
+    assert check.status is (Status.OK if words == "enough records" else Status.WARNING)
+    assert str(count) not in check.found + check.fix
+
+
+@pytest.mark.parametrize(("days", "status"), [(20, Status.WARNING), (40, Status.OK)])
+def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: datetime, days: int, status: Status) -> None:
+    admitted = provisioning.renew_site(tmp_path / "federation", "north", days=days, now=now)
+    unpack(admitted.archive, home.kit)
+    check = home.examined()["certificate"]
+    assert check.status is status
+    assert f"{now + timedelta(days=days):%Y-%m-%d}" in check.found
+
+
+@pytest.mark.parametrize(
+    ("days", "found", "fix"),
+    [(366, "expired", "Ask the lead for a new kit"), (-2, "clock", "Set the clock")],
+    ids=["past", "future"],
+)
+def test_a_certificate_of_another_time(home: Home, now: datetime, days: int, found: str, fix: str) -> None:
+    check = site_checks.certificate(Kit.read(home.kit, kind="site"), now + timedelta(days=days))
+    assert check.status is Status.FAILED
+    assert found in check.found
+    assert check.fix.startswith(fix)
+
+
+# The ledger and its budget, base models, and the process that serves.
+
+
+def test_a_ledger_that_has_lived(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend(rounds=2)
+    checks = home.examined(run=True)
+    assert not failures(checks)
+    assert checks["ledger"].found == "whole and signed, as far as its anchor"
+    taken = checks["budget"].found.split(" %")[0]
+    assert 0 < int(taken) < 100
+    assert f"lifetime budget {taken} % taken before" in checks["run"].found
+
+
+def test_a_budget_that_is_used_up(home: Home) -> None:
+    home.spend(rounds=4)
+    spent = home.examined()["budget"].found.partition("epsilon ")[2].split(" ")[0]
+    home.change(budget={"max_epsilon": float(spent) + 0.01})
+    checks = home.examined(run=True)
+    assert checks["budget"].status is Status.WARNING
+    assert "room for 0 runs" in checks["budget"].found
+    assert "max_epsilon (" in failures(checks)["run"]
+    assert code(checks) == 3
+
+
+def test_whether_the_site_is_served(home: Home) -> None:
+    assert "no process" in home.examined()["serving"].found
+    with (home.folder / "ledger.db.serving").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check = home.examined()["serving"]
+        assert (check.status, check.found) == (Status.OK, "a process of this site is serving")
+
+
+def test_a_model_is_imported_once(home: Home) -> None:
+    shutil.rmtree(home.kit / "models")
+    checks = home.examined(model=home.model)
+    assert checks["import"].found.startswith("tiny is installed now")
+    assert not failures(checks)
+    assert "was installed before" in home.examined(model=home.model)["import"].found
+
+
+def test_an_import_that_is_refused_stops_no_other_check(home: Home) -> None:
+    (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    checks = home.examined(model=home.model)
+    assert failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
+    assert code(checks) == 2
+    assert checks["budget"].status is Status.OK
+
+
+def test_a_made_up_model_needs_no_files(home: Home) -> None:
+    made_up_model(home)
+    assert "made-up model" in home.examined()["base model tiny"].found
+
+
+# What goes wrong in the doctor itself, and what the lines come to.
+
+
+@pytest.mark.parametrize("error", [RuntimeError(f"cannot handle {CANARY}"), DataError("records.csv:3", CANARY, "x")])
+def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedtune.ops.doctor.site_checks._sized", broken)
+    checks = home.examined()
+    assert failures(checks).keys() == {"data"}
+    assert CANARY not in str(checks)
+    assert CANARY in (home.kit / "state" / "doctor.log").read_text()
+    assert checks["budget"].status is Status.OK
+    assert code(checks) == 1
+
+
+def test_a_log_that_cannot_be_written_is_not_mentioned(tmp_path: Path) -> None:
+    assert PrivateLog(tmp_path / "not" / "there" / "doctor.log").keep("x") == ""
+
+
+def test_a_log_begins_anew_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "doctor.log"
+    for text in ("first", "second"):
+        log = PrivateLog(path)
+        path.parent.mkdir(exist_ok=True)
+        path.touch(mode=0o644)
+        log.keep(text)
+        log.keep(f"{text} again")
+    assert path.read_text() == "second\nsecond again\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_most_important_failure_is_the_exit_code() -> None:
+    def check(exit_code: int, status: Status = Status.FAILED) -> Check:
+        return Check(name="", status=status, found="", exit_code=exit_code)
+
+    assert exit_code_of([]) == 0
+    assert exit_code_of([check(2, Status.WARNING), check(3, Status.SKIPPED)]) == 0
+    assert exit_code_of([check(1)]) == 1
+    assert exit_code_of([check(1), check(3)]) == 3
+    assert exit_code_of([check(3), check(1), check(2)]) == 2
+
+
+def test_an_anchor_on_another_disk(home: Home) -> None:
+    here = home.folder.stat().st_dev
+    folder = next((path for path in ELSEWHERE if path.is_dir() and path.stat().st_dev != here), None)
+    if folder is None:
+        pytest.skip("needs a second file system")
+    home.change(anchor=str(folder / "nobody-makes-this" / "anchor.json"))
+    checks = home.examined()
+    assert checks["anchor's place"].status is Status.OK
+    assert "disk of the anchor" in checks
+    assert not (folder / "nobody-makes-this").exists()

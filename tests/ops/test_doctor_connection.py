@@ -1,0 +1,397 @@
+"""The doctor's connection, against real servers on loopback that go wrong in every way it tells apart."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from fedtune.ops.doctor.check import Check
+from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, proxy_for
+from fedtune.ops.files import write_secret
+from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.ops.kits.kit_file import Kit, KitFile
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import KIT_SCHEMA
+from tests.flower.hostile import Hostile
+
+from .conftest import Mailbox, of_odd_version
+
+pytestmark = pytest.mark.usefixtures("no_proxy")
+
+LONG_AGO = datetime.now(UTC) - timedelta(days=900)
+
+
+def authority_of(federation: str) -> Authority:
+    return Authority.make(federation, days=3650, now=LONG_AGO)
+
+
+@pytest.fixture(scope="session")
+def ours() -> Authority:
+    return authority_of("cardiology")
+
+
+@pytest.fixture(scope="session")
+def theirs() -> Authority:
+    return authority_of("Example Inspection Inc")
+
+
+def context(
+    folder: Path,
+    authority: Authority,
+    *,
+    clients: Authority | None = None,
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
+    begins: datetime | None = None,
+    days: int = 365,
+    newest_tls: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+) -> ssl.SSLContext:
+    """A server's, with a certificate of one authority; it trusts the certificates of `clients`, or of the same."""
+    key = make_key()
+    shown = authority.issue_server(key.public_key(), hosts=hosts, days=days, now=begins or datetime.now(UTC))
+    chain, trusted = folder / "server_chain.pem", folder / "server_trusts.pem"
+    chain.write_bytes(private_pem(key) + certificate_pem(shown))
+    trusted.write_bytes(certificate_pem((clients or authority).certificate))
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(chain)
+    made.load_verify_locations(trusted)
+    made.verify_mode, made.maximum_version = ssl.CERT_REQUIRED, newest_tls
+    return made
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def kit(tmp_path: Path, ours: Authority) -> Callable[[str], Kit]:
+    """The kit of site `north` for a server's address."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    key = make_key()
+    now = datetime.now(UTC)
+    issued = ours.issue_client(key.public_key(), kind="site", name="north", days=90, now=now)
+    (folder / "site.pem").write_bytes(certificate_pem(issued))
+    (folder / "ca.pem").write_bytes(certificate_pem(ours.certificate))
+    write_secret(folder / "connection_key.pem", private_pem(key))
+    lead = SigningKey.load_or_make(tmp_path / "lead.pem").public
+
+    def make(server: str) -> Kit:
+        written = KitFile(
+            version=KIT_SCHEMA, kind="site", federation="cardiology", server=server, lead=lead, site="north"
+        )
+        (folder / "kit.toml").write_text(written.to_toml())
+        return Kit.read(folder, kind="site")
+
+    return make
+
+
+@pytest.fixture
+def served(tmp_path: Path, ours: Authority, stack: ExitStack) -> Callable[..., tuple[Mailbox, str]]:
+    """Serve with some things of its certificate changed; its address as localhost:port."""
+
+    def start(authority: Authority = ours, clients: Authority = ours, **changes: Any) -> tuple[Mailbox, str]:
+        mailbox = Mailbox()
+        mailbox.context = context(tmp_path, authority, clients=clients, **changes)
+        stack.enter_context(mailbox.serving())
+        return mailbox, f"localhost:{mailbox.server_port}"
+
+    return start
+
+
+def tried(kit: Kit, *, timeout_s: float = 5.0) -> dict[str, Check]:
+    return {check.name: check for check in Connection(kit, timeout_s=timeout_s).checks()}
+
+
+def marks(checks: dict[str, Check]) -> str:
+    """The four lines' first letters: o(k), w(arning), f(ailed), s(kipped)."""
+    assert list(checks) == [DNS, TCP, TLS, AUTHENTICATION]
+    failures = [check for check in checks.values() if check.status == "failed"]
+    assert all(check.fix.endswith(".") and check.exit_code == 1 for check in failures)
+    return "".join(check.status[0] for check in checks.values())
+
+
+def test_a_server_that_is_well(kit: Any, served: Any) -> None:
+    _, address = served()
+    connection = Connection(kit(address))
+    checks = {check.name: check for check in connection.checks()}
+    assert marks(checks) == "oooo"
+    assert "TLSv1.3" in checks[TLS].found
+    assert checks[AUTHENTICATION].found == "the server knows this key as north"
+    assert connection.clock_ahead_s is not None
+    ahead, unsure = connection.clock_ahead_s
+    assert abs(ahead) <= unsure < 2
+
+
+def test_an_address_in_place_of_a_name(kit: Any, served: Any) -> None:
+    _, address = served()
+    checks = tried(kit(address.replace("localhost", "127.0.0.1")))
+    assert marks(checks) == "oooo"
+    assert checks[DNS].found == "127.0.0.1 is an address"
+
+
+def test_a_name_that_does_not_resolve(kit: Any) -> None:
+    checks = tried(kit("fl.nowhere.invalid:9092"))
+    assert marks(checks) == "fsss"
+    assert "fl.nowhere.invalid does not resolve" in checks[DNS].found
+    assert checks[TLS].found == f"skipped, because {DNS} failed"
+
+
+def test_a_port_where_nobody_listens(kit: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    checks = tried(kit(f"127.0.0.1:{port}"))
+    assert marks(checks) == "ofss"
+    assert "refuses connections" in checks[TCP].found
+
+
+PAST: dict[str, Any] = {"begins": datetime.now(UTC) - timedelta(days=60), "days": 30}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "found", "fix"),
+    [
+        ({"days": 20}, "oowo", "the federation's own server, whose certificate ends on", "renew-server"),
+        # Whose it is tells who opens the connections.
+        ({"authority": "Example Inspection Inc"}, "oofs", "TLS inspection", "exempted"),
+        ({"authority": "Example Inspection Inc"}, "oofs", "Example Inspection Inc", "exempted"),
+        ({"authority": "cardiology"}, "oofs", "not issued by the federation's authority", "exempted"),
+        ({"hosts": ("fl.example.org",)}, "oofs", "not for localhost but for fl.example.org", "also_known_as"),
+        (PAST, "oofs", f"has expired on {PAST['begins'] + timedelta(days=30):%Y-%m-%d}", "renew-server"),
+        ({"begins": datetime.now(UTC) + timedelta(days=3)}, "oofs", "not valid yet", "clock"),
+        ({"newest_tls": ssl.TLSVersion.TLSv1_2}, "oofs", "does not speak TLS as expected", "address and port"),
+    ],
+)
+def test_a_server_whose_certificate_or_protocol_is_wrong(
+    kit: Any, served: Any, changes: dict[str, Any], expected: str, found: str, fix: str
+) -> None:
+    if "authority" in changes:
+        changes = {"authority": authority_of(changes["authority"])}
+    checks = tried(kit(served(**changes)[1]))
+    assert marks(checks) == expected
+    assert found in checks[TLS].found
+    assert fix in checks[TLS].fix
+
+
+def test_a_server_under_another_address(kit: Any, served: Any) -> None:
+    checks = tried(kit(served(hosts=("localhost",))[1].replace("localhost", "127.0.0.1")))
+    assert marks(checks) == "oofs"
+    assert "not for 127.0.0.1 but for localhost" in checks[TLS].found
+
+
+def test_a_server_whose_certificate_cannot_be_read(
+    kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch, theirs: Authority
+) -> None:
+    _, address = served(hosts=("fl.example.org",))
+    read = x509.load_der_x509_certificate
+    odd = of_odd_version(certificate_pem(theirs.certificate).decode()).encode()
+    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda _: x509.load_pem_x509_certificate(odd))
+    checks = tried(kit(address))
+    assert (marks(checks), checks[TLS].found) == ("oofs", "the server's certificate is not for localhost")
+    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda data: Doubled(read(data)))
+    assert "not for localhost but for server" in tried(kit(address))[TLS].found
+
+
+class Doubled:
+    """A certificate that has an extension twice."""
+
+    def __init__(self, certificate: x509.Certificate) -> None:
+        self._certificate = certificate
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "extensions":
+            raise x509.DuplicateExtension("twice", x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+        return getattr(self._certificate, name)
+
+
+def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:
+    # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
+    server, address = served(clients=theirs)
+    checks = tried(kit(address))
+    assert marks(checks) == "oofs"
+    assert checks[TLS].found == "the server refused this site's certificate (unknown ca)"
+    assert "renew-site north" in checks[TLS].fix
+    assert server.seen == []
+
+
+def test_a_server_that_dribbles_is_left(kit: Any, ours: Authority, tmp_path: Path) -> None:
+    def dribble(to: ssl.SSLSocket, path: str) -> None:
+        while True:
+            to.sendall(b"H")
+            dribbling.pause(0.05)
+
+    dribbling = Hostile(context(tmp_path, ours), dribble)
+    began = time.monotonic()
+    assert marks(tried(kit(dribbling.address), timeout_s=0.5)) == "oofs"
+    assert time.monotonic() - began < 10
+    dribbling.close()
+
+
+def test_a_server_that_does_not_speak_tls(kit: Any, stack: ExitStack) -> None:
+    checks = tried(kit(answering(stack, lambda asked: b"HTTP/1.1 400 Bad Request\r\n\r\n")))
+    assert marks(checks) == "oofs"
+    assert "does not speak TLS" in checks[TLS].found
+
+
+def test_a_server_that_hangs_up(kit: Any, stack: ExitStack) -> None:
+    checks = tried(kit(answering(stack, lambda asked: b"")))
+    assert marks(checks) == "oofs"
+
+
+def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
+    listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    checks = tried(kit(f"127.0.0.1:{listening.getsockname()[1]}"), timeout_s=0.3)
+    assert marks(checks) == "oofs"
+    assert "gave no answer in 0.3 s" in checks[TLS].found
+
+
+@pytest.mark.parametrize(
+    ("status", "hello", "found", "fix"),
+    [
+        (403, {"reason": "unknown"}, "unknown", "provision list` shows north"),
+        (403, {"reason": "revoked"}, "revoked", "why this site was revoked"),
+        (403, {"reason": "its clock is 12 s ahead"}, "clock is 12 s ahead", "time synchronisation"),
+        (200, {"site": "south", "time": 0}, "knows this key as south, and the kit is for north", "mixed up"),
+        (200, b"<html>Welcome to nginx</html>", "no server of fedtune's", "this version"),
+        (200, {}, "no server of fedtune's", "this version"),
+        (200, [1], "no server of fedtune's", "this version"),
+    ],
+)
+def test_what_the_server_says_to_our_key(kit: Any, served: Any, status: int, hello: Any, found: str, fix: str) -> None:
+    mailbox, address = served()
+    mailbox.says = lambda: (status, hello)
+    checks = tried(kit(address))
+    assert marks(checks) == "ooof"
+    assert found in checks[AUTHENTICATION].found
+    assert fix in checks[AUTHENTICATION].fix
+
+
+@pytest.mark.parametrize("ahead_s", [-90.0, 90.0])
+def test_the_clocks_difference_is_measured(kit: Any, served: Any, ahead_s: float) -> None:
+    mailbox, address = served()
+    mailbox.clock_ahead_s = ahead_s
+    connection = Connection(kit(address))
+    assert marks({check.name: check for check in connection.checks()}) == "oooo"
+    assert connection.clock_ahead_s is not None
+    assert connection.clock_ahead_s[0] == pytest.approx(-ahead_s, abs=2)
+
+
+def answering(stack: ExitStack, answer: Callable[[bytes], bytes], *, tunnel: bool = False) -> str:
+    """A plain TCP server that reads once, writes `answer` and hangs up, or as a proxy goes on to where it was asked."""
+    listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            asked = connection.recv(1 << 16)
+            connection.sendall(answer(asked))
+            if tunnel:
+                host, _, port = asked.split()[1].decode().rpartition(":")
+                with socket.create_connection((host, int(port))) as onward:
+                    back = threading.Thread(target=pumped, args=(onward, connection), daemon=True)
+                    back.start()
+                    pumped(connection, onward)
+                    back.join()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(listening.close)
+    stack.callback(listening.shutdown, socket.SHUT_RDWR)
+    return f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def pumped(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(1 << 16):
+            target.sendall(part)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def test_a_proxy_that_connects(kit: Any, served: Any, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+
+    def answer(request: bytes) -> bytes:
+        asked.append(request)
+        return b"HTTP/1.1 200 Connection established\r\n\r\n"
+
+    proxy = answering(stack, answer, tunnel=True)
+    monkeypatch.setenv("HTTPS_PROXY", f"http://someone:s%20cret@{proxy}")
+    _, address = served()
+    checks = tried(kit(address))
+    assert marks(checks) == "oooo"
+    assert f"through the proxy {proxy}" in checks[TCP].found
+    assert asked[0].startswith(f"CONNECT {address} HTTP/1.1\r\n".encode())
+    assert b"Proxy-Authorization: Basic c29tZW9uZTpzIGNyZXQ=\r\n" in asked[0]
+    assert "cret" not in str(checks), "a proxy's password is nobody's business"
+
+
+@pytest.mark.parametrize(
+    ("answer", "found", "fix"),
+    [
+        (
+            b"HTTP/1.1 403 Forbidden\r\n\r\n",
+            "refused to connect to localhost:1 (403)",
+            "CONNECT to localhost:1 allowed",
+        ),
+        (b"HTTP/1.1 407 Who are you\r\n\r\n", "wants a user and a password (407)", "http://USER:PASSWORD@"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "does not answer as an HTTP proxy", "HTTPS_PROXY"),
+        (b"", "does not answer as an HTTP proxy", "HTTPS_PROXY"),
+    ],
+)
+def test_a_proxy_that_does_not(
+    kit: Any, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, answer: bytes, found: str, fix: str
+) -> None:
+    proxy = answering(stack, lambda asked: answer)
+    monkeypatch.setenv("https_proxy", proxy)
+    checks = tried(kit("localhost:1"))
+    assert marks(checks) == "ofss"
+    assert checks[TCP].found == f"the proxy {proxy} {found}"
+    assert fix in checks[TCP].fix
+
+
+def test_a_proxy_that_is_not_there(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.nowhere.invalid:3128")
+    checks = tried(kit("localhost:1"))
+    assert marks(checks) == "fsss"
+    assert "proxy.nowhere.invalid does not resolve" in checks[DNS].found
+
+
+def test_a_host_that_no_proxy_exempts(kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.nowhere.invalid:3128")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    checks = tried(kit(served()[1]))
+    assert marks(checks) == "oooo"
+    assert "proxy" not in checks[TCP].found
+
+
+def test_a_proxy_of_another_kind_is_left_to_the_client(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "https://proxy.nowhere.invalid:3128")
+    assert marks(tried(kit("localhost:1"))) == "sssf"
+
+
+@pytest.mark.parametrize("url", ["", "http://", "http://proxy:none", "socks5://proxy:1"])
+def test_urls_of_proxies_that_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    found = proxy_for("fl.example.org")
+    assert found is None or not found.can_be_tried

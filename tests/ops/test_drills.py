@@ -1,0 +1,195 @@
+"""Procedures of docs/operations.md and docs/site_policy.md at a site, done as they are written there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.certificates import read_certificate
+from fedtune.ops.kits.federation_folder import FederationFolder
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.members import REQUEST, Roster
+from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refused
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError, RunError
+
+pytestmark = pytest.mark.nightly
+
+
+def ledger_of(folder: Path) -> Ledger:
+    """The ledger, as the site's process opens it."""
+    files = SiteFiles.of(folder / "site.toml")
+    state = SiteState.of(folder / "kit")
+    assert not state.left.exists()
+    assert files.ledger.is_file() or not state.has_served()
+    opened = files.open()
+    state.check_ledger(opened.history.opened.ledger)
+    return opened
+
+
+def train(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
+    for round in rounds:
+        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, f"{round}".encode())
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) -> None:
+    kit = north / "kit"
+    before = (kit / "connection_key.pem").read_bytes()
+    provisioning.revoke_site(federation, "north", now=datetime.now(UTC))
+    assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
+    request = north / "new-kit" / REQUEST
+    renewed = provisioning.ask_to_renew(
+        federation, "north", request=request, days=None, new_site_key=False, now=datetime.now(UTC)
+    ).let_in()
+    (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
+    with zipfile.ZipFile(renewed.archive) as archive:
+        archive.extractall(kit)
+    assert (kit / "connection_key.pem").read_bytes() != before
+    assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
+    (member,) = Roster.read(federation / "server/roster.json").sites
+    assert member.revoked is None
+    assert member.issued.public_key() == read_certificate(kit / "site.pem").public_key()
+    with FederationFolder.held(federation) as held:
+        assert len(held.retired()) == 1
+
+
+def test_moving_a_site_to_another_machine(north: Path, run_proposal: Callable[..., Proposal], tmp_path: Path) -> None:
+    proposal = run_proposal()
+    train(ledger_of(north), proposal, 1)
+    moved = tmp_path / "another machine"
+    with serving(north / "ledger.db"):
+        pass  # nobody serves the old one
+    shutil.copytree(north, moved)
+    text = (moved / "site.toml").read_text()
+    (moved / "site.toml").write_text(text.replace(str(north), str(moved)))
+    Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
+    there = ledger_of(moved)
+    train(there, proposal, 2)
+    assert there.history.charged_rounds(proposal.run) == 2
+    # Started again by mistake, the old one is found as soon as a lead shows it the new one's receipt.
+    with pytest.raises(Refused, match="ledger_behind_receipt"):
+        ledger_of(north).require_contains(there.receipt(proposal.run))
+
+
+def test_moving_without_the_ledger_is_noticed(
+    north: Path, run_proposal: Callable[..., Proposal], tmp_path: Path
+) -> None:
+    train(ledger_of(north), run_proposal(), 1)
+    moved = tmp_path / "another machine"
+    shutil.copytree(north, moved, ignore=shutil.ignore_patterns("ledger.db*"))
+    with pytest.raises(RunError, match="is missing: anchor"):
+        SiteFiles.of(moved / "site.toml").open()
+
+
+def test_a_backup_at_any_time_is_whole_and_is_put_back(
+    north: Path, run_proposal: Callable[..., Proposal], command: Any
+) -> None:
+    proposal, backup = run_proposal(), north / "copy.db"
+    opened = ledger_of(north)
+    train(opened, proposal, 1)
+    # What `sqlite3 ledger.db ".backup copy.db"` does, while the site writes.
+    with sqlite3.connect(north / "ledger.db") as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    train(opened, proposal, 2, 3)
+    spent = opened.spending().epsilon
+    (north / "ledger.db").unlink()
+    backup.rename(north / "ledger.db")
+    with pytest.raises(RunError, match="ledger restore"):
+        ledger_of(north)
+    assert command("ledger", "restore", "--policy", str(north / "site.toml")).code == 0
+    assert ledger_of(north).spending().epsilon >= spent
+    train(ledger_of(north), run_proposal(run="another"), 1)
+
+
+def test_a_backup_while_an_event_is_written_has_the_state_before(north: Path) -> None:
+    ledger_of(north)
+    with store.writing(north / "ledger.db"):
+        source, target = sqlite3.connect(north / "ledger.db"), sqlite3.connect(north / "copy.db")
+        source.backup(target)
+        source.close()
+        target.close()
+    (north / "copy.db").replace(north / "ledger.db")
+    assert SiteFiles.of(north / "site.toml").verified() is not None
+
+
+def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Callable[..., Proposal], command: Any) -> None:
+    proposal = run_proposal()
+    train(ledger_of(north), proposal, 1)
+    shutil.rmtree(north / "other disk")
+    (north / "other disk").mkdir()
+    with pytest.raises(RunError, match="is missing, and ledger"):
+        ledger_of(north)
+    words = ("ledger", "anchor", str(north / "ledger.db"), "--key", str(north / "site_key.pem"))
+    assert command(*words, "--output", str(north / "other disk/anchor.json")).code == 0
+    train(ledger_of(north), proposal, 2)
+
+
+def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+    train(ledger_of(north), run_proposal(), 1)
+    with serving(north / "ledger.db"):
+        before = bytes_in(north)
+        checks = {c.name: c for c in examine(Visit(kit=north / "kit", site_toml=north / "site.toml", timeout_s=1.0))}
+        assert checks["serving"].found == "a process of this site is serving"
+        after = bytes_in(north)
+    after.pop(str(north / "kit/state/doctor.log"), None)
+    before.pop(str(north / "kit/state/doctor.log"), None)
+    assert after == before
+
+
+def test_a_site_that_left_comes_back(north: Path, run_proposal: Callable[..., Proposal], command: Any) -> None:
+    proposal = run_proposal()
+    train(ledger_of(north), proposal, 1)
+    words = ("--kit", str(north / "kit"), "--site", str(north / "site.toml"))
+    assert command("site", "leave", *words).code == 0
+    left = SiteState.of(north / "kit").left
+    assert left.exists()
+    left.unlink()
+    there = ledger_of(north)
+    assert there.history.charged_rounds(proposal.run) == 1
+    train(there, run_proposal(run="another"), 1)
+
+
+def test_connection_key_and_kit_are_lost(federation: Path, north: Path, command: Any) -> None:
+    """They need no backup: a new key and a renewed kit, and the ledger goes on."""
+    before = ledger_of(north).history.opened.ledger
+    shutil.rmtree(north / "kit")
+    assert command("site", "init", "--site", str(north / "site.toml")).code == 0
+    renewed = provisioning.ask_to_renew(
+        federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=datetime.now(UTC)
+    ).let_in()
+    with zipfile.ZipFile(renewed.archive) as archive:
+        archive.extractall(north / "kit")
+    Kit.read(north / "kit", kind="site").check_certificate(datetime.now(UTC))
+    assert ledger_of(north).history.opened.ledger == before
+
+
+def test_the_site_key_is_lost(north: Path) -> None:
+    """The ledger can be shown, and not continued; no new key takes the place of the old one."""
+    ledger_of(north)
+    os.unlink(north / "site_key.pem")
+    verified = SiteFiles.of(north / "site.toml").verified()
+    assert verified is not None
+    with pytest.raises((RunError, ConfigError)):
+        SiteFiles.of(north / "site.toml").open()

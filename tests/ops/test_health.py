@@ -1,0 +1,267 @@
+"""The health endpoint, over real sockets on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from fedtune.ops import health as module
+from fedtune.ops.health import Health, ask, serve_health
+from fedtune.spec import ConfigError
+from fedtune.version import __version__
+
+KEYS = {"state", "since", "last_contact", "rounds_answered", "version"}
+
+
+@pytest.fixture
+def health() -> Health:
+    return Health()
+
+
+@pytest.fixture
+def address(health: Health) -> Iterator[str]:
+    with serve_health("127.0.0.1:0", health) as bound:
+        yield bound
+
+
+def raw(address: str, sent: bytes, *, wait: float = 5.0) -> bytes:
+    """What comes back until the connection is closed."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(sent)
+        received = b""
+        while part := connection.recv(4096):
+            received += part
+    return received
+
+
+def test_health_has_fixed_keys(address: str, health: Health) -> None:
+    status, body = ask(address)
+    assert status == 200
+    told = json.loads(body)
+    assert set(told) == KEYS
+    assert (told["state"], told["last_contact"], told["rounds_answered"]) == ("starting", None, 0)
+    assert told["version"] == __version__
+    with pytest.raises(TypeError):
+        health.update(records=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="state"):
+        health.update(state="CANARY")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("state", "ready"),
+    [
+        ("starting", 503),
+        ("connected", 200),
+        ("disconnected", 503),
+        ("failing", 503),
+        ("expired", 503),
+        ("training", 200),
+        ("paused", 503),
+        ("stopping", 503),
+    ],
+)
+def test_ready_says_whether_a_round_would_be_answered(state: Any, ready: int, address: str, health: Health) -> None:
+    health.update(state=state)
+    status, body = ask(address, "/ready")
+    assert (status, json.loads(body)["state"]) == (ready, state)
+    assert ask(address, "/health")[0] == 200
+
+
+def test_since_is_when_the_state_changed_last(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return now
+
+    monkeypatch.setattr(module, "datetime", Clock)
+    health.update(state="connected", last_contact=datetime(2026, 11, 20, 13, 0, tzinfo=timezone(timedelta(hours=1))))
+    now += timedelta(hours=1)
+    health.update(state="connected", rounds_answered=2)
+    told = health.snapshot()
+    assert told["since"] == "2026-11-20T12:00:00+00:00"
+    assert told["last_contact"] == "2026-11-20T12:00:00+00:00"
+    assert told["rounds_answered"] == 2
+
+
+def test_readers_never_see_half_an_update(health: Health) -> None:
+    ends = time.monotonic() + 0.5
+
+    def write() -> None:
+        number = 0
+        while time.monotonic() < ends:
+            number += 1
+            health.update(state="training" if number % 2 else "connected", rounds_answered=number)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while time.monotonic() < ends:
+        told = health.snapshot()
+        if told["rounds_answered"]:
+            seen.add((told["state"], told["rounds_answered"] % 2))
+    writer.join()
+    assert seen == {("training", 1), ("connected", 0)}
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+        (b"GET /health/../etc HTTP/1.1\r\nHost: x\r\n\r\n", b"404"),
+        (b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"405"),
+        (b"PUT /ready HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
+        (b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", b"200"),
+    ],
+)
+def test_only_two_addresses_can_be_read(sent: bytes, status: bytes, address: str) -> None:
+    answer = raw(address, sent)
+    assert answer.split()[1] == status
+    assert b"connection: close" in answer
+    body = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert set(body) == (KEYS if status == b"200" else set())
+
+
+def test_what_is_no_request_is_told_nothing(address: str) -> None:
+    answer = raw(address, b"nonsense\r\n\r\n")
+    assert answer.split()[1] == b"400"
+    assert not [key for key in KEYS if key.encode() in answer]
+
+
+def test_a_second_request_on_a_connection_gets_no_answer(address: str) -> None:
+    two = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2
+    assert raw(address, two).count(b"HTTP/1.1 200") == 1
+
+
+def test_a_request_without_end_is_cut_off(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    began = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        try:
+            for _ in range(100):
+                connection.sendall(b"x" * 100)
+            received = connection.recv(100)
+        except ConnectionError:  # what was still on its way when the other side closed
+            received = b""
+    assert received == b"" or received.split()[1] == b"400"
+    assert time.monotonic() - began < 1.5  # by its length, before its time is over
+    assert ask(address)[0] == 200
+
+
+def test_who_holds_a_place_keeps_no_probe_out(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    slow = []
+    try:
+        for _ in range(40):
+            slow.append(socket.create_connection((host, int(port)), timeout=10))
+            slow[-1].sendall(b"G")
+        assert [ask(address)[0] for _ in range(20)] == [200] * 20
+        assert ask(address, "/health")[0] == 200
+        began = time.monotonic()
+        for connection in slow:
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
+        assert time.monotonic() - began < 8, "and each is cut off after two seconds"
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_many_ask_at_once_and_one_after_the_other(address: str) -> None:
+    for _ in range(50):
+        assert ask(address)[0] == 200
+    answers: list[int] = []
+    for _ in range(5):
+        threads = [threading.Thread(target=lambda: answers.append(ask(address)[0])) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert answers == [200] * 15
+
+
+def test_it_ends_with_its_block(health: Health) -> None:
+    with serve_health("127.0.0.1:0", health) as bound:
+        assert ask(bound)[0] == 200
+    with pytest.raises(ConnectionRefusedError):
+        ask(bound)
+    with serve_health(bound, health) as again:  # and leaves its port free
+        assert again == bound
+
+
+def test_ipv6_works_where_there_is_any(health: Health) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with serve_health("[::1]:0", health) as bound:
+        assert bound.startswith("[::1]:")
+        assert ask(bound)[0] == 200
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.1.2.3:8089", "192.168.0.1:8089"])
+def test_an_address_that_others_reach_has_to_be_asked_for(address: str, health: Health) -> None:
+    with pytest.raises(ConfigError, match="--health-anywhere"), serve_health(address, health):
+        pass
+
+
+def test_it_may_be_asked_for(health: Health) -> None:
+    with serve_health("0.0.0.0:0", health, anywhere=True) as bound:
+        assert ask(bound.replace("0.0.0.0", "127.0.0.1"))[0] == 200
+
+
+WRONG = ["", "8089", ":8089", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:\uff18\uff10"]
+
+
+@pytest.mark.parametrize("address", [*WRONG, "::1:8089", "[127.0.0.1]:1", "fl.example.org:8089"])
+def test_what_is_no_address_is_said(address: str, health: Health) -> None:
+    with pytest.raises(ConfigError, match=r"^--health = .*must be host:port"), serve_health(address, health):
+        pass
+
+
+def test_an_address_in_use_is_said(address: str, health: Health) -> None:
+    with pytest.raises(ConfigError, match="cannot be listened on"), serve_health(address, health):
+        pass
+
+
+def test_the_probe_of_containers(address: str, health: Health) -> None:
+    def probe(*arguments: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedtune.ops.health", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"},
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert probe(address)[0] == 0
+    assert probe(address, "/ready")[0] == 1
+    health.update(state="connected")
+    code, out, err = probe(address, "/ready")
+    assert (code, json.loads(out)["state"], err) == (0, "connected", "")
+    assert probe("127.0.0.1:1")[0] == 1
+    assert probe()[0] == 2
+
+
+def test_the_probe_is_quick_to_import() -> None:
+    code = (
+        "import sys, fedtune.ops.health;"
+        "print([name for name in ('torch', 'flwr', 'cryptography', 'pydantic', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

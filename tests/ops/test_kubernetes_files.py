@@ -1,0 +1,514 @@
+"""Manifests and chart: read by Kubernetes' and Helm's own tools where these are here, and their scripts tried."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.kit_file import Kit, KitCertificate
+from fedtune.ops.services.lead_and_server import KitRoster
+from fedtune.version import __version__
+
+from ..conftest import parsed
+from .conftest import Desk
+from .deployment_files import KUBERNETES, PROCESSES, documents, helm, name_of, only, pod_of, run, template_of, tool
+
+pytestmark = pytest.mark.nightly
+
+OVERLAYS = sorted(path.parent for path in KUBERNETES.glob("*/kustomization.yaml"))
+POLICIES = [
+    *sorted(KUBERNETES.glob("*/network_policy.yaml")),
+    *(KUBERNETES / f"{role}-backup/backup.yaml" for role in ("server", "site")),
+]
+CHART = KUBERNETES.parent / "helm" / "fedtune"
+SITE = KUBERNETES / "site/site.yaml"
+VALIDATE = ("--strict", "--kubernetes-version", "1.32")
+
+
+def every(path: Path) -> list[dict[str, Any]]:
+    """The containers of one of `PROCESSES`."""
+    pod = pod_of(path)
+    return [*pod.get("initContainers", ()), *pod["containers"]]
+
+
+def mounts_of(container: dict[str, Any]) -> dict[str, Any]:
+    return {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+
+
+def test_every_manifest_is_tested() -> None:
+    assert {folder.name for folder in OVERLAYS} == {
+        *("server", "site", "site-gpu", "lead", "server-backup", "site-backup"),
+    }
+    with_pods = {"StatefulSet", "Deployment", "DaemonSet", "Job", "CronJob", "Pod", "ReplicaSet"}
+    found = {path for path in KUBERNETES.rglob("*.yaml") for one in documents(path) if one["kind"] in with_pods}
+    assert found == set(PROCESSES)
+
+
+@pytest.fixture(scope="module")
+def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What kubectl makes of each folder, by its name."""
+    into, made = tmp_path_factory.mktemp("made"), {}
+    for folder in OVERLAYS:
+        done = run(tool("kubectl"), "kustomize", folder)
+        assert done.returncode == 0, done.stderr
+        made[folder.name] = into / f"{folder.name}.yaml"
+        made[folder.name].write_text(done.stdout)
+    return made
+
+
+def test_the_manifests_fit_kubernetes_own_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
+    command = (tool("kubernetes-validate"), *VALIDATE)
+    plain = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
+    done = run(*command, *plain, *put_together.values())
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = tmp_path / "broken.yaml"
+    for path in plain:
+        broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
+        assert run(*command, broken).returncode != 0, path
+
+
+@pytest.mark.parametrize("folder", [folder.name for folder in OVERLAYS])
+def test_kubectl_puts_the_manifests_together(folder: str, put_together: dict[str, Path]) -> None:
+    (made,) = (one for one in documents(put_together[folder]) if one["kind"] in PROCESSES.values())
+    pod = template_of(made)["spec"]
+    containers = [*pod.get("initContainers", ()), *pod["containers"]]
+    assert {container["image"] for container in containers} == {f"registry.example.org/fedtune:{__version__}"}
+    gpus = [container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu") for container in containers]
+    assert gpus[-1] == ("1" if folder == "site-gpu" else None)
+    assert not any(gpus[:-1])
+    assert len({one["metadata"]["namespace"] for one in documents(put_together[folder])}) == 1
+
+
+@pytest.mark.parametrize("path", PROCESSES, ids=name_of)
+def test_pods_keep_to_the_restricted_standard(path: Path) -> None:
+    pod = pod_of(path)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    for container in every(path):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["readOnlyRootFilesystem"] is True
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+    for volume in pod["volumes"]:
+        assert set(volume) - {"name"} <= {"secret", "configMap", "emptyDir", "persistentVolumeClaim"}
+        assert volume.get("secret", {}).get("defaultMode", 0o440) == 0o440
+    if PROCESSES[path] == "StatefulSet":
+        (container,) = pod["containers"]
+        assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
+
+
+@pytest.mark.parametrize("path", [path for path in PROCESSES if PROCESSES[path] == "StatefulSet"], ids=name_of)
+def test_a_ledger_and_a_database_have_one_pod(path: Path) -> None:
+    spec = only(path, "StatefulSet")["spec"]
+    assert spec["replicas"] == 1
+    for claim in spec["volumeClaimTemplates"]:
+        assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+# Who reaches whom.
+
+
+@pytest.mark.parametrize("path", PROCESSES, ids=name_of)
+def test_every_pod_has_a_policy_and_only_the_server_s_is_reached(path: Path) -> None:
+    labels = template_of(only(path, PROCESSES[path]))["metadata"]["labels"]
+    selected = [
+        policy
+        for file in POLICIES
+        if (policy := only(file, "NetworkPolicy")["spec"])["podSelector"]["matchLabels"].items() <= labels.items()
+    ]
+    (policy,) = selected
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    reached = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
+    called = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+    role = path.parent.name
+    assert reached == ([9092] if role == "server" else [])
+    assert called == ({53, 5353, 9092} if role in ("site", "lead") else set())
+
+
+@pytest.mark.parametrize("role", ["site", "lead"])
+def test_name_servers_are_reached_in_any_namespace_and_nobody_outside_is_on_their_ports(role: str) -> None:
+    names, server = only(KUBERNETES / role / "network_policy.yaml", "NetworkPolicy")["spec"]["egress"]
+    assert names["to"] == [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
+    assert {(port["protocol"], port["port"]) for port in names["ports"]} == {
+        (protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)
+    }
+    assert [port["port"] for port in server["ports"]] == [9092]
+
+
+def test_nothing_reaches_a_site_s_pod() -> None:
+    service = only(SITE, "Service")["spec"]
+    assert service["clusterIP"] == "None"
+    assert "ports" not in service
+    (container,) = pod_of(SITE)["containers"]
+    assert "ports" not in container
+    # A round's length tells of the number of records, and so the endpoint stays inside the pod.
+    assert not [argument for argument in container["args"] if "anywhere" in argument]
+
+
+def test_draining_a_node_cuts_off_no_round() -> None:
+    budget = only(KUBERNETES / "site/pod_disruption_budget.yaml", "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 0
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+    assert budget["selector"] == only(SITE, "StatefulSet")["spec"]["selector"]
+
+
+def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:
+    (container,) = pod_of(SITE)["containers"]
+    mounts = mounts_of(container)
+    assert "--site=/site/site.toml" in container["args"]
+    policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
+    assert mounts["/site/site.toml"] == policy
+    assert mounts["/records"]["readOnly"] is True
+
+
+# What the pods' scripts do, with folders of these tests for those of the pods.
+
+
+def script_of(container: dict[str, Any], **folders: Path) -> str:
+    assert container["command"][:2] == ["sh", "-euc"]
+    script: str = container["command"][2]
+    for name, folder in folders.items():
+        script = re.sub(rf"(?<![\w/])/{name}(?=[/ ])", str(folder), script)
+    return script
+
+
+def start_script(manifest: str, **folders: Path) -> str:
+    """The script of the first container."""
+    (container,) = pod_of(KUBERNETES / manifest)["initContainers"]
+    return script_of(container, **folders)
+
+
+def fill(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(f"{folder.name} {name}")
+        (folder / name).chmod(0o440)
+
+
+def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tmp_path: Path) -> None:
+    secret, site = tmp_path / "secret", tmp_path / "pvc"
+    fill(secret / "site", "site.toml", "site_key.pem")
+    fill(secret / "kit", "kit.toml", "ca.pem", "site.pem", "connection_key.pem")
+    site.mkdir()
+    script = start_script("site/site.yaml", secret=secret, site=site)
+    for _ in range(2):
+        done = run("sh", "-euc", script)
+        assert done.returncode == 0, done.stderr
+        for name in (
+            "site.toml",
+            "site_key.pem",
+            "kit/connection_key.pem",
+            "kit/kit.toml",
+            "kit/ca.pem",
+            "kit/site.pem",
+        ):
+            assert (site / name).stat().st_mode & 0o777 == 0o600, name
+        (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
+    new_certificate = secret / "kit/site.pem"
+    new_certificate.chmod(0o640)
+    new_certificate.write_text("renewed")
+    assert run("sh", "-euc", script).returncode == 0
+    assert (site / "kit/site.pem").read_text() == "renewed"
+    (secret / "site/site_key.pem").chmod(0o640)
+    (secret / "site/site_key.pem").write_text("another key")
+    refused = run("sh", "-euc", script)
+    assert refused.returncode == 2
+    assert "not the key" in refused.stderr
+    assert (site / "site_key.pem").read_text() == "site site_key.pem"
+
+
+def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: Desk, tmp_path: Path) -> None:
+    secret, folder = desk.folder / "server", tmp_path / "kit"
+    folder.mkdir()
+    script = start_script("server/server.yaml", secret=secret, kit=folder)
+    for _ in range(2):
+        done = run("sh", "-euc", script)
+        assert done.returncode == 0, done.stderr
+    assert (folder / "server_key.pem").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
+    kit = Kit.read(folder, kind="server")
+    roster, certificate = KitRoster(kit), KitCertificate(kit)
+    assert roster.look().sites == ()
+    desk.join("north")
+    provisioning.renew(desk.folder, "server", days=400, now=desk.now)
+    assert [one.site for one in roster.look().sites] == ["north"]
+    assert certificate.is_new()
+
+
+def test_the_server_may_write_nothing_of_its_kit() -> None:
+    (container,) = pod_of(KUBERNETES / "server/server.yaml")["containers"]
+    assert {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
+
+
+@pytest.mark.parametrize("has_receipts", [True, False])
+def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_receipts: bool, tmp_path: Path) -> None:
+    secret, lead = tmp_path / "secret", tmp_path / "pvc"
+    receipts = ("receipts.json",) if has_receipts else ()
+    fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
+    lead.mkdir()
+    script = start_script("lead/lead.yaml", secret=secret, lead=lead)
+    assert run("sh", "-euc", script).returncode == 0
+    kit = lead / "kit"
+    assert {path.name for path in kit.iterdir()} == {path.name for path in secret.iterdir()}
+    assert {path.stat().st_mode & 0o777 for path in kit.iterdir()} == {0o600}
+    (kit / "receipts.json").write_text("newer")
+    (secret / "roster.json").chmod(0o640)
+    (secret / "roster.json").write_text("a new site")
+    assert run("sh", "-euc", script).returncode == 0
+    assert (kit / "receipts.json").read_text() == "newer"
+    assert (kit / "roster.json").read_text() == "a new site"
+
+
+def test_the_lead_s_job_begins_a_run_or_goes_on_and_ends_where_trying_again_is_no_use() -> None:
+    job = only(KUBERNETES / "lead/lead.yaml", "Job")
+    pod = pod_of(KUBERNETES / "lead/lead.yaml")
+    (container,) = pod["containers"]
+    told = parsed(*container["args"])
+    assert (told["or_resume"], told["kit"]) == (True, Path("/lead/kit"))
+    assert told["words"] == ("name=first", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs")
+    assert job["metadata"]["name"] == "fedtune-lead-first"
+    assert pod["restartPolicy"] == "Never", "so that the policy on exit codes counts"
+    wrong, drained = job["spec"]["podFailurePolicy"]["rules"]
+    assert wrong["action"] == "FailJob"
+    assert wrong["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
+    assert (drained["action"], drained["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    writable = {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")}
+    assert writable == {"/lead", "/tmp"}
+
+
+BACKUPS = {
+    "site": ("--kit=/site/kit", "--site=/site/site.toml"),
+    "server": ("--kit=/data", "--data=/data"),
+}
+
+
+@pytest.mark.parametrize("role", BACKUPS)
+def test_a_backup_runs_beside_its_process_on_volumes_that_exist(role: str) -> None:
+    path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
+    pod, made = pod_of(path), only(process, "StatefulSet")
+    labels = template_of(only(path, "CronJob"))["metadata"]["labels"]
+    assert not made["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it is not taken for the process"
+    (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert near["topologyKey"] == "kubernetes.io/hostname"
+    assert near["labelSelector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
+    claims = {f"{claim['metadata']['name']}-fedtune-{role}-0" for claim in made["spec"]["volumeClaimTemplates"]}
+    used = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if volume["name"] != "tmp"}
+    assert used == {*claims, "fedtune-backup"}
+    (container,) = pod["containers"]
+    (beside,) = made["spec"]["template"]["spec"]["containers"]
+    ours, theirs = mounts_of(container), mounts_of(beside)
+    for folder in ours.keys() - {"/tmp", "/backup"}:
+        assert ours[folder]["name"] == theirs[folder]["name"]
+    assert only(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
+
+
+@pytest.mark.parametrize("role", BACKUPS)
+def test_a_backup_writes_a_new_file_and_only_then_removes_what_is_too_old(role: str, tmp_path: Path) -> None:
+    (container,) = pod_of(KUBERNETES / f"{role}-backup/backup.yaml")["containers"]
+    (keep,) = container["env"]
+    command = container["command"][2].splitlines()[0]
+    told = parsed(*shlex.split(command)[1:])
+    assert str(told["file"]).startswith(f"/backup/{role}-")
+    assert shlex.split(command)[1:3] == [role, "backup"]
+    assert shlex.split(command)[-2:] == list(BACKUPS[role])
+
+    folder, commands = tmp_path / "volume", tmp_path / "commands"
+    folder.mkdir()
+    commands.mkdir()
+    fedtune = commands / "fedtune"
+    script = script_of(container, backup=folder)
+    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", keep["name"]: keep["value"]}
+    old, young, other = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
+    for path, days in ((old, 40), (young, 20), (other, 40)):
+        path.touch()
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    for ends, left in ((1, {old, young, other}), (0, {young, other})):
+        # What the command says it was asked for, and a file as it writes one.
+        fedtune.write_text(f'#!/bin/sh\n[ {ends} = 0 ] || exit {ends}\necho "$@" > "{tmp_path}/asked"\n: > "$3"\n')
+        fedtune.chmod(0o755)
+        assert run("sh", "-euc", script, env=environment).returncode == ends
+        assert {old, young, other} & set(folder.iterdir()) == left
+    (new,) = set(folder.iterdir()) - {young, other}
+    assert re.fullmatch(rf"{role}-\d{{8}}T\d{{6}}Z\.zip", new.name)
+    assert (tmp_path / "asked").read_text().split()[:3] == [role, "backup", str(new)]
+
+
+# Helm
+
+
+CHANGES = {
+    "image.repository": "mirror.example.org/fedtune",
+    "image.tag": "9.9",
+    "image.pullSecrets[0]": "mirror",
+    "resources.cpu": "4",
+    "resources.memory": "20Gi",
+    "resources.memoryLimit": "40Gi",
+    "stopWithin": "1200",
+    "nodeSelector.disk": "local",
+    "tolerations[0].key": "gpu",
+}
+"""Values of every role."""
+CALLS = {"server.cidr": "192.0.2.7/32", "server.port": "443", "dns.cidrs[0]": "192.0.2.53/32", "gpus": "1"}
+STORED = {"storage.site.size": "90Gi", "storage.site.storageClassName": "block", "storage.anchor.size": "2Gi"}
+BACKED_UP = {
+    "backup.enabled": "true",
+    "backup.keepDays": "7",
+    "claims.backup": "elsewhere",
+    "backup.schedule": "5 4 * * *",
+}
+OF_ROLE = {
+    "site": {**CALLS, **STORED, **BACKED_UP, "claims.records": "wards", "disruption.maxUnavailable": "1"},
+    "server": {**BACKED_UP, "storage.data.size": "90Gi", "service.annotations.pool": "fleet"},
+    "lead": {
+        **CALLS,
+        "run.name": "second",
+        "run.settings[0]": "federation.min_sites=2",
+        "claims.lead": "runs",
+        "claims.data": "tests",
+    },
+}
+AS_TEXT = ("image.tag", "resources.cpu")
+"""Which Helm would take for numbers."""
+
+
+def rendered(folder: Path, role: str, values: dict[str, str]) -> Path:
+    """What Helm makes of the chart with these values."""
+    settings = [
+        word
+        for key, value in {"role": role, **values}.items()
+        for word in ("--set-string" if key in AS_TEXT else "--set", f"{key}={value}")
+    ]
+    namespace = "fedtune" if role == "server" else f"fedtune-{role}"
+    done = helm("template", "release", CHART, "--namespace", namespace, *settings)
+    assert done.returncode == 0, done.stderr
+    made = folder / "rendered.yaml"
+    made.write_text(done.stdout)
+    return made
+
+
+def test_helm_finds_no_fault_with_the_chart() -> None:
+    done = helm("lint", CHART)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) -> None:
+    checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
+    done = run(checker, "--check-metaschema", schema)
+    assert done.returncode == 0, done.stdout
+    plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
+
+    def changed(*changes: tuple[str, str]) -> int:
+        text = plain
+        for old, new in changes:
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        file.write_text(text)
+        return run(checker, "--schemafile", schema, file).returncode
+
+    server, lead, named = ("role: site", "role: server"), ("role: site", "role: lead"), ('name: ""', "name: first")
+    for right in ((), (server,), (lead, named)):
+        assert changed(*right) == 0, right
+    for wrong in (
+        (("gpus: 0", "gpus: -1"),),
+        (('memoryLimit: ""', "memoryLimit: 16G"),),
+        (("storage: {}", "storage: {site: {sizes: 50Gi}}"),),
+        (("maxUnavailable: 0", "maxUnavailable: 2"),),
+        (("claims: {}", 'claims: {records: ""}'),),
+        # What this role does not have.
+        (("storage: {}", "storage: {data: {size: 50Gi}}"),),
+        (named,),
+        (server, ("gpus: 0", "gpus: 1")),
+        (server, ("claims: {}", "claims: {records: wards}")),
+        (lead,),
+        (lead, named, ("enabled: false", "enabled: true")),
+        (lead, named, ("settings: []", "settings: [name=other]")),
+    ):
+        assert changed(*wrong) == 1, wrong
+
+
+def test_the_chart_has_no_manifests_of_its_own() -> None:
+    manifests = CHART / "manifests"
+    assert manifests.is_symlink()
+    assert manifests.resolve() == KUBERNETES
+    (template,) = CHART.glob("templates/*.yaml")
+    assert "apiVersion" not in template.read_text() + (CHART / "templates/_changes.tpl").read_text()
+    about = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert about["version"] == about["appVersion"] == __version__
+
+
+@pytest.mark.parametrize("role", OF_ROLE)
+def test_the_chart_changes_nothing_of_the_manifests_by_itself(
+    role: str, put_together: dict[str, Path], tmp_path: Path
+) -> None:
+    def by_name(*paths: Path) -> dict[tuple[str, str], Any]:
+        return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in documents(path)}
+
+    if role == "lead":
+        plain, values = [put_together["lead"]], {"run.name": "first"}
+    else:
+        plain, values = [put_together[role], put_together[f"{role}-backup"]], {"backup.enabled": "true"}
+    assert by_name(rendered(tmp_path, role, values)) == by_name(*plain)
+
+
+@pytest.mark.parametrize("role", OF_ROLE)
+def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(role: str, tmp_path: Path) -> None:
+    made = rendered(tmp_path, role, CHANGES | OF_ROLE[role])
+    done = run(tool("kubernetes-validate"), *VALIDATE, made)
+    assert done.returncode == 0, done.stdout + done.stderr
+    process = only(made, "Job" if role == "lead" else "StatefulSet")
+    pod = template_of(process)["spec"]
+    (container,) = pod["containers"]
+    backups = [template_of(one)["spec"] for one in documents(made) if one["kind"] == "CronJob"]
+    assert len(backups) == (role != "lead")
+    for each in (pod, *backups):
+        containers = (*each.get("initContainers", ()), *each["containers"])
+        assert {one["image"] for one in containers} == {"mirror.example.org/fedtune:9.9"}
+        assert each["imagePullSecrets"] == [{"name": "mirror"}]
+        assert (each["nodeSelector"], each["tolerations"]) == ({"disk": "local"}, [{"key": "gpu"}])
+    limits = {"memory": "40Gi"} if role == "server" else {"memory": "40Gi", "nvidia.com/gpu": "1"}
+    assert container["resources"] == {"requests": {"cpu": "4", "memory": "20Gi"}, "limits": limits}
+    assert pod["terminationGracePeriodSeconds"] == 1200
+    for backup in backups:
+        assert backup["containers"][0]["env"] == [{"name": "KEEP_DAYS", "value": "7"}]
+        assert {"name": "backup", "persistentVolumeClaim": {"claimName": "elsewhere"}} in backup["volumes"]
+        assert only(made, "CronJob")["spec"]["schedule"] == "5 4 * * *"
+    policies = {one["metadata"]["name"]: one["spec"] for one in documents(made) if one["kind"] == "NetworkPolicy"}
+    if role in ("site", "lead"):
+        dns, server = policies["fedtune-site" if role == "site" else "fedtune-lead-second"]["egress"]
+        assert server == {"to": [{"ipBlock": {"cidr": "192.0.2.7/32"}}], "ports": [{"protocol": "TCP", "port": 443}]}
+        assert dns["to"][-1] == {"ipBlock": {"cidr": "192.0.2.53/32"}}
+        assert {port["port"] for port in dns["ports"]} == {53, 5353}
+    claims = {claim["metadata"]["name"]: claim["spec"] for claim in process["spec"].get("volumeClaimTemplates", ())}
+    sizes = {name: spec["resources"]["requests"]["storage"] for name, spec in claims.items()}
+    named = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+    if role == "site":
+        assert sizes == {"site": "90Gi", "anchor": "2Gi"}
+        assert (claims["site"]["storageClassName"], "storageClassName" in claims["anchor"]) == ("block", False)
+        assert named["records"] == "wards"
+        assert only(made, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    elif role == "server":
+        assert sizes == {"data": "90Gi"}
+        assert only(made, "Service")["metadata"]["annotations"] == {"pool": "fleet"}
+    else:
+        assert process["metadata"]["name"] == "fedtune-lead-second"
+        assert (named["lead"], named["data"]) == ("runs", "tests")
+        (experiment,) = (volume["configMap"] for volume in pod["volumes"] if "configMap" in volume)
+        assert experiment == {"name": "fedtune-lead-second"}
+        assert parsed(*container["args"])["words"] == (
+            *("name=second", "experiment=/experiment/experiment.yaml", "tracking.output_dir=/lead/runs"),
+            "federation.min_sites=2",
+        )

@@ -1,0 +1,359 @@
+"""A lead's and a server's services: who takes part, who runs a folder, what sites last said, and what is served."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
+from fedtune.ops.health import Health
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.services.lead_and_server import (
+    RUNNING,
+    LeadService,
+    ServerService,
+    _Noted,
+    _running,
+    latest_answers,
+    members,
+    running_process,
+)
+from fedtune.ops.wire.superlink import ServerSettings
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+
+@pytest.fixture
+def lead(federation: Path) -> Callable[[], Kit]:
+    """The lead's kit, as its files stand."""
+    return lambda: Kit.read(federation / "lead", kind="lead")
+
+
+@pytest.fixture
+def three(joined: Callable[[str], Path], lead: Callable[[], Kit]) -> Kit:
+    """A lead with the sites north, south and west."""
+    for site in ("north", "south", "west"):
+        joined(site)
+    return lead()
+
+
+# Which sites.
+
+
+def names(kit: Kit, *asked: str) -> list[str]:
+    return [member.site for member in members(kit, asked)]
+
+
+def test_sites_come_in_the_order_in_which_they_were_named(three: Kit) -> None:
+    assert names(three, "west", "north") == ["west", "north"]
+    assert names(three) == ["north", "south", "west"]
+
+
+def test_a_site_that_nobody_let_in_is_named_with_those_that_are_there(three: Kit) -> None:
+    with pytest.raises(ConfigError) as caught:
+        members(three, ("north", "east"))
+    assert str(caught.value) == "sites = 'east': must be one of north, south, west"
+
+
+def test_a_revoked_site_takes_no_part(three: Kit, federation: Path, now: datetime) -> None:
+    provisioning.revoke_site(federation, "south", now=now)
+    assert names(three) == ["north", "west"]
+    with pytest.raises(ConfigError, match=r"sites = 'south': was revoked at \d{4}-"):
+        members(three, ("south",))
+    with pytest.raises(ConfigError, match="must be one of north, west"):
+        members(three, ("east",))
+
+
+def test_a_site_takes_part_once(three: Kit) -> None:
+    with pytest.raises(ConfigError, match=r"sites = \['north', 'north'\]: must not repeat a name"):
+        members(three, ("north", "north"))
+
+
+def test_without_any_site_there_is_nothing_to_run(
+    lead: Callable[[], Kit], joined: Callable[[str], Path], federation: Path, now: datetime
+) -> None:
+    with pytest.raises(ConfigError, match="add-site"):
+        members(lead(), ())
+    joined("north")
+    provisioning.revoke_site(federation, "north", now=now)
+    with pytest.raises(ConfigError, match="add-site"):
+        members(lead(), ())
+
+
+# What a run needs of the kit.
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return compose_run(
+        [
+            "experiment=debug",
+            "runtime=deployment",
+            f"tracking.output_dir={tmp_path}",
+            "name=one",
+            "federation.site_names=[west,north]",
+            "privacy.noise_multiplier=4.0",
+        ]
+    )
+
+
+def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
+    connection = LeadService(kit=three)._connection(config.federation)
+    assert [site.name for site in connection.sites] == ["west", "north"]
+    of_north = connection.sites[1]
+    assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
+    assert of_north.node_key == members(three, ("north",))[0].node_key
+    assert connection.key.public == three.lead
+    assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
+
+
+def test_a_run_sees_a_certificate_that_is_put_into_its_kit(
+    three: Kit, config: RunConfig, federation: Path, now: datetime
+) -> None:
+    connection = LeadService(kit=three)._connection(config.federation)
+    assert not connection.has_new_certificate()
+    provisioning.renew(federation, "lead", days=300, now=now)
+    three.certificate.write_bytes((federation / "lead/lead.pem").read_bytes())
+    assert connection.has_new_certificate()
+    assert not connection.has_new_certificate()
+
+
+def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
+    federation_toml: Path,
+    config: RunConfig,
+    service: ServerService,
+    served: list[ServerSettings],
+    now: datetime,
+    tmp_path: Path,
+) -> None:
+    provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
+    with pytest.raises(ConfigError, match=r"server\.pem.*expired.*renew-server"):
+        replace(service, kit=Kit.read(tmp_path / "old" / "server", kind="server")).run()
+    assert served == []
+    kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
+    folder = tmp_path / "one"
+    folder.mkdir()
+    listener: Any = None
+    with pytest.raises(ConfigError, match=r"lead\.pem.*expired.*renew-lead"):
+        LeadService(kit=kit).run(config, folder, listener)
+    assert list(folder.iterdir()) == []
+
+
+# Who runs a folder.
+
+
+def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
+    assert running_process(tmp_path) is None
+    with _running(tmp_path):
+        assert running_process(tmp_path) == os.getpid()
+        assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
+    assert running_process(tmp_path) is None
+    assert not (tmp_path / RUNNING).exists()
+
+
+def test_a_file_that_a_killed_process_left_is_stale(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / RUNNING).write_text(json.dumps({"pid": gone.pid}))
+    assert running_process(tmp_path) is None
+
+
+def test_another_process_may_run_it(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        (tmp_path / RUNNING).write_text(json.dumps({"pid": other.pid}))
+        assert running_process(tmp_path) == other.pid
+    finally:
+        other.kill()
+        other.wait()
+    assert running_process(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"pid": null}', '{"pid": "x"}', '{"pid": 0}', '{"pid": -1}', '{"pid": 1e30}']
+)
+def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> None:
+    # 0 and -1 would stand for this very group of processes, and for all of them.
+    (tmp_path / RUNNING).write_text(text)
+    assert running_process(tmp_path) is None
+
+
+# What its sites said.
+
+
+class Shown:
+    """What a person is shown."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[object, ...]] = []
+
+    def note(self, text: str) -> None:
+        self.all.append(("note", text))
+
+    def prepared(self, *about: object) -> None:
+        self.all.append(("prepared", *about))
+
+    def site_replied(self, number: int) -> None:
+        self.all.append(("site_replied", number))
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        self.all.append((what, done, total))
+
+    def round_finished(self, state: object) -> None:
+        self.all.append(("round_finished", state))
+
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+        self.all.append((site, what, num_bytes, charged_rounds))
+
+
+def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
+    shown = Shown()
+    listener: Any = shown
+    noted = _Noted(listener, tmp_path)
+    assert latest_answers(tmp_path) == {}
+    noted.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0)
+    noted.site_answered("south", "update", num_bytes=20, charged_rounds=1)
+    noted.site_answered("north", "update", num_bytes=30, charged_rounds=1)
+    answers = latest_answers(tmp_path)
+    assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
+    assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
+    assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
+    noted.note("about the data")
+    noted.site_replied(2)
+    noted.preparing("trying the model", 1, 2)
+    state: Any = "a state"
+    noted.round_finished(state)
+    noted.prepared(state, state, state)
+    assert shown.all == [
+        ("north", "awaiting_approval", 10, 0),
+        ("south", "update", 20, 1),
+        ("north", "update", 30, 1),
+        ("note", "about the data"),
+        ("site_replied", 2),
+        ("trying the model", 1, 2),
+        ("round_finished", "a state"),
+        ("prepared", "a state", "a state", "a state"),
+    ]
+
+
+# What serves.
+
+
+@pytest.fixture
+def service(federation: Path) -> ServerService:
+    """A server with its database in the kit, on the port that the sites are told."""
+    kit = Kit.read(federation / "server", kind="server")
+    return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
+    """The settings of servers that began to listen, and were stopped at once."""
+    seen: list[ServerSettings] = []
+
+    def serve(
+        settings: ServerSettings,
+        *,
+        ready: Callable[[], None],
+        works: Callable[[bool], None],
+        has_new_certificate: Callable[[], bool],
+    ) -> None:
+        assert not has_new_certificate()
+        seen.append(settings)
+        ready()
+
+    monkeypatch.setattr("fedtune.ops.wire.superlink.serve", serve)
+    return seen
+
+
+def test_a_server_takes_everything_from_its_kit(service: ServerService, served: list[ServerSettings]) -> None:
+    service.run()
+    (settings,) = served
+    kit = service.kit
+    assert (settings.host, settings.port, settings.lead) == ("127.0.0.1", 9092, kit.lead)
+    assert (settings.tls.ca, settings.tls.certificate, settings.tls.key) == (kit.ca, kit.certificate, kit.key)
+    assert settings.database == kit.folder / "server.db"
+    assert settings.audit == kit.folder / "audit.jsonl"
+
+
+def test_another_port_and_folder_can_be_asked_for(
+    service: ServerService, served: list[ServerSettings], tmp_path: Path
+) -> None:
+    replace(service, port=9999, data=tmp_path).run()
+    assert (served[0].port, served[0].database) == (9999, tmp_path / "server.db")
+    assert served[0].audit == tmp_path / "audit.jsonl"
+
+
+def test_the_roster_is_read_anew_each_time(
+    service: ServerService,
+    served: list[ServerSettings],
+    joined: Callable[[str], Path],
+    federation: Path,
+    now: datetime,
+) -> None:
+    service.run()
+    (settings,) = served
+    assert settings.roster() == []
+    joined("north")
+    joined("south")
+    provisioning.revoke_site(federation, "south", now=now)
+    assert [(one.site, one.revoked) for one in settings.roster()] == [("north", False), ("south", True)]
+    assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
+
+
+def test_a_server_does_not_begin_without_a_roster(service: ServerService, served: list[ServerSettings]) -> None:
+    service.run()
+    service.kit.roster.write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON"):
+        served[0].roster()
+
+
+def test_health_follows_the_server(
+    service: ServerService, served: list[ServerSettings], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.health.snapshot()["last_contact"] is None
+    with caplog.at_level(logging.INFO, "fedtune"):
+        service.run()
+    snapshot = service.health.snapshot()
+    assert snapshot["state"] == "stopping"
+    assert snapshot["last_contact"] is not None
+    assert [record.message for record in caplog.records] == ["the server listens", "the server is down"]
+    listens: Any = caplog.records[0]
+    assert (listens.federation, listens.port) == ("cardiology-2026", 9092)
+
+
+def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerService) -> None:
+    states = []
+    service._works(True)
+    states.append(service.health.snapshot()["state"])
+    service.health.update(state="connected")
+    for works in (True, False, False, True):
+        service._works(works)
+        states.append(service.health.snapshot()["state"])
+    assert states == ["starting", "connected", "failing", "failing", "connected"]
+    service.health.update(state="stopping")
+    service._works(False)
+    assert service.health.snapshot()["state"] == "stopping"
+
+
+def test_a_folder_for_the_database_must_be_there(
+    service: ServerService, served: list[ServerSettings], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for place in (tmp_path / "nowhere", file):
+        with pytest.raises(ConfigError, match=r"--data = .*: must be a folder"):
+            replace(service, data=place).run()
+    assert served == []

@@ -1,0 +1,109 @@
+"""A file of fedtune's that is a link to somebody's records or passwords: no error says what stands there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedtune.ops.doctor.check import PrivateLog
+from fedtune.ops.kits.certificates import read_certificate, read_connection_key
+from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
+from fedtune.ops.kits.kit_file import Kit, read_spec
+from fedtune.ops.kits.members import JoinRequest, Roster
+from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.ops.wire.fleet import node_key
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import read_policy
+from fedtune.spec import ConfigError, FedtuneError
+
+SETTINGS = FederationFile(name="cardiology", server="127.0.0.1:9")
+CANARY = "Xylander-7391"
+
+CONTENTS = {
+    "table": f"name,note\n{CANARY},came on Monday\n".encode(),
+    "passwords": f"{CANARY}:$y$j9T$abc:19000:0:99999:7:::\n".encode(),
+    "record": json.dumps({"name": CANARY, CANARY: 1}).encode(),
+    "records": json.dumps([{"name": CANARY}]).encode(),
+    "settings": f'password = "{CANARY}"\n"{CANARY} of Miller" = 1\n'.encode(),
+    "quoted settings": f'"{CANARY} of Miller" = 1\n'.encode(),
+    "latin": f"M\xfcller {CANARY}\n".encode("latin-1"),
+    "key": f"-----BEGIN PRIVATE KEY-----\n{CANARY}\n-----END PRIVATE KEY-----\n".encode(),
+    "number": b"7" * 5000,
+}
+
+
+def _kit(path: Path) -> object:
+    path.rename(path.with_name("kit.toml"))
+    return Kit.read(path.parent, kind="site")
+
+
+def _retired(path: Path) -> object:
+    path.rename(path.with_name("retired_keys.json"))
+    return FederationFolder(folder=path.parent, settings=SETTINGS, lead_key="").retired()
+
+
+def _pending(path: Path) -> object:
+    state = SiteState.of(path.parent)
+    (state.folder / "pending").mkdir()
+    path.rename(state.folder / "pending" / "a.json")
+    return state.waiting()
+
+
+def _served(path: Path) -> object:
+    ledger = path.with_name("ledger.db")
+    path.rename(ledger.with_name("ledger.db.serving"))
+    with serving(ledger):
+        return None
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "site.toml": read_policy,
+    "federation.toml": lambda path: read_spec(FederationFile, path),
+    "kit.toml": _kit,
+    "join_request.json": JoinRequest.read,
+    "roster.json": Roster.read,
+    "retired_keys.json": _retired,
+    "a run that waits": _pending,
+    "certificate": read_certificate,
+    "connection key": read_connection_key,
+    "node key": node_key,
+    "site key": SigningKey.load,
+    "anchor": Head.read,
+    "ledger": verify,
+    "lock": _served,
+}
+
+
+@pytest.mark.parametrize("contents", CONTENTS.values(), ids=CONTENTS)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_an_error_quotes_nothing(tmp_path: Path, read: Callable[[Path], object], contents: bytes) -> None:
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    elsewhere.write_bytes(contents)
+    link.symlink_to(elsewhere)
+    with pytest.raises(FedtuneError) as caught:
+        read(link)
+    said = str(caught.value)
+    for quoted in (CANARY, CANARY[:4], "Monday", 'password"', "came", "77777"):
+        assert quoted not in said, said
+    assert elsewhere.read_bytes() == contents
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
+    elsewhere.write_text(CANARY)
+    link.symlink_to(elsewhere)
+    assert PrivateLog(link).keep("x") == ""
+    assert elsewhere.read_text() == CANARY
+
+
+def test_a_lock_that_holds_something_else_is_not_quoted(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.db"
+    with serving(ledger):
+        ledger.with_name("ledger.db.serving").write_text(CANARY)
+        with pytest.raises(ConfigError, match="being served by process another"), serving(ledger):
+            pass

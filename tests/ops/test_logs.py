@@ -1,0 +1,418 @@
+"""Nothing that was read from a record gets into a log, and what the site's IT needs does."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import io
+import json
+import logging
+import ssl
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data.records import iter_records
+from fedtune.data.spec import DataSpec
+from fedtune.ops import logs
+from fedtune.ops.logs import LEVELS, Level, configure_logs
+from fedtune.privacy.release import Reason, Refused
+from fedtune.spec import ConfigError, DataError, RunError
+from fedtune.tasks import task_named
+
+from ..conftest import own_logging
+
+PACKAGE = Path(__file__).parents[2] / "fedtune"
+CANARY = "CANARY-7319"
+own = logging.getLogger("fedtune.tests")
+
+
+class Lines(list[dict[str, Any]]):
+    """The lines of a log, as they were written."""
+
+    text = ""
+
+
+@contextmanager
+def logged(level: Level = "info") -> Iterator[Lines]:
+    stream, lines = io.StringIO(), Lines()
+    with own_logging(), redirect_stderr(stream):
+        configure_logs(level)
+        yield lines
+    lines.text = stream.getvalue()
+    lines.extend(map(json.loads, lines.text.splitlines()))
+
+
+def a_number() -> None:
+    int(CANARY)
+
+
+def a_key() -> None:
+    {}[CANARY]
+
+
+def an_undeclared_label() -> None:
+    raise DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
+
+
+def no_text() -> None:
+    (CANARY.encode() + b"\xff").decode("utf-8")
+
+
+def a_file() -> None:
+    Path(f"/nowhere/{CANARY}").read_text()
+
+
+def a_chain() -> None:
+    try:
+        a_number()
+    except ValueError as error:
+        raise RuntimeError(f"row {CANARY}") from error
+
+
+def hidden_in_the_cause_of_a_settings_error() -> None:
+    try:
+        a_number()
+    except ValueError as error:
+        raise ConfigError("data.columns", "letter", "must hold numbers") from error
+
+
+def while_another_was_handled() -> None:
+    try:
+        a_number()
+    except ValueError:
+        a_key()
+
+
+def a_group() -> None:
+    errors: list[Exception] = []
+    for fails in (a_number, a_chain):
+        try:
+            fails()
+        except Exception as error:
+            errors.append(error)
+    raise ExceptionGroup(CANARY, errors)
+
+
+def a_note() -> None:
+    try:
+        a_number()
+    except ValueError as error:
+        error.add_note(CANARY)
+        raise
+
+
+FAILURES = [
+    a_number,
+    a_key,
+    an_undeclared_label,
+    no_text,
+    a_file,
+    a_chain,
+    hidden_in_the_cause_of_a_settings_error,
+    while_another_was_handled,
+    a_group,
+    a_note,
+]
+
+
+@pytest.mark.parametrize("name", ["fedtune.tests", "flwr", "torch.nn", "asyncio", "root"])
+@pytest.mark.parametrize("fails", FAILURES, ids=lambda fails: fails.__name__)
+def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[], None], name: str) -> None:
+    with logged() as lines:
+        try:
+            fails()
+        except Exception:
+            logging.getLogger(name).exception("it failed")
+    assert CANARY not in lines.text
+    (line,) = lines
+    assert line["level"] == "error"
+    assert any(f" {fails.__name__}" in frame for frame in line["error"]["frames"])
+    assert all("/" not in frame for frame in line["error"]["frames"] if "test_logs.py" in frame)
+
+
+def test_causes_follow_with_their_own_frames() -> None:
+    with logged() as lines:
+        for fails in (a_chain, while_another_was_handled, a_group):
+            try:
+                fails()
+            except Exception:
+                own.exception("it failed")
+    chain, context, group = (line["error"] for line in lines)
+    assert (chain["type"], chain["cause"]["type"]) == ("RuntimeError", "ValueError")
+    assert any("a_number" in frame for frame in chain["cause"]["frames"])
+    assert (context["type"], context["cause"]["type"]) == ("KeyError", "ValueError")
+    assert [one["type"] for one in group["among"]] == ["ValueError", "RuntimeError"]
+
+
+@pytest.mark.parametrize(
+    "rows", [f"letter,{CANARY}\n", f"letter,a,{CANARY}\n", f'letter,"{CANARY}\n'], ids=["label", "cells", "quote"]
+)
+def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_path: Path) -> None:
+    file = tmp_path / "letters.csv"
+    file.write_text("text,label\nfine,a\n" + rows)
+    with logged() as lines:
+        try:
+            records = list(iter_records(file, {"text": "text", "label": "label"}))
+            columns = {"text": "text", "label": "label"}
+            data = DataSpec(
+                dataset="d", train_file="f", columns=columns, declared_sizes=1, labels=("a", "b"), max_length=8
+            )
+            task_named("classification").tokenise(records, None, data=data)  # type: ignore[arg-type]
+        except DataError as error:
+            own.exception("%s failed in round %d: %s", "north", 3, error)
+    assert CANARY not in lines.text
+    assert str(tmp_path) not in lines.text
+    assert lines[0]["event"] == "north failed in round 3: fedtune.spec.DataError"
+    assert any(frame.startswith(("fedtune/data/", "fedtune/tasks/")) for frame in lines[0]["error"]["frames"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("server", "fl.example.org", "must be host:port"),
+        RunError("ledger /srv/ledger.db cannot be opened"),
+        Refused(Reason.LEADS, asked="ab" * 32),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_made_of_settings_keep_their_text(error: Exception) -> None:
+    with logged() as lines:
+        own.error("cannot start", exc_info=error)
+        own.error("cannot start: %s", error)
+    assert lines[0]["error"]["text"] == str(error)
+    assert str(error) in lines[1]["event"]
+
+
+@pytest.mark.parametrize(
+    "library", ["torch", "transformers.tokenization", "tokenizers", "peft", "opacus", "numpy", "x"]
+)
+def test_of_libraries_that_see_records_only_the_place_is_written(library: str) -> None:
+    logger = logging.getLogger(library)
+    with logged("debug") as lines:
+        logger.warning("a long sequence: %s", CANARY)
+        logger.error(f"a long sequence: {CANARY}", extra={"row": CANARY})
+        logger.error(ValueError(CANARY))
+        logger.info("quiet")
+    assert CANARY not in lines.text
+    assert [line["level"] for line in lines] == ["warning", "error", "error"]
+    for line in lines:
+        assert line["event"] == logs.WITHHELD
+        assert line["where"].startswith("test_logs.py:")
+        assert line["where"].endswith("test_of_libraries_that_see_records_only_the_place_is_written")
+
+
+@pytest.mark.parametrize("library", sorted(logs.CARRIERS))
+def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str) -> None:
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        with logged() as lines:
+            logger.info("polled")
+            logger.warning("lost %s after %d s: %s", "fl.example.org", 3, ValueError(CANARY))
+            logger.warning(KeyError(CANARY))
+            logger.warning("row %s", [CANARY])
+        with logged("debug") as more:
+            logger.info("polled")
+            logger.debug("headers")
+    finally:
+        logger.setLevel(before)
+    assert CANARY not in lines.text
+    assert [line["event"] for line in lines] == ["lost fl.example.org after 3 s: ValueError", "KeyError", "row <list>"]
+    assert [line["event"] for line in more] == ["polled"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_level_is_that_of_own_messages(level: Level) -> None:
+    with logged(level) as lines:
+        for name in LEVELS:
+            getattr(own, name)(name)
+    assert [line["event"] for line in lines] == list(LEVELS[LEVELS.index(level) :])
+
+
+def test_a_line_has_time_level_logger_event_and_extra_fields() -> None:
+    with logged() as lines:
+        own.info("answered round %d", 3, extra={"run": "r1", "seconds": 1.5, "rate": float("nan"), "of": object()})
+    (line,) = lines
+    assert list(line)[:4] == ["time", "level", "logger", "event"]
+    assert line["time"].endswith("+00:00")
+    assert (line["level"], line["logger"], line["event"]) == ("info", "fedtune.tests", "answered round 3")
+    assert (line["run"], line["seconds"], line["rate"], line["of"]) == ("r1", 1.5, "nan", "<object>")
+
+
+def test_a_message_cannot_make_a_second_line() -> None:
+    with logged() as lines:
+        own.warning("site %s", 'a\n{"level": "info"}\u2028\u0085b')
+    assert len(lines) == 1
+    assert lines.text.isascii()
+
+
+def test_a_call_with_wrong_arguments_shows_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with logged() as lines:
+        own.warning("%d of %d", CANARY)
+        logging.getLogger("torch").warning("%d", CANARY)
+        own.warning("after it")
+    assert CANARY not in lines.text + "".join(capsys.readouterr())
+    assert [line["event"] for line in lines][::2] == ["%d of %d (with arguments that do not fit)", "after it"]
+
+
+def test_a_full_disk_shows_nothing_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with own_logging(), redirect_stderr(Full()):
+        configure_logs("info")
+        own.warning("row %s", CANARY)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_library_s_own_handler_is_passed_by_even_one_made_later(capsys: pytest.CaptureFixture[str]) -> None:
+    logger, elsewhere = logging.getLogger("transformers.test_logs"), io.StringIO()
+    with logged() as lines:
+        # As transformers and flwr do when they are imported.
+        logger.addHandler(logging.StreamHandler(elsewhere))
+        logger.propagate = False
+        logging.getLogger().addHandler(logging.StreamHandler(elsewhere))
+        logger.error(f"row {CANARY}")
+        logging.getLogger("torch").error(f"row {CANARY}")
+    assert elsewhere.getvalue() == ""
+    assert len(lines) == 2
+    assert CANARY not in lines.text + "".join(capsys.readouterr())
+
+
+def test_a_warning_names_its_kind_and_place() -> None:
+    with logged() as lines, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
+    assert CANARY not in lines.text
+    assert lines[0]["event"] == f"RuntimeWarning: {logs.WITHHELD}"
+    assert lines[0]["where"].startswith("test_logs.py:")
+
+
+def test_a_thread_s_end_is_one_line() -> None:
+    with logged() as lines:
+        for target in (a_chain, lambda: sys.exit(1)):
+            thread = threading.Thread(target=target, name="worker")
+            thread.start()
+            thread.join()
+    assert CANARY not in lines.text
+    assert len(lines) == 1
+    assert (lines[0]["level"], lines[0]["in_thread"]) == ("critical", "worker")
+    assert any("a_chain" in frame for frame in lines[0]["error"]["frames"])
+
+
+def test_an_error_in_a_clean_up_is_one_line() -> None:
+    class Fails:
+        def __repr__(self) -> str:
+            return CANARY
+
+        def __del__(self) -> None:
+            a_number()
+
+    with logged() as lines:
+        Fails()
+        gc.collect()
+    assert CANARY not in lines.text
+    assert lines[0]["error"]["type"] == "ValueError"
+
+
+def test_names_of_errors_from_system_and_tls_are_kept() -> None:
+    refused = ConnectionRefusedError(111, f"refused {CANARY}")
+    with logged() as lines:
+        own.warning("no server", exc_info=refused)
+        try:
+            not_tls = ssl.MemoryBIO()
+            not_tls.write(CANARY.encode())
+            context = ssl.create_default_context()
+            context.wrap_bio(not_tls, ssl.MemoryBIO(), server_hostname="fl.example.org").do_handshake()
+        except ssl.SSLError:
+            own.warning("no server", exc_info=True)
+    assert CANARY not in lines.text
+    assert lines[0]["error"]["errno"] == "ECONNREFUSED"
+    assert lines[1]["error"]["reason"] == "WRONG_VERSION_NUMBER"
+
+
+def test_a_deep_recursion_and_a_ring_of_causes_stay_short() -> None:
+    def deeper() -> None:
+        deeper()
+
+    first, second = ValueError(CANARY), KeyError(CANARY)
+    first.__cause__, second.__cause__ = second, first
+    with logged() as lines:
+        try:
+            deeper()
+        except RecursionError:
+            own.exception("too deep")
+        own.error("a ring", exc_info=first)
+    assert CANARY not in lines.text
+    assert len(lines[0]["error"]["frames"]) <= 40
+    assert "cause" not in lines[1]["error"]["cause"]
+
+
+PROCESS = f"""
+import logging, threading, warnings
+from fedtune.ops.logs import configure_logs
+configure_logs("warning")
+import transformers
+transformers.utils.logging.get_logger("transformers.x").warning("row {CANARY}")
+warnings.warn("row {CANARY}")
+thread = threading.Thread(target=lambda: int("{CANARY}"))
+thread.start()
+thread.join()
+def last():
+    raise KeyError("{CANARY}")
+last()
+"""
+
+
+def test_a_whole_process_writes_nothing_but_json() -> None:
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert CANARY not in done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["logger"].partition(".")[0] for line in lines] == ["transformers", "fedtune", "fedtune", "fedtune"]
+    assert lines[-1]["error"]["type"] == "KeyError"
+    assert lines[-1]["error"]["frames"][-1].endswith(" last")
+
+
+def test_the_second_configuration_replaces_the_first() -> None:
+    with logged() as first:
+        with redirect_stderr(io.StringIO()) as second:
+            configure_logs("info")
+        own.info("to the second")
+    assert first == []
+    assert json.loads(second.getvalue())["event"] == "to the second"
+
+
+def test_a_wrong_level_is_said_and_nothing_is_taken_over() -> None:
+    hook = sys.excepthook
+    with pytest.raises(ConfigError, match=r"must be"):
+        configure_logs("loud")  # type: ignore[arg-type]
+    assert sys.excepthook is hook
+
+
+def test_own_messages_are_fixed_texts_with_arguments() -> None:
+    """A message that was put together beforehand could hold an exception's text, which arguments cannot."""
+    calls = 0
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id in {"log", "_log", "logger"}
+                and node.func.attr in {"debug", "info", "warning", "error", "exception", "critical"}
+            ):
+                calls += 1
+                assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}"
+                assert not any(isinstance(part, ast.JoinedStr) for part in node.args), f"{path}:{node.lineno}"
+    assert calls > 5

@@ -1,0 +1,360 @@
+"""The metrics endpoint: what it answers, where it listens, and what the figures of each process are."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from fedtune.ops.health import Health, ask
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.metrics import Figure, LeadMetrics, ServerMetrics, SiteMetrics, serve_metrics
+from fedtune.ops.wire.gate import Registered, Traffic
+from fedtune.privacy.ledger.site_ledger import Reservation
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.spec import ConfigError
+
+from .deployment_files import run, tool
+
+MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
+OF_PROMETHEUS = {"up"}
+"""Metrics that Prometheus itself adds."""
+
+
+def scraped(figures: Callable[[], Iterable[Figure]]) -> list[Sample]:
+    """All samples, read by the client's own parser over a real connection."""
+    with (
+        serve_metrics("127.0.0.1:0", figures) as address,
+        urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer,
+    ):
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        text = answer.read().decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def values(samples: list[Sample], name: str) -> dict[str, float]:
+    """Of one metric, by the value of its label."""
+    found = {"".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
+    assert found, f"no {name}"
+    return found
+
+
+def test_it_answers_one_path_and_get_alone() -> None:
+    figure = Figure(name="a_count", says="What it is.", values={"x": 2, 'y"\n': 3}, label="which", grows=True)
+    assert values(scraped(lambda: [figure]), "a_count_total") == {"x": 2.0, 'y"\n': 3.0}
+    with serve_metrics("127.0.0.1:0", lambda: [figure]) as address:
+        assert ask(address, "/")[0] == 404
+        posted = urllib.request.Request(f"http://{address}/metrics", data=b"{}")
+        with pytest.raises(urllib.error.HTTPError, match="405"):
+            urllib.request.urlopen(posted, timeout=30)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:9464", "[::]:0"])
+def test_no_address_that_other_machines_reach_is_taken(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(address, list):
+        pass
+
+
+@pytest.mark.parametrize("address", ["9464", "localhost", "example.org:9464", "127.0.0.1:99999"])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--metrics = .*must be host:port"), serve_metrics(address, list):
+        pass
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedtune\[metrics\]'"), serve_metrics("127.0.0.1:0", list):
+        pass
+
+
+@pytest.fixture
+def north(joined: Callable[[str], Path]) -> Path:
+    """The folder of a site that has joined."""
+    return joined("north").parent
+
+
+def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
+    kit = Kit.read(folder / "kit", kind="site")
+    return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())
+
+
+def test_a_site_s_budget_is_that_of_its_ledger(
+    north: Path, run_proposal: Callable[..., Proposal], command: Any
+) -> None:
+    metrics = of_site(north)
+    assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
+    ledger, asked = SiteFiles.of(north / "site.toml").open(), run_proposal()
+    assert values(scraped(metrics.figures), "fedtune_site_epsilon_spent") == {"charged": 0.0, "with_set_aside": 0.0}
+    assert isinstance(ledger.reserve(asked, round=1, request="1"), Reservation)
+    samples, told = scraped(metrics.figures), ledger.spending()
+    spent = {"charged": told.epsilon, "with_set_aside": told.epsilon_with_set_aside}
+    assert values(samples, "fedtune_site_epsilon_spent") == pytest.approx(spent)
+    assert 0 < spent["charged"] < spent["with_set_aside"]
+    assert values(samples, "fedtune_site_epsilon_cap") == {"": told.max_epsilon}
+    (left,), (runs,) = (values(samples, f"fedtune_site_{name}_left").values() for name in ("epsilon", "runs"))
+    told = json.loads(command("ledger", "spent", str(north), "--json").out)
+    assert (left, runs) == (told["epsilon_left"], told["reference_runs_left"])
+    assert 1 <= runs < math.inf
+    assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
+
+
+def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+    metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
+
+    def reserve_all() -> None:
+        for number in range(100):
+            ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1")
+
+    with pytest.raises(Refused) as refused:
+        reserve_all()
+    assert refused.value.reason is Reason.MAX_EPSILON
+    samples = scraped(metrics.figures)
+    assert values(samples, "fedtune_site_runs_left") == {"": 0.0}
+    assert values(samples, "fedtune_site_epsilon_left")[""] > 0
+
+
+def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+    metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
+    ledger.freeze("consent withdrawn")
+    assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}
+    data = bytearray((north / "ledger.db").read_bytes())
+    where = data.index(b"consent withdrawn")
+    data[where : where + 7] = b"CONSENT"
+    (north / "ledger.db").write_bytes(data)
+    samples = scraped(metrics.figures)
+    assert values(samples, "fedtune_site_ledger_usable") == {"": 0.0}
+    assert not [sample for sample in samples if "epsilon" in sample.name or "runs" in sample.name]
+
+
+def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
+    health = Health()
+    metrics = of_site(north, health)
+    # From 0 on, since what first appears at 1 has not increased.
+    assert values(scraped(metrics.figures), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
+    metrics.answered("update")
+    metrics.answered("paused")
+    metrics.answered("paused")
+    samples = scraped(metrics.figures)
+    assert values(samples, "fedtune_site_answers_total") == {
+        "update": 1.0,
+        "paused": 2.0,
+        "site_error": 0.0,
+    }
+    assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
+    assert 360 <= values(samples, "fedtune_certificate_days_left")[""] <= 365
+    health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))
+    since = (datetime.now(UTC) - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
+    assert values(scraped(metrics.figures), "fedtune_site_contact_age_seconds")[""] == pytest.approx(since, abs=60)
+
+
+def of_server(federation: Path) -> ServerMetrics:
+    """A server that has heard one of two sites; a third was revoked."""
+    metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
+    assert [figure.name for figure in metrics.figures()] == ["fedtune_certificate_days_left"]
+    metrics.members = [
+        Registered(site=name, node_key=name.encode(), revoked=name == "west") for name in ("north", "south", "west")
+    ]
+    metrics.traffic = traffic = Traffic()
+    traffic.began -= 1000
+    traffic.heard.update(north=traffic.began + 990, west=traffic.began)
+    traffic.connections.update([b"north", b"west", b"stranger"])
+    traffic.received, traffic.sent, traffic.waiting = 5, 7, 1
+    return metrics
+
+
+def test_a_server_s_figures(federation: Path) -> None:
+    samples = scraped(of_server(federation).figures)
+    assert values(samples, "fedtune_server_sites") == {"known": 2.0, "connected": 1.0}
+    silent = values(samples, "fedtune_server_site_silent_seconds")
+    assert silent == {"north": pytest.approx(10, abs=9), "south": pytest.approx(1000, abs=9)}
+    assert values(samples, "fedtune_server_bytes_total") == {"received": 5.0, "sent": 7.0}
+    assert values(samples, "fedtune_server_waiting_calls") == {"": 1.0}
+
+
+# The files in deployment/monitoring.
+
+
+@pytest.fixture
+def known(north: Path, federation: Path, run_proposal: Callable[..., Proposal]) -> dict[str, set[str]]:
+    """Every metric that the three processes have, with its labels' names."""
+    SiteFiles.of(north / "site.toml").open()
+    lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
+    found: dict[str, set[str]] = {}
+    for figures in (of_site(north).figures, of_server(federation).figures, lead.figures):
+        for sample in scraped(figures):
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return {name: labels for name, labels in found.items() if not name.endswith("_created")}
+
+
+_WORDS = {"by", "ignoring", "sum", "increase", "rate", "and", "or", "unless", "without"}
+_TOKEN = re.compile(
+    r"\s+|(?P<text>\"(?:[^\"\\]|\\.)*\")|(?P<range>\[\d+[smhdwy]\])|(?P<number>\d+(?:\.\d+)?)|(?P<name>[A-Za-z_:][\w:]*)"
+    r"|(?P<sign>=~|!~|!=|==|>=|<=|[-+*/%(){},=<>])"
+)
+
+
+def tokens(expression: str) -> Iterator[tuple[str, str]]:
+    """Kind and text of each part of a PromQL expression; fails at what is none."""
+    at = 0
+    while at < len(expression):
+        found = _TOKEN.match(expression, at)
+        assert found, f"{expression!r} at {at}"
+        if found.lastgroup:
+            yield found.lastgroup, found[0]
+        at = found.end()
+
+
+def check_names(expression: str, known: dict[str, set[str]]) -> set[str]:
+    """The metrics that an expression names, each known, with labels that it has and brackets that close."""
+    parts, metric, opened = list(tokens(expression)), "", list[str]()
+    used: set[str] = set()
+    pairs = {")": "(", "}": "{"}
+    labels = {"job", "instance", *(label for names in known.values() for label in names)}
+    for kind, text in parts:
+        if text in pairs.values():
+            opened.append(text)
+        elif text in pairs:
+            assert opened, expression
+            assert opened.pop() == pairs[text], expression
+        elif kind == "name" and opened[-1:] == ["{"]:
+            assert text in {"job", "instance"} | known.get(metric, set()), f"{text} is no label in {expression!r}"
+        elif kind == "name" and text not in _WORDS and text not in labels:
+            metric = text
+            assert metric in {*known, *OF_PROMETHEUS}, f"{metric} in {expression!r}"
+            used.add(metric)
+    assert used, expression
+    assert not opened, expression
+    return used
+
+
+def test_a_name_that_no_process_has_is_found(known: dict[str, set[str]]) -> None:
+    for wrong in ("fedtune_site_budget < 3", 'fedtune_site_epsilon_left{site="a"} < 3', "rate(fedtune_lead_rounds[5m]"):
+        with pytest.raises(AssertionError):
+            check_names(wrong, known)
+
+
+def test_the_alert_rules_name_metrics_that_exist(known: dict[str, set[str]]) -> None:
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    used = set()
+    for rule in group["rules"]:
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        used |= check_names(rule["expr"], known)
+    needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
+    assert {f"fedtune_site_{name}" for name in needed} < used
+    assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
+
+
+SITE, SERVER = '{job="fedtune-site",instance="a"', '{job="fedtune-server",instance="b"'
+FIRES: dict[str, dict[str, tuple[str, str]]] = {
+    "FedtuneDown": {f"up{SERVER}}}": ("0x120", "1x120")},
+    "FedtuneLedgerUnusable": {f"fedtune_site_ledger_usable{SITE}}}": ("0x120", "1x120")},
+    "FedtuneBudgetLow": {
+        f'fedtune_site_epsilon_spent{SITE},part="with_set_aside"}}': ("4.9x120", "4.7x120"),
+        f'fedtune_site_epsilon_spent{SITE},part="charged"}}': ("1x120", "1x120"),
+        f"fedtune_site_epsilon_cap{SITE}}}": ("6x120", "6x120"),
+    },
+    "FedtuneBudgetSpent": {f"fedtune_site_runs_left{SITE}}}": ("0x120", "1x120")},
+    "FedtuneCertificateEnds": {f"fedtune_certificate_days_left{SITE}}}": ("29x120", "30x120")},
+    "FedtuneCertificateEndsSoon": {f"fedtune_certificate_days_left{SITE}}}": ("6x120", "7x120")},
+    "FedtuneNoContact": {f"fedtune_site_contact_age_seconds{SITE}}}": ("601x120", "600x120")},
+    "FedtuneSiteSilent": {f'fedtune_server_site_silent_seconds{SERVER},site="c"}}': ("601x120", "600x120")},
+    "FedtuneSiteFails": {f'fedtune_site_answers_total{SITE},answer="site_error"}}': ("0x5 1x115", "0x120")},
+}
+"""What each alert goes by, with values each minute at which it fires, and others at which it does not."""
+
+
+def rules_test(alert: str, *, fires: bool) -> dict[str, Any]:
+    """Of one alert, half an hour after the start, in promtool's form."""
+    series = FIRES[alert]
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    (rule,) = (rule for rule in group["rules"] if rule["alert"] == alert)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(series))))
+    if "ignoring(part)" in rule["expr"]:
+        del labels["part"]
+    value = re.match(r"\d+", next(iter(series.values()))[0])
+    assert value
+    summary = rule["annotations"]["summary"].replace("{{ $value }}", value[0])
+    summary = summary.replace("{{ $value | humanizeDuration }}", "10m 1s")
+    summary = re.sub(r"{{ \$labels\.(\w+) }}", lambda found: labels[found[1]], summary)
+    expected = {"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": {"summary": summary}}
+    return {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": both[not fires]} for name, both in series.items()],
+        "alert_rule_test": [{"eval_time": "30m", "alertname": alert, "exp_alerts": [expected] if fires else []}],
+    }
+
+
+def told_by_promtool(folder: Path, tests: list[dict[str, Any]]) -> str:
+    """What promtool finds wrong with the alerts; empty for nothing."""
+    file = folder / "rules_test.yaml"
+    rules = {"rule_files": [str(MONITORING / "alerts.yaml")], "evaluation_interval": "1m"}
+    file.write_text(yaml.safe_dump({**rules, "tests": tests}))
+    done = run(tool("promtool"), "test", "rules", file)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    assert sorted(FIRES) == sorted(rule["alert"] for rule in group["rules"])
+    assert (
+        told_by_promtool(tmp_path, [rules_test(alert, fires=fires) for alert in FIRES for fires in (True, False)]) == ""
+    )
+    for alert in FIRES:
+        wrong = rules_test(alert, fires=True)
+        wrong["input_series"] = rules_test(alert, fires=False)["input_series"]
+        assert alert in told_by_promtool(tmp_path, [wrong])
+
+
+def test_promtool_takes_rules_and_scrape_jobs(tmp_path: Path) -> None:
+    promtool = tool("promtool")
+    for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
+        done = run(promtool, "check", what, MONITORING / name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    broken = tmp_path / "alerts.yaml"
+    broken.write_text((MONITORING / "alerts.yaml").read_text().replace("expr: up", "expr: up{", 1))
+    assert run(promtool, "check", "rules", broken).returncode != 0
+
+
+def test_the_page_says_what_to_do_about_each_alert() -> None:
+    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    page = (MONITORING.parents[1] / "docs/operations.md").read_text()
+    (table,) = re.findall(r"^\| alert \| what to do \|\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [re.fullmatch(r"\| (.*?) \| (.+) \|", line) for line in table.splitlines()]
+    told = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(told) == sorted(rule["alert"] for rule in group["rules"])
+    assert len(rows) == len([row for row in rows if row])
+
+
+def test_the_dashboard_shows_every_metric_and_no_other(known: dict[str, set[str]]) -> None:
+    board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    used = {name for panel in panels for target in panel["targets"] for name in check_names(target["expr"], known)}
+    assert used == set(known)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in board["panels"]]
+    cells = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]
+    assert len(set(cells)) == len(cells), "two panels lie on one another"
+    assert max(x for x, _ in cells) < 24
+
+
+def test_the_scrape_s_jobs_are_those_of_the_rules() -> None:
+    jobs = {job["job_name"] for job in yaml.safe_load((MONITORING / "prometheus.yaml").read_text())["scrape_configs"]}
+    assert jobs == {"fedtune-site", "fedtune-server", "fedtune-lead"}
+    named = re.search(r'job=~"([^"]*)"', (MONITORING / "alerts.yaml").read_text())
+    assert named
+    assert {job for job in jobs if re.fullmatch(named[1], job)} == {"fedtune-site", "fedtune-server"}

@@ -1,0 +1,321 @@
+"""The site's store of base models: what gets in, what does not, and that what is in is what its hash says."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedtune.model.base_model import model_sha256
+from fedtune.model.manifest import manifest_of
+from fedtune.model.spec import ModelSpec
+from fedtune.ops.kits import models
+from fedtune.ops.kits.kit_file import Kit, KitModel
+from fedtune.ops.kits.models import install_model, installed_model, licence_files, verify_model
+from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Callable[..., Kit]:
+    """A site's kit whose manifest names these hashes."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+
+    def make(*hashes: str) -> Kit:
+        named = tuple(KitModel(name=f"m{n}", sha256=found, licence="MIT") for n, found in enumerate(hashes, 1))
+        about = {
+            "version": KIT_SCHEMA,
+            "kind": "site",
+            "federation": "f",
+            "server": "h:1",
+            "lead": "ab" * 32,
+            "site": "north",
+        }
+        return Kit(folder=folder, model=named, **about)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model as one downloads it, with a single file of weights, and things that are not the model's."""
+    made = tmp_path / "MiniLM"
+    (made / "1_Pooling").mkdir(parents=True)
+    (made / "1_Pooling" / "config.json").write_text("{}")
+    save_file({"w": torch.arange(6.0)}, made / "model.safetensors")
+    save_file({"w": torch.arange(9.0)}, made / "adapter_model.safetensors")
+    for name in ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "chat.jinja", "LICENSE", "NOTICE.md"):
+        (made / name).write_text(CONTENT.get(name, "{}"))
+    for name in ("README.md", "README.safetensors", "LICENSE.safetensors", "NOTICE.json", "LICENSE.gguf.py"):
+        (made / name).write_text("never read")
+    for name in ("modeling_custom.py", "notes.docx", "LICENSE.py", ".gitattributes", "weights.h5"):
+        (made / name).write_text("print('never read')")
+    return made
+
+
+CONTENT = {
+    "config.json": '{"model_type": "bert"}',
+    "tokenizer.json": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+}
+WANTED = {"model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "LICENSE", "NOTICE.md"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pin(folder: Path) -> str:
+    return manifest_of(folder).sha256
+
+
+def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
+    with pytest.raises(ConfigError, match=because) as caught:
+        install_model(path, kit)
+    assert caught.value.key == "--import-model"
+    left = names(kit.folder / "models") if (kit.folder / "models").exists() else set()
+    assert not left, "nothing is left behind"
+    return caught.value
+
+
+def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any) -> None:
+    digest = pin(folder)
+    site = kit("0" * 64, digest)
+    installed = install_model(folder, site)
+    assert installed.new
+    assert installed.model.name == "m2"
+    assert installed.folder == site.folder / "models" / digest == installed_model(site.folder, digest)
+    assert names(installed.folder) == WANTED, "what the hash does not cover, and code, stays outside"
+    assert model_sha256(ModelSpec(path=str(installed.folder), sha256=digest)) == digest
+    assert licence_files(site.folder, digest) == ["LICENSE"]
+    verify_model(site.folder, digest)
+    assert names(site.folder / "models") == {digest}
+
+
+def test_a_folder_that_redirects_the_loader_is_not_installed(folder: Path, kit: Any) -> None:
+    digest = pin(folder)
+    (folder / "config.json").write_text('{"transformers_weights": "README.safetensors"}')
+    refused(folder, kit(digest), because="has transformers_weights")
+
+
+def test_a_second_import_changes_nothing(folder: Path, kit: Any) -> None:
+    site = kit(pin(folder))
+    first = install_model(folder, site).folder
+    before = first.stat().st_ino
+    again = install_model(folder, site)
+    assert not again.new
+    assert again.folder.stat().st_ino == before
+
+
+def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for number, name in enumerate(shards):
+        save_file({f"w{number}": torch.full((3,), float(number))}, folder / name)
+    index = {"weight_map": {f"w{number}": name for number, name in enumerate(shards)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    digest = pin(folder)
+    installed = install_model(folder, kit(digest)).folder
+    assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
+    (installed / shards[1]).unlink()
+    with pytest.raises(ConfigError, match=f"must hold {shards[1]}"):
+        verify_model(kit(digest).folder, digest)
+
+
+@pytest.mark.parametrize("named", ["../other.safetensors", "/etc/passwd", "sub/w.safetensors", 7])
+def test_an_index_names_nothing_elsewhere(folder: Path, kit: Any, named: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    save_file({"w": torch.arange(2.0)}, folder.parent / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": named}}))
+    refused(folder, kit("0" * 64), because="must hold")
+
+
+def test_an_index_that_is_none(folder: Path, kit: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+    refused(folder, kit("0" * 64), because="readable model.safetensors.index.json")
+
+
+def test_a_gguf_file_is_copied_under_its_name_with_its_papers_alone(tmp_path: Path, kit: Any) -> None:
+    downloads = tmp_path / "Downloads"
+    downloads.mkdir()
+    file = downloads / "Small-Q4_1.gguf"
+    file.write_bytes(b"GGUF of nothing")
+    for name in ("LICENSE.txt", "patients.json", "letters.txt", "old.bin"):
+        (downloads / name).write_text("x")
+    site = kit(sha256(file))
+    installed = install_model(file, site).folder
+    assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
+    assert model_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
+    verify_model(site.folder, sha256(file))
+
+
+def test_a_folder_with_one_gguf_file(tmp_path: Path, kit: Any) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "a.gguf").write_bytes(b"GGUF a")
+    assert names(install_model(folder, kit(sha256(folder / "a.gguf"))).folder) == {"a.gguf"}
+    (folder / "b.gguf").write_bytes(b"GGUF b")
+    with pytest.raises(ConfigError, match="exactly one GGUF file; it holds 2"):
+        install_model(folder, kit("0" * 64))
+
+
+def test_a_gguf_file_that_no_run_could_name(tmp_path: Path, kit: Any) -> None:
+    (tmp_path / "a b.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "a b.gguf", kit(sha256(tmp_path / "a b.gguf")), because="must be named in letters")
+
+
+def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packages" / "some_weights"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('looked up, and not imported')")
+    shutil.copytree(folder, package / "model")
+    (package / "tiny.gguf").write_bytes(b"GGUF tiny")
+    monkeypatch.syspath_prepend(str(package.parent))
+    first, second = pin(folder), sha256(package / "tiny.gguf")
+    site = kit(first, second)
+    assert names(install_model(Path("package:some_weights/model"), site).folder) == WANTED
+    assert names(install_model(Path("package:some_weights/tiny.gguf"), site).folder) == {"tiny.gguf"}
+    for wrong, because in (
+        ("package:not_there/model", "not installed"),
+        ("package:some_weights/nothing", "must be a folder"),
+        ("package:some_weights/no.gguf", "no.gguf"),
+        ("package:../x", "must look like"),
+    ):
+        with pytest.raises(ConfigError, match=because) as caught:
+            install_model(Path(wrong), site)
+        assert caught.value.key == "--import-model"
+
+
+def test_a_model_that_the_federation_does_not_name(folder: Path, kit: Any) -> None:
+    error = refused(folder, kit("0" * 64), because="has SHA-256")
+    assert pin(folder) in str(error)
+    assert f"{'0' * 64} (m1)" in error.bound
+    assert "no model at all" in refused(folder, kit(), because="SHA-256").bound
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"])
+def test_a_folder_with_a_pickle_is_refused(folder: Path, kit: Any, name: str) -> None:
+    (folder / name).write_bytes(b"\x80\x04.")
+    error = refused(folder, kit(pin(folder)), because=f"must not hold {name}")
+    assert "can run code" in error.bound
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
+    secret = tmp_path / "patients.json"
+    secret.write_text("secret")
+    (folder / "extra.json").symlink_to(secret)
+    refused(folder, kit(pin(folder)), because="must not hold extra.json, a link out of it")
+
+
+def test_links_inside_the_folder_are_followed(folder: Path, kit: Any) -> None:
+    (folder / "generation_config.json").symlink_to("config.json")
+    installed = install_model(folder, kit(pin(folder))).folder
+    assert not (installed / "generation_config.json").is_symlink()
+    assert (installed / "generation_config.json").read_text() == CONTENT["config.json"]
+
+
+def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
+    os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
+    assert names(install_model(folder, kit(pin(folder))).folder) == WANTED
+
+
+@pytest.mark.parametrize("made", ["nothing", "empty", "model.safetensors"])
+def test_what_is_no_model(tmp_path: Path, kit: Any, made: str) -> None:
+    if made == "empty":
+        (tmp_path / made).mkdir()
+    elif made != "nothing":
+        save_file({"w": torch.zeros(1)}, tmp_path / made)  # without its folder there is no tokenizer
+    refused(tmp_path / made, kit("0" * 64), because="safetensors")
+
+
+def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> None:
+    with pytest.raises(ConfigError, match="fedtune site doctor --import-model PATH") as caught:
+        installed_model(kit().folder, "ab" * 32)
+    assert caught.value.value == "ab" * 32
+
+
+def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: Any) -> None:
+    digest = pin(folder)
+    site = kit(digest)
+    weights = install_model(folder, site).folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ConfigError, match=pin(weights.parent)):
+        verify_model(site.folder, digest)
+    assert install_model(folder, site).new
+    verify_model(site.folder, digest)
+    assert names(site.folder / "models") == {digest}
+
+
+def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = kit(pin(folder))
+    copy = models._copy_durably
+
+    def changed_meanwhile(source: Path, target: Path) -> None:
+        if source.name == "model.safetensors":
+            source.write_bytes(source.read_bytes()[:-1] + b"?")
+        copy(source, target)
+
+    monkeypatch.setattr(models, "_copy_durably", changed_meanwhile)
+    refused(folder, site, because="changed while it was copied")
+
+
+def test_a_disk_that_is_too_full(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    site = kit(pin(folder))
+    with pytest.raises(RunError, match="nothing was installed"):
+        install_model(folder, site)
+    assert names(site.folder / "models") == set()
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = kit(pin(folder))
+
+    def full(read: Any, written: Any, length: int) -> None:
+        written.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", full)
+        with pytest.raises(RunError, match="No space left on device"):
+            install_model(folder, site)
+    assert names(site.folder / "models") == set()
+    assert install_model(folder, site).new
+
+
+def test_what_a_crash_left_is_cleared_away(folder: Path, kit: Any) -> None:
+    digest = pin(folder)
+    site = kit(digest)
+    left = site.folder / "models" / f".{digest}.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    install_model(folder, site)
+    assert names(site.folder / "models") == {digest}
+
+
+def test_two_imports_at_once_install_one_model(folder: Path, kit: Any) -> None:
+    site = kit(pin(folder))
+    results: list[bool] = []
+    threads = [threading.Thread(target=lambda: results.append(install_model(folder, site).new)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False] * 5 + [True]

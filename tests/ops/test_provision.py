@@ -1,0 +1,322 @@
+"""A federation's folder: everything in its place, secrets where they belong, and nothing half-made."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fedtune.ops.kits import provisioning
+from fedtune.ops.kits.certificates import names_of, read_certificate
+from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
+from fedtune.ops.kits.kit_file import Kit, read_spec
+from fedtune.privacy.keys import SigningKey
+from fedtune.spec import ConfigError
+
+from .conftest import files_in
+
+SECRETS = {
+    "authority/ca_key.pem",
+    "server/server_key.pem",
+    "lead/connection_key.pem",
+    "lead/lead_key.pem",
+}
+
+
+def test_init_makes_the_folders_of_the_design(federation: Path, federation_toml: Path) -> None:
+    assert files_in(federation).keys() == SECRETS | {
+        *("federation.toml", "authority/ca.pem"),
+        *(f"server/{name}" for name in ("kit.toml", "ca.pem", "server.pem", "roster.json", "README.md")),
+        *(f"lead/{name}" for name in ("kit.toml", "ca.pem", "lead.pem", "roster.json", "README.md")),
+    }
+    assert (federation / "federation.toml").read_bytes() == federation_toml.read_bytes()
+    assert (federation / "sites").is_dir()
+
+
+def test_secrets_are_their_owner_s_alone(federation: Path) -> None:
+    for name, data in files_in(federation).items():
+        private = b"PRIVATE" in data
+        assert private == (name in SECRETS), name
+        assert not private or stat.S_IMODE((federation / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(federation.stat().st_mode) == 0o700
+
+
+def test_certificates_last_as_long_as_the_file_says(federation_toml: Path, now: datetime) -> None:
+    days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
+    federation_toml.write_text(f"{federation_toml.read_text()}\n[certificates]\n{days}")
+    made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    ends = [one.not_after - now for one in (made.authority, made.server_certificate, made.lead_certificate)]
+    assert ends == [timedelta(days=days) for days in (100, 20, 30)]
+
+
+def test_without_out_the_folder_has_the_federation_s_name(
+    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(federation_toml.parent)
+    assert provisioning.init(Path("federation.toml"), out=None, now=now).folder == Path("cardiology-2026")
+    assert Kit.read(Path("cardiology-2026/server"), kind="server").federation == "cardiology-2026"
+
+
+def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: datetime) -> None:
+    text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
+    federation_toml.write_text(text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"'))
+    provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    names = names_of(read_certificate(federation_toml.parent / "made" / "server" / "server.pem"))
+    assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name", "nmae", "nmae: is not a key"),
+        ('name = "cardiology-2026"\n', "", "name: is required"),
+        ('server = "127.0.0.1:9092"\n', "", "server: is required"),
+        ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
+        ("127.0.0.1:9092", "0.0.0.0:9092", "server = '0.0.0.0:9092': must be host:port"),
+        ('"127.0.0.1:9092"', "9092", "server = 9092: must be a text"),
+        ('"localhost"', '"localhost:9092"', "also_known_as = 'localhost:9092': must be a DNS name"),
+        ('"localhost"', '"*.example.org"', r"also_known_as = '\*.example.org': must be a DNS name"),
+        ("cardiology-2026", "../cardiology", "name = '../cardiology': must be made of"),
+        ("cardiology-2026", "c" * 65, "name = 'c+': must have at most 64 characters"),
+        (
+            "[[model]]",
+            "[certificates]\nsite_days = 0\n[[model]]",
+            "certificates.site_days = 0: must be a number of days",
+        ),
+        ("[[model]]", "[certificates]\nsite_day = 9\n[[model]]", "certificates.site_day: is not a key"),
+        ("[[model]]", "[certificates]\nlead_days = 1.5\n[[model]]", "lead_days = 1.5: must be a whole number"),
+        ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),
+        ('"Apache-2.0"', '""', "licence = '': must name the model's licence"),
+        ('licence = "Apache-2.0"', "", "licence: is required"),
+        (
+            "[[model]]",
+            f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\n[[model]]',
+            "must not repeat",
+        ),
+        ("name =", "name", "must be TOML"),
+    ],
+)
+def test_a_wrong_federation_toml_makes_nothing(
+    federation_toml: Path, now: datetime, old: str, new: str, message: str
+) -> None:
+    text = federation_toml.read_text()
+    assert old in text
+    federation_toml.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message) as caught:
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    assert str(federation_toml) in str(caught.value)
+    assert os.listdir(federation_toml.parent) == ["federation.toml"]
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path, now: datetime) -> None:
+    with pytest.raises(ConfigError, match=f"file = '{tmp_path}/none.toml': must be a readable file"):
+        provisioning.init(tmp_path / "none.toml", out=tmp_path / "made", now=now)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
+    before = files_in(federation)
+    with pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
+        provisioning.init(federation_toml, out=federation, now=now)
+    assert files_in(federation) == before
+    dangling = federation_toml.parent / "dangling"
+    dangling.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="exists already"):
+        provisioning.init(federation_toml, out=dangling, now=now)
+
+
+def test_a_place_that_is_no_folder_is_named(federation_toml: Path, now: datetime) -> None:
+    with pytest.raises(ConfigError, match=r"--out = '.*/made': cannot be written: .*toml"):
+        provisioning.init(federation_toml, out=federation_toml / "made", now=now)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(federation_toml: Path, now: datetime) -> None:
+    closed = federation_toml.parent / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+        provisioning.init(federation_toml, out=closed / "made", now=now)
+
+
+def test_nothing_is_left_when_writing_fails(
+    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(provisioning.FederationFolder, "change", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    assert os.listdir(federation_toml.parent) == ["federation.toml"]
+
+
+def test_a_broken_program_leaves_nothing_either(
+    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(provisioning.FederationFolder, "change", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    assert os.listdir(federation_toml.parent) == ["federation.toml"]
+
+
+@pytest.mark.parametrize("kind", ["server", "lead"])
+def test_renewing_keeps_keys_and_everything_else(
+    federation: Path, kind: Literal["server", "lead"], now: datetime
+) -> None:
+    before = files_in(federation)
+    key = read_certificate(federation / kind / f"{kind}.pem").public_key()
+    later = now + timedelta(days=300)
+    provisioning.renew(federation, kind, days=None, now=later)
+    changed = {name for name, data in files_in(federation).items() if data != before[name]}
+    rosters = {"server/roster.json", "lead/roster.json"}  # which bring it to whoever asked for it
+    assert changed == {f"{kind}/{kind}.pem", f"{kind}/README.md", *rosters}  # the README names the new date
+    assert read_certificate(federation / kind / f"{kind}.pem").public_key() == key
+    found = Kit.read(federation / kind, kind=kind).check_certificate(later)
+    assert found.not_after == later + timedelta(days=365)
+    assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
+
+
+def test_renewing_the_server_works_without_its_key_at_hand(federation: Path, now: datetime) -> None:
+    (federation / "server" / "server_key.pem").unlink()  # it was moved to the server
+    key = read_certificate(federation / "server" / "server.pem").public_key()
+    provisioning.renew(federation, "server", days=None, now=now)
+    assert read_certificate(federation / "server" / "server.pem").public_key() == key
+
+
+def test_the_server_takes_new_names_from_the_edited_file(
+    federation: Path, request_of: Callable[..., Path], now: datetime
+) -> None:
+    settings, site = federation / "federation.toml", request_of("north")
+    settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
+    before = files_in(federation)
+    with pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first"):
+        provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
+    assert files_in(federation) == before
+    provisioning.renew(federation, "server", days=None, now=now)
+    provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
+    assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
+    assert Kit.read(federation / "server", kind="server").check_certificate(now)
+
+
+def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
+    settings = federation / "federation.toml"
+    settings.write_text(settings.read_text().replace("cardiology-2026", "oncology"))
+    with pytest.raises(ConfigError, match=r"federation\.toml: name = 'oncology': must stay 'cardiology-2026'"):
+        provisioning.renew(federation, "lead", days=None, now=now)
+
+
+def test_the_authority_may_be_kept_elsewhere(
+    federation: Path, request_of: Callable[..., Path], joined: Callable[[str], Path], now: datetime
+) -> None:
+    joined("north")
+    (federation / "authority").rename(federation.parent / "offline")
+    assert len(FederationFolder.open(federation).members) == 1
+    before = files_in(federation)
+    with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
+        provisioning.ask_to_add(federation, request=request_of("south"), days=None, now=now).let_in()
+    assert files_in(federation) == before
+    provisioning.revoke_site(federation, "north", now=now)
+    (federation.parent / "offline").rename(federation / "authority")
+    provisioning.ask_to_add(
+        federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now
+    ).let_in()
+
+
+def test_another_federation_s_authority_is_refused(federation: Path, federation_toml: Path, now: datetime) -> None:
+    other = federation_toml.parent / "other"
+    provisioning.init(federation_toml, out=other, now=now)
+    for name in ("ca_key.pem", "ca.pem"):
+        (other / "authority" / name).replace(federation / "authority" / name)
+    with pytest.raises(ConfigError, match="must be the authority of this federation"):
+        provisioning.renew(federation, "lead", days=None, now=now)
+
+
+def test_a_folder_that_is_no_federation_is_named(tmp_path: Path, now: datetime) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match=f"--federation = '{folder}': must be the folder"):
+            provisioning.renew(folder, "server", days=None, now=now)
+
+
+def test_days_have_bounds(federation: Path, now: datetime) -> None:
+    before = files_in(federation)
+    for days in (0, -1, 10**9):
+        with pytest.raises(ConfigError, match=f"--days = {days}: must be a number of days from 1 to 36500"):
+            provisioning.renew(federation, "server", days=days, now=now)
+    assert files_in(federation) == before
+
+
+def test_the_example_of_the_design_is_read(tmp_path: Path) -> None:
+    (tmp_path / "federation.toml").write_text(
+        f"""
+name = "cardiology-2026"
+server = "fl.example.org:9092"
+also_known_as = []
+
+[certificates]
+authority_days = 3650
+server_days = 365
+lead_days = 365
+site_days = 365
+
+[[model]]
+name = "minilm"
+sha256 = "{"53" * 32}"
+licence = "Apache-2.0"
+"""
+    )
+    settings = read_spec(FederationFile, tmp_path / "federation.toml")
+    assert settings.hosts == ("fl.example.org",)
+    assert settings.certificates.site_days == 365
+    assert settings.model[0].name == "minilm"
+
+
+@pytest.mark.parametrize("kind", ["server", "lead", "site"])
+def test_a_readme_says_what_is_what_and_what_to_type(
+    federation: Path, joined: Callable[[str], Path], kind: str, now: datetime
+) -> None:
+    site = joined("north")
+    folder = site if kind == "site" else federation / kind
+    text = (folder / "README.md").read_text()
+    for path in folder.iterdir():
+        if path.name not in ("README.md", "join_request.json"):
+            row = next(line for line in text.splitlines() if line.startswith(f"| {path.name} "))
+            assert ("**secret**" in row) == (b"PRIVATE" in path.read_bytes()), row
+    assert f"{now + timedelta(days=365):%Y-%m-%d}" in text
+    commands = {
+        "server": ["fedtune server start --kit DIR", "fedtune provision renew-server"],
+        "lead": ["fedtune run --kit DIR experiment=... sites=[a,b]", "fedtune provision renew-lead"],
+        "site": [
+            "unzip north-kit.zip -d DIR",
+            f'leads = ["{SigningKey.load(federation / "lead" / "lead_key.pem").public}"]',
+            "fedtune site doctor --kit DIR --site site.toml",
+            "fedtune site start --kit DIR --site site.toml",
+            "fedtune provision renew-site north",
+        ],
+    }[kind]
+    places = [text.index(command) for command in commands]
+    assert places == sorted(places)
+    assert "{" not in text
+
+
+def test_keys_of_the_kits_differ(federation: Path) -> None:
+    keys = {
+        serialization.load_pem_private_key((federation / name).read_bytes(), password=None)
+        .public_key()
+        .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        for name in SECRETS
+    }
+    assert len(keys) == len(SECRETS)
+    organisation = x509.oid.NameOID.ORGANIZATIONAL_UNIT_NAME
+    for kind in ("server", "lead"):
+        subject = read_certificate(federation / kind / f"{kind}.pem").subject
+        assert subject.get_attributes_for_oid(organisation)[0].value == kind

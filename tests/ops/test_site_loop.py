@@ -1,0 +1,229 @@
+"""What a running site says of itself while its server, or its own certificate, keeps it from working."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedtune.ops.services.site_service as site_service
+import fedtune.ops.wire.bounded_http as bounded_http
+from fedtune.flower.client import Exchange, SiteApp
+from fedtune.ops.health import Health
+from fedtune.ops.services.site_service import _Loop, _until_stopped
+from fedtune.ops.services.site_state import SiteState
+from fedtune.ops.wire.fleet import Fleet
+from tests.flower.certificates import LOOPBACK, Authority
+from tests.flower.hostile import Hostile, server_context, whole
+
+
+class Quiet:
+    """A bell that never rings."""
+
+    def __init__(self) -> None:
+        self.rung, self.works = threading.Event(), False
+
+
+class Told(Health):
+    """Ends the loop once the state is one of `ends`."""
+
+    def __init__(self, stop: threading.Event, *ends: str) -> None:
+        super().__init__()
+        self.states: list[str] = []
+        self._stop, self._ends = stop, ends
+
+    def update(self, **values: Any) -> None:
+        super().update(**values)
+        self.states.append(values.get("state"))
+        if values.get("state") in self._ends:
+            self._stop.set()
+
+
+def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
+    """Let a site with this connection run until it is in a state."""
+    stop = threading.Event()
+    health = Told(stop, until)
+    ends = ends or datetime.now(UTC) + timedelta(days=1)
+    loop = _Loop(fleet, Quiet(), object(), SiteState.of(folder), health, stop, until=lambda: ends)  # type: ignore[arg-type]
+    loop.run()
+    return health
+
+
+@pytest.fixture
+def caught(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_a_dribbling_server_makes_a_site_disconnected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
+    authority = Authority(tmp_path / "ca")
+
+    def dribble(to: ssl.SSLSocket, path: str) -> None:
+        if path.endswith("activate-node"):
+            to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString()))
+            return
+        while True:
+            to.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            server.pause(0.1)
+
+    server = Hostile(server_context(authority.issue("server", address=LOOPBACK)), dribble)
+    fleet = Fleet(server.address, authority.issue("north"))
+    health = looped(fleet, tmp_path, until="disconnected")
+    assert health.states == ["connected", "disconnected"]
+    assert "no contact: no connection to the server (ReadTimeout)" in caught.text
+    fleet._stop.set()
+    fleet._client.close()
+    server.close()
+
+
+class Untouched:
+    """A connection that nobody may use."""
+
+
+def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pytest.LogCaptureFixture) -> None:
+    ended = datetime.now(UTC) - timedelta(minutes=1)
+    health = looped(Untouched(), tmp_path, until="expired", ends=ended)
+    assert health.states == ["expired"]
+    assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
+    assert "trying again" not in caught.text
+
+
+def test_a_certificate_that_ends_while_an_answer_waits_is_shown_as_such(
+    tmp_path: Path, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is away, and when it comes back it would not take the site: the answer waits for a new certificate."""
+    stop = threading.Event()
+    health = Told(stop, "expired")
+    ended = datetime.now(UTC) - timedelta(minutes=1)
+    state = SiteState.of(tmp_path)
+    loop = _Loop(Untouched(), Quiet(), object(), state, health, stop, until=lambda: ended)  # type: ignore[arg-type]
+    monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
+    loop._send(Exchange(None))  # type: ignore[arg-type]
+    assert health.states == ["expired"]
+    assert "this site's own certificate ended at" in caught.text
+
+
+def test_a_site_that_waits_has_loaded_nothing_that_trains() -> None:
+    """They come with the first message: a site starts in a second or two, and waits in a third of the memory."""
+    code = (
+        "import sys, fedtune.ops.services.site_service, fedtune.ops.metrics, fedtune.cli.site;"
+        "print([name for name in ('torch', 'transformers', 'peft', 'opacus') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    with _until_stopped() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
+    """The signal comes while the site trains."""
+    done: list[str] = []
+
+    class Asked:
+        """A connection on which one message waits."""
+
+        def activate(self) -> None:
+            done.append("came")
+
+        def receive(self) -> object:
+            return object()
+
+        def reply(self, reply: object) -> None:
+            done.append("sent")
+
+    class App:
+        """A site's."""
+
+        def answer(self, exchange: Any) -> None:
+            stop.set()
+            exchange._reply = object()
+            done.append("answered")
+
+    class Exchanged(Exchange):
+        """A message without Flower's envelope."""
+
+        kind, answered = "train", None  # type: ignore[assignment]
+
+        def is_void(self, now: float) -> bool:
+            return False
+
+    stop = threading.Event()
+    ends = datetime.now(UTC) + timedelta(days=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site_service, "Exchange", Exchanged)
+        patch.setattr(site_service, "_FETCHED_S", 0.0)
+        state = SiteState.of(tmp_path)
+        _Loop(Asked(), Quiet(), App(), state, Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+    assert done == ["came", "answered", "sent"]
+
+
+@pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
+def test_a_message_of_no_kind_ends_no_site(
+    tmp_path: Path, kind: str, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 0)
+    message = Message(RecordDict(), 1, "train")
+    message.metadata.__dict__["_message_type"] = kind
+    waiting: list[Message | None] = [message, None]
+    stop = threading.Event()
+
+    class Asked:
+        """A connection on which the message waits."""
+
+        def activate(self) -> None:
+            """There."""
+
+        def receive(self) -> Message | None:
+            if len(waiting) == 1:
+                stop.set()
+            return waiting.pop(0)
+
+    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    ends = datetime.now(UTC) + timedelta(days=1)
+    _Loop(Asked(), Quiet(), app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+    assert not waiting, "it went on"
+    assert "a message was dropped" in caught.text
+
+
+def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
+    stop, bell, asked = threading.Event(), Quiet(), []
+    bell.works = True
+
+    class Asked:
+        def activate(self) -> None:
+            pass
+
+        def receive(self) -> None:
+            asked.append(time.monotonic())
+            if len(asked) == 1:
+                threading.Timer(0.5, bell.rung.set).start()
+            else:
+                stop.set()
+
+    ends = datetime.now(UTC) + timedelta(days=1)
+    app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
+    _Loop(Asked(), bell, app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+    assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"

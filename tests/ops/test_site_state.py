@@ -1,0 +1,235 @@
+"""What a site's commands tell its running process: runs that wait, pause, and who serves a ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune.ops.services.site_state as site_state
+from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
+from fedtune.spec import ConfigError, RunError
+
+Propose = Callable[..., Proposal]
+SETTINGS = '{"seed": 3}'
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> SiteState:
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    return SiteState.of(folder)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set the time that a state sees."""
+
+    def set_to(time: str) -> None:
+        class Fixed(site_state.datetime):
+            @classmethod
+            def now(cls, zone: Any = None) -> Any:
+                return cls.fromisoformat(time)
+
+        monkeypatch.setattr(site_state, "datetime", Fixed)
+
+    return set_to
+
+
+def files_under(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pausing_and_resuming_twice_is_the_same_as_once(state: SiteState) -> None:
+    state.set_paused(False)
+    assert not state.paused.exists()
+    for _ in range(2):
+        state.set_paused(True)
+        assert SiteState.of(state.folder.parent).paused.exists(), "other processes see it"
+    for _ in range(2):
+        state.set_paused(False)
+        assert not state.paused.exists()
+
+
+def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
+    state: SiteState, run_proposal: Propose, clock: Callable[[str], None]
+) -> None:
+    clock("2030-01-02T10:00:00+00:00")
+    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is True
+    clock("2030-01-01T10:00:00+00:00")
+    assert state.wait_for_approval(run_proposal(run="first"), SETTINGS) is True
+    clock("2030-01-03T10:00:00+00:00")
+    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is False
+    assert [(one.proposal.run, one.since[:10]) for one in state.waiting()] == [
+        ("first", "2030-01-01"),
+        ("second", "2030-01-02"),
+    ]
+
+
+def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteState, run_proposal: Propose) -> None:
+    proposal = run_proposal(target_modules=("query", "value"), spare_rounds=1)
+    assert state.waiting() == []
+    state.wait_for_approval(proposal, SETTINGS)
+    (pending,) = SiteState.of(state.folder.parent).waiting()
+    assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
+    assert pending.proposal.digest() == proposal.digest()
+    state.forget(run_proposal(run="another"))
+    assert len(state.waiting()) == 1
+    for _ in range(2):
+        state.forget(proposal)
+        assert state.waiting() == []
+
+
+HOSTILE_NAMES = ["../../x", "/etc/passwd", "..", "a/b", "x" * 300, "ünïcødé ✓", "con: *?", "-rf", "~"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_run_by_any_name_stays_inside_the_folder(
+    tmp_path: Path, state: SiteState, run_proposal: Propose, name: str
+) -> None:
+    before = files_under(tmp_path)
+    state.wait_for_approval(run_proposal(run=name), SETTINGS)
+    (made,) = files_under(tmp_path) - before
+    assert Path(made).parent == Path("kit/state/pending")
+    assert [pending.proposal.run for pending in state.waiting()] == [name]
+    state.forget(run_proposal(run=name))
+    assert files_under(tmp_path) == before
+
+
+DAMAGE = ["", "{", "[]", "null", '"text"', '{"since": "x"}', '{"proposal": {}, "since": "x"}', "[" * 50_000]
+DAMAGE += ['{"proposal": null, "since": "x"}', '{"proposal": ["a", 1], "since": "x"}']
+
+
+@pytest.mark.parametrize("text", DAMAGE, ids=lambda text: text[:30])
+def test_a_damaged_file_says_what_to_do_and_the_next_request_mends_it(
+    state: SiteState, run_proposal: Propose, text: str
+) -> None:
+    state.wait_for_approval(run_proposal(), SETTINGS)
+    (path,) = (state.folder / "pending").iterdir()
+    path.write_text(text)
+    with pytest.raises(RunError) as caught:
+        state.waiting()
+    assert str(path) in str(caught.value)
+    assert "remove it, and the lead's next request writes it anew" in str(caught.value)
+    assert state.wait_for_approval(run_proposal(), SETTINGS) is True, "the lead asks again every few seconds"
+    assert [pending.proposal for pending in state.waiting()] == [run_proposal()]
+
+
+@pytest.mark.parametrize("settings", ["", "no JSON", "[]", "null", None, 3])
+def test_settings_that_cannot_be_shown_are_damage(state: SiteState, run_proposal: Propose, settings: object) -> None:
+    state.wait_for_approval(run_proposal(), SETTINGS)
+    (path,) = (state.folder / "pending").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+    with pytest.raises(RunError, match="is damaged"):
+        state.waiting()
+
+
+def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) -> None:
+    for number in range(MOST_WAITING):
+        state.wait_for_approval(run_proposal(run=f"run-{number}"), SETTINGS)
+    with pytest.raises(RunError, match="100 runs wait for approval already"):
+        state.wait_for_approval(run_proposal(run="one more"), SETTINGS)
+    assert state.wait_for_approval(run_proposal(run="run-0"), SETTINGS) is False, "one of them may ask again"
+    state.forget(run_proposal(run="run-7"))
+    assert state.wait_for_approval(run_proposal(run="one more"), SETTINGS) is True
+
+
+def test_two_leads_may_use_one_name(state: SiteState, run_proposal: Propose, stranger_key: SigningKey) -> None:
+    one, other = run_proposal(), run_proposal(lead=stranger_key.public)
+    for proposal in (one, other):
+        assert state.wait_for_approval(proposal, SETTINGS) is True
+    state.forget(one)
+    assert [pending.proposal for pending in state.waiting()] == [other]
+
+
+# Which ledger was served.
+
+
+def test_a_site_remembers_the_ledger_that_it_served(state: SiteState) -> None:
+    assert not state.has_served()
+    for _ in range(2):
+        state.check_ledger("ab" * 16)
+        assert SiteState.of(state.folder.parent).has_served()
+    with pytest.raises(RunError) as caught:
+        state.check_ledger("cd" * 16)
+    assert str(caught.value).startswith(
+        f"this site served ledger {'ab' * 16} before, and now there is ledger {'cd' * 16}"
+    )
+    state.check_ledger("ab" * 16)
+
+
+# Who serves a ledger.
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from fedtune.ops.services.site_state import serving
+with serving(Path(sys.argv[1])):
+    print("serving", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which serves the ledger."""
+    words = [sys.executable, "-c", _HOLD, str(tmp_path / "ledger.db")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "serving\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    ledger = tmp_path / "ledger.db"
+    with pytest.raises(ConfigError) as caught, serving(ledger):
+        pytest.fail("two processes serve one ledger")
+    assert str(caught.value) == (
+        f"ledger = {str(ledger)!r}: is being served by process {holder.pid} already; stop that one first"
+    )
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with serving(ledger):
+        assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
+
+
+def test_another_ledger_is_free(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with serving(tmp_path / "another.db"):
+        file = tmp_path / "another.db.serving"
+        assert (file.read_text(), file.stat().st_mode & 0o777) == (f"{os.getpid()}\n", 0o600)
+    assert holder.poll() is None, "and the other goes on"
+
+
+def test_the_lock_is_given_back_and_its_file_stays(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.db"
+    (tmp_path / "ledger.db.serving").write_text("123456789012345\n")  # a longer number is overwritten whole
+    with pytest.raises(RuntimeError, match="failed"), serving(ledger):
+        raise RuntimeError("failed")
+    file = tmp_path / "ledger.db.serving"
+    assert file.read_text() == f"{os.getpid()}\n"
+    inode = file.stat().st_ino
+    with serving(ledger), pytest.raises(ConfigError, match=f"process {os.getpid()} already"), serving(ledger):
+        pytest.fail("nor does one process serve it twice")
+    # Were it removed, two processes could hold two files of one name.
+    assert file.stat().st_ino == inode
+    assert not ledger.exists()
+
+
+def test_a_ledger_that_is_yet_to_be_made_may_lie_in_a_folder_that_is_too(tmp_path: Path) -> None:
+    ledger = tmp_path / "private" / "ledger.db"
+    with serving(ledger), pytest.raises(ConfigError, match="is being served by process"), serving(ledger):
+        pytest.fail("and is locked like any other")

@@ -1,0 +1,116 @@
+"""What is said of a run's data before it begins, and what is not spoken of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data import Record, TextDataset
+from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
+from fedtune.data.load import Dealt, SiteRecords
+from fedtune.runs.data_warnings import is_training_file, lead_notes, site_notes
+from fedtune.sites.shared_model import LeadData
+from fedtune.spec import ConfigError
+
+
+def records(*labels: str) -> list[Record]:
+    return [Record({"text": f"a {number}", "label": label}) for number, label in enumerate(labels)]
+
+
+def lead(*labels: str, left_out: LeftOut = NONE_LEFT_OUT) -> LeadData:
+    return LeadData(records(*labels), TextDataset((), np.array([])), left_out=left_out)
+
+
+def blank(count: int, *, rows: int) -> LeftOut:
+    return LeftOut(rows=rows, reasons={"must not be blank": count})
+
+
+def dealt(*sizes: int, **more: Any) -> Dealt:
+    sites = tuple(SiteRecords(records(*"a" * size), []) for size in sizes)
+    return Dealt(sites, [], [], **{"left_out": NONE_LEFT_OUT} | more)
+
+
+@pytest.fixture
+def simulated(letters: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+    """A simulation whose two sites declare 40 records each, with a test file of its own."""
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
+    config = letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40})
+    files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    return replace(config, data=replace(config.data, **files))
+
+
+def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> None:
+    assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
+    assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
+    assert list(site_notes(simulated, dealt(27, 59))) == []
+
+
+def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None:
+    (note,) = lead_notes(simulated, validation=lead("a"), test=None)
+    assert note.startswith("there are no test records, so the run ends without a score: give data.test_file or")
+    (note,) = lead_notes(simulated, validation=None, test=lead("a", "a"))
+    assert note == "all test records have the label 'a': always giving that label scores 1.0"
+    some, many = blank(1, rows=10), blank(1200, rows=9000)
+    notes = lead_notes(simulated, validation=lead("a", left_out=some), test=lead("a", "b", left_out=many))
+    assert list(notes) == [
+        "data.validation_file: 1 of 10 rows (10.0 %) cannot be used: 1 must not be blank; the run leaves them out",
+        "data.test_file: A LARGE PART, 1,200 of 9,000 rows (13.3 %), cannot be used: 1,200 must not be blank; the run "
+        "leaves them out",
+    ]
+
+
+@pytest.mark.parametrize("how", ["the same path", "a link", "the same content"])
+def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: Path, how: str) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    test.unlink()
+    if how == "a link":
+        test.symlink_to(train)
+    else:
+        test.write_bytes(train.read_bytes())
+    file = train if how == "the same path" else test
+    config = replace(simulated, data=replace(simulated.data, test_file=str(file)))
+    (note,) = lead_notes(config, validation=None, test=lead("a", "b"))
+    assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+
+
+def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
+    (note,) = site_notes(simulated, dealt(26, 60))
+    assert "north declares 40 and has 26, south declares 40 and has 60." in note
+    (note,) = site_notes(simulated, dealt(40, 40, left_out=blank(2, rows=82)))
+    assert note.startswith("data.train_file: 2 of 82 rows (2.4 %) cannot be used: 2 must not be blank")
+    (note,) = site_notes(simulated, dealt(40, 40, shared_users=3))
+    assert note.startswith("3 ids of users are in the files of several sites")
+
+
+def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share(letters: Callable[..., RunConfig]) -> None:
+    for side in ("validation", "test"):
+        share = {f"{side}_fraction": 0.1, f"{side}_file": None}
+        with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):
+            letters(data=share)
+        letters(runtime={"kind": "simulation"}, data=share)
+
+
+def test_the_training_file_is_known_by_its_content(simulated: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "copy.csv").write_bytes((tmp_path / "train.csv").read_bytes())
+    known = {name: is_training_file(simulated, str(tmp_path / f"{name}.csv")) for name in ("train", "copy", "test")}
+    assert known == {"train": True, "copy": True, "test": False}
+    assert not is_training_file(simulated, str(tmp_path / "gone.csv"))
+
+
+def test_a_group_in_which_nobody_is_is_told(simulated: RunConfig) -> None:
+    grouped = replace(
+        simulated,
+        privacy=replace(simulated.privacy, metrics="noised_by_group", metrics_groups=("north", "south", "west")),
+        data=replace(simulated.data, columns={**simulated.data.columns, "group": "ward"}, heldout_fraction=0.5),
+    )
+    heldout = [Record({"text": "a", "label": "a", "group": group}) for group in ("north", "east", "")]
+    sites = tuple(SiteRecords(records(*"a" * 40), heldout) for _ in range(2))
+    (note,) = site_notes(grouped, Dealt(sites, [], [], left_out=NONE_LEFT_OUT))
+    assert note.startswith("privacy.metrics_groups: no held-out record has south, west in the column 'ward';")

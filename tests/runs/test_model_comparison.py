@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli.finished_run import finished_run
+from fedtune.data.records import NO_VALUE, Record, column_values
+from fedtune.model import HeadSpec
+from fedtune.runs.model_comparison import Finished, side_by_side, sites_of
+from fedtune.spec import ConfigError, DataError
+
+pytestmark = pytest.mark.nightly
+
+SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20")
+
+
+@pytest.fixture(scope="module")
+def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    """Two runs of one model whose adapters have different ranks, and a third that reads less of each record."""
+    into, found = tmp_path_factory.mktemp("runs"), {}
+    for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
+        folder = simulate(*SHORT, setting, into=into, name=name)
+        found[name] = _finished(folder)
+    return found
+
+
+def _finished(folder: Path) -> Finished:
+    config, adapter = finished_run(folder)
+    return Finished(folder=folder, config=config, adapter=adapter)
+
+
+def test_runs_of_one_base_share_it_whatever_their_adapters_are(
+    runs: dict[str, Finished], result_of: Callable[[Path], Any]
+) -> None:
+    found = side_by_side({name: runs[name] for name in ("four", "two")})
+    assert list(found.measured) == ["base", "four", "two"]
+    assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
+    for name in ("four", "two"):
+        final = result_of(runs[name].folder)["final"]
+        assert found.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])
+        assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
+
+
+def test_another_reading_of_the_records_has_a_base_of_its_own(
+    runs: dict[str, Finished], result_of: Callable[[Path], Any]
+) -> None:
+    found = side_by_side({name: runs[name] for name in ("four", "short")})
+    assert list(found.measured) == ["base", "base of short", "four", "short"]
+    before = result_of(runs["short"].folder)["final"]["metrics_before"]["loss"]
+    assert found.estimate("base of short", "loss").value == pytest.approx(before)
+
+
+def test_scores_that_say_nothing_about_each_other_are_refused(runs: dict[str, Finished]) -> None:
+    one = runs["four"]
+    turned = replace(one.config, data=replace(one.config.data, labels=tuple(reversed(one.config.data.labels))))
+    with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
+        side_by_side({"four": one, "other": replace(one, config=turned)})
+    without = replace(one.config, data=replace(one.config.data, test_file=None))
+    with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
+        side_by_side({"four": replace(one, config=without)})
+
+
+def test_numbers_of_another_range_say_nothing_either(runs: dict[str, Finished]) -> None:
+    one = runs["four"]
+    data = replace(one.config.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
+    config = replace(one.config, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
+    wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))
+    with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
+        side_by_side({"four": replace(one, config=config), "other": replace(one, config=wider)})
+
+
+def test_records_are_at_the_sites_that_would_have_them(runs: dict[str, Finished], tmp_path: Path) -> None:
+    rows = [{"text": f"a {number}", "label": "x", "ward": ("n", "s", "?")[number % 3]} for number in range(9)]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [Record({"text": row["text"], "label": "x"}, str(path), line) for line, row in enumerate(rows, start=1)]
+    config = runs["four"].config
+    assert sites_of(config, records) is None, "dealt out by hash alone, all sites are alike"
+    partition = replace(config.data.partition, kind="column", sites={"n": 0, "s": 1})
+    data = replace(config.data, partition=partition, columns={**config.data.columns, "site": "ward"})
+    assert sites_of(replace(config, data=data), records) == ["site-1", "site-2", NO_VALUE] * 3
+
+
+def test_a_column_is_read_for_records_that_were_read_before(tmp_path: Path) -> None:
+    rows = [{"a": "x", "age": 31}, {"a": "y", "age": 4.0}, {"a": "z"}, {"a": "w", "age": [1]}, {"a": "v", "age": " "}]
+    path = tmp_path / "file.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), "no JSON"]) + "\n")
+    records = [Record({"a": row["a"]}, str(path), line) for line, row in enumerate(rows, start=1)]
+    assert column_values(records[::-1], "age", key="--by") == [NO_VALUE, NO_VALUE, NO_VALUE, "4", "31"]
+    with pytest.raises(DataError, match=r"--by = 'ward': must be a column of .*, which has 'a', 'age'"):
+        column_values(records, "ward", key="--by")
+
+
+def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -> None:
+    found = replace(side_by_side({"four": runs["four"]}), records=[Record({})] * 2000)
+    many = [str(number // 10) for number in range(2000)]
+    with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
+        found.by(many, smallest=10, pairs=[])
+
+
+def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(
+    simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Their settings deal out other test records, some of which the other run may have trained on."""
+    of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
+    one = _finished(simulate(*of_file, into=tmp_path, name="one"))
+    other = _finished(simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other"))
+    for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
+        with pytest.raises(ConfigError, match="must be tested on the first run's records"):
+            side_by_side(runs)
