@@ -1,4 +1,4 @@
-"""A run's folder on disk while it runs: made, locked, logged to, and cleared away where nothing began."""
+"""A run's folder while it runs: created, locked, logged to, and removed if nothing began."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.tracking import Tracked
 
 Work = Callable[[RunConfig, Path, Any], "RunResult"]
-"""Runs a configuration in its folder, and tells a listener, of the kind that its runtime knows."""
+"""Runs a configuration in its folder, and reports to a listener."""
 
 
 class _Followed:
-    """A listener whose run is followed by trackers and by its own page, too."""
+    """A listener that also updates the trackers and the page of an unfinished run."""
 
     def __init__(self, listener: Listener, tracked: Tracked, page: UnfinishedReport) -> None:
         self._listener, self._tracked, self._page = listener, tracked, page
@@ -60,12 +60,12 @@ def run_in_folder(
     during: AbstractContextManager[object] | None = None,
     scored: Callable[[RunResult], None] = lambda result: None,
 ) -> RunResult:
-    """Run in a folder, which is made unless a run is resumed, with a report at the end.
+    """Run in a folder, created unless a run is resumed, and write a report at the end.
 
-    A folder in which nothing had begun is removed again.
+    If the run fails before anything began, a new folder is removed again.
 
-    `during` is entered while it runs, and left before its result is told.  `scored` is told the result before anything
-    else is written: there may be no room for it.
+    `during` is a context around the run itself, left before the result is shown.  `scored` gets the result before more
+    files are written, because the disk may be full.
     """
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked
@@ -121,10 +121,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run has begun in a folder; what one left that was killed before it had is cleared away.
+    """Whether a run has begun in a folder; removes what a run left that was killed before it began.
 
     Raises:
-        ConfigError: a process runs the folder.
+        ConfigError: another process is running in the folder.
     """
     if RunFolder(folder).saved_checkpoints:
         return True
@@ -135,10 +135,10 @@ def has_begun(folder: Path) -> bool:
 
 
 def make(folder: Path, config: RunConfig) -> list[Path]:
-    """Make the run folder, with its configuration in it.
+    """Create the run folder and write its configuration.
 
     Returns:
-        The folders that were made: the run's, then those around it.
+        The folders that were created: the run's, then its parents.
     """
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -154,7 +154,7 @@ def make(folder: Path, config: RunConfig) -> list[Path]:
 
 
 def _remove(made: Sequence[Path]) -> None:
-    """Remove what `make` made: a run's folder whole, and those around it as long as nothing else is in them."""
+    """Undo `make`: remove the run's folder with its content, and each parent that is empty."""
     folder, *parents = made
     shutil.rmtree(folder, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
     with suppress(OSError):
@@ -165,7 +165,7 @@ def _remove(made: Sequence[Path]) -> None:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
-    with RunFolder(folder).log.open("a") as lock:
+    with RunFolder(folder).log.open("a") as lock:  # the lock ends with the process, even if that is killed
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -187,10 +187,10 @@ def is_running(folder: Path) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk keeps from growing; that ends no run, and prints nothing.
+    """A log file that tolerates a full disk: an error in logging must not end a run, or print.
 
     Attributes:
-        full: what a simulated site had no room for; it tells the lead no more than that it failed.
+        full: the full-disk error of a simulated site, which tells the lead only that it failed.
     """
 
     full: str | None = None

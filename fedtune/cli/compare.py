@@ -1,4 +1,4 @@
-"""`fedtune compare`: whether the shared model is better than what there is, for whom, by how much, at what price."""
+"""`fedtune compare`: whether the shared model beats the alternatives, for whom, by how much, and at what price."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def compare(
 
 
 def _run_folders(words: Sequence[str]) -> list[Path]:
-    """The words, where they are folders of runs; empty: they are settings.
+    """The words as folders of runs; empty if they are settings.
 
     Raises:
-        ConfigError: they are some of each, or one is neither.
+        ConfigError: they mix both, or one is neither.
     """
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
@@ -107,7 +107,7 @@ def _run_folders(words: Sequence[str]) -> list[Path]:
 
 
 def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
-    """Runs by their folders' names, with what is above where two are alike."""
+    """Runs named after their folders; by the whole path where two names are equal."""
     lines, names = [], [folder.absolute().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):
         if [other.absolute() for other in folders].count(folder.absolute()) > 1:
@@ -121,7 +121,7 @@ def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
 
 
 def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
-    """Look at the records to be scored before the first run, as far as that takes no model."""
+    """Check the records to be scored before the first run, as far as possible without a model."""
     data = config.data
     if file is None and data.test_file is None and not data.test_fraction:
         raise no_test_records()

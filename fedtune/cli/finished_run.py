@@ -1,4 +1,4 @@
-"""A finished run, as commands take it that use its model: the folder, its configuration, its adapters by name."""
+"""Finished runs as arguments of commands that use their models: the folder, the configuration, adapters by name."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def finished_run(
     Args:
         run: a run folder, or the `adapter` folder in it.
         device: where to compute.
-        columns: `{role: column}` as it was typed, for a file whose columns have other names than the run's.
-        generate: write texts for this many prompts when the model is scored; None: as the run did.
+        columns: `{role: column}` as typed, for a file whose columns are not named as the run's are.
+        generate: write texts for this many prompts while scoring; None: as the run did.
 
     Raises:
         ConfigError: there is no finished run, or what is asked does not fit it.
@@ -68,10 +68,10 @@ def finished_run(
 
 
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
-    """The folders of adapters by name: the run's own, called as its folder is unless it is named too, comes first.
+    """The folders of adapters by name.  The run's own comes first, named after its folder unless `others` names it.
 
     Raises:
-        ConfigError: a name is missing, taken or none.
+        ConfigError: a name is missing, taken or not a valid name.
     """
     named: dict[str, Path] = {}
     for word in others:  # NAME=RUN each
@@ -101,12 +101,12 @@ def columns_by_option() -> Iterator[None]:
 
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:
-    """Role to column of what a model is asked by: all that a record has but its answer."""
+    """Role to column of a model's input: every field of a record but its answer."""
     return task_named(config.task).asked_by(config.data)
 
 
 def warn_of_fixed_prompt(config: RunConfig) -> None:
-    """Say so where nothing that is asked reaches the model: it was tuned to write from the same words each time."""
+    """Warn if the prompt template ignores the prompt: the model was tuned to write from the same words each time."""
     data = config.data
     if "prompt" in data.columns and "prompt" not in data.template_roles and task_named(config.task).predicts_tokens:
         sys.stderr.write(
@@ -121,12 +121,12 @@ def messages_of(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def harmless(text: str) -> str:
-    """A model's text without what could steer a terminal; unlike a name it may have any other letter."""
+    """Strip control characters, which could steer a terminal, from a model's text; all other letters stay."""
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
 def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
-    """Print a text as it comes; returns it, and whether Ctrl-C ended it."""
+    """Print a text as it arrives; returns it, and whether Ctrl-C ended it."""
     whole, stopped = "", False
     try:
         for part in parts:

@@ -1,4 +1,4 @@
-"""A run as a command shows it: on the terminal, until a signal ends it, and with how to go on."""
+"""Run with progress on the terminal; if a signal ends the run, say how to continue it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
     """Run in a folder, as `run_in_folder` does, and show it; `again` is the command that continues it.
 
-    It `began`, by `time.monotonic`, before libraries that take seconds to load.
+    `began` is the command's start by `time.monotonic`, before it loaded libraries that take seconds.
     """
     from fedtune.show.run_progress import Display, show_result
 
@@ -62,7 +62,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 def run_simulation(config: RunConfig, folder: Path, console: Console, *, session: Session | None = None) -> RunResult:
     """Run a simulation in its folder, new or begun, and show it."""
     began = time.monotonic()
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
     with importing():
         from fedtune.flower.simulation import simulate
         from fedtune.sites.virtual_site import fitted
@@ -74,7 +74,7 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, session
 
 
 def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:
-    """The configuration that fits the sites' budgets, after saying how it differs from what was asked."""
+    """Return `fits`, the configuration within the sites' budgets, after saying how it differs from `asked`."""
     if fits != asked:
         rounds, noise = fits.federation.num_rounds, fits.privacy.noise_multiplier
         console.print(f"The sites' budgets have room for {rounds} rounds at noise multiplier {noise:g}.")
@@ -82,7 +82,7 @@ def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig
 
 
 def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
-    """Do one of several runs, and say in a line what it came to; its folder has the rest."""
+    """Do one of several runs, and print its result in one line; its folder has the details."""
     began = time.monotonic()
     with console.status(f"{name} ..."):
         unseen = Console(file=io.StringIO(), width=console.width)
@@ -94,7 +94,7 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
 
 
 def show_trials(console: Console, trials: Trials, *, again: str) -> None:
-    """The table of several runs, where the best one and the table's file lie, and how to go on."""
+    """Print the table of several runs, the paths of the best one and of the table, and how to continue."""
     show(console, [table := trials.section()])
     if (best := trials.best) is not None:
         say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
@@ -106,7 +106,7 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does; both also in a background process, for which the shell ignores Ctrl-C's."""
+    """Let SIGTERM end a run as Ctrl-C does, and SIGINT also in the background, where shells have it ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

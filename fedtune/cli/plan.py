@@ -70,7 +70,7 @@ def plan(
         check_trials(trials)
     if lead is not None:
         check_public_key("--lead", lead)
-    # Where no lead was given, the first that a policy allows.
+    # Without --lead, each policy is asked on behalf of the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
         known = _price_of(overrides, target, with_model=time)
@@ -84,7 +84,7 @@ def plan(
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if output is not None:
         text = json_text(figures) if output.suffix == ".json" else str(chart_svg(outlook))
-        write_file(output, text, option="--output")  # first: the reader of standard output may stop in the middle
+        write_file(output, text, option="--output")  # first: a reader such as `head` may close standard output
     if as_json:
         print_json(figures)
         return
@@ -96,13 +96,13 @@ def plan(
 
 
 def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
-    """All but what policies say."""
+    """Everything but the policies' verdicts."""
     config, planned = _planned(overrides, target)
-    # What a given noise comes to is kept; a calibrated one leaves a hair of what was asked for.
+    # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
     forecast, device = _forecast(config, planned) if with_model else (None, "")
-    # The hash by which sites know the base model: as the settings pin it, or else that of its files.
+    # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
     sha256 = config.model.sha256
     if sha256 is None and with_model:
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
@@ -134,7 +134,7 @@ def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.Se
         sums = parse(with_secure_sums(settings)).plan()
     except ConfigError:
         return None
-    # Each site's noise enters the average by the same weight, so their ratio is that of the averages.
+    # Each site's noise has the same weight in the average, so the ratio of averages is that of the multipliers.
     return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
 
 
@@ -149,8 +149,8 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
         raise ConfigError("--target", target, "needs a run with privacy")
     if target == "noise":
         return config, config.plan()
-    # Read with an epsilon that every noise keeps within, and that is refused where none is given: how much the noise
-    # allows is what is asked.
+    # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is
+    # refused if no noise is given, which the message below then says.
     try:
         noise = compose_run([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
     except ConfigError as error:
@@ -172,7 +172,7 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
-    # Here, because torch and transformers take seconds to import, and a mistake should not wait for them.
+    # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
     from fedtune.runs.forecast import forecast
     from fedtune.tasks import build_task_model
     from fedtune.training.machine import device_for, ready_model
@@ -186,7 +186,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
 
 
 def chart_svg(outlook: Outlook) -> Markup:
-    """Epsilon after each round by each accountant; without privacy it says so, without lines."""
+    """A chart of epsilon after each round, by each accountant; without privacy, a text that says so."""
     plan, price = outlook.plan, outlook.price
     if not price.rounds:
         return Markup(

@@ -24,22 +24,22 @@ Computed = TypeVar("Computed")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Examples padded on the right to t tokens; rows of no example come last, with one attended token.
+    """Examples padded on the right to t tokens; empty rows come last, with one attended token.
 
-    A text is a row.  An example of several texts has as many rows, one after the other, but one loss and one gradient;
-    there are as many empty rows for each example that is missing.
+    A text is a row.  An example of several texts has one row for each, in order, but one loss and one gradient.  A
+    missing example leaves as many rows empty.
 
     Attributes:
         input_ids: (n, t) int64.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
-        targets: (n / texts, ...) one of each example, such as its int64 class; or (n, t) int64, one a token,
+        targets: (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token,
             `UNSUPERVISED` for padding.
-        prefix: (n, t, h) output of a model's frozen first layers for these texts, where it was kept; all zero for
-            one that these cannot compute.
-        reference: (n / texts, ...) what the base without adapters makes of these examples, where it was kept; NaN for
-            one that it cannot compute.
-        empty_rows: of no example: they fill a fixed shape, and have no loss.
-        texts: of each example.
+        prefix: (n, t, h) cached output of the model's frozen first layers for these texts; all zero for a text that
+            they cannot compute.
+        reference: (n / texts, ...) cached output of the base without adapters for these examples; NaN for one that it
+            cannot compute.
+        empty_rows: rows without an example: they fill a fixed shape, and have no loss.
+        texts: texts per example.
     """
 
     input_ids: torch.Tensor
@@ -70,7 +70,7 @@ def collate(
 ) -> Batch:
     """Pad the chosen examples into one batch.
 
-    Padding is known by each example's length, never by `pad_id`, which in many chat models is also
+    Each example's length tells its padding, never `pad_id`, which in many chat models is also
     the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes.
 
     Args:
@@ -86,7 +86,7 @@ def collate(
     room, num_tokens = shape or (len(chosen), lengths.max(initial=1))
     empty = room - len(chosen)
     filled = np.append(lengths, np.ones(empty * dataset.texts, dtype=lengths.dtype))
-    # Attention over no token at all would be a division of zero by zero.
+    # An empty row attends to one token, since attention over none would divide zero by zero.
     attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
     def padded(rows: Sequence[NDArray[np.integer]], fill: int) -> torch.Tensor:
@@ -126,13 +126,13 @@ def alone(batch: Batch, place: int | None) -> Batch:
 def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[Computed, Iterator[Computed | None]]:
     """Apply `compute` to no example, and to each example of a batch on which it failed, all in the batch's shape.
 
-    None stands for an example that cannot be computed, so that the others are as they would be beside any other one.
-    Where the machine fails, and not an example, the empty batch fails as well, and that is raised.  So that it needs as
-    much as any example, every token of its rows has a target (`alone`).
+    An example that cannot be computed gives None, and does not affect the others.  If the machine fails, and not an
+    example, the empty batch fails as well, and its error is raised.  Every token of its rows has a target, so that it
+    needs as much memory as any example (`alone`).
 
     Args:
-        compute: works on a whole batch; what it makes of an example stands in the first row.
-        batch: as `compute` got it.
+        compute: works on a whole batch; an example's result is in the first row.
+        batch: the batch on which `compute` failed.
     """
     return compute(alone(batch, None)), (_computed(compute, alone(batch, row)) for row in range(len(batch)))
 
@@ -149,9 +149,9 @@ def _computed(compute: Callable[[Batch], Computed], batch: Batch) -> Computed | 
 def micro_batches(
     indices: Sequence[int] | NDArray[np.integer], lengths: NDArray[np.integer], *, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Cut what is only scored into micro-batches of similar lengths, within a budget of padded tokens.
+    """Cut examples to be scored into micro-batches of similar lengths, within a budget of padded tokens.
 
-    Training goes by `fedtune.data.shapes`.  Every index comes back exactly once: cutting changes what is computed
+    Training uses `fedtune.data.shapes`.  Every index comes back exactly once: cutting changes what is computed
     together, never what is sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets
     a micro-batch of its own; an empty logical batch gives none.
 

@@ -1,9 +1,9 @@
 """Which site a record belongs to, and which records are held out: functions of each privacy unit alone.
 
-Each decision compares a keyed hash of the unit with fixed bounds: of the record, or of its user, whose
-records then stay together.  Adding or removing a unit therefore moves no other one, which a shuffled,
-stratified or balanced split cannot promise and which the privacy guarantee needs.  Equal records always
-fall on the same side.
+Each decision compares a keyed hash of the unit with fixed bounds.  The unit is the record, or its user, whose
+records then stay together.  So adding or removing a unit moves no other unit.  The privacy guarantee needs
+this, and a shuffled, stratified or balanced split cannot promise it.  Equal records always fall on the same
+side.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class PartitionSpec:
 
 
 def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record") -> float:
-    """A number in [0, 1) from the record, or its user, alone: HMAC-SHA256 of purpose and unit, its top 53 bits.
+    """A number in [0, 1) from the record, or its user, alone: the top 53 bits of HMAC-SHA256 of purpose and unit.
 
     Different purposes give independent numbers, so that one decision says nothing about another.
     """
     whole = record if unit == "record" else Record({"user": record.fields["user"]})
     digest = hmac.digest(key, purpose.encode() + b"\0" + record_key(whole), "sha256")
-    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53  # 53 bits: all are exact in float64, and 1.0 is not hit
 
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
@@ -111,7 +111,7 @@ def partition_records(
             torn.setdefault(record.fields["user"], record)
         sites[site].append(record)
     if torn:
-        # Each site would promise for its part alone, and the person would lose the sum.
+        # Each site protects its own part alone, so the person's total loss would be the sum over sites.
         first = next(iter(torn.values()))
         bound = (
             f"must lead to one site for all records of a user, as privacy.unit is user; {counted(len(torn), 'user')} "

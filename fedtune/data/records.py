@@ -22,7 +22,7 @@ from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
 Fault: TypeAlias = Callable[["Record"], DataError | None]
-"""The reason why a task cannot use a record; None: it can."""
+"""Record -> the reason why a task cannot use it; None: it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Record:
 
     Attributes:
         fields: role (`text`, `label`, `prompt`, ...) to text.
-        file: where it was read, for messages only; no part of what the record is.
-        line: the line there on which it starts, counted from 1.
+        file: the file it was read from, for messages only; not part of the record's identity.
+        line: the line on which it starts, counted from 1.
     """
 
     fields: Mapping[str, str]
@@ -44,7 +44,7 @@ class Record:
         return f"{at_line(self.file, self.line)}, {role}" if self.file else role
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """The texts in it, each with its role; of a conversation each turn's."""
+        """The record's texts with their roles; a conversation gives one for each turn."""
         for role, text in self.fields.items():
             if role == "messages":
                 yield from ((role, turn["content"]) for turn in json.loads(text))
@@ -60,9 +60,9 @@ class Record:
 
 
 def record_key(record: Record) -> bytes:
-    """The canonical bytes of a record alone: equal fields but for its group, equal bytes, and otherwise different ones.
+    """Canonical bytes of a record: the same for two records if and only if their fields agree, apart from the group.
 
-    Whether scores are told by group so decides about no record.
+    The group is left out so that scoring by group changes no record's split.
     """
     fields = {role: value for role, value in record.fields.items() if role != GROUP}
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
@@ -98,7 +98,7 @@ def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 NO_VALUE = "(none)"
-"""Of a record that has no value in a column, or a list or an object."""
+"""The value of a record that has none in a column, or that has a list or an object there."""
 
 
 def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
@@ -106,9 +106,9 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
 
     Args:
         records: with the file and the line of each.
-        column: one that needs no role.
-        key: what asked for it, for messages.
-        role: in which it is read, so that a user has the id of a run; none: all numbers are taken, too.
+        column: its name; it needs no role.
+        key: the option that asked for it, for messages.
+        role: the role to read it in, so that a user has the same id as in a run; empty: any number is taken, too.
 
     Raises:
         DataError: no row of a file has such a column.
@@ -167,9 +167,9 @@ def usable_records(
     faults: Faults | None = None,
     lenient: bool = True,
 ) -> Iterator[Record]:
-    """The same, without the records that cannot be used; so no record ends the reading, whatever it holds.
+    """As `iter_records`, but skips records that cannot be used, so that no record's content ends the reading.
 
-    Left out is what lacks a value, has more than 16 MiB, is not UTF-8, is no JSON object or has a number or a depth
+    A row is left out if it lacks a value, has more than 16 MiB, is not UTF-8, is no JSON object, has a number or depth
     that Python does not read, is a table's row with broken quotes or another number of cells than the header, or a
     conversation whose turns are not as `messages_of` wants them.
 
@@ -181,12 +181,12 @@ def usable_records(
     Args:
         path: as `iter_records` takes it.
         columns: role to column name.
-        fault: what of a record its task cannot use.
+        fault: tells why a task cannot use a record.
         faults: counts the rows that are left out.
-        lenient: as `raw_rows` has it.
+        lenient: as in `raw_rows`.
 
     Raises:
-        DataError: for what is a fault of the file and of no record, as `raw_rows` says.
+        DataError: the fault lies in the file and not in a record, as in `raw_rows`.
     """
     for line, found in judged(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
@@ -198,7 +198,7 @@ def usable_records(
 def judged(
     path: Path, columns: Mapping[str, str], *, fault: Fault = lambda record: None, lenient: bool = False
 ) -> Iterator[tuple[int, Record | DataError]]:
-    """(line, record) of each row of a file, or in the record's place what is wrong with it; see `usable_records`."""
+    """(line, record) of each row of a file, or (line, error) if the row cannot be used; see `usable_records`."""
     for line, row in raw_rows(path, columns, lenient=lenient):
         if isinstance(row, DataError):
             yield line, row

@@ -16,21 +16,21 @@ import numpy.typing as npt
 
 _SHORTEST = 12
 _STEPS = (4, 5, 6)
-"""Lengths grow by these quarters of a power of two: a record is padded by a third of itself at most, by half before the
-last length; one below `_SHORTEST` is padded to that."""
+"""Lengths grow by these quarters of a power of two.  A record is padded by a third of itself at most, by half before
+the last length; one below `_SHORTEST` is padded to `_SHORTEST`."""
 _TOKENS_OF_A_CALL = 100
-"""Cost of a micro-batch beside its tokens, in tokens: so MiniLM's steps are shortest, with all layers or two."""
+"""Fixed cost of a micro-batch, in tokens: the value with the fastest steps of MiniLM, with all layers or two."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Records that are computed together, and the shape in which they are.
+    """Records that are computed together, and the shape of their micro-batch.
 
     Attributes:
         places: of the records, in the order of the rows; at most `rows` of them.
-        rows: of the micro-batch, one a record; those without a record are empty.  Of a record with several texts a row
-            has each of them.
-        length: tokens of each text.
+        rows: of the micro-batch, one per record, the rest empty.  A row holds all texts of its record.
+        length: tokens of each text, with padding.  It follows from the record's own tokens, and never from those of the
+            records beside it.
     """
 
     places: npt.NDArray[np.int64]
@@ -42,16 +42,16 @@ class Part:
 class Shapes:
     """The shapes of a run's micro-batches.
 
-    At least one token of every micro-batch is padding: attention takes another path where there is none, and then a
-    record would be computed differently beside shorter ones.
+    At least one token of every micro-batch is padding.  Attention takes another code path where there is none, and a
+    record would then be computed differently beside shorter ones.
 
     Attributes:
-        lengths: that rows are padded to, ascending.  The last one holds the longest record.
+        lengths: the padded lengths, ascending.  The last one holds the longest record.
         max_tokens: rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more.
         full: the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
             micro-batch of that length always has an empty row.
-        most_rows: of each length, what memory has room for; empty: `max_tokens` alone decides.
-        row_shares: a micro-batch has the rows that `max_tokens` allows or, for what is left over, one of these parts.
+        most_rows: rows that memory has room for, by length; empty: `max_tokens` alone decides.
+        row_shares: a micro-batch has the rows that `max_tokens` allows or, for the remainder, one of these fractions.
     """
 
     lengths: tuple[int, ...]
@@ -63,16 +63,16 @@ class Shapes:
     @classmethod
     def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None) -> Shapes:
         """The shapes for records of at most `max_length` tokens, on a model that has `positions`."""
-        roomy = 8 * (max_length // 8 + 1)  # one token more than the longest record has, at least
+        roomy = 8 * (max_length // 8 + 1)  # room for at least one token of padding
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
-        # Nearer to the last length one would hold few records and cost a call of its own.
+        # A length nearer to the last one would hold few records, and still cost a call of its own.
         steps = (2**power * step for power in range(roomy.bit_length()) for step in _STEPS)
         shorter = tuple(step for step in steps if _SHORTEST <= step < 0.8 * roomy and step % 4 == 0)
         return cls(lengths=(*shorter, roomy), max_tokens=max_tokens, full=roomy if roomy == max_length else 0)
 
     def most_tokens(self, length: int) -> int:
-        """Of the longest record that is padded to `length`."""
+        """Tokens of the longest record that is padded to `length`."""
         return length - (length != self.full)
 
     def rows(self, length: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How a round's updates become the next adapter: the seam between averages of plain updates and secure sums."""
+"""How a round's updates become the next adapter: the interface of plain averages and of secure sums."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedtune.model import Adapter
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A round's result.
+    """The result of one round.
 
     Attributes:
-        sites: whose updates are in it.
-        failures: site -> why its update is not.
-        strategy: the optimizer's state, for a checkpoint.
+        sites: the sites whose updates it combines.
+        failures: site -> why its update was left out.
+        strategy: the server optimizer's state, for a checkpoint.
     """
 
     adapter: Adapter
@@ -31,8 +31,8 @@ class Aggregation(Protocol):
     """The lead's half, for one run; the site's half is `_protect` in `site_round.py`.
 
     Attributes:
-        session: the lead's name for the session that a round is a release of; empty where there are none.
-        left_out: sites that no round is asked of any more.
+        session: name of the secure-sum session that the next round belongs to; empty for plain averages.
+        left_out: sites that are not asked any more.
     """
 
     @property
@@ -42,13 +42,13 @@ class Aggregation(Protocol):
     def left_out(self) -> Collection[str]: ...
 
     def resume(self, state: LeadState) -> LeadState:
-        """The state that a lead goes on from, which begins here or was interrupted after it."""
+        """Start, or resume after an interruption, at `state`; returns the state to continue from."""
 
     def prepare(self) -> Sequence[str]:
-        """The sites that the next round is asked of, before anybody pays; raises RunError where they are too few."""
+        """Choose the sites of the next round, before any is charged; raises RunError if they are too few."""
 
     def combine(self, state: LeadState, replies: RoundReplies) -> Made:
-        """The next adapter, of a round's valid updates; raises RunError where rounds can't go on."""
+        """Combine a round's valid updates into the next adapter; raises RunError if rounds cannot go on."""
 
     def restore(self, strategy: Arrays) -> None:
-        """Go back to an optimizer's state of before."""
+        """Restore an earlier state of the server optimizer."""

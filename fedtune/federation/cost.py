@@ -1,10 +1,10 @@
-"""What a run takes beside epsilon: energy and carbon, as codecarbon measures or estimates them.
+"""Energy and carbon of a run, as codecarbon measures or estimates them.
 
-codecarbon (MIT licence; the extra `cost`) is asked for numbers alone: it writes no file, and it calls nobody, whatever
-its own configuration files and environment variables say.  It reads the machine's counters where it can (RAPL, NVML),
-and elsewhere estimates from the processor's load and model.
+codecarbon (MIT licence; the extra `cost`) only returns numbers here: it writes no file and makes no network call,
+whatever its configuration files and environment variables say.  It reads the machine's counters if it can (RAPL, NVML),
+and otherwise estimates from the processor's load and model.
 
-Only the machine that runs this is measured: in a simulation all of the run, with real sites the lead's part.
+Only this machine is measured: the whole run in a simulation, the lead's part with real sites.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CostSpec:
             raise ConfigError("country", self.country, "needs cost.energy=true")
 
     def check_can_measure(self) -> None:
-        """Check that what is asked can be had, before a run begins.
+        """Check, before a run begins, that codecarbon can measure what is asked.
 
         Raises:
             ConfigError: codecarbon is not installed, or does not know the country.
@@ -57,12 +57,12 @@ class CostSpec:
 
 @spec
 class Energy:
-    """What a run took, on this machine.
+    """The energy that a run used on this machine.
 
     Attributes:
         kwh: of processor, memory and GPUs.
-        carbon_kg: of CO2 and what warms as much; None: no country was given.
-        seconds: that were measured: of a resumed run those since it was resumed.
+        carbon_kg: CO2 equivalent; None: no country was given.
+        seconds: the measured time; of a resumed run, since it was resumed.
     """
 
     kwh: float
@@ -71,7 +71,7 @@ class Energy:
 
 
 class Meter:
-    """Measures energy from now on, where the settings ask for it; `check_can_measure` has passed."""
+    """Measures energy from construction on, if the settings ask for it.  Call `check_can_measure` first."""
 
     def __init__(self, spec: CostSpec) -> None:
         self._country, self._began = spec.country, time.monotonic()
@@ -84,11 +84,11 @@ class Meter:
         self.stop()
 
     def stop(self) -> Energy | None:
-        """What was used, and the end of measuring; None: nothing is measured any more, or it failed."""
+        """Stop measuring, and return the energy used; None: nothing was being measured, or measuring failed."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return None
-        with suppress(Exception):  # counters that cannot be read any more end no run
+        with suppress(Exception):  # unreadable counters must not end a run
             tracker.stop()
             found = tracker.final_emissions_data
             return Energy(
@@ -100,13 +100,13 @@ class Meter:
 
 
 def _tracker(country: str | None) -> Any:
-    """One of codecarbon's that has begun, and tells nobody."""
+    """A started tracker of codecarbon that reports to nobody."""
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").disabled = True
     tracker = OfflineEmissionsTracker(
         country_iso_code=country,
-        # Each of these could otherwise come from a file or a variable of the environment, and reach the network.
+        # All set here, because a file or an environment variable could otherwise set them and cause network calls.
         output_methods=[],
         emissions_endpoint=None,
         electricitymaps_api_token="",

@@ -1,9 +1,9 @@
 """What a run will cost, from public numbers alone: nothing here reads a record.
 
-`price` says what a plan costs each site and round by round, `what_if` what other plans would.  `solve_rounds`,
-`solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every answer was tried and kept within the
-target, on the coarse grid that calibration uses too.  Whether a site would accept the plan is `verdict.py`; bytes and
-time, which need the model, are `runs/forecast.py`.
+`price` gives the cost of a plan by site and by round, and `what_if` that of other plans.  `solve_rounds`,
+`solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
+on the coarse grid that calibration uses.  `verdict.py` tells whether a site would accept the plan; `runs/forecast.py`
+gives bytes and time, which need the model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MOST_ROUNDS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SitePrice:
-    """What the plan means for one site.  Epsilon is not here: it is the same at every site that takes all rounds.
+    """The cost of a plan at one site, without epsilon, which is the same at every site that takes part in all rounds.
 
     Attributes:
-        weight: share of the average.
-        expected_batch: units in a step, on average, if the declared size were the true one.
-        expected_failures: delta times declared size: on average, at most that many units give away something that
-            could not have come out without them.
+        weight: of the site in the average.
+        expected_batch: mean number of units in a step, if the declared size is true.
+        expected_failures: delta times declared size: on average, at most this many units reveal something that could
+            not have been released without them.
         step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
     """
 
@@ -45,13 +45,13 @@ class SitePrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """Epsilon after this round and all before it, by each accountant that composes them all.
+    """Epsilon of all rounds up to this one, by each accountant.
 
     Attributes:
         pld: the run's figure.
         rdp: at the order that is best for these rounds.
         filter: what a ledger's filter has counted by then, at the one order that is best for the whole plan.
-        spare: whether the round is one that is paid for in case another is interrupted.
+        spare: whether it is a spare round, budgeted in case another is interrupted.
     """
 
     round: int
@@ -70,13 +70,13 @@ class Price:
         sites: name -> figures.
         largest: sites with the largest declared size.  They have the most weight and the most expected failures, and
             one over their size bounds delta.
-        rounds: for every round, or for about twenty of many, the last one among them.
-        epsilon: of the whole plan, spare rounds included, by PLD; what a run's report will say at most.
+        rounds: every round, or about twenty of many, the last one included.
+        epsilon: of the whole plan, spare rounds included, by PLD; a run's report never shows more.
         epsilon_rdp: the same by RDP.
         epsilon_filter: the least lifetime cap of a new ledger under which the plan fits.
         filter_order: the order at which it does.
-        epsilon_of_one_round: what an accountant that starts anew each round would show.  Not a bound on anything.
-        by_trust: epsilon of the whole plan by who looks, where sites make the noise together.
+        epsilon_of_one_round: what an accountant that restarts each round would show; no bound on the run.
+        by_trust: epsilon of the whole plan by adversary, where sites share the noise.
     """
 
     plan: Plan
@@ -103,8 +103,8 @@ class Change:
     Attributes:
         what: the change in words.
         plan: the changed plan, at the noise of the original one.
-        epsilon: the one to keep within.
-        noise_needed: the least noise multiplier that does; None: no noise does.
+        epsilon: the target.
+        noise_needed: the least noise multiplier that meets it; None: no noise does.
         same_noise_epsilon: epsilon at the noise of the original plan.
         step_noise: noise in a step's mean gradient with `noise_needed`, relative to the original plan.
     """
@@ -120,7 +120,7 @@ class Change:
 def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
     """The price of `plan` for sites of these declared sizes.
 
-    Guarantee: every epsilon is an upper bound but `epsilon_of_one_round`, which is one for a single round only.
+    Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.
     """
     sites = {site: _site(plan, size, total=sum(declared_sizes.values())) for site, size in declared_sizes.items()}
     largest = tuple(site for site, size in declared_sizes.items() if size == max(declared_sizes.values()))
@@ -143,11 +143,11 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
 
 
 LEAST_SIGNAL = 0.5
-"""Of `signal_to_noise`, below which nothing is likely to be learnt; simulations/own_data has the runs behind it."""
+"""The `signal_to_noise` below which a run is unlikely to learn; simulations/own_data has the runs behind it."""
 
 
 def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> None:
-    """Refuse a run of which nothing is likely to be learnt, by public numbers alone, before anything is charged.
+    """Refuse a run that is unlikely to learn anything, by public numbers alone, before anything is charged.
 
     Raises:
         ConfigError: its `signal_to_noise` is below `LEAST_SIGNAL`.
@@ -163,13 +163,13 @@ def check_signal(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) 
 
 
 def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: int) -> float:
-    """How far clipped records can move the adapter at most, over how far noise moves it; infinite without noise.
+    """The furthest that clipped records can move the adapter, over how far noise moves it; infinite without noise.
 
     In gradients, averaged over all sites and steps.  The signal is at most the clip norm C, where all records agree.
     Each of K sites has weight n / N, so each of the `values` coordinates has noise of standard deviation
-    z C sqrt(K) / (q N) in a step, and a sqrt(T)-th of it in the mean of T steps.
+    z C sqrt(K) / (q N) in a step, and 1 / sqrt(T) of that in the mean of T steps.
 
-    It bounds what can be learnt, and does not promise it: records seldom agree.
+    It is an upper bound and no forecast: records seldom agree.
     """
     if not plan.private:
         return math.inf
@@ -179,11 +179,11 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecureSums:
-    """What the same training would be with secure sums, at the same epsilon.
+    """The same training with secure sums, at the same epsilon.
 
     Attributes:
-        noise_in_average: relative to that of the plain plan; with sums of all sites it is what all records in one place
-            would need.
+        noise_in_average: relative to that of the plain plan; with sums of all sites it is the noise of central
+            training on all records.
     """
 
     plan: Plan
@@ -194,8 +194,8 @@ def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost.
 
     Args:
-        plan: with privacy.
-        epsilon: what its noise was calibrated to, or its own.
+        plan: a plan with privacy.
+        epsilon: the target of its noise, or its own epsilon.
     """
     longer = math.ceil(1.5 * plan.num_rounds)
     changes = [
@@ -250,13 +250,13 @@ def _round(plan: Plan, number: int, order: float) -> RoundPrice:
 def _shown_rounds(plan: Plan) -> list[int]:
     """All rounds, or about twenty of them at even distances, with the first, the last and the last planned one."""
     count = plan.most_rounds
-    every = -(-count // _MOST_POINTS)
+    every = -(-count // _MOST_POINTS)  # rounded up, so that there are not more points
     return sorted({1, *range(every, count, every), plan.num_rounds, count})
 
 
 @lru_cache(maxsize=1024)
 def coarse_epsilon(plan: Plan) -> float:
-    """Of the whole plan by PLD, on the coarse grid that calibration uses too: a little above the fine one's at most."""
+    """PLD epsilon of the whole plan, on the coarse grid that calibration uses; never far above the fine one's."""
     whole = plan.whole
     return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
 
@@ -312,11 +312,11 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
 def least_noise(plan: Plan, *, epsilon: float) -> float | None:
     """The least noise multiplier, rounded up to four digits, that keeps `plan` within `epsilon`; None: no noise does.
 
-    What `accountant.calibrate_noise` finds from scratch; the search begins near the answer, at the noise of `plan`.
+    As `accountant.calibrate_noise`, but the search starts near the answer, at the noise of `plan`.
     """
     most = plan.with_noise(accountant.MOST_NOISE)
     if plan.releases_metrics and coarse_epsilon(most) > epsilon:
-        return None  # the released scores alone cost more, and a search would try a thousand noises
+        return None  # the released scores alone exceed it; a search would try a thousand noises in vain
     noise = accountant.last_within(
         lambda noise: coarse_epsilon(plan.with_noise(noise)),
         epsilon,
@@ -328,6 +328,6 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
 
 
 def _rounded_down(value: float) -> float:
-    """To four digits."""
+    """Round down to four digits."""
     scale = 10.0 ** (3 - math.floor(math.log10(value)))
     return math.floor(value * scale) / scale

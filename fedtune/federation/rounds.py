@@ -1,6 +1,6 @@
-"""The lead's end of a run: asks who takes part, asks and aggregates round by round, and tells the end.
+"""The lead's loop over a run: invite the sites, train and aggregate round by round, announce the end.
 
-Before round 1 nobody pays: each site says whether it would take part, or why not.  Every round ends in a checkpoint.
+Inviting charges nothing: each site says whether it would take part, or why not.  Every round ends in a checkpoint.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     if missing := sorted(set(lead.declared_sizes) - set(there)):
         raise RunError(f"sites that did not introduce themselves: {', '.join(missing)}")
     if state.round == 0:
-        # So that no site is charged for a run that the others' policies end.
+        # Invite first, so that no site is charged for a run that other sites' policies would end.
         answers, rounds = invite(transport, lead), lead.plan.num_rounds
         answers.require_enough(lead.federation, takes_part=lambda offer: offer.most_rounds >= rounds)
     aggregation = lead.average if lead.plan.shared is None else SecureSums(transport, lead, state)
     state = aggregation.resume(state)
-    transport.traffic()  # invitations are no round's
+    transport.traffic()  # reset the counter: invitations belong to no round
     try:
         while not is_over(state.rounds, lead.federation, judged_by=lead.judged_by):
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
     except RefusedError:
-        # No round can succeed any more: the sites that accepted need not hold budget for it.
+        # No round can succeed any more: let the sites that accepted release the budget they set aside.
         _tell_the_end(transport, lead, adapter=None)
         raise
     if not any(result.sites for result in state.rounds):
@@ -91,10 +91,10 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         )
         for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
             receipt, update = lead.heed(site, reply).receipt, isinstance(reply.body, Update)
-            # A receipt of another answer, which a server put here, says nothing of what this round was charged.
+            # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
             after = state.heard(site, own, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
-            # Without its receipt an update does not count.
+            # An update without its receipt does not count: the lead could not derive the site's epsilon.
             replies.take(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state
         _require_enough(replies, lead, round)
@@ -134,7 +134,7 @@ def _is_sound(adapter: Adapter, metrics: Scores) -> bool:
 
 
 def _back(lead: Lead, state: LeadState, aggregation: Aggregation, scores: Scores) -> tuple[Adapter, Scores]:
-    """The adapter before a round that diverged, with its scores; the server optimizer goes back, too.
+    """Undo a round that diverged: the adapter before it, with its scores; also restores the server optimizer.
 
     Raises:
         RunError: the round before diverged as well.
@@ -188,7 +188,7 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
 
 
 def _tell_the_end(transport: Transport, lead: Lead, *, adapter: Adapter | None) -> dict[str, Receipt]:
-    """Tell every site that the run is over; the receipts of those that answer.  Others wait until it expires."""
+    """Tell every site that the run is over, and return the answers' receipts.  Other sites let the run expire."""
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
     signed = notice.signed(lead.key)

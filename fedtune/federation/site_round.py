@@ -1,4 +1,4 @@
-"""One round at a site: check, reserve, train, commit, reply.  The site disposes; nothing here trusts the server."""
+"""One round at a site: check, reserve, train, commit, reply.  The site decides; nothing here trusts the server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trained:
 
     Attributes:
         adapter: after the plan's noisy steps; None where the plan has secure sums.
-        share: of such a sum: the site's noisy gradient sum in whole numbers, (values,).
+        share: of a secure sum: the site's noisy gradient sum in integers, (values,).
         scores: noised statistics of held-out units, where the plan releases them.
         fingerprint: of the records, for the ledger alone.
     """
@@ -67,9 +67,9 @@ class Prepared:
     """A run that policy and budget allow, as the site itself reads the lead's configuration.
 
     Attributes:
-        proposal: that follows from the configuration; a request for another is refused.
+        proposal: derived from the configuration; a request with another one is refused.
         template: an adapter with the names and shapes that this run trains.
-        declared_size: of the site in this run; it must be the size that the policy declares.
+        declared_size: the site's size in this run; it must equal the size that the policy declares.
         members: the sites of a run with secure sums.
     """
 
@@ -80,11 +80,11 @@ class Prepared:
 
 
 class Site(ABC):
-    """A site as a round sees it, opened for one request.  What does nothing here need not do anything.
+    """A site as a round sees it, opened for one request.  Methods with an empty body are optional.
 
     Args:
-        ledger: its own record of what was charged, under its own policy.
-        sums: its part in secure sums; None: it has none in any.
+        ledger: the site's own record of what was charged, under its own policy.
+        sums: the site's state in secure sums; None: it takes part in none.
     """
 
     def __init__(self, ledger: Ledger, *, sums: SumsAtSite | None = None) -> None:
@@ -96,17 +96,17 @@ class Site(ABC):
         return False
 
     def understand(self, proposal: Proposal) -> None:  # noqa: B027
-        """Read what the lead sent of the run, before a person is asked about it; may raise Refused."""
+        """Read the lead's settings of the run, before a person is asked to approve it; may raise Refused."""
 
     @abstractmethod
     def prepare(self, proposal: Proposal) -> Prepared:
-        """Make ready for a run that policy, budget and person allow; may raise Refused, and takes what time it needs.
+        """Prepare for a run that policy, budget and person allow; may raise Refused, and may take long.
 
-        It opens no record, or a request that is refused in the end would tell of them.
+        It opens no record: otherwise a request that is refused in the end would reveal something of them.
         """
 
     def store(self, proposal: Proposal) -> None:  # noqa: B027
-        """Write what the site keeps of the run, before a round is charged: if it cannot, nothing is charged."""
+        """Write the run's files before a round is charged, so that a failure to write charges nothing."""
 
     @abstractmethod
     def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
@@ -116,15 +116,15 @@ class Site(ABC):
         """Store a run's final adapter."""
 
     def await_approval(self, proposal: Proposal) -> None:  # noqa: B027
-        """Put a run before a person at the site, who is yet to approve it."""
+        """Ask a person at the site to approve a run."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
     """Answer a request with an update, or with a reason from the closed list.
 
     Guarantee: records are trained on only after the ledger has durably charged the round, and no text of an exception
-    leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  Who is not an allowed lead
-    learns nothing of the ledger.
+    leaves: an unforeseen failure is `site_error`, and its details stay in the site's log.  A sender that is not an
+    allowed lead learns nothing of the ledger.
     """
     return _reply(site, signed, RoundRequest.of, lambda request: _update(site, request, adapter))
 
@@ -138,7 +138,7 @@ def consider(site: Site, signed: Signed) -> Reply:
 
 
 def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Refusal:
-    """A step of a run's secure sums: the protocol's own message, or a reason from the closed list.
+    """Take a step of a run's secure sums: the protocol's own message, or a reason from the closed list.
 
     Guarantee: nothing is charged, and no record is read; what is said follows from keys, seeds and the lead's messages
     (`fedtune.federation.secure`).
@@ -168,11 +168,11 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
         return sums.announce(
             request.session, run.members, lambda members: terms_of(asked, members=members, length=length)
         )
-    # Giving shares reveals what was uploaded, so a site does not help with what its policy has forbidden since.
+    # Shares help to unmask uploads, so a site gives none if its policy has forbidden the run since.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
     if request.step == JOIN:
-        # Before each round, so that the lead does not count on a site that would refuse, and nobody pays for nothing.
+        # Checked before each round: a site that refused later would waste what the others are charged.
         if site.paused:
             raise Refused(Reason.PAUSED)
         site.ledger.require_another_round(request.proposal)
@@ -203,7 +203,7 @@ def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: C
     except Refused as refused:
         body = _refuse(site, request, refused)
         if refused.reason.is_of_a_stranger:
-            return Reply(body=body, receipt=None)
+            return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
     except Rejected as rejected:
         body = _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
     except Exception:
@@ -214,15 +214,15 @@ def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: C
 
 
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
-    """Give free what an ended run had set aside and not spent; only its own lead can end a run.
+    """Release the budget that an ended run set aside and did not spend; only its own lead can end a run.
 
     Args:
-        site: who was told.
+        site: the site that received the notice.
         signed: the lead's notice.
-        adapter: the final one, if it travelled with the notice; kept where the policy says so.
+        adapter: the final adapter, if it came with the notice; kept if the policy says so.
 
     Returns:
-        What the run was charged in all; None for one that the site took no part in.
+        A receipt for all that the run was charged; None if the site took no part in it.
     """
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
@@ -233,14 +233,14 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
     site.ledger.end(notice.run, adapter_sha256=notice.adapter_digest)
-    # The first notice counts, so that what is kept is what the ledger names.
+    # The first notice counts, so that the kept adapter is the one that the ledger names.
     if adapter is not None and known.adapter == notice.adapter_digest and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
     return _receipt(site, notice.run)
 
 
 def _receipt(site: Site, run: str, *, reply: str = "") -> Receipt | None:
-    # A ledger that could not be written forgets what it had read, and must not say that nothing was charged.
+    # After a failed write the ledger has forgotten what it read; it must not claim that nothing was charged.
     return site.ledger.receipt(run, reply=reply) if site.ledger.history.length else None
 
 
@@ -269,11 +269,11 @@ def _offer(site: Site, asked: Invitation) -> Offer:
 
 
 def _prepared(site: Site, request: Request) -> Prepared:
-    """The site, ready for a run that it may take part in; raises Refused for any other.  Charges nothing."""
+    """Prepare for a run that the site may take part in; raises Refused for any other.  Charges nothing."""
     _check_asker(site, request)
     if site.paused:
         raise Refused(Reason.PAUSED)
-    # Before anything is prepared, so that a request for too much is answered with the rule that it breaks, at no cost.
+    # Policy first, so that a request for too much is refused with the rule it breaks, before any costly work.
     site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal, approved=False)
     site.understand(request.proposal)
@@ -290,7 +290,7 @@ def _prepared(site: Site, request: Request) -> Prepared:
 
 
 def _check_asker(site: Site, request: Request) -> None:
-    # First, so that a stranger is told nothing else and costs nothing.
+    # The lead is checked first, so that a stranger learns nothing else and costs nothing.
     if request.proposal.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=request.proposal.lead)
     if request.site != site.name:
@@ -307,11 +307,11 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
 
     def make_ready() -> None:
         if request.session:
-            # A restarted site has no keys, and need not pay for what it could not upload.
+            # A restarted site has lost its keys, and must not be charged for what it could not upload.
             _party(site, request).require_open(request.round)
-        # Last, so that a request that costs the lead nothing writes nothing.
+        # Not before, so that a request that is never charged writes nothing.
         site.store(request.proposal)
-        # A round whose reply could not be kept would be charged for nothing.
+        # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
     granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
@@ -332,7 +332,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
 
 def _protect(site: Site, request: RoundRequest, trained: Trained) -> Tensors | Masked:
     """An update leaves as it is, with its site's noise; a share of a secure sum leaves under the session's masks."""
-    if request.session:  # which a request has where its plan has secure sums, and only there
+    if request.session:  # set if and only if the plan has secure sums
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_party(site, request).upload(request.round, trained.share))
@@ -345,7 +345,7 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
         raise Refused(Reason.ADAPTER_SHAPE)
     if adapter.digest() != request.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=request.adapter_digest, allowed=adapter.digest())
-    # Larger values are brought into the site's bound before anything is computed with them (SiteWork.do).
+    # Finite values may be of any size: SiteWork.do clips them to the site's bound before use.
     if not all(bool(np.isfinite(value).all()) for value in adapter.tensors.values()):
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 
@@ -360,7 +360,7 @@ def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
             site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
             if refused.reason is Reason.AWAITING_APPROVAL:
                 site.await_approval(request.proposal)
-        except Exception:  # it is refused, whether or not the site can say so
+        except Exception:  # the refusal stands, even if it cannot be recorded
             log.exception("%s could not record a refusal", site.name)
     return _refusal(site, request, refused)
 
@@ -386,9 +386,9 @@ def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
 
 @contextmanager
 def _held_to_a_schedule(every_s: float) -> Iterator[None]:
-    """Let work on records end, also where it fails, at a whole multiple of `every_s`: its time tells how many passed.
+    """Pad work on records to a multiple of `every_s`, even if it fails, because its time reveals their number.
 
-    What comes before opens no record, so that a refusal need not wait.
+    Nothing before it opens a record, so a refusal need not wait.
     """
     began = time.monotonic()
     try:

@@ -1,6 +1,6 @@
-"""What a site's policy would say to a run, and whether its budget has room: asked beforehand, deciding nothing.
+"""A dry run of a site's policy and budget against a proposed run; it decides nothing.
 
-A site decides again, by itself, when the run's first request comes; between now and then its ledger may have changed.
+The site itself decides when the run's first request arrives, and its ledger may have changed by then.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class BrokenRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What one site would say to a run that it does not know yet.
+    """The answer to expect from one site to a run that it does not know yet.
 
     Attributes:
-        policy: file that was read.
-        lead: public key of who asks.
-        broken: every broken rule, the budget's among them; none: the site would accept.
+        policy: the file that was read.
+        lead: the lead's public key.
+        broken: every broken rule, the budget's included; empty: the site would accept.
         ledger: "read", "new" where the file is missing and the site would begin one, or "in doubt".
         taken: epsilon that was charged or is set aside for open runs, by the filter.
         would_be: the same with this run's whole plan.
@@ -49,7 +49,7 @@ class Verdict:
         runs_left: runs like this one that still fit the lifetime cap one after another; None without a cap.
         most_rounds: the most rounds, up to the run's own, that would be accepted.
         least_noise: the least noise, from the run's own upwards, that would be; None: more noise alone does not help.
-        note: what else there is to know, in one sentence.
+        note: a further remark, in one sentence.
     """
 
     policy: str
@@ -72,15 +72,15 @@ class Verdict:
 
 
 def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) -> Verdict:
-    """What the policy in the file `path` says to `proposal`; its ledger is read where it exists, and never written.
+    """Check `proposal` against the policy in the file `path`; the ledger is read if it exists, and never written.
 
     Args:
         path: a site.toml.
         proposal: the run.
-        declared_sizes: what the run takes its sites' sizes to be.
+        declared_sizes: the sites' sizes according to the run.
 
     Raises:
-        ConfigError: the file is no policy.
+        ConfigError: the file is not a policy.
     """
     files = SiteFiles.of(path)
     policy, plan = files.policy, proposal.plan
@@ -88,7 +88,7 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     budget: _Budget | None = None
     try:
         budget = _Budget(policy, history_of(files))
-    except FedtuneError as error:  # the ledger does not fit together: the site trains nothing
+    except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
     broken = [*policy.broken_rules(proposal), *against]
@@ -125,7 +125,7 @@ class _Budget:
         self._rules = dataclasses.replace(policy, budget=uncapped)
 
     def refusals(self, proposal: Proposal) -> Iterator[Refused]:
-        """What of the ledger speaks against `proposal`."""
+        """The ledger's reasons to refuse `proposal`."""
         try:
             spending.require_usable(self._history)
         except Refused as refused:
@@ -136,14 +136,14 @@ class _Budget:
             yield refused
 
     def accepts(self, proposal: Proposal) -> bool:
-        """Whether rules and budget would let `proposal` in; on the safe side for a plan that all but reaches a cap."""
+        """Whether rules and budget accept `proposal`; conservative for a plan just below a cap."""
         if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
         return most is None or coarse_epsilon(proposal.plan) <= most
 
     def epsilon(self, spent: Counter[DpEvent]) -> float:
-        """Of `spent` by the ledger's filter."""
+        """Epsilon of `spent`, by the ledger's filter."""
         return filter.epsilon_filter(spent, order=self._history.order, delta=self._history.delta)
 
     def runs_left(self, plan: Plan) -> int | None:
@@ -152,10 +152,10 @@ class _Budget:
 
 
 def history_of(files: SiteFiles) -> History:
-    """The history of a site's ledger, every event of it checked; an empty one where there is no ledger yet.
+    """The history of a site's ledger, with every event checked; empty if there is no ledger yet.
 
     Raises:
-        RunError: the ledger does not fit together, or was made for another policy.
+        RunError: the ledger is inconsistent, or was made for another policy.
     """
     verified = files.verified()
     if verified is None:
@@ -166,7 +166,7 @@ def history_of(files: SiteFiles) -> History:
 
 
 def _size_note(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> str:
-    """Where policy and run differ in the site's declared size, which both publish."""
+    """A remark if policy and run disagree on the site's declared size, which both publish."""
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
     if policy.site not in declared_sizes:
         return f"the run names no site {policy.site}"

@@ -1,9 +1,9 @@
-"""How a process is doing, for the site's own monitoring: two addresses to read, on this machine only.
+"""Health endpoint of a process, for the site's own monitoring; by default on this machine only.
 
-`GET /health` answers 200 as long as the process runs; `GET /ready` answers 200 when a round that came now would be
-answered (state "connected" or "training"), else 503.  Both give the same five values and nothing of any record.
-Still, how long a site is in state "training" tells roughly how many records it has, as the time of a reply would
-(docs/site_policy.md, `reply_after_s`): so an address that other machines reach has to be asked for.
+`GET /health` answers 200 as long as the process runs; `GET /ready` answers 200 if a round that came now would be
+answered (state "connected" or "training"), else 503.  Both give the same five values, and no data on any record.
+Still, the time that a site spends in state "training" reveals roughly how many records it has, like the time of a reply
+(docs/site_policy.md, `reply_after_s`).  So an address that other machines can reach needs an explicit option.
 
     python -m fedtune.ops.health 127.0.0.1:8089 [/health | /ready]
 
@@ -60,7 +60,7 @@ class Snapshot(TypedDict):
 
 
 class Health:
-    """How a process is doing; any thread may update it and any may read it."""
+    """The state of a process; any thread may update or read it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,7 +71,7 @@ class Health:
     def update(
         self, *, state: State | None = None, last_contact: datetime | None = None, rounds_answered: int | None = None
     ) -> None:
-        """Set what is given, together; what is None stays.
+        """Set the given values together; None leaves a value as it is.
 
         Args:
             state: "starting", then mostly "connected" (a server: it listens) or "disconnected".
@@ -88,7 +88,7 @@ class Health:
                 self._told["rounds_answered"] = rounds_answered
 
     def snapshot(self) -> Snapshot:
-        """All values, of one moment."""
+        """All values at one moment."""
         with self._lock:
             return self._told.copy()
 
@@ -103,11 +103,11 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
 
     Args:
         address: host:port; an IP address (an IPv6 one in brackets) or localhost.
-        health: what to tell.
-        anywhere: also take an address that other machines reach.
+        health: the state to report.
+        anywhere: also accept an address that other machines can reach.
 
     Raises:
-        ConfigError: the address is none, is not loopback without `anywhere`, or cannot be had.
+        ConfigError: the address is invalid, is not loopback without `anywhere`, or cannot be bound.
     """
 
     async def respond(path: str) -> tuple[int, str, bytes]:
@@ -127,13 +127,13 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
 
     Args:
         address: host:port; an IP address (an IPv6 one in brackets) or localhost.
-        respond: what is answered.
+        respond: makes the answer.
         key: the option that named the address.
-        most_s: that a connection may last, so that a caller who dribbles bytes holds a place no longer.
-        far: what an address that other machines reach is refused with; None: it is taken.
+        most_s: longest duration of a connection, so that a slow caller cannot hold a place.
+        far: the error for an address that other machines can reach; None: it is accepted.
 
     Raises:
-        ConfigError: the address is none, is refused, or cannot be had.
+        ConfigError: the address is invalid, is refused, or cannot be bound.
     """
     host, port = _parse(address, key=key, far=far)
     try:
@@ -156,7 +156,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
-            pass  # the caller hung up, says nothing, or too much
+            pass  # the caller hung up, sent nothing, or sent too much
         finally:
             writer.transport.abort()
             if writer in callers:
@@ -186,7 +186,7 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
-    """The HTTP answer to a request's head; only GET has one of its own."""
+    """The HTTP answer to a request's head; a known path answers GET alone."""
     asked = re.match(rb"([A-Z]+) ([!-~]+) HTTP/1\.[01]\r\n", head)
     status, kind, content = 400, "application/json", b"{}\n"
     if asked is not None:
@@ -205,11 +205,11 @@ async def _answer(head: bytes, respond: Respond) -> bytes:
 
 
 def ask(address: str, path: str = "/health") -> tuple[int, str]:
-    """Status and body of one request, directly: no proxy is used.
+    """Send one request, without a proxy; returns status and body.
 
     Raises:
-        OSError: nobody answers.
-        http.client.HTTPException: somebody else does.
+        OSError: nothing answers.
+        http.client.HTTPException: the answer is not HTTP.
     """
     host, port = _parse(address, key=_KEY, far=None)
     connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_S)

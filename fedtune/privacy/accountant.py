@@ -1,6 +1,6 @@
 """From events to epsilon, and from a target epsilon to the least noise.
 
-Two accountants look at the same events: PLD, which a run's figures use, and dp-accounting's RDP beside it.
+Two accountants read the same events: PLD gives a run's figures, and dp-accounting's RDP checks them.
 Both are upper bounds.  The GDP/CLT accountant is absent on purpose: it under-reports
 (0.29 for a true 1.21 at rate .001, noise .6, 500 steps).
 """
@@ -25,31 +25,31 @@ from fedtune.spec import ConfigError, check_fraction
 Counted = tuple[tuple[DpEvent, int], ...]
 """Mechanisms, and how often each ran."""
 _WIDE = Context(prec=330)  # any float to three decimals
-_MOST_AS_FACTOR = 20.0  # its factor has nine digits; beyond, a power of ten says as much
+_MOST_AS_FACTOR = 20.0  # e^20 has nine digits; beyond it a power of ten is shown
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
-"""The one neighbouring relation of fedtune: two data sets are neighbours if one has one unit more."""
+"""The one neighbouring relation of fedtune: two data sets are neighbours if one has exactly one unit more."""
 
 # Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4
-"""Largest noise multiplier of a plan; what asks for more asks for nothing."""
+"""Largest noise multiplier of a plan; with more, nothing is left to learn."""
 LEAST_NOISE = 1e-2
-"""Least noise of a plan that has any: with less, a distribution of losses takes gigabytes.  Searches end here."""
+"""Smallest non-zero noise multiplier: below it, a privacy loss distribution takes gigabytes.  Searches end here."""
 _TOLERANCE = 1e-5  # relative
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 
 def check_noise(key: str, value: float, *, none: bool = False) -> None:
-    """Require a noise multiplier whose epsilon can be computed, or 0 where `none` lets it in."""
+    """Require a noise multiplier whose epsilon can be computed, or 0 where `none` allows it."""
     if not (LEAST_NOISE <= value <= MOST_NOISE or (none and value == 0)):
         raise ConfigError(key, value, f"must lie in [{LEAST_NOISE:g}, {MOST_NOISE:g}]{', or be 0' if none else ''}")
 
 
 def check_delta(key: str, value: float, *, steps: int) -> None:
-    """Require a delta at which epsilon can be computed for so many steps.
+    """Require a delta at which epsilon can be computed for this many steps.
 
     Raises:
-        ConfigError: it is not between 0 and 1, or so small that what a step's grid leaves out would count.
+        ConfigError: it is not between 0 and 1, or so small that the truncation error of each step would matter.
     """
     check_fraction(key, value)
     if value < (least := LEAST_DELTA_A_STEP * steps):
@@ -67,7 +67,7 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
     return _epsilon_pld(tuple(events.grouped(spent).items()), delta, interval)
 
 
-# The same question comes again and again: a run's sites spend alike, and gate, ledger and report all ask.
+# Cached, because a run's sites spend alike, and the gate, the ledger and the report ask for the same epsilon.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
     return composed_pld(counted, interval).epsilon(delta)
@@ -82,7 +82,7 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
     mechanisms = []
     for event, count in counted:
         match event:
-            case GaussianDpEvent(noise):  # several are one with less noise
+            case GaussianDpEvent(noise):  # n Gaussians compose to one with noise / sqrt(n)
                 mechanisms.append((1.0, noise / math.sqrt(count), 1))
             case PoissonSampledDpEvent(rate, GaussianDpEvent(noise)):
                 mechanisms.append((rate, noise, count))
@@ -96,13 +96,13 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Epsilon by PLD where it is above `limit`, else None.
 
-    The coarse grid says only a little more than the fine one: a close call alone is worth the fine one, which decides,
-    since its figure is the one that a report shows.
+    The coarse grid overestimates only slightly, so the slower fine grid is used for a close call alone.  There it
+    decides, since reports show its figure.
     """
     epsilon = epsilon_pld(spent, delta, interval=COARSE)
     if 0.99 * limit < epsilon < 1.01 * limit:
         epsilon = epsilon_pld(spent, delta)
-    return None if epsilon <= limit else epsilon  # also if it is no number
+    return None if epsilon <= limit else epsilon  # NaN counts as above the limit
 
 
 def epsilon_rdp(spent: events.Spent, delta: float) -> float:
@@ -119,12 +119,12 @@ def _epsilon_rdp(counted: Counted, delta: float) -> float:
 
 
 def composed_rdp(counted: Counted) -> Callable[[float], float]:
-    """Epsilon at a delta by the Renyi divergences of all mechanisms together."""
+    """A function from delta to epsilon, by the summed Renyi divergences of all mechanisms."""
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
         if isinstance(event, PoissonSampledDpEvent):
-            # Those of one sampled step are worked out once for all its compositions.
+            # A sampled step is slow to compute: once, and then multiplied by its count.
             divergences += count * np.array([renyi_divergence(event, order) for order in orders.tolist()])
         else:
             alone = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
@@ -135,7 +135,7 @@ def composed_rdp(counted: Counted) -> Callable[[float], float]:
 
 @lru_cache(maxsize=16384)
 def renyi_divergence(event: DpEvent, order: float) -> float:
-    """Of one `event` at `order`, in nats, as dp-accounting has it: rounding may put one of next to no cost below 0."""
+    """Renyi divergence of one `event`, in nats, by dp-accounting; rounding may make a tiny one negative."""
     rdp = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
     with without_notes_on_skipped_orders():
         rdp.compose(event)
@@ -147,10 +147,10 @@ def calibrate_noise(
 ) -> float:
     """The least noise multiplier, to four digits, at which `steps` DP-SGD steps stay within (epsilon, delta).
 
-    `also` are other events that the same epsilon has to pay for.
+    `also` are other events that the same epsilon must cover.
 
     Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on a
-    coarser and so more pessimistic grid, rounds the noise up, and tries what it returns on both grids.
+    coarser and so more pessimistic grid, rounds the noise up, and checks the result on both grids.
 
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
@@ -166,7 +166,7 @@ def calibrate_noise(
         return tried[sigma]
 
     def within(sigma: float) -> bool:
-        # More noise never costs more, so most of the search below is answered by what was tried before it.
+        # Epsilon never rises with the noise, so earlier trials answer most of the search below.
         if any(spent <= epsilon for noise, spent in tried.items() if noise <= sigma):
             return True
         if any(spent > epsilon for noise, spent in tried.items() if noise >= sigma):
@@ -176,7 +176,7 @@ def calibrate_noise(
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
     last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_NOISE, MOST_NOISE), rising=False)
-    # The bisection alone decides, so that a target has one noise, whatever was tried first.
+    # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
         low, high = high, 2 * high
@@ -194,22 +194,22 @@ def calibrate_noise(
 def last_within(
     epsilon_at: Callable[[float], float], epsilon: float, *, start: float, bounds: tuple[float, float], rising: bool
 ) -> float | None:
-    """The largest value, or the least where epsilon is not `rising`, at which `epsilon_at` keeps within `epsilon`.
+    """The largest value, or the smallest where epsilon is not `rising`, at which `epsilon_at` is at most `epsilon`.
 
-    None when none within `bounds` does.  Steps in log-log coordinates until both sides of the boundary are known, then
-    regula falsi with the Illinois rule.  What is returned was tried.
+    None if no value in `bounds` qualifies.  Steps in log-log coordinates until the boundary is bracketed, then regula
+    falsi with the Illinois rule.  The returned value was itself evaluated.
     """
     lowest, highest = map(math.log, bounds)
 
     def value(x: float) -> float:
-        return min(max(math.exp(x), bounds[0]), bounds[1])  # rounding may pass a bound that Plan holds to
+        return min(max(math.exp(x), bounds[0]), bounds[1])  # exp(log(bound)) may round past a bound that Plan enforces
 
     slope = _TYPICAL_SLOPE if rising else -_TYPICAL_SLOPE
     inside: tuple[float, float] | None = None  # (log value, log of epsilon over its bound)
     outside: tuple[float, float] | None = None
     x, before = math.log(start), None
     while True:
-        # Nothing may be infinite in what follows; epsilon is 0 where delta alone covers the loss.
+        # Clamped, because its logarithm must be finite: epsilon is 0 where delta alone covers the loss.
         y = math.log(min(max(epsilon_at(value(x)), 1e-9), 1e9) / epsilon)
         if y <= 0:
             inside, outside = (x, y), _halved(outside, before is True)
@@ -219,7 +219,7 @@ def last_within(
         if inside is None or outside is None:
             if x in (lowest, highest):
                 break
-            # A little too far, so that both sides of the boundary are known soon.
+            # Overshoot a little, to bracket the boundary sooner.
             step = math.copysign(min(max(1.2 * abs(y / slope), 0.01), 2.0), -y * slope)
             x = min(max(x + step, lowest), highest)
         elif abs(outside[0] - inside[0]) <= _TOLERANCE:
@@ -230,7 +230,7 @@ def last_within(
 
 
 def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float:
-    """Where the straight line through both ends crosses the boundary, but never quite at an end."""
+    """Where the chord through both ends crosses the boundary, kept off the ends themselves."""
     width = outside[0] - inside[0]
     least = _TOLERANCE / 2 / abs(width)
     share = inside[1] / (inside[1] - outside[1])
@@ -238,12 +238,12 @@ def _between(inside: tuple[float, float], outside: tuple[float, float]) -> float
 
 
 def _halved(end: tuple[float, float] | None, again: bool) -> tuple[float, float] | None:
-    """The Illinois rule: an end that stays `again` gets half its weight, so that the next point lies nearer to it."""
+    """The Illinois rule: an end kept twice in a row has its weight halved, to pull the next point towards it."""
     return (end[0], end[1] / 2) if again and end is not None else end
 
 
 def epsilon_text(epsilon: float | None) -> str:
-    """Three decimals, rounded up: an epsilon that is shown is never below the one that was derived."""
+    """Epsilon to three decimals, rounded up: the shown value never understates the derived one."""
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"
     shown = Decimal(repr(float(epsilon)))  # the digits that a person would see, so that 1.1 stays 1.100
@@ -251,7 +251,7 @@ def epsilon_text(epsilon: float | None) -> str:
 
 
 def factor_text(epsilon: float | None) -> str:
-    """The largest factor between two chances, e to the power of `epsilon`: three digits or a whole number, rounded up.
+    """The largest ratio of two probabilities, e to the power of `epsilon`: three digits or an integer, rounded up.
 
     >>> [factor_text(epsilon) for epsilon in (0.0, 0.1, 3.0, 8.0, 50.0, None)]
     ['1.00', '1.11', '20.1', '2,981', '10^22', 'unbounded']
@@ -267,7 +267,7 @@ def factor_text(epsilon: float | None) -> str:
 
 @contextlib.contextmanager
 def without_notes_on_skipped_orders() -> Iterator[None]:
-    """dp-accounting notes each order whose series does not converge; leaving one out only raises the bound."""
+    """Silence dp-accounting's notes on orders that do not converge: skipping an order only raises the bound."""
     logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:

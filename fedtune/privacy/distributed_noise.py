@@ -1,8 +1,8 @@
-"""Noise that several sites make together, where a secure sum shows the server nothing but their sum.
+"""Distributed noise: each site adds a share of it, and a secure sum shows the server only the total.
 
-Each site adds its share of the noise to its own sum, in whole numbers, before it masks the result.  Who learns only the
-total of h honest sites sees the Gaussian mechanism with the noise of all h shares, though each share was rounded by
-itself.  Theorem: let site k have y_k = g_k + Z_k, Z_k normal with a standard deviation of s cells, and send
+Each site adds its share of the noise to its own sum, in integers, before it masks the result.  Whoever learns only the
+total of h honest sites sees the Gaussian mechanism with the noise of all h shares, even though each share was rounded
+separately.  Theorem: let site k have y_k = g_k + Z_k, Z_k normal with a standard deviation of s cells, and send
 R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 1), and Y = y_1 + ... + y_h
 
     R(y_1) + ... + R(y_h) = floor(Y + h/2 - V_1 - ... - V_(h-1)),
@@ -15,8 +15,9 @@ of
 
     (h - 1) exp(-pi^2 s^2)
 
-a value.  If they were so exactly, the total would be computed from Y, the Gaussian mechanism with variance h s^2 on the
-sum of the g_k, and from random numbers that read no record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60 values of
+a value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
+the sum of the g_k, with random numbers that depend on no record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60 values
+of
 2^10 sites all gaps together stay below 1e-250, a part of eta in docs/guarantee.md.  Hence a release is an event of the
 plain kind, with the noise of the honest shares, and all that is proved of those events holds for it.
 """
@@ -39,27 +40,27 @@ from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
 LEAST_CELLS = 8.0
-"""Least standard deviation of a share, in cells of what is sent: the theorem's s."""
+"""Smallest standard deviation of a share, in cells as sent: the theorem's s."""
 MOST_SITES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
 _USUAL_BOUND = 2**10
-"""Clip norms: more than a thousand units would have to pull one value the same way with all their gradient."""
+"""In clip norms: to exceed it, over a thousand units must put their whole gradient into one value."""
 _TAIL = 16
-"""Standard deviations that a value of a share passes with a probability below 1e-56."""
+"""Standard deviations; a value of a share exceeds them with probability below 1e-56."""
 
 
 @spec
 class Together:
-    """Who makes the noise of a run's secure sums, before it is known how much each of them adds.
+    """Who adds noise to a run's secure sums; `with_share` sets how much each site adds.
 
     Attributes:
         num_sites: sites of the run, K.
-        threshold: the fewest sites that a sum may be of, t; a sum of fewer is never unmasked.
-        colluders: sites whose noise the server may know, c; what is promised has the noise of t - c sites.
+        threshold: the fewest sites in a sum, t; a sum of fewer is never unmasked.
+        colluders: sites whose noise the server may know, c; the guarantee counts the noise of t - c sites.
 
     Raises:
-        ConfigError: two sums of one release could be read, which differ by one site's vector: 2t is not above K + c.
+        ConfigError: 2t is not above K + c: a server could read two sums of one release that differ by one site.
     """
 
     num_sites: int
@@ -67,7 +68,7 @@ class Together:
     colluders: int
 
     def __post_init__(self) -> None:
-        # Parts of a plan, which comes from a server's request: nothing is taken on trust.
+        # A plan arrives in a server's request, so nothing in it is trusted.
         _check_within("num_sites", self.num_sites, 2, MOST_SITES)
         _check_within("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
@@ -77,11 +78,11 @@ class Together:
             raise ConfigError("threshold", self.threshold, bound)
 
     def share_of(self, total: float) -> float:
-        """The least share at which every sum has the noise `total` at least; see `share_of`."""
+        """The smallest share that gives every sum at least the noise `total`; see `share_of`."""
         return share_of(total, threshold=self.threshold, colluders=self.colluders)
 
     def with_share(self, noise_multiplier: float) -> SharedNoise:
-        """The same, each site adding this much."""
+        """The same sites, each adding a share with this noise multiplier."""
         return SharedNoise(
             num_sites=self.num_sites,
             threshold=self.threshold,
@@ -94,12 +95,12 @@ class Together:
 
 @spec
 class SharedNoise(Together):
-    """How the sites of a run make the noise of each sum together.
+    """How the sites of a run share the noise of each sum.
 
     Attributes:
         noise_multiplier: of one share: the standard deviation of what each site adds, over the clip norm.
         cell_bits: values are sent in cells of 2**-cell_bits of the clip norm.
-        bound: largest value of a site's sum, in clip norms; what is beyond is cut off before the noise.
+        bound: largest value of a site's sum, in clip norms; larger ones are clipped before the noise.
     """
 
     noise_multiplier: float
@@ -117,7 +118,7 @@ class SharedNoise(Together):
 
     @property
     def largest_value(self) -> int:
-        """What no value of one site's vector passes but for a chance of 1e-56, in cells as sent.
+        """Bound on a value of one site's vector, in cells as sent; exceeded with probability below 1e-56.
 
         A modulus above 2 * num_sites * largest_value holds each sum; privacy does not depend on it.
         """
@@ -129,11 +130,11 @@ class SharedNoise(Together):
         return self.noise_against(self.colluders)
 
     def noise_against(self, colluders: int) -> float:
-        """The same where `colluders` sites of that sum collude; with all others, it is the site's own share."""
+        """The same if `colluders` sites of that sum collude; if all others do, it is the site's own share."""
         return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
 
     def honest(self, *, survivors: int, colluders: int) -> int:
-        """How many shares of noise hide a site's records in a sum of `survivors` sites: its own at least."""
+        """Number of noise shares that hide a site's records in a sum of `survivors` sites: at least its own."""
         assert 1 <= survivors <= self.num_sites
         return max(1, survivors - colluders)
 
@@ -155,21 +156,21 @@ def _cells(noise_multiplier: float, bits: int) -> float:
 
 
 def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
-    """What a site puts into one secure sum: its own sum, with its share of the noise, in whole numbers as sent.
+    """Add a site's share of the noise to its own sum, and round to the cells in which it is sent.
 
     Args:
         sums: tensors in cells of 2**-24 of the clip norm (`mechanism.cell`) that together are the sum, over the sampled
             units, of vectors of L2 norm at most the clip norm, in exact arithmetic.
         shared: how the noise is shared.
-        stream: a fresh one for each release, repeated ones too; drawn from once for each value, in the order of `sums`.
+        stream: fresh for each release, even a repeated one; drawn from once for each value, in the order of `sums`.
 
     Returns:
         The same tensors in cells of 2**-cell_bits of the clip norm.
 
-    Guarantee: who learns nothing of the honest sites' results but their total learns at most what `release` tells
-    for that many honest sites, but for the gap above.  Cutting values off moves no two sums further apart, so one unit
-    still moves a sum by the clip norm at most.  To round to whole cells and then half up to cells that are an even
-    number of these is to round once, with a slightly larger shift than the theorem's 1/2; it is the same for all sites.
+    Guarantee: whoever learns only the total of the honest sites' results learns at most what `release` gives for that
+    many honest sites, up to the gap above.  Clipping values moves no two sums further apart, so one unit still moves a
+    sum by at most the clip norm.  Rounding to fine cells, and then half up to cells an even number of times as wide,
+    equals rounding once, with a slightly larger shift than the theorem's 1/2 that is the same for all sites.
     """
     most, coarser = shared.bound << GRID_BITS, GRID_BITS - shared.cell_bits
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
@@ -178,20 +179,20 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
 
 
 def release(*, sampling_rate: float, noise_multiplier: float, honest: int, local_steps: int = 1) -> DpEvent:
-    """What one secure sum does to the data set of a site, against who knows all but `honest` shares of its noise.
+    """The privacy event of one secure sum for a site's data, against anyone who knows all but `honest` noise shares.
 
     Args:
         sampling_rate: probability with which each unit joins a step, by its site's own secret coin.
         noise_multiplier: of one share.
-        honest: sites of the sum whose noise is secret, the site itself among them.
+        honest: number of sites in the sum whose noise is secret, this site included.
         local_steps: noisy steps that each site took before the sum.
 
     Guarantee: under add-or-remove-one of a unit of one site, the sum of clipped gradients at adapters that follow from
     earlier releases is as private as this event: given what the other sites added, which does not depend on the unit,
     it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).
 
-    Sites that step on by themselves have no such sum: what they send hangs on a state that nothing but their own share
-    hides, and a whole batch of other records may be told to show it.  Each step is charged at one share then.
+    With several local steps there is no such sum: what a site sends depends on a state that only its own share hides,
+    and a whole batch of other records may be made to reveal it.  So each step is charged at one share.
     """
     if local_steps > 1:
         honest = 1
@@ -201,7 +202,7 @@ def release(*, sampling_rate: float, noise_multiplier: float, honest: int, local
 
 
 def together(noise_multiplier: float, shares: int) -> float:
-    """The noise multiplier of the sum of `shares` equal shares: variances add up.  Rounded down, if at all."""
+    """The noise multiplier of the sum of `shares` equal shares: variances add up.  Never rounded up."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:
         total = math.nextafter(total, 0.0)
@@ -209,11 +210,11 @@ def together(noise_multiplier: float, shares: int) -> float:
 
 
 def share_of(total: float, *, threshold: int, colluders: int) -> float:
-    """The least noise multiplier of a share, to four digits, at which every sum has the noise `total` at least.
+    """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`.
 
     Args:
         total: noise multiplier that a sum needs (`accountant.calibrate_noise`).
-        threshold: the fewest sites that a sum may be of.
+        threshold: the fewest sites in a sum.
         colluders: how many of these may tell the server what they added.
     """
     honest = threshold - colluders
@@ -225,11 +226,11 @@ def share_of(total: float, *, threshold: int, colluders: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """Epsilon of a site's unit, by who looks.
+    """Epsilon of a site's unit, by adversary.
 
     Attributes:
         server_alone: against the server, if every site is honest.
-        with_colluders: if as many sites as the site withstands tell the server what they added.
+        with_colluders: if the assumed number of sites tell the server what they added.
         with_all_others: if every other site does.
     """
 
@@ -247,17 +248,17 @@ def epsilons(
     colluders: int | None = None,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
-    """The three figures of a site's unit, by PLD on the coarse grid; each sum is of one step.
+    """Epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is of one step.
 
     Args:
         shared: how the noise is shared.
-        survivors: number of sites in a sum -> how many sums had this number.
+        survivors: number of sites in a sum -> number of such sums.
         sampling_rate: probability with which each unit joins a step.
         delta: at which epsilon is stated.
-        colluders: that the site withstands; None: as many as the plan does.
-        also: events that the site releases by itself, and that all three count.
+        colluders: number of colluding sites to assume; None: the plan's.
+        also: events that the site releases by itself; all three figures count them.
 
-    Guarantee: upper bounds if the survivors of each sum do not hang on what was released.  Those of
+    Guarantee: upper bounds if the survivors of each sum do not depend on what was released.  Those of
     `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and when: a
     sum with more noise can be computed from the same sum with less.
     """

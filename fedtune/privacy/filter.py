@@ -1,9 +1,9 @@
-"""How much a population's records may ever lose when every next request is chosen after seeing earlier results.
+"""Renyi filter: bounds a population's total privacy loss, even if each run is chosen after seeing earlier releases.
 
-A plan's own epsilon is computed by PLD, which is a proof because the plan is fixed before anything is seen.  Over a
-ledger's life it is not: the next run's rate, noise and steps may depend on what earlier runs released.  A Renyi filter
-stays a proof then (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first event, add up
-each event's Renyi divergence at that order, and stop before the sum passes a bound fixed beforehand.
+The epsilon of one plan is computed by PLD, which is a proof because the plan is fixed before anything is released.
+Over the life of a ledger that fails: the rate, noise and steps of the next run may depend on earlier releases.  A Renyi
+filter remains a proof (Feldman and Zrnic 2021, arXiv 2008.11193, Theorem 3.1): fix one order before the first event,
+add up each event's Renyi divergence at that order, and stop before the sum exceeds a bound that was fixed beforehand.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ ORDERS = tuple(
 def divergence(event: DpEvent, order: float) -> float:
     """Renyi divergence of `order` that one `event` can cause, in nats; infinite for an event without a guarantee."""
     found = accountant.renyi_divergence(event, order)
-    return 0.0 if found < 0 else found  # and no number stays none
+    return 0.0 if found < 0 else found  # and NaN stays NaN, which fits no cap
 
 
 def total_divergence(spent: Spent, order: float) -> float:
     """Sum of the divergences of all events in `spent`, equal ones computed once."""
-    # fsum does not depend on the order of its terms, so neither does what a history is charged.
+    # fsum does not depend on the order of its terms, so neither does the charge for a history.
     return math.fsum(count * divergence(event, order) for event, count in grouped(spent).items())
 
 
 def surcharge(order: float, delta: float) -> float:
-    """What turning a divergence of `order` into (epsilon, delta) adds to it.
+    """The term that converts a divergence of `order` into epsilon at `delta`.
 
     Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), Proposition 12.
     """
@@ -45,10 +45,10 @@ def surcharge(order: float, delta: float) -> float:
 
 
 def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
-    """Epsilon at `delta` of everything in `spent`; nothing spent is 0.
+    """Epsilon at `delta` of everything in `spent`; 0 if nothing was spent.
 
-    Guarantee: an upper bound also when each event was chosen after seeing the outputs of those before it, provided
-    `order` was fixed before the first, and that a cap on this figure is fixed and is never passed.
+    Guarantee: an upper bound even if each event was chosen after seeing the outputs of earlier ones, provided that
+    `order` was fixed before the first, and that a cap on this figure is fixed and never exceeded.
     """
     divergence_sum = total_divergence(spent, order)
     return 0.0 if divergence_sum == 0 else max(0.0, divergence_sum + surcharge(order, delta))
@@ -69,7 +69,7 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
     Raises:
         ConfigError: the cap leaves room for nothing at any order.
     """
-    if math.isinf(epsilon):  # every order lets everything in; take the one that says least of the reference
+    if math.isinf(epsilon):  # there is no cap to take a share of: minimise the reference's own epsilon
         return cheapest(reference, delta=delta)[1]
     room = {order: most_divergence(epsilon, order=order, delta=delta) for order in ORDERS}
     usable = {order: left for order, left in room.items() if left > 0}
@@ -79,7 +79,7 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
 
 
 def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
-    """The least cap under which `plan` fits whole, and the order at which it does."""
+    """The smallest cap that the whole of `plan` fits under, and the order at which it does."""
     return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
 
 
@@ -89,15 +89,15 @@ def filter_cost(plan: DpEvent, *, delta: float) -> float:
 
 
 def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:
-    """The least `cost` of an order and its divergence, and that order; of equal ones the smallest.
+    """Minimise `cost(order, divergence)` over `orders`: the cost and its order, on a tie the smallest order.
 
-    `cost` rises with the divergence, and no order's divergence is below that of a smaller order.  So the whole order
-    below, which is quick, tells that most of the others cost more.
+    `cost` rises with the divergence, and the divergence with the order.  Integer orders are quick to compute, and each
+    is a lower bound that rules out most of the fractional orders above it.
     """
     whole = {order: total_divergence([plan], order) for order in orders if order.is_integer()}
     least = min(((cost(order, divergence), order) for order, divergence in whole.items()), default=(math.inf, math.inf))
     for order in orders:
         below = whole.get(math.floor(order), 0.0)
-        if order not in whole and cost(order, below) <= least[0] + 1e-9 * (1 + abs(least[0])):  # rounding
+        if order not in whole and cost(order, below) <= least[0] + 1e-9 * (1 + abs(least[0])):  # slack for rounding
             least = min(least, (cost(order, total_divergence([plan], order)), order))
     return least

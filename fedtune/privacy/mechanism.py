@@ -1,4 +1,4 @@
-"""The random steps that must be right: who is sampled, and what noise is added to sums and to scores."""
+"""Sampling and noise, for sums and scores: the random steps on which the guarantee rests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedtune.privacy.release import METRICS, MOST_GROUPS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 Unit = Literal["record", "user"]
-"""What one (epsilon, delta) protects: each record by itself, or each person with all records of theirs at a site."""
+"""What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 UNITS: tuple[Unit, ...] = ("record", "user")
 
 
 OTHERS = "all others"
-"""The group of all units that are in none with a name of its own."""
+"""The group of all units that belong to no named group."""
 _MOST_NAME = 100
-"""Characters of a group's name."""
+"""Most characters of a group's name."""
 MOST_EPSILON = 100.0
-"""Largest target that noise is found for: the distributions of losses for a larger one take minutes."""
+"""Largest epsilon to calibrate for: beyond it, the privacy loss distributions take minutes to compute."""
 
 
 @spec
@@ -127,13 +127,13 @@ def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -
 
 
 def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """Which of a sampled user's records take part in a step: all of them, or `most` at random, afresh in each step.
+    """The records of a sampled user that join a step: all of them, or `most` drawn at random, anew for each step.
 
-    Fresh draws let every record have its turn over a run; a fixed choice would never learn from the others.  They cost
-    nothing: a user's draws depend on its own records alone, and whatever they turn out to be, the user's clipped mean
-    has at most the clip norm.  So for each outcome of all draws the step is the Gaussian mechanism on a Poisson sample,
-    and a mixture of such steps, whose weights are the same with and without one user, is at most as telling as the
-    worst of them (hockey-stick divergence is jointly convex).
+    Fresh draws let the model learn from every record over a run; a fixed choice would never use the others.  They cost
+    no privacy.  A user's draws depend on that user's records alone, and the user's clipped mean has at most the clip
+    norm, whatever is drawn.  So given all draws, the step is the Gaussian mechanism on a Poisson sample.  The weights
+    of this mixture are the same with and without one user, and the hockey-stick divergence is jointly convex; so the
+    mixture is at most as revealing as its worst component.
 
     Returns:
         Ascending places in [0, num_records).
@@ -144,9 +144,9 @@ def choose_records(num_records: int, most: int, stream: RandomStream) -> npt.NDA
 
 
 GRID_BITS = 24
-"""Sums, noise and scores are whole numbers of cells: 2**-24 of a clip norm, or of a score of one.
+"""Sums, noise and scores are integers, counted in cells of 2**-24 of a clip norm, or of a score of one.
 
-Fine enough that rounding a contribution costs nothing (of a million coordinates, at most 6e-5 of the clip norm), coarse
+Fine enough that rounding costs next to nothing (6e-5 of the clip norm at most, over a million coordinates), and coarse
 enough that float32 holds every coordinate and float64 the sum of half a billion of them exactly.
 """
 Sums = Mapping[str, npt.NDArray[np.int64]]
@@ -160,21 +160,21 @@ def cell(max_grad_norm: float) -> float:
 def add_gaussian_noise(
     sums: Sums, *, noise_multiplier: float, stream: RandomStream, sensitivity: float = 1.0
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The Gaussian mechanism on a sum of whole numbers, once for each logical batch.
+    """Add Gaussian noise to an integer sum, once for each logical batch.
 
     Args:
         sums: tensors in cells that together are the sum, over the sampled units, of vectors of L2 norm at most
             `sensitivity * 2**GRID_BITS`, in exact arithmetic.
         noise_multiplier: noise standard deviation over the sensitivity.
         stream: drawn from once for each value, in the order of `sums`.
-        sensitivity: of the sum, in clip norms.
+        sensitivity: L2 sensitivity of the sum, in clip norms.
 
     Returns:
         The same tensors with noise, in cells.
 
     Guarantee: one event `GaussianDpEvent(noise_multiplier)` for the sampled units.  The noise is a normal value rounded
-    to a whole number, and sum + round(noise) = round(sum + noise) since the sum is one: the Gaussian mechanism on the
-    sum, and then rounding, which reads no record.
+    to an integer.  The sum is an integer too, so sum + round(noise) = round(sum + noise): the Gaussian mechanism, and
+    then rounding, which is post-processing.
     """
     deviation = noise_multiplier * sensitivity * 2.0**GRID_BITS
     return {
@@ -194,12 +194,12 @@ def noised_scores(
     """Mean score and count of held-out units, each as a share of the declared held-out size, by one Gaussian mechanism.
 
     Args:
-        scores: (units,), one value a unit; clamped to [0, 1], and 0 where it is not finite.
-        declared_size: held-out units that the site publishes; the public denominator, for every group.
+        scores: (units,), one score per unit; clamped to [0, 1], and 0 if not finite.
+        declared_size: the held-out size that the site publishes: the public denominator of every group.
         noise_multiplier: noise standard deviation over the sensitivity.
-        stream: of the noise.
-        groups: (units,), the group that each unit is in, below `num_groups`; None: all are in the first.
-        num_groups: a public number.
+        stream: source of the noise.
+        groups: (units,), the index of each unit's group, below `num_groups`; None: all are in the first.
+        num_groups: number of groups; public.
 
     Returns:
         For each group (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
@@ -212,9 +212,9 @@ def noised_scores(
     pairs = np.zeros((num_groups, 2), dtype=np.int64)
     places = np.zeros(len(in_cells), dtype=np.int64) if groups is None else groups
     np.add.at(pairs[:, 0], places, in_cells)
-    pairs[:, 1] = np.bincount(places, minlength=num_groups) << GRID_BITS
+    pairs[:, 1] = np.bincount(places, minlength=num_groups) << GRID_BITS  # a unit counts 1, in cells
     sums = {"sums": pairs.ravel()}
-    # The float next above, so that no rounding makes the noise smaller than stated.
+    # The next float above, so that rounding never makes the noise smaller than stated.
     root = float(np.nextafter(np.sqrt(2.0), 2.0))
     noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream, sensitivity=root)
     return tuple(map(float, noisy["sums"] * cell(1.0) / declared_size))

@@ -1,7 +1,7 @@
-"""Where the randomness of privacy comes from: an AES-256-CTR keystream under a key of the operating system.
+"""Cryptographic randomness for noise and sampling: an AES-256-CTR keystream under a key of the operating system.
 
 torch's CPU generator keeps 32 bits of its seed and numpy's generators are no CSPRNG, so neither draws a noise value
-or a sampling bit here.  A stream is made for one purpose, used once and dropped; nothing about it is stored.
+or a sampling bit here.  A stream serves one purpose, is used once, and is never stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpmath.ctx_iv import MPIntervalContext
 from mpmath.libmp import to_rational
 
 _MOST_EXTENSIONS = 8
-"""Of 128 bits: that none of them settles a value has a probability far below 2^-900."""
+"""Extensions of 128 bits each.  The probability that none of them decides a value is far below 2^-900."""
 
 
 class RandomStream:
@@ -38,29 +38,29 @@ class RandomStream:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
     def bernoulli(self, count: int, probability: float) -> npt.NDArray[np.bool_]:
-        """`count` independent bits, each one with `probability` (exact to 2**-64, rounded down)."""
-        if probability >= 1:
+        """`count` independent bits, each set with `probability` (exact to 2**-64, rounded down)."""
+        if probability >= 1:  # 2**64 does not fit into 64 bits
             return np.ones(count, dtype=np.bool_)
         return self.uniform64(count) < np.uint64(int(probability * 2.0**64))
 
     def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        """`count` independent whole numbers, each a normal value with standard deviation `deviation`, rounded.
+        """`count` independent integers: normal values of standard deviation `deviation`, each rounded to the nearest.
 
-        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers, of which 64 bits each are drawn
-        first.  Float64 arithmetic says what the function rounds to unless its value lies so near the middle between
-        two whole numbers that its error bound could reach it; such a pair (a few in 10^6 where the noise is one clip
-        norm) gets further bits and interval arithmetic until both ends round to the same.  So no hole and no float
-        betrays a value without noise (Mironov 2012), and nothing is missing from the tails.
+        Guarantee: exact.  A Box-Muller pair is a function of two uniform real numbers; the first 64 bits of each are
+        drawn.  The float64 result is used unless it lies so close to the midpoint of two integers that its error bound
+        could change the rounding.  Such a pair (a few in 10^6 where the noise is one clip norm) draws further bits, and
+        interval arithmetic decides once both ends round to the same integer.  So no gap and no float reveals a value
+        without noise (Mironov 2012), and the tails are complete.
 
         Assumes that numpy's log, sqrt, sin and cos are right to the bound in `_box_muller`, which
-        tests/privacy/test_randomness.py measures, and that the keystream cannot be told from random bits.
+        tests/privacy/test_randomness.py measures, and that the keystream cannot be distinguished from random bits.
         """
         pairs = -(-count // 2)
         radius_bits, angle_bits = self.uniform64(pairs), self.uniform64(pairs)
         values, error = _box_muller(radius_bits, angle_bits, deviation)
         whole = np.rint(values)
         with np.errstate(invalid="ignore"):
-            # Written so that NaN and infinity, of a radius whose bits are all zero, are in doubt too.
+            # Negated, so that the NaN or infinity of an all-zero radius is in doubt too.
             in_doubt = ~(np.abs(np.abs(values - whole) - 0.5) > error)
         whole[in_doubt] = 0
         rounded = whole.astype(np.int64)
@@ -69,7 +69,7 @@ class RandomStream:
         return rounded.reshape(-1)[:count]
 
     def _with_more_bits(self, radius_bits: int, angle_bits: int, deviation: float) -> tuple[int, int]:
-        """What a pair rounds to, from as many further bits as it takes."""
+        """Round one pair exactly: draw further bits until both values are decided."""
         intervals = MPIntervalContext()
         num_bits = 64
         for _ in range(_MOST_EXTENSIONS):
@@ -77,7 +77,7 @@ class RandomStream:
             radius_bits, angle_bits = (self._extended(bits) for bits in (radius_bits, angle_bits))
             intervals.prec = 2 * num_bits
             uniform, turn = (intervals.mpf([b, b + 1]) / 2**num_bits for b in (radius_bits, angle_bits))
-            if radius_bits == 0:  # its logarithm has no lower end
+            if radius_bits == 0:  # log(0): the interval has no lower end
                 continue
             radius = deviation * intervals.sqrt(-2 * intervals.log(uniform))
             angle = 2 * intervals.pi * turn
@@ -97,14 +97,14 @@ class RandomStream:
 def _box_muller(
     radius_bits: npt.NDArray[np.uint64], angle_bits: npt.NDArray[np.uint64], deviation: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Two normal values a pair, (2, pairs), and how far each can be from the exact one, (pairs,).
+    """Box-Muller in float64: the values, (2, pairs), and a bound on the error of each pair, (pairs,).
 
     The exact uniform number lies within one unit of its 64 bits.  That and the conversion to float64 move its logarithm
     by 1/bits + 2^-53, and so the radius r = sqrt(-2 log u) by that over r; the rest is a few units in the last place of
-    r and of a sine or cosine.  Each term is doubled at least.
+    r and of a sine or cosine.  The bound at least doubles each term.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Not minus the logarithm: minus zero, of bits that become 1.0, would make the error minus infinity.
+        # abs, not minus: bits that round to 1.0 would give a radius of -0.0 and an error of minus infinity.
         radius = np.sqrt(2.0 * np.abs(np.log(radius_bits.astype(np.float64) * 2.0**-64)))
         angle = angle_bits.astype(np.float64) * (2.0**-63 * np.pi)
         values = deviation * radius * np.stack([np.cos(angle), np.sin(angle)])
@@ -113,7 +113,7 @@ def _box_muller(
 
 
 def _nearest(end: Any) -> int:
-    """The whole number nearest to one end of an interval, which mpmath keeps as a binary fraction; exact."""
+    """The integer nearest to an end of an interval; exact, because mpmath stores the end as a binary fraction."""
     numerator, denominator = to_rational(end)
     return int((2 * numerator + denominator) // (2 * denominator))
 
@@ -123,7 +123,7 @@ class Randomness(Protocol):
 
     @property
     def seeded(self) -> bool:
-        """True if the streams can be repeated by who knows the seed: a study without a guarantee."""
+        """Whether anyone who knows the seed can repeat the streams: a study without a guarantee."""
         ...
 
     def stream(self, *purpose: str | int) -> RandomStream:
@@ -145,7 +145,7 @@ class SystemRandomness:
 class SeededRandomness:
     """Repeatable streams for tests and studies.
 
-    Guarantee: none.  Who knows or guesses the seed can subtract the noise; runs that use it are marked.
+    Guarantee: none.  Anyone who knows or guesses the seed can subtract the noise; runs that use it are marked.
     """
 
     seed: int

@@ -1,7 +1,7 @@
-"""Everything that may leave a site beside its name, and nothing else: an update, a refusal, a receipt, an offer.
+"""Everything that may leave a site besides its name: updates, refusals, receipts and offers, and nothing else.
 
 Each field is either noised (the update's tensors and scores) or computed from the request, the plan and the ledger's
-own events.  No exact count, loss, gradient norm, file name or exception text has a place here.
+own events.  No field holds an exact count, loss, gradient norm, file name or exception text.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Statistics:
     """Numbers about its held-out units that a site may release with an update, noised together by one mechanism.
 
     Attributes:
-        name: of what is released; a report has words for it.
-        num_values: how many numbers it is, for each group of units that the plan tells apart.
+        name: key of the statistics; a report translates it.
+        num_values: numbers released for each group of units in the plan.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Statistics:
 
     @property
     def in_words(self) -> str:
-        """As people read it."""
+        """The name with spaces, for people."""
         return self.name.replace("_", " ")
 
 
@@ -51,15 +51,15 @@ METRICS = {
     "noised": Statistics(name="noised_scores", num_values=2),
     "noised_by_group": Statistics(name="noised_scores_by_group", num_values=2),
 }
-"""By the value of a run's `privacy.metrics`, and of a policy's `releases.metrics`, which takes those before it too.
-Whatever it is, a round releases it by one Gaussian mechanism with the plan's `metrics_noise_multiplier`, as
-`mechanism.noised_scores` does."""
+"""Keyed by a run's `privacy.metrics`.  A policy's `releases.metrics` allows the key it names and those before it.
+A round releases all of them by one Gaussian mechanism with the plan's `metrics_noise_multiplier`
+(`mechanism.noised_scores`)."""
 MOST_GROUPS = 100
-"""That a run may name: a site answers with numbers for each, whether or not it has such records."""
+"""Most groups that a run may name.  A site answers for each, whether or not it has such records."""
 
 
 class Reason(StrEnum):
-    """Why a reply is not an update.  The list is closed: no text of the site's own leaves with it."""
+    """Why a reply is not an update.  The list is closed, so that no free text leaves a site."""
 
     # Rules of the site's policy, by the names they have in site.toml.
     LEADS = "leads"
@@ -123,12 +123,12 @@ class Reason(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether policy or budget refuse the run: asking again changes nothing."""
+        """Whether policy or budget refuses the run, so that asking again changes nothing."""
         return self not in _ABOUT_ONE_REQUEST
 
     @property
     def is_of_a_stranger(self) -> bool:
-        """Whether the sender may be a stranger: it was not shown to be an allowed lead."""
+        """Whether the sender was not proven to be an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property
@@ -181,9 +181,9 @@ class Masked:
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 _MOST_HEADER_BYTES = 1 << 20
-"""Names and shapes become Python objects, which are many times as large."""
+"""Bounded, since names and shapes become Python objects that are many times as large."""
 _MASKED = "masked"
-"""In an update's header in the place of tensors: a masked vector follows."""
+"""Stands in for the tensors in an update's header: a masked vector follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,12 +191,12 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
-        tensors: the adapter's, or what was masked for a secure sum.
+        tensors: of the adapter, or the masked vector of a secure sum.
         scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
             `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
-    What is masked is so in a sum with as many others as the plan says, and tells nothing else
+    For a masked vector this holds of the secure sum, over as many sites as the plan requires; alone it reveals nothing
     (`fedtune.federation.secure`).
     """
 
@@ -210,7 +210,7 @@ class Update:
     def to_bytes(self) -> bytes:
         """Canonical bytes: magic, header length, JSON header, then each tensor as float32, or the masked vector.
 
-        Numbers are little-endian.  An update is encoded once: receipt, ledger and message have the same bytes.
+        Numbers are little-endian.  Encoded once, so that receipt, ledger and message hold the same bytes.
         """
         if not self._bytes:
             header = self._header()
@@ -234,10 +234,10 @@ class Update:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Update:
-        """The update that `to_bytes` wrote.
+        """Decode an update that `to_bytes` wrote.
 
         Raises:
-            ConfigError: anything but exactly such bytes.
+            ConfigError: the bytes are not exactly the encoding of an update.
         """
         start = len(_MAGIC) + 8
         try:
@@ -252,7 +252,7 @@ class Update:
                 tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
                 scores=_scores(header["scores"]),
             )
-            # One update has one encoding: no field beside these, no other type or spacing carries anything.
+            # One update has one encoding, so that no extra field, other type or spacing can carry data out.
             if update._header() != data[start : start + size]:
                 raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
@@ -262,7 +262,7 @@ class Update:
 
 
 def _tensors(shapes: Any, data: memoryview) -> Tensors | Masked:
-    """The tensors after an update's header; raises ValueError or TypeError where they are not as the header says."""
+    """The tensors after an update's header; raises ValueError or TypeError if they do not match it."""
     if shapes == _MASKED:
         return Masked(bytes(data))
     offset, tensors = 0, {}
@@ -285,22 +285,22 @@ def _scores(data: object) -> tuple[float, ...] | None:
         raise ValueError("scores")
     for each in (statistics.num_values for statistics in METRICS.values() if statistics.num_values):
         groups, rest = divmod(len(data), each)
-        if not rest and 1 <= groups <= MOST_GROUPS + 1:
+        if not rest and 1 <= groups <= MOST_GROUPS + 1:  # one more for units in no named group
             return tuple(data)
     raise ValueError("scores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """A site's word on what its ledger has charged to a run so far; the lead derives the site's epsilon from it.
+    """A site's signed statement of what its ledger has charged to a run; the lead derives the site's epsilon from it.
 
-    Its sequence counts every event of the ledger, so leads can tell that others were there too.
+    The sequence counts every event of the ledger, so a lead can see that other runs were charged too.
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
         sequence: number of the ledger's newest event.
-        head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds; the
-            lead sends the receipt back with its next request, and a ledger that does not contain it was put back.
+        head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds.  The lead
+            returns the receipt with its next request; a ledger that does not contain it was rolled back.
         site_key: the site's public key.
         signature: by that key, on all other fields.
         reply: SHA-256, in hex, of the answer's canonical bytes that the receipt came with; empty where it came alone.
@@ -339,7 +339,7 @@ class Refusal:
 
     @property
     def in_words(self) -> str:
-        """The reason, with what was asked and what is allowed as far as there is such a thing."""
+        """The reason, with what was asked and what is allowed, where known."""
         return ", ".join(filter(None, (self.reason.value, asked_and_allowed(self.asked, self.allowed))))
 
     def to_bytes(self) -> bytes:
@@ -352,9 +352,9 @@ class Offer:
     """How much of a proposed run a site would accept now, computed from proposal, policy and ledger only.
 
     Attributes:
-        most_rounds: with the proposal's noise; 0 for none.
-        least_noise: with the proposal's rounds; None: no noise would do.
-        nonce: the question's, so that an old offer is none to a new question.
+        most_rounds: accepted at the proposal's noise; 0: none.
+        least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
+        nonce: the invitation's, so that an old offer cannot answer a new invitation.
     """
 
     site: str
@@ -363,7 +363,7 @@ class Offer:
     least_noise: float | None
     nonce: str = ""
     round: ClassVar[int] = 0
-    """None has begun."""
+    """An offer comes before the first round."""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, over which a receipt is signed."""
@@ -374,10 +374,10 @@ _R = TypeVar("_R", bound="Receipt | Refusal | Offer")
 
 
 def read_release(cls: type[_R], fields: object) -> _R:
-    """A receipt, a refusal or an offer of these fields.  Its texts are shown to people: each has one printable line.
+    """Decode a receipt, a refusal or an offer.  People see its texts, so each must be one printable line.
 
     Raises:
-        ConfigError: other fields, of other types or out of range.
+        ConfigError: a field is missing or unknown, or has the wrong type or range.
     """
     release = decode(cls, fields)
     for name, value in asdict(release).items():
@@ -391,7 +391,7 @@ def read_release(cls: type[_R], fields: object) -> _R:
 
 
 Answer = Update | Refusal | Offer
-"""What a site answers; each has `to_bytes`, over which its receipt is signed."""
+"""A site's answer; its receipt is signed over `to_bytes`."""
 AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
 """Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
 

@@ -1,10 +1,10 @@
-"""The price of a search: trials on the same records, of which one is picked.
+"""The price of a search: several trials on the same records, of which one is selected.
 
-**What is charged.**  Each trial is a run of its own, and everything it releases goes to the lead: the adapter of every
-round, of every trial.  So a site is charged for all of them.  How many there are, and what each may cost, is fixed
-before the first one; which settings a trial tries may follow from earlier scores, since these are computed from
-released adapters and from a file of the lead's that holds no record of a site.  So the epsilon of all trials' plans
-together, by PLD, is a proof for everything that the search releases, whichever trial is picked and by whatever rule.
+**What is charged.**  Each trial is a run, and the lead sees everything it releases: every adapter of every round.  So a
+site is charged for all trials.  Their number, and the cost of each, are fixed before the first one.  The settings of a
+trial may depend on earlier scores, since these are post-processing: they follow from released adapters and a file of
+the lead's that holds no record of a site.  So the PLD epsilon of all plans together bounds everything that the search
+releases, whichever trial is selected and by whatever rule.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class SearchPrice:
     """The price of a search at each site; infinite without noise.
 
     Attributes:
-        trials: how many.
-        epsilon: of all of them together by PLD; `epsilon_rdp` by RDP.
-        epsilon_filter: the least lifetime cap of a new ledger under which they fit.
-        epsilon_of_one: of the dearest trial by itself, by PLD.
+        trials: number of trials.
+        epsilon: of all trials together by PLD; `epsilon_rdp` is the same by RDP.
+        epsilon_filter: the smallest lifetime cap under which a new ledger accepts them all.
+        epsilon_of_one: of the most expensive trial alone, by PLD.
     """
 
     unit: Unit
@@ -47,12 +47,12 @@ class SearchPrice:
 
     @property
     def private(self) -> bool:
-        """Whether anything is promised."""
+        """Whether the search has a guarantee."""
         return math.isfinite(self.epsilon)
 
 
 def price_of(plans: Sequence[Plan]) -> SearchPrice:
-    """The price of a search whose trials have these plans, at least one, of one unit and delta."""
+    """The price of a search over these plans: at least one, all with the same unit and delta."""
     wholes, delta = [plan.whole for plan in plans], plans[0].delta
     return SearchPrice(
         unit=plans[0].unit,
@@ -67,14 +67,14 @@ def price_of(plans: Sequence[Plan]) -> SearchPrice:
 
 @spec
 class Selection:
-    """That a run was picked in a search, by what, and what the whole search may cost a site.
+    """How a run was selected in a search, and what the whole search may cost a site.
 
     Attributes:
-        search: its name.
-        judged_by: the validation score that picked, and `score` the run's own.
-        trials: how many there were.
-        epsilon: of all of them together; None: nothing bounds it.
-        charges: everything that all trials may do to a site's records.
+        search: name of the search.
+        judged_by: the validation score that decided; `score` is the run's own value of it.
+        trials: number of trials.
+        epsilon: of all trials together; None: unbounded.
+        charges: the privacy events of all trials.
     """
 
     search: str
@@ -88,7 +88,7 @@ class Selection:
 
     @classmethod
     def of(cls, price: SearchPrice, plans: Sequence[Plan], **told: Any) -> Selection:
-        """The selection in a search of this price, whose trials have these plans."""
+        """The record of a selection in a search of this price over these plans."""
         return cls(
             **told,
             trials=price.trials,

@@ -1,6 +1,6 @@
-"""The model card beside an adapter: its README.md, with the YAML that the Hugging Face hub and its tools read.
+"""The model card of an adapter: a README.md with the YAML front matter of the Hugging Face hub.
 
-It says what the run's report says, in the report's own words, and takes every figure from there.
+Every figure, and the wording of the guarantee, comes from the run's report.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ _NOT_LOADABLE = "Its base is a made-up model of fedtune, which nobody else has: 
 
 
 class _Verbatim(str):
-    """Text of a template's own making, which is not escaped."""
+    """Text of fedtune's own, which `_escaped` leaves as it is."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How the model lies in the folder that the card is for.
+    """The form in which a folder holds the model.
 
     Attributes:
-        what: in words, as in "A LoRA adapter".
-        library: that loads it, as the hub calls it.
-        relation: to the base, as the hub calls it.
+        what: the form in words, as in "A LoRA adapter".
+        library: the hub's name of the library that loads it.
+        relation: the hub's name of its relation to the base.
         loading: lines of Python that load it.
-        needs_base: whether those lines load the base, too.
+        needs_base: whether those lines also load the base.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Form:
 
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
-        """An adapter beside which a base is loaded, in a folder that its lines call so."""
+        """An adapter that is loaded on top of its base; `folder` is its path in the loading lines."""
         loading = task_named(config.task).loading(base=public_place(config.model), folder=folder)
         return cls(
             what=ADAPTERS[config.lora.kind], library="peft", relation="adapter", loading=loading, needs_base=True
@@ -73,7 +73,7 @@ def write_card(run: Path, report: Report) -> None:
 
     Raises:
         ConfigError: the folder holds no run, or its files belong to different runs.
-        RunError: what it holds is damaged.
+        RunError: its files are damaged.
     """
     record = read_run(run)
     adapter = RunFolder(run).adapter
@@ -187,7 +187,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
 
 
 def _start(report: Report) -> str:
-    """Which adapter the run began in, and what that one's own training spent."""
+    """The adapter that the run started from, and the epsilon of its own training."""
     start = report.provenance.start_adapter
     if start is None:
         return "none"
@@ -202,7 +202,7 @@ def _start(report: Report) -> str:
 
 
 def _privacy(words: Words) -> Mapping[str, Any]:
-    """What the report's first page says, in its words."""
+    """The statements of the report's first page, in its words."""
     report, texts = words.report, words.catalogue
 
     def text(key: str, **values: object) -> _Verbatim:
@@ -229,7 +229,7 @@ def _privacy(words: Words) -> Mapping[str, Any]:
 
 
 def _escaped(value: object) -> str:
-    """A value within a line of Markdown: nothing in it ends the line, or is more than text."""
+    """Escape a value for a line of Markdown, so that it neither ends the line nor adds markup."""
     if isinstance(value, _Verbatim):
         return value
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))

@@ -1,4 +1,4 @@
-"""One way to write a report as bytes, its signature, and reading it back so that no digit can change unnoticed."""
+"""The canonical bytes of a report, its signature, and a strict reader, so that no digit can change unnoticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.words import spoken
 
 PURPOSE = "report"
-"""Of the signature; one made for a receipt or a ledger does not pass for it."""
+"""Purpose of the signature, so that one made for a receipt or a ledger does not pass here."""
 
 
 def canonical(report: Report) -> bytes:
@@ -32,11 +32,11 @@ def to_text(report: Report) -> str:
 def read(data: bytes) -> Report:
     """The report in a `report.json`.
 
-    Each number must be spelled as fedtune spells it, and each key must stand once: otherwise a digit behind the last
-    that a float can hold, or a second value, could be changed without changing what is signed.
+    Each number must be spelled as fedtune spells it, and each key may occur once only.  Otherwise a digit beyond a
+    float's precision, or a second value of a key, could be changed without changing the signed bytes.
 
     Raises:
-        ConfigError: it is no report of this version.
+        ConfigError: it is not a report of this version.
     """
     try:
         json.loads(
@@ -62,11 +62,11 @@ def signed(report: Report, key: SigningKey) -> Report:
 
 
 def check(report: Report, *, expected_key: str | None = None) -> str | None:
-    """The public key that signed the report; None: nobody did.
+    """Verify the signature, and return the public key that made it; None: the report is not signed.
 
     Args:
-        report: that was read.
-        expected_key: who must have signed it, known from elsewhere than the report.
+        report: the report as read.
+        expected_key: the key that must have signed it, known from a source other than the report.
 
     Guarantee: with `expected_key`, on success nobody without that key changed anything in the report.
 
@@ -92,7 +92,7 @@ def digest_of_key(key: str) -> str:
 
 
 def _ledger_keys(report: Report) -> list[str]:
-    """A ledger's report is its site's word: the key that signs all its events signs the report."""
+    """Keys that must sign the report: a ledger's report is signed by the key that signs the ledger's events."""
     own = [site.verification.site_key for site in report.sites if site.verification]
     return own if report.kind == "ledger" else []
 

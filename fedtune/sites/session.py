@@ -1,9 +1,9 @@
 """State that one process keeps between simulated runs: a loaded and tried model, and its results on records.
 
-A sweep, a search or a comparison makes several runs, which differ in noise, rates, rounds or who takes part.  Loading
-the model, trying it, running the frozen layers over the records and scoring the model before training give each of them
-the same: once is enough.  What is kept depends on public settings, on the base model and on each record alone, and is
-what a run would compute itself, bit for bit.  A real site keeps nothing of its records from run to run.
+A sweep, a search or a comparison makes several runs, which differ in noise, rates, rounds or sites.  Loading the model,
+trying it, running the frozen layers over the records and scoring the model before training have the same result in all
+of them, so they are done once.  The kept state depends on public settings, the base model and each record alone, and is
+bit for bit what a run would compute itself.  A real site keeps nothing of its records from run to run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _M = TypeVar("_M")
 
 @dataclass
 class Session:
-    """Kept by whoever makes several runs, and given to each of them; empty again when left as a context.
+    """The caller of several runs keeps one, and passes it to each run; as a context manager it is emptied at exit.
 
     Attributes:
-        model: the `SharedModel` as it was tried, whose module imports this one; None before the first run.
+        model: the tried `SharedModel` (typed Any, since its module imports this one); None before the first run.
     """
 
     model: Any = None
@@ -43,13 +43,13 @@ class Session:
         self.clear()  # what comes next, such as scoring all runs, needs the memory
 
     def clear(self) -> None:
-        """Keep nothing of earlier runs."""
+        """Drop all state of earlier runs."""
         self.model, self._num_tokens = None, 0
         for kept in (self._examples, self._batches, self._before):
             kept.clear()
 
     def examples(self, dataset: TextDataset, make: Callable[[], SiteExamples]) -> SiteExamples:
-        """A site's examples, of an earlier run with the same ones or made now."""
+        """A site's examples: from an earlier run on the same data set, or made now."""
         key = _digest(dataset)
         if key not in self._examples:
             self._make_room(dataset)
@@ -57,7 +57,7 @@ class Session:
         return self._examples[key]
 
     def batches(self, dataset: TextDataset, *, max_tokens: int) -> KeptBatches:
-        """Of the lead's own records, in batches of `max_tokens`."""
+        """Kept batches of the lead's own records, of at most `max_tokens` each."""
         key = f"{max_tokens} {_digest(dataset)}"
         if key not in self._batches:
             self._make_room(dataset)
@@ -65,7 +65,7 @@ class Session:
         return self._batches[key]
 
     def before(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
-        """How the model did on a data set before training; `about` says how it was asked, and the references."""
+        """The model's result on a data set before training; `about` tells apart settings of scoring and references."""
         key = f"{about} {_digest(dataset)}"
         if key not in self._before:
             self._before[key] = make()
@@ -73,7 +73,7 @@ class Session:
         return found
 
     def _make_room(self, dataset: TextDataset) -> None:
-        """Hold no more states than fit the memory set aside for them; those that a run uses stay with it."""
+        """Drop older states if the new ones exceed the memory set aside; a run keeps those that it uses."""
         self._num_tokens += dataset.num_tokens
         if not self.model.has_room_for(self._num_tokens):
             self._examples.clear()

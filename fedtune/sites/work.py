@@ -1,4 +1,4 @@
-"""A site's work in a round: what it does with its records, on the model that its process has loaded."""
+"""A site's work on its records in a round, with the model that its process has loaded."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class SiteWork:
     """One site's records and the model to train on them.
 
     Attributes:
-        site: its name.
-        shared: the model, which other sites of the process use in turn.
-        records: the site's own.
-        declared_size: the size that it publishes, in privacy units.
+        site: name of the site.
+        shared: the model, which the sites of one process use in turn.
+        records: the site's own records.
+        declared_size: the size that the site publishes, in privacy units.
         max_adapter_value: the site's bound on values of the adapter.
         lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
-        around: puts something around the training units, as an audit puts its canaries; no site of anybody's does.
+        around: wraps the training units; only an audit uses it, to add canaries.
     """
 
     site: str
@@ -54,12 +54,12 @@ class SiteWork:
 
     @cached_property
     def examples(self) -> TrainingUnits:
-        """The tokenised training records, by user where the run's unit is that."""
+        """The tokenised training records, grouped by user if that is the run's unit."""
         examples = self.shared.examples_of(self.shared.tokenised(self.records.training, lenient=self.lenient))
         privacy = self.shared.config.privacy
         if privacy.unit == "record":
             return self.around(examples)
-        # In float64, and once more where one of them comes to no number.
+        # Bytes of a mean: 8 for each float64, and as many again for the copy without values that are not finite.
         of_each = 16 * sum(parameter.numel() for parameter in self.shared.model.trainable().values())
         users = UserExamples(
             examples,
@@ -71,7 +71,7 @@ class SiteWork:
 
     @cached_property
     def _divided(self) -> DividedUnits | None:
-        """The same, over several devices; None where the site has one."""
+        """The same units, divided over several devices; None for a site with one device."""
         devices, max_grad_norm = self.shared.devices, self.shared.config.privacy.max_grad_norm
         return None if devices is None else devices.divided(self.examples, max_grad_norm=max_grad_norm)
 
@@ -80,9 +80,9 @@ class SiteWork:
         return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
 
     def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
-        """Score the adapter that was sent, where the plan says so, and train it; within the site's bound on values.
+        """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.
 
-        Where the plan has secure sums, what comes of it is the site's share of one, and no adapter.
+        With secure sums, the result is the site's share of one, and no adapter.
 
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
@@ -119,7 +119,7 @@ class SiteWork:
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
     ) -> tuple[float, ...]:
-        """How the adapter does on the held-out units, by group where the plan has some, noised as it says."""
+        """The adapter's noised scores on the held-out units, by group if the plan has groups."""
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = users_of(self.records.heldout) if plan.unit == "user" else None
@@ -145,5 +145,5 @@ class SiteWork:
 
 
 def randomness_of(seeded: bool, seed: int) -> Randomness:
-    """Noise and samples from the operating system; in a marked study, from `seed`."""
+    """The source of noise and samples: the operating system or, in a marked study, `seed`."""
     return SeededRandomness(seed) if seeded else SystemRandomness()

@@ -1,7 +1,7 @@
-"""Measures of how well a model answers, from what it said of each record and what is true; no model runs here.
+"""Quality measures, computed from predictions and truth; no model runs here.
 
-Each is defined for whatever was answered: a model that says the same of all records, or a draw of a bootstrap that
-misses a class, must not end an evaluation.
+Each is defined for any predictions: a model with a constant answer, or a bootstrap sample without one of the classes,
+must not end an evaluation.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fedtune.spec import spec
 Floats = npt.NDArray[np.float64]
 Classes = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
-"""(n, labels): which labels a record has, or is said to have."""
+"""(n, labels): the labels that each record has, or is predicted to have."""
 BINS = 10
-"""Of the calibration."""
+"""Bins of the calibration error."""
 
 
 @spec
 class ClassScores:
-    """How well one label is found: of the records said to have it the share that has it, and the other way round.
+    """Precision and recall of one label.
 
     Attributes:
         label: as declared.
-        precision: 0 where no record is said to have it.
-        recall: 0 where no record has it.
+        precision: share of the records predicted to have it that do; 0 where none is predicted.
+        recall: share of the records that have it that are predicted to; 0 where none has it.
         f1: their harmonic mean.
-        support: records that have it.
+        support: number of records that have it.
     """
 
     label: str
@@ -43,12 +43,12 @@ class ClassScores:
 
 @spec
 class ReliabilityBin:
-    """Answers that the model was about equally sure of.
+    """Answers of similar confidence.
 
     Attributes:
-        confidence: the mean probability that the model gave them.
-        right: the share of them that is right.
-        count: how many there are.
+        confidence: their mean predicted probability.
+        right: the share that is right.
+        count: number of answers.
     """
 
     confidence: float
@@ -58,14 +58,14 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """Details of the scores of a task with labels: each label by itself, and how sure the model was."""
+    """Details of the scores of a task with labels: scores by label, and calibration."""
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]
 
     @property
     def is_finite(self) -> bool:
-        """Whether JSON can hold it; a model that has diverged gives no number."""
+        """Whether JSON can hold it; a model that has diverged gives NaN."""
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 
@@ -93,17 +93,17 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
 
 
 def macro_f1_of_marks(truth: Marks, predicted: Marks) -> float:
-    """The same of records with any number of labels."""
+    """Macro F1 of records with any number of labels."""
     return float(_f1((truth & predicted).sum(axis=0), truth.sum(axis=0), predicted.sum(axis=0)).mean())
 
 
 def micro_f1(truth: Marks, predicted: Marks) -> float:
-    """F1 of all pairs of a record and a label together, in [0, 1]; 0 where no record has or is given a label."""
+    """F1 over all pairs of a record and a label, in [0, 1]; 0 where no record has a label, true or predicted."""
     return float(_f1((truth & predicted).sum(), truth.sum(), predicted.sum()))
 
 
 def _f1(right: npt.ArrayLike, true: npt.ArrayLike, said: npt.ArrayLike) -> Floats:
-    # 2 TP + FP + FN is how often a class is said plus how often it is true.
+    # 2 TP + FP + FN is the number of predictions of a class plus the number of its true records.
     found: Floats = 2.0 * np.asarray(right) / np.maximum(np.asarray(true) + np.asarray(said), 1)
     return found
 
@@ -120,13 +120,13 @@ def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[
 
 
 def auroc(probabilities: Floats, truth: Marks) -> float:
-    """Macro AUROC, each label against the rest: how often a record with it is given more than one without it.
+    """Macro AUROC, one label against the rest: how often a record with it is ranked above one without it.
 
-    The mean over the labels that some records have and others have not; a tie counts as one half (Mann and Whitney).
-    0.5 where there is no such label, which says nothing either.
+    The mean over labels that some records have and others lack; a tie counts as one half (Mann and Whitney).  0.5, as
+    for chance, if there is no such label.
 
     Args:
-        probabilities: (n, labels) of each label, or anything that grows with them.
+        probabilities: (n, labels) of each label, or any increasing function of them.
         truth: (n, labels).
 
     >>> import numpy as np
@@ -137,27 +137,27 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     told = np.flatnonzero((positive > 0) & (positive < len(truth)))
     if not len(told):
         return 0.5
-    # A bootstrap comes here a thousand times: sorting once and looking the records with the label up is five times as
-    # fast as ranking all of them.
+    # A bootstrap calls this a thousand times: sorting once and looking up the records with the label is five times
+    # as fast as ranking all of them.
     sorted_ones = np.sort(np.ascontiguousarray(probabilities.T[told]), axis=1)
     areas = []
     for in_order, label in zip(sorted_ones, told, strict=True):
         own, count = probabilities[truth[:, label], label], int(positive[label])
         below = (np.searchsorted(in_order, own, side) for side in ("left", "right"))
-        # Among themselves, these records make count * count / 2 of the pairs, ties at one half and each with itself.
+        # Pairs among these records themselves add count * count / 2: ties at one half, each with itself included.
         pairs = sum(float(one.sum()) for one in below) / 2 - count * count / 2
         areas.append(pairs / (count * (len(truth) - count)))
     return float(np.mean(areas))
 
 
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
-    """Answers in the order of their confidence, in `BINS` bins of equally many.
+    """Sort answers by confidence into `BINS` bins of equal size.
 
-    Bins of equal mass (Nguyen and O'Connor 2015): with bins of equal width most answers of a sure model are in one bin,
-    and the share of the others is of few answers.
+    Bins of equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are in
+    one bin, and the other bins have too few to measure.
 
     Args:
-        confidence: (answers,) the probability that the model gave each.
+        confidence: (answers,) the predicted probability of each.
         right: (answers,) whether it is right.
     """
     order = np.argsort(confidence, kind="stable")
@@ -175,9 +175,9 @@ def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 
 
 def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
-    """Cohen's kappa with quadratic weights, at most 1: 1 less the squared error as a share of that by chance.
+    """Cohen's kappa with quadratic weights, at most 1: 1 minus the squared error over that expected by chance.
 
-    Chance pairs the same answers with the same truths at random.  0 where all are one class, or the answer is constant.
+    Chance pairs the same predictions and truths at random.  0 where all are one class, or the prediction is constant.
 
     Args:
         truth: (n,) classes in [0, num_labels), in their order.
@@ -191,19 +191,19 @@ def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> f
     steps = np.arange(num_labels)
     squares = np.square(steps[:, None] - steps)
     true, said = (np.bincount(one, minlength=num_labels) for one in (truth, predicted))
-    by_chance = int(true @ squares @ said)  # whole numbers: always the same answer has exactly 0
+    by_chance = int(true @ squares @ said)  # in integers, so that a constant prediction has exactly 0
     return 1 - len(truth) * int(np.square(truth - predicted).sum()) / by_chance if by_chance else 0.0
 
 
 def correlation(one: Floats, other: Floats) -> float:
-    """Pearson's correlation of (n,) numbers, in [-1, 1]; 0 where either is the same for all records."""
+    """Pearson's correlation of (n,) numbers, in [-1, 1]; 0 where either is constant."""
     left, right = one - one.mean(), other - other.mean()
     size = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / size if size != 0 else 0.0
 
 
 def rank_correlation(one: Floats, other: Floats) -> float:
-    """Spearman's, which is Pearson's of the ranks."""
+    """Spearman's correlation, which is Pearson's of the ranks."""
     from scipy.stats import rankdata  # here: it takes a moment, and settings are read without it
 
     return correlation(rankdata(one), rankdata(other))

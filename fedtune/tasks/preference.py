@@ -1,12 +1,12 @@
-"""Preferences: of two answers to one prompt the model learns to find the one likelier that was preferred (DPO).
+"""Preferences: given two answers to a prompt, the model learns to assign more probability to the preferred one (DPO).
 
-Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times what the
-adapters change of its log-probability; the loss of a pair is -log sigmoid(reward of the chosen - of the rejected).
+Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).  An answer's reward is `beta` times the change
+of its log-probability by the adapters.  The loss of a pair is -log sigmoid(reward of the chosen - of the rejected).
 
-**The reference is the frozen base with its adapters off**, also where a run begins in an earlier adapter.  So a run
-that goes on from another keeps that one's reference; a site needs nothing but its base, in whichever round it joins;
-and what the reference says of a record never changes, so that it is computed once.  To prefer from a model that was
-tuned before, make that model the base: `fedtune export --merge` writes it.
+**The reference is the frozen base with its adapters off**, even if a run starts from an earlier adapter.  So a run that
+continues another keeps that one's reference.  A site needs only the base, whichever round it joins.  The reference of a
+record never changes, so it is computed once.  To use a model that was tuned before as the reference, make it the base:
+`fedtune export --merge` writes it.
 
 Each pair has a loss of its own, from its own two answers: nothing couples records.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _ANSWERS = ("chosen", "rejected")
 _TIE = 1e-4
-"""Rewards that differ by less are the same: those of a model that is its own base differ so, by rounding."""
+"""Rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much."""
 
 
 class Preference(CausalLM):
@@ -92,14 +92,14 @@ class Preference(CausalLM):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """Two texts of each record: what causal_lm makes of it with either answer, of which that answer is learnt.
+        """Two texts per record: causal_lm's text with either answer, of which the answer's tokens are learnt.
 
-        What stands before the answers is the same, also where it is cut: as much as the longer one needs.  Of a pair
-        with an answer that cannot be encoded, or of two that are the same as far as they are read, nothing is learnt.
+        The context before both answers is the same, and is cut alike, to make room for the longer one.  Nothing is
+        learnt from a pair if an answer cannot be encoded, or if both are the same within the maximum length.
 
         Raises:
             ConfigError: as for causal_lm.
-            DataError: a record is no pair.
+            DataError: a record is not a pair.
         """
         self.require_usable(records, data=data)
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
@@ -130,7 +130,7 @@ class Preference(CausalLM):
         return torch.stack([-total for total, _ in added_up(model, batch)]).view(-1, 2)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
-        """One pair at a time: what a vector of them rounds to would be up to how many there are."""
+        """One pair at a time, because the rounding of a vector's loss may depend on its length."""
         import torch
 
         return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in _margins(model, batch)])
@@ -148,10 +148,10 @@ class Preference(CausalLM):
         }
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
-        """The same.
+        """The figures, unchanged.
 
         Raises:
-            DataError: no pair can be told apart.
+            DataError: no pair has two answers that differ.
         """
         if not figures["learnt"].any():
             raise DataError(
@@ -160,14 +160,14 @@ class Preference(CausalLM):
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Of the pairs that can be told apart, how well the rewards do, which are 0 for the base.
+        """Scores of the rewards, over the pairs whose answers differ; the base has rewards of 0.
 
         `accuracy`: the share whose chosen answer has the larger reward; a tie counts as one half, so that the base has
-        0.5.  `margin`: by how much it is larger, in the mean.  Both also `_length_controlled` (`length_controlled`).
+        0.5.  `margin`: the mean difference of the rewards.  Both also `_length_controlled` (`length_controlled`).
         `loss`: the mean.
         """
         told = figures["learnt"] > 0
-        told |= not told.any()  # a draw of a bootstrap: its pairs are ties
+        told |= not told.any()  # a bootstrap sample without such pairs: all count as ties
         margins, longer = figures["margin"][told], figures["longer"][told]
         right = np.where(np.abs(margins) <= _TIE * spec.beta, 0.5, margins > 0)
         return {
@@ -180,15 +180,15 @@ class Preference(CausalLM):
 
 
 def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.float64], *, neutral: float) -> float:
-    """The mean over pairs, in which a model that goes by length alone gains nothing.
+    """The mean over pairs, controlled for length: a model that only looks at length gains nothing.
 
-    Pairs whose chosen answer is the longer one and pairs whose rejected answer is count half each, however many there
-    are of either; pairs of like length count as they do in the plain mean.
+    Pairs whose chosen answer is longer and pairs whose rejected answer is longer have half the weight each, however
+    many there are of either.  Pairs of equal length count as in the plain mean.
 
     Args:
-        values: (n,) of each pair.
-        longer: (n,) by how many tokens its chosen answer is longer.
-        neutral: of a model that cannot tell a pair's answers apart: what unlike pairs count where all are of one kind.
+        values: (n,) one per pair.
+        longer: (n,) by how many tokens the chosen answer is longer.
+        neutral: a guess's value; it stands for the pairs of unequal length if the same side is longer in all of them.
 
     >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5
@@ -199,7 +199,7 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
 
 
 def _margins(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
-    """Of each pair, by how much the reward of its chosen answer is larger, and how many tokens either has."""
+    """For each pair, the reward of the chosen answer minus that of the rejected one, and both answers' tokens."""
     assert batch.reference is not None, "what the base says of a pair is known before its loss"
     rows = added_up(model, batch)
     for (chosen, its), (rejected, other), base in zip(rows, rows, batch.reference, strict=True):
@@ -213,7 +213,7 @@ def _margins(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, tuple[i
 def _both(data: DataSpec) -> Callable[[Record], tuple[Record, Record]]:
     """A function from a pair to two records of causal_lm, one for each of its answers.
 
-    It raises DataError where the record is no pair.
+    It raises DataError if the record is not a pair.
     """
     with_answer = _completed if "prompt" in data.columns else _continued
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from fedtune.data.batching import Batch
 
 _DIGITS = 5
-"""Of a number that a person is told."""
+"""Significant digits of a number that is shown to people."""
 _BUT_THE_SCALE = {"centre": False, "init": "zero", "label_texts": ()}
-"""Settings of the head that are about labels, and what they are without."""
+"""Settings of the head that concern labels, and the values they must keep without labels."""
 _SCALED = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores
@@ -33,10 +33,10 @@ scores = (low + high) / 2 + (high - low) / 2 * scores
 class Regression(PooledTask):
     """The prediction is the middle of `data.target_range` + half its width * scale * W x.
 
-    The loss is the squared error, with half the width as its unit: targets lie in [-1, 1], and a new head, of zeros,
-    gives the middle.  It is not Huber's: clipping bounds already what a far target adds to a step.  A record whose
-    number is outside the range is left out, as one with a label that was not declared: to move it to the edge would be
-    to score a truth that is none.
+    The loss is the squared error in units of half the width: targets lie in [-1, 1], and a new head, all zeros,
+    predicts the middle.  A Huber loss is not needed, because clipping already bounds what an outlier adds to a step.
+    A record whose number is outside the range is left out, like one with an undeclared label: moving it to the edge
+    would score against a false truth.
     """
 
     name = "regression"
@@ -70,7 +70,7 @@ class Regression(PooledTask):
         return torch.where(targets == UNSUPERVISED, 0.0, (logits[:, 0] - targets).square())
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
-        """Within the range, outside which no target lies."""
+        """Predictions, clamped to the range, since no target lies outside it."""
         return {"predicted": _numbers(logits[:, 0].clamp(-1, 1), spec)}
 
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
@@ -88,20 +88,20 @@ class Regression(PooledTask):
         }
 
     def guess(self, dataset: TextDataset) -> float:
-        """Loss of the mean as a constant answer."""
+        """Loss of always predicting the mean."""
         return float(np.var(np.asarray(dataset.targets, dtype=np.float64)))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """1 less the error as a share of the range."""
+        """1 minus the absolute error, as a share of the range."""
         return 1 - abs(float(model.logits(batch)[0, 0].clamp(-1, 1) - batch.targets[0])) / 2
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
-        """The number."""
+        """The predicted number, as text and as JSON."""
         number = float(self.said(logits[None], spec=spec)["predicted"][0])
         return f"{number:.{_DIGITS}g}", {"number": number}
 
     def readout(self, model: Model) -> Readout:
-        """With the range in its last layer."""
+        """The head, with the scaling to the range folded into its last layer."""
         ((weight, _),) = super().readout(model)
         middle, half = _middle_and_half(model.spec.target_range)
         return ((half * weight, weight.new_full((1,), middle)),)
@@ -130,6 +130,6 @@ def _middle_and_half(bounds: tuple[float, float] | None) -> tuple[float, float]:
 
 
 def _numbers(scaled: torch.Tensor, spec: TaskModelSpec) -> torch.Tensor:
-    """From a unit of half the range's width to the target's own."""
+    """Convert from units of half the range's width to the target's own unit."""
     middle, half = _middle_and_half(spec.target_range)
     return middle + half * scaled

@@ -27,18 +27,18 @@ from fedtune.tasks.registry import task_named
 
 
 class TaskModel(nn.Module):
-    """A base that stays as it is, and the few tensors that are trained, noised, sent and saved.
+    """A frozen base, and the few tensors that are trained, noised, sent and saved.
 
     Every module is in evaluation mode for good, except those with trainable parameters of their own:
     dropout inside the base would change an example's gradient from pass to pass.
 
     Attributes:
         spec: what the model was built from.
-        task: what it learns.
+        task: the task it learns.
         base: PEFT's wrapper around the base; call it for the base's own output.
         head: tensors of the task's own; None where it has none.
         output: the base's output layer, where it predicts tokens.
-        round: that is trained now (`in_round`); 0 otherwise.
+        round: the round being trained (`in_round`); 0 otherwise.
     """
 
     head: nn.Module | None
@@ -78,9 +78,9 @@ class TaskModel(nn.Module):
             return self.task.figures(self, batch)
 
     def reference(self, batch: Batch) -> torch.Tensor | None:
-        """The task's reference by the base without adapters for each example, (places, ...), whatever the adapter.
+        """The task's reference for each example, (places, ...), by the base without adapters, whatever the adapter.
 
-        A batch that carries it as `reference` does not go through the base a second time.  None: it wants nothing.
+        A batch that carries it as `reference` skips that second pass.  None: the task has no reference.
         """
         if not self.task.has_reference:
             return None
@@ -93,7 +93,7 @@ class TaskModel(nn.Module):
         return replace(batch, reference=self.reference(batch))
 
     def frozen_states(self, batch: Batch) -> torch.Tensor | None:
-        """The output of the layers below the first trained one for each example, (n, t, h), whatever the adapter.
+        """The output of the layers below the first trained one, (n, t, h); it does not depend on the adapter.
 
         A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
         """
@@ -118,7 +118,7 @@ class TaskModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device that holds the model."""
         return next(self.parameters()).device
 
     @property
@@ -140,7 +140,7 @@ class TaskModel(nn.Module):
         return dict(sorted(named.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors that are trained and released, in the order of their names; also one that rests now."""
+        """The tensors that are trained and released, in the order of their names, also those that rest now."""
         rests = self.spec.lora.rests_in(self.round) if self.round else None
         parameters = self.adapter_parameters().items()
         return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
@@ -151,7 +151,7 @@ class TaskModel(nn.Module):
 
     @contextmanager
     def in_round(self, round: int) -> Iterator[None]:
-        """Inside, what rests in this round, from 1, is as frozen as the base."""
+        """Freeze the tensors that rest in this round (counted from 1) while the block runs."""
         rests = self.spec.lora.rests_in(round)
         resting = [one for name, one in self.trainable().items() if rests and rests in name]
         self.round = round

@@ -3,8 +3,8 @@
 Sample, clip each, sum, noise, divide, step.  Read together with `fedtune.privacy.mechanism`, this file is the whole
 argument that one step is one `PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier))`.
 
-What is sampled and clipped is a privacy unit.  Nothing here knows whether that is a record, with the gradient of its
-own loss, or a user, with the mean of its records' gradients: `Records` and `UnitGradients` are all there is of it.
+This file samples and clips privacy units.  A unit is a record, with the gradient of its own loss, or a user, with the
+mean of its records' gradients.  `Records` and `UnitGradients` hide which.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS
 
 
 def nobody_else(sums: Sums, max_grad_norm: float) -> int:
-    """Adds nothing: a site with one device has no others."""
+    """Add nothing: a site with one device has no others."""
     return 0
 
 
@@ -55,8 +55,8 @@ class Records:
         declared_size: the number the site publishes, in the step's denominator.
         cut: turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
             cuts changes no bit of a sum.
-        add_others: adds to sums what the site's other devices summed of the units that `cut` left to them, clipped to
-            the same norm; returns how many units those are.
+        add_others: adds the other devices' sums over the units that `cut` left to them, clipped to the same norm;
+            returns the number of those units.
     """
 
     count: int
@@ -80,8 +80,8 @@ def dp_sgd_step(
     Guarantee: what the step changes depends on the records only through one Gaussian mechanism with standard deviation
     `noise_multiplier * max_grad_norm` on a Poisson sample's sum of vectors whose joint L2 norm over all trainable
     tensors is at most `max_grad_norm`, one vector a unit.  This is exact: each vector depends on its own unit alone,
-    bit for bit (`fedtune.training.preflight` tries that on the machine at hand), and is a vector of whole numbers whose
-    norm is checked in whole numbers; sums and noise are whole numbers too.  The denominator is public.  An empty sample
+    bit for bit (`fedtune.training.preflight` tests that on the current machine), and is a vector of integers whose norm
+    is checked in integers; sums and noise are integers too.  The denominator is public.  An empty sample
     adds noise like any other.
     """
     assert_one_tensor_set(parameters, optimizer)
@@ -113,7 +113,7 @@ def sampled_sum(
 
 
 def zeros(parameters: Mapping[str, torch.nn.Parameter]) -> Sums:
-    """Sums in whole numbers, in the parameters' shapes: the order of adding changes nothing."""
+    """Zero sums in the parameters' shapes; integers, so that the order of adding changes nothing."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
@@ -134,13 +134,13 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
         gradients: name -> (n, *shape), the same names as `sums`; n examples, or n users' means.
         max_grad_norm: the clip norm C, over all tensors of a unit together.
 
-    Guarantee: what one unit adds is a vector of whole numbers with a joint L2 norm of at most C, 2**24 cells: floats
-    aim for it, and whole numbers decide it.  A unit whose gradient is not finite, or whose rounded vector were longer
-    than C after all, counts as zero.
+    Guarantee: one unit adds a vector of integers with a joint L2 norm of at most C, which is 2**24 cells.  Floats scale
+    it, and integers check it.  A unit counts as zero if its gradient is not finite, or if its rounded vector is longer
+    than C after all.
     """
     assert sums.keys() == gradients.keys(), "clipped tensors and summed tensors differ"
     totals, squares = {}, []
-    # One tensor after the other, so that what is worked on stays in the cache.
+    # One tensor at a time, so that its values stay in the cache.
     for name, contribution in _in_cells(gradients, max_grad_norm):
         # Exact in float64: fewer than 2**29 whole numbers of at most 2**24 each.
         totals[name] = contribution.sum(dim=0)
@@ -162,7 +162,7 @@ def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -
 def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Each name with (n, values): a unit's gradient g as g * C / max(|g|, C, `SMALLEST_NORM`), rounded towards zero.
 
-    In cells, in float64.  A row depends on its own unit alone, bit for bit.  It may still be no number.
+    In cells, in float64.  A row depends on its own unit alone, bit for bit.  It may still be NaN.
     """
     bound = max_grad_norm * (1 - _ROUNDING_ROOM)
     cells = _norms(gradients).clamp(min=max(bound, SMALLEST_NORM))[:, None] * (cell(max_grad_norm) / bound)
@@ -178,33 +178,33 @@ def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _rows(gradient: torch.Tensor) -> torch.Tensor:
     """(n, values) in float64, since a float32 norm of 60,000 like values was measured 1.6e-5 too small.
 
-    Contiguous, because values that lie otherwise are added up in another order, and where they lie is the batch's.
+    Contiguous, because another memory layout is summed in another order, and the layout depends on the batch.
     """
     return gradient.flatten(1).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _exact_squares(whole: torch.Tensor) -> torch.Tensor:
-    """(n,) square norms of rows of whole numbers.
+    """(n,) squared norms of rows of integers.
 
-    At most 2**48 of a row that is usable, so float64 sums it up exactly, and the square of the root that comes back
-    rounds to it.
+    A usable row has at most 2**48, so float64 sums it exactly, and the square of the root that is returned rounds
+    back to it.
     """
     return _norm_of_rows(whole).square().round()
 
 
 def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(n,) which units may be added, by the square norms of their parts; false for what is no number."""
+    """(n,) whether each unit may be added, by the squared norms of its tensors; false for NaN."""
     return _added(squares) <= CLIP_NORM_CELLS**2
 
 
 def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors, one after the other: torch's own sum over them goes by how long they are."""
+    """The sum of tensors, one after the other: in torch's own sum the order of adding depends on their length."""
     return reduce(torch.add, each)
 
 
 def _norm_of_rows(values: torch.Tensor) -> torch.Tensor:
     """(n,) L2 norms of n rows of float64; none depends on how many rows there are."""
-    # Of a single row torch's threads add up parts of their own; of several each row is added up by one thread.
+    # torch divides a single row among its threads, which changes the order of adding; of several rows each has one.
     rows = values if len(values) > 1 else values.repeat(2, 1)
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms[: len(values)]
@@ -222,10 +222,10 @@ def descend(
         mean = torch.from_numpy(gradient_sum[name] / denominator)
         parameter.grad = mean.to(device=parameter.device, dtype=parameter.dtype)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # a stale gradient must not reach the next step
 
 
 def assert_one_tensor_set(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The tensors clipped, noised and stepped are one identical set."""
+    """Assert that the tensors clipped, noised and stepped are one identical set."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

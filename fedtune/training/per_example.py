@@ -1,7 +1,7 @@
 """Per-example gradients of a batch, by Opacus's rule for each kind of layer; `dp_step.py` clips and adds them.
 
 Opacus's own hooks are not used: they also compute the gradient of the whole batch, and copy every example's into a
-tensor of zeros.  With LoRA on all of MiniLM's linear modules that was a fifth of a step (simulations/benchmarks).
+tensor of zeros.  With LoRA on all of MiniLM's linear modules that took a fifth of a step (simulations/benchmarks).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Found = dict[nn.Parameter, torch.Tensor]
 
 
 class PerExampleGradients:
-    """Gradients of one example each, while the model is watched (see `attached`).
+    """Per-example gradients of a model that `attached` watches.
 
     Attributes:
-        found: what a pass puts here; empty between two passes.
+        found: filled by a backward pass; empty between two passes.
     """
 
     def __init__(self, model: TaskModel) -> None:
@@ -46,9 +46,9 @@ class PerExampleGradients:
 
         Losses are summed, never averaged, over the batch: a mean would let one example rescale another.
 
-        An example that makes the pass fail counts as zero, and the others as they would beside any other one; the
-        answer of a site must not depend on whether some record can be computed.  Where the machine fails, and not an
-        example, the failure is raised.
+        An example that makes the pass fail counts as zero, and changes no other example's gradient: a site's answer
+        must not depend on whether some record can be computed.  A failure of the machine, and not of an example, is
+        raised.
 
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.
@@ -71,7 +71,7 @@ class PerExampleGradients:
         return _without_unknown(batch, gradients)
 
     def of_all(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The same, where an example that makes the pass fail raises.
+        """As `of`, but an example that makes the pass fail raises.
 
         Raises:
             ConfigError: a trainable tensor took no part in the forward pass.
@@ -89,7 +89,7 @@ class PerExampleGradients:
             if gradient is None:
                 raise ConfigError("lora.target_modules", name, "is trainable, but the forward pass does not use it")
             of_rows = gradient[: len(batch.input_ids)]  # a head may have worked on more rows
-            # One after the other: torch's own sum over them could go by how many examples there are.
+            # One after the other: the order in torch's own sum could depend on the number of examples.
             gradients[name] = reduce(torch.add, (of_rows[text :: batch.texts] for text in range(batch.texts)))
         return gradients
 
@@ -98,12 +98,12 @@ class PerExampleGradients:
 def _of_scales(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Of values x, (n, t, k), times 1 + offset: the sum of x and their output's gradient over an example's tokens."""
+    """For outputs x * (1 + offset), x (n, t, k): the sum over an example's tokens of x times the output's gradient."""
     return {layer.offset: _added_tokens(backprops * activations[0])}
 
 
 def _added_tokens(values: torch.Tensor) -> torch.Tensor:
-    """(n, k) of (n, t, k), added half to half: torch's own sum could go by how many examples there are."""
+    """(n, t, k) to (n, k), added half to half: the order in torch's own sum could depend on the number of examples."""
     while (length := values.shape[1]) > 1:
         half = length // 2
         odd_one = values[:, 2 * half :]
@@ -112,9 +112,9 @@ def _added_tokens(values: torch.Tensor) -> torch.Tensor:
 
 
 def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gradients, zero for an example without states of the frozen layers: it counts as it does where none are kept.
+    """Zero the gradient of an example if the frozen layers' states of any of its texts are missing.
 
-    So does one of whose texts any has none.  Its own states alone decide that: no other example's gradient changes.
+    It then counts as it does where no states are kept.  Its own states alone decide that; no other gradient changes.
     """
     if batch.prefix is None:
         return gradients
@@ -126,9 +126,9 @@ def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[s
 
 @contextmanager
 def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
-    """Watch every module of `model` that trains, and let go of them at the end, whatever happens.
+    """Watch every module of `model` that trains, until the end of the block.
 
-    What rests in this round multiplies as what trains does: by the kernels that were tried before the run.
+    Modules that rest in this round use the same kernels as those that train: the ones tried before the run.
     """
     gradients = PerExampleGradients(model)
     trained = {id(parameter) for parameter in model.trainable().values()}
@@ -150,9 +150,9 @@ def attached(model: TaskModel) -> Iterator[PerExampleGradients]:
 
 
 def _constant(module: nn.Module) -> nn.Module:
-    """The same module on the same values, which take part as constants.
+    """A copy of the module with the same values as constants.
 
-    Else every backward pass would also compute the gradient of the sum over all examples, which nobody wants.
+    Otherwise every backward pass would also compute the gradient of the whole batch, which nothing uses.
     """
     same = copy(module)
     vars(same)["_parameters"] = _values(module)
@@ -174,13 +174,13 @@ def _watched(module: nn.Module, constant: nn.Module, found: Found, values: torch
 
 
 class _Watch(torch.autograd.Function):
-    """Hands on a module's output; on the way back it finds the gradient of its parameters by example, into `found`."""
+    """Passes a module's output through; the backward pass adds the per-example gradients to `found`."""
 
     @staticmethod
     def forward(
         ctx: Any, output: torch.Tensor, trained: torch.Tensor, values: torch.Tensor, module: nn.Module, found: Found
     ) -> torch.Tensor:
-        # `trained` is there so that a gradient comes back even where the values, of frozen layers, need none.
+        # `trained` is an input so that backward runs even if the values come from frozen layers and need no gradient.
         ctx.save_for_backward(values)
         ctx.module, ctx.found = module, found
         return output.view_as(output)

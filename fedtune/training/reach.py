@@ -1,7 +1,7 @@
-"""How far honest training can take an adapter in a round: which updates a lead accepts, from public numbers alone.
+"""How far honest training can move an adapter in a round, from public numbers alone: a lead accepts no update beyond.
 
-A step's gradient is a clipped sum, noise and a public denominator, and an optimizer turns it into a move of known
-length.  An update that went further was not trained under the plan, whatever its signature.
+A step's gradient is a clipped sum plus noise, over a public denominator, and the optimizer turns it into a move of
+bounded length.  An update that moved further was not trained under the plan, even if it is signed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.spec import TrainingSpec
 
 _NOISE_SIGMAS = 10.0
-"""One normal value in 1e22 lies beyond it."""
+"""Standard deviations; one normal value in 1e22 lies beyond them."""
 _ROUNDING = 1e-3
-"""Relative: what float32 may add to moves that are worked out here in exact numbers."""
+"""Relative slack: training rounds to float32, and the bounds below do not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reach:
-    """Bounds on what a round changes; infinite where training has none.
+    """Bounds on the moves of one round; infinite where training has none.
 
     Attributes:
         value: name of a tensor -> the furthest that one of its values moves away from 0.
@@ -38,11 +38,11 @@ class Reach:
     def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
-        A move towards 0 is free: a site brings values into a bound of its own, which the lead does not know.
+        A move towards 0 is free: a site first clips values to a bound of its own, which the lead does not know.
         """
         square = 0.0
         for name, start in sent.tensors.items():
-            end, begin = update[name].astype(np.float64), start.astype(np.float64)
+            end, begin = update[name].astype(np.float64), start.astype(np.float64)  # a NaN is refused before
             moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
             if np.abs(moved).max(initial=0.0) > self.value[name]:
                 return False
@@ -55,11 +55,11 @@ def reach(
 ) -> Reach:
     """The bounds of one round at a site, for the adapter that it was sent.
 
-    Tensors whose names contain `rests` are not trained: beside moves towards 0, which a site's own bound may need,
-    they have the room of a rounding in each value, and none in the norm.
+    Tensors whose names contain `rests` are not trained.  They may move towards 0, for a site's own bound; otherwise
+    each value has room for rounding only, and they add nothing to the norm.
 
-    An honest update is outside with a chance below 1e-10 a round, by the tails of noise and sampling, unless the site
-    trains on more than four times the units that it declared.
+    An honest update lies outside with probability below 1e-10 a round, by the tails of noise and sampling, unless the
+    site trains on more than four times the units that it declared.
     """
     trained = {name: tensor for name, tensor in sent.tensors.items() if rests is None or rests not in name}
     still = {name: tensor for name, tensor in sent.tensors.items() if name not in trained}
@@ -71,7 +71,7 @@ def reach(
     total, first = plan.num_rounds * plan.local_steps, (round - 1) * plan.local_steps
     steps = range(first, first + plan.local_steps)
     factors = [learning_rate_factor(training, step=step, total_steps=total) for step in steps]
-    # Of a mean gradient: the most that clipped units add to it, and the standard deviation of the noise in one value.
+    # Of a mean gradient: the largest part of clipped units, and the standard deviation of the noise in one value.
     expected = plan.sampling_rate * declared_size
     units = MORE_THAN_DECLARED * expected + _NOISE_SIGMAS * math.sqrt(MORE_THAN_DECLARED * expected) + _NOISE_SIGMAS**2
     signal = plan.max_grad_norm * min(units, MORE_THAN_DECLARED * declared_size + 1) / expected
@@ -83,7 +83,7 @@ def reach(
         rates = [rate * factor for factor in factors]
         most = _moved(training, rates, signal + _NOISE_SIGMAS * noise, at=float(np.abs(flat).max()))
         norm = math.sqrt(flat.size) * most
-        if training.optimizer == "sgd":  # whose steps are as long as the gradient: Adam's know values alone
+        if training.optimizer == "sgd":  # its step is as long as the gradient; Adam rescales each value
             length = float(np.linalg.norm(flat.astype(np.float64)))
             longest = signal + (math.sqrt(flat.size) + _NOISE_SIGMAS) * noise
             norm = min(norm, _moved(training, rates, longest, at=length))
@@ -93,23 +93,23 @@ def reach(
 
 
 def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, at: float) -> float:
-    """How far steps at these rates take a value, or a vector, of size `at` whose gradients are at most `gradient`."""
+    """How far steps at these rates move a value, or a vector, of size `at` with gradients of at most `gradient`."""
     moved, velocity = 0.0, 0.0
     for number, rate in enumerate(rates, 1):
         if training.optimizer == "sgd":
             velocity = training.momentum * velocity + gradient + training.weight_decay * (at + moved)
             moved += rate * velocity
         else:
-            # AdamW's decay is a move towards 0, which counts only beyond it.
+            # AdamW's decay moves towards 0, which is free; only an overshoot past 0 counts.
             beyond = rate * training.weight_decay - 1
             moved += rate * _adam_ratio(training.betas, number) + (beyond * (at + moved) if beyond > 0 else 0.0)
     return moved * (1 + _ROUNDING) + 1e-6 * (1 + at)
 
 
 def _adam_ratio(betas: tuple[float, float], step: int) -> float:
-    """The largest that Adam's corrected mean over root mean square can be for one value after this many steps.
+    """Upper bound on Adam's bias-corrected mean over root mean square, for one value after this many steps.
 
-    By Cauchy and Schwarz over the gradients' weights in both means.
+    By the Cauchy-Schwarz inequality on the gradients' weights in both means.
     """
     first, second = betas
     if step > 1 and first > 0 and second == 0:

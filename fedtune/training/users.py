@@ -24,11 +24,11 @@ from fedtune.training.examples import Places, SiteExamples, Told, nobody, units_
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """Whole users, whose means are made together, in as many micro-batches as it takes.
+    """Whole users, whose means are computed together, in as many micro-batches as needed.
 
     Attributes:
         contributions: for each user, the places of its records that take part.
-        examples: where these records lie.
+        examples: the site's records.
     """
 
     contributions: Sequence[Places]
@@ -40,7 +40,7 @@ class UserBatch:
     def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """Micro-batches of n records with, for each record, its user (n,) and one over that user's records (n,).
 
-        A user's records come in an order that follows from them alone.
+        The order of a user's records depends on these records alone.
         """
         counts = np.array([len(records) for records in self.contributions])
         records = np.concatenate(self.contributions)
@@ -66,13 +66,13 @@ class UserGradients:
     def of(self, batch: UserBatch) -> dict[str, torch.Tensor]:
         """Means, name -> (users, *parameter shape), in float64.
 
-        A mean is made by adding one record at a time, in an order that follows from the user's records alone, and each
-        record's gradient depends on that record alone, bit for bit: so does the mean, also where the records cancel
-        and nothing but rounding is left of them.
+        Records are added one at a time, in an order that depends on the user's records alone.  Each record's gradient
+        depends on that record alone, bit for bit.  So the mean depends on its user alone, even where the records cancel
+        and only rounding is left.
 
-        A user of whom any record's gradient is not finite has a mean that is not finite, and counts as zero in the
-        step; no other user does, since rows are added one by one.  (Leaving out that record alone would be as private;
-        a user as a whole is the simpler rule, and such gradients mean that training has gone wrong anyway.)
+        If any record's gradient is not finite, its user's mean is not finite and counts as zero in the step.  Other
+        users are not affected, since rows are added one by one.  (Leaving out that record alone would be as private;
+        leaving out the user is the simpler rule, and such gradients mean that training has gone wrong anyway.)
         """
         means: dict[str, torch.Tensor] = {}
         for examples, users, shares in batch.parts():
@@ -91,7 +91,7 @@ class UserExamples:
         examples: the site's records.
         users: for each user the places of all its records, at least one.
         most_records: of one user in a step.
-        most_users: whose means are made together, which bounds the memory for them.
+        most_users: whose means are computed together, which bounds the memory for them.
     """
 
     unit: ClassVar[Unit] = "user"
@@ -108,7 +108,7 @@ class UserExamples:
         return len(self._users)
 
     def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """What turns a micro-batch of `cut` into one gradient for each user."""
+        """Gradients of each user in a micro-batch of `cut`, from those of each example."""
         return UserGradients(of_each)
 
     def add_plain_gradient(self, model: TaskModel, batch: UserBatch) -> None:
@@ -137,7 +137,7 @@ class UserExamples:
         return [self._users[user][choose(len(self._users[user]))] for user in users]
 
     def cut(self, users: Places, *, choose: Callable[[int], Places]) -> Iterator[UserBatch]:
-        """The chosen users, some at a time; what a user adds to a sum is the same, bit for bit, beside any others.
+        """Cut users into batches; a user's contribution to a sum is the same, bit for bit, beside any others.
 
         Args:
             users: places in the list of users.
@@ -146,7 +146,7 @@ class UserExamples:
         return self.cut_drawn(self._of_each(users, choose))
 
     def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
-        """`cut`, of users whose records that take part are drawn already."""
+        """As `cut`, for users whose records are already drawn."""
         for first in range(0, len(drawn), self.most_users):
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 

@@ -24,8 +24,8 @@ class Pending:
     """A run that waits for a person's approval.
 
     Attributes:
-        proposal: what is to be approved, to the letter.
-        settings: JSON of the run's configuration, which the proposal's run is named after.
+        proposal: exactly what is to be approved.
+        settings: JSON of the run's configuration; its digest is in the name of the proposal's run.
         since: when it was first asked for, in UTC.
     """
 
@@ -49,12 +49,12 @@ class SiteState:
 
     @property
     def paused(self) -> Path:
-        """There while the site takes part in nothing."""
+        """A file that exists while the site takes part in nothing."""
         return self.folder / "paused"
 
     @property
     def left(self) -> Path:
-        """There once the site has left the federation."""
+        """A file that exists once the site has left the federation."""
         return self.folder / "left"
 
     @property
@@ -65,21 +65,21 @@ class SiteState:
         return made
 
     def set_paused(self, paused: bool) -> None:
-        """Pause, or go on."""
+        """Pause the site, or resume it."""
         if paused:
             write_durably(self.paused, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
         else:
             self.paused.unlink(missing_ok=True)
 
     def wait_for_approval(self, proposal: Proposal, settings: str) -> bool:
-        """Keep a run for a person to approve; says whether it is new.
+        """Queue a run for a person's approval; returns whether it is new.
 
         Raises:
-            RunError: too many wait already.
+            RunError: too many runs wait already.
         """
         path, waiting = self._pending(proposal), self._waiting_files()
         try:
-            since = self._read(path).since if path in waiting else None
+            since = self._read(path).since if path in waiting else None  # a repeated request keeps its place
         except RunError:
             since = None  # damaged, so that it is written anew
         if path not in waiting and len(waiting) >= MOST_WAITING:
@@ -97,14 +97,14 @@ class SiteState:
         return sorted(map(self._read, self._waiting_files()), key=lambda pending: pending.since)
 
     def forget(self, proposal: Proposal) -> None:
-        """The run waits no longer."""
+        """Remove a run from the queue."""
         self._pending(proposal).unlink(missing_ok=True)
 
     def check_ledger(self, ledger: str) -> None:
         """Require the ledger with this id to be the one that was served before, and remember it.
 
         Raises:
-            RunError: it is another one: what was spent would be forgotten.
+            RunError: it is another one, under which the spent budget would be forgotten.
         """
         path = self.folder / "ledger_id"
         if path.exists() and (before := path.read_text().strip()) != ledger:
@@ -124,7 +124,7 @@ class SiteState:
     def _pending(self, proposal: Proposal) -> Path:
         folder = self.folder / "pending"
         folder.mkdir(exist_ok=True)
-        # By its digest: two leads may give two runs one name.
+        # Named by digest, because two leads may give their runs the same name.
         return folder / f"{proposal.digest()[:32]}.json"
 
     @staticmethod

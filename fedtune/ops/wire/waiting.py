@@ -1,7 +1,7 @@
-"""How a site hears of the lead's questions: it waits in a call that the server answers when there is one.
+"""Long polling: a site learns of the lead's questions from a call that the server answers once there is one.
 
-A site that asked Flower every second would cost the server as much as a round does, and learn of a question late.
-Nothing but speed depends on this: a site still asks Flower itself, after each such answer and once in a while.
+Asking Flower every second would cost the server as much as a round does, and the site would learn of a question late.
+Only speed depends on this: a site still asks Flower itself, after each such answer and once in a while.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fedtune.ops.wire.fleet import signed_headers
 from fedtune.ops.wire.identity import Tls
 
 WAIT = "/v1/fedtune/wait"
-"""Of the server: `?heard=N` is answered with the number of questions to this node once that is not N."""
+"""Path on the server: `?heard=N` is answered with this node's number of questions, once it differs from N."""
 _HELD_S = 15.0
-"""So long the server holds a call: a line that died is noticed soon, and nobody's proxy ends it before."""
+"""How long the server holds a call: short enough to notice a dead connection, and for proxies not to end it."""
 _CALL_TIMEOUT_S, _AGAIN_S = 30.0, 10.0
 
 
 class Questions:
-    """The server's count of the lead's questions to each node, since it started; of one event loop."""
+    """The server's count of the lead's questions to each node, since it started; for use in one event loop."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -35,7 +35,7 @@ class Questions:
         self._closed = False
 
     def asked(self, nodes: Iterable[int]) -> None:
-        """Count one more to each, once Flower has it, and answer those who wait for that."""
+        """Count one more question to each node, once Flower has it, and answer the calls that wait for it."""
         for node in nodes:
             self._counts[node] += 1
             if event := self._waiting.pop(node, None):
@@ -50,17 +50,17 @@ class Questions:
         return self._counts[node]
 
     def close(self) -> None:
-        """Hold nobody any longer."""
+        """Answer all held calls, and hold no more."""
         self._closed = True
         for event in self._waiting.values():
             event.set()
 
 
 class Bell:
-    """At a site: an event that is set when the server has a question, by a thread that waits for it.
+    """At a site: a thread that waits for the server's questions, and sets an event when there is one.
 
     Attributes:
-        rung: set then; the thread that looks clears it.
+        rung: the event; the thread that handles questions clears it.
     """
 
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:
@@ -73,15 +73,15 @@ class Bell:
 
     @property
     def works(self) -> bool:
-        """Whether the server is known to ring it; not so one that is away."""
+        """Whether the server answered the last call."""
         return self._works
 
     def show_certificate(self) -> None:
-        """Show the certificate that the kit has now, in connections that are made from here on."""
+        """Use the kit's current certificate in new connections."""
         show(self._client, self._tls.client_context())
 
     def close(self) -> None:
-        """Wait no longer than the call that is under way."""
+        """Stop after the current call."""
         self._stop.set()
 
     def _listen(self) -> None:
@@ -92,13 +92,13 @@ class Bell:
                 try:
                     answer = client.get(self._address, params={"heard": heard}, headers=signed_headers(self._tls))
                     count = int(answer.raise_for_status().json()["questions"])
-                except Exception:  # who asks Flower meets the same trouble, and reports it
+                except Exception:  # the thread that asks Flower meets the same error, and reports it
                     self._works = False
                     self._stop.wait(_AGAIN_S)
                     continue
                 self._works = True
                 if count != heard:
                     self.rung.set()
-                elif time.monotonic() - began < _HELD_S / 2:  # a server that answers at once, for nothing
+                elif time.monotonic() - began < _HELD_S / 2:  # a server that does not hold calls
                     self._stop.wait(_AGAIN_S)
                 heard = count

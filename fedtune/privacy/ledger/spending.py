@@ -1,4 +1,4 @@
-"""Figures derived from a ledger's events at the moment of asking: what is spent, what is left, whether more fits."""
+"""Figures derived from a ledger's events on demand: what is spent, what is left, and whether a new run fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedtune.privacy.site_policy import Policy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpending:
-    """One run's part, charged so far.
+    """The charges of one run so far.
 
     Attributes:
         epsilon: by PLD; a proof unless the run ended early because of what it had released.
@@ -55,8 +55,7 @@ class Spending:
     Attributes:
         epsilon: spent, by the filter: the figure that caps and verdicts use.
         epsilon_with_set_aside: the same with everything that open runs may still spend.
-        share: part of the lifetime cap's divergence that is spent; with set-aside plans in `share_with_set_aside`.
-            1 under a cap that leaves room for nothing at the ledger's order.
+        share: spent fraction of the cap's divergence, 1 if it is not above 0; `share_with_set_aside` adds open runs.
         epsilon_pld: the same events by PLD, which would be a proof only if all runs had been fixed beforehand.
         epsilon_rdp: the same at the order that fits best in hindsight; under the same condition.
         period_epsilon: spent in the current calendar period, by the filter.
@@ -81,7 +80,7 @@ class Spending:
 
 
 def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
-    """The part of a lifetime cap's divergence that was spent; None for an infinite cap."""
+    """The spent fraction of a lifetime cap's divergence; None for an infinite cap."""
     if math.isinf(cap):
         return None
     room = filter.most_divergence(cap, order=history.order, delta=history.delta)
@@ -136,7 +135,7 @@ def _run(name: str, run: Run, now: datetime) -> RunSpending:
 
 @lru_cache(maxsize=4096)
 def _epsilon(plan: Plan, rounds: int) -> float:
-    """Of some rounds of a plan, by PLD; a ledger may hold many runs of one plan."""
+    """PLD epsilon of some rounds of a plan; cached, because a ledger may hold many runs of one plan."""
     return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
 
 
@@ -164,7 +163,7 @@ def require_acceptable(history: History, policy: Policy, proposal: Proposal, now
 
 
 def require_usable(history: History) -> None:
-    """Raise Refused where nothing may be trained, whoever asks."""
+    """Raise Refused if the ledger is frozen or in doubt: then nobody may train."""
     if history.frozen:
         raise Refused(Reason.FROZEN)
     if history.in_doubt:
@@ -212,6 +211,7 @@ def require_room(
         if cap is None:
             continue
         room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+        # Not `>`: a divergence that is NaN must be refused.
         if not history.divergence(charged + held + asked) <= room:
             would = filter.epsilon_filter(charged + held + asked, order=history.order, delta=history.delta)
             now_at = filter.epsilon_filter(charged + held, order=history.order, delta=history.delta)

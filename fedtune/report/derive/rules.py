@@ -1,8 +1,8 @@
-"""What follows from facts and sites: a report's assumptions, its codes, and the whole of it.
+"""A report derived from facts and sites: its assumptions, its codes, and the report as a whole.
 
-An assumption is "verified" where it was computed or compared again for the report, "ensured" where the program does it
-in every run (by the version and the test named), "asserted" where somebody states it, "assumed" where nobody does;
-"violated" is known not to hold.
+An assumption is "verified" if it was checked again for the report; "ensured" if the program does it in every run (with
+the version and the test named); "asserted" if somebody states it; "assumed" if nobody does; "violated" if it is known
+not to hold.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAVES_OUT = (
     "refusals_and_receipts",
     "side_channels",
 )
-"""What the epsilon of a report does not add up."""
+"""Privacy losses that the epsilon of a report does not include."""
 NOT_PROTECTED = (
     "facts_about_people_in_general",
     "outside_training",
@@ -70,19 +70,19 @@ _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
 _UPDATES = {False: "updates", True: "masked_updates"}
-"""What a site's training releases, by whether it is readable in a secure sum alone."""
+"""The code of a site's released updates, by whether they are masked for a secure sum."""
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
 def report_of(
     facts: RunFacts | LedgerFacts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None
 ) -> Report:
-    """The report of a run or a ledger, but for its cells.
+    """The report of a run or a ledger, without its cells.
 
     Args:
-        facts: of its record.
-        sites: judged.
-        utility: of a run.
+        facts: from its record.
+        sites: with their verdicts.
+        utility: the scores of a run.
     """
     if isinstance(facts, RunFacts):
         plans, name, date, unit, delta = [facts.plan], facts.name, facts.date, facts.plan.unit, facts.plan.delta
@@ -91,7 +91,7 @@ def report_of(
         released += ("final_adapter",) if facts.finished else ()
         covers = ("rounds_and_steps", "charged_retries", *statistics)
         others, audit, of_run = {"other_ledgers"}, facts.audit, True
-        # Exact figures that a run's report has not: of an attack on records trained on, and a joined site's entries.
+        # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
         no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
         no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
     else:
@@ -140,7 +140,7 @@ def report_of(
 
 
 def statistics_of(plans: Iterable[Plan]) -> tuple[str, ...]:
-    """What rounds of these plans release beside updates."""
+    """The statistics that rounds of these plans release besides updates."""
     released = {plan.metrics for plan in plans if plan.releases_metrics}
     return tuple(known.name for kind, known in METRICS.items() if kind in released)
 
@@ -150,7 +150,7 @@ def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
 
 
 def _randomness(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> str:
-    """Where noise and samples came from, as far as somebody who knows has said so."""
+    """The source of noise and samples, as far as the record or the site states it."""
     if isinstance(facts, LedgerFacts):
         if facts.seeded_noise:
             return "seeded"
@@ -166,9 +166,9 @@ def _randomness(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> s
 
 
 def assumptions(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
-    """What the guarantee rests on, the violated ones first."""
+    """The assumptions that the guarantee rests on, violated ones first."""
     found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_ledger(facts, sites[0])
-    # A ledger that does not fit together shows nothing, not even what its site asserts.
+    # An inconsistent ledger is evidence of nothing, not even of its site's assertions.
     shows = isinstance(facts, RunFacts) or facts.verification is not None
     made = [
         Assumption(code=code, status=status if shows or status == "violated" else "assumed", evidence=evidence)
@@ -178,7 +178,7 @@ def assumptions(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> t
 
 
 def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
-    """Those of a run, as its lead knows them: code, status, evidence."""
+    """Assumptions of a run, as its lead knows them: code, status, evidence."""
     yield from _of_mechanism(facts, sites)
     yield from _of_figures(sites, delta=facts.plan.delta, unit=facts.plan.unit)
     yield _receipts(facts, sites)
@@ -195,14 +195,14 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         disagree = [site.site for site in said if "site_report_disagrees" in site.verdict.reasons]
         status: _Status = "violated" if disagree else "verified"
         yield "site_reports_agree", status, _named(disagree or [site.site for site in said])
-        # A lead may keep a newer one back; the site alone knows.
+        # A lead may withhold a newer report; only the site knows.
         yield "site_reports_are_newest", "assumed", _named(f"{site.site}: {site.reported}" for site in said)
     if facts.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
 
 def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
-    """What a simulation's own process knows, and of real sites only those that signed a report."""
+    """Assumptions on the mechanism, known to a simulation's own process, or stated by real sites' signed reports."""
     said = [site.site for site in sites if site.source == "signed_site_report"]
     by_sites: tuple[_Status, str] = (
         "asserted" if len(said) == len(sites) else "assumed",
@@ -230,7 +230,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
         yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}; environment.json"
     else:
         yield "unpredictable_randomness", *by_sites
-    # Whether the bound on one unit was exact say the policies of simulated sites; real ones keep theirs.
+    # Policies of simulated sites tell whether the bound on one unit was exact; real sites keep theirs private.
     if facts.inexact_gradients:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients=true; docs/guarantee.md"
     elif not private:
@@ -242,7 +242,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
 
 
 def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iterator[_Found]:
-    """What the sites' figures themselves say."""
+    """Assumptions that follow from the sites' figures."""
     largest = max((site.declared_size or 0 for site in sites), default=0)
     compared = f"delta={delta:g}; declared_size={largest}"
     yield "delta_below_one_over_size", "verified" if delta * largest < 1 else "violated", compared
@@ -265,7 +265,7 @@ def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iter
 
 
 def _receipts(facts: RunFacts, sites: Sequence[SiteReport]) -> _Found:
-    """Of each site that was charged, whether the lead holds its signed word."""
+    """Whether the lead holds a signed receipt from every site that was charged."""
     code, sources = "receipts_signed", {site.source for site in sites}
     if doubtful := [site.site for site in facts.sites if not site.believed]:
         return code, "violated", _named(doubtful)

@@ -1,6 +1,6 @@
-"""Whether what was spent stays within what was approved, as it follows from a report's figures.
+"""Verdicts: whether the spent epsilon stays within the approved one, derived from a report's figures.
 
-A verdict is made of reasons: its state is the worst that one of them brings about, and `REASONS` says which that is.
+A verdict follows from its reasons: its state is the worst among theirs, and `REASONS` gives the state of each.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ REASONS: Mapping[State, tuple[str, ...]] = {
         "audited",
     ),
 }
-"""State -> the reasons for it, those of "within" being worth saying; the worst state first."""
+"""State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
 _LAST_DIGITS = 1e-9
-"""Relative; what two ways to compute the same epsilon may differ by."""
+"""Relative tolerance: two ways to compute the same epsilon may differ by rounding."""
 
 
 def verdict_of(reasons: Iterable[str]) -> Verdict:
@@ -56,9 +56,9 @@ def verdict_of(reasons: Iterable[str]) -> Verdict:
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst state of some verdicts, with the reasons of those that have it, each once.
+    """The worst state of several verdicts, with the reasons of those in that state, each once.
 
-    That one site spent nothing is no reason where another one did.
+    "nothing_spent" is kept only if it holds for all of them.
     """
     several = list(verdicts)
     state = min((verdict.state for verdict in several), key=WORST_FIRST.index, default=WORST_FIRST[-1])
@@ -70,7 +70,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def room_of(report: Report) -> Room | None:
-    """What a site's own report says of a budget that is kept and has no room for more; None: it has, or is not kept."""
+    """Why a kept budget has no room for another run, in a site's own report; None: it has room, or was not kept."""
     life = report.sites[0].lifetime if report.kind == "ledger" and report.sites else None
     if life is None or report.verdict.state != "within":
         return None
@@ -82,14 +82,14 @@ def room_of(report: Report) -> Room | None:
 
 
 def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
-    """The site with the verdict for `reasons`, and with what its epsilon means.
+    """Add to a site the verdict for `reasons`, and the meaning of its epsilon.
 
-    Where nothing is promised that is not said, unless it says "anything": nothing but noise is missing.
+    Without a guarantee the meaning is left out, unless missing noise is the only reason.
 
     Args:
-        site: with figures.
-        reasons: that hold.
-        charged: everything that its epsilon is of.
+        site: the site, with its figures.
+        reasons: the reasons that hold.
+        charged: all events that its epsilon covers.
         delta: of the report.
     """
     verdict, spent = verdict_of(reasons), site.spent
@@ -101,7 +101,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
 
 
 def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str]:
-    """The reasons at one site of a run, whose plan was fixed: its whole cost is a proof whatever ended the run."""
+    """The reasons at one site of a run.  The plan was fixed, so its whole epsilon is a proof whatever ended the run."""
     spent = site.spent
     assert spent is not None
     if spent.rounds == 0:
@@ -128,10 +128,10 @@ def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: boo
     """The reasons of a ledger: what was spent against what is approved now.
 
     Args:
-        life: what was spent.
-        approved: by the site.
-        charges: that the ledger holds, as `Cap.charges_before` counts them.
-        verified: whether it fits together.
+        life: the ledger's spending.
+        approved: the caps that the site approves.
+        charges: number of charges in the ledger, as `Cap.charges_before` counts them.
+        verified: whether the ledger is consistent.
     """
     something = life.epsilon != 0
     yield from _holding(
@@ -139,7 +139,7 @@ def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: boo
         ledger_in_doubt=life.in_doubt,
         seeded_noise=life.seeded,
         no_noise=life.epsilon is None,
-        # A filter bounds anything only while a cap is fixed and never passed.
+        # A Renyi filter is a bound only while its cap is fixed and never exceeded.
         no_lifetime_cap=life.spent_without_cap(charges) or (approved.max_epsilon is None and something),
         above_lifetime_cap=something and above(life.epsilon, approved.max_epsilon),
         above_period_cap=something and above(life.period_epsilon, approved.max_epsilon_per_period),
@@ -153,7 +153,7 @@ def _holding(**known: bool) -> Iterator[str]:
 
 
 def above(epsilon: float | None, cap: float | None) -> bool:
-    """Whether an epsilon passes a cap, by more than last digits; None is unbounded, or no cap."""
+    """Whether an epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
 
 
