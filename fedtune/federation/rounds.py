@@ -91,6 +91,8 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
         )
         for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
             receipt, update = lead.heed(site, reply).receipt, isinstance(reply.body, Update)
+            if receipt and (receipt.site, receipt.run) != (site, lead.run):
+                receipt = None
             # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
             after = state.heard(site, own, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
@@ -193,9 +195,8 @@ def _tell_the_end(transport: Transport, lead: Lead, *, adapter: Adapter | None) 
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
     signed = notice.signed(lead.key)
     questions = [Question(site=site, signed=signed, adapter=given) for site in lead.federation.active]
-    timeout_s = min(lead.federation.round_timeout_s, _END_TIMEOUT_S)
     return {
         site: receipt
-        for site, receipt in transport.end(questions, timeout_s=timeout_s)
+        for site, receipt in transport.end(questions, timeout_s=min(lead.federation.round_timeout_s, _END_TIMEOUT_S))
         if receipt and not receipt.reply and receipt.site_key == lead.site_keys.get(site, receipt.site_key)
     }

@@ -87,7 +87,7 @@ def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) ->
     sorted_out = sort(update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
     arrived = sorted_out.arrived
-    kept = arrived.adapter(arrived.values("a", start=0, count=arrived.num_values))
+    kept = arrived.adapter(arrived.values("a", start=0, count=arrived.sent.num_values))
     np.testing.assert_array_equal(kept.tensors["head"], 2 * adapter.tensors["head"])
 
 

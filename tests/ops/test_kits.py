@@ -231,7 +231,7 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
         (_swap("datasets", []), "must declare at least one data set"),
         (_swap("datasets", [{"id": "a", "declared_size": 0}]), "declared_size = 0: must be from 1"),
-        (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be from 1"),
+        (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be"),
         (_swap("datasets", [{"id": "a", "declared_size": 1}] * 2), r"datasets\.id = \['a', 'a'\]: must not repeat"),
     ],
 )

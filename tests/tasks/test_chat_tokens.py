@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from fedtune.data import Record
 from fedtune.tasks import task_named
 
-from .test_chat_format import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, chat, messages
-from .test_chat_format import settings as layout
+from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, chat, messages
+from .test_chat_template import settings as layout
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
