@@ -81,6 +81,15 @@ class LibraryPanic(Exception):
 
 
 @contextmanager
+def errors_in(path: object) -> Iterator[None]:
+    """Name the file in errors about what it says."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.in_file(path) from None
+
+
+@contextmanager
 def panics_as_errors() -> Iterator[None]:
     """Turn what a library raises beside `Exception` into a `LibraryPanic`; also a decorator.
 

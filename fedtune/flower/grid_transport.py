@@ -105,8 +105,8 @@ class GridTransport:
             return
         waiting = list(grid.push_messages(messages))
         while waiting and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
             for message_id in list(waiting):
                 for message in grid.pull_messages([message_id]):
                     waiting.remove(message_id)
                     yield message
-            time.sleep(_POLL_S)

@@ -10,16 +10,15 @@ R(y_k) = floor(y_k + 1/2), all in cells.  With V_k = y_k + 1/2 - R(y_k), in [0, 
 since R(y_h) is what is left of Y once the others' whole numbers are taken away.  Given Y and y_1, ..., y_(k-1), the
 value y_k is normal with a variance of (1 - 1/n) s^2, n = h - k + 1 sites being left: at least s^2 / 2.  A normal value
 of variance v, wrapped around a circle of length 1, is uniform but for a total variation of exp(-2 pi^2 v), by its
-Fourier series.  So V_1, ..., V_(h-1) are uniform and independent of Y, whatever the g_k are, but for a total variation
-of
+Fourier series.  So V_1, ..., V_(h-1) are uniform and independent of Y, whatever the g_k are, but for a total
+variation of
 
     (h - 1) exp(-pi^2 s^2)
 
 a value.  If this held exactly, the total would be post-processing of Y, the Gaussian mechanism with variance h s^2 on
 the sum of the g_k, with random numbers that depend on no record.  `LEAST_CELLS` keeps s at 8 or more: over 2^60 values
-of
-2^10 sites all gaps together stay below 1e-250, a part of eta in docs/guarantee.md.  Hence a release is an event of the
-plain kind, with the noise of the honest shares, and all that is proved of those events holds for it.
+of 2^10 sites all gaps together stay below 1e-250, a part of eta in docs/guarantee.md.  Hence a release is an event of
+the plain kind, with the noise of the honest shares, and all that is proved of those events holds for it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 from fedtune.codec import BARE_KEY, decode
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.site_policy import Policy
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, errors_in
 
 
 def read_policy(path: Path) -> Policy:
@@ -24,10 +24,8 @@ def read_policy(path: Path) -> Policy:
         ConfigError: names the file, the key, its value and what would be accepted.
     """
     table = read_toml(path, key="policy")
-    try:
+    with errors_in(path):
         return decode(Policy, table)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def read_toml(path: Path, *, key: str) -> dict[str, Any]:

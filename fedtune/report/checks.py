@@ -17,7 +17,7 @@ from fedtune.report.derive import cells
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
-from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
+from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError, errors_in
 from fedtune.words import counted
 
 _CALIBRATED = 1e-3
@@ -191,7 +191,5 @@ def read_report(name: str) -> tuple[Path, Report]:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
-    try:
+    with errors_in(path):
         return path, signing.read(data)
-    except ConfigError as error:
-        raise error.in_file(path) from None

@@ -68,13 +68,15 @@ class Trial:
             ConfigError: its folder belongs to something else.
         """
         folder = Path(config.tracking.output_dir) / config.name
-        if config.resume is None and folder.exists():
+        is_taken = config.resume is None and folder.exists()
+        if is_taken:
             config = replace(config, resume=str(folder))
-            try:
-                folder_of(config)
-            except ConfigError as error:
-                raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
-        folder = folder_of(config)
+        try:
+            folder = folder_of(config)
+        except ConfigError as error:
+            if not is_taken:
+                raise
+            raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
         result = result_in(folder, finished=True)
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
 

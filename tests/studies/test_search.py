@@ -19,12 +19,12 @@ from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
-from fedtune.show.run_progress import Display
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 from fedtune.studies.trial_search import Search
 
 from ..cli.widths import COLUMNS, too_wide
+from .interrupts import interrupted_in_round
 
 pytestmark = pytest.mark.nightly
 
@@ -164,21 +164,10 @@ def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, 
     assert files_in(folder) == before
 
 
-def test_ctrl_c_in_a_trial_charges_nothing_twice(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_a_trial_charges_nothing_twice(command: Any, tiny: Any, tmp_path: Path) -> None:
     two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
     words = tiny(*two_rounds, into=tmp_path, name="stopped")
-    finished, seen = Display.round_finished, []
-
-    def interrupted(self: Display, state: Any) -> None:
-        finished(self, state)
-        seen.append(state.round)
-        if len(seen) == 3:  # the first round of the second trial
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Display, "round_finished", interrupted)
+    with interrupted_in_round(3):  # the first of the second trial
         stopped = command("search", *words, "--trials", "2")
     assert stopped.code == 1
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())

@@ -17,12 +17,12 @@ from fedtune.api.compose import compose_run
 from fedtune.federation.lead import RoundResult
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
-from fedtune.show.run_progress import Display
 from fedtune.show.terminal_tables import show
 from fedtune.spec import RunError
 from fedtune.studies.trials import Trial, Trials
 
 from ..builders import run_result
+from .interrupts import interrupted_in_round
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 
@@ -118,20 +118,9 @@ def test_a_name_that_is_taken_is_refused_before_the_first_run(
     assert len(lines_of(folder / "three.csv")) == 3
 
 
-def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(command: Any, tiny: Any, tmp_path: Path) -> None:
     words = tiny("seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped")
-    finished, seen = Display.round_finished, []
-
-    def interrupted(self: Display, state: Any) -> None:
-        finished(self, state)
-        seen.append(state.round)
-        if len(seen) == 3:  # the first round of the second run
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Display, "round_finished", interrupted)
+    with interrupted_in_round(3):  # the first of the second run
         stopped = command("simulate", "-m", *words)
     assert stopped.code == 1
     assert [line["state"] for line in lines_of(tmp_path / "stopped.csv")] == ["finished", "interrupted"]

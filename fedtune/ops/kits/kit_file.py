@@ -26,7 +26,7 @@ from fedtune.ops.kits.certificates import (
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_toml
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, spec
+from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, errors_in, spec
 
 if TYPE_CHECKING:
     from fedtune.ops.wire.identity import Tls
@@ -97,10 +97,8 @@ def read_spec(cls: type[T], path: Path) -> T:
         ConfigError: names the file, the key, its value and what would be accepted.
     """
     table = read_toml(path, key="file")
-    try:
+    with errors_in(path):
         return _of_this_version(cls, table)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def read_json(cls: type[T], data: bytes, *, key: str) -> T:

@@ -34,7 +34,7 @@ from fedtune.ops.kits.kit_file import KitFile, read_json
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, spec
+from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, errors_in, spec
 from fedtune.words import spoken
 
 PURPOSE, ROSTER = "join request", "roster"
@@ -147,12 +147,10 @@ class Roster:
     def read_signed(cls, path: Path, *, kit: KitFile) -> Roster:
         """The same, signed by the lead that `kit` names, and for its federation."""
         roster = cls.read(path)
-        try:
+        with errors_in(path):
             roster.check_signed(kit.lead)
             if roster.federation != kit.federation:
                 raise ConfigError("roster.federation", roster.federation, f"must be {kit.federation!r}")
-        except ConfigError as error:
-            raise error.in_file(path) from None
         return roster
 
     def signed(self, key: SigningKey) -> Roster:
@@ -177,10 +175,8 @@ def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1)
             data = file.read(most)
     except OSError as error:
         raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
-    try:
+    with errors_in(path):
         return of(data)
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def _check_datasets(datasets: Collection[DataSet]) -> None:
@@ -280,10 +276,8 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
         ConfigError: the policy is wrong, the folder exists or cannot be written, or a key is not fit for use.
     """
     files = SiteFiles.of(site_toml)
-    try:
+    with errors_in(site_toml):
         check_site_name(files.policy.site)
-    except ConfigError as error:
-        raise error.in_file(site_toml) from None
     folder = out or site_toml.parent / "kit"
     with new_folder(folder, key="folder") as building:
         connection = make_key()

@@ -6,8 +6,7 @@ says; no other site's kit is ever touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +31,7 @@ from fedtune.ops.kits.kit_file import read_spec
 from fedtune.ops.kits.members import JoinRequest, Member
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, errors_in
 
 OwnKind = Literal["server", "lead"]
 
@@ -120,7 +119,7 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
     asked = JoinRequest.read(request)
 
     def checked(federation: FederationFolder) -> Member:
-        with _about(request):
+        with errors_in(request):
             _check_not_taken(asked.site, federation.members)
             _check_keys_are_new(federation, asked, federation.members)
         return _admitted(federation, asked, days=days, now=now)
@@ -155,7 +154,7 @@ def ask_to_renew(
 
     def checked(federation: FederationFolder) -> tuple[Member, Member]:
         old = _member_named(name, federation.members)
-        with _about(request):
+        with errors_in(request):
             if asked.site != old.site:
                 raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
             if asked.node_key == old.node_key:
@@ -214,15 +213,6 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
         federation.change(tuple(revoked if one is old else one for one in members), {})
         return revoked
-
-
-@contextmanager
-def _about(request: Path) -> Iterator[None]:
-    """Name the request in errors about what it says."""
-    try:
-        yield
-    except ConfigError as error:
-        raise error.in_file(request) from None
 
 
 def _admit(

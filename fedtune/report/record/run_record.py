@@ -27,7 +27,7 @@ from fedtune.privacy.selection import Selection
 from fedtune.runs.environment import Environment, read_environments
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_settings import for_sites
-from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
 
 _RESULT = TypeAdapter(RunResult)
 _SELECTION = TypeAdapter(Selection)
@@ -234,10 +234,8 @@ def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
 
 def _config(folder: Path) -> RunConfig:
     settings = saved_settings(folder)
-    try:
+    with errors_in(RunFolder(folder).config):
         return parse(settings)
-    except ConfigError as error:
-        raise error.in_file(RunFolder(folder).config) from None
 
 
 def _result(folder: Path) -> RunResult | None:
