@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _ABBREVIATED = frozenset({"f1", "auroc", "ece", "mae", "rmse"})
 
 
@@ -75,6 +76,17 @@ def score_words(name: str) -> str:
 def score_text(value: float | None) -> str:
     """A score in four digits: 0.7500, and never -0.0000."""
     return "not a number" if value is None or not math.isfinite(value) else f"{value:z.4f}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A long name, cut in its middle."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def power_of_ten(exponent: int) -> str:
+    """10⁻⁵ and the like."""
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -21,7 +21,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import price_of
-from fedtune.report.page.drawing import LIMIT, Panel, Series, chart
+from fedtune.show.drawing import LIMIT, Panel, Series, chart
 from fedtune.show.terminal_tables import json_text, print_json, say, show, write_file
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.studies.trial_search import check_trials, price_section

@@ -19,7 +19,7 @@ from fedtune.evaluation.groups import GroupScores
 from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.mechanism import OTHERS
-from fedtune.report.page.drawing import intervals
+from fedtune.show.drawing import intervals
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trial

@@ -25,7 +25,7 @@ import readme_table
 from fedtune.api.compose import compose_run
 from fedtune.flower.simulation import simulate
 from fedtune.privacy.durable import write_durably
-from fedtune.report.page.drawing import Panel, Series, chart
+from fedtune.show.drawing import Panel, Series, chart
 from fedtune.training.machine import usable_cores
 
 FOLDER = Path(__file__).parent

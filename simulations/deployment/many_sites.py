@@ -23,7 +23,7 @@ from typing import Any
 from local_federation import LocalFederation
 
 from fedtune.privacy.durable import write_durably
-from fedtune.report.page.drawing import Panel, Series, chart
+from fedtune.show.drawing import Panel, Series, chart
 
 HERE = Path(__file__).parent
 RESULTS, CHART = HERE / "many_sites.json", HERE / "many_sites.svg"

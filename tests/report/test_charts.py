@@ -13,11 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedtune.report.model import Cap, Report
-from fedtune.report.page import drawing
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.charts import Chart, Charts
-from fedtune.report.page.drawing import Panel, Series
 from fedtune.report.page.tables import Tables, Words
+from fedtune.show import drawing
+from fedtune.show.drawing import Panel, Series
 
 from .shown import HOSTILE, Make, detail_of, filled, wide_ledger, wide_run, with_site
 
@@ -84,7 +84,7 @@ def test_equal_charts_have_equal_bytes_in_every_process(code: str, run: Report, 
 @pytest.mark.nightly
 def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     program = (
-        "from fedtune.report.page.drawing import Panel, Series, chart\n"
+        "from fedtune.show.drawing import Panel, Series, chart\n"
         "one = Series(points=[(1, 3), (2, 4)], number=0, label='a')\n"
         "two = Series(points=[(1, 2)], number=1, kind='bars')\n"
         "print(chart('x', [Panel(series=[one, two], y='y')], named=('t', 'd'), number=str))"

@@ -19,9 +19,9 @@ from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.spec import check_one_of
+from fedtune.words import power_of_ten
 
 LANGUAGES = ("en", "de")
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TIMES = "\N{MULTIPLICATION SIGN}"
 MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth a number bounds them
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
@@ -173,11 +173,6 @@ def catalogue(language: str) -> Catalogue:
     texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
     of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}
     return Catalogue(language, of_language)
-
-
-def power_of_ten(exponent: int) -> str:
-    """10⁻⁵ and the like."""
-    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def _rounded(value: Decimal, places: int, rounding: str) -> Decimal:

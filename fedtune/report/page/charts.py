@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtune.report.page.drawing import BEFORE, LIMIT, WITHOUT_PRIVACY, Panel, Series, chart, stacked
-from fedtune.report.page.tables import MOST_LINES, Table, Tables, Words, in_groups, pointer, shortened
-from fedtune.words import score_words
+from fedtune.report.page.tables import Table, Tables, Words, in_groups, pointer
+from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, WITHOUT_PRIVACY, Panel, Series, chart, stacked
+from fedtune.words import score_words, shortened
 
 _MOST_BARS = 12
 _MOST_POINTS = 200

@@ -29,10 +29,10 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import Tables, Words, data, pointer, shortened
+from fedtune.report.page.tables import Tables, Words, data, pointer
 from fedtune.report.page.unfinished import AGAIN_S, Unfinished
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import score_words
+from fedtune.words import score_words, shortened
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"

@@ -18,11 +18,10 @@ from fedtune.report.derive.profile import TIERS_SOURCE, band_limits, strength_ba
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
-from fedtune.words import score_words, unbounded
+from fedtune.show.drawing import MOST_LINES
+from fedtune.words import score_words, shortened, unbounded
 
 One = TypeVar("One")
-MOST_LINES = 6
-"""Lines of a chart; more could not be told apart."""
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
 _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no")
@@ -308,12 +307,6 @@ def pointer(*parts: str | int) -> str:
 
 def _unescaped(part: str) -> str:
     return part.replace("~1", "/").replace("~0", "~")
-
-
-def shortened(text: str, most: int) -> str:
-    """A long name, cut in its middle."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 PAGE_ONE_SITES = 8

@@ -10,8 +10,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from fedtune.report.page.catalogue import power_of_ten
-from fedtune.report.page.tables import MOST_LINES, shortened
+from fedtune.words import power_of_ten, shortened
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
@@ -23,6 +22,8 @@ MARKERS = (
     "M0 3l-2.8-5.2h5.6z",
     "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
 )
+MOST_LINES = len(COLOURS)
+"""More lines in one chart could not be told apart."""
 LIMIT, BEFORE, WITHOUT_PRIVACY = "5 4", "1 2", "7 4"
 """Dashes of levels that lines are compared with."""
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
