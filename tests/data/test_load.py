@@ -79,9 +79,10 @@ def test_whether_a_record_is_the_leads_is_a_matter_of_that_record(whole: Path, t
 def test_users_are_the_leads_whole(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a", "who": f"u{number % 60}"} for number, text in enumerate(TEXTS)]
     path = written(tmp_path / "all.jsonl", rows)
-    given = spec(path, columns=COLUMNS | {"user": "who"}, validation_fraction=0.2, test_fraction=0.2)
-    found = dealt(given, unit="user")
-    parts = [found.validation, found.test, *(site.training for site in found.sites)]
+    shares = {"validation_fraction": 0.2, "test_fraction": 0.2, "heldout_fraction": 0.2}
+    found = dealt(spec(path, columns=COLUMNS | {"user": "who"}, **shares), unit="user")
+    of_sites = [part for site in found.sites for part in (site.training, site.heldout)]
+    parts = [found.validation, found.test, *of_sites]
     users = [{record.fields["user"] for record in part} for part in parts]
     assert all(users)
     assert sum(map(len, users)) == len(set().union(*users)) == 60
@@ -132,18 +133,6 @@ def test_an_id_in_the_files_of_two_sites_is_two_users(tmp_path: Path) -> None:
     found = dealt(spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file")), unit="user")
     assert sides(found)[2:] == [["ann", "bob", "ann"], ["bob", "eve", "ann"]]
     assert found.shared_users == 2
-
-
-def test_an_id_at_two_values_of_a_column_is_refused_and_counted(tmp_path: Path) -> None:
-    rows = [{"text": "a", "kind": "a", "who": who, "org": org} for who in "xyz" for org in ("n", "s")][:5]
-    path = written(tmp_path / "all.jsonl", rows)
-    partition = PartitionSpec(kind="column", sites={"n": 0, "s": 1})
-    given = spec(path, columns=COLUMNS | {"user": "who", "site": "org"}, partition=partition)
-    with pytest.raises(DataError) as error:
-        dealt(given, unit="user")
-    assert "all.jsonl:2, site = 's': must lead to one site" in str(error.value)
-    assert "2 users here would be at several" in str(error.value)
-    assert "data.partition.kind=file" in str(error.value)
 
 
 def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> None:

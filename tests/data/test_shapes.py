@@ -153,36 +153,7 @@ def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, d
         assert work(found) <= work([most] * full + [rows] * -(-left // room)), "and one number for what is left over"
 
 
-def test_one_more_record_leaves_the_shape_of_every_other_as_it_was() -> None:
-    shapes = Shapes.of(max_length=40, max_tokens=480)
-    lengths = np.random.default_rng(3).integers(1, 41, size=50)
-
-    def padded(places: np.ndarray) -> dict[int, int]:
-        return {int(place): part.length for part in shapes.cut(places, lengths) for place in part.places}
-
-    everyone = padded(np.arange(50))
-    for gone in range(50):
-        assert padded(np.delete(np.arange(50), gone)) == {k: v for k, v in everyone.items() if k != gone}
-
-
-def test_nobody_is_no_micro_batch() -> None:
-    assert list(Shapes.of(max_length=9, max_tokens=99).cut(np.array([], dtype=np.int64), np.array([3, 4]))) == []
-
-
 def test_a_record_longer_than_the_longest_is_not_lost() -> None:
     shapes = Shapes.of(max_length=9, max_tokens=99)
     with pytest.raises(AssertionError):
         list(shapes.cut(np.array([0, 1]), np.array([3, 99])))
-
-
-@quick
-@given(run=shapes_of_runs(), count=st.integers(1, 500), data=st.data())
-def test_the_shape_of_what_is_left_over_depends_on_how_many_there_are(
-    run: tuple[Shapes, int], count: int, data: st.DataObject
-) -> None:
-    shapes, longest = run
-    tokens = data.draw(st.integers(1, longest))
-    assume(length_of(shapes, tokens))
-    found = list(shapes.cut(np.arange(count, dtype=np.int64), np.full(count, tokens)))
-    again = list(shapes.cut(np.arange(count, dtype=np.int64)[::-1], np.full(count, tokens)))
-    assert [(part.rows, part.length) for part in found] == [(part.rows, part.length) for part in again]

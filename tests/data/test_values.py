@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,46 +13,182 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import Record, iter_records, unit_hash, users_of
+from fedtune.data import Record, iter_records, record_key, unit_hash, users_of
 from fedtune.data.records import column_values, record_of, usable_records
-from fedtune.data.values import one_form, turns_like
+from fedtune.data.values import labels_of, one_form, said_of, turns_like, turns_said
 from fedtune.spec import DataError
 
 ASKED, SAID = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
 CHAT = '[{"role":"user","content":"where?"},{"role":"assistant","content":"here"}]'
 NOT_LEARNT = CHAT.replace('"here"', '"here","train":false')
+ONE = '[{"role":"assistant","content":"here"}]'
+NAN, DEEP = float("nan"), "[" * 100_000
+PRINTED = str([ASKED, SAID])
+LISTED = '["late","lost"]'
+SECRET = "secret"
+"""Part of values that no message may quote."""
 
 
-def read(value: object, role: str) -> str:
-    return record_of({"c": value}, {role: "c"}, file="a.jsonl", line=3).fields[role]
+def said(content: Any, **more: Any) -> list[Any]:
+    return [ASKED, {"role": "assistant", "content": content} | more]
 
 
-def refused(value: object, role: str) -> str:
-    with pytest.raises(DataError) as caught:
-        read(value, role)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "user"),
-    [
-        (("Jose\u0301", "Jos\u00e9", " Jos\u00e9\u200b", "\ufeffJos\u00e9", "Jo\u00adse\u0301"), "Jos\u00e9"),
-        (("Ann\u00a0Lee", "Ann  Lee", "Ann Lee"), "Ann Lee"),
-        ((12, 12.0, "12", "12.0", "12.00"), "12"),
-        (("-3.0", -3), "-3"),
-        (("ann",), "ann"),
-        (("1.10",), "1.10"),
+READ: dict[str, list[tuple[object, str]]] = {
+    "text": [(" a ", " a ")],
+    "label": [(True, "true"), (False, "false"), (2.0, "2"), (7, "7"), (" a ", "a")],
+    # Of each person one id: in one form, without what cannot be seen.
+    "user": [
+        *((name, "Jos\u00e9") for name in ("Jose\u0301", " Jos\u00e9\u200b", "\ufeffJos\u00e9", "Jo\u00adse\u0301")),
+        *((name, "Ann Lee") for name in ("Ann\u00a0Lee", "Ann  Lee", "Ann Lee")),
+        *((number, "12") for number in (12, 12.0, "12", "12.0", "12.00")),
+        *(("-3.0", "-3"), (" Ann ", "Ann"), ("1.10", "1.10"), ("12e45678", "12e45678")),
     ],
-)
-def test_one_person_has_one_id(values: tuple[object, ...], user: str) -> None:
-    assert {read(value, "user") for value in values} == {user}
+    "messages": [
+        (CHAT, CHAT),
+        (said("here"), CHAT),
+        ([{"from": "human", "value": "where?"}, {"from": "gpt", "value": "here"}], CHAT),
+        ([{"role": " User", "content": "where?"}, {"role": "Assistant", "content": "here"}], CHAT),
+        ([{"role": "user", "content": [{"type": "text", "text": "where?"}]}, SAID | {"role": "model"}], CHAT),
+        ([{**turn, "name": None, "from": None} for turn in (ASKED, SAID)], CHAT),
+        ({"role": ["user", "assistant"], "content": ["where?", "here"]}, CHAT),
+        ({"from": ["human", "gpt"], "value": ["where?", "here"]}, CHAT),
+        (json.dumps({"role": ["user", "assistant"], "content": ["where?", "here"]}), CHAT),
+        (
+            [{"role": "developer", "content": "be brief"}, ASKED],
+            '[{"role":"system","content":"be brief"},{"role":"user","content":"where?"}]',
+        ),
+        # Marks of other programs for an answer that is not to be learnt.
+        *((said("here", **mark), NOT_LEARNT) for mark in ({"weight": 0}, {"weight": 0.0}, {"train": False})),
+        *((said("here", **mark), NOT_LEARNT) for mark in ({"training": False}, {"loss": False, "train": True})),
+        *((said("here", **mark), CHAT) for mark in ({"weight": 1}, {"train": None, "train_detail": None})),
+        (NOT_LEARNT, NOT_LEARNT),
+    ],
+    "chosen": [
+        ("lost ", "lost "),
+        ([{"from": "gpt", "value": "here"}], ONE),
+        ('[ {"role": "bot", "content": "here"} ]', ONE),
+        (f"\n {ONE}", ONE),
+        ({"from": "gpt", "value": "here"}, ONE),
+        (json.loads(ONE) * 2, f"{ONE[:-1]},{ONE[1:]}"),
+        ("[1, 2]", "[1, 2]"),
+        ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]'),
+    ],
+    "labels": [
+        (["late", " lost "], LISTED),
+        (["late", 3], '["late","3"]'),
+        ('["late", 2.0]', '["late","2"]'),
+        (7, '["7"]'),
+        *((empty, "[]") for empty in ([], "", "[]", "()", "{}", "set()")),
+        *((text, text.strip()) for text in (" late; lost", "[urgent];late", "(late)", "[late, lost]", "['a\\x41']")),
+        *((text, text) for text in ("['late'lost']", "['late']['lost']", "[" * 300 + "late" + "]" * 300)),
+        # As Python, numpy and pandas print lists.
+        *((text, LISTED) for text in ("['late', 'lost']", "['late' 'lost']", "['late'\n 'lost']", "('late', 'lost')")),
+        *((text, LISTED) for text in ("{'late', 'lost'}", "array(['late', 'lost'])")),
+        ("array(['late', 'lost'], dtype=object)", LISTED),
+        ("""["it's late", 'said \\'no\\'']""", '["it\'s late","said \'no\'"]'),
+        *((text, '["1","2"]') for text in ("[1 2]", "[1. 2.]", "array([1, 2], dtype=int64)")),
+        ("['" + "a' 'b" * 400_000, "['" + "a' 'b" * 400_000),
+    ],
+    "target": [(3, "3.0"), (-2.5, "-2.5"), (" 4.25 ", "4.25"), ("1e3", "1000.0"), (".5", "0.5")],
+    # Whatever stands for a group leaves no record out.
+    "group": [
+        *(("north", "north"), (" north ", "north"), (7, "7"), (7.0, "7"), (True, "true"), ("e\u0301", "\u00e9")),
+        *((value, "") for value in (None, "", 1.5, ["a"], {"a": 1}, 1e300, "a\0", "\ud800")),
+    ],
+}
+NOT_READ: dict[str, list[tuple[object, str]]] = {
+    "text": [
+        *((value, "must be text (role text)") for value in (3, [], True, {"secret": 1})),
+        *((None, "must not be null"), (" ", "must not be blank"), ("secret\ud800", "must be valid Unicode")),
+    ],
+    "label": [(None, "must not be null (role label)"), (NAN, "must not be null"), (1.5, "must be text or an integer")],
+    "user": [
+        *((value, "(role user)") for value in ("", " ", "\u200b", "NA", "nan", "None", "null", "n/a", "#N/A", "-")),
+        *((value, "(role user)") for value in (None, NAN, True, 1.5, {"id": SECRET}, float("inf"), 2.0**53)),
+        *((value, "a number with an exponent") for value in ("1.23457E+11", "1e+05", "1.0e5")),
+        *((value, "'a list of users': must name one user") for value in ([SECRET, "bob"], [SECRET], [], "secret,bob")),
+        *((value, "(docs/user_level.md)") for value in ("secret; bob", "secret|bob", '["secret", "bob"]')),
+    ],
+    "messages": [
+        *((value, "a list of turns (role messages)") for value in (3, {"role": ["user"], "content": []})),
+        *((value, "must be a JSON list of turns") for value in (SECRET, PRINTED, f"array({[ASKED]})")),
+        ([ASKED, ASKED], "turn 2 = 'user': must be assistant: user and assistant take turns"),
+        ([SAID], "turn 1 = 'assistant': must be user"),
+        ([ASKED, {"role": "system", "content": "a"}], "turn 2 = 'system': must be assistant"),
+        ([ASKED, {"role": "tool", "content": SECRET}], "turn 2, role = 'another speaker'"),
+        ([{"who": "user"}], "turn 1 = 'no speaker or no text': must have role and content, or from and value"),
+        ([SECRET], "turn 1 = 'string': must be an object"),
+        ([ASKED | {"content": None}], "turn 1, content = 'null': must be text"),
+        ([ASKED | {"content": [{"type": "text", "text": SECRET}] * 2}], "turn 1, content = 'array': must be text"),
+        *((said([{"type": "image"}, *more]), "pictures and other parts are not") for more in ([], [{"text": SECRET}])),
+        (said(" "), "turn 2, content = 'blank': must not be blank"),
+        (said("\ud800"), "must be valid Unicode (role messages)"),
+        (said("here", tool_calls=[{"id": "1"}]), "turns of tools are not supported"),
+        (said(None, function_call={"name": "f"}), "turns of tools are not supported"),
+        *((said("here", **mark), "must be 0 or 1, false or true") for mark in ({"weight": 0.5}, {"train": "false"})),
+        (said("here", train_detail=[{"begin_offset": 0}]), "turn 2, train_detail = 'marks of parts'"),
+        (DEEP, "text that is no JSON"),
+    ],
+    "chosen": [
+        *(([{"role": "tool", "content": SECRET}], "another speaker"), ([{"role": "user"}], "no speaker or no text")),
+        *((value, "must be text, or a list of at least one turn") for value in ([], 7)),
+        *((" ", "must not be blank: it is what the model learns"), ("\ud800", "must be valid Unicode")),
+        *((PRINTED, "must be a JSON list of turns"), ('[{"role":"assistant","more":' + DEEP, "brackets in brackets")),
+    ],
+    "labels": [
+        *((None, "must not be null"), (["\ud800"], "must be valid Unicode")),
+        *((value, "must be a text or a list of texts") for value in ([[SECRET]], [SECRET, ""], [True], {SECRET: True})),
+        ("[" * 100_000 + "]" * 100_000, "must be a text or a list of texts"),
+        *((value, "must name each label once") for value in ([1, 0, 0], [1.0, 1.0], "[0, 0]", [SECRET, "secret "])),
+        ("['secret', 'secret']", "must name each label once"),
+    ],
+    "target": [
+        (None, "must not be null"),
+        *((value, "must be a finite number") for value in (True, "", "3,5", "1_000", "nan", "1e999", 10**400, SECRET)),
+        # The last one is judged in no more than a look at each character: else this test does not end.
+        *((value, "must be a finite number") for value in ("1" + "0" * 400, float("inf"), [1], "1" * 2_000_000 + "x")),
+    ],
+}
 
 
-@pytest.mark.parametrize(
-    "value", ["", " ", "\u200b", "NA", "nan", "None", "null", "n/a", "#N/A", "-", None, float("nan"), True, 1.5]
-)
-def test_who_has_no_id_is_no_person(value: object) -> None:
-    assert "(role user)" in refused(value, "user")
+def read(value: object, role: str) -> Record:
+    return record_of({"c": value}, {role: "c"}, file="a.jsonl", line=3)
+
+
+@pytest.mark.parametrize("role", READ)
+def test_a_value_in_the_forms_of_others(role: str) -> None:
+    for value, text in READ[role]:
+        assert read(value, role).fields == {role: text}, f"{value!r:.200}"
+        if role not in ("group", "target"):
+            assert read(text, role).fields == {role: text}, "what was read is read the same again"
+
+
+@pytest.mark.parametrize("role", NOT_READ)
+def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> None:
+    for value, why in NOT_READ[role]:
+        with pytest.raises(DataError) as caught:
+            read(value, role)
+        message = str(caught.value)
+        assert why in message, f"{value!r:.200}"
+        assert message.startswith("a.jsonl:3, column 'c'")
+        assert SECRET not in message, "it may be a record's"
+
+
+def test_what_somebody_wrote_and_what_is_an_answer() -> None:
+    assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"), ("n", "group"))] == [
+        []
+    ] * 3
+    assert [read(value, role).answer for value, role in ((3, "target"), ("a", "label"))] == ["3.0", "a"]
+    assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
+    assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
+    assert [text for _, text in read("lost ", "rejected").texts()] == ["lost "]
+    assert len(turns_like(said("here"))) == 2
+
+
+def test_a_name_in_one_form_stays_as_it_is() -> None:
+    for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
+        assert one_form(one_form(text)) == one_form(text)
+        assert unicodedata.is_normalized("NFC", one_form(text))
 
 
 def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Path) -> None:
@@ -65,108 +202,64 @@ def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Pat
     assert len(set(column_values(others, "who", key="x", role="user"))) == 1
 
 
-def test_a_name_in_one_form_stays_as_it_is() -> None:
-    for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
-        assert one_form(one_form(text)) == one_form(text)
-        assert unicodedata.is_normalized("NFC", one_form(text))
+# How deep the stack is must not decide what a value is.
 
 
-@pytest.mark.parametrize(
-    ("mark", "text"),
-    [
-        ({"weight": 0}, NOT_LEARNT),
-        ({"weight": 0.0}, NOT_LEARNT),
-        ({"train": False}, NOT_LEARNT),
-        ({"training": False}, NOT_LEARNT),
-        ({"loss": False, "train": True}, NOT_LEARNT),
-        ({"weight": 1}, CHAT),
-        ({"train": None, "train_detail": None}, CHAT),
-        ({"weight": 0.5}, None),
-        ({"train": "false"}, None),
-        ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": True}]}, None),
-    ],
-)
-def test_an_answer_that_others_do_not_learn_is_marked(mark: dict[str, Any], text: str | None) -> None:
-    for turns in ([ASKED, SAID | mark], [ASKED, {"from": "gpt", "value": "here"} | mark]):
-        if text is None:
-            assert "turn 2" in refused(turns, "messages")
-        else:
-            assert read(turns, "messages") == text
-            assert read(text, "messages") == text, "what was read is read the same again"
+def at(deeper: int, reader: Callable[[str], Any], text: str) -> Any:
+    return at(deeper - 1, reader, text) if deeper else reader(text)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        [{"role": " User", "content": "where?"}, {"role": "Assistant", "content": "here"}],
-        [{"role": "user", "content": [{"type": "text", "text": "where?"}]}, {"role": "model", "content": "here"}],
-        {"role": ["user", "assistant"], "content": ["where?", "here"]},
-        {"from": ["human", "gpt"], "value": ["where?", "here"]},
-        json.dumps({"role": ["user", "assistant"], "content": ["where?", "here"]}),
-    ],
-)
-def test_a_conversation_in_the_forms_of_others(value: Any) -> None:
-    assert len(turns_like(value)) in (2, 0)
-    assert read(value, "messages") == CHAT
+def tried(reader: Callable[[str], str]) -> Callable[[str], str | None]:
+    def read(text: str) -> str | None:
+        try:
+            return reader(text)
+        except DataError:
+            return None
+
+    return read
 
 
-def test_a_developer_is_the_system() -> None:
-    turns = [{"role": "developer", "content": "be brief"}, ASKED, SAID]
-    assert json.loads(read(turns, "messages"))[0] == {"role": "system", "content": "be brief"}
+def test_labels_are_the_same_from_every_depth() -> None:
+    for depth in range(900, 1050, 3):
+        text, labels = "[" * depth + "]" * depth, tried(lambda text: labels_of(text, "labels"))
+        assert {at(deeper, labels, text) for deeper in range(0, 60, 7)} == {None}, depth
 
 
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [
-        ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "turn 2, content = 'array': must be text"),
-        ([ASKED | {"content": [{"type": "text", "text": "a"}] * 2}], "turn 1, content = 'array': must be text"),
-        ({"role": ["user"], "content": []}, "must be a list of turns"),
-        (str([ASKED, SAID]), "as Python's json.dumps writes it and str and pandas do not"),
-    ],
-)
-def test_a_conversation_that_cannot_be_read_says_why(value: Any, why: str) -> None:
-    assert why in refused(value, "messages")
+def test_an_answer_stays_what_it_was_read_as_at_every_depth() -> None:
+    found = set()
+    for depth in range(880, 1050, 3):
+        text = '[{"role": "assistant", "content": "here", "more": ' + "[" * depth + "]" * depth + "}]"
+        for deeper in range(0, 60, 7):
+            found.add(answer := at(deeper, tried(lambda text: said_of(text, "chosen")), text))
+            if answer is not None:
+                assert all(at(other, turns_said, answer) == json.loads(ONE) for other in (0, 30, 60)), depth
+    assert found == {None, ONE}
 
 
-@pytest.mark.parametrize(
-    ("value", "labels"),
-    [
-        ("['late', 'broken']", ["late", "broken"]),
-        ("['late' 'broken']", ["late", "broken"]),
-        ("['late'\n 'broken']", ["late", "broken"]),
-        ("""["it's late", 'said \\'no\\'']""", ["it's late", "said 'no'"]),
-        ("[1 2 3]", ["1", "2", "3"]),
-        ("[1. 2.]", ["1", "2"]),
-        ("[]", []),
-        ("['a\\x41']", None),
-        ("[late, broken]", None),
-        ("['late'broken']", None),
-        ("['late']['broken']", None),
-    ],
-)
-def test_a_list_as_python_prints_it(value: str, labels: list[str] | None) -> None:
-    assert read(value, "labels") == (value if labels is None else json.dumps(labels, separators=(",", ":")))
+def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", None)
+    for text in ("[[],[]]", DEEP, "[1, 2]", "lost"):
+        assert said_of(text, "chosen") == text
+        assert turns_said(text) is None
+    assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
 
 
-@pytest.mark.parametrize("value", [[1, 0, 0], [1.0, 1.0], "[0, 0]", ["late", "late "], "['late', 'late']"])
-def test_a_list_names_each_label_once(value: object) -> None:
-    assert "must name each label once" in refused(value, "labels")
+# Groups.
 
 
-def test_a_long_text_is_no_printed_list_after_one_look_at_it() -> None:
-    text = "['" + "a' 'b" * 400_000
-    assert read(text, "labels") == text
+def test_a_table_without_the_group_s_column_has_no_groups(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("body\na\n")
+    assert [record.fields["group"] for record in iter_records(path, {"text": "body", "group": "ward"})] == [""]
 
 
-@pytest.mark.parametrize(
-    ("value", "label"), [(True, "true"), (False, "false"), (2.0, "2"), (" a ", "a"), (None, None), (float("nan"), None)]
-)
-def test_a_label_of_other_types(value: object, label: str | None) -> None:
-    if label is None:
-        assert "must not be null (role label)" in refused(value, "label")
-    else:
-        assert read(value, "label") == label
-    assert isinstance(value, str) or "must be text" in refused(value, "text") or value is None or value != value
+def test_a_record_s_group_decides_nothing_about_it() -> None:
+    keys = {record_key(Record({"text": "a", **more})) for more in ({}, {"group": "north"}, {"group": "south"})}
+    assert len(keys) == 1
+    assert record_key(Record({"text": "a", "label": "north"})) not in keys
+
+
+# Values of databases, and of Hugging Face sets.
 
 
 def test_values_of_a_database(tmp_path: Path) -> None:
@@ -189,34 +282,20 @@ CLASSES = {"_type": "ClassLabel", "names": ["joy", "anger"]}
 
 
 @pytest.mark.parametrize(
-    "feature",
-    [[CLASSES], {"_type": "List", "feature": CLASSES}, {"_type": "Sequence", "feature": CLASSES, "length": 2}],
+    ("role", "feature", "values", "expected"),
+    [
+        ("label", CLASSES, [0, -1, 1], ["joy", "anger"]),
+        ("labels", [CLASSES], [[0, 1], [], [-1]], ['["joy","anger"]', "[]"]),
+        ("labels", {"_type": "List", "feature": CLASSES}, [[0, 1]], ['["joy","anger"]']),
+        ("labels", {"_type": "Sequence", "feature": CLASSES, "length": 2}, [[1, 0]], ['["anger","joy"]']),
+        *(("label", CLASSES | names, [0, 1], ["0", "1"]) for names in ({"names": None}, {"names": 3})),
+        *(("label", feature, [0, 1], ["0", "1"]) for feature in (1, {"_type": "ClassLabel"})),
+        ("label", CLASSES | {"names": ["x"]}, [0, 1], ["x", "1"]),
+    ],
 )
-def test_classes_of_a_list_have_their_names(tmp_path: Path, feature: Any) -> None:
-    noted = json.dumps({"info": {"features": {"labels": feature}}})
-    rows = pyarrow.Table.from_pylist([{"labels": [0, 1]}, {"labels": []}, {"labels": [-1]}])
-    parquet.write_table(rows.replace_schema_metadata({"huggingface": noted}), tmp_path / "a.parquet")
-    found = [one.fields["labels"] for one in usable_records(tmp_path / "a.parquet", {"labels": "labels"})]
-    assert found == ['["joy","anger"]', "[]"], "-1: nobody said"
-
-
-def test_minus_one_is_no_class(tmp_path: Path) -> None:
-    noted = json.dumps({"info": {"features": {"label": CLASSES}}})
-    rows = pyarrow.Table.from_pylist([{"label": place} for place in (0, -1, 1)])
-    parquet.write_table(rows.replace_schema_metadata({"huggingface": noted}), tmp_path / "a.parquet")
-    found = usable_records(tmp_path / "a.parquet", {"label": "label"})
-    assert [one.fields["label"] for one in found] == ["joy", "anger"]
-
-
-def test_a_folder_of_parts_is_told_so(tmp_path: Path) -> None:
-    (tmp_path / "spark.parquet").mkdir()
-    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "spark.parquet" / "part-0.parquet")
-    with pytest.raises(DataError, match=r"holds 1 part of a table: write them as one file"):
-        list(iter_records(tmp_path / "spark.parquet", {"text": "text"}))
-
-
-def test_a_selection_of_a_saved_set_is_refused(tmp_path: Path) -> None:
-    state = {"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match="call flatten_indices"):
-        list(iter_records(tmp_path, {"text": "text"}))
+def test_classes_have_their_names(tmp_path: Path, role: str, feature: Any, values: Any, expected: list[str]) -> None:
+    """-1 stands for null: nobody said; what a schema notes may be anything."""
+    noted = json.dumps({"info": {"features": {"c": feature}}})
+    rows = pyarrow.table({"c": values}).replace_schema_metadata({"huggingface": noted})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    assert [one.fields[role] for one in usable_records(tmp_path / "a.parquet", {role: "c"})] == expected

@@ -79,12 +79,6 @@ def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
     assert done.masked == {"e-mail": 2}
 
 
-def test_a_conversation_in_a_cell_is_masked_within(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "call\n0171/1234567"}, {"role": "assistant", "content": "ok"}]
-    _, left = cleaned(written(tmp_path, {"chat": json.dumps(turns)}), mask=True, columns={"messages": "chat"})
-    assert [json.loads(row["chat"]) for row in left] == [[{**turns[0], "content": "call\n[phone number]"}, turns[1]]]
-
-
 def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import datetime
@@ -123,12 +117,12 @@ def test_the_same_experiment_reads_the_new_file(tickets: Callable[..., RunConfig
 
 
 def test_text_that_is_json_is_masked_within_and_stays_json(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "write to a@b.example"}, {"role": "assistant", "content": "done"}]
+    turns = [{"role": "user", "content": "write to\na@b.example"}, {"role": "assistant", "content": "done"}]
     about = {"from": {"mail": "c@d.example", "phone": 493012345678, "n": 3}, "odd": "[not json"}
     calm = '{"spaces":1 ,  "kept": [true]}'
     given = {"chosen": json.dumps(turns), "rejected": json.dumps(turns[:1]), "about": json.dumps(about), "calm": calm}
     _, (kept,) = cleaned(written(tmp_path, given), mask=True, columns={role: role for role in ("chosen", "rejected")})
-    assert json.loads(kept["chosen"])[0] == {"role": "user", "content": "write to [e-mail]"}
+    assert json.loads(kept["chosen"])[0] == {"role": "user", "content": "write to\n[e-mail]"}
     assert json.loads(kept["chosen"])[1] == turns[1]
     assert json.loads(kept["rejected"]) == json.loads(kept["chosen"])[:1]
     inside = json.loads(kept["about"])
