@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
-from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.kit_file import Kit, file_mark
 from fedtune.privacy import filter
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import epsilon_left, reference_runs_left
@@ -39,30 +39,57 @@ _ANSWER_S = 20.0
 """A scrape may take so long: a ledger that has changed is verified from its first event on."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure at one moment.
+    """One figure of a process.
 
     Attributes:
-        name: with its unit at the end.
         says: what it is, for people.
-        values: by the value of `label`; without a label, one value under the empty text.
-        label: what tells the values apart.
+        label: what tells several values apart; empty: there is one.
         grows: it counts since the process began.
     """
 
-    name: str
     says: str
-    values: Mapping[str, float]
     label: str = ""
     grows: bool = False
 
 
-Figures = Callable[[], Iterable[Figure]]
+FIGURES = {
+    "fedtune_certificate_days_left": Figure("Whole days until the certificate in the kit ends; negative once it has."),
+    "fedtune_site_contact_age_seconds": Figure("Since the server last answered; since the start where it never has."),
+    "fedtune_site_answers": Figure(
+        "Rounds and questions answered: by an update, or the reason for none.", "answer", True
+    ),
+    "fedtune_site_ledger_usable": Figure(
+        "1: the ledger is whole and may be charged; 0: it is missing, damaged, put back, in doubt or frozen."
+    ),
+    "fedtune_site_epsilon_spent": Figure(
+        "Of the population's whole life, by the filter: charged, and with all that open runs have set aside.", "part"
+    ),
+    "fedtune_site_epsilon_cap": Figure("The policy's lifetime cap; infinite for none."),
+    "fedtune_site_epsilon_left": Figure("That the lifetime cap leaves for new runs; infinite without a cap."),
+    "fedtune_site_runs_left": Figure(
+        "Runs like the policy's reference for which the lifetime cap has room; infinite without a cap."
+    ),
+    "fedtune_server_sites": Figure("Sites of the roster, and those with an open connection.", "which"),
+    "fedtune_server_site_silent_seconds": Figure(
+        "Since a site last called; since the server's start where it never has.", "site"
+    ),
+    "fedtune_server_waiting_calls": Figure("Sites' calls that are held until the lead asks something."),
+    "fedtune_server_bytes": Figure("Of the bodies of all calls.", "direction", True),
+    "fedtune_lead_rounds": Figure("Of the run: finished, and planned.", "which"),
+    "fedtune_lead_sites_answered": Figure("Sites whose update for the round in progress has come."),
+    "fedtune_lead_round_seconds": Figure("That the newest finished round took; 0 before the first."),
+    "fedtune_lead_answers": Figure("Sites' answers: updates, or the reason for none.", "answer", True),
+}
+"""Every figure, by its name with its unit at the end."""
+
+Values = Iterable[tuple[str, float | Mapping[str, float]]]
+"""Names of figures, each with its value at one moment, or its values by what its label says."""
 
 
 @contextmanager
-def serve_metrics(address: str, figures: Figures) -> Iterator[str]:
+def serve_metrics(address: str, values: Callable[[], Values]) -> Iterator[str]:
     """Answer `GET /metrics` at `address` while the block runs; yields the address, with its port where 0 was asked for.
 
     Raises:
@@ -72,7 +99,7 @@ def serve_metrics(address: str, figures: Figures) -> Iterator[str]:
         from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
     except ImportError:
         raise ConfigError(_KEY, address, "needs the extra: pip install 'fedtune[metrics]'") from None
-    collector = _Collector(figures)
+    collector = _Collector(values)
 
     async def respond(path: str) -> tuple[int, str, bytes]:
         if path != "/metrics":
@@ -87,16 +114,17 @@ def serve_metrics(address: str, figures: Figures) -> Iterator[str]:
 class _Collector:
     """Figures as the library's own types."""
 
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
+    def __init__(self, values: Callable[[], Values]) -> None:
+        self._values = values
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        for figure in self._figures():
+        for name, values in self._values():
+            figure = FIGURES[name]
             kind = CounterMetricFamily if figure.grows else GaugeMetricFamily
-            family = kind(figure.name, figure.says, labels=[figure.label] if figure.label else [])
-            for value, number in figure.values.items():
+            family = kind(name, figure.says, labels=[figure.label] if figure.label else [])
+            for value, number in values.items() if isinstance(values, Mapping) else [("", values)]:
                 family.add_metric([value] if figure.label else [], number)
             yield family
 
@@ -114,30 +142,16 @@ class SiteMetrics:
         """Count an answer: "update", or the reason for none."""
         self._answers[answer] += 1
 
-    def figures(self) -> Iterator[Figure]:
+    def figures(self) -> Values:
         """All of them, now."""
         last = self._health.snapshot()["last_contact"]
         silent = datetime.now(UTC) - (datetime.fromisoformat(last) if last else self._began)
         yield from _of_certificate(self._kit)
-        yield Figure(
-            name="fedtune_site_contact_age_seconds",
-            says="Since the server last answered; since the start where it never has.",
-            values={"": max(timedelta(), silent).total_seconds()},
-        )
-        yield Figure(
-            name="fedtune_site_answers",
-            says="Rounds and questions answered: by an update, or by the reason for none.",
-            values=dict(self._answers),
-            label="answer",
-            grows=True,
-        )
+        yield "fedtune_site_contact_age_seconds", max(timedelta(), silent).total_seconds()
+        yield "fedtune_site_answers", dict(self._answers)
         history = self._history()
         usable = history is not None and not history.frozen and history.in_doubt is None
-        yield Figure(
-            name="fedtune_site_ledger_usable",
-            says="1: the ledger is whole and may be charged; 0: it is missing, damaged, put back, in doubt or frozen.",
-            values={"": float(usable)},
-        )
+        yield "fedtune_site_ledger_usable", float(usable)
         if history is not None:
             yield from _of_budget(history)
 
@@ -146,41 +160,27 @@ class SiteMetrics:
         try:
             files = self._kit.site_files(self._site_toml)
             places = [files.ledger, *([files.anchor] if files.anchor else [])]
-            found = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in (place.stat() for place in places)]
-            if self._read[0] != found:
+            marks = [file_mark(place) for place in places]
+            if self._read[0] != marks:
                 verified = files.verified()
-                self._read = found, verified.history if verified else None
+                self._read = marks, verified.history if verified else None
         except (ConfigError, RunError, OSError):
             self._read = None, None
         return self._read[1]
 
 
-def _of_budget(history: History) -> Iterator[Figure]:
+def _of_budget(history: History) -> Values:
     order, delta = history.order, history.delta
     charged, held = history.charged(), history.set_aside(history.now())
     taken = {"charged": charged, "with_set_aside": charged + held}
-    yield Figure(
-        name="fedtune_site_epsilon_spent",
-        says="Of the population's whole life, by the filter: charged, and with all that open runs have set aside.",
-        values={name: filter.epsilon_filter(spent, order=order, delta=delta) for name, spent in taken.items()},
-        label="part",
+    yield (
+        "fedtune_site_epsilon_spent",
+        {name: filter.epsilon_filter(spent, order=order, delta=delta) for name, spent in taken.items()},
     )
-    yield Figure(
-        name="fedtune_site_epsilon_cap",
-        says="The policy's lifetime cap; infinite for none.",
-        values={"": history.cap},
-    )
-    yield Figure(
-        name="fedtune_site_epsilon_left",
-        says="That the lifetime cap leaves for new runs; infinite without a cap.",
-        values={"": epsilon_left(history)},
-    )
+    yield "fedtune_site_epsilon_cap", history.cap
+    yield "fedtune_site_epsilon_left", epsilon_left(history)
     runs = reference_runs_left(history)
-    yield Figure(
-        name="fedtune_site_runs_left",
-        says="Runs like the policy's reference for which the lifetime cap has room; infinite without a cap.",
-        values={"": math.inf if runs is None else runs},
-    )
+    yield "fedtune_site_runs_left", math.inf if runs is None else runs
 
 
 class ServerMetrics:
@@ -192,39 +192,22 @@ class ServerMetrics:
         self.members: Sequence[Registered] = ()
         """As the roster was read last."""
 
-    def figures(self) -> Iterator[Figure]:
+    def figures(self) -> Values:
         """All of them, now; before the server begins, its certificate's alone."""
         yield from _of_certificate(self._kit)
         if self.traffic is not None:
             yield from self._of_traffic(self.traffic, time.time())
 
-    def _of_traffic(self, traffic: Traffic, now: float) -> Iterator[Figure]:
+    def _of_traffic(self, traffic: Traffic, now: float) -> Values:
         sites = {member.site: member.node_key for member in self.members if not member.revoked}
         heard = {site: now - traffic.heard.get(site, traffic.began) for site in sites}
-        yield Figure(
-            name="fedtune_server_sites",
-            says="Sites of the roster, and those with an open connection.",
-            values={"known": len(sites), "connected": sum(key in traffic.connections for key in sites.values())},
-            label="which",
+        yield (
+            "fedtune_server_sites",
+            {"known": len(sites), "connected": sum(key in traffic.connections for key in sites.values())},
         )
-        yield Figure(
-            name="fedtune_server_site_silent_seconds",
-            says="Since a site last called; since the server's start where it never has.",
-            values={site: max(0.0, since) for site, since in heard.items()},
-            label="site",
-        )
-        yield Figure(
-            name="fedtune_server_waiting_calls",
-            says="Sites' calls that are held until the lead asks something.",
-            values={"": traffic.waiting},
-        )
-        yield Figure(
-            name="fedtune_server_bytes",
-            says="Of the bodies of all calls.",
-            values={"received": traffic.received, "sent": traffic.sent},
-            label="direction",
-            grows=True,
-        )
+        yield "fedtune_server_site_silent_seconds", {site: max(0.0, since) for site, since in heard.items()}
+        yield "fedtune_server_waiting_calls", traffic.waiting
+        yield "fedtune_server_bytes", {"received": traffic.received, "sent": traffic.sent}
 
 
 class LeadMetrics:
@@ -252,42 +235,19 @@ class LeadMetrics:
         self._round, self._sites = state.round, frozenset()
         self._seconds = state.rounds[-1].seconds if state.rounds else 0.0
 
-    def figures(self) -> Iterator[Figure]:
+    def figures(self) -> Values:
         """All of them, now."""
         yield from _of_certificate(self._kit)
-        yield Figure(
-            name="fedtune_lead_rounds",
-            says="Of the run: finished, and planned.",
-            values={"finished": self._round, "planned": self._num_rounds},
-            label="which",
-        )
-        yield Figure(
-            name="fedtune_lead_sites_answered",
-            says="Sites whose update for the round in progress has come.",
-            values={"": len(self._sites)},
-        )
-        yield Figure(
-            name="fedtune_lead_round_seconds",
-            says="That the newest finished round took; 0 before the first.",
-            values={"": self._seconds},
-        )
-        yield Figure(
-            name="fedtune_lead_answers",
-            says="Sites' answers: updates, or the reason for none.",
-            values=dict(self._answers),
-            label="answer",
-            grows=True,
-        )
+        yield "fedtune_lead_rounds", {"finished": self._round, "planned": self._num_rounds}
+        yield "fedtune_lead_sites_answered", len(self._sites)
+        yield "fedtune_lead_round_seconds", self._seconds
+        yield "fedtune_lead_answers", dict(self._answers)
 
 
-def _of_certificate(kit: Kit) -> Iterator[Figure]:
+def _of_certificate(kit: Kit) -> Values:
     """None while a new certificate is being copied."""
     try:
         certificate = Certificate.of(read_certificate(kit.certificate))
     except ConfigError:
         return
-    yield Figure(
-        name="fedtune_certificate_days_left",
-        says="Whole days until the certificate in the kit ends; negative once it has.",
-        values={"": certificate.days_left(datetime.now(UTC))},
-    )
+    yield "fedtune_certificate_days_left", certificate.days_left(datetime.now(UTC))

@@ -21,7 +21,7 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._key = folder, ec.generate_private_key(ec.SECP256R1())
+        self._folder, self._key = folder, ec.generate_private_key(ec.SECP384R1())
         self.certificate = _signed("authority", self._key.public_key(), by=self._key, authority=True)
         self.file = _written(folder / "ca.pem", _pem(self.certificate))
 
@@ -33,7 +33,7 @@ class Authority:
             address: of a server; None: it is a client.
             days: for how long the certificate is good; below 0: it has ended.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = ec.generate_private_key(ec.SECP384R1())
         certificate = _signed(
             name, key.public_key(), by=self._key, issuer=self.certificate.subject, address=address, days=days
         )

@@ -23,7 +23,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from fedtune.ops.wire.fleet import node_key
+from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.identity import Tls
 
 from .loopback import Loopback, wait_for
@@ -34,11 +34,11 @@ UNIT = recorddict_pb2.RecordDict()
 
 def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
     """Headers of a site's call."""
-    private, public = node_key(tls.key)
+    private = read_connection_key(tls.key)
     moment = moment or now().isoformat()
     return {
         "content-type": PROTOBUF_MEDIA_TYPE,
-        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(public)).decode(),
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(private.public_key())).decode(),
         FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(private, moment.encode())).decode(),
         TIMESTAMP_HEADER: moment,
     }

@@ -11,14 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from flwr.supercore.date import now
 
 import fedtune.ops.wire.fleet as fleet_module
-from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello, node_key
+from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello
 from fedtune.ops.wire.identity import Tls
-from fedtune.spec import ConfigError
 
 from .certificates import LOOPBACK, Authority
 from .faults import Faulty
@@ -209,22 +206,3 @@ def test_closing_ends_the_heartbeats(network: Loopback) -> None:
     fleet.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
     assert status_of(network, "b") == ["offline"]
-
-
-def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
-    wrong = ed25519.Ed25519PrivateKey.generate()
-    plain = serialization.NoEncryption()
-    (tmp_path / "wrong.pem").write_bytes(
-        wrong.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    )
-    (tmp_path / "none.pem").write_text("no key")
-    for name in ("wrong.pem", "none.pem", "missing.pem"):
-        with pytest.raises(ConfigError, match=rf"key = '.*{name}': must be a PEM file with an EC private key"):
-            node_key(tmp_path / name)
-    key = ec.generate_private_key(ec.SECP384R1())
-    (tmp_path / "right.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    )
-    private, public = node_key(tmp_path / "right.pem")
-    assert private.private_numbers() == key.private_numbers()
-    assert public.public_numbers() == key.public_key().public_numbers()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import gzip
 import json
 import os
 import re
 import shutil
+import sqlite3
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
-from fedtune.spec import DataError
+from fedtune.spec import LEDGER_SCHEMA, DataError
 
 from .conftest import Mailbox, unpack
 
@@ -50,7 +50,7 @@ CANARY = "Xylander-7391"
 ELSEWHERE = (Path("/dev/shm"), Path("/var/tmp"))
 """Folders, of which one is on another file system than the tests' own where there is a second one at all."""
 LINES = [
-    *("policy", "kit", "files", "certificate", "site's name", "lead", "time of replies"),
+    *("policy", "kit", "files", "certificate", "site's name", "lead"),
     *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
     *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
     *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
@@ -223,7 +223,6 @@ def test_a_site_that_lacks_nothing(home: Home) -> None:
     assert checks["ledger"].found.startswith("none yet")
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
     assert not (home.kit / "state").exists()
-    assert checks["time of replies"].found == "answers leave at multiples of 600 s after their request"
     assert checks["run"].found.startswith("would be accepted; epsilon 0.")
     assert "lifetime budget 0 % taken before" in checks["run"].found
     texts = json.dumps([check.to_json() for check in checks.values()])
@@ -258,10 +257,6 @@ OF_THE_MACHINE = {
 SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 
 
-def missing(name: str) -> Callable[[Home], None]:
-    return lambda home: (home.kit / name).unlink()
-
-
 def data(**changes: Any) -> Callable[[Home], None]:
     return lambda home: home.change_data(**changes)
 
@@ -270,12 +265,8 @@ def policy(**changes: Any) -> Callable[[Home], None]:
     return lambda home: home.change(**changes)
 
 
-def records(content: bytes, *, name: str = "records.csv") -> Callable[[Home], None]:
-    def write(home: Home) -> None:
-        (home.folder / name).write_bytes(content)
-        home.change_data(path=name)
-
-    return write
+def records(content: bytes) -> Callable[[Home], Any]:
+    return lambda home: home.records.write_bytes(content)
 
 
 def in_policy(old: str, new: str) -> Callable[[Home], Any]:
@@ -300,17 +291,6 @@ def without_header(home: Home) -> None:
     home.records.write_text(home.records.read_text().partition("\n")[2])
 
 
-def cut_off(home: Home) -> None:
-    # Where it ends is the number of records, but for a few.
-    packed = gzip.compress(home.records.read_bytes())
-    records(packed[: len(packed) // 2], name="records.csv.gz")(home)
-
-
-def not_given(home: Home) -> None:
-    (home.folder / "kept.csv").symlink_to("/proc/self/mem")  # it can be opened; reading it is an error
-    home.change_data(path="kept.csv")
-
-
 def of_users(home: Home, records_a_user: int = 1, *, users: int = 100) -> None:
     """A site whose population is protected by user, with records of so many."""
     columns = {"text": "letter", "label": "outcome", "user": "patient"}
@@ -329,6 +309,19 @@ def changed_ledger(home: Home) -> None:
     home.spend()
     path = home.folder / "ledger.db"
     path.write_bytes(path.read_bytes().replace(b'"rank":4', b'"rank":5'))
+
+
+def of_another_number(home: Home) -> None:
+    home.spend()
+    with contextlib.closing(sqlite3.connect(home.folder / "ledger.db")) as file:
+        file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}")
+
+
+def anchor_of_another_number(home: Home) -> None:
+    home.change(anchor="anchor.json")
+    home.spend()
+    anchor = home.folder / "anchor.json"
+    anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": LEDGER_SCHEMA - 1}))
 
 
 def ledger_put_back(home: Home) -> None:
@@ -404,35 +397,23 @@ def second_data_set(home: Home) -> None:
 
 FAULTS: dict[str, Callable[[Home], Any]] = {
     "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
-    **{f"a kit without {name}": missing(name) for name in ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")},
+    "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
     "a kit of another key": another_key,
     "a kit of another site": policy(site="south"),
     "a policy with a misspelt key": in_policy("max_rank = 4", "max_rnak = 4"),
-    "a policy that is no TOML": lambda home: home.site_toml.write_text("site = \n"),
     "a lead that the policy does not know": policy(allow={"leads": ("ab" * 32,)}),
-    "replies that leave at once": policy(releases={"reply_after_s": 0.0}),
     "a column that is missing": data(columns={"text": "letter", "label": "department"}),
-    "a file without a header": without_header,
     "columns of no task": data(columns={"prompt": "letter"}),
     "columns of one task of two": lambda home: (
         home.change_data(columns={"text": "letter"}),
         home.change(allow={"tasks": ("classification", "causal_lm")}),
     ),
     "no UTF-8": records(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
-    "an open quote": records(b'letter,outcome\n"Xylander-7391,well\n'),
-    "a cell too many": records(b"letter,outcome\nXylander-7391,well,Xylander-7391\n"),
     "a blank value": records(b"letter,outcome\nXylander-7391,\n"),
-    "a column twice": records(b"letter,letter,outcome\nXylander-7391,a,b\n"),
-    "another key": records(f'{{"{CANARY}": 1}}\n'.encode(), name="records.jsonl"),
-    "a list": records(f'["{CANARY}"]\n'.encode(), name="records.jsonl"),
-    "half an object": records(f'{{"letter": "{CANARY}\n'.encode(), name="records.jsonl"),
-    "a word": records(b"nonsense\n", name="records.jsonl"),
-    "a gzip file that was cut off": cut_off,
     "a file that is not there": data(path="gone.csv"),
     "a folder for a file": data(path="."),
     "no file": data(path=""),
     "a file without records": records(b"letter,outcome\n"),
-    "a file that the system does not give": not_given,
     "a second data set without its file": second_data_set,
     "a record of several users": of_two_users,
     "a model with a changed byte": changed_model,
@@ -440,9 +421,8 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "models that kit and policy see differently": policy(allow={"base_models": ("ab" * 32, "unverified")}),
     "no model that is allowed": policy(allow={"base_models": ()}),
     "a ledger that was changed": changed_ledger,
-    "a ledger that is none": lambda home: (home.folder / "ledger.db").write_bytes(
-        b"SQLite format 3\0" + b"\xff" * 4096
-    ),
+    "a ledger of another number": of_another_number,
+    "an anchor of another number": anchor_of_another_number,
     "a ledger that was put back": ledger_put_back,
     "a ledger that is gone": ledger_gone,
     "a ledger whose anchor is gone": anchor_gone,
@@ -459,7 +439,6 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
 WITH_A_RUN = ("a policy with a misspelt key", "a ledger that was changed")
 RUNS = {
     "max_rank": "lora.rank=8",
-    "dataset": "data.dataset=others",
     "declared_size": "data.declared_sizes=90",
     "max_rounds": "federation.num_rounds=9",
     "min_noise_multiplier": "privacy.noise_multiplier=3.0",
@@ -473,7 +452,7 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
     """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
     failures(checks)
     texts = json.dumps([check.to_json() for check in checks.values()])
-    for secret in (CANARY, "records.csv", "records.jsonl", "gone.csv", "kept.csv", "line 4"):
+    for secret in (CANARY, "records.csv", "gone.csv", "line 4"):
         assert secret not in texts, texts
     lines, skipped = [f"exit code {code(checks)}"], dict[str, list[str]]()
     for name, check in checks.items():
@@ -648,17 +627,6 @@ def test_a_log_begins_anew_and_is_private(tmp_path: Path) -> None:
         log.keep(f"{text} again")
     assert path.read_text() == "second\nsecond again\n"
     assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_the_most_important_failure_is_the_exit_code() -> None:
-    def check(exit_code: int, status: Status = Status.FAILED) -> Check:
-        return Check(name="", status=status, found="", exit_code=exit_code)
-
-    assert exit_code_of([]) == 0
-    assert exit_code_of([check(2, Status.WARNING), check(3, Status.SKIPPED)]) == 0
-    assert exit_code_of([check(1)]) == 1
-    assert exit_code_of([check(1), check(3)]) == 3
-    assert exit_code_of([check(3), check(1), check(2)]) == 2
 
 
 def test_an_anchor_on_another_disk(home: Home) -> None:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
 
 from fedtune.ops.doctor.check import Check
-from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, proxy_for
+from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
 from fedtune.ops.files import write_secret
 from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
 from fedtune.ops.kits.kit_file import Kit, KitFile
@@ -25,7 +24,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA
 from tests.flower.hostile import Hostile
 
-from .conftest import Mailbox, of_odd_version
+from .conftest import Mailbox
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -135,13 +134,6 @@ def test_a_server_that_is_well(kit: Any, served: Any) -> None:
     assert abs(ahead) <= unsure < 2
 
 
-def test_an_address_in_place_of_a_name(kit: Any, served: Any) -> None:
-    _, address = served()
-    checks = tried(kit(address.replace("localhost", "127.0.0.1")))
-    assert marks(checks) == "oooo"
-    assert checks[DNS].found == "127.0.0.1 is an address"
-
-
 def test_a_name_that_does_not_resolve(kit: Any) -> None:
     checks = tried(kit("fl.nowhere.invalid:9092"))
     assert marks(checks) == "fsss"
@@ -164,12 +156,9 @@ PAST: dict[str, Any] = {"begins": datetime.now(UTC) - timedelta(days=60), "days"
     ("changes", "expected", "found", "fix"),
     [
         ({"days": 20}, "oowo", "the federation's own server, whose certificate ends on", "renew-server"),
-        # Whose it is tells who opens the connections.
-        ({"authority": "Example Inspection Inc"}, "oofs", "TLS inspection", "exempted"),
-        ({"authority": "Example Inspection Inc"}, "oofs", "Example Inspection Inc", "exempted"),
-        ({"authority": "cardiology"}, "oofs", "not issued by the federation's authority", "exempted"),
-        ({"hosts": ("fl.example.org",)}, "oofs", "not for localhost but for fl.example.org", "also_known_as"),
-        (PAST, "oofs", f"has expired on {PAST['begins'] + timedelta(days=30):%Y-%m-%d}", "renew-server"),
+        ({"authority": "cardiology"}, "oofs", "authority: a wrong server, or TLS inspection", "exempted"),
+        ({"hosts": ("fl.example.org",)}, "oofs", "is not for localhost", "also_known_as"),
+        (PAST, "oofs", "has expired", "renew-server"),
         ({"begins": datetime.now(UTC) + timedelta(days=3)}, "oofs", "not valid yet", "clock"),
         ({"newest_tls": ssl.TLSVersion.TLSv1_2}, "oofs", "does not speak TLS as expected", "address and port"),
     ],
@@ -183,37 +172,6 @@ def test_a_server_whose_certificate_or_protocol_is_wrong(
     assert marks(checks) == expected
     assert found in checks[TLS].found
     assert fix in checks[TLS].fix
-
-
-def test_a_server_under_another_address(kit: Any, served: Any) -> None:
-    checks = tried(kit(served(hosts=("localhost",))[1].replace("localhost", "127.0.0.1")))
-    assert marks(checks) == "oofs"
-    assert "not for 127.0.0.1 but for localhost" in checks[TLS].found
-
-
-def test_a_server_whose_certificate_cannot_be_read(
-    kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch, theirs: Authority
-) -> None:
-    _, address = served(hosts=("fl.example.org",))
-    read = x509.load_der_x509_certificate
-    odd = of_odd_version(certificate_pem(theirs.certificate).decode()).encode()
-    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda _: x509.load_pem_x509_certificate(odd))
-    checks = tried(kit(address))
-    assert (marks(checks), checks[TLS].found) == ("oofs", "the server's certificate is not for localhost")
-    monkeypatch.setattr(x509, "load_der_x509_certificate", lambda data: Doubled(read(data)))
-    assert "not for localhost but for server" in tried(kit(address))[TLS].found
-
-
-class Doubled:
-    """A certificate that has an extension twice."""
-
-    def __init__(self, certificate: x509.Certificate) -> None:
-        self._certificate = certificate
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "extensions":
-            raise x509.DuplicateExtension("twice", x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
-        return getattr(self._certificate, name)
 
 
 def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:
@@ -245,11 +203,6 @@ def test_a_server_that_does_not_speak_tls(kit: Any, stack: ExitStack) -> None:
     assert "does not speak TLS" in checks[TLS].found
 
 
-def test_a_server_that_hangs_up(kit: Any, stack: ExitStack) -> None:
-    checks = tried(kit(answering(stack, lambda asked: b"")))
-    assert marks(checks) == "oofs"
-
-
 def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
     listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     checks = tried(kit(f"127.0.0.1:{listening.getsockname()[1]}"), timeout_s=0.3)
@@ -264,9 +217,7 @@ def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
         (403, {"reason": "revoked"}, "revoked", "why this site was revoked"),
         (403, {"reason": "its clock is 12 s ahead"}, "clock is 12 s ahead", "time synchronisation"),
         (200, {"site": "south", "time": 0}, "knows this key as south, and the kit is for north", "mixed up"),
-        (200, b"<html>Welcome to nginx</html>", "no server of fedtune's", "this version"),
         (200, {}, "no server of fedtune's", "this version"),
-        (200, [1], "no server of fedtune's", "this version"),
     ],
 )
 def test_what_the_server_says_to_our_key(kit: Any, served: Any, status: int, hello: Any, found: str, fix: str) -> None:
@@ -354,9 +305,8 @@ def test_a_proxy_that_connects(kit: Any, served: Any, stack: ExitStack, monkeypa
             "refused to connect to localhost:1 (403)",
             "CONNECT to localhost:1 allowed",
         ),
-        (b"HTTP/1.1 407 Who are you\r\n\r\n", "wants a user and a password (407)", "http://USER:PASSWORD@"),
+        (b"HTTP/1.1 407 Who are you\r\n\r\n", "refused to connect to localhost:1 (407)", "http://USER:PASSWORD@"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "does not answer as an HTTP proxy", "HTTPS_PROXY"),
-        (b"", "does not answer as an HTTP proxy", "HTTPS_PROXY"),
     ],
 )
 def test_a_proxy_that_does_not(
@@ -385,13 +335,7 @@ def test_a_host_that_no_proxy_exempts(kit: Any, served: Any, monkeypatch: pytest
     assert "proxy" not in checks[TCP].found
 
 
-def test_a_proxy_of_another_kind_is_left_to_the_client(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "https://proxy.nowhere.invalid:3128")
-    assert marks(tried(kit("localhost:1"))) == "sssf"
-
-
-@pytest.mark.parametrize("url", ["", "http://", "http://proxy:none", "socks5://proxy:1"])
-def test_urls_of_proxies_that_cannot_be_tried(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+@pytest.mark.parametrize("url", ["https://proxy:3128", "http://", "http://proxy:none", "socks5://proxy:1"])
+def test_a_proxy_of_another_kind_is_left_to_the_client(kit: Any, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", url)
-    found = proxy_for("fl.example.org")
-    assert found is None or not found.can_be_tried
+    assert marks(tried(kit("localhost:1"))) == "sssf"

@@ -1,63 +1,47 @@
-"""The doctor's look at a machine: bounds and words, and on Linux this machine's own answers."""
+"""The doctor's look at a machine: its bounds and words, whose keys and ledger are, and this machine's own answers."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedtune.ops.doctor import machine_checks as machine
+from fedtune.ops.doctor import site_checks
 from fedtune.ops.doctor.check import Check, Status
-from fedtune.ops.doctor.machine_checks import Gpu
-from fedtune.ops.kits.certificates import Certificate
+from fedtune.ops.files import name_of
+from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 
-NOW = datetime(2026, 6, 1, tzinfo=UTC)
 GIB, MIB = 2**30, 2**20
 
 
-def clock(ahead_s: float | None, *, unsure_s: float = 0.5, begins: datetime = NOW - timedelta(days=1)) -> Check:
-    certificate = Certificate(name="north", not_before=begins, not_after=NOW + timedelta(days=9), fingerprint="")
-    ahead = None if ahead_s is None else (ahead_s, unsure_s)
-    return machine.clock(ahead, certificate=certificate, now=NOW)
-
-
 @pytest.mark.parametrize(
-    ("ahead_s", "status"),
+    ("ahead_s", "unsure_s", "status", "found"),
     [
-        (0.0, Status.OK),
-        (5.4, Status.OK),
-        (-5.4, Status.OK),
-        (6.0, Status.WARNING),
-        (-6.0, Status.WARNING),
-        (60.4, Status.WARNING),
-        (61.0, Status.FAILED),
-        (-61.0, Status.FAILED),
+        (0.0, 0.5, Status.OK, "within 5 s of the server's"),
+        (5.4, 0.5, Status.OK, "within 5 s of the server's"),
+        (-6.0, 0.5, Status.WARNING, "6 s behind the server's"),
+        (6.0, 0.5, Status.WARNING, "6 s ahead of the server's; the server refuses what is signed more than 5 s ahead"),
+        (
+            60.4,
+            0.5,
+            Status.WARNING,
+            "60 s ahead of the server's; the server refuses what is signed more than 5 s ahead",
+        ),
+        (-61.0, 0.5, Status.FAILED, "61 s behind the server's"),
+        (9.0, 8.0, Status.OK, "within 5 s of the server's"),  # a slow answer does not count against the clock
     ],
 )
-def test_how_far_off_a_clock_may_be(ahead_s: float, status: Status) -> None:
-    check = clock(ahead_s)
-    assert check.status is status
-    assert bool(check.fix) is (status is not Status.OK)
-
-
-def test_what_a_clock_that_is_off_means() -> None:
-    assert clock(12.0).found.startswith("12 s ahead of the server's; the server refuses")
-    assert clock(-12.0).found == "12 s behind the server's"
-
-
-def test_a_slow_answer_does_not_count_against_the_clock() -> None:
-    assert clock(9.0, unsure_s=8.0).status is Status.OK
-    assert clock(9.0, unsure_s=1.0).status is Status.WARNING
-
-
-def test_a_clock_before_the_certificate_needs_no_server() -> None:
-    check = clock(None, begins=NOW + timedelta(hours=1))
-    assert check.status is Status.FAILED
-    assert "2026-06-01 00:00 UTC" in check.found
-    assert clock(None).status is Status.SKIPPED
-    assert machine.clock(None, certificate=None, now=NOW).status is Status.SKIPPED
+def test_how_far_off_a_clock_may_be(ahead_s: float, unsure_s: float, status: Status, found: str) -> None:
+    check = machine.clock((ahead_s, unsure_s))
+    assert (check.status, check.found, bool(check.fix)) == (status, found, status is not Status.OK)
 
 
 @pytest.mark.parametrize(
@@ -70,56 +54,25 @@ def test_a_clock_before_the_certificate_needs_no_server() -> None:
     ],
 )
 def test_how_much_disk_is_enough(tmp_path: Path, free: int, status: Status, found: str) -> None:
-    (check,) = machine.disks({"ledger": tmp_path / "not" / "yet"}, free_bytes=lambda _: free)
-    assert (check.name, check.status, check.found) == ("disk of the ledger", status, found)
-
-
-def test_the_disk_of_a_folder_that_is_yet_to_be_made_is_its_parent_s(tmp_path: Path) -> None:
     asked: list[Path] = []
-    list(machine.disks({"anchor": tmp_path / "a" / "b"}, free_bytes=lambda folder: asked.append(folder) or GIB * 9))
-    assert asked == [tmp_path]
-    (check,) = machine.disks({"kit": tmp_path})
-    assert check.found.endswith(" GiB free")
+    (check,) = machine.disks({"ledger": tmp_path / "not" / "yet"}, free_bytes=lambda path: asked.append(path) or free)
+    assert (check.name, check.status, check.found) == ("disk of the ledger", status, found)
+    assert asked == [tmp_path], "the disk of a folder that is yet to be made is its parent's"
 
 
-@pytest.fixture
-def mounts(tmp_path: Path) -> Path:
-    """What Linux would say of some mounts, one of them below a folder with a space in its name."""
-    path = tmp_path / "mounts"
-    (tmp_path / "net share" / "north").mkdir(parents=True)
-    (tmp_path / "net share2").mkdir()
-    place = str(tmp_path).replace(" ", r"\040")
-    path.write_text(
-        "/dev/sda1 / ext4 rw 0 0\n"
-        "proc /proc proc rw 0 0\n"
-        f"fs:/old {place}/net\\040share ext4 rw 0 0\n"
-        f"//nas/share {place}/net\\040share cifs rw 0 0\n"
-        "nonsense\n"
-    )
-    return path
-
-
-def test_a_ledger_on_a_network_share(tmp_path: Path, mounts: Path) -> None:
-    ledger = tmp_path / "net share" / "north" / "ledger.db"
-    check = machine.ledger_place(ledger, mounts=mounts)
-    assert check.status is Status.WARNING
-    assert check.found.startswith("cifs, over a network")
-    (tmp_path / "link").symlink_to(ledger.parent)
-    assert machine.ledger_place(tmp_path / "link" / "ledger.db", mounts=mounts).status is Status.WARNING
-    mounts.write_text(mounts.read_text().replace("cifs", "nfs4"))
-    assert machine.ledger_place(ledger, mounts=mounts).status is Status.WARNING
-
-
-def test_a_ledger_beside_a_network_share(tmp_path: Path, mounts: Path) -> None:
-    for place in ("ledger.db", "net share2/ledger.db", "not/yet/ledger.db"):
-        check = machine.ledger_place(tmp_path / place, mounts=mounts)
+def test_a_ledger_on_a_network_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "share" / "north").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "share" / "north")
+    mounts = {"/": "ext4", "/proc": "proc", str(tmp_path / "share"): "cifs"}
+    found = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]
+    monkeypatch.setattr(machine.psutil, "disk_partitions", lambda *, all: found)
+    for place in ("share/north/ledger.db", "link/ledger.db", "share/not/yet/ledger.db"):
+        check = machine.ledger_place(tmp_path / place)
+        assert check.status is Status.WARNING
+        assert check.found.startswith("cifs, over a network")
+    for place in ("ledger.db", "share2/ledger.db"):
+        check = machine.ledger_place(tmp_path / place)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
-
-
-def test_a_system_that_says_nothing(tmp_path: Path) -> None:
-    nothing = tmp_path / "none"
-    assert machine.ledger_place(tmp_path / "ledger.db", mounts=nothing).status is Status.SKIPPED
-    assert machine.memory(1, meminfo=nothing).status is Status.SKIPPED
 
 
 def test_where_the_anchor_lies(tmp_path: Path) -> None:
@@ -132,78 +85,137 @@ def test_where_the_anchor_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_bytes", "status"), [(None, Status.OK), (GIB, Status.OK), (int(1.01 * GIB), Status.WARNING)]
+    ("model_bytes", "in_four_bits", "status"),
+    [
+        (None, False, Status.OK),
+        (GIB, False, Status.OK),
+        (int(1.01 * GIB), False, Status.WARNING),
+        (3 * GIB, True, Status.OK),  # needs its files once
+        (int(3.01 * GIB), True, Status.WARNING),
+    ],
 )
-def test_how_much_memory_a_model_needs(tmp_path: Path, model_bytes: int | None, status: Status) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text(
-        f"MemTotal:       {8 * MIB} kB\nMemFree:  1 kB\nMemAvailable:   {4 * MIB} kB\nHugePages_Total: 0\n"
-    )
-    check = machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path)
+def test_how_much_memory_a_model_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_bytes: int | None, in_four_bits: bool, status: Status
+) -> None:
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * GIB, available=4 * GIB))
+    check = machine.memory(model_bytes, in_four_bits=in_four_bits, cgroup=tmp_path)
     assert check.status is status
     assert check.found.startswith("4.0 GiB of 8.0 GiB available")
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path) == check
+    assert machine.memory(model_bytes, in_four_bits=in_four_bits, cgroup=tmp_path) == check
     (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    limited = machine.memory(model_bytes, meminfo=meminfo, cgroup=tmp_path)
-    assert limited.found.startswith("2.0 GiB of 3.0 GiB available")
-
-
-def test_a_base_in_four_bits_needs_its_files_once(tmp_path: Path) -> None:
-    (meminfo := tmp_path / "meminfo").write_text(f"MemTotal: {8 * MIB} kB\nMemAvailable: {4 * MIB} kB\n")
-    for size, status in ((3 * GIB, Status.OK), (int(3.01 * GIB), Status.WARNING)):
-        assert machine.memory(size, in_four_bits=True, meminfo=meminfo, cgroup=tmp_path).status is status
-
-
-def test_this_machine_s_memory() -> None:
-    assert " GiB available" in machine.memory(1).found
-
-
-def gpu(device: str, **found: object) -> Check:
-    values = {"usable": False, "name": "", "driver": "", "build": "", **found}
-    return machine.gpu(device, ask=lambda: Gpu(**values))  # type: ignore[arg-type]
-
-
-def test_a_gpu_that_is_not_wanted_is_not_asked_for() -> None:
-    def ask() -> Gpu:
-        raise AssertionError("torch takes a second to import")
-
-    assert machine.gpu("cpu", ask=ask).status is Status.OK
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_gpu_that_is_there(device: str) -> None:
-    check = gpu(device, usable=True, name="NVIDIA H200 with 140 GiB", driver="550.54.15", build="12.8")
-    assert check.status is Status.OK
-    assert check.found == "NVIDIA H200 with 140 GiB, driver 550.54.15, torch for CUDA 12.8"
+    assert machine.memory(model_bytes, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
 
 
 @pytest.mark.parametrize(
-    ("driver", "build", "auto", "found", "fix"),
+    ("device", "name", "loaded", "status", "found"),
     [
-        ("", "", Status.OK, "none", "device"),
-        ("", "12.8", Status.OK, "none", "device"),
-        ("470.1", "", Status.WARNING, "built for CPUs", "built for CUDA"),
-        ("470.1", "12.8", Status.WARNING, "cannot use it", "new enough"),
+        ("cpu", None, True, Status.OK, "not wanted"),  # torch, which takes a second to import, is not asked
+        ("auto", "NVIDIA H200 with 140 GiB", True, Status.OK, "NVIDIA H200 with 140 GiB"),
+        ("cuda", "NVIDIA H200 with 140 GiB", True, Status.OK, "NVIDIA H200 with 140 GiB"),
+        ("auto", "", False, Status.OK, "none: this site trains on the CPU"),
+        ("auto", "", True, Status.WARNING, "a driver is there, but torch can use no GPU; this site trains on the CPU"),
+        ("cuda", "", False, Status.FAILED, "torch can use none, and the policy wants one"),
+        ("cuda", "", True, Status.FAILED, "torch can use none, and the policy wants one"),
     ],
 )
-def test_a_gpu_that_cannot_be_used(driver: str, build: str, auto: Status, found: str, fix: str) -> None:
-    tolerant = gpu("auto", driver=driver, build=build)
-    assert tolerant.status is auto
-    assert "trains on the CPU" in tolerant.found
-    strict = gpu("cuda", driver=driver, build=build)
-    assert strict.status is Status.FAILED
-    assert found in strict.found
-    assert fix in strict.fix
+def test_whether_the_gpu_can_be_used(
+    tmp_path: Path, device: str, name: str | None, loaded: bool, status: Status, found: str
+) -> None:
+    def ask() -> str:
+        assert name is not None
+        return name
+
+    check = machine.gpu(device, ask=ask, driver=tmp_path if loaded else tmp_path / "none")
+    assert check.status is status
+    assert check.found.startswith(found)
+    assert bool(check.fix) is (status is not Status.OK)
 
 
-def test_this_machine_s_gpu(tmp_path: Path) -> None:
-    found = machine.this_gpu()
-    assert found.usable is torch.cuda.is_available()
-    assert bool(found.name) is found.usable
-    version = tmp_path / "version"
-    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12.2.0\n")
-    assert machine.this_gpu(version=version).driver == "550.54.15"
-    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86  Release Build\n")
-    assert machine.this_gpu(version=version).driver == "570.86"
+def test_this_machine_answers(tmp_path: Path) -> None:
+    assert bool(machine.this_gpu()) is torch.cuda.is_available()
+    assert " GiB available" in machine.memory(1).found
+    assert machine.ledger_place(tmp_path / "ledger.db").found.endswith(", on this machine")
+    (check,) = machine.disks({"kit": tmp_path})
+    assert check.found.endswith(" GiB free")
+
+
+# Whose the keys, the policy and the ledger are.
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+STRANGER = 54321
+PLACES = {
+    "kit": "kit",
+    "ledger": "ledger.db",
+    "site key": "site_key.pem",
+    "anchor": "other disk/anchor.json",
+    "policy": "site.toml",
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path, site_policy: Callable[..., Policy]) -> Path:
+    """A site's folder as its account made it."""
+    for folder in ("kit", "other disk"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kit" / "connection_key.pem").touch(mode=0o600)
+    write_policy(site_policy("north", anchor="other disk/anchor.json"), tmp_path / "site.toml")
+    SiteFiles.of(tmp_path / "site.toml").open()
+    return tmp_path
+
+
+def looked_at(site: Path) -> list[Check]:
+    return list(machine.owners(site / "kit", site / "site.toml", SiteFiles.of(site / "site.toml")))
+
+
+@pytest.mark.parametrize(("what", "name"), {**PLACES, "connection key": "kit/connection_key.pem"}.items())
+def test_what_every_account_may_change(site: Path, what: str, name: str) -> None:
+    path = site / name
+    path.chmod(path.stat().st_mode | 0o022)
+    (check,) = looked_at(site)
+    assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
+    assert check.found == f"{path} can be changed by every account"
+    # What it says to do is enough.
+    command = check.fix.removeprefix("Run `").removesuffix("`.").replace(str(path), f"'{path}'")
+    subprocess.run(command, shell=True, check=True)
+    (check,) = looked_at(site)
+    assert check.status is Status.OK
+    assert name_of(os.geteuid()) in check.found
+
+
+@AS_ROOT
+@pytest.mark.parametrize(("what", "name"), PLACES.items())
+def test_what_belongs_to_another_account(site: Path, what: str, name: str) -> None:
+    os.chown(site / name, STRANGER, STRANGER)
+    (check,) = looked_at(site)
+    assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
+    assert f"belongs to account {STRANGER}, and the site's process runs as root" in check.found
+    assert check.fix == f"Run `chown root: {site / name}`."
+
+
+@AS_ROOT
+def test_what_a_foreign_group_may_change(site: Path) -> None:
+    os.chown(site / "ledger.db", 0, STRANGER)
+    (site / "ledger.db").chmod(0o660)
+    (check,) = looked_at(site)
+    assert check.found.endswith(f"can be changed by everyone in group {STRANGER}")
+    assert check.fix == f"Run `chmod g-w {site / 'ledger.db'}`."
+
+
+@AS_ROOT
+def test_what_root_made_is_named_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root's commands once left a site: its process could not open its own ledger, and the doctor said: restore."""
+    for path in (site, *site.rglob("*")):
+        os.chown(path, STRANGER, STRANGER)
+    (check,) = looked_at(site)
+    assert f"the site's process runs as account {STRANGER}, and this is root" in check.found
+    for name in ("ledger.db", "other disk/anchor.json"):
+        os.chown(site / name, 0, 0)
+    monkeypatch.setattr(machine.os, "geteuid", lambda: STRANGER)
+    monkeypatch.setattr(site_checks.os, "access", lambda path, mode: Path(path).stat().st_uid == STRANGER)
+    assert [check.name for check in looked_at(site)] == ["files: ledger", "files: anchor"]
+    check, history = site_checks.ledger(SiteFiles.of(site / "site.toml"))
+    assert history is None
+    assert "this account may not read or write" in check.found
+    assert "restore" not in check.fix

@@ -14,7 +14,6 @@ from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import Kit, read_spec
 from fedtune.ops.kits.members import JoinRequest, Roster
 from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.ops.wire.fleet import node_key
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
@@ -71,7 +70,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "a run that waits": _pending,
     "certificate": read_certificate,
     "connection key": read_connection_key,
-    "node key": node_key,
     "site key": SigningKey.load,
     "anchor": Head.read,
     "ledger": verify,

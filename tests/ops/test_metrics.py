@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from prometheus_client.samples import Sample
 
 from fedtune.ops.health import Health, ask
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.metrics import Figure, LeadMetrics, ServerMetrics, SiteMetrics, serve_metrics
+from fedtune.ops.metrics import FIGURES, LeadMetrics, ServerMetrics, SiteMetrics, Values, serve_metrics
 from fedtune.ops.wire.gate import Registered, Traffic
 from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.proposal import Proposal
@@ -30,11 +30,9 @@ from fedtune.spec import ConfigError
 from .deployment_files import run, tool
 
 MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
-OF_PROMETHEUS = {"up"}
-"""Metrics that Prometheus itself adds."""
 
 
-def scraped(figures: Callable[[], Iterable[Figure]]) -> list[Sample]:
+def scraped(figures: Callable[[], Values]) -> list[Sample]:
     """All samples, read by the client's own parser over a real connection."""
     with (
         serve_metrics("127.0.0.1:0", figures) as address,
@@ -53,24 +51,18 @@ def values(samples: list[Sample], name: str) -> dict[str, float]:
 
 
 def test_it_answers_one_path_and_get_alone() -> None:
-    figure = Figure(name="a_count", says="What it is.", values={"x": 2, 'y"\n': 3}, label="which", grows=True)
-    assert values(scraped(lambda: [figure]), "a_count_total") == {"x": 2.0, 'y"\n': 3.0}
-    with serve_metrics("127.0.0.1:0", lambda: [figure]) as address:
+    answers = [("fedtune_lead_answers", {"x": 2, 'y"\n': 3})]
+    assert values(scraped(lambda: answers), "fedtune_lead_answers_total") == {"x": 2.0, 'y"\n': 3.0}
+    with serve_metrics("127.0.0.1:0", lambda: answers) as address:
         assert ask(address, "/")[0] == 404
         posted = urllib.request.Request(f"http://{address}/metrics", data=b"{}")
         with pytest.raises(urllib.error.HTTPError, match="405"):
             urllib.request.urlopen(posted, timeout=30)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:9464", "[::]:0"])
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:9464"])
 def test_no_address_that_other_machines_reach_is_taken(address: str) -> None:
     with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(address, list):
-        pass
-
-
-@pytest.mark.parametrize("address", ["9464", "localhost", "example.org:9464", "127.0.0.1:99999"])
-def test_an_address_that_is_none_is_named(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--metrics = .*must be host:port"), serve_metrics(address, list):
         pass
 
 
@@ -163,7 +155,7 @@ def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
 def of_server(federation: Path) -> ServerMetrics:
     """A server that has heard one of two sites; a third was revoked."""
     metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
-    assert [figure.name for figure in metrics.figures()] == ["fedtune_certificate_days_left"]
+    assert [name for name, _ in metrics.figures()] == ["fedtune_certificate_days_left"]
     metrics.members = [
         Registered(site=name, node_key=name.encode(), revoked=name == "west") for name in ("north", "south", "west")
     ]
@@ -187,73 +179,33 @@ def test_a_server_s_figures(federation: Path) -> None:
 # The files in deployment/monitoring.
 
 
+def all_metrics(*figures: Callable[[], Values]) -> set[str]:
+    """The names that a monitoring system sees, once the processes together have every figure."""
+    assert {name for process in figures for name, _ in process()} == set(FIGURES)
+    return {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}
+
+
 @pytest.fixture
-def known(north: Path, federation: Path, run_proposal: Callable[..., Proposal]) -> dict[str, set[str]]:
-    """Every metric that the three processes have, with its labels' names."""
+def known(north: Path, federation: Path) -> set[str]:
     SiteFiles.of(north / "site.toml").open()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
-    found: dict[str, set[str]] = {}
-    for figures in (of_site(north).figures, of_server(federation).figures, lead.figures):
-        for sample in scraped(figures):
-            found.setdefault(sample.name, set()).update(sample.labels)
-    return {name: labels for name, labels in found.items() if not name.endswith("_created")}
+    return all_metrics(of_site(north).figures, of_server(federation).figures, lead.figures)
 
 
-_WORDS = {"by", "ignoring", "sum", "increase", "rate", "and", "or", "unless", "without"}
-_TOKEN = re.compile(
-    r"\s+|(?P<text>\"(?:[^\"\\]|\\.)*\")|(?P<range>\[\d+[smhdwy]\])|(?P<number>\d+(?:\.\d+)?)|(?P<name>[A-Za-z_:][\w:]*)"
-    r"|(?P<sign>=~|!~|!=|==|>=|<=|[-+*/%(){},=<>])"
-)
+def metrics_in(expression: str) -> set[str]:
+    """The metrics that a PromQL expression names; promtool knows whether it is one."""
+    return set(re.findall(r"\bfedtune_\w+", expression))
 
 
-def tokens(expression: str) -> Iterator[tuple[str, str]]:
-    """Kind and text of each part of a PromQL expression; fails at what is none."""
-    at = 0
-    while at < len(expression):
-        found = _TOKEN.match(expression, at)
-        assert found, f"{expression!r} at {at}"
-        if found.lastgroup:
-            yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def check_names(expression: str, known: dict[str, set[str]]) -> set[str]:
-    """The metrics that an expression names, each known, with labels that it has and brackets that close."""
-    parts, metric, opened = list(tokens(expression)), "", list[str]()
-    used: set[str] = set()
-    pairs = {")": "(", "}": "{"}
-    labels = {"job", "instance", *(label for names in known.values() for label in names)}
-    for kind, text in parts:
-        if text in pairs.values():
-            opened.append(text)
-        elif text in pairs:
-            assert opened, expression
-            assert opened.pop() == pairs[text], expression
-        elif kind == "name" and opened[-1:] == ["{"]:
-            assert text in {"job", "instance"} | known.get(metric, set()), f"{text} is no label in {expression!r}"
-        elif kind == "name" and text not in _WORDS and text not in labels:
-            metric = text
-            assert metric in {*known, *OF_PROMETHEUS}, f"{metric} in {expression!r}"
-            used.add(metric)
-    assert used, expression
-    assert not opened, expression
-    return used
-
-
-def test_a_name_that_no_process_has_is_found(known: dict[str, set[str]]) -> None:
-    for wrong in ("fedtune_site_budget < 3", 'fedtune_site_epsilon_left{site="a"} < 3', "rate(fedtune_lead_rounds[5m]"):
-        with pytest.raises(AssertionError):
-            check_names(wrong, known)
-
-
-def test_the_alert_rules_name_metrics_that_exist(known: dict[str, set[str]]) -> None:
+def test_the_alert_rules_name_metrics_that_exist(known: set[str]) -> None:
     (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     used = set()
     for rule in group["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
-        used |= check_names(rule["expr"], known)
+        used |= metrics_in(rule["expr"])
+    assert used < known
     needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
@@ -340,11 +292,11 @@ def test_the_page_says_what_to_do_about_each_alert() -> None:
     assert len(rows) == len([row for row in rows if row])
 
 
-def test_the_dashboard_shows_every_metric_and_no_other(known: dict[str, set[str]]) -> None:
+def test_the_dashboard_shows_every_metric_and_no_other(known: set[str]) -> None:
     board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    used = {name for panel in panels for target in panel["targets"] for name in check_names(target["expr"], known)}
-    assert used == set(known)
+    shown = {name for panel in panels for target in panel["targets"] for name in metrics_in(target["expr"])}
+    assert shown == known
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
     places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in board["panels"]]
     cells = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]

@@ -16,10 +16,8 @@ from functools import partial
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from cryptography import x509
-
 from fedtune.ops.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
-from fedtune.ops.kits.certificates import SOON_DAYS, UNREADABLE, Certificate
+from fedtune.ops.kits.certificates import SOON_DAYS
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.spec import RunError
 
@@ -30,17 +28,28 @@ _ALERT_S = 0.2
 handshake, and what is sent meanwhile can make its reason get lost."""
 _PROXY_FIX = "Set HTTPS_PROXY to your network's proxy, or unset it where none is needed."
 _failed = partial(failed, exit_code=SERVER)
-# OpenSSL's numbers for what is wrong with a certificate.
-_EXPIRED, _NOT_YET_VALID, _OTHER_HOST = (10,), (9,), (62, 64)
-_OTHER_AUTHORITY = (2, 7, 18, 19, 20, 21, 24, 26)
+_OTHER_AUTHORITY = (
+    "is not issued by the federation's authority: a wrong server, or TLS inspection, which opens connections on their "
+    "way",
+    "Have {server} exempted from TLS inspection, or ask the lead whether the address is right; "
+    "`openssl s_client -connect {server}` shows whose certificate it is.",
+)
+_OTHER_HOST = (
+    "is not for {host}",
+    "Ask the lead to add {host} to also_known_as and run `fedtune provision renew-server`.",
+)
+_ANY_OTHER = ("is wrong ({why})", "Ask the lead to run `fedtune provision renew-server`.")
+_WRONG_CERTIFICATES = {
+    9: ("is not valid yet", "Set this machine's clock."),
+    10: ("has expired", "Ask the lead to run `fedtune provision renew-server`, or set this clock if it runs ahead."),
+    **dict.fromkeys((2, 7, 18, 19, 20, 21, 24, 26), _OTHER_AUTHORITY),
+    **dict.fromkeys((62, 64), _OTHER_HOST),
+}
+"""OpenSSL's number for what is wrong with the server's certificate -> what that means, and whom to ask."""
 
 
 class ProxyRefused(ConnectionError):
-    """A proxy answered, and did not connect us; `fix` says what to do about it."""
-
-    def __init__(self, found: str, *, fix: str) -> None:
-        super().__init__(found)
-        self.fix = fix
+    """A proxy answered, and did not connect us: its answer, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,24 +81,19 @@ class Proxy:
             lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
             lines += [f"Proxy-Authorization: {self.authorization}"] if self.authorization else []
             connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            self._require_connected(_head(connection, timeout_s=timeout_s), server)
+            status = re.match(rb"HTTP/1\.[01] (\d{3})\b", _head(connection, timeout_s=timeout_s))
+            if status is None:
+                fix = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT."
+                raise ProxyRefused("does not answer as an HTTP proxy", fix)
+            if not status[1].startswith(b"2"):
+                fix = f"Have CONNECT to {server} allowed on the proxy, or put the host into NO_PROXY to go round it."
+                if status[1] == b"407":
+                    fix = "Put the proxy's user and password into HTTPS_PROXY, as http://USER:PASSWORD@HOST:PORT."
+                raise ProxyRefused(f"refused to connect to {server} ({status[1].decode()})", fix)
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _require_connected(self, answer: bytes, server: str) -> None:
-        status = re.match(rb"HTTP/1\.[01] (\d{3})\b", answer)
-        if status is None:
-            fix = "Set HTTPS_PROXY to your network's proxy, as http://HOST:PORT."
-            raise ProxyRefused("does not answer as an HTTP proxy", fix=fix)
-        code = int(status[1])
-        if code == 407:
-            fix = "Put the proxy's user and password into HTTPS_PROXY, as http://USER:PASSWORD@HOST:PORT."
-            raise ProxyRefused("wants a user and a password (407)", fix=fix)
-        if not 200 <= code < 300:
-            fix = f"Have CONNECT to {server} allowed on the proxy, or put the host into NO_PROXY to go round it."
-            raise ProxyRefused(f"refused to connect to {server} ({code})", fix=fix)
 
 
 def proxy_for(host: str) -> Proxy | None:
@@ -182,7 +186,8 @@ class Connection:
         try:
             self._plain = self._open()  # TLS goes on with it: a connection without any is an attack to the server
         except ProxyRefused as refused:
-            return _failed(TCP, f"the proxy {self._proxy} {refused}", fix=refused.fix)
+            found, fix = refused.args
+            return _failed(TCP, f"the proxy {self._proxy} {found}", fix=fix)
         except ConnectionRefusedError:
             fix = _PROXY_FIX if self._proxy else "Ask the lead whether the server runs, and at this port."
             return _failed(TCP, f"{goal} refuses connections", fix=fix)
@@ -213,7 +218,9 @@ class Connection:
                     answer = self._ask(encrypted)
                     return self._encrypted(encrypted, answer)
             except ssl.SSLCertVerificationError as error:
-                return self._server_refused(error)
+                found, fix = _WRONG_CERTIFICATES.get(error.verify_code, _ANY_OTHER)
+                about = {"host": self._host, "server": self._server, "why": error.verify_message}
+                return _failed(TLS, "the server's certificate " + found.format(**about), fix=fix.format(**about))
             except ssl.SSLError as error:
                 return self._tls_failed(error)
             except TimeoutError:
@@ -253,29 +260,6 @@ class Connection:
             return warning(TLS, found, fix="Tell the lead to run `fedtune provision renew-server` before that day.")
         return ok(TLS, found)
 
-    def _server_refused(self, error: ssl.SSLCertVerificationError) -> Check:
-        """The server's certificate is wrong, in one of the ways that ask for different people."""
-        shown = self._shown_certificate()
-        if error.verify_code in _OTHER_HOST:
-            found = f"the server's certificate is not for {self._host}{_names(shown)}"
-            fix = f"Ask the lead to add {self._host} to also_known_as and run `fedtune provision renew-server`."
-        elif error.verify_code in _EXPIRED:
-            when = "" if shown is None else f" on {shown.not_valid_after_utc:%Y-%m-%d}"
-            found = f"the server's certificate has expired{when}"
-            fix = "Ask the lead to run `fedtune provision renew-server`; if the date is to come, set this clock."
-        elif error.verify_code in _NOT_YET_VALID:
-            found = "the server's certificate is not valid yet"
-            fix = "Set this machine's clock."
-        elif error.verify_code in _OTHER_AUTHORITY:
-            issuer = "" if shown is None else f" but by {shown.issuer.rfc4514_string()[:80] or 'nobody named'}"
-            found = f"the certificate is not issued by the federation's authority{issuer}: a wrong server, or "
-            found += "TLS inspection, which opens connections on their way"
-            fix = f"Have {self._server} exempted from TLS inspection, or ask the lead whether the address is right."
-        else:
-            found = f"the server's certificate is wrong ({error.verify_message})"
-            fix = "Ask the lead to run `fedtune provision renew-server`."
-        return _failed(TLS, found, fix=fix)
-
     def _tls_failed(self, error: ssl.SSLError) -> Check:
         reason = error.reason or type(error).__name__
         if "ALERT" in reason and re.search("UNKNOWN_CA|CERTIFICATE|ACCESS_DENIED", reason):
@@ -284,16 +268,6 @@ class Connection:
             return _failed(TLS, f"the server refused this site's certificate ({said})", fix=fix)
         fix = "Ask the lead whether the server's address and port are right, and your network what lies between."
         return _failed(TLS, f"{self._server} does not speak TLS as expected ({reason})", fix=fix)
-
-    def _shown_certificate(self) -> x509.Certificate | None:
-        """The certificate that is shown at the server's address, by whatever server; nothing is sent to it."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        try:
-            with closing(self._open()) as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
-                return x509.load_der_x509_certificate(encrypted.getpeercert(True) or b"")
-        except (OSError, *UNREADABLE):
-            return None
 
     def _authenticate(self) -> Check:
         from fedtune.ops.wire.fleet import Foreign, Unauthorised, hello  # Flower takes a second to import
@@ -330,13 +304,3 @@ def _remedy(refusal: str, *, site: str) -> str:
     if "clock" in refusal:
         return "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
     return f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
-
-
-def _names(shown: x509.Certificate | None) -> str:
-    if shown is None:
-        return ""
-    try:
-        names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, *UNREADABLE):
-        return f" but for {Certificate.of(shown).name[:80]}"
-    return " but for " + ", ".join(str(name.value) for name in names)[:80]

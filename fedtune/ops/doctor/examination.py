@@ -6,7 +6,6 @@ Nothing is trained, and neither ledger nor policy is written.  What the lines ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +15,6 @@ from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
 from fedtune.ops.doctor.check import Check, PrivateLog, from_error, ok, skipped
 from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
-from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
@@ -61,7 +59,6 @@ class _Examination:
         self._visit = visit
         self._log = PrivateLog(visit.kit / "state" / "doctor.log")
         self._read: set[str] = set()
-        self._certificate: Certificate | None = None
         self._clock_ahead_s: tuple[float, float] | None = None
 
     @property
@@ -91,14 +88,12 @@ class _Examination:
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
         yield (("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
-        yield (("certificate",), (_KIT,), self._read_certificate)
+        now = datetime.now(UTC)
+        yield (("certificate",), (_KIT,), lambda: [site_checks.certificate(self.kit, now)])
         yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
         yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        yield (("time of replies",), (_POLICY,), lambda: [site_checks.replies(self.policy)])
         yield ((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
-        now = datetime.now(UTC)
-        clock = partial(machine_checks.clock, now=now)
-        yield (("clock",), (), lambda: [clock(self._clock_ahead_s, certificate=self._certificate)])
+        yield (("clock",), (), lambda: [machine_checks.clock(self._clock_ahead_s)])
         yield (("disks",), (), self._disks)
         if visit.model is not None:
             model = visit.model
@@ -144,11 +139,6 @@ class _Examination:
             return
         self._read.add(_KIT)
         yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
-
-    def _read_certificate(self) -> Iterator[Check]:
-        yield site_checks.certificate(self.kit, datetime.now(UTC))
-        with suppress(ConfigError):  # that it cannot be read is said by then
-            self._certificate = Certificate.of(read_certificate(self.kit.certificate))
 
     def _connect(self) -> Iterator[Check]:
         connection = Connection(self.kit, timeout_s=self._visit.timeout_s)

@@ -40,7 +40,7 @@ from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import AT_ONCE, Dataset, Policy
+from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks import TASKS
 from fedtune.words import spoken_start
@@ -81,15 +81,6 @@ def lead(kit: Kit, policy: Policy) -> Check:
     line = ", ".join(f'"{key}"' for key in (*policy.allow.leads, kit.lead))
     found = f"the policy does not allow the kit's lead {spoken_start(kit.lead)}: all of its requests are refused"
     return failed(name, found, fix=f"If you know the key to be the lead's, write under [allow]: leads = [{line}]")
-
-
-def replies(policy: Policy) -> Check:
-    """Whether the time of a reply is hidden."""
-    name, every_s = "time of replies", policy.releases.reply_after_s
-    if every_s:
-        return ok(name, f"answers leave at multiples of {every_s:g} s after their request")
-    fix = "Set `reply_after_s` under [releases] in site.toml to more seconds than a round takes, such as 600."
-    return warning(name, f"`reply_after_s` is 0: {AT_ONCE}", fix=fix)
 
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
@@ -253,7 +244,9 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
         if verified is None and files.anchor is not None and files.anchor.is_file():
             newest = Head.read(files.anchor).sequence
             raise RunError(f"{files.ledger} is missing, and its anchor knows {newest} events")
-    except (RunError, ConfigError) as error:
+    except ConfigError as error:  # of another version's ledger it says what to do: nothing is wrong with that one
+        return from_error(name, error, fix=f"Train nothing, and restore it as {_PAGE} says."), None
+    except RunError as error:
         fix = f"Train nothing, and restore it as {_PAGE} says; a new ledger would spend the budget twice."
         return failed(name, str(error), fix=fix), None
     if verified is None:

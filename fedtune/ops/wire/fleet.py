@@ -11,11 +11,8 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from fedtune.flower.internals import (
@@ -38,10 +35,11 @@ from fedtune.flower.internals import (
     remove_content_from_message,
     set_metadata,
 )
+from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
 from fedtune.ops.wire.identity import Tls, refusal, staying
 from fedtune.ops.wire.message_objects import pull_message
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 
 HELLO = "/v1/fedtune/hello"
 """Where the server tells a site how it knows it; not Flower's."""
@@ -81,7 +79,8 @@ class Fleet:
 
     def __init__(self, server: str, tls: Tls, *, heard: Callable[[], None] = lambda: None) -> None:
         self._server, self._tls, self._heard = server, tls, heard
-        private, public = node_key(tls.key)
+        private = read_connection_key(tls.key)
+        public = private.public_key()
         self._public = asymmetric.public_key_to_bytes(public)
         self._client = staying(
             FleetHttpClient(
@@ -234,21 +233,6 @@ class Fleet:
             self._heard()
 
 
-def node_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
-    """The private key in a PEM file, and its public half.
-
-    Raises:
-        ConfigError: the file holds no EC key.
-    """
-    try:
-        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError("key", str(path), "must be a PEM file with an EC private key") from error
-    if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise ConfigError("key", str(path), "must be a PEM file with an EC private key")
-    return private, private.public_key()
-
-
 def hello(server: str, tls: Tls) -> str:
     """The name by which the server knows this site; asking changes nothing there.
 
@@ -288,10 +272,11 @@ def said_in(answer: httpx.Response, field: str, server: str) -> str:
 
 def signed_headers(tls: Tls) -> dict[str, str]:
     """The headers that say which site makes one of fedtune's own calls, as in Flower's."""
-    private, public = node_key(tls.key)
-    timestamp = now().isoformat()
+    private, timestamp = read_connection_key(tls.key), now().isoformat()
     return {
-        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(asymmetric.public_key_to_bytes(public)).decode(),
+        core.FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(
+            asymmetric.public_key_to_bytes(private.public_key())
+        ).decode(),
         constant.TIMESTAMP_HEADER: timestamp,
         core.FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(
             asymmetric.sign_message(private, timestamp.encode())
