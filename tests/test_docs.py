@@ -18,7 +18,7 @@ from fedtune.privacy.accountant import factor_text
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "simulations/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "deployment/*.md", "simulations/**/*.md")
     for path in ROOT.glob(pattern)
     if path.name != "README.upstream.md"
 )

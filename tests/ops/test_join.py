@@ -11,20 +11,16 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedtune.ops.kits import members
-from fedtune.ops.kits.certificates import fingerprint_of, public_pem, read_connection_key
-from fedtune.ops.kits.members import JoinRequest, next_steps, site_init
+from fedtune.ops.kits.certificates import public_pem, read_connection_key
+from fedtune.ops.kits.members import JoinRequest, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
-from fedtune.words import spoken
-
-from .conftest import of_odd_version
 
 
 def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) -> None:
@@ -57,66 +53,11 @@ def test_no_private_key_leaves(request_of: Callable[..., Path]) -> None:
     assert f"{connection.private_numbers().private_value:x}" not in data.decode()
 
 
-def test_the_site_key_that_is_there_is_used(request_of: Callable[..., Path]) -> None:
-    first = request_of("north", kit="one")
-    second = request_of("north", kit="two")
-    assert JoinRequest.read(first).site_key == JoinRequest.read(second).site_key
-    assert JoinRequest.read(first).node_key != JoinRequest.read(second).node_key
-
-
-def test_the_kit_folder_lies_beside_the_policy(
-    tmp_path: Path, site_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_policy(site_policy("north"), tmp_path / "site.toml")
-    monkeypatch.chdir(tmp_path)
-    assert site_init(Path("site.toml"), out=None) == Path("kit")
-    assert JoinRequest.read(tmp_path / "kit" / "join_request.json").site == "north"
-
-
-def test_the_next_steps_name_file_and_fingerprints(request_of: Callable[..., Path]) -> None:
-    path = request_of("north", declared_size=8000)
-    text, request = next_steps(path.parent), JoinRequest.read(path)
-    for words in (
-        str(path),
-        spoken(fingerprint_of(request.node_key)),
-        spoken(request.site_key),
-        f"unzip north-kit.zip -d {path.parent}",
-        "patients (8,000 declared)",
-        "connection_key.pem is secret",
-    ):
-        assert words in text
-
-
 def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.name != "site.toml")
 
 
-def test_a_folder_that_exists_is_left_alone(request_of: Callable[..., Path]) -> None:
-    path = request_of("north")
-    before = {one: one.read_bytes() for one in path.parent.iterdir()}
-    with pytest.raises(ConfigError, match=r"folder = '.*/north/kit': exists already"):
-        site_init(path.parent.parent / "site.toml", out=None)
-    assert {one: one.read_bytes() for one in path.parent.iterdir()} == before
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, site_policy: Callable[..., Policy]) -> None:
-    write_policy(site_policy("north"), tmp_path / "site.toml")
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"folder = '.*/file/kit': cannot be written: .*/file\)"):
-        site_init(tmp_path / "site.toml", out=tmp_path / "file" / "kit")
-    assert left_over(tmp_path) == ["file"]
-
-
-def test_a_policy_that_is_wrong_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"site\.toml"):
-        site_init(tmp_path / "site.toml", out=None)
-    (tmp_path / "site.toml").write_text('site = "../north"')
-    with pytest.raises(ConfigError, match=r"site\.toml"):
-        site_init(tmp_path / "site.toml", out=None)
-    assert left_over(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["n" * 65, "lead", "Server"])
+@pytest.mark.parametrize("name", ["n" * 65, "Server"])
 def test_a_name_that_no_site_can_have_makes_nothing(
     name: str, tmp_path: Path, site_policy: Callable[..., Policy]
 ) -> None:
@@ -155,31 +96,18 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
     return json.dumps({**fields, "signature": key.sign("join request", text.encode())}).encode()
 
 
-def test_the_signature_covers_the_canonical_json(request_of: Callable[..., Path]) -> None:
-    path = request_of("north")
-    assert JoinRequest.of(resigned(path, lambda fields: None)) == JoinRequest.read(path)
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("site", "south"),
         ("datasets", [{"id": "patients", "declared_size": 101}]),
         ("signature", "00" * 64),
-        ("signature", "not hex"),
     ],
 )
 def test_a_request_that_was_changed_is_refused(request_of: Callable[..., Path], key: str, value: object) -> None:
     path = request_of("north")
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ConfigError, match=r"join_request\.json: signature = .*was changed after it was made"):
-        JoinRequest.read(path)
-
-
-def test_another_s_csr_does_not_pass_for_one_s_own(request_of: Callable[..., Path]) -> None:
-    path, other = request_of("north"), request_of("south")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "csr": json.loads(other.read_text())["csr"]}))
-    with pytest.raises(ConfigError, match="was changed after it was made"):
         JoinRequest.read(path)
 
 
@@ -193,18 +121,11 @@ def csr_of(key: Any, *names: str) -> str:
     ("csr", "message"),
     [
         (csr_of(ec.generate_private_key(ec.SECP256R1()), "north"), "csr = .*must be for an EC P-384 key"),
-        (csr_of(ec.generate_private_key(ec.SECP521R1()), "north"), "csr = .*must be for an EC P-384 key"),
-        (csr_of(rsa.generate_private_key(65537, 2048), "north"), "csr = .*must be for an EC P-384 key"),
         (csr_of(ec.generate_private_key(ec.SECP384R1()), "south"), "csr = 'south': must have the site's name"),
         (csr_of(ec.generate_private_key(ec.SECP384R1()), "north", "south"), "csr = null: must have the site's name"),
-        (csr_of(ec.generate_private_key(ec.SECP384R1())), "csr = null: must have the site's name"),
         ("none", "csr = 'unreadable': must be a certificate signing request"),
-        (
-            of_odd_version(csr_of(ec.generate_private_key(ec.SECP384R1()), "north")),
-            "csr = 'unreadable': must be a certificate signing request",
-        ),
     ],
-    ids=["P-256", "P-521", "RSA", "another name", "two names", "no name", "rubbish", "odd version"],
+    ids=["P-256", "another name", "two names", "rubbish"],
 )
 def test_a_wrong_csr_is_refused_though_the_site_signed_it(
     request_of: Callable[..., Path], csr: str, message: str
@@ -234,7 +155,6 @@ def _point(public: bytes) -> bytes:
     ("change", "message"),
     [
         ({"site": "../north"}, "site = '../north': must be made of"),
-        ({"site": "n" * 65}, "must have at most 64 characters"),
         ({"site": "lead"}, "must not be the name of a part of every federation"),
         ({"site_key": "00" * 32}, "site_key = .*must be a public key"),
         ({"datasets": []}, "must declare at least one data set"),
@@ -252,7 +172,7 @@ def test_what_a_site_may_not_say_is_refused_though_it_signed_it(
         JoinRequest.of(resigned(path, lambda fields: fields.update(change)))
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff\xfe", b"{" * 5000, b'{"version": 1', b"PK\x03\x04"])
+@pytest.mark.parametrize("data", [b"[]", b"\xff\xfe", b'{"version": 1'])
 def test_what_is_no_request_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "request").write_bytes(data)
     with pytest.raises(ConfigError, match=f"{tmp_path}/request: request = .*must be"):
@@ -267,19 +187,3 @@ def test_a_request_has_at_most_64_kib(request_of: Callable[..., Path]) -> None:
     path.write_bytes(data + b" " * (65537 - len(data)))
     with pytest.raises(ConfigError, match="must have at most 65536 bytes"):
         JoinRequest.read(path)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ConfigError, match=f"request = '{path}': must be a readable file"):
-            JoinRequest.read(path)
-
-
-def test_what_the_lead_would_refuse_is_refused_at_the_site(
-    tmp_path: Path, site_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_policy(site_policy("north"), tmp_path / "site.toml")
-    monkeypatch.setattr(members, "_MOST_BYTES", 100)
-    with pytest.raises(ConfigError, match="must have at most 100 bytes"):
-        site_init(tmp_path / "site.toml", out=None)
-    assert left_over(tmp_path) == ["site_key.pem"]

@@ -12,13 +12,6 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from flwr.supercore.primitives.asymmetric import (
-    bytes_to_private_key,
-    bytes_to_public_key,
-    sign_message,
-    uses_nist_ec_curve,
-    verify_signature,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,10 +48,6 @@ def test_a_kit_says_where_its_files_are(kits: dict[str, Path], kind: str, now: d
     assert found.not_before < now < found.not_after
 
 
-def test_only_the_lead_has_the_lead_s_key(kits: dict[str, Path]) -> None:
-    assert {kind for kind in KINDS if Kit.read(kits[kind], kind=kind).lead_key.exists()} == {"lead"}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kit_of_another_kind_is_refused(kits: dict[str, Path], kind: str) -> None:
     other = KINDS[KINDS.index(kind) - 1]
@@ -84,7 +73,6 @@ def test_a_folder_without_a_kit_is_named(tmp_path: Path) -> None:
         Kit.read(tmp_path / "nowhere", kind="site")
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
@@ -94,9 +82,9 @@ def test_a_folder_without_a_kit_is_named(tmp_path: Path) -> None:
         ("lead", "lead_key.pem"),
     ],
 )
-def test_a_key_that_others_can_read_is_refused(kits: dict[str, Path], kind: str, name: str, mode: int) -> None:
-    (kits[kind] / name).chmod(mode)
-    with pytest.raises(ConfigError, match=rf"{name}.*mode {mode:o}.*chmod 600"):
+def test_a_key_that_others_can_read_is_refused(kits: dict[str, Path], kind: str, name: str) -> None:
+    (kits[kind] / name).chmod(0o604)
+    with pytest.raises(ConfigError, match=rf"{name}.*mode 604.*chmod 600"):
         Kit.read(kits[kind], kind=kind)
 
 
@@ -106,9 +94,7 @@ def test_a_key_that_others_can_read_is_refused(kits: dict[str, Path], kind: str,
         ('server = "fl.example.org"', "server = 'fl.example.org': must be host:port"),
         ('lead = "00"', "lead = '00': must be a public key"),
         ('site = "../etc"', "site = '../etc': must be made of"),
-        ("federation = 3", "federation = 3: must be a text"),
         ('collor = "red"', "collor: is not a key"),
-        ("version = ", "must be TOML"),
     ],
 )
 def test_a_wrong_line_in_kit_toml_is_named(kits: dict[str, Path], line: str, message: str) -> None:
@@ -127,13 +113,6 @@ def test_a_missing_line_in_kit_toml_is_named(kits: dict[str, Path], key: str) ->
     path.write_text("\n".join(one for one in path.read_text().splitlines() if not one.startswith(f"{key} =")))
     with pytest.raises(ConfigError, match=rf"{key}: is required"):
         Kit.read(kits["site"], kind="site")
-
-
-def test_a_server_s_kit_names_no_site(kits: dict[str, Path]) -> None:
-    path = kits["server"] / "kit.toml"
-    path.write_text('site = "north"\n' + path.read_text())
-    with pytest.raises(ConfigError, match="has no place in a kit that is not a site's"):
-        Kit.read(kits["server"], kind="server")
 
 
 def test_a_lead_s_kit_has_the_key_that_it_names(kits: dict[str, Path]) -> None:
@@ -190,13 +169,6 @@ def test_an_expired_certificate_names_the_way_out(
         kit.check_certificate(now - timedelta(days=1))
 
 
-@pytest.mark.parametrize("name", ["site.pem", "ca.pem", "connection_key.pem"])
-def test_a_file_of_rubbish_is_named(kits: dict[str, Path], name: str, now: datetime) -> None:
-    (kits["site"] / name).write_text("rubbish")
-    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
-        Kit.read(kits["site"], kind="site").check_certificate(now)
-
-
 def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Path]) -> None:
     assert Roster.read(federation / "server" / "roster.json").sites == ()
     folders = [joined(site) for site in ("north", "south")]
@@ -205,15 +177,6 @@ def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Pa
     for member, folder, site in zip(members, folders, ("north", "south"), strict=True):
         assert (member.site, member.revoked, member.sizes) == (site, None, {"patients": 100})
         assert member.site_key == SigningKey.load(folder.parent / "site_key.pem").public
-
-
-def test_flower_takes_a_connection_key_for_a_node_s(federation: Path, joined: Callable[[str], Path]) -> None:
-    private = bytes_to_private_key((joined("north") / "connection_key.pem").read_bytes())
-    (member,) = Roster.read(federation / "server" / "roster.json").sites
-    public = bytes_to_public_key(member.node_key)
-    assert uses_nist_ec_curve(public)
-    assert verify_signature(public, b"message", sign_message(private, b"message"))
-    assert not verify_signature(public, b"other", sign_message(private, b"message"))
 
 
 def _swap(key: str, value: Any) -> Callable[[Any], None]:
@@ -229,10 +192,7 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
         (_swap("certificate", "none"), "certificate = 'north': must be one in PEM form"),
         (_swap("site_key", "00" * 32), "site_key = .*must be a public key"),
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
-        (_swap("datasets", []), "must declare at least one data set"),
-        (_swap("datasets", [{"id": "a", "declared_size": 0}]), "declared_size = 0: must be from 1"),
         (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be"),
-        (_swap("datasets", [{"id": "a", "declared_size": 1}] * 2), r"datasets\.id = \['a', 'a'\]: must not repeat"),
     ],
 )
 def test_a_wrong_roster_is_refused(

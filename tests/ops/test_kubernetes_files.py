@@ -43,15 +43,6 @@ def mounts_of(container: dict[str, Any]) -> dict[str, Any]:
     return {mount["mountPath"]: mount for mount in container["volumeMounts"]}
 
 
-def test_every_manifest_is_tested() -> None:
-    assert {folder.name for folder in OVERLAYS} == {
-        *("server", "site", "site-gpu", "lead", "server-backup", "site-backup"),
-    }
-    with_pods = {"StatefulSet", "Deployment", "DaemonSet", "Job", "CronJob", "Pod", "ReplicaSet"}
-    found = {path for path in KUBERNETES.rglob("*.yaml") for one in documents(path) if one["kind"] in with_pods}
-    assert found == set(PROCESSES)
-
-
 @pytest.fixture(scope="module")
 def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What kubectl makes of each folder, by its name."""
@@ -139,16 +130,6 @@ def test_every_pod_has_a_policy_and_only_the_server_s_is_reached(path: Path) -> 
     assert called == ({53, 5353, 9092} if role in ("site", "lead") else set())
 
 
-@pytest.mark.parametrize("role", ["site", "lead"])
-def test_name_servers_are_reached_in_any_namespace_and_nobody_outside_is_on_their_ports(role: str) -> None:
-    names, server = only(KUBERNETES / role / "network_policy.yaml", "NetworkPolicy")["spec"]["egress"]
-    assert names["to"] == [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "169.254.20.10/32"}}]
-    assert {(port["protocol"], port["port"]) for port in names["ports"]} == {
-        (protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)
-    }
-    assert [port["port"] for port in server["ports"]] == [9092]
-
-
 def test_nothing_reaches_a_site_s_pod() -> None:
     service = only(SITE, "Service")["spec"]
     assert service["clusterIP"] == "None"
@@ -157,13 +138,6 @@ def test_nothing_reaches_a_site_s_pod() -> None:
     assert "ports" not in container
     # A round's length tells of the number of records, and so the endpoint stays inside the pod.
     assert not [argument for argument in container["args"] if "anywhere" in argument]
-
-
-def test_draining_a_node_cuts_off_no_round() -> None:
-    budget = only(KUBERNETES / "site/pod_disruption_budget.yaml", "PodDisruptionBudget")["spec"]
-    assert budget["maxUnavailable"] == 0
-    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
-    assert budget["selector"] == only(SITE, "StatefulSet")["spec"]["selector"]
 
 
 def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -119,17 +118,6 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: R
     assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
 
 
-def test_a_run_sees_a_certificate_that_is_put_into_its_kit(
-    three: Kit, config: RunConfig, federation: Path, now: datetime
-) -> None:
-    connection = LeadService(kit=three)._connection(config.federation)
-    assert not connection.has_new_certificate()
-    provisioning.renew(federation, "lead", days=300, now=now)
-    three.certificate.write_bytes((federation / "lead/lead.pem").read_bytes())
-    assert connection.has_new_certificate()
-    assert not connection.has_new_certificate()
-
-
 def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
     federation_toml: Path,
     config: RunConfig,
@@ -161,13 +149,6 @@ def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
         assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
     assert running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
-
-
-def test_a_file_that_a_killed_process_left_is_stale(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / RUNNING).write_text(json.dumps({"pid": gone.pid}))
-    assert running_process(tmp_path) is None
 
 
 def test_another_process_may_run_it(tmp_path: Path) -> None:
@@ -278,24 +259,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
     return seen
 
 
-def test_a_server_takes_everything_from_its_kit(service: ServerService, served: list[ServerSettings]) -> None:
-    service.run()
-    (settings,) = served
-    kit = service.kit
-    assert (settings.host, settings.port, settings.lead) == ("127.0.0.1", 9092, kit.lead)
-    assert (settings.tls.ca, settings.tls.certificate, settings.tls.key) == (kit.ca, kit.certificate, kit.key)
-    assert settings.database == kit.folder / "server.db"
-    assert settings.audit == kit.folder / "audit.jsonl"
-
-
-def test_another_port_and_folder_can_be_asked_for(
-    service: ServerService, served: list[ServerSettings], tmp_path: Path
-) -> None:
-    replace(service, port=9999, data=tmp_path).run()
-    assert (served[0].port, served[0].database) == (9999, tmp_path / "server.db")
-    assert served[0].audit == tmp_path / "audit.jsonl"
-
-
 def test_the_roster_is_read_anew_each_time(
     service: ServerService,
     served: list[ServerSettings],
@@ -311,27 +274,6 @@ def test_the_roster_is_read_anew_each_time(
     provisioning.revoke_site(federation, "south", now=now)
     assert [(one.site, one.revoked) for one in settings.roster()] == [("north", False), ("south", True)]
     assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
-
-
-def test_a_server_does_not_begin_without_a_roster(service: ServerService, served: list[ServerSettings]) -> None:
-    service.run()
-    service.kit.roster.write_text("{")
-    with pytest.raises(ConfigError, match="must be JSON"):
-        served[0].roster()
-
-
-def test_health_follows_the_server(
-    service: ServerService, served: list[ServerSettings], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert service.health.snapshot()["last_contact"] is None
-    with caplog.at_level(logging.INFO, "fedtune"):
-        service.run()
-    snapshot = service.health.snapshot()
-    assert snapshot["state"] == "stopping"
-    assert snapshot["last_contact"] is not None
-    assert [record.message for record in caplog.records] == ["the server listens", "the server is down"]
-    listens: Any = caplog.records[0]
-    assert (listens.federation, listens.port) == ("cardiology-2026", 9092)
 
 
 def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerService) -> None:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import names_of, read_certificate
-from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
-from fedtune.ops.kits.kit_file import Kit, read_spec
+from fedtune.ops.kits.federation_folder import FederationFolder
+from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
@@ -56,14 +54,6 @@ def test_certificates_last_as_long_as_the_file_says(federation_toml: Path, now: 
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
 
 
-def test_without_out_the_folder_has_the_federation_s_name(
-    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(federation_toml.parent)
-    assert provisioning.init(Path("federation.toml"), out=None, now=now).folder == Path("cardiology-2026")
-    assert Kit.read(Path("cardiology-2026/server"), kind="server").federation == "cardiology-2026"
-
-
 def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
     federation_toml.write_text(text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"'))
@@ -76,11 +66,8 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
     ("old", "new", "message"),
     [
         ("name", "nmae", "nmae: is not a key"),
-        ('name = "cardiology-2026"\n', "", "name: is required"),
         ('server = "127.0.0.1:9092"\n', "", "server: is required"),
         ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
-        ("127.0.0.1:9092", "0.0.0.0:9092", "server = '0.0.0.0:9092': must be host:port"),
-        ('"127.0.0.1:9092"', "9092", "server = 9092: must be a text"),
         ('"localhost"', '"localhost:9092"', "also_known_as = 'localhost:9092': must be a DNS name"),
         ('"localhost"', '"*.example.org"', r"also_known_as = '\*.example.org': must be a DNS name"),
         ("cardiology-2026", "../cardiology", "name = '../cardiology': must be made of"),
@@ -90,17 +77,13 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
             "[certificates]\nsite_days = 0\n[[model]]",
             "certificates.site_days = 0: must be a number of days",
         ),
-        ("[[model]]", "[certificates]\nsite_day = 9\n[[model]]", "certificates.site_day: is not a key"),
-        ("[[model]]", "[certificates]\nlead_days = 1.5\n[[model]]", "lead_days = 1.5: must be a whole number"),
         ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),
         ('"Apache-2.0"', '""', "licence = '': must name the model's licence"),
-        ('licence = "Apache-2.0"', "", "licence: is required"),
         (
             "[[model]]",
             f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\n[[model]]',
             "must not repeat",
         ),
-        ("name =", "name", "must be TOML"),
     ],
 )
 def test_a_wrong_federation_toml_makes_nothing(
@@ -113,12 +96,6 @@ def test_a_wrong_federation_toml_makes_nothing(
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert str(federation_toml) in str(caught.value)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
-
-
-def test_a_file_that_is_missing_is_named(tmp_path: Path, now: datetime) -> None:
-    with pytest.raises(ConfigError, match=f"file = '{tmp_path}/none.toml': must be a readable file"):
-        provisioning.init(tmp_path / "none.toml", out=tmp_path / "made", now=now)
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
@@ -137,34 +114,15 @@ def test_a_place_that_is_no_folder_is_named(federation_toml: Path, now: datetime
         provisioning.init(federation_toml, out=federation_toml / "made", now=now)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_named(federation_toml: Path, now: datetime) -> None:
-    closed = federation_toml.parent / "closed"
-    closed.mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-        provisioning.init(federation_toml, out=closed / "made", now=now)
-
-
-def test_nothing_is_left_when_writing_fails(
-    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_federation_that_was_not_made(
+    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(provisioning.FederationFolder, "change", full)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
-    assert os.listdir(federation_toml.parent) == ["federation.toml"]
-
-
-def test_a_broken_program_leaves_nothing_either(
-    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(provisioning.FederationFolder, "change", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(provisioning.FederationFolder, "change", broken)
+    with pytest.raises((ConfigError, KeyboardInterrupt), match=r"cannot be written: No space left on device|^$"):
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
@@ -184,13 +142,6 @@ def test_renewing_keeps_keys_and_everything_else(
     found = Kit.read(federation / kind, kind=kind).check_certificate(later)
     assert found.not_after == later + timedelta(days=365)
     assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
-
-
-def test_renewing_the_server_works_without_its_key_at_hand(federation: Path, now: datetime) -> None:
-    (federation / "server" / "server_key.pem").unlink()  # it was moved to the server
-    key = read_certificate(federation / "server" / "server.pem").public_key()
-    provisioning.renew(federation, "server", days=None, now=now)
-    assert read_certificate(federation / "server" / "server.pem").public_key() == key
 
 
 def test_the_server_takes_new_names_from_the_edited_file(
@@ -255,31 +206,6 @@ def test_days_have_bounds(federation: Path, now: datetime) -> None:
     assert files_in(federation) == before
 
 
-def test_the_example_of_the_design_is_read(tmp_path: Path) -> None:
-    (tmp_path / "federation.toml").write_text(
-        f"""
-name = "cardiology-2026"
-server = "fl.example.org:9092"
-also_known_as = []
-
-[certificates]
-authority_days = 3650
-server_days = 365
-lead_days = 365
-site_days = 365
-
-[[model]]
-name = "minilm"
-sha256 = "{"53" * 32}"
-licence = "Apache-2.0"
-"""
-    )
-    settings = read_spec(FederationFile, tmp_path / "federation.toml")
-    assert settings.hosts == ("fl.example.org",)
-    assert settings.certificates.site_days == 365
-    assert settings.model[0].name == "minilm"
-
-
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
 def test_a_readme_says_what_is_what_and_what_to_type(
     federation: Path, joined: Callable[[str], Path], kind: str, now: datetime
@@ -306,17 +232,3 @@ def test_a_readme_says_what_is_what_and_what_to_type(
     places = [text.index(command) for command in commands]
     assert places == sorted(places)
     assert "{" not in text
-
-
-def test_keys_of_the_kits_differ(federation: Path) -> None:
-    keys = {
-        serialization.load_pem_private_key((federation / name).read_bytes(), password=None)
-        .public_key()
-        .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        for name in SECRETS
-    }
-    assert len(keys) == len(SECRETS)
-    organisation = x509.oid.NameOID.ORGANIZATIONAL_UNIT_NAME
-    for kind in ("server", "lead"):
-        subject = read_certificate(federation / kind / f"{kind}.pem").subject
-        assert subject.get_attributes_for_oid(organisation)[0].value == kind
