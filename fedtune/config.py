@@ -20,7 +20,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.spec import DataSpec
-from fedtune.data.text_rows import GROUP
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
@@ -157,9 +156,6 @@ class RunConfig:
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)
-        if self.privacy.metrics_groups and GROUP not in self.data.columns:
-            bound = "must name the column for role 'group' with privacy.metrics = noised_by_group"
-            raise ConfigError("data.columns", dict(self.data.columns), bound)
         task.check_model(self.task_model())
 
     def task_model(self) -> TaskModelSpec:

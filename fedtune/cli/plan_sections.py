@@ -12,11 +12,9 @@ from rich.console import Console
 
 from fedtune.cli.plain_words import reason_text
 from fedtune.config import RunConfig
-from fedtune.evaluation.groups import fewest_told
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
-from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
 from fedtune.show.budget_text import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
@@ -169,14 +167,8 @@ def _facts(outlook: Outlook) -> dict[str, str]:
         found["relies on"] = trust_words(price.by_trust)
     if plan.releases_metrics:
         found["scores"] = (
-            f"{METRICS[plan.metrics].in_words} of held-out {plan.unit}s each round, noise multiplier "
+            f"noised scores of held-out {plan.unit}s each round, noise multiplier "
             f"{plan.metrics_noise_multiplier:g}; every epsilon here pays for them"
-        )
-    if plan.metrics_groups:
-        fewest = fewest_told(plan.metrics_noise_multiplier, len(price.sites))
-        found["scores"] += (
-            f"; by {counted(len(plan.metrics_groups), 'group')} and all others, of which those with fewer than about "
-            f"{fewest:.0f} held-out {plan.unit}s over all sites are not told by themselves"
         )
     if outlook.signal_to_noise is not None and plan.private:
         found["signal"] = signal_words(outlook.signal_to_noise)

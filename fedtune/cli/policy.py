@@ -219,7 +219,6 @@ def _leaves(policy: Policy) -> Iterator[str]:
     yield {
         "none": "No scores of the site's records.",
         "noised": "Scores of held-out records, with noise and paid for, where a run plans for them.",
-        "noised_by_group": "Scores of held-out records, also by groups that a run names, with noise and paid for.",
     }[releases.metrics]
     yield "Signed receipts and reasons of refusal, made from requests, policy and ledger alone."
     yield (

@@ -29,7 +29,7 @@ from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import Pending, SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, asked_and_allowed
+from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
@@ -203,7 +203,6 @@ def _to_json(pending: Pending) -> dict[str, Any]:
         "lead": asked.lead,
         "epsilon": _epsilon(asked),
         "delta": asked.plan.delta,
-        "groups": list(asked.plan.metrics_groups),
     }
 
 
@@ -222,7 +221,6 @@ def _price(asked: Proposal) -> str:
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
     plan = asked.plan
     # All of them: what a site is asked to tell is never cut short.
-    groups = ", ".join(f'"{printable(name)}"' for name in plan.metrics_groups)
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
     price = f"epsilon {_price(asked)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
     if not plan.private:
@@ -247,8 +245,7 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
         f"sampling rate {plan.sampling_rate:g}",
         **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
-        "releases": " and ".join(filter(None, ("updates", METRICS[plan.metrics].in_words))),
-        **({"groups": f"{len(plan.metrics_groups)}: {groups}"} if plan.metrics_groups else {}),
+        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
     }
     return pairs(rows)
 

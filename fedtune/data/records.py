@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
-from fedtune.data.text_rows import GROUP, Row, absent, at_line
+from fedtune.data.text_rows import Row, absent, at_line
 from fedtune.data.values import NO_TEXT, OPTIONAL_ROLES, SAID, is_missing, is_whole, read_value, turns_said
 from fedtune.spec import DataError
 
@@ -60,12 +60,8 @@ class Record:
 
 
 def record_key(record: Record) -> bytes:
-    """Canonical bytes of a record: the same for two records if and only if their fields agree, apart from the group.
-
-    The group is left out so that scoring by group changes no record's split.
-    """
-    fields = {role: value for role, value in record.fields.items() if role != GROUP}
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+    """Canonical bytes of a record: the same for two records if and only if their fields agree."""
+    return json.dumps(dict(record.fields), sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:

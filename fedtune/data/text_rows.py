@@ -22,8 +22,6 @@ from typing import TypeAlias, cast
 from fedtune.spec import DataError
 from fedtune.words import counted
 
-GROUP = "group"
-"""The role by which scores that sites release are told apart."""
 Row: TypeAlias = Mapping[str, object]
 """Column to value, as a file has it."""
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
@@ -171,10 +169,8 @@ def _require_separated(header: Sequence[str], *, comma: str, at: str) -> None:
 
 
 def check_header(header: Sequence[str], columns: Mapping[str, str], *, at: str) -> None:
-    """Require each of the `columns` (role to column) in a header, once; that of the group may be missing."""
+    """Require each of the `columns` (role to column) in a header, once."""
     for role, column in columns.items():
-        if column not in header and role == GROUP:
-            continue
         if column not in header:
             raise absent(header, column, role=role, at=at)
         if header.count(column) > 1:

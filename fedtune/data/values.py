@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard, cast
 
-from fedtune.data.text_rows import GROUP, json_type
+from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target", GROUP}
+NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
 """Roles whose values are no texts that somebody wrote."""
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
-OPTIONAL_ROLES = frozenset({"input", "system", GROUP})
+OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
@@ -145,13 +145,6 @@ def _name(value: object, role: str, *, at: str) -> str:
         raise DataError(at, "a number with an exponent", "must name a user by all digits, written as text (role user)")
     whole = _WHOLE_DECIMAL.fullmatch(found)
     return whole[1] if whole else found
-
-
-def _group(value: object, at: str) -> str:
-    """The group that a value names, in one form of its letters; "" for what names none, and leaves no record out."""
-    if isinstance(value, int) or is_whole(value):
-        value = str(value).lower() if isinstance(value, bool) else str(int(value))
-    return unicodedata.normalize("NFC", value.strip()) if isinstance(value, str) and value.isprintable() else ""
 
 
 # Turns.
@@ -397,6 +390,5 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "labels": labels_of,
     "target": number_of,
     **dict.fromkeys(SAID, said_of),
-    GROUP: _group,
 }
 """Roles whose values need not be texts in a file, and how they become some."""

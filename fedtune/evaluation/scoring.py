@@ -83,27 +83,6 @@ def user_scores(scores: npt.NDArray[np.float64], users: Sequence[npt.NDArray[np.
     return np.array([usable[places].mean() for places in users], dtype=np.float64)
 
 
-def unit_groups(
-    values: Sequence[str], names: Sequence[str], users: Sequence[npt.NDArray[np.int64]] | None = None
-) -> npt.NDArray[np.int64]:
-    """(units,) the group of each unit, by its place in `names`, or one past the last: the group of all others.
-
-    A unit is in one group and follows from its own records alone, as `mechanism.noised_scores` needs: a user whose
-    records are not all of one group is with the others.
-
-    Args:
-        values: of each record; "" for one that has none.
-        names: of the groups.
-        users: for each user the places of its records, at least one; None: each record is a unit.
-    """
-    place = {name: number for number, name in enumerate(names)}
-    codes = np.array([place.get(value, len(names)) for value in values], dtype=np.int64)
-    if users is None:
-        return codes
-    of_each = [set(codes[places].tolist()) for places in users]
-    return np.array([min(found) if len(found) == 1 else len(names) for found in of_each], dtype=np.int64)
-
-
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """Put every module of `model` in evaluation mode without gradients, then restore each one's flag.

@@ -35,8 +35,8 @@ class RoundResult:
         seconds: training and aggregation; evaluation is not counted.
         failed_sites: site -> reason.
         metrics: of the aggregated adapter on the lead's validation file.
-        site_scores: site -> its noised statistics of held-out units, for the adapter that the round began with; with
-            `privacy.metrics=noised`, the noised score and the noised share of the declared number.
+        site_scores: with `privacy.metrics=noised`, site -> the noised score of its held-out units and their noised
+            share of the declared number, for the adapter that the round began with.
         ended: UTC, when the round was aggregated and scored.
         diverged: the average, or its score, was not finite; the run went back to the adapter before, whose `metrics`
             these are.  The round is charged all the same.
@@ -49,7 +49,7 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     metrics: Scores
-    site_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ended: str = ""
     diverged: bool = False
 

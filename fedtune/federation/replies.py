@@ -14,7 +14,8 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, Answer, Masked, Refusal, Tensors, Update
+from fedtune.privacy.release import Answer, Masked, Refusal, Tensors, Update
+from fedtune.privacy.run_plan import Plan
 
 if TYPE_CHECKING:  # it imports torch
     from fedtune.training.reach import Reach
@@ -25,7 +26,7 @@ LEFT_OUT = "left_out"
 """Of a site that is asked no more, since its shares in a secure sum were wrong."""
 UNSIGNED_REPLY = "unsigned_reply"
 _MOST_SHARE = 1e9
-"""The largest share of the declared number that a statistic may be, with any noise and any true number."""
+"""The largest share of the declared number that a score or a count may be, with any noise and any true number."""
 BEYOND_PLAN = "beyond_plan"
 """Of an update that moves the adapter further than the plan's training can."""
 
@@ -71,7 +72,7 @@ class _Outcome:
     """What a site's reply came to: `failure` says why it brought no usable update, and is empty where it did."""
 
     failure: str = ""
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float, float] | None = None
     refusal: Refusal | None = None
 
 
@@ -118,8 +119,8 @@ class RoundReplies:
         return tuple(site for site, outcome in self._in_order() if not outcome.failure)
 
     @property
-    def scores(self) -> dict[str, tuple[float, ...]]:
-        """Site -> noised statistics of its held-out units, where the plan releases them."""
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """Site -> noised score and count of its held-out units, where the plan releases them."""
         return {site: outcome.scores for site, outcome in self._in_order() if outcome.scores is not None}
 
     @property
@@ -148,22 +149,21 @@ class RoundReplies:
         if not own:
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
-        num_scores = METRICS[plan.metrics].num_values * plan.num_groups
         if plan.shared is not None:
             right = about_this and isinstance(body, Update) and isinstance(body.tensors, Masked)
-            if not (right and isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
+            if not (right and isinstance(body, Update) and _are_scores_of(plan, body.scores)):
                 return _Outcome(failure=INVALID_UPDATE), None
             return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
         tensors = tensors_of(body, self.sent) if about_this else None
-        if tensors is None or not (isinstance(body, Update) and _are_statistics(body.scores, num_scores)):
+        if tensors is None or not (isinstance(body, Update) and _are_scores_of(plan, body.scores)):
             return _Outcome(failure=INVALID_UPDATE), None
         within = self.reaches[site].includes(tensors, sent=self.sent)
         return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
-def _are_statistics(scores: tuple[float, ...] | None, num_scores: int) -> bool:
-    """Whether these are the plan's statistics, of a size with which one can reckon: shares of a declared number."""
-    return len(scores or ()) == num_scores and all(abs(value) <= _MOST_SHARE for value in scores or ())
+def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
+    """Whether scores came if the plan has them, of a size with which one can reckon: shares of a declared number."""
+    return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
 def tensors_of(body: Answer, sent: Adapter) -> Tensors | None:

@@ -48,13 +48,13 @@ class Trained:
     Attributes:
         adapter: after the plan's noisy steps; None where the plan has secure sums.
         share: of a secure sum: the site's noisy gradient sum in integers, (values,).
-        scores: noised statistics of held-out units, where the plan releases them.
+        scores: noised score and count of held-out units, where the plan releases them.
         fingerprint: of the records, for the ledger alone.
     """
 
     adapter: Adapter | None = None
     share: npt.NDArray[np.int64] | None = None
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float, float] | None = None
     fingerprint: str = ""
 
 

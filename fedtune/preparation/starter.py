@@ -18,7 +18,6 @@ import yaml
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.records import chunks, usable_records
-from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, split_labels
 from fedtune.preparation.columns import Column, is_place
@@ -80,7 +79,8 @@ class Measured:
         turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
         users: how many persons the records are of; None: nothing says whose they are, or each has one.
         labels: how many of the records have each label; without those that only rows have which cannot be used.
-        places: units by the value of the column of places ("": none).
+        places: units by the value of the column of places.
+        unplaced: records without such a value.
         torn: persons with records at several places.
         alike: persons whose id is another's but for case.
     """
@@ -92,6 +92,7 @@ class Measured:
     users: int | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, int] = field(default_factory=dict)
+    unplaced: int = 0
     torn: int = 0
     alike: int = 0
 
@@ -163,24 +164,26 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
             task.check_tokenizer(tokenizer, data=data)
         except ConfigError:
             data = replace(data, chat_template="plain")
-    faults, places = Faults(), _places(found)
-    columns = {**found.roles, **({} if places is None else {GROUP: places.name})}
-    records = usable_records(found.path, columns, fault=task.fault(data), faults=faults, lenient=False)
+    faults, fault, places = Faults(), task.fault(data), _places(found)
+    records = usable_records(found.path, found.roles, fault=fault, faults=faults, lenient=False)
     counts: list[int] = []
-    at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
     num_of: Counter[str] = Counter()
-    usable = 0
+    usable, users = 0, set[str]()
     for chunk in chunks(records):
         usable += len(chunk)
         for record in chunk:
-            at[record.fields.get(GROUP, "")][record.fields.get("user", "")] += 1
+            users.add(record.fields.get("user", ""))
             num_of.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
             num_of.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:
             continue
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
-    users = {user for of_place in at.values() for user in of_place}
-    places_of = Counter(user for place, of_place in at.items() if place for user in of_place)
+    at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
+    if places is not None:  # read again, since a record without a place is one to a run that does not ask for it
+        columns = {**found.roles, "site": places.name}
+        for record in usable_records(found.path, columns, fault=fault, lenient=False):
+            at[record.fields["site"]][record.fields.get("user", "")] += 1
+    places_of = Counter(user for of_place in at.values() for user in of_place)
     left_out = faults.left_out(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
@@ -191,7 +194,8 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         turns=data.chat_template,
         users=len(users) if by_user and usable else None,
         labels={label: num_of[label] for label in in_order(num_of)},
-        places={} if places is None else {place: len(at[place]) if by_user else at[place].total() for place in at},
+        places={place: len(at[place]) if by_user else at[place].total() for place in at},
+        unplaced=0 if places is None else usable - sum(of_place.total() for of_place in at.values()),
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
     )
@@ -272,8 +276,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     yield "federation:"
     yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to this many sites')}"
     if any(line.startswith("partition:") for line in by_place):
-        count = sum(place != "" for place in plan.measured.places)
-        yield f"  # {_line('num_sites', count, 'by the column of sites')}"
+        yield f"  # {_line('num_sites', len(plan.measured.places), 'by the column of sites')}"
     yield "privacy:"
     if plan.measured.users is not None:
         yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
@@ -325,7 +328,7 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
     if places is None:
         return []
     about = f"Column {places.name} may say at which site each record is"
-    units = {place: measured.places[place] for place in in_order(measured.places) if place}
+    units = {place: measured.places[place] for place in in_order(measured.places)}
     if measured.torn:
         persons = counted(measured.users or 0, "person")
         return [
@@ -336,7 +339,7 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
         ]
     if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
         return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
-    lacking = {"unusable": "leave_out"} if "" in measured.places and not measured.left_out.count else {}
+    lacking = {"unusable": "leave_out"} if measured.unplaced and not measured.left_out.count else {}
     settings: dict[str, Any] = {
         "columns": {**found.roles, "site": places.name},
         "declared_sizes": [_declared(plan, count) for count in units.values()],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,18 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.privacy.randomness import RandomStream
-from fedtune.privacy.release import METRICS, MOST_GROUPS
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 UNITS: tuple[Unit, ...] = ("record", "user")
-
-
-OTHERS = "all others"
-"""The group of all units that belong to no named group."""
-_MOST_NAME = 100
-"""Most characters of a group's name."""
 MOST_EPSILON = 100.0
 """Largest epsilon to calibrate for: beyond it, the privacy loss distributions take minutes to compute."""
 
@@ -41,12 +33,9 @@ class PrivacySpec:
         max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
         sampling_rate: the probability with which a unit joins a step.
         metrics: "noised": in each round each site also releases noised scores of its held-out records
-            (`data.heldout_fraction`), paid for by the same epsilon; "noised_by_group": also one for each of
-            `metrics_groups`, at the same epsilon; "none": it releases none.
+            (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
         metrics_noise_multiplier: the standard deviation of those scores' noise, in units of what one privacy unit can
             change.
-        metrics_groups: the groups that are told apart, a public list: the values of the role `group` that count. All
-            other records are one group more.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -57,9 +46,8 @@ class PrivacySpec:
     noise_multiplier: float | None = None
     max_grad_norm: float = 1.0
     sampling_rate: float = 0.2
-    metrics: Literal["none", "noised", "noised_by_group"] = "none"
+    metrics: Literal["none", "noised"] = "none"
     metrics_noise_multiplier: float = 20.0
-    metrics_groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_one_of("mechanism", self.mechanism, ("dp_sgd", "none"))
@@ -75,14 +63,10 @@ class PrivacySpec:
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
-        check_one_of("metrics", self.metrics, tuple(METRICS))
+        check_one_of("metrics", self.metrics, ("none", "noised"))
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
         if self.metrics != "none" and not self.private:
             raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")
-        check_groups(self.metrics_groups)
-        if bool(self.metrics_groups) != (self.metrics == "noised_by_group"):
-            bound = "goes with privacy.metrics=noised_by_group, and that with at least one group"
-            raise ConfigError("metrics_groups", list(self.metrics_groups), bound)
 
     @property
     def private(self) -> bool:
@@ -98,24 +82,6 @@ class PrivacySpec:
     def metrics_noise(self) -> float:
         """Noise multiplier of the released scores; 0 where none are released."""
         return self.metrics_noise_multiplier if self.metrics != "none" else 0.0
-
-
-def check_groups(names: object) -> None:
-    """Check `metrics_groups`, as they stand in a run's settings or in a plan that came from anywhere.
-
-    Raises:
-        ConfigError: more than `MOST_GROUPS`, one twice, or what no value of the role `group` can be.
-    """
-    key = "metrics_groups"
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(key, names, "must be names of groups")
-    if len(names) > MOST_GROUPS or len(set(names)) < len(names):
-        raise ConfigError(key, f"{len(names)} names", f"must be at most {MOST_GROUPS} names of groups, each once")
-    for name in names:
-        as_read = unicodedata.normalize("NFC", name.strip())
-        if not 1 <= len(name) <= _MOST_NAME or not name.isprintable() or name != as_read or name.casefold() == OTHERS:
-            bound = f"must be printable texts of 1 to {_MOST_NAME} characters in Unicode's form NFC, without spaces"
-            raise ConfigError(key, name, f"{bound} around them, and not {OTHERS!r}, which are those in none of them")
 
 
 def poisson_sample(num_units: int, sampling_rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
@@ -188,33 +154,26 @@ def noised_scores(
     declared_size: float,
     noise_multiplier: float,
     stream: RandomStream,
-    groups: npt.NDArray[np.int64] | None = None,
-    num_groups: int = 1,
-) -> tuple[float, ...]:
+) -> tuple[float, float]:
     """Mean score and count of held-out units, each as a share of the declared held-out size, by one Gaussian mechanism.
 
     Args:
         scores: (units,), one score per unit; clamped to [0, 1], and 0 if not finite.
-        declared_size: the held-out size that the site publishes: the public denominator of every group.
+        declared_size: the held-out size that the site publishes: the public denominator of both.
         noise_multiplier: noise standard deviation over the sensitivity.
         stream: source of the noise.
-        groups: (units,), the index of each unit's group, below `num_groups`; None: all are in the first.
-        num_groups: number of groups; public.
 
     Returns:
-        For each group (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
+        (noised sum of scores, noised number of units), both over `declared_size`; not clamped.
 
-    Guarantee: one unit adds (score, 1) to the pair of one group, the score rounded down to the grid, with an L2 norm of
-    at most sqrt(2).  So all pairs together are one `GaussianDpEvent(noise_multiplier)`, however many groups there are.
+    Guarantee: one `GaussianDpEvent(noise_multiplier)`, since one unit adds (score, 1), the score rounded down to the
+    grid, with an L2 norm of at most sqrt(2).
     """
     usable = np.clip(np.where(np.isfinite(scores), scores, 0.0), 0.0, 1.0)
     in_cells = np.floor(usable * 2.0**GRID_BITS).astype(np.int64)
-    pairs = np.zeros((num_groups, 2), dtype=np.int64)
-    places = np.zeros(len(in_cells), dtype=np.int64) if groups is None else groups
-    np.add.at(pairs[:, 0], places, in_cells)
-    pairs[:, 1] = np.bincount(places, minlength=num_groups) << GRID_BITS  # a unit counts 1, in cells
-    sums = {"sums": pairs.ravel()}
+    sums = {"sums": np.array([in_cells.sum(), len(in_cells) << GRID_BITS])}  # a unit counts 1, in cells
     # The next float above, so that rounding never makes the noise smaller than stated.
     root = float(np.nextafter(np.sqrt(2.0), 2.0))
     noisy = add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream, sensitivity=root)
-    return tuple(map(float, noisy["sums"] * cell(1.0) / declared_size))
+    score, count = noisy["sums"] * cell(1.0) / declared_size
+    return float(score), float(count)

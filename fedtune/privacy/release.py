@@ -28,36 +28,6 @@ _MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedt
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Statistics:
-    """Numbers about its held-out units that a site may release with an update, noised together by one mechanism.
-
-    Attributes:
-        name: key of the statistics; a report translates it.
-        num_values: numbers released for each group of units in the plan.
-    """
-
-    name: str
-    num_values: int
-
-    @property
-    def in_words(self) -> str:
-        """The name with spaces, for people."""
-        return self.name.replace("_", " ")
-
-
-METRICS = {
-    "none": Statistics(name="", num_values=0),
-    "noised": Statistics(name="noised_scores", num_values=2),
-    "noised_by_group": Statistics(name="noised_scores_by_group", num_values=2),
-}
-"""Keyed by a run's `privacy.metrics`.  A policy's `releases.metrics` allows the key it names and those before it.
-A round releases all of them by one Gaussian mechanism with the plan's `metrics_noise_multiplier`
-(`mechanism.noised_scores`)."""
-MOST_GROUPS = 100
-"""Most groups that a run may name.  A site answers for each, whether or not it has such records."""
-
-
 class Reason(StrEnum):
     """Why a reply is not an update.  The list is closed, so that no free text leaves a site."""
 
@@ -192,8 +162,8 @@ class Update:
 
     Attributes:
         tensors: of the adapter, or the masked vector of a secure sum.
-        scores: the plan's statistics of held-out units; for "noised", the noised mean score and the noised count, as
-            `mechanism.noised_scores` gives them; by group, such a pair for each and one for all other units.
+        scores: of held-out units, where the plan releases them: the noised mean score and the noised count, as
+            `mechanism.noised_scores` gives them.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
     For a masked vector this holds of the secure sum, over as many sites as the plan requires; alone it reveals nothing
@@ -204,7 +174,7 @@ class Update:
     run: str
     round: int
     tensors: Tensors | Masked
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float, float] | None = None
     _bytes: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
@@ -277,17 +247,14 @@ def _tensors(shapes: Any, data: memoryview) -> Tensors | Masked:
     return tensors
 
 
-def _scores(data: object) -> tuple[float, ...] | None:
-    """Finite numbers, as many as some statistics can have, or None; raises ValueError for anything else."""
+def _scores(data: object) -> tuple[float, float] | None:
+    """Two finite numbers, or None; raises ValueError for anything else."""
     if data is None:
         return None
     if not isinstance(data, list) or not all(type(value) is float and math.isfinite(value) for value in data):
         raise ValueError("scores")
-    for each in (statistics.num_values for statistics in METRICS.values() if statistics.num_values):
-        groups, rest = divmod(len(data), each)
-        if not rest and 1 <= groups <= MOST_GROUPS + 1:  # one more for units in no named group
-            return tuple(data)
-    raise ValueError("scores")
+    score, count = data
+    return score, count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

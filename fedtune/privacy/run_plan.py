@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
-from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit, check_groups
+from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
@@ -37,8 +36,6 @@ class Plan:
             releases none.
         records_per_user: most records of one unit in a step.  Its clipped mean has the clip norm however many they
             are, so no epsilon depends on it; a site may bound it all the same.
-        metrics_groups: names of the groups that released scores tell apart; none: they tell none.  A unit is in one
-            group, so no epsilon depends on them.
         shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
             sum of each site.  None: each site has noise of its own.
     """
@@ -53,7 +50,6 @@ class Plan:
     spare_rounds: int = 0
     metrics_noise_multiplier: float = 0.0
     records_per_user: int = 1
-    metrics_groups: tuple[str, ...] = ()
     shared: SharedNoise | None = None
 
     def __post_init__(self) -> None:
@@ -72,9 +68,6 @@ class Plan:
         accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
-        check_groups(self.metrics_groups)
-        if self.metrics_groups and self.metrics_noise_multiplier == 0:
-            raise ConfigError("metrics_groups", list(self.metrics_groups), "must be empty where no scores are released")
         if self.shared is not None:
             if self.noise_multiplier != self.shared.noise_multiplier:
                 bound = f"must be that of a share of the noise, {self.shared.noise_multiplier:g}"
@@ -124,7 +117,6 @@ class Plan:
             spare_rounds=spare_rounds,
             metrics_noise_multiplier=privacy.metrics_noise,
             records_per_user=privacy.contribution,
-            metrics_groups=privacy.metrics_groups,
             shared=None if together is None else together.with_share(noise),
         )
 
@@ -134,21 +126,9 @@ class Plan:
         return self.noise_multiplier > 0
 
     @property
-    def metrics(self) -> str:
-        """Which statistics of held-out units each round releases too, as `release.METRICS` names them."""
-        if self.metrics_noise_multiplier == 0:
-            return "none"
-        return "noised_by_group" if self.metrics_groups else "noised"
-
-    @property
     def releases_metrics(self) -> bool:
-        """Whether each round releases any."""
-        return self.metrics != "none"
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of units of which each release of scores tells: those with a name, and all others."""
-        return len(self.metrics_groups) + 1
+        """Whether each round also releases noised scores of held-out units."""
+        return self.metrics_noise_multiplier > 0
 
     @property
     def most_rounds(self) -> int:
@@ -215,14 +195,11 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes.
 
-        A plan of records has no `records_per_user`, and one without groups no `metrics_groups`: what says nothing is
-        left out.
+        A plan of records has no `records_per_user`, and one without secure sums no `shared`.
         """
-        fields = dataclasses.asdict(self) | {"metrics_groups": list(self.metrics_groups)}
+        fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
-        if not self.metrics_groups:
-            del fields["metrics_groups"]
         if self.shared is None:
             del fields["shared"]
         return fields
@@ -235,9 +212,8 @@ class Plan:
             ConfigError: anything else.
         """
         plan = decode(cls, fields)
-        for key in ("metrics_groups", "shared"):
-            if isinstance(fields, Mapping) and key in fields and not fields[key]:
-                raise ConfigError(key, fields[key], "must be left out where there are none")  # a plan has one spelling
+        if plan.shared is None and isinstance(fields, dict) and "shared" in fields:
+            raise ConfigError("shared", None, "must be left out without secure sums")  # a plan has one spelling
         return plan
 
     def digest(self) -> str:

@@ -24,7 +24,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import UNITS, Unit
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS, Reason, Refused
+from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
 from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import (
@@ -238,23 +238,18 @@ class Releases:
 
     Attributes:
         updates: noised adapters.
-        metrics: "noised": scores of held-out records with noise, where a run plans for them; "noised_by_group": also
-            one for each group that the run names; "none".  It is one of `release.METRICS`.
+        metrics: "noised": scores of held-out records with noise, where a run plans for them; "none".
         reply_after_s: an answer leaves at a whole multiple of this after its request came.  0: when it is ready, so
             that the time of a reply tells roughly how many records there are.
     """
 
     updates: bool = True
-    metrics: str = "none"
+    metrics: Literal["none", "noised"] = "none"
     reply_after_s: float = 600.0
 
     def __post_init__(self) -> None:
-        check_one_of("metrics", self.metrics, tuple(METRICS))
+        check_one_of("metrics", self.metrics, ("none", "noised"))
         check_at_least("reply_after_s", self.reply_after_s, 0)
-
-    def takes(self, metrics: str) -> bool:
-        """Whether a run may plan for these statistics."""
-        return metrics in METRICS and list(METRICS).index(metrics) <= list(METRICS).index(self.metrics)
 
 
 @spec
@@ -469,8 +464,8 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if wanted and not granted:
             yield reason, "yes", "no"
-    if not policy.releases.takes(plan.metrics):
-        yield Reason.METRICS, plan.metrics, policy.releases.metrics
+    if plan.releases_metrics and policy.releases.metrics == "none":
+        yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
         yield from policy.trust.broken_by(plan.shared)
 

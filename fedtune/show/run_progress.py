@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,13 +15,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
-from fedtune.evaluation.groups import fewest_told, noised_groups
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
 from fedtune.model.products import multiplies_rounded
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.mechanism import OTHERS
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.environment import UNKNOWN
@@ -225,11 +223,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     if measured := [one for one in result.rounds if one.site_scores]:
         # The newest scores that the sites released: they were paid for.
         about = f"noised scores of held-out {privacy.unit}s, for the adapter that round {measured[-1].round} began with"
-        if config.privacy.metrics_groups:
-            _show_groups(console, config, measured[-1].site_scores, title=about)
-        else:
-            scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
-            say_here(f"{about}: {', '.join(scores)}")
+        scores = (f"{site} {values[0]:.3f}" for site, values in measured[-1].site_scores.items())
+        say_here(f"{about}: {', '.join(scores)}")
     if final.kept is not None:
         say_here(_kept(final.kept, result, planned=rounds_in_all(result.rounds, config.federation)))
     if final.metrics:
@@ -256,38 +251,6 @@ def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
         f"{text}. The sites were charged epsilon {epsilon_text(charged)}; the claim stays the planned "
         f"{epsilon_text(privacy.epsilon)}, since the scores picked the moment"
     )
-
-
-def _show_groups(console: Console, config: RunConfig, released: Mapping[str, Sequence[float]], *, title: str) -> None:
-    """Scores by group over all sites, as far as noise leaves something of them."""
-    privacy, share = config.privacy, config.data.heldout_fraction
-    found = noised_groups(
-        released,
-        names=privacy.metrics_groups,
-        sizes={site: size * share for site, size in config.declared_sizes().items()},
-        noise_multiplier=privacy.metrics_noise_multiplier,
-    )
-    sites = len(released) - len(found.impossible)
-    notes = []
-    if found.impossible:
-        notes.append(f"left out, since no scores can be so: {', '.join(found.impossible)}")
-    if found.merged or not found.told:
-        fewest = fewest_told(privacy.metrics_noise_multiplier, max(1, sites))
-        where = "are among all others" if any(group.name == OTHERS for group in found.told) else "are not told"
-        hidden = f"groups of fewer than about {fewest:.0f} {privacy.unit}s, of which noise leaves little, {where}"
-        notes.append(f"{hidden}: {', '.join(found.merged) or OTHERS}")
-    rows = [
-        (
-            group.name,
-            f"about {group.units:,.0f}",
-            f"{group.score:.3f} ± {group.error:.3f}",
-            "" if math.isnan(group.gap) else f"{group.gap:+.3f} ± {group.gap_error:.3f}",
-        )
-        for group in found.told
-    ]
-    headings = ("group", f"{privacy.unit}s", "score", "gap to the others")
-    title = f"{title}, over {counted(sites, 'site')}, by group:"
-    show(console, [Section(title=title, headings=headings, rows=rows, notes=notes)])
 
 
 def _finding(code: str, config: RunConfig) -> str:

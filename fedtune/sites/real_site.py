@@ -213,7 +213,7 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     data, unit, task = config.data, config.privacy.unit, task_named(config.task)
     return own_records(
         data,
-        columns=task.columns(data, unit=unit, groups=config.privacy.metrics_groups),
+        columns=task.columns(data, unit=unit),
         fault=task.fault(data),
         key=key,
         unit=unit,

@@ -82,6 +82,6 @@ class RunRecords:
 def deal_out(config: RunConfig) -> Dealt:
     """Deal out the records of a simulation."""
     task, unit = task_named(config.task), config.privacy.unit
-    columns = task.columns(config.data, partition=True, unit=unit, groups=config.privacy.metrics_groups)
+    columns = task.columns(config.data, partition=True, unit=unit)
     fault = task.fault(config.data)
     return deal(config.data, columns, config.federation.names, seed=config.seed, unit=unit, fault=fault)

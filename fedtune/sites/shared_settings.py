@@ -39,9 +39,7 @@ def for_sites(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: the model cannot be had, so that it cannot be named by its hash.
     """
-    columns = task_named(config.task).columns(
-        config.data, unit=config.privacy.unit, groups=config.privacy.metrics_groups
-    )
+    columns = task_named(config.task).columns(config.data, unit=config.privacy.unit)
     data = replace(
         config.data,
         train_file=_AT_SITE,
@@ -98,8 +96,7 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
 
 def _plan_of(fields: dict[str, Any]) -> Plan:
     """The plan of settings that are yet to be validated."""
-    groups = tuple(fields["privacy"]["metrics_groups"])
-    privacy, federation = PrivacySpec(**{**fields["privacy"], "metrics_groups": groups}), fields["federation"]
+    privacy, federation = PrivacySpec(**fields["privacy"]), fields["federation"]
     if privacy.private and privacy.noise_multiplier is None:
         raise ValueError("noise that is yet to be calibrated")
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}

@@ -271,7 +271,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
             seeded_noise=proposal.seeded_noise,
         ),
         # Nobody is there from whom the time of a reply could be hidden.
-        releases=Releases(metrics=plan.metrics, reply_after_s=0.0),
+        releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
         trust=_trust_in(plan),
         simulated=True,
     )
@@ -301,7 +301,7 @@ def budget_for(plans: Sequence[Plan]) -> Budget:
 def _cap(plans: Sequence[Plan]) -> float:
     """The least cap, in tenths, under which all of them fit at the order that a ledger chooses for the first."""
     whole, delta = ComposedDpEvent(tuple(plan.whole for plan in plans)), plans[0].delta
-    training = replace(plans[0], metrics_noise_multiplier=0.0, metrics_groups=()).event(rounds=plans[0].most_rounds)
+    training = replace(plans[0], metrics_noise_multiplier=0.0).event(rounds=plans[0].most_rounds)
     tenths = math.ceil(filter.filter_cost(whole, delta=delta) * 10)
     while True:
         order = filter.best_order(training, epsilon=tenths / 10, delta=delta)

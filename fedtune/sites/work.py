@@ -13,8 +13,7 @@ import numpy as np
 from fedtune.data import TextDataset, users_of
 from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
-from fedtune.data.text_rows import GROUP
-from fedtune.evaluation.scoring import unit_groups, unit_scores, user_scores
+from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
@@ -118,22 +117,16 @@ class SiteWork:
 
     def _scores(
         self, plan: Plan, request: RoundRequest, adapter: Adapter, attempt: int, randomness: Randomness
-    ) -> tuple[float, ...]:
-        """The adapter's noised scores on the held-out units, by group if the plan has groups."""
+    ) -> tuple[float, float]:
+        """The adapter's noised score on the held-out units, and their noised count."""
         adapter.load_into(self.shared.model)
         exact = unit_scores(self.shared.model, self._heldout, pad_id=self.shared.tokenizer.pad_token_id)
         users = users_of(self.records.heldout) if plan.unit == "user" else None
-        groups = None
-        if plan.metrics_groups:
-            values = [record.fields.get(GROUP, "") for record in self.records.heldout]
-            groups = unit_groups(values, plan.metrics_groups, users)
         return noised_scores(
             exact if users is None else user_scores(exact, users),
             declared_size=self.declared_size * self.shared.config.data.heldout_fraction,
             noise_multiplier=plan.metrics_noise_multiplier,
             stream=randomness.stream(self.site, request.round, attempt, "scores"),
-            groups=groups,
-            num_groups=plan.num_groups,
         )
 
     def fingerprint(self, key: bytes) -> str:

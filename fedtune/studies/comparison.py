@@ -15,10 +15,9 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
-from fedtune.evaluation.groups import GroupScores
+from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.federation.cost import Energy
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.mechanism import OTHERS
 from fedtune.show.drawing import intervals
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
@@ -93,8 +92,8 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
         raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:
-        without = {"privacy.mechanism": "none", "privacy.noise_multiplier": None}
-        plain.append({**without, "privacy.metrics": "none", "privacy.metrics_groups": []})
+        without = {"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"}
+        plain.append(without)
     lines = []
     for changes in plain:
         for kind, site in kinds:

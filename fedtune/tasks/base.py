@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
-from fedtune.data.text_rows import GROUP
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
 """Token ids, (t_i,) of each example."""
-_ROLES_OF_ALL = ("label", "site", "user", GROUP)
+_ROLES_OF_ALL = ("label", "site", "user")
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = {
     "prompt_template": "{prompt}",
@@ -128,15 +127,9 @@ class Task(ABC):
         """`judged_by`, where the layout of the records decides it."""
         return self.judged_by
 
-    def columns(
-        self, data: DataSpec, *, partition: bool = False, unit: Unit = "record", groups: Collection[str] = ()
-    ) -> dict[str, str]:
-        """Role to column of what a file is read for: the task's, the unit's, and what the partition goes by.
-
-        With `groups` to tell apart also the group's, which the sites' records alone are read for.
-        """
-        roles = {*self.roles_in(data), *((GROUP,) if groups else ())}
-        return data.needed_columns(roles, partition=partition, unit=unit)
+    def columns(self, data: DataSpec, *, partition: bool = False, unit: Unit = "record") -> dict[str, str]:
+        """Role to column of what a file is read for: the task's, the unit's, and what the partition goes by."""
+        return data.needed_columns(self.roles_in(data), partition=partition, unit=unit)
 
     def asked_by(self, data: DataSpec) -> dict[str, str]:
         """Role to column of what the tuned model is asked by: all that a record has but its answer."""

@@ -406,13 +406,3 @@ def test_a_ledger_that_another_process_serves_is_left_to_it(command: Any, north:
     assert json.loads(warning)["event"] == (
         "the kit's lead is not among the policy's allow.leads: all its requests will be refused"
     )
-
-
-def test_every_group_that_a_run_asks_about_is_shown(command: Any, north: Here, run_proposal: Propose) -> None:
-    names = (*(f"ward {number} {'x' * 80}" for number in range(10)), "a, b", "the one of ten that matters")
-    north.edit(releases={"metrics": "noised_by_group"})
-    north.state.wait_for_approval(run_proposal(metrics_noise_multiplier=20.0, metrics_groups=names), SETTINGS)
-    assert json.loads(approve(command, north, "--json").out)["waiting"][0]["groups"] == list(names)
-    shown = " ".join(approve(command, north, "r", "--yes").out.replace("│", " ").split())
-    for words in ("12:", *(f'"{name}"' for name in names)):
-        assert words in shown, words

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import Record, iter_records, record_key, unit_hash, users_of
+from fedtune.data import Record, iter_records, unit_hash, users_of
 from fedtune.data.records import column_values, record_of, usable_records
 from fedtune.data.values import labels_of, one_form, said_of, turns_like, turns_said
 from fedtune.spec import DataError
@@ -90,11 +90,6 @@ READ: dict[str, list[tuple[object, str]]] = {
         ("['" + "a' 'b" * 400_000, "['" + "a' 'b" * 400_000),
     ],
     "target": [(3, "3.0"), (-2.5, "-2.5"), (" 4.25 ", "4.25"), ("1e3", "1000.0"), (".5", "0.5")],
-    # Whatever stands for a group leaves no record out.
-    "group": [
-        *(("north", "north"), (" north ", "north"), (7, "7"), (7.0, "7"), (True, "true"), ("e\u0301", "\u00e9")),
-        *((value, "") for value in (None, "", 1.5, ["a"], {"a": 1}, 1e300, "a\0", "\ud800")),
-    ],
 }
 NOT_READ: dict[str, list[tuple[object, str]]] = {
     "text": [
@@ -159,7 +154,7 @@ def read(value: object, role: str) -> Record:
 def test_a_value_in_the_forms_of_others(role: str) -> None:
     for value, text in READ[role]:
         assert read(value, role).fields == {role: text}, f"{value!r:.200}"
-        if role not in ("group", "target"):
+        if role != "target":
             assert read(text, role).fields == {role: text}, "what was read is read the same again"
 
 
@@ -175,9 +170,7 @@ def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> No
 
 
 def test_what_somebody_wrote_and_what_is_an_answer() -> None:
-    assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"), ("n", "group"))] == [
-        []
-    ] * 3
+    assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
     assert [read(value, role).answer for value, role in ((3, "target"), ("a", "label"))] == ["3.0", "a"]
     assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
     assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
@@ -242,21 +235,6 @@ def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.Mo
         assert said_of(text, "chosen") == text
         assert turns_said(text) is None
     assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
-
-
-# Groups.
-
-
-def test_a_table_without_the_group_s_column_has_no_groups(tmp_path: Path) -> None:
-    path = tmp_path / "train.csv"
-    path.write_text("body\na\n")
-    assert [record.fields["group"] for record in iter_records(path, {"text": "body", "group": "ward"})] == [""]
-
-
-def test_a_record_s_group_decides_nothing_about_it() -> None:
-    keys = {record_key(Record({"text": "a", **more})) for more in ({}, {"group": "north"}, {"group": "south"})}
-    assert len(keys) == 1
-    assert record_key(Record({"text": "a", "label": "north"})) not in keys
 
 
 # Values of databases, and of Hugging Face sets.

@@ -69,7 +69,7 @@ _WRONG_VALUES = [
     ("runtime.num_threads=0", "runtime.num_threads", "0", "at least 1"),
     ("seed=-1", "seed", "-1", "at least 0"),
     ("privacy.metrics=noised", "data.heldout_fraction", "0", "must be above 0 for privacy.metrics = noised"),
-    ("privacy.metrics=exact", "privacy.metrics", "'exact'", "must be 'none', 'noised' or 'noised_by_group'"),
+    ("privacy.metrics=noised_by_group", "privacy.metrics", "'noised_by_group'", "must be 'none' or 'noised'"),
     ("data.dataset='our patients'", "data.dataset", "'our patients'", "letters, digits, '-', '_' and '.'"),
     ("federation.if_over_budget=go", "federation.if_over_budget", "'go'", "must be 'stop', 'fewer_rounds' or"),
     ("federation.site_names=[a,-b]", "federation.site_names", "'-b'", "at most 100 letters"),

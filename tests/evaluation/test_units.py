@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.data.batching import collate
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.scoring import unit_groups, unit_scores, user_scores
+from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.tasks import TaskModel
 
 PAD = 2
@@ -100,11 +100,3 @@ def test_scoring_leaves_the_model_as_it_was(classifier: TaskModel, labelled: Tex
     assert [module.training for module in classifier.modules()] == flags
     assert all(bool((value == before[name]).all()) for name, value in classifier.trainable().items())
     assert all(value.grad is None for value in classifier.trainable().values())
-
-
-def test_a_unit_is_in_one_group_and_follows_from_its_own_records() -> None:
-    values = ["north", "south", "", "east", "north", "south"]
-    assert unit_groups(values, ("north", "south")).tolist() == [0, 1, 2, 2, 0, 1]
-    users = [np.array([0, 4]), np.array([0, 1]), np.array([5]), np.array([2, 3])]
-    assert unit_groups(values, ("north", "south"), users).tolist() == [0, 2, 1, 2], "who is in two is with the others"
-    assert unit_groups([], ("north",)).shape == (0,)

@@ -60,11 +60,10 @@ def sort(
         *,
         sites: str = "a",
         noise: float = 0.0,
-        groups: tuple[str, ...] = (),
         sent: Adapter = adapter,
         left_out: str = "",
     ) -> RoundReplies:
-        plan = replace(run_proposal().plan, metrics_noise_multiplier=noise, metrics_groups=groups)
+        plan = replace(run_proposal().plan, metrics_noise_multiplier=noise)
         proposal = run_proposal(plan=plan)
         replies = of_a if isinstance(of_a, dict) else {"a": signed(of_a)}
         found = RoundReplies(
@@ -95,13 +94,6 @@ def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
     assert sort(update()).scores == {}
     assert sort(update(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
     assert sort(update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
-
-
-@pytest.mark.parametrize("count", [2, 4, 6, 8])
-def test_scores_by_group_are_a_pair_for_each_and_one_for_all_others(update: Make, sort: Sort, count: int) -> None:
-    sorted_out = sort(update(scores=(0.5,) * count), noise=3.0, groups=("north", "south"))
-    assert sorted_out.failures == ({} if count == 6 else {"a": INVALID_UPDATE})
-    assert sorted_out.scores == ({"a": (0.5,) * 6} if count == 6 else {})
 
 
 @pytest.mark.parametrize("value", [1e10, -1e10, 1e200, 1.7e308])

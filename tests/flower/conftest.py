@@ -30,7 +30,6 @@ from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import METRICS
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
@@ -141,8 +140,8 @@ class Federation:
         if request.site in self.fails:
             raise self.fails[request.site]
         moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
-        scores = (STEPS[request.site], 0.5, 0.25)[: METRICS[self.plan.metrics].num_values]
-        return Trained(adapter=Adapter(moved), scores=scores or None)
+        scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
+        return Trained(adapter=Adapter(moved), scores=scores)
 
     def events(self, site: str) -> tuple[Event, ...]:
         """A site's ledger, each event checked."""

@@ -18,13 +18,10 @@ from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.events import grouped
-from fedtune.privacy.release import METRICS, Statistics, Update
+from fedtune.privacy.release import Update
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.derive.rules import statistics_of
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
-
-from .conftest import STEPS
 
 
 def reply_of(messages: list[Message], node: int) -> Message:
@@ -69,20 +66,6 @@ def test_a_silent_site_counts_as_charged_and_the_others_go_on(
     silent, heard = (site_charge(state, site, made.plan) for site in ("site-2", "site-1"))
     assert (silent.steps, silent.upper_bound) == (4, True)
     assert (heard.steps, heard.upper_bound) == (4, False)
-
-
-def test_statistics_of_another_kind_need_no_word_of_lead_or_wire(
-    federation: Callable[..., Any], run_plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A release is declared in `privacy`; what carries, sorts, stores and shows it knows its name from there."""
-    monkeypatch.setitem(METRICS, "with_loss", Statistics(name="noised_scores_and_loss", num_values=3))
-    monkeypatch.setattr(Plan, "metrics", property(lambda plan: "with_loss"))
-    noised, allowed = replace(run_plan, metrics_noise_multiplier=20.0), {"metrics": "with_loss", "reply_after_s": 0.0}
-    made = federation(num_rounds=1, asks={"plan": noised}, policies={key: {"releases": allowed} for key in STEPS})
-    state = run_rounds(made.transport, made.lead, made.start)
-    expected = {site: (step, 0.5, 0.25) for site, step in STEPS.items()}
-    assert state.rounds[0].site_scores == expected == made.lead.checkpoints.load().rounds[0].site_scores
-    assert statistics_of([made.plan]) == ("noised_scores_and_loss",)
 
 
 def test_a_failed_site_has_no_weight(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:

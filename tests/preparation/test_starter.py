@@ -236,7 +236,7 @@ def test_persons_at_several_places_are_counted_and_get_what_works(tmp_path: Path
 def test_places_get_the_number_of_their_persons(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2)
     assert (made.plan.measured.torn, made.plan.measured.users) == (0, 50)
-    assert made.plan.measured.places == {"": 1, "N": 25, "S": 25}
+    assert (made.plan.measured.places, made.plan.measured.unplaced) == ({"N": 25, "S": 25}, 2)
     assert {"  # declared_sizes: [17, 17]", "  # unusable: leave_out"} < set(made.text.splitlines())
 
 

@@ -18,7 +18,6 @@ from fedtune.privacy.mechanism import (
     PrivacySpec,
     add_gaussian_noise,
     cell,
-    check_groups,
     noised_scores,
     poisson_sample,
 )
@@ -211,85 +210,6 @@ def test_one_unit_moves_the_scores_by_at_most_root_two_exactly(others: list[floa
     assert moved[1] == C_IN_CELLS
     assert 0 <= moved[0] <= C_IN_CELLS
     assert moved[0] ** 2 + moved[1] ** 2 <= 2 * C_IN_CELLS**2, "in whole numbers"
-
-
-def by_group(scores: list[float], groups: list[int], num_groups: int) -> npt.NDArray[np.float64]:
-    """(num_groups, 2) before noise."""
-    found = noised_scores(
-        np.array(scores), declared_size=1.0, noise_multiplier=0.0, stream=stream("scores"),
-        groups=np.array(groups, dtype=np.int64), num_groups=num_groups,
-    )  # fmt: skip
-    return np.array(found).reshape(-1, 2)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(others=st.lists(st.tuples(unit_scores, st.integers(0, 3)), max_size=8), one=unit_scores, group=st.integers(0, 3))
-def test_one_unit_moves_the_scores_of_one_group_alone(others: list[tuple[float, int]], one: float, group: int) -> None:
-    scores, groups = [score for score, _ in others], [number for _, number in others]
-    moved = by_group([*scores, one], [*groups, group], 4) - by_group(scores, groups, 4)
-    assert moved[group, 1] == 1
-    assert 0 <= moved[group, 0] <= 1
-    assert not np.delete(moved, group, axis=0).any()
-
-
-def test_scores_by_group_add_up_to_those_of_all() -> None:
-    scores = [0.25, 1.0, 0.5, 0.0, 1.0]
-    found = by_group(scores, [0, 2, 2, 0, 0], 3)
-    assert found.tolist() == [[1.25, 3.0], [0.0, 0.0], [1.5, 2.0]]
-    assert found.sum(axis=0).tolist() == before_noise(np.array(scores)).tolist()
-
-
-def test_each_group_s_scores_have_noise_of_their_own_and_of_the_same_size(has_scale: Any) -> None:
-    one = stream("noise of groups")
-    noise = np.array(
-        [
-            noised_scores(
-                np.zeros(0), declared_size=1.0, noise_multiplier=0.7, stream=one,
-                groups=np.zeros(0, dtype=np.int64), num_groups=3,
-            )
-            for _ in range(6000)
-        ]
-    )  # fmt: skip
-    scale = 0.7 * np.sqrt(2.0)
-    assert noise.shape == (6000, 6)
-    for values in noise.T:
-        assert has_scale(values, scale)
-        assert not has_scale(values, 0.9 * scale)
-    for place in range(5):
-        assert stats.pearsonr(noise[:, place], noise[:, place + 1]).pvalue > 1e-6
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("a", "a"),
-        ("",),
-        (" a",),
-        ("a\n",),
-        ("x" * 101,),
-        ("all others",),
-        tuple(map(str, range(101))),
-        ["a"],
-        (1,),
-        "a",
-    ],
-)
-def test_names_of_groups_are_a_public_list_of_plain_names(names: Any) -> None:
-    with pytest.raises(ConfigError, match=r"metrics_groups = "):
-        check_groups(names)
-
-
-def test_groups_go_with_scores_by_group() -> None:
-    for changes in (
-        {"metrics": "noised_by_group"},
-        {"metrics_groups": ("a",)},
-        {"metrics": "noised", "metrics_groups": ("a",)},
-    ):
-        with pytest.raises(ConfigError, match=r"metrics_groups = .*: goes with privacy.metrics=noised_by_group"):
-            PrivacySpec(**changes)
-    with pytest.raises(ConfigError, match=r"metrics = 'noised_by_group': needs a run with privacy"):
-        PrivacySpec(mechanism="none", metrics="noised_by_group", metrics_groups=("a",))
-    assert PrivacySpec(metrics="noised_by_group", metrics_groups=("a",)).metrics_noise == 20.0
 
 
 def test_a_score_is_rounded_down_to_the_grid() -> None:

@@ -34,7 +34,6 @@ def test_the_digest_is_golden(plan: Any) -> None:
         {"num_rounds": 3},
         {"spare_rounds": 1},
         {"metrics_noise_multiplier": 20.0},
-        {"metrics_noise_multiplier": 20.0, "metrics_groups": ("north", "south")},
     ],
 )
 def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> None:
@@ -53,7 +52,7 @@ def test_a_number_has_one_digest_however_it_is_written(plan: Any, name: str, wri
 
 
 def test_every_field_is_in_its_json(plan: Any) -> None:
-    by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0, metrics_groups=("a", "b"))
+    by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
     assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared"}
     shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
@@ -73,25 +72,6 @@ def test_every_field_is_in_its_json(plan: Any) -> None:
 def test_a_plan_of_records_says_nothing_of_users(plan: Any) -> None:
     assert "records_per_user" not in plan().to_json()
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
-
-
-def test_groups_of_scores_change_what_is_released_and_not_what_it_costs(plan: Any) -> None:
-    scored = plan(metrics_noise_multiplier=20.0)
-    grouped = plan(metrics_noise_multiplier=20.0, metrics_groups=("north", "south"))
-    assert [each.metrics for each in (plan(), scored, grouped)] == ["none", "noised", "noised_by_group"]
-    assert [each.num_groups for each in (plan(), scored, grouped)] == [1, 1, 3]
-    assert grouped.event(rounds=3) == scored.event(rounds=3)
-    assert grouped.digest() != scored.digest()
-    assert "metrics_groups" not in scored.to_json(), "what says nothing is left out"
-
-
-@pytest.mark.parametrize("groups", [[], ["a", "a"], "a", [1], None, {"a": 1}, [["a"]], ["a"] * 101])
-def test_groups_of_another_form_make_no_plan(plan: Any, groups: object) -> None:
-    scored = plan(metrics_noise_multiplier=20.0).to_json()
-    with pytest.raises(ConfigError):
-        Plan.from_json({**scored, "metrics_groups": groups})
-    with pytest.raises(ConfigError, match="must be empty where no scores are released"):
-        Plan.from_json({**plan().to_json(), "metrics_groups": ["a"]})
 
 
 def test_users_and_what_they_contribute_are_in_the_digest(plan: Any) -> None:

@@ -46,16 +46,7 @@ BROKEN: list[tuple[dict[str, Any], Reason, str, str]] = [
     ({"head_scale": 101.0}, Reason.MAX_HEAD_SCALE, "101.0", "at most 100"),
     ({"seeded_noise": True}, Reason.SEEDED_NOISE, "yes", "no"),
     ({"plan": {"metrics_noise_multiplier": 20.0}}, Reason.METRICS, "noised", "none"),
-    (
-        {"plan": {"metrics_noise_multiplier": 20.0, "metrics_groups": ("north",)}},
-        Reason.METRICS,
-        "noised_by_group",
-        "none",
-    ),
 ]
-
-
-GROUPS = {"metrics_noise_multiplier": 20.0, "metrics_groups": ("north", "south")}
 
 
 def broken(policy: Policy, proposal: Any) -> list[tuple[Reason, str | None, str | None]]:
@@ -90,7 +81,6 @@ def test_a_broken_rule_is_named_alone(
         ({"allow": {"train_head": False}}, {}, Reason.TRAIN_HEAD),
         ({"releases": {"updates": False}}, {}, Reason.UPDATES),
         ({"allow": {"leads": ()}}, {}, Reason.LEADS),
-        ({"releases": {"metrics": "noised"}}, {"plan": GROUPS}, Reason.METRICS),
     ],
 )
 def test_a_stricter_policy_refuses_what_the_shared_one_allows(
@@ -107,9 +97,6 @@ def test_a_stricter_policy_refuses_what_the_shared_one_allows(
         ({"allow": {"inexact_gradients": True}}, {}),  # what a machine does is no rule of a proposal
         ({"releases": {"metrics": "noised"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
         ({"releases": {"metrics": "noised"}}, {}),
-        ({"releases": {"metrics": "noised_by_group"}}, {"plan": GROUPS}),
-        ({"releases": {"metrics": "noised_by_group"}}, {"plan": {"metrics_noise_multiplier": 20.0}}),
-        ({"releases": {"metrics": "noised_by_group"}}, {}),
     ],
 )
 def test_a_switch_lets_its_own_rule_through(policy: Any, proposal: Any, site: Any, change: Any) -> None:
@@ -240,7 +227,7 @@ REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
             "max_epsilon_per_period = inf",
         ),
         (lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, period="week"), "period = 'week'"),
-        (lambda: Releases(metrics="exact"), "metrics = 'exact': must be one of none, noised, noised_by_group"),
+        (lambda: Releases(metrics="noised_by_group"), "metrics = 'noised_by_group': must be one of none, noised"),
         (lambda: Releases(reply_after_s=-1), "reply_after_s = -1"),
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e300), "noise_multiplier = 1e\\+300: must lie in"),
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e-5), "noise_multiplier = 1e-05: must lie in"),
@@ -354,7 +341,6 @@ def test_every_number_of_a_plan_is_bounded_by_a_rule(policy: Any, proposal: Any)
         "num_rounds": Reason.MAX_ROUNDS,
         "spare_rounds": Reason.MAX_ROUNDS,
         "metrics_noise_multiplier": Reason.METRICS,
-        "metrics_groups": Reason.METRICS,
         "shared": Reason.SECURE_SUMS,
     }
     assert set(bounded_by) == {field.name for field in dataclasses.fields(proposal().plan)}

@@ -102,15 +102,3 @@ def test_the_training_file_is_known_by_its_content(simulated: RunConfig, tmp_pat
     known = {name: is_training_file(simulated, str(tmp_path / f"{name}.csv")) for name in ("train", "copy", "test")}
     assert known == {"train": True, "copy": True, "test": False}
     assert not is_training_file(simulated, str(tmp_path / "gone.csv"))
-
-
-def test_a_group_in_which_nobody_is_is_told(simulated: RunConfig) -> None:
-    grouped = replace(
-        simulated,
-        privacy=replace(simulated.privacy, metrics="noised_by_group", metrics_groups=("north", "south", "west")),
-        data=replace(simulated.data, columns={**simulated.data.columns, "group": "ward"}, heldout_fraction=0.5),
-    )
-    heldout = [Record({"text": "a", "label": "a", "group": group}) for group in ("north", "east", "")]
-    sites = tuple(SiteRecords(records(*"a" * 40), heldout) for _ in range(2))
-    (note,) = site_notes(grouped, Dealt(sites, [], [], left_out=NONE_LEFT_OUT))
-    assert note.startswith("privacy.metrics_groups: no held-out record has south, west in the column 'ward';")

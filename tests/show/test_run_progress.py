@@ -283,31 +283,3 @@ def test_noise_that_drowns_the_records_is_told_before_the_run(config: RunConfig)
     out = " ".join(shown(config, shared=Model()).split())
     assert "records can move the adapter at most" in out
     assert "kept_states_mib" not in out
-
-
-def test_scores_by_group_are_shown_over_all_sites(config: RunConfig) -> None:
-    grouped = replace(
-        config,
-        privacy=replace(
-            config.privacy,
-            epsilon=100.0,
-            metrics="noised_by_group",
-            metrics_groups=("ward [a] :warning:", "b"),
-            metrics_noise_multiplier=0.5,
-        ),
-        data=replace(config.data, columns={**config.data.columns, "group": "ward"}, heldout_fraction=0.5),
-    )
-    declared = {site: size * 0.5 for site, size in grouped.declared_sizes().items()}
-    scores = {site: tuple(n / size for n in (30, 60, 8, 9, 2, 4)) for site, size in declared.items()}
-    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
-    rounds = (RoundResult(round=1, metrics={}, site_scores=scores, **common),)
-    out = table(grouped, replace(result(), rounds=rounds))
-    assert "over 2 sites, by group:" in out
-    rows = [line.split() for line in out.splitlines()]
-    assert ["ward", "[a]", ":warning:", "about", "120", "0.500", "±", "0.091"] in [row[:8] for row in rows]
-    assert ["all", "others", "about", "26", "0.769"] in [row[:5] for row in rows]
-    assert "groups of fewer than about 20 records, of which noise leaves little, are among all others: b" in out
-    lies = {"site-1": scores["site-1"], "site-2": tuple(-value for value in scores["site-2"])}
-    out = table(grouped, replace(result(), rounds=(replace(rounds[0], site_scores=lies),)))
-    assert "over 1 site, by group:" in out
-    assert "left out, since no scores can be so: site-2" in out

@@ -15,7 +15,6 @@ import pytest
 
 import fedtune.sites.real_site as real_site
 import fedtune.sites.shared_model as shared_model
-import fedtune.sites.work as site_work
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Reply
@@ -533,35 +532,6 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(
     assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
     north.restart()
     assert held_out(north, north.config, round=2) == by_north
-
-
-# Scores by group.
-
-
-def test_a_site_tells_scores_by_a_column_of_its_own_choice(
-    station: MakeStation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[list[int]] = []
-    noised_scores = site_work.noised_scores
-
-    def watched(scores: np.ndarray, **rest: Any) -> tuple[float, ...]:
-        told.append(rest["groups"].tolist())
-        return noised_scores(scores, **rest)
-
-    monkeypatch.setattr(site_work, "noised_scores", watched)
-    columns = {"text": "text", "label": "label", "group": "group"}
-    by_group = {"metrics": "noised_by_group", "metrics_groups": ("praise", "west")}
-    site = station(data={"heldout_fraction": 0.5, "columns": columns}, privacy=by_group)
-    about = {"adapter": SharedModel(for_sites(site.config)).initial_adapter}
-    assert site.refusal(**about) is Reason.SETTINGS, "no column is named for it"
-    site.edit(dataset={"columns": {"text": "body", "label": "kind", "group": "kind"}})
-    site.edit(releases={"metrics": "noised"})
-    assert site.refusal(**about) is Reason.METRICS
-    site.edit(releases={"metrics": "noised_by_group"})
-    assert len(site.update(**about).scores) == 6
-    heldout = site.real._warm[1].records.heldout
-    assert told == [[0 if record.fields["label"] == "praise" else 2 for record in heldout]]
-    assert set(told[0]) == {0, 2}
 
 
 # The final adapter.

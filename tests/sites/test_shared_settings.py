@@ -68,7 +68,6 @@ DECISIVE: dict[str, Any] = {
     "privacy.sampling_rate": 0.4,
     "privacy.metrics": "noised",
     "privacy.metrics_noise_multiplier": 30.0,
-    "privacy.metrics_groups": ("north", "south"),
     "training.local_steps": 3,
     "training.optimizer": "sgd",
     "training.learning_rate": 0.5,
@@ -161,10 +160,6 @@ WITH: dict[str, Any] = {
         "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
     },
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
-    "privacy.metrics_groups": {
-        "privacy": {"metrics": "noised_by_group", "metrics_groups": ("north",)},
-        "data": {"heldout_fraction": 0.1, "columns": {"text": "text", "label": "label", "group": "ward"}},
-    },
     "data.prompt_template": {"task": "causal_lm", "data": LANGUAGE},
     "data.chat_template": {"task": "causal_lm", "data": LANGUAGE},
     "data.validation_fraction": {"runtime": {"kind": "simulation"}, "data": {"validation_file": None}},

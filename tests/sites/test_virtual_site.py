@@ -82,7 +82,6 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "num_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
     "spare_rounds": (lambda rounds: rounds + 1, Reason.MAX_ROUNDS),
     "metrics_noise_multiplier": (lambda noise: 20.0, Reason.METRICS),
-    "metrics_groups": (lambda groups: ("north",), Reason.METRICS),
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
     "shared": (lambda shared: shared, Reason.SECURE_SUMS),  # see test_secure_sums_are_bounded_by_what_a_site_trusts
 }
@@ -101,8 +100,7 @@ def test_every_number_of_a_plan_is_bounded(
         value = getattr(proposal.plan, name)
         if change(value) == value:
             continue
-        scored = {"metrics_noise_multiplier": 20.0} if name == "metrics_groups" else {}
-        plan = replace(proposal.plan, **{name: change(value)}, **scored)
+        plan = replace(proposal.plan, **{name: change(value)})
         with pytest.raises(Refused) as refused:
             policy.check(replace(proposal, plan=plan))
         assert refused.value.reason is rule, name

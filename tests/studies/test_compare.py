@@ -216,14 +216,7 @@ def test_a_run_of_other_labels_is_not_compared(
     assert (outcome.code, "data.labels" in outcome.message) == (2, True)
 
 
-def test_runs_without_privacy_release_no_scores_by_group() -> None:
-    words = [
-        "experiment=debug",
-        "data.heldout_fraction=0.4",
-        "data.columns.group=label",
-        "privacy.metrics=noised_by_group",
-    ]
-    runs = plan_runs([*words, "privacy.metrics_groups=[a, b]"], without_privacy=True, leave_out=())
-    kinds = {line.run.config.privacy.metrics for line in runs if not line.private}
-    assert kinds == {"none"}
-    assert {line.run.config.privacy.metrics_groups for line in runs if line.private} == {("a", "b")}
+def test_runs_without_privacy_release_no_scores() -> None:
+    words = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
+    runs = plan_runs(words, without_privacy=True, leave_out=())
+    assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}

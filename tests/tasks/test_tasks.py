@@ -55,7 +55,7 @@ def columns(*roles: str, **given: Any) -> dict[str, Any]:
         (
             {"columns": {"text": "t", "label": "l", "text_pair": "u"}},
             "classification",
-            "columns.text_pair = 'u': is no role of this run: task classification with these settings reads group,",
+            "columns.text_pair = 'u': is no role of this run: task classification with these settings reads label,",
         ),
         ({"prompt_template": "Text: {text}"}, "classification", "prompt_template = 'Text: {text}': must stay {prompt}"),
         ({"chat_template": "plain"}, "classification", "chat_template = 'plain': must stay none"),

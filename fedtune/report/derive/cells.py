@@ -131,7 +131,7 @@ def of_report(report: Report) -> tuple[Cell, ...]:
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
     """What cells say of a run's settings."""
     data, targets, federation = config.data, config.lora.target_modules, config.federation
-    columns = task_named(config.task).columns(data, unit=plan.unit, groups=plan.metrics_groups)
+    columns = task_named(config.task).columns(data, unit=plan.unit)
     # How much of a file a simulation uses says nothing of real sites' files.
     used = None if config.runtime.kind == "deployment" else data.train_fraction
     known = {

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
-from fedtune.privacy.release import METRICS
-from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Lifetime, RunFacts, Verification
 from fedtune.report.model import Assumption, Report, SiteReport, Utility
@@ -70,6 +68,7 @@ _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
 _UPDATES = {False: "updates", True: "masked_updates"}
+_NOISED_SCORES = ("noised_scores",)
 """The code of a site's released updates, by whether they are masked for a secure sum."""
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
@@ -85,25 +84,25 @@ def report_of(
         utility: the scores of a run.
     """
     if isinstance(facts, RunFacts):
-        plans, name, date, unit, delta = [facts.plan], facts.name, facts.date, facts.plan.unit, facts.plan.delta
-        statistics = statistics_of(plans)
-        released = (_UPDATES[facts.plan.shared is not None], *statistics, "aggregates", "refusals_and_receipts")
+        name, date, unit, delta = facts.name, facts.date, facts.plan.unit, facts.plan.delta
+        scores = _NOISED_SCORES if facts.plan.releases_metrics else ()
+        released = (_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts")
         released += ("final_adapter",) if facts.finished else ()
-        covers = ("rounds_and_steps", "charged_retries", *statistics)
+        covers = ("rounds_and_steps", "charged_retries", *scores)
         others, audit, of_run = {"other_ledgers"}, facts.audit, True
         # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
         no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
         no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
     else:
-        plans, name, date = [run.plan for run in facts.runs], f"{facts.site} {facts.population}", facts.date
-        unit, delta, statistics = facts.unit, facts.delta, statistics_of(plans)
+        name, date, unit, delta = f"{facts.site} {facts.population}", facts.date, facts.unit, facts.delta
+        scores = _NOISED_SCORES if any(run.plan.releases_metrics for run in facts.runs) else ()
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
         released = (
             *(code for is_masked, code in _UPDATES.items() if is_masked in sent),
-            *(*statistics, "refusals_and_receipts"),
+            *(*scores, "refusals_and_receipts"),
         )
-        covers = ("rounds_and_steps", "charged_retries", *statistics, "all_runs", "tuning_trials")
+        covers = ("rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials")
         covers += () if all(entry.run for entry in facts.charges) else ("lost_branches",)
         others, audit, of_run = _NOT_OF_A_LEDGER, None, False
         no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
@@ -137,12 +136,6 @@ def report_of(
         audit=audit,
         schema_version=REPORT_SCHEMA,
     )
-
-
-def statistics_of(plans: Iterable[Plan]) -> tuple[str, ...]:
-    """The statistics that rounds of these plans release besides updates."""
-    released = {plan.metrics for plan in plans if plan.releases_metrics}
-    return tuple(known.name for kind, known in METRICS.items() if kind in released)
 
 
 def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
