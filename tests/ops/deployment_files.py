@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,14 +37,6 @@ def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more
     )
-
-
-def helm(*words: object) -> subprocess.CompletedProcess[str]:
-    """What helm, or else its engine, says to a command; a skipped test where there is neither."""
-    found = shutil.which("helm")
-    if found is None and importlib.util.find_spec("helm_python") is None:
-        pytest.skip("neither helm nor helm-python-sdk is installed on this machine")
-    return run(*([found] if found else [sys.executable, Path(__file__).with_name("helm_engine.py")]), *words)
 
 
 def name_of(path: Path) -> str:

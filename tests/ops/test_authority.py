@@ -148,37 +148,6 @@ def test_a_server_is_nobody_else(world: Callable[..., World], host: str) -> None
         shake(world(), host=host)
 
 
-def test_a_site_of_another_federation_is_turned_away(world: Callable[..., World]) -> None:
-    stranger = world("bakery").holder("site", name="north")
-    with pytest.raises(ssl.SSLError, match=r"server: .*(certificate verify failed)"):
-        shake(world(), client=stranger)
-
-
-def test_a_server_of_another_authority_of_the_same_name_is_not_believed(
-    world: Callable[..., World], tmp_path: Path
-) -> None:
-    ours = world()
-    theirs = World(ca=ours.ca, authority=Authority.make("cardiology", days=9, now=datetime.now(UTC)), folder=tmp_path)
-    with pytest.raises(ssl.SSLError, match=r"client: .*certificate verify failed"):
-        shake(ours, server=theirs.holder("server"))
-
-
-@pytest.mark.parametrize("late", ["site", "server"])
-def test_an_expired_certificate_is_refused(world: Callable[..., World], late: str) -> None:
-    past = datetime.now(UTC) - timedelta(days=2)
-    ours = world(now=past)
-    expired = ours.holder(late, name="late", now=past)
-    with pytest.raises(ssl.SSLError, match="certificate has expired"):
-        shake(ours, **{"client" if late == "site" else "server": expired})
-
-
-def test_a_client_without_a_certificate_is_turned_away(world: Callable[..., World]) -> None:
-    ours = world()
-    server = context(ssl.PROTOCOL_TLS_SERVER, ca=ours.ca, holder=ours.holder("server"))
-    with pytest.raises(ssl.SSLError, match=r"server: .*PEER_DID_NOT_RETURN_A_CERTIFICATE"):
-        exchange(server, context(ssl.PROTOCOL_TLS_CLIENT, ca=ours.ca, holder=None))
-
-
 def test_a_site_cannot_pose_as_the_server(world: Callable[..., World]) -> None:
     ours = world()
     with pytest.raises(ssl.SSLError, match="unsuitable certificate purpose"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -174,59 +175,26 @@ def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> N
 # What its sites said.
 
 
-class Shown:
-    """What a person is shown."""
-
-    def __init__(self) -> None:
-        self.all: list[tuple[object, ...]] = []
-
-    def note(self, text: str) -> None:
-        self.all.append(("note", text))
-
-    def prepared(self, *about: object) -> None:
-        self.all.append(("prepared", *about))
-
-    def site_replied(self, number: int) -> None:
-        self.all.append(("site_replied", number))
-
-    def preparing(self, what: str, done: int, total: int) -> None:
-        self.all.append((what, done, total))
-
-    def round_finished(self, state: object) -> None:
-        self.all.append(("round_finished", state))
-
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
-        self.all.append((site, what, num_bytes, charged_rounds))
-
-
 def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
-    shown = Shown()
-    listener: Any = shown
-    noted = _Noted(listener, tmp_path)
+    shown, state = Mock(), Mock()
+    noted = _Noted(shown, tmp_path)
     assert latest_answers(tmp_path) == {}
-    noted.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0)
-    noted.site_answered("south", "update", num_bytes=20, charged_rounds=1)
-    noted.site_answered("north", "update", num_bytes=30, charged_rounds=1)
+    told = [
+        call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
+        call.site_answered("south", "update", num_bytes=20, charged_rounds=1),
+        call.site_answered("north", "update", num_bytes=30, charged_rounds=1),
+        call.note("about the data"),
+        call.site_replied(2),
+        call.preparing("trying the model", 1, 2),
+        call.round_finished(state),
+        call.prepared(state, state, state),
+    ]
+    for name, arguments, options in told:
+        getattr(noted, name)(*arguments, **options)
+    assert shown.mock_calls == told
     answers = latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
-    assert set(json.loads((tmp_path / "answers.json").read_text())) == {"north", "south"}
-    noted.note("about the data")
-    noted.site_replied(2)
-    noted.preparing("trying the model", 1, 2)
-    state: Any = "a state"
-    noted.round_finished(state)
-    noted.prepared(state, state, state)
-    assert shown.all == [
-        ("north", "awaiting_approval", 10, 0),
-        ("south", "update", 20, 1),
-        ("north", "update", 30, 1),
-        ("note", "about the data"),
-        ("site_replied", 2),
-        ("trying the model", 1, 2),
-        ("round_finished", "a state"),
-        ("prepared", "a state", "a state", "a state"),
-    ]
 
 
 # What serves.

@@ -384,15 +384,6 @@ def test_a_whole_process_writes_nothing_but_json() -> None:
     assert lines[-1]["error"]["frames"][-1].endswith(" last")
 
 
-def test_the_second_configuration_replaces_the_first() -> None:
-    with logged() as first:
-        with redirect_stderr(io.StringIO()) as second:
-            configure_logs("info")
-        own.info("to the second")
-    assert first == []
-    assert json.loads(second.getvalue())["event"] == "to the second"
-
-
 def test_a_wrong_level_is_said_and_nothing_is_taken_over() -> None:
     hook = sys.excepthook
     with pytest.raises(ConfigError, match=r"must be"):

@@ -107,7 +107,7 @@ class _Examination:
         yield (("ledger",), (_POLICY,), self._read_ledger)
         yield (("site key",), (_POLICY,), lambda: [site_checks.site_key(self.files, self._history_if_read)])
         yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
-        yield (("serving",), (_POLICY,), lambda: [site_checks.serving(self.files, state=visit.kit / "state")])
+        yield (("serving",), (), lambda: [site_checks.serving(visit.kit / "state")])
         if visit.run is None:
             yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
 from fedtune.model.spec import RANDOM
-from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, skipped, warning
+from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.models import (
@@ -295,30 +294,15 @@ def site_key(files: SiteFiles, history: History | None) -> Check:
     return ok(name, f"{spoken_start(public)}, readable by its owner alone")
 
 
-def serving(files: SiteFiles, *, state: Path) -> Check:
-    """Whether a process trains with the ledger now: it holds a lock beside it.
-
-    Args:
-        files: of the site.
-        state: the folder in which a site's commands leave word for its process.
-    """
-    name, lock = "serving", files.ledger.with_name(f"{files.ledger.name}.serving")
+def serving(state: Path) -> Check:
+    """Whether the site takes part, by the folder `state` in which its commands leave word for its process."""
+    name = "serving"
     if (state / "left").exists():
         fix = f"Remove {state / 'left'} if this site is to take part again."
         return warning(name, "this site has left the federation, and would not start", fix=fix)
-    served = False
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # held for no longer than it takes to ask
-    except BlockingIOError:
-        served = True
-    except FileNotFoundError:
-        pass  # no lock was ever taken
-    except OSError:
-        return skipped(name, f"this account may not open {lock}")
     if (state / "paused").exists():
         return warning(name, "this site is paused: it trains nothing", fix="`fedtune site resume --kit DIR` goes on.")
-    return ok(name, "a process of this site is serving" if served else "no process of this site is serving now")
+    return ok(name, "neither paused, nor has the site left")
 
 
 def budget(history: History, policy: Policy) -> Check:

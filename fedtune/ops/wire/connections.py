@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.x509.oid import NameOID
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from fedtune.ops.kits.certificates import common_name, public_pem
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.gate import PEER, Peer
 from fedtune.ops.wire.identity import Tls
@@ -276,7 +275,5 @@ class Http(H11Protocol):
 def _peer(transport: asyncio.Transport, address: str) -> tuple[Peer, datetime]:
     """The holder of the other end's certificate, and the end of that."""
     shown = x509.load_der_x509_certificate(transport.get_extra_info("ssl_object").getpeercert(True))
-    key = shown.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    names = shown.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    certificate = str(names[0].value) if names else ""
-    return Peer(address=address, certificate=certificate, key=key), shown.not_valid_after_utc
+    peer = Peer(address=address, certificate=common_name(shown.subject) or "", key=public_pem(shown))
+    return peer, shown.not_valid_after_utc
