@@ -67,7 +67,7 @@ def main() -> None:
         # Both from git, so that neither is edited meanwhile.
         trees = {name: Path(folder) / name for name in taken}
         try:
-            for (name, tree), commit in zip(trees.items(), (asked.before, "HEAD"), strict=True):
+            for tree, commit in zip(trees.values(), (asked.before, "HEAD"), strict=True):
                 subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
                 run(tree, ["experiment=debug"])  # the first start compiles, and reads from the disk
             for _ in range(asked.runs):
