@@ -18,7 +18,7 @@ from fedtune.federation.site_round import answer
 from fedtune.privacy.release import Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.virtual_site import Participants, VirtualSites
+from fedtune.sites.virtual_site import Participants
 
 SITE = "bank-a"
 
@@ -27,8 +27,8 @@ class OneSite(Participants):
     """A federation of one site on a model that is loaded already."""
 
     def __init__(self, config: RunConfig, folder: Path, shared: SharedModel) -> None:
-        self.config, self.shared = config, shared.for_run(config)
-        self.sites = VirtualSites.of(config, folder, config.plan())
+        super().__init__(config, folder)
+        self.shared = shared.for_run(config)
 
 
 @dataclass(frozen=True)

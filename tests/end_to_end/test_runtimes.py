@@ -74,7 +74,7 @@ def test_only_participants_take_part(simulate: Any, command: Any, tmp_path: Path
     assert [entry["sites"] for entry in result["rounds"]] == [["north", "west"]] * 2
     assert list(result["privacy"]["sites"]) == ["north", "west"]
     assert {path.name for path in (folder / "sites").iterdir() if path.is_dir()} == {"north", "west"}
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())["derived"]
     assert {site["site"]: site["declared_size"] for site in report["sites"]} == {"north": 50, "west": 70}
 
 

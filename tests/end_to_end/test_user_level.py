@@ -78,7 +78,7 @@ def test_a_run_by_user_says_so_everywhere(command: Any, tmp_path: Path) -> None:
     assert "Records of a person, at most" in page
 
     spent = command("ledger", "spent", str(site / "ledger.db"))
-    assert "With all your records at a site or without them, nothing" in " ".join(spent.out.split())
+    assert "with all records of any one person at a site as without them" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
 
 

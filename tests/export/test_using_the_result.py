@@ -89,11 +89,11 @@ def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
 def test_the_page_names_every_file_of_an_adapter(runs: dict[str, Path]) -> None:
     first = PAGE.read_text().split("## Handing")[0]
     assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
-        re.findall(r"`([\w.]+\.(?:json|safetensors|md))`", first.split("| --- |")[1].split("\n\n")[0])
+        re.findall(r"`([\w.]+\.(?:json|safetensors|md|svg))`", first.split("| --- |")[1].split("\n\n")[0])
     )
 
 
 def test_all_of_the_page_s_names_of_settings_are_settings(command: Any) -> None:
     text, known = PAGE.read_text(), (PAGE.parent / "configuration.md").read_text()
-    for key in set(re.findall(r"`((?:data|model|lora)\.\w+)", text)) - {"model.onnx"}:
+    for key in set(re.findall(r"`((?:data|model|lora)\.\w+)", text)) - {"model.onnx", "model.encode", "model.similarity"}:
         assert f"`{key}`" in known, key
