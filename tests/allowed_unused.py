@@ -60,8 +60,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "frozen_states_kept",
         "lead_days",
         "negative",
-        "non_private",
-        "num_sites_claimed",
         "sampling_assumed",
         "schema_version",
         "server_days",

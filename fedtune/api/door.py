@@ -29,10 +29,10 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
-    from fedtune.privacy.ledger.spending import Spending
     from fedtune.privacy.proposal import Proposal
     from fedtune.report.audit_findings import Audit
     from fedtune.report.checks import Check
+    from fedtune.report.facts import Lifetime
     from fedtune.report.model import Report
     from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult
@@ -377,12 +377,11 @@ class Ledger:
         self.verified: Verified = verify_ledger(self.path, site_key=site_key)
 
     @property
-    def spending(self) -> Spending:
+    def spending(self) -> Lifetime:
         """What is spent over the ledger's life, in the current period and by each run, derived from its events."""
-        from fedtune.privacy.ledger.spending import spending
+        from fedtune.report.from_ledger import lifetime_of
 
-        history = self.verified.history
-        return spending(history, history.now())
+        return lifetime_of(self.verified)
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each event: when, what kind, of which run and round."""

@@ -28,7 +28,7 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.show.budget_text import figures_of, identity_json, spending_json, verification_json
+from fedtune.show.budget_text import identity_json, verification_json
 from fedtune.show.terminal_tables import Section, json_text, print_json, require_agreed, say, show, write_file
 from fedtune.spec import ConfigError
 from fedtune.words import counted
@@ -86,12 +86,14 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     The filter's figure holds even when every next run was chosen after seeing earlier results; caps use it.
     The PLD figure is smaller and a proof for each run alone. Every epsilon shown is rounded up.
     """
+    from fedtune.report.from_ledger import lifetime_of, spending_json  # what other commands can do without
+
     file = ledger_file(path)
     verified = verify(file)
-    figures = figures_of(verified)
     if as_json:
-        print_json({**identity_json(file, verified), **spending_json(verified, figures)})
+        print_json({**identity_json(file, verified), **spending_json(verified)})
         return
+    figures = lifetime_of(verified)
     show_identity(file, verified)
     show_verdict(verified.history, figures)
     runs = each_run(figures.runs, verified.history)
@@ -131,6 +133,8 @@ def export(
     output: Annotated[Path | None, Option(metavar="FILE", help="a new file (default: print)")] = None,
 ) -> None:
     """Write a ledger's events, figures and verification as one JSON file."""
+    from fedtune.report.from_ledger import spending_json
+
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
@@ -138,7 +142,7 @@ def export(
         **identity_json(file, verified),
         "head": verified.events[-1],
         "verification": verification_json(verified),
-        "spending": spending_json(verified, figures_of(verified)),
+        "spending": spending_json(verified),
         "events": verified.events,
     }
     if output is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,20 +15,20 @@ from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import RunSpending, Spending
+from fedtune.privacy.ledger.spending import share_of_cap
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.show.budget_text import (
     cap_text,
-    epsilon_left,
-    figures_of,
     mechanism_text,
-    reference_runs_left,
     rounded_down,
     trust_words,
 )
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import Section, say
 from fedtune.words import counted, unbounded
+
+if TYPE_CHECKING:  # it takes a while to import
+    from fedtune.report.facts import Lifetime, LifetimeRun
 
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}
 
@@ -62,14 +63,14 @@ def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
 
 def charged_runs(verified: Verified, *, last: int | None) -> Section:
     """A line for each run, and for each backup that was put back, by when it was last charged."""
-    from fedtune.report.derive.ledger_figures import steps  # what other commands can do without
-    from fedtune.report.from_ledger import charges, day_of
+    from fedtune.report.derive import ledger_figures  # what other commands can do without
+    from fedtune.report.from_ledger import day_of, facts_by_now
 
-    history, figures = verified.history, figures_of(verified)
+    history, facts = verified.history, facts_by_now(verified)
+    figures = ledger_figures.lifetime(facts)
     runs = {run.run: run for run in figures.runs}
-    charged, plans = charges(verified.events, history, most=0), {name: run.plan for name, run in history.runs.items()}
-    totals = steps(charged, plans, order=history.order, delta=history.delta, epsilon=figures.epsilon)
-    lines = [(one.time or "", runs.get(one.run), epsilon_text(unbounded(one.epsilon))) for one in totals]
+    totals = ledger_figures.steps(facts, epsilon=figures.epsilon)
+    lines = [(one.time or "", runs.get(one.run), epsilon_text(one.epsilon)) for one in totals]
     accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
     lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
     rows = [
@@ -86,35 +87,35 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
         words={0, 1, 2, 5},
         whole={0},
         notes=(
-            f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.",
+            f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(history.cap)}.",
             "epsilon: of this run alone, by PLD; in all: of all charged by then, by the filter, which is stricter.",
             f"{counted(refused, 'refusal')}; --rounds shows each entry.",
         ),
     )
 
 
-def _state(run: RunSpending, history: History) -> str:
-    has_none = history.runs[run.run].proposal.seeded_noise or not run.noise_multiplier
+def _state(run: LifetimeRun, history: History) -> str:
+    has_none = run.seeded_noise or not history.runs[run.run].plan.private
     return f"{run.state}\nNO GUARANTEE" if has_none else run.state
 
 
-def show_verdict(history: History, figures: Spending) -> None:
+def show_verdict(history: History, figures: Lifetime) -> None:
     """The one thing to know."""
     unit = _UNITS.get(history.opened.unit, "one unit")
-    style = "bold yellow" if figures.seeded or math.isinf(figures.epsilon) else ""
+    style = "" if figures.has_guarantee else "bold yellow"
     if figures.seeded:
         text = (
             "NO GUARANTEE: a run took its noise from a seed, which anybody who knows the seed can take away again. The "
             "figures below are those of a study."
         )
-    elif math.isinf(figures.epsilon):
+    elif figures.epsilon is None:
         text = f"NO GUARANTEE: a run trained without noise. Nothing bounds what its updates tell about {unit}."
     elif figures.epsilon == 0:
         text = "Nothing was spent yet: nothing that depends on a record has left this site."
     else:
         text = (
-            f"{promise_text(history.opened.unit, epsilon=figures.epsilon, delta=figures.delta)} "
-            f"This is epsilon {epsilon_text(figures.epsilon)} at delta {figures.delta:g}."
+            f"{promise_text(history.opened.unit, epsilon=figures.epsilon, delta=history.delta)} "
+            f"This is epsilon {epsilon_text(figures.epsilon)} at delta {history.delta:g}."
         )
     console = Console()
     console.print()
@@ -123,37 +124,44 @@ def show_verdict(history: History, figures: Spending) -> None:
         say("FROZEN: all training on this population has ended for ever.", style="bold")
 
 
-def lifetime(history: History, figures: Spending) -> Section:
+def lifetime(history: History, figures: Lifetime) -> Section:
     """Charged, set aside and left of the caps."""
-    set_aside = figures.share_with_set_aside
-    period = f"charged this {figures.period} ({cap_text(figures.max_epsilon_per_period)})"
-    cap = "unbounded" if math.isinf(figures.max_epsilon) else f"{figures.max_epsilon:g}"
+    assert history.policy is not None
+    charged = history.charged()
+    share = share_of_cap(history, charged, cap=history.cap)
+    set_aside = share_of_cap(history, charged + history.set_aside(history.now()), cap=history.cap)
+    period = f"charged this {figures.period} ({cap_text(history.policy.budget.max_epsilon_per_period)})"
+    cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     notes = []
-    if figures.share is not None:
-        fixed = epsilon_text(filter.surcharge(figures.order, figures.delta))
+    if share is not None:
+        fixed = epsilon_text(filter.surcharge(history.order, history.delta))
         notes = [
             f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
         ]
-    with_set_aside = epsilon_text(figures.epsilon_with_set_aside)
+    with_set_aside = epsilon_text(figures.with_set_aside)
     left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
-    runs = None if history.frozen else reference_runs_left(history)
+    runs = figures.reference_runs_left
     fits = "" if runs is None else f": {counted(runs, 'run')} like the policy's reference"
     fits = ": nothing, since it is frozen" if history.frozen else fits
     return Section(
         title=f"Lifetime budget of each {history.opened.unit}, by the filter",
         headings=("", "epsilon", "share of cap"),
         rows=(
-            ("charged so far", epsilon_text(figures.epsilon), _share(figures.share)),
-            ("the same, with all that open runs have set aside", with_set_aside, _share(set_aside)),
-            ("cap", cap, "100 %" if figures.share is not None else ""),
-            (f"left for new runs{fits}", rounded_down(epsilon_left(history)), left),
+            ("charged so far", epsilon_text(figures.epsilon), _share(share)),
+            (
+                "the same, with all that open runs have set aside",
+                with_set_aside,
+                _share(set_aside),
+            ),
+            ("cap", cap, "100 %" if share is not None else ""),
+            (f"left for new runs{fits}", rounded_down(unbounded(figures.left)), left),
             (period, epsilon_text(figures.period_epsilon), ""),
         ),
         notes=notes,
     )
 
 
-def methods(figures: Spending) -> Section:
+def methods(figures: Lifetime) -> Section:
     """The same events by each method, and what the figure is good for."""
     return Section(
         title="What the figures for all events mean",
@@ -178,24 +186,20 @@ def methods(figures: Spending) -> Section:
     )
 
 
-def each_run(runs: Sequence[RunSpending], history: History) -> Section:
+def each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
     """The charge of each run by itself."""
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run was accepted yet.",))
-    rows = [
-        (
-            printable(run.run),
-            _state(run, history),
-            f"{run.rounds}/{run.most_rounds}",
-            f"{run.noise_multiplier:g}",
-            f"{run.sampling_rate:g}",
-            *map(epsilon_text, (run.epsilon, run.epsilon_rdp, run.planned_epsilon)),
-        )
-        for run in runs
-    ]
-    headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "by RDP", "planned")
-    notes = tuple(f"{printable(run.run)}: {trust_words(run.by_trust)}." for run in runs if run.by_trust)
+    rows, notes = [], []
+    for run in runs:
+        plan = history.runs[run.run].plan
+        rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.counted_noise:g}", f"{plan.sampling_rate:g}"
+        epsilons = map(epsilon_text, (run.epsilon, run.planned_epsilon))
+        rows.append((printable(run.run), _state(run, history), rounds, noise, rate, *epsilons))
+        if run.rounds and (by_trust := plan.by_trust(run.rounds)):
+            notes.append(f"{printable(run.run)}: {trust_words(by_trust)}.")
+    headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")
     return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
 
 
@@ -252,8 +256,8 @@ def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> Non
     say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
     for part in parts or ["nothing: no round was charged in what is lost"]:
         say(f"  {part}")
-    figures = ledger.spending()
-    say(f"Spent now: epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}.")
+    history = ledger.history
+    say(f"Spent now: epsilon {epsilon_text(history.epsilon())} of {cap_text(history.cap)}.")
     say("Lost for good: the missing events' runs, approvals, refusals and stored replies. Not lost: cost and denials.")
     if (since := made_up.since) is not None:
         show_other_policy(since.caps[-1], time=since.time)

@@ -13,6 +13,7 @@ from fedtune.cli.plain_words import promise_text
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.report.from_ledger import lifetime_of, spending_json
 from fedtune.show.budget_text import (
     Amount,
     Beside,
@@ -21,18 +22,13 @@ from fedtune.show.budget_text import (
     beside_of,
     cap_text,
     cautions_of,
-    epsilon_left,
-    figures_of,
-    has_guarantee,
     identity_json,
-    reference_runs_left,
     rounded_down,
-    spending_json,
 )
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.words import counted
+from fedtune.words import counted, unbounded
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:
@@ -74,7 +70,7 @@ def _to_json(
             **identity_json(beside.path, beside.verified),
             "fits": not beside.differences,
             "differences": [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences],
-            "spending": spending_json(beside.verified, figures_of(beside.verified)),
+            "spending": spending_json(beside.verified),
         }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -108,16 +104,16 @@ def _show_beside(beside: Beside) -> None:
     if beside.verified is None:
         say(f"No ledger yet at {beside.path}; it is made when the site starts.")
         return
-    figures, history = figures_of(beside.verified), beside.verified.history
-    runs = reference_runs_left(history)
+    figures, cap = lifetime_of(beside.verified), beside.verified.history.cap
+    runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
     say(
-        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(figures.max_epsilon)}, "
-        f"left for new runs {rounded_down(epsilon_left(history))}{fits}."
+        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, "
+        f"left for new runs {rounded_down(unbounded(figures.left))}{fits}."
     )
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended for ever.")
-    if not has_guarantee(figures):
+    if not figures.has_guarantee:
         say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
     if beside.differences:
         say("It does not fit this policy: the site would not start.", style="bold yellow")

@@ -84,7 +84,7 @@ _MARKS: Mapping[str, tuple[str, str]] = {
 _MOST_PROBLEMS = 12
 _UNBOUNDED = ("epsilon", "epsilon_pld", "epsilon_rdp", "planned_epsilon", "with_set_aside", "period_epsilon")
 _NO_LIMIT = ("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "target_epsilon", "left")
-_WHEN = {"before": "before training", "final": "after training", "non_private": "without privacy"}
+_WHEN = {"before": "before training", "final": "after training"}
 _TITLES: Mapping[ChangeGroup, str] = {
     "utility": "Scores on the lead's files",
     "privacy": "Privacy",

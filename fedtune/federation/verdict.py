@@ -14,7 +14,7 @@ from pathlib import Path
 from dp_accounting import DpEvent
 
 from fedtune.federation.planner import coarse_epsilon
-from fedtune.privacy import events, filter
+from fedtune.privacy import events
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
@@ -144,7 +144,7 @@ class _Budget:
 
     def epsilon(self, spent: Counter[DpEvent]) -> float:
         """Epsilon of `spent`, by the ledger's filter."""
-        return filter.epsilon_filter(spent, order=self._history.order, delta=self._history.delta)
+        return self._history.epsilon(spent)
 
     def runs_left(self, plan: Plan) -> int | None:
         """How many runs with this plan still fit the lifetime cap; None where there is none."""

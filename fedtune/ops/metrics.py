@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit, file_mark
-from fedtune.privacy import filter
 from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import epsilon_left, reference_runs_left
 from fedtune.spec import ConfigError, RunError
@@ -170,12 +169,11 @@ class SiteMetrics:
 
 
 def _of_budget(history: History) -> Values:
-    order, delta = history.order, history.delta
-    charged, held = history.charged(), history.set_aside(history.now())
-    taken = {"charged": charged, "with_set_aside": charged + held}
+    charged = history.charged()
+    taken = {"charged": charged, "with_set_aside": charged + history.set_aside(history.now())}
     yield (
         "fedtune_site_epsilon_spent",
-        {name: filter.epsilon_filter(spent, order=order, delta=delta) for name, spent in taken.items()},
+        {name: history.epsilon(spent) for name, spent in taken.items()},
     )
     yield "fedtune_site_epsilon_cap", history.cap
     yield "fedtune_site_epsilon_left", epsilon_left(history)

@@ -225,7 +225,7 @@ def share_of(total: float, *, threshold: int, colluders: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
-    """Epsilon of a site's unit, by adversary.
+    """Epsilon of a site's unit, by adversary; None: nothing bounds it.
 
     Attributes:
         server_alone: against the server, if every site is honest.
@@ -233,9 +233,9 @@ class Epsilons:
         with_all_others: if every other site does.
     """
 
-    server_alone: float
-    with_colluders: float
-    with_all_others: float
+    server_alone: float | None
+    with_colluders: float | None
+    with_all_others: float | None
 
 
 def epsilons(

@@ -39,7 +39,7 @@ _OF_MECHANISM: Mapping[Group, Sequence[str]] = {
     ),
     "privacy": ("rounds",),
 }
-_OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*", "non_private.*")
+_OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*")
 """Places of report.json that are compared; with a star, everything there."""
 
 

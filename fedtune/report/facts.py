@@ -111,6 +111,11 @@ class Lifetime:
     seeded: bool
 
     @property
+    def has_guarantee(self) -> bool:
+        """Whether anything at all can be promised for what was released."""
+        return not self.seeded and self.epsilon is not None
+
+    @property
     def cap_raised(self) -> bool:
         """Whether a lifetime cap was raised after something was charged, and so perhaps because of its release."""
         return any(

@@ -6,16 +6,29 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
-from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, Provenance, Release, RunInLedger, Verification
+from fedtune.report.facts import (
+    Cap,
+    ChargedRounds,
+    LedgerFacts,
+    Lifetime,
+    Provenance,
+    Release,
+    RunInLedger,
+    Verification,
+)
 from fedtune.report.model import Report
 from fedtune.report.record.ledger_record import LedgerRecord, read_ledger
 from fedtune.words import finite
@@ -41,18 +54,42 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     return derive(facts_of(read_ledger(site_toml_or_ledger, anchor=anchor), most=MOST_STEPS))
 
 
-def facts_of(record: LedgerRecord, *, most: int) -> LedgerFacts:
+def facts_by_now(verified: Verified) -> LedgerFacts:
+    """The facts of a ledger by now, and never before its newest event, with one charge for each run."""
+    return facts_of(LedgerRecord.of(verified), most=0, now=verified.history.now())
+
+
+def lifetime_of(verified: Verified) -> Lifetime:
+    """The figures over all runs, by now."""
+    return ledger_figures.lifetime(facts_by_now(verified))
+
+
+def spending_json(verified: Verified) -> dict[str, Any]:
+    """The same in keys that scripts may rely on, with what each run's plan says of noise and trust."""
+    life, runs = lifetime_of(verified), verified.history.runs
+    rows = []
+    for run in life.runs:
+        plan = runs[run.run].plan
+        by_trust = plan.by_trust(run.rounds) if run.rounds else None
+        of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
+        rows.append(dataclasses.asdict(run) | of_plan)
+    more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
+    return dataclasses.asdict(life) | more
+
+
+def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) -> LedgerFacts:
     """What a ledger's report rests on.
 
     Args:
         record: of the ledger.
         most: charges that are told by themselves; 0: one for each run, and for each backup put back.
+        now: as of when; None: its newest event.
     """
-    history, budget, now = record.history, record.in_force.budget, record.now
+    history, budget, now = record.history, record.in_force.budget, now or record.now
     policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
     # A simulation notes that it is one, whatever the file says.
     own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
-    run_caps, adapters = _run_caps(record), _final_adapters(record)
+    run_caps = _run_caps(record)
     proposals = [run.proposal for run in history.runs.values()]
     settings = {
         "rank": ", ".join(dict.fromkeys(rank_text(proposal.adapter, proposal.rank) for proposal in proposals)),
@@ -84,7 +121,7 @@ def facts_of(record: LedgerRecord, *, most: int) -> LedgerFacts:
                 max_epsilon=run_caps[name],
                 seeded_noise=run.proposal.seeded_noise,
                 base_model=run.proposal.base_model,
-                adapter_sha256=adapters.get(name),
+                adapter_sha256=run.adapter or None,
             )
             for name, run in history.runs.items()
         ),
@@ -137,15 +174,6 @@ def _verification(record: LedgerRecord) -> Verification | None:
         rollback_excluded=record.anchored_to_the_end,
         anchor_sequence=found.anchor_sequence if found.rollback_excluded else None,
     )
-
-
-def _final_adapters(record: LedgerRecord) -> Mapping[str, str]:
-    """Run -> digest of the adapter that its lead gave to the site at its end."""
-    return {
-        event.run: str(event.detail["adapter_sha256"])
-        for event in record.events
-        if event.kind is Kind.NOTE and event.detail["what"] == "run_ended" and event.detail.get("adapter_sha256")
-    }
 
 
 def _caps_of(history: History) -> tuple[Cap, ...]:

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
 from fedtune.federation.lead import Scores
-from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge as Charge
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
@@ -124,21 +124,6 @@ class Mechanism:
 
 
 @spec
-class ByTrust:
-    """Epsilon of everything charged, by who looks, where secure sums are part of it; None: unbounded.
-
-    Attributes:
-        server_alone: against the server, if every other site is honest.
-        with_colluders: if so many sites as each run names tell the server what they added: the report's own figure.
-        with_all_others: if every other site does.
-    """
-
-    server_alone: float | None
-    with_colluders: float | None
-    with_all_others: float | None
-
-
-@spec
 class CurvePoint:
     """Epsilon at a delta."""
 
@@ -164,9 +149,8 @@ class SiteReport:
     Attributes:
         source: where the figures come from.
         reported: day of the site's own report, where the figures over all runs come from one.
-        left: epsilon that the lifetime cap leaves for new runs.
         asserted: what the site states and no software can check.
-        by_trust: None where every site made its own noise.
+        by_trust: epsilon of everything charged, by who looks; None where every site made its own noise.
     """
 
     site: str
@@ -175,7 +159,6 @@ class SiteReport:
     declared_size: int | None
     approved: Approved | None
     spent: Spent | None
-    left: float | None
     meaning: Meaning | None
     mechanisms: tuple[Mechanism, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
@@ -185,7 +168,7 @@ class SiteReport:
     releases: tuple[Release, ...] = ()
     asserted: Mapping[str, bool] = field(default_factory=dict)
     reported: str | None = None
-    by_trust: ByTrust | None = None
+    by_trust: Epsilons | None = None
 
 
 @spec
@@ -228,7 +211,6 @@ class Utility:
 
     before: Scores
     final: Scores
-    non_private: Scores | None
     rounds: tuple[RoundCost, ...]
     findings: tuple[str, ...] = ()
     energy: Energy | None = None

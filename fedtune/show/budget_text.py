@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.spending import Spending, divergence_left, runs_left, spending
+from fedtune.privacy.ledger.spending import divergence_left, runs_left
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
@@ -226,16 +226,6 @@ def beside_of(files: SiteFiles) -> Beside:
     return Beside(path=files.ledger, verified=verified, differences=tuple(differences))
 
 
-def figures_of(verified: Verified) -> Spending:
-    """The figures of a ledger by now, and never before its newest event."""
-    return spending(verified.history, verified.history.now())
-
-
-def has_guarantee(figures: Spending) -> bool:
-    """Whether anything at all can be promised for what was released."""
-    return not figures.seeded and math.isfinite(figures.epsilon)
-
-
 def epsilon_left(history: History) -> float:
     """Epsilon that the lifetime cap leaves for new runs, beside all that is set aside."""
     assert history.policy is not None
@@ -262,20 +252,6 @@ def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
         "delta": opened.delta,
         "site_key": verified.site_key,
         "num_events": len(verified.events),
-    }
-
-
-def spending_json(verified: Verified, figures: Spending) -> dict[str, Any]:
-    """The figures of `spent`."""
-    history = verified.history
-    return {
-        **{key: value for key, value in asdict(figures).items() if key != "runs"},
-        "guarantee": has_guarantee(figures),
-        "epsilon_left": epsilon_left(history),
-        "reference_runs_left": reference_runs_left(history),
-        "restored": len(history.restored),
-        "policies": [{"time": time, "max_epsilon": cap} for time, cap, _ in history.policies],
-        "runs": [asdict(run) | {"seeded_noise": history.runs[run.run].proposal.seeded_noise} for run in figures.runs],
     }
 
 

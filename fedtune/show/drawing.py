@@ -24,7 +24,7 @@ MARKERS = (
 )
 MOST_LINES = len(COLOURS)
 """More lines in one chart could not be told apart."""
-LIMIT, BEFORE, WITHOUT_PRIVACY = "5 4", "1 2", "7 4"
+LIMIT, BEFORE = "5 4", "1 2"
 """Dashes of levels that lines are compared with."""
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
 _LETTER = 5.6  # about the width of one

@@ -156,7 +156,7 @@ def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None
 def test_spent_gives_each_figure_with_what_it_means(lived: Any, command: Any) -> None:
     figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
     out = command("ledger", "spent", str(lived.ledger)).out
-    for key in ("epsilon", "epsilon_with_set_aside", "epsilon_pld", "epsilon_rdp"):
+    for key in ("epsilon", "with_set_aside", "epsilon_pld", "epsilon_rdp"):
         assert epsilon_text(figures[key]) in out
     assert "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it." in out
     assert "a proof only for what was fixed beforehand" in out
@@ -175,8 +175,8 @@ def test_spent_as_json_is_the_ledger_s_own_figures(lived: Any, command: Any) -> 
     assert figures["epsilon"] == filter.epsilon_filter(charged, order=history.order, delta=1e-5)
     assert figures["epsilon_pld"] >= accountant.epsilon_pld(charged, 1e-5)
     assert figures["epsilon_rdp"] == accountant.epsilon_rdp(charged, 1e-5)
-    assert figures["epsilon"] < figures["epsilon_with_set_aside"] < figures["max_epsilon"] == 6
-    assert math.isclose(figures["epsilon_left"], 6 - figures["epsilon_with_set_aside"])
+    assert figures["epsilon"] < figures["with_set_aside"] < figures["max_epsilon"] == 6
+    assert math.isclose(figures["left"], 6 - figures["with_set_aside"])
 
 
 def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> None:
@@ -188,7 +188,6 @@ def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> N
     lived.refuse(ledger, lived.proposal("one-too-many", local_steps=20, num_rounds=10))
     after = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
     assert after["reference_runs_left"] == 0
-    assert after["share_with_set_aside"] <= 1
 
 
 def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
@@ -216,7 +215,7 @@ def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> N
     assert "NO GUARANTEE" in out
     assert "unbounded" in out
     figures = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)
-    for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "epsilon_left", "reference_runs_left", "share"):
+    for key in ("epsilon", "epsilon_pld", "epsilon_rdp", "max_epsilon", "left", "reference_runs_left"):
         assert figures[key] is None, key
     assert figures["guarantee"] is False
     assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger), "--rounds").out
@@ -437,7 +436,7 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run)
     assert "FROZEN" in spent.out
     assert "nothing, since it is frozen" in spent.out
     figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
-    assert (figures["frozen"], figures["epsilon_left"], figures["reference_runs_left"]) == (True, 0, 0)
+    assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
 
 
 def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> None:

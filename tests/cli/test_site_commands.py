@@ -293,16 +293,16 @@ def test_leaving_ends_open_runs_and_frees_what_they_had_set_aside(
     north.start_run(run_proposal(run="over"), 1)
     north.ledger().end("over")
     north.start_run(run_proposal(run="open"), 1)
-    spent = north.ledger().spending()
-    assert spent.epsilon_with_set_aside > spent.epsilon
+    before = north.ledger().history
+    assert before.set_aside(before.now())
     outcome = command("site", "leave", *north.words)
     assert outcome.code == 0
     assert "north has left cardiology; 1 open run ended" in outcome.out
     assert "fedtune provision revoke-site north" in outcome.out
     assert str(north.folder / "ledger.db") in outcome.out
     ledger = north.ledger()
-    after = ledger.spending()
-    assert after.epsilon_with_set_aside == after.epsilon == spent.epsilon
+    assert not ledger.history.set_aside(ledger.history.now())
+    assert ledger.history.epsilon() == before.epsilon()
     with pytest.raises(Refused) as refused:
         ledger.reserve(run_proposal(run="open"), round=2, request="x")
     assert refused.value.reason is Reason.RUN_ENDED

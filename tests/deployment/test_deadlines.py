@@ -99,9 +99,9 @@ def test_a_late_update_is_not_counted(federation: Federation) -> None:
 def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federation) -> None:
     site = federation.sites["south"]
     files = SiteFiles.of(site.site_toml)
-    before = files.open().spending()
+    before = files.open().history
     # What earlier tests have spent, where there were any, and nothing more.
-    frugal = replace(files.policy, budget=replace(files.policy.budget, max_epsilon=max(before.epsilon, 0.01)))
+    frugal = replace(files.policy, budget=replace(files.policy.budget, max_epsilon=max(before.epsilon(), 0.01)))
     write_policy(frugal, site.site_toml)
     try:
         lead = federation.lead("spent", *settings("federation.num_rounds=1", "federation.min_sites=2"))
@@ -115,7 +115,7 @@ def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federati
     assert site.answered("max_epsilon", "spent") == 2
     check_books(federation, "spent")
     check_average(federation, "spent")
-    assert files.open().spending().mechanisms == before.mechanisms
+    assert files.open().history.charged() == before.charged()
 
 
 def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(federation: Federation) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedtune.privacy.ledger.spending import spending
-
 from .federation import LEAD, Federation, settings
 from .networks import SERVER, free_port
 from .processes import FEDTUNE, RUN_S, environment, wait_for
@@ -70,7 +68,7 @@ def test_figures_follow_a_run(federation: Federation, ports: dict[str, str]) -> 
     assert site["fedtune_site_answers_total", "update"] == 0
     assert site["fedtune_site_contact_age_seconds", ""] < 60
     history = held.verified().history
-    charged = spending(history, history.now()).epsilon
+    charged = history.epsilon()
     assert site["fedtune_site_epsilon_spent", "charged"] == pytest.approx(charged)
     assert charged > 0
     about = {"finished": value(LEAD, "lead_rounds", "finished"), "planned": value(LEAD, "lead_rounds", "planned")}

@@ -249,11 +249,13 @@ def test_without_a_schedule_a_reply_leaves_at_once(site: Any, clock: Clock) -> N
 
 def test_the_leads_notice_frees_what_was_set_aside(site: Any) -> None:
     site.ask()
-    before = site.ledger().spending()
-    assert before.epsilon_with_set_aside > before.epsilon > 0
+    before = site.ledger().history
+    assert before.set_aside(before.now())
+    assert before.epsilon() > 0
     site.end()
-    after = site.ledger().spending()
-    assert after.epsilon_with_set_aside == after.epsilon == before.epsilon
+    after = site.ledger().history
+    assert not after.set_aside(after.now())
+    assert after.epsilon() == before.epsilon()
     assert site.kinds()[-1] is Kind.NOTE
     site.end()
     assert [event.detail.get("what") for event in site.events()].count("run_ended") == 1, "said twice, written once"

@@ -102,7 +102,10 @@ def _of_run(name: str) -> bytes:
 def _ledger(path: Path) -> None:
     """Read by its owner, which opens it for training, and by others, who verify it."""
     problems = []
-    for read in (lambda: verify(path).history.charged(), lambda: Ledger(path, seeds.policy(), seeds.key(2)).spending()):
+    for read in (
+        lambda: verify(path).history.charged(),
+        lambda: Ledger(path, seeds.policy(), seeds.key(2)).history.epsilon(),
+    ):
         try:
             read()
         except RunError as error:

@@ -82,7 +82,7 @@ def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(
     SiteState.of(north / "kit").set_paused(True)
     train(north, asked, 1)
     assert command("site", "backup", str(file), *words(north)).code == 0
-    spent = train(north, asked, 2, 3).spending().epsilon
+    spent = train(north, asked, 2, 3).history.epsilon()
     lose(north)
     shutil.rmtree(north / "kit/adapters")
     SiteState.of(north / "kit").set_paused(False)
@@ -90,7 +90,7 @@ def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(
     assert outcome.code == 0, outcome
     assert "Charged now, as one sum" in outcome.out
     ledger = SiteFiles.of(north / "site.toml").open()
-    assert ledger.spending().epsilon == pytest.approx(spent)
+    assert ledger.history.epsilon() == pytest.approx(spent)
     assert ledger.history.charged_rounds(asked.run) == 3
     assert (north / "kit/adapters/r/adapter.bin").read_bytes() == b"kept"
     assert SiteState.of(north / "kit").paused.exists(), "a site that was paused stays so"

@@ -114,13 +114,13 @@ def test_a_backup_at_any_time_is_whole_and_is_put_back(
     source.close()
     target.close()
     train(opened, proposal, 2, 3)
-    spent = opened.spending().epsilon
+    spent = opened.history.epsilon()
     (north / "ledger.db").unlink()
     backup.rename(north / "ledger.db")
     with pytest.raises(RunError, match="ledger restore"):
         ledger_of(north)
     assert command("ledger", "restore", "--policy", str(north / "site.toml")).code == 0
-    assert ledger_of(north).spending().epsilon >= spent
+    assert ledger_of(north).history.epsilon() >= spent
     train(ledger_of(north), run_proposal(run="another"), 1)
 
 

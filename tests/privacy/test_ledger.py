@@ -16,7 +16,6 @@ from dp_accounting import DpEvent, GaussianDpEvent
 from fedtune.privacy import events, filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import site_ledger as ledger_module
-from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
@@ -445,7 +444,6 @@ def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, proposal: 
     clock.forward(hours=1)
     assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
     answered(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
-    assert opened().spending().runs[0].state == "expired"
 
 
 def test_a_clock_set_back_reopens_no_expired_run(opened: Open, proposal: Any, clock: Any) -> None:
@@ -472,10 +470,11 @@ def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, policy: Any, propo
         assert refusal_of(opened(policy=monthly, server=clock.time), late).reason is Reason.MAX_EPSILON_PER_PERIOD
         clock.forward(days=31)
     answered(opened(policy=monthly, server=clock.time), proposal(run="4", plan={"num_rounds": 1}), 1)
-    figures = opened(policy=monthly, server=clock.time).spending()
+    history = opened(policy=monthly, server=clock.time).history
+    in_period = history.charged_in_period("month", history.now())
     one_round = filter.epsilon_filter([one], order=order, delta=1e-5)
     nine_rounds = filter.epsilon_filter([one] * 9, order=order, delta=1e-5)
-    assert (figures.period_epsilon, figures.epsilon) == pytest.approx((one_round, nine_rounds))
+    assert (history.epsilon(in_period), history.epsilon()) == pytest.approx((one_round, nine_rounds))
 
 
 def test_a_period_holds_what_open_runs_may_still_spend_in_it(
@@ -513,7 +512,7 @@ def test_a_run_has_a_cap_of_its_own(opened: Open, policy: Any, proposal: Any) ->
 def test_a_lower_cap_stops_a_running_run(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
     for round in (1, 2, 3):
         answered(opened(), proposal(), round)
-    spent = opened().spending().epsilon
+    spent = opened().history.epsilon()
     lower = policy(budget={"max_epsilon": spent + 0.1})
     refused = refusal_of(opened(policy=lower), proposal(), 4)
     assert refused.reason is Reason.MAX_EPSILON
@@ -582,9 +581,7 @@ def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, policy: Any, ca
 def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open, policy: Any, proposal: Any) -> None:
     unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
     answered(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
-    figures = opened(policy=unlimited).spending()
-    assert figures.epsilon == figures.epsilon_pld == math.inf
-    assert figures.share is None
+    assert opened(policy=unlimited).history.epsilon() == math.inf
 
 
 def test_with_a_cap_a_run_without_privacy_is_refused(opened: Open, policy: Any, proposal: Any) -> None:
@@ -600,7 +597,6 @@ def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open, policy: Any, propo
     opened(policy=study).end("r")
     answered(opened(), proposal(run="2"), 1)
     assert opened().history.seeded
-    assert opened().spending().seeded
 
 
 def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
@@ -618,7 +614,7 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, pr
         opened().commit(in_flight, b"reply that must not leave")
     assert caught.value.reason is Reason.FROZEN
     assert len(events_of(path)) == length
-    assert opened(policy=policy(budget={"max_epsilon": 100.0})).spending().frozen
+    assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.frozen
 
 
 # Offers.
@@ -697,7 +693,7 @@ def test_what_would_be_set_aside_is_what_the_figures_say(opened: Open, proposal:
     ledger = opened()
     answered(ledger, proposal(), 1)
     ledger.end("unknown")
-    figures = spending.spending(ledger.history, datetime.now(UTC))
     whole: list[DpEvent] = [proposal().plan.event(rounds=5)]
     expected = filter.epsilon_filter(whole, order=ledger.history.order, delta=1e-5)
-    assert figures.epsilon_with_set_aside == pytest.approx(expected)
+    taken = ledger.history.charged() + ledger.history.set_aside(datetime.now(UTC))
+    assert ledger.history.epsilon(taken) == pytest.approx(expected)

@@ -358,7 +358,7 @@ class Restored:
         self.earlier = ledger.head()
         answered(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **lost), 1)
         self.newest, self.receipt = ledger.head(), ledger.receipt("r")
-        self.spent = ledger.spending().epsilon
+        self.spent = ledger.history.epsilon()
         self.lost = ledger.history.charged() - events.grouped([proposal().plan.event()])
         shutil.copy(backup, path)
 
@@ -376,7 +376,7 @@ def test_the_gap_is_what_the_backup_lacks_and_nothing_else(
     two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
     assert gap == put_back.lost == events.grouped([two, one])
     assert ledger.history.charged() == events.grouped([two, two, one])
-    assert opened().spending().epsilon == pytest.approx(put_back.spent)
+    assert opened().history.epsilon() == pytest.approx(put_back.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
     assert note.detail["path"][-1] == [put_back.newest.sequence, put_back.newest.hash]
@@ -447,7 +447,7 @@ def test_a_second_gap_charges_nothing_twice(put_back: Restored, opened: Any) -> 
     ledger.charge_gap(put_back.newest)
     assert ledger.charge_gap(put_back.newest) == Counter()
     assert ledger.charge_gap(put_back.earlier) == Counter()
-    assert ledger.spending().epsilon == pytest.approx(put_back.spent)
+    assert ledger.history.epsilon() == pytest.approx(put_back.spent)
 
 
 def test_what_the_backup_charged_since_makes_up_for_nothing(put_back: Restored, opened: Any, proposal: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import accountant, events, filter
+from fedtune.privacy import events, filter
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
@@ -28,81 +28,41 @@ def answered(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
         ledger.commit(granted, b"reply")
 
 
-def test_a_new_ledger_has_spent_nothing(opened: Any) -> None:
-    figures = opened().spending()
-    assert (figures.epsilon, figures.epsilon_with_set_aside, figures.period_epsilon) == (0, 0, 0)
-    assert (figures.epsilon_pld, figures.epsilon_rdp, figures.mechanisms) == (0, 0, 0)
-    assert (figures.share, figures.share_with_set_aside) == (0, 0)
-    assert (figures.max_epsilon, figures.delta, figures.order) == (11.0, DELTA, 2.7)
-    assert (figures.seeded, figures.frozen, figures.runs) == (False, False, ())
-
-
 def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any) -> None:
     ledger = opened()
+    assert ledger.history.epsilon() == 0
     answered(ledger, proposal(), 1, 2)
     other = proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
     answered(ledger, other, 1)
-    charged = [*[proposal().plan.event()] * 2, other.plan.event()]
-    figures = ledger.spending()
-    assert figures.epsilon == filter.epsilon_filter(charged, order=figures.order, delta=DELTA)
-    assert figures.epsilon_pld == accountant.epsilon_pld(charged, DELTA, interval=accountant.COARSE)
-    assert figures.epsilon_rdp == pytest.approx(accountant.epsilon_rdp(charged, DELTA))
-    assert figures.mechanisms == 9
+    history, charged = ledger.history, [*[proposal().plan.event()] * 2, other.plan.event()]
+    assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
     held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
-    whole = filter.epsilon_filter([*charged, *held], order=figures.order, delta=DELTA)
-    assert figures.epsilon_with_set_aside == pytest.approx(whole)
-    assert figures.epsilon_pld < figures.epsilon < figures.epsilon_with_set_aside
+    whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
+    assert history.epsilon(history.charged() + history.set_aside(history.now())) == pytest.approx(whole)
 
 
-def test_a_share_is_of_the_caps_divergence(opened: Any, proposal: Any) -> None:
+def test_a_share_is_of_the_caps_divergence(opened: Any, policy: Any, proposal: Any) -> None:
     ledger = opened()
     answered(ledger, proposal(plan={"num_rounds": 10}), 1)
-    figures = ledger.spending()
-    room = filter.most_divergence(11.0, order=figures.order, delta=DELTA)
-    one = filter.divergence(proposal().plan.event(), figures.order)
-    assert figures.share == pytest.approx(one / room)
-    assert figures.share_with_set_aside == pytest.approx(10 * one / room)
-    assert 10 * one / room <= 1
-
-
-def test_a_cap_below_what_its_order_allows_has_no_room_and_no_negative_share(opened: Any, policy: Any) -> None:
+    history = ledger.history
+    room, one = (
+        filter.most_divergence(11.0, order=history.order, delta=DELTA),
+        filter.divergence(proposal().plan.event(), history.order),
+    )
+    assert spending.share_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
+    assert spending.share_of_cap(history, history.charged(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
-    opened()
-    low = opened(policy=policy(budget={"max_epsilon": 3.0}))
-    assert filter.most_divergence(3.0, order=low.history.order, delta=DELTA) < 0
-    assert low.spending().share == 1
-
-
-def test_each_run_has_its_own_figures(opened: Any, proposal: Any, clock: Any, lead_key: Any) -> None:
-    ledger = opened()
-    answered(ledger, proposal(run="old"), 1)
-    clock.forward(days=40)
-    answered(ledger, proposal(run="ended", dataset="letters"), 1, 2)
-    ledger.end("ended")
-    answered(ledger, proposal(run="open", plan={"num_rounds": 2, "spare_rounds": 1}), 1)
-    runs = {run.run: run for run in ledger.spending().runs}
-    assert {name: run.state for name, run in runs.items()} == {"old": "expired", "ended": "ended", "open": "open"}
-    assert [run.rounds for run in runs.values()] == [1, 2, 1]
-    ended, plan = runs["ended"], proposal().plan
-    assert (ended.dataset, ended.lead, ended.steps, ended.most_rounds) == ("letters", lead_key.public, 6, 5)
-    assert (ended.noise_multiplier, ended.sampling_rate, ended.num_sites_claimed) == (1.0, 0.25, 3)
-    assert ended.epsilon == accountant.epsilon_pld([plan.event(rounds=2)], DELTA, interval=accountant.COARSE)
-    assert ended.epsilon_rdp == pytest.approx(accountant.epsilon_rdp([plan.event(rounds=2)], DELTA))
-    assert ended.planned_epsilon == accountant.epsilon_pld([plan.event(rounds=5)], DELTA, interval=accountant.COARSE)
-    assert runs["open"].most_rounds == 3
+    assert filter.most_divergence(3.0, order=history.order, delta=DELTA) < 0
+    assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
 
 
 def test_a_new_period_has_spent_nothing_yet(opened: Any, policy: Any, proposal: Any, clock: Any) -> None:
-    monthly = policy(budget={"period": "month", "max_epsilon_per_period": 9.0})
-    ledger = opened(policy=monthly)
+    ledger = opened(policy=policy(budget={"period": "month", "max_epsilon_per_period": 9.0}))
     answered(ledger, proposal(), 1)
-    figures = ledger.spending()
-    assert (figures.period, figures.max_epsilon_per_period) == ("month", 9.0)
-    assert figures.period_epsilon == figures.epsilon
+    history = ledger.history
+    assert history.charged_in_period("month", history.now()) == history.charged()
     clock.forward(days=31)
-    figures = ledger.spending()
-    assert figures.period_epsilon == 0
-    assert figures.epsilon > 0
+    assert not history.charged_in_period("month", history.now())
 
 
 # Room.

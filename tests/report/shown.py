@@ -158,7 +158,7 @@ def without_room(ledger: Report, *, left: float) -> Report:
     """The same ledger after so much that no run like the policy's reference fits what is left."""
     (site,) = ledger.sites
     lifetime = replace(site.lifetime, left=left, reference_runs_left=0, with_set_aside=6.0 - left)
-    return with_site(ledger, left=left, lifetime=lifetime)
+    return with_site(ledger, lifetime=lifetime)
 
 
 def by_user(run: Report) -> Report:
@@ -216,7 +216,7 @@ def wide_run(a_report: Make) -> Report:
     )
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
-    utility = replace(run.utility, rounds=rounds, non_private={"accuracy": 0.9}, detail=detail, energy=energy)
+    utility = replace(run.utility, rounds=rounds, detail=detail, energy=energy)
     exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3

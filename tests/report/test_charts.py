@@ -206,8 +206,6 @@ def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Repor
 
 def test_the_score_chart_leaves_out_losses(run: Report) -> None:
     assert "accuracy" in texts(drawn(run, "utility"))
-    compared = replace(run, utility=replace(run.utility, non_private={"accuracy": 0.9}))
-    assert "Without privacy" in texts(drawn(compared, "utility"))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +281,7 @@ def test_lines_are_named_beside_their_ends_and_names_do_not_touch() -> None:
 
 def test_scores_are_written_in_words(run: Report) -> None:
     rounds = tuple(replace(one, scores={"macro_f1": n / 9}) for n, one in enumerate(run.utility.rounds))
-    report = replace(run, utility=replace(run.utility, rounds=rounds, before={}, non_private=None))
+    report = replace(run, utility=replace(run.utility, rounds=rounds, before={}))
     shown = chart(report, "utility")
     assert "macro F1" in texts(drawn(report, "utility"))
     assert str(shown.seen).startswith("macro F1")

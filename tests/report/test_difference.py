@@ -67,8 +67,8 @@ def test_a_site_or_score_that_one_report_lacks_is_missing_and_not_zero(a_report:
     assert {change.missing for change in changes} == {"after"}
     assert "sites.south-hospital.spent.epsilon" in {change.key for change in changes}
     utility = report.utility
-    (found,) = differences(report, a_report(utility=replace(utility, non_private={"accuracy": 0.9})))
-    assert (found.key, found.before, found.after, found.missing) == ("non_private.accuracy", None, 0.9, "before")
+    (found,) = differences(report, a_report(utility=replace(utility, final={**utility.final, "f1": 0.9})))
+    assert (found.key, found.before, found.after, found.missing) == ("final.f1", None, 0.9, "before")
     assert {change.group for change in differences(a_report(utility=None), report)} == {"utility", "cost"}
 
 

@@ -154,7 +154,7 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
     assert (report.sites[0].approved.max_epsilon, report.sites[0].approved.since) == (4.0, None)
-    assert report.sites[0].left == report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].left
+    assert report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].lifetime.left
     assert problems(report) == []
 
 
@@ -218,8 +218,8 @@ def test_caps_before_and_after_what_was_spent(
     assert (site.meaning is None) == (verdict[0] == "no_guarantee")
     cap = {"max_epsilon": 5.0, **opened, **before, **after}["max_epsilon"]
     assert site.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
-    assert (site.left is None) == (cap == ANY)
-    assert site.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
+    assert (site.lifetime.left is None) == (cap == ANY)
+    assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
     assert problems(report) == []
 
 

@@ -54,7 +54,7 @@ def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
         assert (spent.rounds, spent.steps, spent.upper_bound) == (said["rounds"], said["steps"], False)
         assert spent.planned_epsilon == said["planned_epsilon"]
         assert site.source == "charged_by_receipts"
-        assert (site.approved, site.lifetime, site.left) == (None, None, None), "the site has not told"
+        assert (site.approved, site.lifetime) == (None, None), "the site has not told"
     assert [site.declared_size for site in report.sites] == [80, 90]
     assert problems(report) == []
 

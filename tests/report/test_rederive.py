@@ -182,8 +182,10 @@ def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
 @pytest.mark.parametrize("less", [1e-6, 0.1])
 def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make, less: float) -> None:
     report = a_ledger_report()
-    assert where(with_site(report, left=report.sites[0].left + less)) == {"sites.north-hospital.left"}
-    assert where(with_site(report, left=report.sites[0].left - 1e-7)) == set()
+    life = report.sites[0].lifetime
+    more = with_site(report, lifetime=replace(life, left=life.left + less))
+    assert where(more) == {"sites.north-hospital.lifetime.left"}
+    assert where(with_site(report, lifetime=replace(life, left=life.left - 1e-7))) == set()
 
 
 def of_many_plans(report: Report, count: int) -> LedgerFacts:

@@ -78,11 +78,7 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
     report = from_run.build(folder / "second", site_reports=[own])
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
-    assert (joined.approved, joined.lifetime, joined.left) == (
-        own.sites[0].approved,
-        own.sites[0].lifetime,
-        own.sites[0].left,
-    )
+    assert (joined.approved, joined.lifetime) == (own.sites[0].approved, own.sites[0].lifetime)
     assert joined.approved.max_epsilon == 2.0
     assert joined.verification.site_key == key_of(folder, "site-1").public
     assert joined.asserted == {}, "nobody can state anything for a made-up site"
@@ -154,7 +150,7 @@ def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
         with_run(own, rounds=0),
         with_run(own, seeded_noise=True),
         {"sites": (replace(site, mechanisms=(*earlier, replace(newest, noise_multiplier=9.0))),)},
-        {"sites": (replace(site, lifetime=little, left=1.999),)},
+        {"sites": (replace(site, lifetime=little),)},
         {"sites": (replace(site, verification=None),)},
     ):
         forged = signed_report(folder, "site-1", **changes)

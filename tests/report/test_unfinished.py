@@ -24,8 +24,7 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
 from fedtune.report.page.render import render
-from fedtune.report.page.unfinished import AGAIN_S, Unfinished
-from fedtune.report.run_page import UnfinishedReport
+from fedtune.report.run_page import AGAIN_S, Unfinished, UnfinishedReport
 from fedtune.show.run_progress import Display
 
 

@@ -29,7 +29,7 @@ from fedtune.ops.kits.models import (
     model_place,
     verify_model,
 )
-from fedtune.privacy import accountant, events, filter
+from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
@@ -317,7 +317,7 @@ def budget(history: History, policy: Policy) -> Check:
         return warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         )
-    epsilon = epsilon_text(filter.epsilon_filter(taken, order=history.order, delta=history.delta))
+    epsilon = epsilon_text(history.epsilon(taken))
     if math.isinf(cap):
         found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")

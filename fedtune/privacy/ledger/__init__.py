@@ -4,7 +4,7 @@ chain       one event, the hash chain, signed heads
 history     what events add up to: runs, charges, what is set aside
 restored    what a ledger that was put back takes over from an anchor
 store       the SQLite file, and events written to it durably
-spending    what is spent and left; whether more fits every cap
+spending    what is left of a cap; whether more fits every cap
 site_ledger the `Ledger`: each decision one transaction
 verify      checking somebody's ledger with the file and a public key
 """

@@ -368,6 +368,10 @@ class History:
         """Single mechanisms charged so far, counted; with `up_to`, by events up to that sequence."""
         return self._sum(lambda sequence, _: up_to is None or sequence <= up_to)
 
+    def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
+        """Epsilon by the filter, which caps use: of all that was charged, or of what is given; infinite: unbounded."""
+        return filter.epsilon_filter(self.charged() if spent is None else spent, order=self.order, delta=self.delta)
+
     def charged_in_period(self, period: str, now: datetime) -> Counter[DpEvent]:
         """The same in the calendar period that `now` lies in."""
         return self._sum(lambda _, moment: period_of(moment, period) == period_of(now, period))

@@ -283,10 +283,6 @@ class Ledger:
         """The newest head, for an anchor."""
         return self._store.head()
 
-    def spending(self) -> spending.Spending:
-        """The ledger's figures, by now."""
-        return spending.spending(self.history, self.history.now())
-
     def offer(self, proposal: Proposal) -> Offer:
         """As much of a new run as the site would accept now; telling it is a release, and is recorded like a refusal.
 

@@ -1,4 +1,4 @@
-"""Figures derived from a ledger's events on demand: what is spent, what is left, and whether a new run fits."""
+"""Figures derived from a ledger's events on demand: what is left of a cap, and whether a new run fits."""
 
 from __future__ import annotations
 
@@ -6,77 +6,16 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.distributed_noise import Epsilons
-from fedtune.privacy.ledger.history import History, Run
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSpending:
-    """The charges of one run so far.
-
-    Attributes:
-        epsilon: by PLD; a proof unless the run ended early because of what it had released.
-        epsilon_rdp: the same events by RDP at their best order.
-        planned_epsilon: of the whole plan, by PLD; a proof whatever ended the run.
-        state: "open", "ended" or "expired".
-    """
-
-    run: str
-    lead: str
-    dataset: str
-    state: str
-    rounds: int
-    most_rounds: int
-    steps: int
-    noise_multiplier: float
-    sampling_rate: float
-    epsilon: float
-    epsilon_rdp: float
-    planned_epsilon: float
-    num_sites_claimed: int
-    by_trust: Epsilons | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spending:
-    """A population's lifetime figures; None for an infinite cap's share.
-
-    Attributes:
-        epsilon: spent, by the filter: the figure that caps and verdicts use.
-        epsilon_with_set_aside: the same with everything that open runs may still spend.
-        share: spent fraction of the cap's divergence, 1 if it is not above 0; `share_with_set_aside` adds open runs.
-        epsilon_pld: the same events by PLD, which would be a proof only if all runs had been fixed beforehand.
-        epsilon_rdp: the same at the order that fits best in hindsight; under the same condition.
-        period_epsilon: spent in the current calendar period, by the filter.
-    """
-
-    delta: float
-    order: float
-    max_epsilon: float
-    epsilon: float
-    epsilon_with_set_aside: float
-    share: float | None
-    share_with_set_aside: float | None
-    epsilon_pld: float
-    epsilon_rdp: float
-    period: str
-    max_epsilon_per_period: float | None
-    period_epsilon: float
-    mechanisms: int
-    seeded: bool
-    frozen: bool
-    runs: tuple[RunSpending, ...]
 
 
 def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> float | None:
@@ -85,68 +24,6 @@ def share_of_cap(history: History, spent: Counter[DpEvent], *, cap: float) -> fl
         return None
     room = filter.most_divergence(cap, order=history.order, delta=history.delta)
     return history.divergence(spent) / room if room > 0 else 1.0
-
-
-def spending(history: History, now: datetime) -> Spending:
-    """The figures of a ledger at `now`."""
-    delta, order, cap = history.delta, history.order, history.cap
-    charged, held = history.charged(), history.set_aside(now)
-    assert history.policy is not None
-    budget = history.policy.budget
-    return Spending(
-        delta=delta,
-        order=order,
-        max_epsilon=cap,
-        epsilon=filter.epsilon_filter(charged, order=order, delta=delta),
-        epsilon_with_set_aside=filter.epsilon_filter(charged + held, order=order, delta=delta),
-        share=share_of_cap(history, charged, cap=cap),
-        share_with_set_aside=share_of_cap(history, charged + held, cap=cap),
-        epsilon_pld=accountant.epsilon_pld(charged, delta, interval=accountant.COARSE),
-        epsilon_rdp=accountant.epsilon_rdp(charged, delta),
-        period=budget.period,
-        max_epsilon_per_period=budget.max_epsilon_per_period,
-        period_epsilon=filter.epsilon_filter(history.charged_in_period(budget.period, now), order=order, delta=delta),
-        mechanisms=charged.total(),
-        seeded=history.seeded,
-        frozen=history.frozen,
-        runs=tuple(_run(name, run, now) for name, run in history.runs.items()),
-    )
-
-
-def _run(name: str, run: Run, now: datetime) -> RunSpending:
-    plan, rounds = run.plan, run.charged_rounds
-    return RunSpending(
-        run=name,
-        lead=run.proposal.lead,
-        dataset=run.proposal.dataset,
-        state="open" if run.is_open(now) else "ended" if run.expires is None else "expired",
-        rounds=rounds,
-        most_rounds=plan.most_rounds,
-        steps=rounds * plan.local_steps,
-        noise_multiplier=plan.counted_noise,
-        sampling_rate=plan.sampling_rate,
-        epsilon=_epsilon(plan, rounds),
-        epsilon_rdp=_epsilon_rdp(plan, rounds),
-        planned_epsilon=_epsilon(plan, plan.most_rounds),
-        by_trust=_by_trust(plan, rounds) if rounds else None,
-        num_sites_claimed=run.proposal.num_sites,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _epsilon(plan: Plan, rounds: int) -> float:
-    """PLD epsilon of some rounds of a plan; cached, because a ledger may hold many runs of one plan."""
-    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
-
-
-@lru_cache(maxsize=4096)
-def _by_trust(plan: Plan, rounds: int) -> Epsilons | None:
-    return plan.by_trust(rounds)
-
-
-@lru_cache(maxsize=4096)
-def _epsilon_rdp(plan: Plan, rounds: int) -> float:
-    return accountant.epsilon_rdp([plan.event(rounds=rounds)], plan.delta)
 
 
 def require_acceptable(history: History, policy: Policy, proposal: Proposal, now: datetime) -> None:
@@ -213,8 +90,7 @@ def require_room(
         room = filter.most_divergence(cap, order=history.order, delta=history.delta)
         # Not `>`: a divergence that is NaN must be refused.
         if not history.divergence(charged + held + asked) <= room:
-            would = filter.epsilon_filter(charged + held + asked, order=history.order, delta=history.delta)
-            now_at = filter.epsilon_filter(charged + held, order=history.order, delta=history.delta)
+            would, now_at = history.epsilon(charged + held + asked), history.epsilon(charged + held)
             raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is taken")
 
 

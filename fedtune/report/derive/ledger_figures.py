@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
@@ -34,12 +34,11 @@ from fedtune.words import finite
 
 def report_of(facts: LedgerFacts) -> Report:
     """The figures that follow from a ledger's facts."""
-    ran, charged = mechanisms(facts), charged_of(facts)
-    lifetime, delta = _lifetime(facts, ran, charged), facts.delta
+    ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
     spent = Spent(
-        epsilon=lifetime.epsilon,
-        epsilon_pld=lifetime.epsilon_pld,
-        epsilon_rdp=lifetime.epsilon_rdp,
+        epsilon=life.epsilon,
+        epsilon_pld=life.epsilon_pld,
+        epsilon_rdp=life.epsilon_rdp,
         planned_epsilon=None,
         upper_bound=False,
         rounds=sum(row.rounds for row in ran),
@@ -52,12 +51,11 @@ def report_of(facts: LedgerFacts) -> Report:
         declared_size=facts.declared_size,
         approved=_approved(facts),
         spent=spent,
-        left=lifetime.left,
         meaning=None,
         mechanisms=ran,
         curve=profile.curve(charged, profile.curve_deltas(delta)) if charged else (),
-        steps=steps(facts.charges, plans_of(facts), order=facts.order, delta=delta, epsilon=lifetime.epsilon),
-        lifetime=lifetime,
+        steps=steps(facts, epsilon=life.epsilon),
+        lifetime=life,
         verification=facts.verification,
         releases=facts.releases,
         asserted=facts.asserted,
@@ -65,7 +63,7 @@ def report_of(facts: LedgerFacts) -> Report:
     )
     reasons = [
         *verdicts.of_ledger(
-            lifetime, _approved(facts), charges=num_charges(facts), verified=facts.verification is not None
+            life, _approved(facts), charges=num_charges(facts), verified=facts.verification is not None
         ),
         *(["above_run_cap"] if _plans_above_their_caps(facts) else []),
         *(["accountants_disagree"] if not profile.accountants_agree(spent, width=accountant.COARSE) else []),
@@ -165,9 +163,9 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
     )
 
 
-def _lifetime(facts: LedgerFacts, ran: tuple[Mechanism, ...], charged: Counter[DpEvent]) -> Lifetime:
-    """The figures over all runs, as of the newest entry."""
-    own, rounds = _rounds(facts), {row.run: row.rounds for row in ran}
+def lifetime(facts: LedgerFacts) -> Lifetime:
+    """The figures over all runs, as of the facts' date."""
+    charged, own, rounds = charged_of(facts), _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
     held = Counter[DpEvent]()
     for run in facts.runs:
         if run.state == "open":
@@ -245,13 +243,12 @@ def _plans_above_their_caps(facts: LedgerFacts) -> bool:
     )
 
 
-def steps(
-    charges: Sequence[ChargedRounds], plans: Mapping[str, Plan], *, order: float, delta: float, epsilon: float | None
-) -> tuple[Step, ...]:
+def steps(facts: LedgerFacts, *, epsilon: float | None) -> tuple[Step, ...]:
     """Epsilon by the filter after each round that is told by itself, and after the others' runs; `epsilon` at last."""
+    charges, order, delta = facts.charges, facts.order, facts.delta
     most, total, made = math.inf if epsilon is None else epsilon, 0.0, list[Step]()
     last = {entry.run: number for number, entry in enumerate(charges)}
-    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}
+    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans_of(facts).items()}
     for number, entry in enumerate(charges):
         lost = filter.total_divergence(profile.charges_of(entry.lost), order)
         total += each[entry.run] * entry.rounds if entry.run else lost

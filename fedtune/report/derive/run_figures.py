@@ -72,7 +72,6 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
             steps=site.rounds * plan.local_steps,
             ended_by_scores=facts.ended_by_scores and site.rounds > 0,
         ),
-        left=statement.lifetime.left if statement else None,
         meaning=None,
         mechanisms=rows,
         curve=profile.curve(charged, profile.curve_deltas(plan.delta)) if charged else (),
@@ -112,7 +111,6 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     return Utility(
         before=facts.before,
         final=facts.final,
-        non_private=None,
         findings=facts.findings,
         energy=facts.energy,
         detail=facts.detail,

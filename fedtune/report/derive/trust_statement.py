@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dp_accounting import DpEvent
 
 from fedtune.federation.secure.agreement import MOST_SITES
+from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
-from fedtune.report.model import ByTrust, Meaning, Mechanism, SiteReport
+from fedtune.report.model import Meaning, Mechanism, SiteReport
 
 
-def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> ByTrust | None:
+def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
     """What the charges of these runs come to, by who looks; None where no sum was secure.
 
     Args:
@@ -24,7 +25,7 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
         return None
 
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
-    return ByTrust(
+    return Epsilons(
         server_alone=epsilon(charged_against(rows, colluders=0)),
         with_colluders=epsilon(charged_against(rows, colluders=None)),
         with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES)),

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedtune.report.page.tables import Table, Tables, Words, in_groups, pointer
-from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, WITHOUT_PRIVACY, Panel, Series, chart, stacked
+from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart, stacked
 from fedtune.words import score_words, shortened
 
 _MOST_BARS = 12
@@ -71,13 +71,11 @@ class Charts:
 
     def budget_left(self) -> Chart:
         """Spent, held and left at each site that has a limit."""
-        bars = [site for site in self._sites() if self._words.at(f"{site}/left") is not None][:_MOST_BARS]
+        bars = [site for site in self._sites() if self._words.at(f"{site}/lifetime/left") is not None][:_MOST_BARS]
         bars = [site for site in bars if self._words.at(f"{site}/lifetime/epsilon") is not None]
         rows = []
         for site in bars:
-            spent, taken, left = self._numbers(
-                f"{site}/{of}" for of in ("lifetime/epsilon", "lifetime/with_set_aside", "left")
-            )
+            spent, taken, left = self._numbers(f"{site}/lifetime/{of}" for of in ("epsilon", "with_set_aside", "left"))
             rows.append((self._name(site), (spent, max(0.0, taken - spent), left)))
         table, labels = self._tables.named("budget_left"), [self._said(key) for key in ("spent", "held", "left")]
         if not rows:
@@ -92,7 +90,7 @@ class Charts:
         )
         seen = self._words.text("chart.budget_left")
         if len(bars) == 1 and self._words.at(f"{bars[0]}/approved/max_epsilon") is not None:
-            free = self._words.figure(f"{bars[0]}/left", "left")
+            free = self._words.figure(f"{bars[0]}/lifetime/left", "left")
             limit = self._words.figure(f"{bars[0]}/approved/max_epsilon", "cap")
             seen = self._words.text("chart.left_of", left=free, limit=limit)
         return Chart(code="budget_left", seen=seen, svg=svg, table=table)
@@ -119,11 +117,8 @@ class Charts:
         keys = ("/epsilon", pointer("scores", name), "/round")
         found = [tuple(self._words.at(row + key) for key in keys) for row in rows]
         found = [one for one in found if None not in one[:2]]
-        levels = []
-        for key, dashes in (("before", BEFORE), ("non_private", WITHOUT_PRIVACY)):
-            level = (self._words.at(f"/utility/{key}") or {}).get(name)
-            if level is not None:
-                levels.append((level, self._words.text(f"utility.{key}").unescape(), dashes))
+        before = (self._words.at("/utility/before") or {}).get(name)
+        levels = [] if before is None else [(before, self._words.text("utility.before").unescape(), BEFORE)]
         round_ = self._words.text("page.round").unescape()
         panel = Panel(
             series=[Series(points=[(spent, score) for spent, score, _ in found], number=0, label=score_words(name))],

@@ -30,7 +30,7 @@ from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
 from fedtune.report.page.charts import Charts
 from fedtune.report.page.tables import Tables, Words, data, pointer
-from fedtune.report.page.unfinished import AGAIN_S, Unfinished
+from fedtune.report.run_page import AGAIN_S, Unfinished
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import score_words, shortened
 

@@ -461,9 +461,9 @@ class Tables:
         return [name for name in named if all(name in one.scores for one in utility.rounds)]
 
     def scores(self) -> Table:
-        """Before and after training, and without privacy where that is known."""
+        """Before and after training."""
         utility = self._words.json["utility"] or {}
-        kinds = [kind for kind in ("before", "final", "non_private") if utility.get(kind) is not None]
+        kinds = [kind for kind in ("before", "final") if utility.get(kind) is not None]
         names = list({name: None for kind in kinds for name in utility[kind]})
         return Table(
             caption=self._words.text("utility.scores_caption"),

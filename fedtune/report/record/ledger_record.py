@@ -34,6 +34,13 @@ class LedgerRecord:
     problem: str
     policy_file: Policy | None
 
+    @classmethod
+    def of(cls, verified: Verified, *, policy_file: Policy | None = None) -> LedgerRecord:
+        """The record of a ledger that was verified."""
+        return cls(
+            events=verified.events, history=verified.history, verified=verified, problem="", policy_file=policy_file
+        )
+
     @property
     def policy(self) -> Policy:
         """The newest one that the ledger noted."""
@@ -126,13 +133,7 @@ def _read(ledger: Path, *, anchor: Head | None, files: SiteFiles | None) -> Ledg
             problem=str(error).replace(str(ledger), ledger.name),  # folders are nobody else's business
             policy_file=policy,
         )
-    return LedgerRecord(
-        events=verified.events,
-        history=verified.history,
-        verified=verified,
-        problem="",
-        policy_file=policy,
-    )
+    return LedgerRecord.of(verified, policy_file=policy)
 
 
 def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedtune.config import RunConfig, parse, saved_settings
-from fedtune.federation.kept_round import Kept, is_over, kept_of
+from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
@@ -63,11 +63,6 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether every round was aggregated, or validation scores ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
-
-    @property
-    def kept(self) -> Kept | None:
-        """What validation scores decided; None: nothing."""
-        return kept_of(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @property
     def start_adapter(self) -> Mapping[str, Any]:
