@@ -5,12 +5,8 @@ Nobody signs it.  At the end of the run, the report itself takes its place.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import math
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,53 +22,6 @@ log = logging.getLogger(__name__)
 _SILENT_ROUNDS, _SILENT_S = 10, 900
 _SHARE = 20  # of the run's time, one part makes pages
 _FIRST_S = 1.0  # what the first page is thought to take
-
-
-AGAIN_S = 15
-"""After this time a page of a run that goes on loads itself again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unfinished:
-    """What a page says of a run that is not at its end.
-
-    Attributes:
-        done: rounds, of `planned` ones.
-        goes_on: a process works on the run.
-        left_s: at the run's pace; None: not known.
-        written: in ISO form.
-        silent_after_s: without a newer page for so long, the run counts as silent.
-    """
-
-    done: int
-    planned: int
-    goes_on: bool
-    left_s: float | None
-    written: str
-    silent_after_s: float
-
-    @property
-    def left(self) -> tuple[str, int] | None:
-        """Unit and number of the time that is left, rounded up."""
-        if not self.goes_on or not self.left_s:
-            return None
-        if self.left_s < 60:
-            return "seconds", 10 * math.ceil(self.left_s / 10)
-        return (
-            ("minutes", math.ceil(self.left_s / 60)) if self.left_s < 5400 else ("hours", math.ceil(self.left_s / 3600))
-        )
-
-    @property
-    def script(self) -> str:
-        """Loads the page again, until the run fell silent: a page without a script cannot know what time it is."""
-        until = round(1000 * (datetime.fromisoformat(self.written).timestamp() + self.silent_after_s))
-        again = f"setTimeout(() => location.reload(), {1000 * AGAIN_S})"
-        return f'if (Date.now() < {until}) {again}; else document.getElementById("silent").hidden = false;'
-
-    @property
-    def script_digest(self) -> str:
-        """What the page's policy lets run, and nothing else."""
-        return "sha256-" + base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()
 
 
 class UnfinishedReport:
@@ -111,7 +60,7 @@ class UnfinishedReport:
         # These draw, which takes a while to import.
         from fedtune.federation.kept_round import rounds_in_all
         from fedtune.report import from_run
-        from fedtune.report.page.render import render
+        from fedtune.report.page.render import Unfinished, render
         from fedtune.report.record.run_record import read_run
 
         record = read_run(self._folder, plan=self._plan)

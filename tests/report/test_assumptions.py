@@ -80,22 +80,6 @@ def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> N
                 assert "tests/" not in said, "a test of the program is no check of this report"
 
 
-def test_of_a_simulation_the_process_itself_knows(run_folder: Path) -> None:
-    found = statuses(from_run.build(run_folder))
-    assert found == {
-        "one_record_is_one_unit": "assumed",
-        "units_at_one_site_only": "assumed",
-        "clipping_exact": "ensured",
-        "noise_in_every_step": "ensured",
-        "poisson_sampling": "ensured",
-        "unpredictable_randomness": "ensured",
-        "delta_below_one_over_size": "verified",
-        "accountants_agree": "verified",
-        "receipts_signed": "verified",
-        "configuration_unchanged": "verified",
-    }
-
-
 def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     """Code and status of what is said about clipping."""
     (one,) = (one for one in found if one.code in ("clipping_exact", "clipping_but_for_rounding"))
@@ -207,35 +191,6 @@ def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) 
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
     found = {one.code: one.status for one in of_run(run_folder, read_run(run_folder), [wrong, *others])}
     assert found["accountants_agree"] == "violated"
-
-
-def test_of_a_ledger_what_was_checked_and_what_its_site_says(books: Callable[..., Books], run_proposal: Any) -> None:
-    made = books()
-    made.charge(run_proposal(), 1)
-    assert statuses(from_ledger.build(made.ledger)) == {
-        "clipping_exact": "ensured",
-        "one_record_is_one_unit": "assumed",
-        "no_event_missing": "assumed",
-        "site_key_known": "assumed",
-        "poisson_sampling": "ensured",
-        "unpredictable_randomness": "ensured",
-        "units_at_one_site_only": "asserted",
-        "noise_in_every_step": "ensured",
-        "delta_below_one_over_size": "verified",
-        "accountants_agree": "verified",
-        "ledger_intact": "verified",
-        "order_fixed_beforehand": "verified",
-        "cap_never_raised": "verified",
-        "ends_independent_of_releases": "assumed",
-    }
-
-
-def test_several_runs_need_more_than_one_for_their_pld_figure(books: Callable[..., Books], run_proposal: Any) -> None:
-    made = books(limits={"max_rounds": 50})
-    made.charge(run_proposal(), 1)
-    assert "runs_fixed_beforehand" not in statuses(from_ledger.build(made.ledger))
-    made.charge(run_proposal(run="s"), 1)
-    assert statuses(from_ledger.build(made.ledger))["runs_fixed_beforehand"] == "assumed"
 
 
 def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_proposal: Any) -> None:

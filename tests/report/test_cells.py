@@ -56,25 +56,6 @@ def test_no_value_is_prose_or_a_verdict_of_law(which: str, request: pytest.Fixtu
             assert not value.endswith("."), "a sentence"
 
 
-def test_a_run_fills_in_what_it_knows(of_run: Report) -> None:
-    auto = facts(of_run, "auto")
-    assert auto["dpia_description"]["declared_sizes"] == "site-1: 80, site-2: 90"
-    assert auto["dpia_risks"]["epsilon"] == "0.414"
-    assert auto["dpia_measures"] == {
-        "mechanism": "dp_sgd",
-        "sampling_run": "poisson",
-        "randomness": "operating_system",
-        "transport": "in_process",
-        "secure_aggregation": "no",
-    }
-    assert auto["dpia_advice"]["verdict"] == "within"
-    assert auto["ai_act_general"]["base_model_sha256"] == of_run.provenance.model_sha256
-    assert auto["ai_act_validation"]["scores_final"].startswith("accuracy 0.")
-    # No attack was tried, and nobody said what languages the records are in.
-    assert "attack_results" in facts(of_run, "missing")["dpia_risks"]
-    assert "languages" in facts(of_run, "missing")["gpai_summary"]
-
-
 @pytest.mark.parametrize("which", ["of_run", "of_ledger"])
 def test_what_no_record_shows_is_by_design_and_not_from_the_record(which: str, request: pytest.FixtureRequest) -> None:
     report: Report = request.getfixturevalue(which)
@@ -82,14 +63,6 @@ def test_what_no_record_shows_is_by_design_and_not_from_the_record(which: str, r
     assert by_design == dict(cells.BY_DESIGN)
     assert by_design["raw_records_leave_site"] == "no"
     assert not {name for found in facts(report, "auto").values() for name in found} & by_design.keys()
-
-
-def test_a_ledger_fills_in_what_it_knows(of_ledger: Report) -> None:
-    auto = facts(of_ledger, "auto")
-    assert auto["dpia_description"]["declared_sizes"] == "a: 100"
-    assert auto["dpia_risks"]["rollback_excluded"] == "no"
-    assert auto["dpia_measures"]["ledger_verified"] == "yes"
-    assert "scores_final" in facts(of_ledger, "missing")["ai_act_validation"], "scores are the lead's"
 
 
 def test_a_run_without_noise_has_nothing_that_bounds_it(simulate: Callable[..., Path], tmp_path: Path) -> None:

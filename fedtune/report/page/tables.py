@@ -44,6 +44,7 @@ class Column:
         kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json",
             "failures_by_site", "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
         absent: key of the text where there is nothing, and `zero` where there is a 0.
+        only: kind of report, or unit, that has the column; "": all.
         is_named: the heading is a name of the report, not a key.
     """
 
@@ -52,12 +53,13 @@ class Column:
     kind: str
     absent: str = "word.unknown"
     zero: str = ""
+    only: str = ""
     is_named: bool = False
 
     @classmethod
-    def of(cls, heading: str, at: str, kind: str, absent: str = "word.unknown", zero: str = "") -> Column:
+    def of(cls, heading: str, at: str, kind: str, absent: str = "", zero: str = "", only: str = "") -> Column:
         """A column of `page.toml`."""
-        return cls(heading=heading, at=at, kind=kind, absent=absent, zero=zero)
+        return cls(heading=heading, at=at, kind=kind, absent=absent or "word.unknown", zero=zero, only=only)
 
     @property
     def is_figure(self) -> bool:
@@ -350,19 +352,22 @@ class Tables:
         self._sites = [f"/sites/{place}" for place in words.order]
 
     def named(self, name: str) -> Table:
-        """The table with a name; a ledger's and a run's, a record's and a user's may differ."""
-        kind, unit = self._words.report.kind, self._words.report.unit
-        names = (name, f"{name}_of_{kind}", f"{name}_by_{unit}")
-        layout = next(layouts()[name] for name in names if name in layouts())
+        """The table with a name."""
+        layout = layouts()[name]
         caption = self._words.text(layout.caption, delta=self._words.figure("/delta", "exact"))
-        rows, columns, last = self._rows(layout.rows), layout.columns, layout.rows.startswith("/utility/rounds")
+        rows, columns, last = self._rows(layout.rows), self._columns(name), layout.rows.startswith("/utility/rounds")
         if not layout.rows.startswith(("/", "sites", "worst ")):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
-            columns = tuple(column for column in columns if column.heading != same)
+            columns = [column for column in columns if column.heading != same]
         if columns[0].at == "@site" and len(self._sites) > 1:
             return self._together(self._words.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self._words.table(caption, columns, rows, last=last)
+
+    def _columns(self, name: str) -> list[Column]:
+        """Those that this kind of report has."""
+        shown = ("", self._words.report.kind, self._words.report.unit)
+        return [column for column in layouts()[name].columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
         """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
@@ -391,7 +396,7 @@ class Tables:
 
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
-        columns = layouts()[f"budget_of_{self._words.report.kind}"].columns
+        columns = self._columns("budget")
         rows = [tuple(self._words.cell(site, column) for column in columns) for site in self._sites]
         used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self._words.table(
