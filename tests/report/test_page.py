@@ -252,7 +252,7 @@ def test_the_annex_reads_as_it_was_read(name: str, language: str, parts: Sequenc
 
 
 def check_text(name: str, parts: Sequence[Element]) -> None:
-    text = re.sub(r"\b[0-9a-f]{64}\b", "HASH", "".join(map(as_lines, parts)))
+    text = re.sub(r"[0-9a-f]{64}", "HASH", "".join(map(as_lines, parts)))
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
         path.write_text(text)

@@ -23,8 +23,8 @@ from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
-from fedtune.report.page.render import render
-from fedtune.report.run_page import AGAIN_S, Unfinished, UnfinishedReport
+from fedtune.report.page.render import AGAIN_S, Unfinished, render
+from fedtune.report.run_page import UnfinishedReport
 from fedtune.show.run_progress import Display
 
 
