@@ -99,17 +99,6 @@ def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> Non
     assert caller(network.lead_tls).post(raw, headers=headers).json() == CLOSED
 
 
-def test_a_member_s_doctor_is_no_attack(network: Loopback, caller: Any) -> None:
-    def noted() -> int:
-        return sum(line.get("reason") == "no such call" and line.get("member") == "b" for line in network.audit())
-
-    doctor = caller(network.tls["b"])
-    assert doctor.get("/").json() == CLOSED
-    assert noted() == 0
-    assert doctor.get("/v1/fedtune").json() == CLOSED
-    assert noted() == 1
-
-
 _LEAD_CALLS = sorted(gate._LEAD_CALLS)
 
 

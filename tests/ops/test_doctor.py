@@ -25,13 +25,13 @@ from fedtune.config import RunConfig
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
-from fedtune.ops.doctor import connection_checks
 from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of
 from fedtune.ops.doctor.examination import Visit, examine
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.kits.models import install_model, model_place
+from fedtune.ops.wire import bounded_http
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -149,7 +149,7 @@ def mailbox() -> Iterator[Mailbox]:
 @pytest.fixture
 def home(whole: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """A site of its own that lacks nothing, and a server that answers it."""
-    monkeypatch.setattr(connection_checks, "_ALERT_S", 0.02)  # this server refuses nobody
+    monkeypatch.setattr(bounded_http, "_ALERT_S", 0.02)  # this server refuses nobody
     shutil.copytree(whole.folder.parent, tmp_path, dirs_exist_ok=True)
     return dataclasses.replace(whole, folder=tmp_path / "north", model=tmp_path / "tiny")
 

@@ -314,8 +314,6 @@ class Gate:
 
     def _note(self, scope: Scope, refusal: NotAllowed) -> None:
         path, peer = scope.get("path", ""), _peer(scope)
-        if path == "/" and peer is not None and (known := self._with(peer.key)) is not None and not known.revoked:
-            return  # a member's doctor looks whether this is HTTP, and what the time is
         event: Event = "call refused"
         if path in _LEAD_CALLS:
             event = "lead's call refused"
