@@ -182,7 +182,9 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     device = device_for(runtime.device, must_exist=False)
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
     sizes = config.declared_sizes()
-    return forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime), device.type
+    dtype = config.federation.update_dtype
+    made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, update_dtype=dtype)
+    return made, device.type
 
 
 def chart_svg(outlook: Outlook) -> Markup:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.federation.protocol import Reply
+from fedtune.federation.rounding import MOST_ROUNDING, add_difference
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Masked, Refusal, Tensors, Update
+from fedtune.privacy.release import Difference, Masked, Refusal, Tensors, Update
 from fedtune.privacy.run_plan import Plan
 
 if TYPE_CHECKING:  # it imports torch
@@ -86,6 +88,7 @@ class RoundReplies:
         sent: the adapter that the round began in.
         reaches: asked site -> how far its training may take the adapter, in the sites' order.
         arrived: where the valid updates are kept.
+        update_dtype: the number format in which plain updates come.
         left_out: sites that are asked no more, and not heard.
         masked: site -> its upload to a secure sum, which nothing can be said of by itself.
     """
@@ -95,6 +98,7 @@ class RoundReplies:
     sent: Adapter
     reaches: Mapping[str, Reach]
     arrived: Arrived
+    update_dtype: str = "float32"
     left_out: Collection[str] = ()
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
@@ -149,16 +153,17 @@ class RoundReplies:
         if not own:
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
-        if plan.shared is not None:
-            right = about_this and isinstance(body, Update) and isinstance(body.tensors, Masked)
-            if not (right and isinstance(body, Update) and _are_scores_of(plan, body.scores)):
-                return _Outcome(failure=INVALID_UPDATE), None
-            return _Outcome(scores=body.scores), body.tensors if isinstance(body.tensors, Masked) else None
-        tensors = tensors_of(body, self.sent) if about_this else None
-        if tensors is None or not (isinstance(body, Update) and _are_scores_of(plan, body.scores)):
+        if not (about_this and isinstance(body, Update) and _are_scores_of(plan, body.scores)):
             return _Outcome(failure=INVALID_UPDATE), None
-        within = self.reaches[site].includes(tensors, sent=self.sent)
-        return (_Outcome(scores=body.scores), tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
+        came, outcome = body.tensors, _Outcome(scores=body.scores)
+        if plan.shared is not None:
+            return (outcome, came) if isinstance(came, Masked) else (_Outcome(failure=INVALID_UPDATE), None)
+        rounded = isinstance(came, Difference)
+        tensors = _tensors_of(came, self.sent) if rounded == (self.update_dtype == "bfloat16") else None
+        if tensors is None:
+            return _Outcome(failure=INVALID_UPDATE), None
+        within = self.reaches[site].includes(tensors, sent=self.sent, rounding=MOST_ROUNDING * rounded)
+        return (outcome, tensors) if within else (_Outcome(failure=BEYOND_PLAN), None)
 
 
 def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
@@ -166,12 +171,17 @@ def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 
-def tensors_of(body: Answer, sent: Adapter) -> Tensors | None:
-    """An update's tensors, with the sent ones' names, order, shapes and type, and finite values; None: it has none."""
-    if not isinstance(body, Update) or isinstance(body.tensors, Masked) or list(body.tensors) != list(sent.tensors):
+def _tensors_of(came: Tensors | Difference | Masked, sent: Adapter) -> Tensors | None:
+    """The adapter that an update is, with the names, order, shapes, type of `sent` and finite values; None: it is none.
+
+    A difference is added here, once, so that bounds and averages see the adapter that arrived.
+    """
+    if isinstance(came, Masked):
         return None
-    is_sound = all(
-        value.shape == sent.tensors[name].shape and value.dtype == np.float32 and bool(np.isfinite(value).all())
-        for name, value in body.tensors.items()
-    )
-    return body.tensors if is_sound else None
+    arrays: Mapping[str, npt.NDArray[Any]] = came.halves if isinstance(came, Difference) else came
+    wanted = [(name, value.shape) for name, value in sent.tensors.items()]
+    if [(name, value.shape) for name, value in arrays.items()] != wanted:
+        return None
+    tensors = add_difference(sent.tensors, came) if isinstance(came, Difference) else came
+    is_sound = all(value.dtype == np.float32 and bool(np.isfinite(value).all()) for value in tensors.values())
+    return tensors if is_sound else None

@@ -87,6 +87,7 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             sent=state.adapter,
             reaches=reaches,
             arrived=arrived,
+            update_dtype=lead.federation.update_dtype,
             left_out=aggregation.left_out,
         )
         for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):

@@ -28,6 +28,7 @@ from fedtune.federation.protocol import (
     digest_of_parts,
     terms_of,
 )
+from fedtune.federation.rounding import rounded_difference
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
@@ -35,7 +36,18 @@ from fedtune.model import Adapter
 from fedtune.privacy.durable import require_room
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
+from fedtune.privacy.release import (
+    Answer,
+    Difference,
+    Masked,
+    Offer,
+    Reason,
+    Receipt,
+    Refusal,
+    Refused,
+    Tensors,
+    Update,
+)
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
@@ -71,12 +83,14 @@ class Prepared:
         template: an adapter with the names and shapes that this run trains.
         declared_size: the site's size in this run; it must equal the size that the policy declares.
         members: the sites of a run with secure sums.
+        update_dtype: the number format in which a plain update leaves.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
     members: tuple[str, ...] = ()
+    update_dtype: str = "float32"
 
 
 class Site(ABC):
@@ -323,21 +337,24 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
             site=site.name,
             run=request.run,
             round=request.round,
-            tensors=_protect(site, request, trained),
+            tensors=_protect(site, request, trained, sent=adapter, dtype=run.update_dtype),
             scores=trained.scores,
         )
         site.ledger.commit(granted, update.to_bytes(), fingerprint=trained.fingerprint)
     return update
 
 
-def _protect(site: Site, request: RoundRequest, trained: Trained) -> Tensors | Masked:
-    """An update leaves as it is, with its site's noise; a share of a secure sum leaves under the session's masks."""
+def _protect(
+    site: Site, request: RoundRequest, trained: Trained, *, sent: Adapter, dtype: str
+) -> Tensors | Difference | Masked:
+    """An update leaves with its site's noise, rounded if the run says so; a share leaves under the session's masks."""
     if request.session:  # set if and only if the plan has secure sums
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
         return Masked(_party(site, request).upload(request.round, trained.share))
     assert trained.adapter is not None
-    return trained.adapter.tensors
+    after = trained.adapter.tensors
+    return rounded_difference(after, sent.tensors) if dtype == "bfloat16" else after
 
 
 def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter) -> None:

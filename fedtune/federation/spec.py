@@ -44,6 +44,8 @@ class FederationSpec:
         aggregation: "plain" averages the sites' updates, each with noise of its own; "secure" adds up a noisy gradient
             sum of each site, of which the lead learns the total alone, and the lead takes the optimizer's step.
             With "secure", rounds, steps, threshold and rates that nobody gives are chosen (docs/secure_aggregation.md).
+        update_dtype: the number format of a plain update on its way to the lead: "float32", or "bfloat16", which rounds
+            the difference to the adapter that was sent, and takes half the bytes.
         threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or all
             sites where training.local_steps is not given either.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
@@ -70,6 +72,7 @@ class FederationSpec:
     stop_after: int | None = None
     keep_round: Literal["last", "best"] = "last"
     aggregation: Literal["plain", "secure"] = "plain"
+    update_dtype: Literal["float32", "bfloat16"] = "float32"
     threshold: int | None = None
     colluders: int = 0
     strategy: Literal["fedavg", "fedadam", "fedavgm", "fedmedian"] = "fedavg"
@@ -106,6 +109,7 @@ class FederationSpec:
             check_at_least("stop_after", self.stop_after, 1)
         check_one_of("keep_round", self.keep_round, ("last", "best"))
         check_one_of("aggregation", self.aggregation, ("plain", "secure"))
+        check_one_of("update_dtype", self.update_dtype, ("float32", "bfloat16"))
         self._check_sums()
         check_one_of("strategy", self.strategy, STRATEGIES)
         check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
@@ -131,8 +135,9 @@ class FederationSpec:
         if together.num_sites > MOST_SITES_OF_SUM:
             bound = f"must be at most {MOST_SITES_OF_SUM} sites that take part, with federation.aggregation = secure"
             raise ConfigError("num_sites", together.num_sites, bound)
-        if self.strategy != "fedavg":
-            raise ConfigError("strategy", self.strategy, "must be fedavg with federation.aggregation = secure")
+        for name, only in (("strategy", "fedavg"), ("update_dtype", "float32")):
+            if getattr(self, name) != only:
+                raise ConfigError(name, getattr(self, name), f"must be {only} with federation.aggregation = secure")
 
     @property
     def least_sites(self) -> int:

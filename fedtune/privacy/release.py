@@ -150,10 +150,23 @@ class Masked:
 
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A trained adapter minus the one that the site was sent, in bfloat16 (`fedtune.federation.rounding`).
+
+    Attributes:
+        halves: name -> the upper 16 bits of each value as a float32.
+    """
+
+    halves: Mapping[str, npt.NDArray[np.uint16]]
+
+
 _MOST_HEADER_BYTES = 1 << 20
 """Bounded, since names and shapes become Python objects that are many times as large."""
-_MASKED = "masked"
-"""Stands in for the tensors in an update's header: a masked vector follows."""
+_MASKED, _BFLOAT16 = "masked", "bfloat16"
+"""In an update's header, "masked" is in place of tensors, and {"bfloat16": tensors} says that a difference follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,11 +174,12 @@ class Update:
     """The adapter after a site's noisy steps and, where the plan has them, noised scores of the adapter it began with.
 
     Attributes:
-        tensors: of the adapter, or the masked vector of a secure sum.
+        tensors: of the adapter, or how far it moved, or the masked vector of a secure sum.
         scores: of held-out units, where the plan releases them: the noised mean score and the noised count, as
             `mechanism.noised_scores` gives them.
 
     Guarantee: post-processing of the round's `DpEvent`; releasing it costs what the ledger reserved for the round.
+    Rounding to bfloat16 is post-processing, too: it comes after the noise, and reads nothing but what the lead has.
     For a masked vector this holds of the secure sum, over as many sites as the plan requires; alone it reveals nothing
     (`fedtune.federation.secure`).
     """
@@ -173,34 +187,36 @@ class Update:
     site: str
     run: str
     round: int
-    tensors: Tensors | Masked
+    tensors: Tensors | Difference | Masked
     scores: tuple[float, float] | None = None
     _bytes: list[bytes] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def to_bytes(self) -> bytes:
-        """Canonical bytes: magic, header length, JSON header, then each tensor as float32, or the masked vector.
+        """Canonical bytes: magic, header length, JSON header, then each tensor, or the masked vector.
 
         Numbers are little-endian.  Encoded once, so that receipt, ledger and message hold the same bytes.
         """
         if not self._bytes:
-            header = self._header()
-            following = (
-                [self.tensors.data]
-                if isinstance(self.tensors, Masked)
-                else [np.ascontiguousarray(value, dtype="<f4").data for value in self.tensors.values()]
-            )
+            header, following = self._encoded()
             self._bytes.append(b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
         return self._bytes[0]
 
-    def _header(self) -> bytes:
+    def _encoded(self) -> tuple[bytes, list[Any]]:
+        """The header, and what follows it."""
         shapes: Any
-        if isinstance(self.tensors, Masked):
-            shapes = _MASKED
-        else:
-            shapes = [[name, list(value.shape)] for name, value in self.tensors.items()]
+        following: list[Any]
+        match self.tensors:
+            case Masked(data):
+                shapes, following = _MASKED, [data]
+            case Difference(halves):
+                shapes = {_BFLOAT16: [[name, list(value.shape)] for name, value in halves.items()]}
+                following = [np.ascontiguousarray(value, dtype="<u2").data for value in halves.values()]
+            case tensors:
+                shapes = [[name, list(value.shape)] for name, value in tensors.items()]
+                following = [np.ascontiguousarray(value, dtype="<f4").data for value in tensors.values()]
         scores = None if self.scores is None else list(self.scores)
         fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": scores}
-        return json.dumps(fields).encode()
+        return json.dumps(fields).encode(), following
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Update:
@@ -223,7 +239,7 @@ class Update:
                 scores=_scores(header["scores"]),
             )
             # One update has one encoding, so that no extra field, other type or spacing can carry data out.
-            if update._header() != data[start : start + size]:
+            if update._encoded()[0] != data[start : start + size]:
                 raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
@@ -231,20 +247,22 @@ class Update:
         return update
 
 
-def _tensors(shapes: Any, data: memoryview) -> Tensors | Masked:
-    """The tensors after an update's header; raises ValueError or TypeError if they do not match it."""
+def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
+    """The tensors after an update's header; raises ValueError, TypeError or KeyError if they do not match it."""
     if shapes == _MASKED:
         return Masked(bytes(data))
+    rounded = isinstance(shapes, dict)
+    shapes, kind = (shapes[_BFLOAT16], np.dtype("<u2")) if rounded else (shapes, np.dtype("<f4"))
     offset, tensors = 0, {}
     for name, shape in shapes:
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise ValueError("shape")
         count = math.prod(shape)
-        tensors[str(name)] = np.frombuffer(data, dtype="<f4", count=count, offset=offset).reshape(shape)
-        offset += 4 * count
+        tensors[str(name)] = np.frombuffer(data, dtype=kind, count=count, offset=offset).reshape(shape)
+        offset += kind.itemsize * count
     if offset != len(data) or len(tensors) != len(shapes):
         raise ValueError("length")
-    return tensors
+    return Difference(tensors) if rounded else tensors
 
 
 def _scores(data: object) -> tuple[float, float] | None:

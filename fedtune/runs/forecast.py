@@ -62,6 +62,7 @@ def forecast(
     declared_sizes: Mapping[str, int],
     max_length: int,
     runtime: RuntimeSpec,
+    update_dtype: str = "float32",
 ) -> Forecast:
     """Bytes and time for `plan` at sites of these declared sizes.
 
@@ -71,13 +72,14 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
+        update_dtype: the number format of plain updates.
 
     Raises:
         ConfigError: for `runtime.kept_states_folder`.
     """
     num_values = sum(parameter.numel() for parameter in model.trainable().values())
     shared = plan.shared
-    down = up = 4 * num_values
+    down, up = 4 * num_values, num_values * (2 if update_dtype == "bfloat16" else 4)
     if shared is not None:
         up = upload_bytes(shared.num_sites, length=num_values, bits=bits_needed(shared.num_sites, shared.largest_value))
     num_records = sum(declared_sizes.values()) * plan.records_per_user

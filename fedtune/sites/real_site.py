@@ -167,6 +167,7 @@ class RealSite(Site):
             template=self._shared.initial_adapter,
             declared_size=config.declared_sizes()[self.name],
             members=config.federation.active,
+            update_dtype=config.federation.update_dtype,
         )
 
     def store(self, proposal: Proposal) -> None:

@@ -439,6 +439,7 @@ class VirtualSite(Site):
             template=everyone.shared.initial_adapter,
             declared_size=self._work.declared_size,
             members=config.federation.active,
+            update_dtype=config.federation.update_dtype,
         )
 
     def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:

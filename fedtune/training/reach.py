@@ -35,16 +35,18 @@ class Reach:
     value: Mapping[str, float]
     norm: float
 
-    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter) -> bool:
+    def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
         """Whether an update with the tensors of `sent` stays within both bounds.
 
-        A move towards 0 is free: a site first clips values to a bound of its own, which the lead does not know.
+        A move towards 0 is free: a site first clips values to a bound of its own, which the lead does not know.  So is
+        what an update's encoding may add to it: each difference to `sent` has a relative error of at most `rounding`.
         """
         square = 0.0
         for name, start in sent.tensors.items():
             end, begin = update[name].astype(np.float64), start.astype(np.float64)  # a NaN is refused before
-            moved = end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0))
-            if np.abs(moved).max(initial=0.0) > self.value[name]:
+            moved = np.abs(end - np.clip(end, np.minimum(begin, 0), np.maximum(begin, 0)))
+            moved = np.maximum(moved - rounding * np.abs(end - begin), 0.0)
+            if moved.max(initial=0.0) > self.value[name]:
                 return False
             square += float(np.square(moved).sum())
         return math.sqrt(square) <= self.norm

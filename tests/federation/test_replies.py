@@ -18,10 +18,11 @@ from fedtune.federation.replies import (
     UNSIGNED_REPLY,
     RoundReplies,
 )
+from fedtune.federation.rounding import rounded_difference
 from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Difference, Masked, Reason, Receipt, Refusal, Update
 from fedtune.training.reach import Reach
 
 Make = Callable[..., Update]
@@ -62,6 +63,7 @@ def sort(
         noise: float = 0.0,
         sent: Adapter = adapter,
         left_out: str = "",
+        dtype: str = "float32",
     ) -> RoundReplies:
         plan = replace(run_proposal().plan, metrics_noise_multiplier=noise)
         proposal = run_proposal(plan=plan)
@@ -73,6 +75,7 @@ def sort(
             reaches=dict.fromkeys(sites, reach),
             arrived=arrived,
             left_out=left_out,
+            update_dtype=dtype,
         )
         for site, reply in replies.items():
             found.take(site, reply)
@@ -187,6 +190,57 @@ def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Ada
         Reach(value=dict.fromkeys(adapter.tensors, 1.0), norm=1.5),
     ):
         assert sort(moved, reach).failures == {"a": BEYOND_PLAN}
+
+
+def moved_by(adapter: Adapter, value: float) -> Difference:
+    """An update in bfloat16 whose values all moved this far."""
+    bits = np.float32(value).view(np.uint32) >> 16
+    return Difference({name: np.full(sent.shape, bits, np.uint16) for name, sent in adapter.tensors.items()})
+
+
+def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, update: Make, sort: Sort) -> None:
+    found = sort(update(tensors=moved_by(adapter, 0.5)), dtype="bfloat16")
+    assert found.failures == {}
+    kept = found.arrived.adapter(found.arrived.values("a", start=0, count=adapter.num_values))
+    for name, value in adapter.tensors.items():
+        np.testing.assert_array_equal(kept.tensors[name], value + np.float32(0.5))
+
+
+@pytest.mark.parametrize("fault", ["nan", "infinite", "reshaped", "renamed", "whole", "unasked", "masked"])
+def test_an_update_in_another_form_than_the_run_s_is_dropped(
+    adapter: Adapter, update: Make, sort: Sort, fault: str
+) -> None:
+    right = moved_by(adapter, 0.5)
+    tensors = {
+        "nan": moved_by(adapter, math.nan),
+        "infinite": moved_by(adapter, -math.inf),
+        "reshaped": Difference({name: half.ravel() for name, half in right.halves.items()}),
+        "renamed": Difference({name.upper(): half for name, half in right.halves.items()}),
+        "whole": adapter.tensors,
+        "unasked": right,
+        "masked": Masked(b"0" * 20),
+    }[fault]
+    found = sort(update(tensors=tensors), dtype="float32" if fault == "unasked" else "bfloat16")
+    assert (found.sites, found.failures) == ((), {"a": INVALID_UPDATE})
+
+
+def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, update: Make, sort: Sort) -> None:
+    # Honest training moved each value by 0.5 + 2**-9, which is rounded up by the most that it can be.
+    trained = {name: value + np.float32(0.5 + 2.0**-9) for name, value in adapter.tensors.items()}
+    ends = rounded_difference(trained, adapter.tensors)
+    most = 0.5 + 2.0**-9
+    honest = Reach(value=dict.fromkeys(adapter.tensors, most), norm=most * math.sqrt(adapter.num_values))
+    for moved, failures in (
+        (ends, {}),
+        (moved_by(adapter, 0.5 + 2.0**-8), {}),
+        (moved_by(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
+    ):
+        assert sort(update(tensors=moved), honest, dtype="bfloat16").failures == failures
+    # Where a value comes towards 0, which is free, rounding may take it past 0.
+    still = Reach(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
+    large = Adapter({name: np.full_like(value, 1001.7) for name, value in adapter.tensors.items()})
+    to_zero = rounded_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
+    assert sort(update(tensors=to_zero), still, sent=large, dtype="bfloat16").failures == {}
 
 
 def test_a_refusal_whose_words_were_changed_is_not_shown_as_the_sites(

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedtune.privacy import release
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refusal, Refused, Update, read_release
+from fedtune.privacy.release import RECEIPT, Difference, Offer, Reason, Receipt, Refusal, Refused, Update, read_release
 from fedtune.spec import ConfigError, RefusedError
 
 MAGIC = b"fedtune-update-2\n"
@@ -64,6 +64,12 @@ def test_the_encoding_is_golden() -> None:
     header = b'{"site": "a", "run": "r", "round": 2, "tensors": [["w", [1, 2]]], "scores": null}'
     body = b"\0\0\x80\x3f\0\0\x00\xc0"
     assert update.to_bytes() == MAGIC + b"\x51\0\0\0\0\0\0\0" + header + body
+    halved = dataclasses.replace(update, tensors=Difference({"w": np.array([[0x3F80, 0xC000]], dtype=np.uint16)}))
+    inner = header.replace(b'[["w", [1, 2]]]', b'{"bfloat16": [["w", [1, 2]]]}')
+    assert halved.to_bytes() == MAGIC + b"\x5f\0\0\0\0\0\0\0" + inner + b"\x80\x3f\x00\xc0"
+    again = Update.from_bytes(halved.to_bytes()).tensors
+    assert isinstance(again, Difference)
+    assert again.halves["w"].tolist() == [[0x3F80, 0xC000]]
     scored = dataclasses.replace(update, scores=(0.5, -2.0)).to_bytes()
     assert scored == MAGIC + b"\x58\0\0\0\0\0\0\0" + header.replace(b"null", b"[0.5, -2.0]") + body
 
@@ -138,6 +144,10 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
         encoded(FIELDS | {"tensors": [["x", [2**62, 2**62]]]}),
         encoded(FIELDS | {"tensors": [["x", [1] * 100]]}, bytes(4)),
         encoded(FIELDS | {"tensors": [["x", [1]], ["x", [1]]]}, bytes(8)),
+        encoded(FIELDS | {"tensors": {"bfloat16": [["x", [1]]]}}, bytes(4)),
+        encoded(FIELDS | {"tensors": {"float16": [["x", [1]]]}}, bytes(2)),
+        encoded(FIELDS | {"tensors": {"bfloat16": [["x", [1]]], "beside": 1}}, bytes(2)),
+        encoded(FIELDS | {"tensors": {"bfloat16": "masked"}}, bytes(2)),
     ],
 )
 def test_anything_else_is_a_config_error(data: bytes) -> None:
@@ -209,8 +219,8 @@ def test_nothing_else_is_a_released_type() -> None:
         for name, value in vars(release).items()
         if isinstance(value, type) and value.__module__ == release.__name__ and dataclasses.is_dataclass(value)
     }
-    # What is masked leaves in an update, too.
-    assert here - {"Masked"} == {"Update", "Receipt", "Refusal", "Offer"}
+    # What is masked or rounded leaves in an update, too.
+    assert here - {"Masked", "Difference"} == {"Update", "Receipt", "Refusal", "Offer"}
 
 
 def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:

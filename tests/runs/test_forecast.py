@@ -41,6 +41,12 @@ def test_bytes_are_those_of_the_adapter_both_ways(run_plan: Plan) -> None:
     assert found.values == sum(array.size for array in arrays)
     assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
     assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
+    halved = replace(found, bytes_up=found.bytes_up // 2, bytes_total=3 * found.bytes_total // 4)
+    rounded = forecast(
+        run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype="bfloat16"
+    )
+    assert (rounded.bytes_down, rounded.bytes_up) == (halved.bytes_down, halved.bytes_up)
+    assert rounded.bytes_total == halved.bytes_total
 
 
 def test_memory_of_the_model_is_that_of_its_number_format(run_plan: Plan) -> None:

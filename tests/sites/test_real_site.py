@@ -18,10 +18,11 @@ import fedtune.sites.shared_model as shared_model
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Reply
+from fedtune.federation.rounding import rounded_difference
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.saved_model import beside_base
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, SharedModel
@@ -66,6 +67,18 @@ def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, fir
     assert Adapter(reply.body.tensors).same_shapes(first_adapter)
     assert Adapter(reply.body.tensors).digest() != first_adapter.digest()
     assert charged(reply) == 1
+
+
+def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(
+    site: Any, first_adapter: Adapter, letters: Callable[..., RunConfig]
+) -> None:
+    whole = site.update().tensors
+    reply = site.ask(letters(federation={"update_dtype": "bfloat16"}))
+    expected = rounded_difference(whole, first_adapter.tensors)
+    assert isinstance(reply.body.tensors, Difference)
+    for name, half in expected.halves.items():
+        np.testing.assert_array_equal(reply.body.tensors.halves[name], half)
+    assert reply.is_signed(), "the receipt is for what leaves"
 
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])

@@ -86,6 +86,7 @@ DECISIVE: dict[str, Any] = {
     "federation.spare_rounds": 1,
     "federation.if_over_budget": "fewer_rounds",
     "federation.aggregation": "secure",
+    "federation.update_dtype": "bfloat16",
     "federation.threshold": 3,
     "federation.colluders": 1,
     "federation.strategy": "fedadam",
