@@ -120,6 +120,8 @@ def _is_named_tuple(hint: Any) -> bool:
 
 def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
     try:
+        if default is None and hasattr(cls, "from_json"):  # its values have rules beyond their types
+            return cls.from_json(table)
         return decode(cls, table, default=default)
     except ConfigError as error:
         raise error.under(key) from None

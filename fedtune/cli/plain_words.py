@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedtune.codec import decode
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.proposal import Proposal
@@ -31,7 +32,7 @@ def event_text(event: Event) -> str:
     detail = event.detail
     match event.kind:
         case Kind.PLAN:
-            proposal = Proposal.from_json(detail["proposal"])
+            proposal = decode(Proposal, detail["proposal"])
             plan = proposal.plan
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""

@@ -6,21 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from fedtune.codec import decode, decode_value, parse_json
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.release import Receipt, read_release
-from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, check_whole, spec
+from fedtune.privacy.release import Receipt
+from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Scores = Mapping[str, float | None]
@@ -78,11 +80,11 @@ class LeadState:
     strategy: Arrays = field(default_factory=dict)
     receipts: Mapping[str, Receipt] = field(default_factory=dict)
     unanswered: Mapping[str, int] = field(default_factory=dict)
-    rounds: Sequence[RoundResult] = ()
+    rounds: tuple[RoundResult, ...] = ()
     seconds: float = 0.0
     metrics_before: Scores = field(default_factory=dict)
     start_adapter: Mapping[str, Any] | None = None
-    data_changed: Sequence[str] = ()
+    data_changed: tuple[str, ...] = ()
 
     @property
     def kept(self) -> Adapter:
@@ -155,8 +157,9 @@ class ReceiptBook:
         if not self.path.exists():
             return {}
         try:
-            return {site: read_release(Receipt, fields) for site, fields in json.loads(self.path.read_bytes()).items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            known = parse_json(self.path.read_bytes(), key=str(self.path), bound="must be receipts by site")
+            return dict(decode_value("receipts", known, Mapping[str, Receipt]))
+        except ConfigError as error:
             raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
 
     def keep(self, receipts: Mapping[str, Receipt]) -> None:
@@ -166,6 +169,14 @@ class ReceiptBook:
 
 
 _KEPT = 2
+
+
+@spec
+class _Asked:
+    """A line of the journal: `sites` may be charged for the round."""
+
+    round: int
+    sites: tuple[str, ...]
 
 
 class Checkpoints:
@@ -202,32 +213,20 @@ class Checkpoints:
         """Each later round that was asked for, with its sites; raises RunError where the journal is damaged."""
         try:
             lines = map(json.loads, self._whole_lines())
-            return [(_count(line["round"]), list(map(str, line["sites"]))) for line in lines if line["round"] > after]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            rounds = [decode(_Asked, line) for line in lines]
+            return [(asked.round, list(asked.sites)) for asked in rounds if asked.round > after]
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
 
     def save(self, state: LeadState) -> None:
         """Write `state`; a crash leaves the checkpoint before it."""
-        tensors = {f"adapter/{name}": value for name, value in state.adapter.tensors.items()}
-        tensors |= {f"best/{name}": value for name, value in (state.best.tensors if state.best else {}).items()}
-        tensors |= {f"strategy/{name}": np.asarray(value) for name, value in state.strategy.items()}
-        about = {
-            "config_sha256": self._config,
-            "round": state.round,
-            "adapter": list(state.adapter.tensors),
-            "best": list(state.best.tensors) if state.best else None,
-            "strategy": list(state.strategy),
-            "receipts": {site: asdict(receipt) for site, receipt in state.receipts.items()},
-            "unanswered": dict(state.unanswered),
-            "rounds": [asdict(result) for result in state.rounds],
-            "seconds": state.seconds,
-            "metrics_before": dict(state.metrics_before),
-            "start_adapter": state.start_adapter,
-            "data_changed": list(state.data_changed),
-        }
-        write_durably(
-            self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata={"fedtune": json.dumps(about)})
-        )
+        best = None if state.best is None else state.best.tensors
+        arrays = {"adapter": state.adapter.tensors, "best": best or {}, "strategy": state.strategy}
+        tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
+        about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
+        about |= {name: getattr(state, name) for name in _plain_fields()}
+        metadata = {"fedtune": json.dumps(about, default=asdict)}
+        write_durably(self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
 
@@ -247,19 +246,16 @@ class Checkpoints:
             size = int.from_bytes(data[:8], "little")
             about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fedtune"])
             other = about["config_sha256"] != self._config
+            arrays = {
+                of: {name: tensors[f"{of}/{name}"] for name in about[of]} for of in ("adapter", "best", "strategy")
+            }
             state = LeadState(
-                round=_count(about["round"]),
-                adapter=_tensors(tensors, "adapter", about["adapter"]),
-                best=_tensors(tensors, "best", about["best"]) if about["best"] else None,
-                strategy={name: tensors[f"strategy/{name}"] for name in about["strategy"]},
-                receipts={site: read_release(Receipt, fields) for site, fields in about["receipts"].items()},
-                unanswered={site: _count(rounds) for site, rounds in about["unanswered"].items()},
-                rounds=[_round(fields) for fields in about["rounds"]],
-                seconds=about["seconds"],
-                metrics_before=about["metrics_before"],
-                start_adapter=about["start_adapter"],
-                data_changed=tuple(map(str, about["data_changed"])),
+                adapter=Adapter(arrays["adapter"]),
+                best=Adapter(arrays["best"]) if arrays["best"] else None,
+                strategy=arrays["strategy"],
+                **{name: decode_value(name, about[name], hint) for name, hint in _plain_fields().items()},
             )
+            check_at_least("rounds", min(state.round, *state.unanswered.values(), 0), 0)
         except Exception as error:
             raise StuckError(f"checkpoint {found[-1]} is damaged: {error}; {_way_on(found)}") from error
         if other:
@@ -281,17 +277,8 @@ def _way_on(found: Sequence[Path]) -> str:
     return f"move it away, and resume the run from {found[-2].name}"
 
 
-def _tensors(tensors: Arrays, prefix: str, names: Sequence[str]) -> Adapter:
-    return Adapter({name: tensors[f"{prefix}/{name}"] for name in names})
-
-
-def _count(value: int) -> int:
-    check_whole("rounds", value)
-    check_at_least("rounds", value, 0)
-    return value
-
-
-def _round(fields: dict[str, Any]) -> RoundResult:
-    """The result that `asdict` and JSON made `fields` of: both write tuples as lists."""
-    scores = {site: tuple(values) for site, values in fields["site_scores"].items()}
-    return RoundResult(**{**fields, "sites": tuple(fields["sites"]), "site_scores": scores})
+@lru_cache(maxsize=1)
+def _plain_fields() -> Mapping[str, Any]:
+    """The fields of a state that are no arrays, with their types."""
+    hints = get_type_hints(LeadState)
+    return {name: hint for name, hint in hints.items() if name not in ("adapter", "best", "strategy")}

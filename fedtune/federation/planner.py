@@ -306,7 +306,8 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
     if rate is None:
         bound = f"passes privacy.epsilon = {epsilon:g} at every sampling rate down to {least:.3g}"
         raise ConfigError("privacy.noise_multiplier", plan.noise_multiplier, bound)
-    return at(_rounded_down(rate))
+    scale = 10.0 ** (3 - math.floor(math.log10(rate)))
+    return at(math.floor(rate * scale) / scale)
 
 
 def least_noise(plan: Plan, *, epsilon: float) -> float | None:
@@ -325,9 +326,3 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
         rising=False,
     )
     return None if noise is None else math.ceil(noise * 1e4) / 1e4
-
-
-def _rounded_down(value: float) -> float:
-    """Round down to four digits."""
-    scale = 10.0 ** (3 - math.floor(math.log10(value)))
-    return math.floor(value * scale) / scale

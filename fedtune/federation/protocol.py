@@ -6,23 +6,21 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
 
+from fedtune.codec import decode, parse_json
 from fedtune.federation.secure.agreement import Terms, bits_needed
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Answer, Reason, Receipt, Refused, read_release
+from fedtune.privacy.release import Answer, Reason, Receipt, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
 
-INVITATION, ROUND, END, SUM = "invitation", "round request", "end of run", "step of a secure sum"
-"""Purposes of a lead's signatures."""
 _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
-_NO_JSON = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 _MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
-_T = TypeVar("_T")
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 
 
@@ -33,16 +31,54 @@ class Signed:
     text: str
     signature: str
 
+
+class _Word(ABC):
+    """Something that a lead says, under a signature for its purpose."""
+
+    __slots__ = ()
+    purpose: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def speaker(self) -> str:
+        """The public key of the lead whose word it is."""
+
+    @abstractmethod
+    def _to_json(self) -> dict[str, Any]:
+        """The fields as they are signed."""
+
     @classmethod
-    def by(cls, lead: SigningKey, purpose: str, fields: Mapping[str, Any]) -> Signed:
-        """These fields, as a lead signs them for this purpose."""
-        text = json.dumps(fields, sort_keys=True)
-        return cls(text=text, signature=lead.sign(purpose, text.encode()))
+    @abstractmethod
+    def _from_json(cls, fields: dict[str, Any]) -> Self:
+        """The inverse; raises ConfigError for anything else."""
+
+    def signed(self, lead: SigningKey) -> Signed:
+        """The words as they are sent."""
+        text = json.dumps(self._to_json(), sort_keys=True)
+        return Signed(text=text, signature=lead.sign(self.purpose, text.encode()))
+
+    @classmethod
+    def of(cls, signed: Signed) -> Self:
+        """What was signed, by the lead that it names.
+
+        Raises:
+            ConfigError: the text is nothing that is signed for this purpose.
+            Refused: the signature is not that of the lead that it names, or it is of another version's protocol.
+        """
+        try:
+            _require("text", len(signed.text) <= _MOST_CHARACTERS)
+            text = signed.text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
+            said = cls._from_json(parse_json(text, key="text", bound="must be an object"))
+        except ValueError as error:
+            raise ConfigError(cls.purpose, signed.text[:80], f"must be a lead's {cls.purpose}") from error
+        if not is_signed(said.speaker, cls.purpose, text, signed.signature):
+            raise Refused(Reason.WRONG_SIGNATURE)
+        return said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Uncharged:
-    """A question about a run that is charged to no round.
+class _Question(_Word):
+    """A question about a run.
 
     Attributes:
         proposal: of the run.
@@ -60,17 +96,37 @@ class _Uncharged:
         return self.proposal.run
 
     @property
-    def round(self) -> int:
-        """0: none."""
-        return 0
+    def speaker(self) -> str:
+        return self.proposal.lead
 
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked; when it expires is no part of it."""
         return self.proposal.digest()
 
+    def _to_json(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return own | {"protocol": WIRE_SCHEMA, "proposal": self.proposal.to_json()}
+
+    @classmethod
+    def _from_json(cls, fields: dict[str, Any]) -> Self:
+        spoken = fields.pop("protocol", None)
+        _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
+        if spoken != WIRE_SCHEMA:
+            here = f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
+            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken}", allowed=here)
+        asked = decode(cls, fields)
+        check_name("site", asked.site)  # it goes into a site's log
+        _require("expires", math.isfinite(asked.expires))
+        asked._check()
+        return asked
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Require fields in range; raises ConfigError."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Invitation(_Uncharged):
+class Invitation(_Question):
     """The lead's question whether a site would take part in a run, before any site is charged for it.
 
     Attributes:
@@ -78,74 +134,41 @@ class Invitation(_Uncharged):
         nonce: 32 random hexadecimal digits, which come back in an offer.
     """
 
+    purpose: ClassVar[str] = "invitation"
+    round: ClassVar[int] = 0  # it is charged to none
     nonce: str
     less: bool = False
 
-    def signed(self, lead: SigningKey) -> Signed:
-        """The question as it is sent."""
-        about = {"site": self.site, "expires": self.expires, "less": self.less, "nonce": self.nonce}
-        return Signed.by(lead, INVITATION, {"protocol": WIRE_SCHEMA, **about, "proposal": self.proposal.to_json()})
-
-    @classmethod
-    def of(cls, signed: Signed) -> Invitation:
-        """The question that was signed, by the lead that it names; raises as `_opened` does."""
-
-        def is_right(asked: Invitation) -> bool:
-            return type(asked.less) is bool and _NONCE.fullmatch(asked.nonce) is not None
-
-        return _question(cls, signed, INVITATION, is_right)
+    def _check(self) -> None:
+        _require("nonce", _NONCE.fullmatch(self.nonce))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundRequest:
+class RoundRequest(_Question):
     """The server's proposal for one round at one site.
 
     Attributes:
-        proposal: of the run; the same in every round.
         round: from 1.
         adapter_digest: of the adapter that travels with the request.
         receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
-        expires: seconds since 1970 after which the request is void.
         session: the lead's name for the session of the secure sum that the round is a release of; else empty.
     """
 
-    proposal: Proposal
+    purpose: ClassVar[str] = "round request"
     round: int
-    site: str
     adapter_digest: str
     receipt: Receipt | None
-    expires: float
     session: str = ""
 
-    @property
-    def run(self) -> str:
-        """The run that the round belongs to."""
-        return self.proposal.run
-
-    def signed(self, lead: SigningKey) -> Signed:
-        """The request as it is sent."""
+    def _to_json(self) -> dict[str, Any]:
         receipt = None if self.receipt is None else asdict(self.receipt)
-        fields = {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
-        return Signed.by(lead, ROUND, fields)
+        return {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
 
-    @classmethod
-    def of(cls, signed: Signed) -> RoundRequest:
-        """The request that was signed, by the lead that it names; raises as `_opened` does."""
-
-        def read(fields: dict[str, Any]) -> RoundRequest:
-            receipt = None if fields["receipt"] is None else read_release(Receipt, fields["receipt"])
-            proposal = Proposal.from_json(fields["proposal"])
-            request = cls(**{**fields, "proposal": proposal, "receipt": receipt})
-            check_name("site", request.site)  # it goes into a site's log
-            numbers = type(request.round) is int and _is_moment(request.expires)
-            known = _SHA256.fullmatch(request.adapter_digest) is not None
-            right = numbers and known and 1 <= request.round < _MOST_ROUNDS
-            named = _NONCE.fullmatch(request.session) if proposal.plan.shared else request.session == ""
-            if not (right and named):
-                raise ValueError("wrong type or out of range")
-            return request
-
-        return _opened(signed, ROUND, _in_this_protocol(read), lead=lambda request: request.proposal.lead)
+    def _check(self) -> None:
+        _require("round", 1 <= self.round < _MOST_ROUNDS)
+        _require("adapter_digest", _SHA256.fullmatch(self.adapter_digest))
+        secure = self.proposal.plan.shared is not None
+        _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")
 
     def _asked(self) -> dict[str, Any]:
         """What is asked for; receipt and expiry are no part of it, and may differ when the lead asks again."""
@@ -183,7 +206,7 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SumRequest(_Uncharged):
+class SumRequest(_Question):
     """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
 
     Attributes:
@@ -193,24 +216,16 @@ class SumRequest(_Uncharged):
             make a site answer what the lead did not ask.
     """
 
+    purpose: ClassVar[str] = "step of a secure sum"
+    round: ClassVar[int] = 0  # it is charged to none
     step: str
     session: str
     parts_digest: str
 
-    def signed(self, lead: SigningKey) -> Signed:
-        """The question as it is sent."""
-        about = {name: getattr(self, name) for name in ("site", "expires", "step", "session", "parts_digest")}
-        return Signed.by(lead, SUM, {"protocol": WIRE_SCHEMA, **about, "proposal": self.proposal.to_json()})
-
-    @classmethod
-    def of(cls, signed: Signed) -> SumRequest:
-        """The question that was signed, by the lead that it names; raises as `_opened` does."""
-
-        def is_right(asked: SumRequest) -> bool:
-            named = _NONCE.fullmatch(asked.session) and _SHA256.fullmatch(asked.parts_digest)
-            return asked.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK) and named is not None
-
-        return _question(cls, signed, SUM, is_right)
+    def _check(self) -> None:
+        _require("step", self.step in (ANNOUNCE, JOIN, CONFIRM, UNMASK))
+        _require("session", _NONCE.fullmatch(self.session))
+        _require("parts_digest", _SHA256.fullmatch(self.parts_digest))
 
 
 def digest_of_parts(parts: Iterable[bytes]) -> str:
@@ -219,86 +234,35 @@ def digest_of_parts(parts: Iterable[bytes]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndOfRun:
+class EndOfRun(_Word):
     """The lead's word that a run is over, so that a site need not hold budget for it any longer.
 
     Attributes:
         adapter_digest: of the final adapter that travels with the notice; empty: none does.
     """
 
+    purpose: ClassVar[str] = "end of run"
     run: str
     lead: str
     adapter_digest: str = ""
 
-    def signed(self, lead: SigningKey) -> Signed:
-        """The notice as it is sent."""
-        return Signed.by(lead, END, asdict(self))
+    @property
+    def speaker(self) -> str:
+        return self.lead
+
+    def _to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
-    def of(cls, signed: Signed) -> EndOfRun:
-        """The notice that was signed, by the lead that it names; raises as `_opened` does."""
-
-        def read(fields: dict[str, Any]) -> EndOfRun:
-            notice = cls(**{key: str(fields[key]) for key in ("run", "lead", "adapter_digest")})
-            if notice.adapter_digest and not _SHA256.fullmatch(notice.adapter_digest):
-                raise ValueError("adapter_digest")
-            return notice
-
-        return _opened(signed, END, read, lead=lambda notice: notice.lead)
+    def _from_json(cls, fields: dict[str, Any]) -> Self:
+        notice = decode(cls, fields)
+        _require("adapter_digest", _SHA256.fullmatch(notice.adapter_digest) or not notice.adapter_digest)
+        return notice
 
 
-_Q = TypeVar("_Q", Invitation, SumRequest)
-
-
-def _question(kind: type[_Q], signed: Signed, purpose: str, is_right: Callable[[_Q], bool]) -> _Q:
-    """A question about a run, by the lead that it names; raises as `_opened` does."""
-
-    def read(fields: dict[str, Any]) -> _Q:
-        asked = kind(**{**fields, "proposal": Proposal.from_json(fields["proposal"])})
-        check_name("site", asked.site)  # it goes into a site's log
-        if not (_is_moment(asked.expires) and is_right(asked)):
-            raise ValueError("wrong type or out of range")
-        return asked
-
-    return _opened(signed, purpose, _in_this_protocol(read), lead=lambda asked: asked.proposal.lead)
-
-
-def _opened(signed: Signed, purpose: str, read: Callable[[dict[str, Any]], _T], *, lead: Callable[[_T], str]) -> _T:
-    """What a lead signed for this purpose, as `read` makes it of the text's fields.
-
-    Raises:
-        ConfigError: the text is nothing that is signed for this purpose.
-        Refused: the signature is not that of the lead that it names, or it is of another version's protocol.
-    """
-    try:
-        if len(signed.text) > _MOST_CHARACTERS:
-            raise ValueError("too long")
-        text = signed.text.encode()  # a ValueError for half of a surrogate pair: what is signed are bytes
-        asked = read(dict(json.loads(text)))
-    except _NO_JSON as error:
-        raise ConfigError(purpose, signed.text[:80], f"must be a lead's {purpose}") from error
-    if not is_signed(lead(asked), purpose, text, signed.signature):
-        raise Refused(Reason.WRONG_SIGNATURE)
-    return asked
-
-
-def _in_this_protocol(read: Callable[[dict[str, Any]], _T]) -> Callable[[dict[str, Any]], _T]:
-    """`read`, for what says that it is of this version's protocol."""
-
-    def checked(fields: dict[str, Any]) -> _T:
-        spoken = fields.pop("protocol")
-        if type(spoken) is not int or not 0 < spoken < _MOST_ROUNDS:
-            raise ValueError("protocol")
-        if spoken != WIRE_SCHEMA:
-            here = f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
-            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken}", allowed=here)
-        return read(fields)
-
-    return checked
-
-
-def _is_moment(value: object) -> bool:
-    return type(value) is float and math.isfinite(value)
+def _require(key: str, right: object) -> None:
+    if not right:
+        raise ConfigError(key, "something else", "must be of the right type and in range")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,6 @@ from fedtune.privacy.durable import require_room
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import (
-    Answer,
     Difference,
     Masked,
     Offer,
@@ -72,6 +71,7 @@ class Trained:
 
 Request = RoundRequest | Invitation | SumRequest
 _R = TypeVar("_R", RoundRequest, Invitation, SumRequest)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,18 +157,7 @@ def take_step(site: Site, signed: Signed, parts: Sequence[bytes]) -> bytes | Ref
     Guarantee: nothing is charged, and no record is read; what is said follows from keys, seeds and the lead's messages
     (`fedtune.federation.secure`).
     """
-    request: SumRequest | None = None
-    try:
-        with panics_as_errors():
-            request = _read(signed, SumRequest.of)
-            return _step(site, request, parts)
-    except Refused as refused:
-        return _refuse(site, request, refused)
-    except Rejected as rejected:
-        return _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
-    except Exception:
-        log.exception("%s failed in %s", site.name, _about(request))
-        return _refusal(site, request, Refused(Reason.SITE_ERROR))
+    return _attempt(site, signed, SumRequest.of, lambda request: _step(site, request, parts))[1]
 
 
 def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
@@ -208,23 +197,31 @@ def _sums_of(site: Site, proposal: Proposal) -> SumsAtSite:
 
 
 def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: Callable[[_R], Update | Offer]) -> Reply:
-    body: Answer
+    request, body = _attempt(site, signed, read, body_for)
+    if request is None or (isinstance(body, Refusal) and body.reason.is_of_a_stranger):
+        return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
+    return Reply(body=body, receipt=_receipt(site, request.run, reply=digest_of(body)))
+
+
+def _attempt(
+    site: Site, signed: Signed, read: Callable[[Signed], _R], work: Callable[[_R], _T]
+) -> tuple[_R | None, _T | Refusal]:
+    """The request, unless it cannot be read, and what `work` makes of it, or a reason from the closed list."""
     request: _R | None = None
     try:
         with panics_as_errors():
-            request = _read(signed, read)
-            body = body_for(request)
+            try:
+                request = read(signed)
+            except ConfigError as error:
+                raise Refused(Reason.MALFORMED_REQUEST) from error
+            return request, work(request)
     except Refused as refused:
-        body = _refuse(site, request, refused)
-        if refused.reason.is_of_a_stranger:
-            return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
+        return request, _refuse(site, request, refused)
     except Rejected as rejected:
-        body = _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
+        return request, _refuse(site, request, Refused(Reason.SECURE_SUM, asked=rejected.wrong.value))
     except Exception:
         log.exception("%s failed in %s", site.name, _about(request))
-        body = _refusal(site, request, Refused(Reason.SITE_ERROR))
-    receipt = _receipt(site, request.run, reply=digest_of(body)) if request else None
-    return Reply(body=body, receipt=receipt)
+        return request, _refusal(site, request, Refused(Reason.SITE_ERROR))
 
 
 def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | None:
@@ -256,13 +253,6 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
 def _receipt(site: Site, run: str, *, reply: str = "") -> Receipt | None:
     # After a failed write the ledger has forgotten what it read; it must not claim that nothing was charged.
     return site.ledger.receipt(run, reply=reply) if site.ledger.history.length else None
-
-
-def _read(signed: Signed, read: Callable[[Signed], _R]) -> _R:
-    try:
-        return read(signed)
-    except ConfigError as error:
-        raise Refused(Reason.MALFORMED_REQUEST) from error
 
 
 def _offer(site: Site, asked: Invitation) -> Offer:

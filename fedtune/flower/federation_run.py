@@ -195,37 +195,43 @@ class FederationRun:
         detail: Detail | None = None,
     ) -> RunResult:
         """Write `run.json`."""
+        config, test = self.config, self.shared.test
         unit = 1 if sys.platform == "darwin" else 1024
+        findings = findings_of(
+            state.rounds,
+            state.metrics_before,
+            metrics,
+            judged_by=config.judged_by,
+            guess=task_named(config.task).guess(test.examples) if test else None,
+            rows=len(test.records) if test else 0,
+        )
         final = FinalResult(
             metrics=metrics,
             metrics_before=state.metrics_before,
             seconds=seconds,
             # Of this process: Ray's actors are not its children.
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-            findings=self._findings(state, metrics),
-            kept=kept_of(state.rounds, self.config.federation, judged_by=self.config.judged_by),
+            findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
+            kept=kept_of(state.rounds, config.federation, judged_by=config.judged_by),
             energy=meter.stop(),
             detail=detail,
         )
-        result = RunResult.of(
-            state,
-            final,
-            self.asked.proposal.plan,
-            sites=self.config.federation.active,
-            task=self.config.task,
-            config_sha256=self.config.digest(),
-            seeded_noise=self.config.runtime.seeded_noise,
-            provenance=self._provenance(state),
-        )
+        plan = self.asked.proposal.plan
+        result = RunResult.of(config, plan, state, final=final, provenance=self._provenance(state))
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
 
     def _provenance(self, state: LeadState) -> RunProvenance:
         """What the adapter is made of, as the model is loaded here."""
-        config, shared, model = self.config, self.shared, self.config.model
+        data, shared, model = self.config.data, self.shared, self.config.model
+        template = None
+        if shared.model.task.predicts_tokens:
+            text = str(shared.tokenizer.chat_template) if data.chat_template == "model" else data.prompt_template
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            template = Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)
         return RunProvenance(
             population=Population(
-                dataset=config.data.dataset, unit=config.privacy.unit, declared_sizes=config.declared_sizes()
+                dataset=data.dataset, unit=self.config.privacy.unit, declared_sizes=self.config.declared_sizes()
             ),
             base_model=BaseModel(
                 path=model.shown_path,
@@ -235,24 +241,6 @@ class FederationRun:
                 licence=model.licence,
             ),
             start_adapter=state.start_adapter,
-            template=self._template() if shared.model.task.predicts_tokens else None,
+            template=template,
             test_rows=len(shared.test.records) if shared.test else None,
-        )
-
-    def _template(self) -> Template:
-        data = self.config.data
-        text = str(self.shared.tokenizer.chat_template) if data.chat_template == "model" else data.prompt_template
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)
-
-    def _findings(self, state: LeadState, metrics: Mapping[str, float]) -> tuple[str, ...]:
-        task, test = task_named(self.config.task), self.shared.test
-        changed = (DATA_CHANGED,) if state.data_changed else ()
-        return changed + findings_of(
-            state.rounds,
-            state.metrics_before,
-            metrics,
-            judged_by=self.config.judged_by,
-            guess=task.guess(test.examples) if test else None,
-            rows=len(test.records) if test else 0,
         )

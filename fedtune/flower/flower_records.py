@@ -1,5 +1,8 @@
 """fedtune's own types to and from Flower's records; the only file that knows the keys on the wire.
 
+A function `to_...` is the inverse of `from_...`, and raises ConfigError for anything else: anybody may send anything.
+Nothing that it returns is checked further.
+
 An update travels as its canonical bytes (`Update.to_bytes` in `fedtune/privacy/release.py`), over which its receipt is
 signed and which the ledger stores; an adapter as safetensors.  Each is one array of bytes: Flower sends every array by
 several calls of its own.
@@ -8,9 +11,9 @@ several calls of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
 from fedtune.model import Adapter
-from fedtune.privacy.release import AS_JSON, Answer, Receipt, Refusal, Update, read_release
+from fedtune.privacy.release import Answer, Offer, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
 
 ADAPTER, UPDATE = "adapter", "update"
@@ -28,6 +31,8 @@ ARRAYS = "arrays"
 """What Flower's strategies average, within the lead's process."""
 WEIGHT, SITE = "weight", "site"
 _BYTES = "bytes"
+_AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
+"""Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
 END, INVITE, SUM = "end", "invite", "sum"
 """Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
 for a step of a secure sum."""
@@ -66,9 +71,24 @@ def num_bytes(content: RecordDict) -> int:
     return arrays + texts
 
 
+@contextmanager
+def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
+    """One error for all that Flower's records, JSON, safetensors and our readers raise."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(key, sorted(content), bound) from error
+
+
 def from_adapter(adapter: Adapter) -> ArrayRecord:
     """An adapter as it travels; one record serves all messages that bring it."""
     return _from_bytes(adapter.to_bytes())
+
+
+def to_adapter(content: RecordDict) -> Adapter:
+    """The adapter in a message."""
+    with _reading(content, "message", "must hold an adapter"):
+        return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
@@ -84,73 +104,30 @@ def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict
     return content
 
 
-def to_settings(content: RecordDict) -> str:
-    """JSON of the run's configuration, as unchecked as anything that a server sends; empty where there is none.
-
-    Raises:
-        ConfigError: what is there is no text.
-    """
-    if SETTINGS not in content:
-        return ""
-    try:
-        return str(content.config_records[SETTINGS]["json"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError("message", sorted(content), "must hold settings as text") from error
-
-
-def to_adapter(content: RecordDict) -> Adapter:
-    """The adapter in a message, unchecked.
-
-    Raises:
-        ConfigError: the message does not hold one.
-    """
-    try:
-        return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
-    except Exception as error:  # of Flower's records and of safetensors
-        raise ConfigError("message", sorted(content), "must hold an adapter") from error
-
-
-def from_receipt(receipt: Receipt | None) -> RecordDict:
-    """Content of a site's answer to the end of a run."""
-    text = json.dumps(None if receipt is None else asdict(receipt))
-    return RecordDict({RECEIPT: ConfigRecord({"json": text})})
-
-
-def to_receipt(content: RecordDict) -> Receipt | None:
-    """The receipt that `from_receipt` wrote.
-
-    Raises:
-        ConfigError: anything else; a site may send whatever it likes.
-    """
-    try:
-        fields = json.loads(str(content.config_records[RECEIPT]["json"]))
-        return None if fields is None else read_release(Receipt, fields)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError("receipt", sorted(content), "must be a site's receipt") from error
-
-
 def to_signed(content: RecordDict) -> Signed:
-    """A lead's signed word, not yet checked.
-
-    Raises:
-        ConfigError: the message does not hold one.
-    """
-    try:
+    """A lead's signed word."""
+    with _reading(content, "message", "must hold a signed request"):
         record = content.config_records[REQUEST]
         return Signed(text=str(record["json"]), signature=str(record["signature"]))
-    except (KeyError, TypeError) as error:
-        raise ConfigError("message", sorted(content), "must hold a signed request") from error
+
+
+def to_settings(content: RecordDict) -> str:
+    """JSON of the run's configuration; empty where there is none."""
+    if SETTINGS not in content:
+        return ""
+    with _reading(content, "message", "must hold settings as text"):
+        return str(content.config_records[SETTINGS]["json"])
 
 
 def to_parts(content: RecordDict) -> list[bytes]:
-    """The messages in the question for a step; raises ConfigError where they are none."""
-    try:
-        parts = [part for _, part in sorted(content.config_records[PARTS].items())]
-        if not all(type(part) is bytes for part in parts):
-            raise TypeError("bytes")
-    except (KeyError, TypeError) as error:
-        raise ConfigError("message", sorted(content), "must hold messages of a secure sum") from error
-    return cast(list[bytes], parts)
+    """The messages in the question for a step of a secure sum."""
+    parts: list[bytes] = []
+    with _reading(content, "message", "must hold messages of a secure sum"):
+        for _, part in sorted(content.config_records[PARTS].items()):
+            if type(part) is not bytes:
+                raise TypeError("bytes")
+            parts.append(part)
+    return parts
 
 
 def from_step(answer: bytes | Refusal) -> RecordDict:
@@ -161,7 +138,7 @@ def from_step(answer: bytes | Refusal) -> RecordDict:
 
 
 def to_step(content: RecordDict) -> bytes | Refusal:
-    """The answer that `from_step` wrote; raises ConfigError for anything else."""
+    """The answer to the question for a step."""
     if PARTS not in content:
         body = to_reply(content).body
         if isinstance(body, Refusal):
@@ -172,33 +149,43 @@ def to_step(content: RecordDict) -> bytes | Refusal:
     return parts[0]
 
 
+def from_receipt(receipt: Receipt | None) -> RecordDict:
+    """Content of a site's answer to the end of a run."""
+    text = json.dumps(None if receipt is None else asdict(receipt))
+    return RecordDict({RECEIPT: ConfigRecord({"json": text})})
+
+
+def to_receipt(content: RecordDict) -> Receipt | None:
+    """A site's answer to the end of a run."""
+    with _reading(content, "receipt", "must be a site's receipt"):
+        return _receipt(json.loads(str(content.config_records[RECEIPT]["json"])))
+
+
+def _receipt(fields: object) -> Receipt | None:
+    return None if fields is None else Receipt.from_json(fields)
+
+
 def from_reply(reply: Reply) -> RecordDict:
     """Content of a site's answer: an update's own bytes, or a JSON of another release type's fields; and a receipt."""
     body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
         return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
-    kind = next(kind for kind, release in AS_JSON.items() if isinstance(body, release))
+    kind = next(kind for kind, release in _AS_JSON.items() if isinstance(body, release))
     return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **asdict(body)})})})
 
 
 def to_reply(content: RecordDict) -> Reply:
-    """The answer that `from_reply` wrote.
-
-    Raises:
-        ConfigError: anything else; a site may send whatever it likes.
-    """
-    try:
+    """A site's answer to a round or an invitation."""
+    with _reading(content, "reply", "must be a site's answer"):
         fields = json.loads(str(content.config_records[REPLY]["json"]))
-        kind, signed = fields.pop("kind"), fields.pop("receipt")
-        receipt = None if signed is None else read_release(Receipt, signed)
-        if kind in AS_JSON:
-            body: Answer = read_release(AS_JSON[kind], fields)
+        kind, receipt = fields.pop("kind"), _receipt(fields.pop("receipt"))
+        body: Answer
+        if kind in _AS_JSON:
+            body = _AS_JSON[kind].from_json(fields)
         else:
             body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
-    except Exception as error:  # of Flower's records, of JSON and of ours
-        raise ConfigError("reply", sorted(content), "must be a site's answer") from error
-    return Reply(body=body, receipt=receipt)
+        return Reply(body=body, receipt=receipt)
 
 
 def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], declared_size: int) -> RecordDict:

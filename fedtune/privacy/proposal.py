@@ -7,10 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from fedtune.codec import decode
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, spec
 
@@ -78,22 +76,12 @@ class Proposal:
         _require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, the canonical form that `digest` hashes."""
+        """Plain JSON, the canonical form that `digest` hashes; `codec.decode` reads it."""
         fields = dataclasses.asdict(self)
         for key, before in (("start_adapter", ""), ("adapter", "lora")):
             if fields[key] == before:
                 del fields[key]  # what is usual is not said, so that one proposal has one digest
         return fields | {"target_modules": list(self.target_modules), "plan": self.plan.to_json()}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Proposal:
-        """The proposal that `to_json` wrote.
-
-        Raises:
-            ConfigError: anything else.
-        """
-        proposal = decode(cls, fields)
-        return dataclasses.replace(proposal, plan=Plan.from_json(fields["plan"]))
 
     def digest(self) -> str:
         """SHA-256 of the proposal's canonical JSON, in hex."""

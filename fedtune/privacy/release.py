@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -154,11 +154,7 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A trained adapter minus the one that the site was sent, in bfloat16 (`fedtune.federation.rounding`).
-
-    Attributes:
-        halves: name -> the upper 16 bits of each value as a float32.
-    """
+    """A trained adapter minus the one that was sent, in bfloat16: name -> the upper 16 bits of each float32."""
 
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
@@ -275,8 +271,31 @@ def _scores(data: object) -> tuple[float, float] | None:
     return score, count
 
 
+class _Plain:
+    """A release of plain values.  People see its texts, so each must be one printable line."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_json(cls, fields: object) -> Self:
+        """Decode the JSON of the fields.
+
+        Raises:
+            ConfigError: a field is missing or unknown, or has the wrong type or range.
+        """
+        release = decode(cls, fields)
+        for name, value in asdict(release).items():  # type: ignore[call-overload]
+            if isinstance(value, str):
+                right = len(value) <= _MOST_TEXT and value.isprintable()
+            else:
+                right = value is None or 0 <= value < _MOST_COUNT
+            if not right:
+                raise ConfigError(name, value, "must be of one printable line, or in range")
+        return release
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Receipt:
+class Receipt(_Plain):
     """A site's signed statement of what its ledger has charged to a run; the lead derives the site's epsilon from it.
 
     The sequence counts every event of the ledger, so a lead can see that other runs were charged too.
@@ -312,7 +331,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
+class Refusal(_Plain):
     """A reply without an update.  `asked` and `allowed` come from the request, the policy and the ledger only."""
 
     site: str
@@ -333,7 +352,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
+class Offer(_Plain):
     """How much of a proposed run a site would accept now, computed from proposal, policy and ledger only.
 
     Attributes:
@@ -355,30 +374,8 @@ class Offer:
         return _OFFER + json.dumps(asdict(self), sort_keys=True).encode()
 
 
-_R = TypeVar("_R", bound="Receipt | Refusal | Offer")
-
-
-def read_release(cls: type[_R], fields: object) -> _R:
-    """Decode a receipt, a refusal or an offer.  People see its texts, so each must be one printable line.
-
-    Raises:
-        ConfigError: a field is missing or unknown, or has the wrong type or range.
-    """
-    release = decode(cls, fields)
-    for name, value in asdict(release).items():
-        if isinstance(value, str):
-            right = len(value) <= _MOST_TEXT and value.isprintable()
-        else:
-            right = value is None or 0 <= value < _MOST_COUNT
-        if not right:
-            raise ConfigError(name, value, "must be of one printable line, or in range")
-    return release
-
-
 Answer = Update | Refusal | Offer
 """A site's answer; its receipt is signed over `to_bytes`."""
-AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
-"""Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
 
 
 class Refused(RefusedError):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.cost import Energy
@@ -22,6 +22,9 @@ from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.measures import Detail
 from fedtune.version import __version__
 from fedtune.words import finite, finite_scores, unbounded
+
+if TYPE_CHECKING:  # it imports pydantic, which readers of results need not
+    from fedtune.config import RunConfig
 
 DIVERGED = "diverged"
 WORSE = "worse_than_before"
@@ -234,25 +237,22 @@ class RunResult:
     @classmethod
     def of(
         cls,
-        state: LeadState,
-        final: FinalResult,
+        config: RunConfig,
         plan: Plan,
+        state: LeadState,
         *,
-        sites: tuple[str, ...],
-        task: str,
-        config_sha256: str,
-        seeded_noise: bool,
+        final: FinalResult,
         provenance: RunProvenance,
     ) -> RunResult:
         """The result of the run in `state`; every epsilon is derived here from charged rounds and the plan."""
-        charges = {site: site_charge(state, site, plan) for site in sites}
+        charges = {site: site_charge(state, site, plan) for site in config.federation.active}
         ended_by_scores = final.kept is not None and final.kept.ended_early
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
             fedtune_version=__version__,
-            config_sha256=config_sha256,
-            task=task,
+            config_sha256=config.digest(),
+            task=config.task,
             rounds=tuple(replace(result, metrics=finite_scores(result.metrics)) for result in state.rounds),
             final=replace(final, metrics=after, metrics_before=before, detail=detail),
             provenance=provenance,
@@ -261,7 +261,7 @@ class RunResult:
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
                 epsilon=finite(max(unbounded(one.claim(ended_by_scores=ended_by_scores)) for one in charges.values())),
-                seeded_noise=seeded_noise,
+                seeded_noise=config.runtime.seeded_noise,
                 sites=charges,
             ),
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.model import Adapter
-from fedtune.privacy.release import Receipt, Update, read_release
+from fedtune.privacy.release import Receipt, Update
 
 _MOST_BYTES = 4096  # PIPE_BUF: a write of so much is whole or not there at all
 
@@ -106,7 +106,7 @@ class Seen:
             case "failed":
                 self.failures.append(told["error"])
         if told.get("receipt") is not None:
-            receipt = read_release(Receipt, told["receipt"])
+            receipt = Receipt.from_json(told["receipt"])
             assert receipt.is_signed()
             if self.receipt is None or receipt.sequence >= self.receipt.sequence:
                 self.receipt = receipt

@@ -15,7 +15,7 @@ import pytest
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.release import Receipt, read_release
+from fedtune.privacy.release import Receipt
 
 from .books import check_average, check_books, check_same_adapter
 from .federation import NAMES, Command, Federation, dealt
@@ -77,7 +77,7 @@ def test_what_was_charged_is_the_same_everywhere(finished: Federation) -> None:
 def test_the_lead_keeps_receipts_that_each_site_has_signed(finished: Federation) -> None:
     receipts = json.loads((finished.lead_kit / "receipts.json").read_bytes())
     for name in NAMES:
-        receipt = read_release(Receipt, receipts[name])
+        receipt = Receipt.from_json(receipts[name])
         assert receipt.is_signed()
         assert receipt.site_key == finished.sites[name].site_key
         assert receipt.charged_rounds >= 2

@@ -172,13 +172,6 @@ def test_a_half_written_checkpoint_does_not_count(
     assert checkpoints.load().round == 1
 
 
-def test_the_journal_is_one_line_of_json_for_each_request(checkpoints: Checkpoints, folder: Path) -> None:
-    checkpoints.ask(1, ["a"])
-    checkpoints.ask(2, ["a", "b"])
-    lines = (folder / "asked.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"round": 1, "sites": ["a"]}, {"round": 2, "sites": ["a", "b"]}]
-
-
 def test_a_request_after_a_cut_line_keeps_the_journal_whole(
     checkpoints: Checkpoints, folder: Path, state: Callable[..., LeadState]
 ) -> None:

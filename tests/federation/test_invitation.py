@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.protocol import INVITATION, Invitation, Signed
+from fedtune.federation.protocol import Invitation, Signed
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason
@@ -120,7 +120,7 @@ def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change:
     fields = json.loads(asked.signed(lead_key).text) | change
     text = json.dumps(fields)
     with pytest.raises(ConfigError, match="invitation"):
-        Invitation.of(Signed(text=text, signature=lead_key.sign(INVITATION, text.encode())))
+        Invitation.of(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
 
 
 def test_a_round_request_is_no_invitation_and_the_other_way_round(site: Any, lead_key: SigningKey) -> None:

@@ -61,12 +61,6 @@ def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Pl
     assert site_charge(state, "a", plan).epsilon == site_charge(state, "b", plan).epsilon > 0
 
 
-def test_the_next_receipt_ends_the_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = answered(state.asked(["a"]).asked(["a"]), answer(receipt(charged=1)))
-    charge = site_charge(state, "a", plan)
-    assert (charge.steps, charge.upper_bound) == (2, False)
-
-
 def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
     state: LeadState, plan: Plan, receipt: MakeReceipt
 ) -> None:
@@ -115,21 +109,11 @@ def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeRec
     assert charge.epsilon_rdp > plain.epsilon_rdp
 
 
-def test_a_reply_without_a_receipt_counts_as_silence(state: LeadState, plan: Plan) -> None:
-    assert site_charge(answered(state.asked(["a"]), answer(None)), "a", plan).upper_bound
-
-
 def test_without_noise_one_round_is_unbounded(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     plan = replace(plan, noise_multiplier=0.0)
     assert site_charge(state, "a", plan).epsilon == 0
     state = answered(state, answer(receipt(charged=1)))
     assert site_charge(state, "a", plan).epsilon is None
-
-
-def test_asking_and_answering_leave_the_old_state_alone(state: LeadState, receipt: MakeReceipt) -> None:
-    asked = state.asked(["a"])
-    answered(asked, answer(receipt()))
-    assert (state.unanswered, asked.unanswered, asked.receipts) == ({}, {"a": 1}, {})
 
 
 def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:

@@ -64,26 +64,11 @@ def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> No
     assert (last.rdp, last.filter) == pytest.approx((price.epsilon_rdp, price.epsilon_filter))
 
 
-def test_each_round_is_what_the_accountant_says_of_it(run_plan: Plan) -> None:
-    second = planner.price(run_plan, SIZES).rounds[1]
-    spent = [run_plan.event(rounds=2)]
-    assert second.pld == pytest.approx(accountant.epsilon_pld(spent, run_plan.delta), abs=1e-3)
-    assert second.rdp == accountant.epsilon_rdp(spent, run_plan.delta)
-
-
 def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
     plan = golden(noise_multiplier=4.0, local_steps=1, num_rounds=997, spare_rounds=3)
     shown = [one.round for one in planner.price(plan, SIZES).rounds]
     assert len(shown) <= 22
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
-
-
-def test_released_scores_are_paid_for(run_plan: Plan) -> None:
-    with_scores = planner.price(replace(run_plan, metrics_noise_multiplier=5.0), SIZES)
-    without = planner.price(run_plan, SIZES)
-    assert with_scores.epsilon > 1.5 * without.epsilon
-    assert with_scores.epsilon_of_one_round > without.epsilon_of_one_round
-    assert with_scores.epsilon_filter > without.epsilon_filter
 
 
 def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
@@ -94,11 +79,6 @@ def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
     assert largest.expected_failures == pytest.approx(0.012)
     assert largest.step_noise == pytest.approx(4.0 * 1.0 / 240)
     assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
-
-
-def test_the_largest_sites_are_named(run_plan: Plan) -> None:
-    assert planner.price(run_plan, SIZES).largest == ("a",)
-    assert planner.price(run_plan, {"a": 100, "b": 100}).largest == ("a", "b")
 
 
 def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.protocol import END, ROUND, EndOfRun, Invitation, RoundRequest, Signed
+from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Signed
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -63,7 +63,7 @@ def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(
 def resigned(signed: Signed, key: SigningKey, change: Callable[[dict[str, Any]], str]) -> Signed:
     """Another text, and the lead's true signature on it."""
     text = change(json.loads(signed.text))
-    return Signed(text=text, signature=key.sign(ROUND, text.encode()))
+    return Signed(text=text, signature=key.sign(RoundRequest.purpose, text.encode()))
 
 
 def proposing(**changes: Any) -> Callable[[dict[str, Any]], str]:
@@ -131,7 +131,7 @@ def test_a_request_is_the_word_of_the_lead_that_it_names(
         replace(signed, signature=signed.signature[:-2] + "ff"),  # no signature ends in it
         replace(signed, text=signed.text.replace('"round": 2', '"round": 3')),
         replace(signed, signature=notice.signature),
-        replace(signed, signature=lead_key.sign(END, signed.text.encode())),
+        replace(signed, signature=lead_key.sign(EndOfRun.purpose, signed.text.encode())),
     ):
         with pytest.raises(Refused) as refused:
             RoundRequest.of(wrong)
@@ -146,7 +146,7 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, s
             EndOfRun.of(wrong)
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):
         with pytest.raises(ConfigError, match="must be a lead's end of run"):
-            EndOfRun.of(Signed(text=text, signature=lead_key.sign(END, text.encode())))
+            EndOfRun.of(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
 
 
 @pytest.mark.parametrize("spoken", [1, WIRE_SCHEMA - 1, WIRE_SCHEMA + 1])

@@ -12,7 +12,6 @@ from fedtune.federation import verdict
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy import filter
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -169,44 +168,6 @@ def test_a_ledger_of_another_policy_is_in_doubt(
     assert said.ledger == "in doubt"
     assert not said.allowed
     assert why in said.note
-
-
-def test_a_ledger_that_was_put_back_is_in_doubt(
-    ask: Ask,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    ledger_of: Callable[[Policy], Ledger],
-    tmp_path: Path,
-) -> None:
-    policy = site_policy(anchor="anchor.json")
-    ledger = ledger_of(policy)
-    old = (tmp_path / policy.ledger).read_bytes()
-    ledger.reserve(run_proposal(), round=1, request="0" * 64)
-    write_durably(tmp_path / "anchor.json", ledger.head().to_bytes())
-    assert ask(policy, run="next").ledger == "read"
-    (tmp_path / policy.ledger).write_bytes(old)
-    said = ask(policy, run="next")
-    assert (said.ledger, said.allowed, said.taken) == ("in doubt", False, None)
-
-
-def test_a_ledger_that_lacks_a_receipt_takes_part_in_nothing(
-    ask: Ask,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    ledger_of: Callable[[Policy], Ledger],
-    tmp_path: Path,
-) -> None:
-    policy = site_policy()
-    ledger = ledger_of(policy)
-    old = (tmp_path / policy.ledger).read_bytes()
-    ledger.reserve(run_proposal(), round=1, request="0" * 64)
-    receipt = ledger.receipt(run_proposal().run)
-    (tmp_path / policy.ledger).write_bytes(old)
-    with pytest.raises(Refused):
-        ledger_of(policy).require_contains(receipt)
-    said = ask(policy, run="next")
-    assert [one.rule for one in said.broken] == ["ledger_behind_receipt"]
-    assert said.most_rounds == 0
 
 
 def test_another_declared_size_is_noted(ask: Ask, site_policy: Callable[..., Policy]) -> None:

@@ -199,15 +199,6 @@ def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
     assert "could not be answered" in caplog.text
 
 
-def test_a_request_of_no_words_is_refused(app: SiteApp, adapter: Adapter) -> None:
-    words = ConfigRecord({"json": "{}", "signature": "00"})
-    answered = asked(
-        app, RecordDict({flower_records.REQUEST: words, flower_records.ADAPTER: flower_records.from_adapter(adapter)})
-    ).answered
-    assert isinstance(answered, Refusal)
-    assert answered.reason is Reason.MALFORMED_REQUEST
-
-
 class Panic(BaseException):
     """As a library written in Rust raises it."""
 
@@ -265,8 +256,3 @@ def test_a_message_is_void_when_its_time_is_up(app: SiteApp) -> None:
     about.created_at, about.ttl = 1000.0, 60.0
     assert not exchange.is_void(1060.0)
     assert exchange.is_void(1060.5)
-
-
-def test_the_request_of_a_message_without_one_is_wrong_input() -> None:
-    with pytest.raises(ConfigError, match="must hold a signed request"):
-        _ = Exchange(Message(RecordDict(), 5, "query")).request

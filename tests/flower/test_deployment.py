@@ -156,18 +156,6 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: L
     assert line.heard.words[3:] == [("north", reason.value)], "paused again in a later round is news"
 
 
-def test_another_reason_to_wait_is_news(line: Line) -> None:
-    for reason in (Reason.AWAITING_APPROVAL, Reason.PAUSED, Reason.AWAITING_APPROVAL):
-        line.hears(1, line.signed(refusal(reason)))
-    assert [what for _, what in line.heard.words] == ["awaiting_approval", "paused", "awaiting_approval"]
-
-
-def test_the_same_update_in_two_rounds_is_told_twice(line: Line) -> None:
-    for _ in range(2):
-        line.hears(1, line.signed(line.update()))
-    assert line.heard.words == [("north", "update")] * 2
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -209,12 +197,6 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
         assert line.hears(1, line.signed(other), kind) == Answered(good=False)
     assert line.hears(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
     assert line.hears(1, line.signed(line.update()), kind) == Answered(good=False), "and an invitation for an offer"
-
-
-def test_nobody_needs_to_listen(line: Line) -> None:
-    deaf = _Ears(line.sites, None, most_rounds=0)
-    answer = Message(flower_records.from_reply(line.signed(refusal(Reason.PAUSED))), 1, "train")
-    assert deaf(1, line.question("north"), answer).again_s == _ASK_AGAIN_S
 
 
 def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(

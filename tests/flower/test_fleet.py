@@ -171,11 +171,6 @@ def test_without_a_certificate_of_the_federation_there_is_no_connection(
         assert client.post(f"https://{network.address}/").status_code == 404, "with one there is"
 
 
-def test_an_expired_site_gets_no_connection(network: Loopback, joined: Any) -> None:
-    with pytest.raises(Unreachable):
-        joined(network.authority.issue("late", days=-1)).activate()
-
-
 def test_a_server_of_another_authority_is_not_spoken_to(network: Loopback, joined: Any, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other").issue("a")
     with pytest.raises(Unreachable, match="no connection to the server"):

@@ -13,7 +13,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
-from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.verify import verify
@@ -44,28 +43,6 @@ def asking(lead_key: SigningKey) -> Callable[..., Change]:
             other = {name: changes[name] for name in changes if name not in plan}
             proposal = replace(request.proposal, plan=replace(request.proposal.plan, **plan), **other)
             put(message, replace(request, proposal=proposal).signed(key))
-
-        return change
-
-    return make
-
-
-@pytest.fixture
-def telling(lead_key: SigningKey) -> Callable[..., Change]:
-    """Changes what else a request says."""
-    return lambda **changes: lambda message: put(message, replace(asked_of(message), **changes).signed(lead_key))
-
-
-@pytest.fixture
-def sending(lead_key: SigningKey) -> Callable[..., Change]:
-    """Sends another tensor `head`, and signs for it."""
-
-    def make(head: np.ndarray) -> Change:
-        def change(message: Message) -> None:
-            sent = flower_records.to_adapter(message.content)
-            adapter = Adapter({**sent.tensors, "head": head})
-            message.content[flower_records.ADAPTER] = flower_records.from_adapter(adapter)
-            put(message, replace(asked_of(message), adapter_digest=adapter.digest()).signed(lead_key))
 
         return change
 
@@ -132,32 +109,6 @@ def test_asking_with_somebody_elses_signature(
     require_site_2_only_refused(federation(num_rounds=2), intercept, change, Reason.WRONG_SIGNATURE, recorded=False)
 
 
-@pytest.mark.parametrize(
-    ("changes", "rule"),
-    [({"site": "site-1"}, Reason.WRONG_SITE), ({"expires": 1.6e9}, Reason.REQUEST_EXPIRED)],
-    ids=["what was meant for another site", "after its expiry"],
-)
-def test_asking_what_is_void(
-    federation: Any, intercept: Any, telling: Callable[..., Change], changes: dict[str, Any], rule: Reason
-) -> None:
-    require_site_2_only_refused(federation(num_rounds=2), intercept, telling(**changes), rule, recorded=True)
-
-
-@pytest.mark.parametrize(
-    ("head", "rule"),
-    [
-        (np.array([0, 0, np.nan, 0], np.float32), Reason.MAX_ADAPTER_VALUE),
-        (np.zeros((2, 2), np.float32), Reason.ADAPTER_SHAPE),
-        (np.zeros(1, np.float32), Reason.ADAPTER_SHAPE),
-    ],
-    ids=["not finite", "of another shape", "that would be broadcast"],
-)
-def test_sending_a_tensor_that_is_none_of_the_runs(
-    federation: Any, intercept: Any, sending: Callable[..., Change], head: np.ndarray, rule: Reason
-) -> None:
-    require_site_2_only_refused(federation(num_rounds=2), intercept, sending(head), rule, recorded=True)
-
-
 def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
     def change(message: Message) -> None:
         broken = Array("float32", (4,), "numpy.ndarray", b"no array")
@@ -203,18 +154,6 @@ def test_a_run_that_no_site_accepts_ends_as_refused_with_every_reason(
         assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
         assert [event.kind for event in made.events(site)][2:] == [Kind.REFUSAL]
     assert made.trained == []
-
-
-def test_at_its_end_a_run_gives_free_what_it_had_set_aside(federation: Any) -> None:
-    made = federation(num_rounds=2)
-    state = made.run_until(1)
-    verified = verify(made.ledger_path("site-1"))
-    assert verified.history.runs["r"].expires is not None
-    run_rounds(made.transport, made.lead, state)
-    for site in made.sizes:
-        history = verify(made.ledger_path(site)).history
-        assert history.runs["r"].expires is None
-        assert history.runs["r"].charged_rounds == 2
 
 
 def test_after_its_end_no_site_trains_for_a_run(federation: Any) -> None:

@@ -145,17 +145,6 @@ def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
     assert len([event for event in made.events("site-1") if event.kind is Kind.COMMIT]) == 3, "all three are charged"
 
 
-def test_adams_moments_go_back_too(federation: Callable[..., Any]) -> None:
-    made = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5)
-    first = federation(num_rounds=2, strategy="fedadam", server_momentum=0.5, folder="b").run_until(1)
-    scores = iter([{"loss": 1.0}, {"loss": float("nan")}])
-    state = run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
-    assert state.strategy.keys() == first.strategy.keys() != set()
-    for name, value in first.strategy.items():
-        np.testing.assert_array_equal(made.lead.average.state["m/head"], first.strategy["m/head"])
-        np.testing.assert_array_equal(state.strategy[name], value)
-
-
 def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=3)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])

@@ -163,15 +163,6 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(
     assert (charge.steps, charge.upper_bound) == (2, False)
 
 
-def test_a_site_that_does_not_introduce_itself_is_named(
-    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = federation()
-    monkeypatch.setattr(made.grid, "receive", lambda messages, timeout: iter(()))
-    with pytest.raises(RunError, match="site-1, site-2, site-3"):
-        run_rounds(made.transport, made.lead, made.start)
-
-
 def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[..., Any]) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}

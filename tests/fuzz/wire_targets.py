@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
-from fedtune.federation.protocol import END, ROUND, EndOfRun, RoundRequest, Signed
+from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
@@ -40,7 +40,7 @@ def _text(data: bytes) -> str:
 
 def _request(data: bytes) -> object:
     text = _text(data)
-    return RoundRequest.of(Signed(text=text, signature=seeds.key(1).sign(ROUND, data)))
+    return RoundRequest.of(Signed(text=text, signature=seeds.key(1).sign(RoundRequest.purpose, data)))
 
 
 def _unsigned_request(data: bytes) -> object:
@@ -48,7 +48,7 @@ def _unsigned_request(data: bytes) -> object:
 
 
 def _end(data: bytes) -> object:
-    return EndOfRun.of(Signed(text=_text(data), signature=seeds.key(1).sign(END, data)))
+    return EndOfRun.of(Signed(text=_text(data), signature=seeds.key(1).sign(EndOfRun.purpose, data)))
 
 
 def _answered(data: bytes) -> None:
@@ -57,7 +57,7 @@ def _answered(data: bytes) -> None:
     def nothing(request: RoundRequest) -> Prepared:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
-    signed = Signed(text=_text(data), signature=seeds.key(1).sign(ROUND, data))
+    signed = Signed(text=_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
     reply = answer(_site(nothing), signed, seeds.adapter())
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
@@ -223,7 +223,7 @@ TARGETS = (
 
 
 def _update_header() -> Any:
-    return json.loads(seeds.update()._header())
+    return json.loads(seeds.update()._encoded()[0])
 
 
 def _with_header(header: bytes) -> bytes:

@@ -399,8 +399,8 @@ ready, gates = os.pipe(), (os.pipe(), os.pipe())
 def race(number):
     policy, key = read_policy(folder / "site.toml"), SigningKey.load(folder / "key.pem")
     ledger = Ledger(folder / "ledger.db", policy, key, anchor=folder / "anchor.json")
-    own = Proposal.from_json(json.loads((folder / "own.json").read_text()) | {"run": f"own {number}"})
-    shared = Proposal.from_json(json.loads((folder / "shared.json").read_text()))
+    own = decode(Proposal, json.loads((folder / "own.json").read_text()) | {"run": f"own {number}"})
+    shared = decode(Proposal, json.loads((folder / "shared.json").read_text()))
     for (gate, _), proposal, round in zip(gates, (own, shared), (1, number)):
         os.write(ready[1], b".")
         os.read(gate, 1)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.codec import decode
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError
 
@@ -21,7 +22,7 @@ def test_a_proposal_survives_json(proposal: Any) -> None:
         proposal(plan={"metrics_noise_multiplier": 20.0}),
         proposal(target_modules=()),
     ):
-        again = Proposal.from_json(json.loads(json.dumps(each.to_json())))
+        again = decode(Proposal, json.loads(json.dumps(each.to_json())))
         assert again == each
         assert again.digest() == each.digest()
 
@@ -104,7 +105,7 @@ def test_any_other_value_is_a_config_error_or_another_proposal(
     else:
         changed = whole | {"plan": whole["plan"] | {plan_field: value}}
     try:
-        read = Proposal.from_json(changed)
+        read = decode(Proposal, changed)
     except ConfigError:
         return
     assert read.to_json() == changed, "what was read says something else than what came"

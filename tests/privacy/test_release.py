@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedtune.privacy import release
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import RECEIPT, Difference, Offer, Reason, Receipt, Refusal, Refused, Update, read_release
+from fedtune.privacy.release import RECEIPT, Difference, Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, RefusedError
 
 MAGIC = b"fedtune-update-2\n"
@@ -274,7 +274,7 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
 def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
-    assert read_release(Receipt, whole) == receipt
+    assert Receipt.from_json(whole) == receipt
     for change in (
         {"charged_rounds": -1},
         {"sequence": 1 << 62},
@@ -283,4 +283,4 @@ def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -
         {"epsilon": 1},
     ):
         with pytest.raises(ConfigError):
-            read_release(Receipt, whole | change)
+            Receipt.from_json(whole | change)

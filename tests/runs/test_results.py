@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,14 +34,17 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
         )
         state = LeadState(round=1, adapter=adapter, receipts=receipts, rounds=[result])
         final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
-        return RunResult.of(
-            state,
-            final,
-            plan,
-            sites=tuple(charged),
+        config: Any = SimpleNamespace(
             task="classification",
-            config_sha256="00",
-            seeded_noise=False,
+            digest=lambda: "00",
+            federation=SimpleNamespace(active=tuple(charged)),
+            runtime=SimpleNamespace(seeded_noise=False),
+        )
+        return RunResult.of(
+            config,
+            plan,
+            state,
+            final=final,
             provenance=run_result(rounds=(), final=final, privacy=None).provenance,
         ).to_json()
 

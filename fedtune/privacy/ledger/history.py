@@ -243,7 +243,7 @@ class History:
             case Kind.PLAN:
                 if event.run in self.runs:
                     raise ValueError("the run was accepted before")
-                proposal = Proposal.from_json(event.detail["proposal"])
+                proposal = decode(Proposal, event.detail["proposal"])
                 self.runs[event.run] = Run(proposal=proposal, expires=datetime.fromisoformat(event.detail["expires"]))
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
@@ -289,9 +289,9 @@ class History:
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
                 )
             case "approved":
-                self.approved[Proposal.from_json(event.detail["proposal"]).digest()] = moment
+                self.approved[decode(Proposal, event.detail["proposal"]).digest()] = moment
             case "denied":
-                self.denied.add(Proposal.from_json(event.detail["proposal"]).digest())
+                self.denied.add(decode(Proposal, event.detail["proposal"]).digest())
             case "run_ended":
                 ended = self.runs[event.run]
                 ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
