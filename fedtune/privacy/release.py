@@ -197,21 +197,19 @@ class Update:
             self._bytes.append(b"".join([_MAGIC, struct.pack("<Q", len(header)), header, *following]))
         return self._bytes[0]
 
-    def _encoded(self) -> tuple[bytes, list[Any]]:
+    def _encoded(self) -> tuple[bytes, list[memoryview]]:
         """The header, and what follows it."""
         shapes: Any
-        following: list[Any]
         match self.tensors:
             case Masked(data):
-                shapes, following = _MASKED, [data]
+                shapes, following = _MASKED, [memoryview(data)]
             case Difference(halves):
                 shapes = {_BFLOAT16: [[name, list(value.shape)] for name, value in halves.items()]}
                 following = [np.ascontiguousarray(value, dtype="<u2").data for value in halves.values()]
             case tensors:
                 shapes = [[name, list(value.shape)] for name, value in tensors.items()]
                 following = [np.ascontiguousarray(value, dtype="<f4").data for value in tensors.values()]
-        scores = None if self.scores is None else list(self.scores)
-        fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": scores}
+        fields = {"site": self.site, "run": self.run, "round": self.round, "tensors": shapes, "scores": self.scores}
         return json.dumps(fields).encode(), following
 
     @classmethod
