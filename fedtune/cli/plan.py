@@ -181,8 +181,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     # A plan for a GPU can be made on a machine without one.
     device = device_for(runtime.device, must_exist=False)
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
-    sizes = config.declared_sizes()
-    dtype = config.federation.update_dtype
+    sizes, dtype = config.declared_sizes(), config.federation.update_dtype
     made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, update_dtype=dtype)
     return made, device.type
 
