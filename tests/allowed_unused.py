@@ -44,7 +44,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Opacus calls it": {"_of_scales"},
     "templates call them": {
-        "band_source",
         "script_digest",
         "budget_left",
         "epsilon_spent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from html.parser import HTMLParser
 from typing import Any
 
@@ -347,6 +348,7 @@ class _Parser(HTMLParser):
         self.open[-1].children.append(data)
 
 
+@lru_cache(maxsize=len(NAMES) * 2)
 def parsed(html: str) -> Element:
     """The page's elements; every tag that is opened is closed."""
     parser = _Parser()

@@ -15,7 +15,7 @@ from fedtune.privacy.site_policy import PERIODS
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.tables import data, layouts
+from fedtune.report.page.tables import Column, data
 from fedtune.runs import results
 from fedtune.spec import ConfigError
 
@@ -209,9 +209,9 @@ def test_every_key_that_is_used_is_there() -> None:
     for text in sources():
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
-    for table in layouts().values():
-        for column in table.columns:
-            for key in (table.caption, column.heading, column.absent, column.zero or "word.none"):
+    for table in data()["table"].values():
+        for column in (Column.of(*column) for column in table["columns"]):
+            for key in (table["caption"], column.heading, column.absent, column.zero or "word.none"):
                 assert tuple(key.split(".")) in KEYS
             assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 

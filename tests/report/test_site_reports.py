@@ -254,33 +254,30 @@ def refused(folder: Path, report: Report, run: str = "second") -> str:
     return caught.value.bound
 
 
-def test_a_report_that_nobody_signed_is_refused(folder: Path) -> None:
-    assert "it is not signed" in refused(folder, replace(signed_report(folder, "site-1"), signature=None))
+def posing(folder: Path, site: str, *, by: str, **changes: Any) -> Report:
+    """A report of the ledger at a site, with its site changed, and signed with the key of another."""
+    own = from_ledger.build(folder / "sites" / site / "site.toml")
+    return signing.signed(replace(own, sites=(replace(own.sites[0], **changes),)), key_of(folder, by))
 
 
-def test_a_report_that_was_changed_is_refused(folder: Path) -> None:
-    changed = replace(signed_report(folder, "site-1"), epsilon=0.1)
-    assert "must carry its site's signature" in refused(folder, changed)
-
-
-def test_a_report_signed_by_another_key_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    assert "must carry its site's signature" in refused(folder, signing.signed(own, key_of(folder, "site-2")))
-    # Nor does it help to leave out what names the ledger's key.
-    (site,) = own.sites
-    without = replace(own, sites=(replace(site, verification=None),))
-    assert "as the receipts of site-1 are" in refused(folder, signing.signed(without, key_of(folder, "site-2")))
-
-
-def test_a_report_of_another_site_s_ledger_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-2" / "site.toml")
-    (site,) = own.sites
-    posing = replace(own, sites=(replace(site, site="site-1"),))
-    assert "as the receipts of site-1 are" in refused(folder, signing.signed(posing, key_of(folder, "site-2")))
-    stranger = replace(own, sites=(replace(site, site="west"),))
-    assert "must be about a site of this run (site-1, site-2), not west" in refused(
-        folder, signing.signed(stranger, key_of(folder, "site-2"))
-    )
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda folder: from_run.build(folder / "first"), "must be a site's report of its own ledger"),
+        (lambda folder: replace(signed_report(folder, "site-1"), signature=None), "it is not signed"),
+        (lambda folder: replace(signed_report(folder, "site-1"), epsilon=0.1), "must carry its site's signature"),
+        (lambda folder: posing(folder, "site-1", by="site-2"), "must carry its site's signature"),
+        # Nor does it help to leave out what names the ledger's key.
+        (lambda folder: posing(folder, "site-1", by="site-2", verification=None), "as the receipts of site-1 are"),
+        (lambda folder: posing(folder, "site-2", by="site-2", site="site-1"), "as the receipts of site-1 are"),
+        (
+            lambda folder: posing(folder, "site-2", by="site-2", site="west"),
+            "must be about a site of this run (site-1, site-2), not west",
+        ),
+    ],
+)
+def test_what_is_not_a_sites_own_word_is_refused(made: Callable[[Path], Report], says: str, folder: Path) -> None:
+    assert says in refused(folder, made(folder))
 
 
 def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
@@ -303,10 +300,6 @@ def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[.
     site = from_run.build(tmp_path / "second", site_reports=[own]).sites[0]
     assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")
     assert site.lifetime.epsilon > site.spent.epsilon == 0
-
-
-def test_a_runs_report_is_no_sites(folder: Path) -> None:
-    assert "must be a site's report of its own ledger" in refused(folder, from_run.build(folder / "first"))
 
 
 def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:

@@ -12,7 +12,7 @@ from fedtune.report.model import Report
 def derive(facts: RunFacts | LedgerFacts) -> Report:
     """The whole report; equal facts give equal bytes on one machine."""
     report = figures_of(facts)
-    sites = (replace(site, meaning=site.meaning and profile.as_stated(site.meaning)) for site in report.sites)
+    sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
     report = replace(report, sites=tuple(sites))
     # Texts, so they are of the figures as they are stated.
     return replace(report, cells=cells.of_report(report))

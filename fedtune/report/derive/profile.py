@@ -16,10 +16,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache, partial
-from typing import overload
+from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
@@ -356,36 +356,18 @@ def _right_with(told: Spent, epsilon: float | None, *, delta: float, fixed: bool
     return ceiling if by_mechanism is None else min(by_mechanism, ceiling)
 
 
-def as_stated(means: Meaning) -> Meaning:
-    """What a report says of `means`: nine digits of each figure, upwards.
+def as_stated(part: Any) -> Any:
+    """What a report says of a `Meaning` or a part of one: nine digits of each figure, upwards.
 
     A figure's last digits depend on how many threads added it up, and equal input has to give equal bytes.
     """
-    return replace(
-        means,
-        right_of_100_ceiling=_upwards(means.right_of_100_ceiling),
-        right_of_100_mechanism=_upwards(means.right_of_100_mechanism),
-        posterior=tuple(replace(one, ceiling=_upwards(one.ceiling)) for one in means.posterior),
-        hit_rates=tuple(
-            replace(one, ceiling=_upwards(one.ceiling), mechanism=_upwards(one.mechanism)) for one in means.hit_rates
-        ),
-        expected_failures=_upwards(means.expected_failures),
-        right_of_100_with_all_others=_upwards(means.right_of_100_with_all_others),
-        right_of_100_for_2=_upwards(means.right_of_100_for_2),
-        right_of_100_for_5=_upwards(means.right_of_100_for_5),
-    )
-
-
-@overload
-def _upwards(value: float) -> float: ...
-@overload
-def _upwards(value: float | None) -> float | None: ...
-def _upwards(value: float | None) -> float | None:
-    """Nine digits, rounded up from thirteen: what floats add to a whole number is not worth a digit."""
-    if value is None:
+    if isinstance(part, float):  # first to thirteen: what floats add to a whole number is not worth a digit
+        return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
+    if isinstance(part, tuple):
+        return tuple(map(as_stated, part))
+    if part is None:
         return None
-    shown = _THIRTEEN_DIGITS.create_decimal_from_float(value)
-    return float(_NINE_DIGITS.plus(shown))
+    return replace(part, **{key.name: as_stated(getattr(part, key.name)) for key in fields(part)})
 
 
 def _hit_rate(epsilon: float, delta: float, *, false_alarms: float, mechanism: float | None) -> HitRate:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -27,6 +27,7 @@ from markupsafe import Markup
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.cells import CODES, NUMBERS
+from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
@@ -137,6 +138,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
             columns=data()["access"]["columns"],
             pointer=pointer,
             sections=data()["section"],
+            tiers_source=TIERS_SOURCE,
             title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
             short=lambda name: shortened(name, _LONGEST_NAME),
             digest=digest,
@@ -366,30 +368,19 @@ class PageOne:
         return [*left, *(text(f"again.{code}") for code in ("limit", *attack, "date"))]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The cell of one state: its facts, each with what it is called and what it says."""
 
     state: str
     facts: tuple[tuple[Markup, Markup], ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Field:
-    """All cells of one code."""
+class Field(NamedTuple):
+    """All cells of one code: `known` to fedtune, or that it should have known, and `open` for somebody at the site."""
 
     name: Markup
-    parts: tuple[Part, ...]
-
-    @property
-    def known(self) -> list[Part]:
-        """What fedtune fills in, and what it should have been able to."""
-        return [part for part in self.parts if part.state != "site"]
-
-    @property
-    def open(self) -> list[Part]:
-        """What somebody at the site fills in."""
-        return [part for part in self.parts if part.state == "site"]
+    known: list[Part]
+    open: list[Part]
 
 
 class Fields:
@@ -400,7 +391,7 @@ class Fields:
 
     def of(self, group: Group) -> list[Field]:
         """The fields of a group, in the report's order."""
-        found: dict[str, list[Part]] = {}
+        found: dict[str, Field] = {}
         for place, cell in enumerate(self._words.report.cells):
             if _group(cell.code) == group:
                 # Of two bounds on one figure the page names the better one, here as on page 1.
@@ -408,8 +399,9 @@ class Fields:
                 shown = [key for key in cell.facts if key != "right_of_100_ceiling" or not by_method]
                 shown = [key for key in shown if key != "right_of_100_mechanism" or by_method]
                 facts = tuple((self._words.code("fact", key), self._value(place, key)) for key in shown)
-                found.setdefault(cell.code, []).append(Part(state=cell.state, facts=facts))
-        return [Field(name=self._words.code("field", code), parts=tuple(parts)) for code, parts in found.items()]
+                field = found.setdefault(cell.code, Field(self._words.code("field", cell.code), [], []))
+                (field.open if cell.state == "site" else field.known).append(Part(cell.state, facts))
+        return list(found.values())
 
     def _value(self, place: int, key: str) -> Markup:
         """What a fact says: codes in words, numbers in the language's way, names as they are."""

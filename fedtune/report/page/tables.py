@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from markupsafe import Markup
 
 from fedtune.report import model
-from fedtune.report.derive.profile import TIERS_SOURCE, band_limits, strength_band
+from fedtune.report.derive.profile import band_limits, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
@@ -151,18 +151,20 @@ class Words:
         key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
         return self.text(f"strength.{key}", least=least, most=most)
 
-    @property
-    def band_source(self) -> str:
-        """Who uses these words for these sizes."""
-        return TIERS_SOURCE
-
     def at(self, pointer: str) -> Any:
         """The value in report.json that a JSON pointer names, or None where one of its parents is null."""
         found = self._find(pointer)
         return None if found is _ABSENT else found
 
     def _find(self, pointer: str) -> Any:
-        return found_at(self.json, pointer)
+        """The same, or `_ABSENT` where one of its parents is null."""
+        found: Any = self.json
+        for part in pointer.split("/")[1:]:
+            if found is None:
+                return _ABSENT
+            name = part.replace("~1", "/").replace("~0", "~")
+            found = found[int(name)] if isinstance(found, list | tuple) else found[name]
+        return found
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
         """What the sites at these pointers, which are alike, are called beside a chart's line; `of` so many in all."""
@@ -188,7 +190,10 @@ class Words:
 
     def figure(self, pointer: str, kind: str) -> Markup:
         """The figure at a pointer, told apart from text and tied to its place in report.json."""
-        return figure(self.catalogue, self.at(pointer), pointer, kind)
+        value = self.at(pointer)
+        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
+            json.dumps(value), pointer, kind, self.catalogue.figure(value, kind)
+        )
 
     def spent(self, site: str, at: str, kind: str = "epsilon") -> Markup:
         """A figure of a site's charges; "at most" where it fell silent."""
@@ -286,61 +291,19 @@ def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
     return list(groups.values())
 
 
-def found_at(data: Any, pointer: str) -> Any:
-    """What a JSON pointer names, or `_ABSENT` where one of its parents is null."""
-    for part in pointer.split("/")[1:]:
-        if data is None:
-            return _ABSENT
-        data = data[int(part)] if isinstance(data, list | tuple) else data[_unescaped(part)]
-    return data
-
-
-def figure(catalogue: Catalogue, value: Any, pointer: str, kind: str) -> Markup:
-    """A figure, told apart from text and tied to its place in the page's JSON."""
-    return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
-        json.dumps(value), pointer, kind, catalogue.figure(value, kind)
-    )
-
-
 def pointer(*parts: str | int) -> str:
     """A JSON pointer (RFC 6901)."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
-
-
-def _unescaped(part: str) -> str:
-    return part.replace("~1", "/").replace("~0", "~")
 
 
 PAGE_ONE_SITES = 8
 """Sites on page 1, the least favourable first; later tables list each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """A table of `page.toml`."""
-
-    caption: str
-    rows: str
-    columns: tuple[Column, ...]
-
-
 @cache
 def data() -> Mapping[str, Any]:
     """What `page.toml` says the page is made of."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def layouts() -> Mapping[str, Layout]:
-    """All of them, by name."""
-    return {
-        name: Layout(
-            caption=table["caption"],
-            rows=table["rows"],
-            columns=tuple(Column.of(*column) for column in table["columns"]),
-        )
-        for name, table in data()["table"].items()
-    }
 
 
 class Tables:
@@ -353,10 +316,11 @@ class Tables:
 
     def named(self, name: str) -> Table:
         """The table with a name."""
-        layout = layouts()[name]
-        caption = self._words.text(layout.caption, delta=self._words.figure("/delta", "exact"))
-        rows, columns, last = self._rows(layout.rows), self._columns(name), layout.rows.startswith("/utility/rounds")
-        if not layout.rows.startswith(("/", "sites", "worst ")):
+        layout, columns = data()["table"][name], self._columns(name)
+        caption = self._words.text(layout["caption"], delta=self._words.figure("/delta", "exact"))
+        of = layout["rows"]
+        rows, last = self._rows(of), of.startswith("/utility/rounds")
+        if not of.startswith(("/", "sites", "worst ")):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
@@ -367,7 +331,8 @@ class Tables:
     def _columns(self, name: str) -> list[Column]:
         """Those that this kind of report has."""
         shown = ("", self._words.report.kind, self._words.report.unit)
-        return [column for column in layouts()[name].columns if column.only in shown]
+        columns = [Column.of(*column) for column in data()["table"][name]["columns"]]
+        return [column for column in columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
         """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
