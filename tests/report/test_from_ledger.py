@@ -24,7 +24,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.report import from_ledger, signing
-from fedtune.report.derive import profile
+from fedtune.report.derive import ledger_figures, profile
+from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError, RunError
 
@@ -80,6 +81,18 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     assert report.date == history.last_time.date().isoformat()
     assert problems(report) == []
     assert report.verdict.state == "within"
+
+
+def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books) -> None:
+    verified = verify(charged.ledger)
+    life = from_ledger.lifetime_of(verified)
+    assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
+    assert life.period_epsilon == life.epsilon
+    later = verified.history.last_time + timedelta(days=400)
+    facts = from_ledger.facts_of(LedgerRecord.of(verified), most=0, now=later)
+    after = ledger_figures.lifetime(facts)
+    assert [run.state for run in after.runs] == ["expired", "expired"]
+    assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
 
 
 def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None:
