@@ -89,4 +89,7 @@ def check_golden(name: str, report: Report) -> None:
             for key, part in sorted((changed | dict.fromkeys(gone, ABSENT)).items())
         )
         (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    assert found == read_golden(name), f"{name}: FEDTUNE_WRITE_GOLDEN=1 writes it where this is meant"
+    golden = read_golden(name)
+    both = {key: (found.get(key, ABSENT), golden.get(key, ABSENT)) for key in found.keys() | golden}
+    differ = {key: values for key, values in both.items() if values[0] != values[1]}
+    assert differ == {}, f"{name}: FEDTUNE_WRITE_GOLDEN=1 writes it where this is meant"
