@@ -50,6 +50,9 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "largest_failures",
         "triggers",
         "to_do",
+        "right_of_100_for_2",
+        "right_of_100_for_5",
+        "right_of_100_with_all_others",
     },
     "fields of what is written as JSON or taken from arguments": {
         "charged_steps",

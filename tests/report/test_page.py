@@ -283,19 +283,6 @@ def by_id(html: Element, name: str) -> Element:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "state"), [("used_up", "used_up"), ("no_run_fits", "no_run_fits"), ("ledger", "within")]
-)
-def test_a_site_reads_first_whether_its_budget_has_room(
-    name: str, state: str, rendered: Rendered, language: str
-) -> None:
-    verdict = by_id(main(rendered(name, language)), "verdict")
-    texts = catalogue(language).texts["verdict"]
-    assert verdict.attributes["class"] == f"verdict {state}"
-    (result,) = verdict.all("p", **{"class": "result"})
-    assert words_of(result) == f"{texts['kept_within']} {texts['within_ledger' if state == 'within' else state]}."
-
-
 def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Make) -> None:
     full = without_room(a_ledger_report(), left=0.0)
     assert room_of(full) == "used_up"
