@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import http.server
 import json
 import os
-import re
 import shutil
 import socket
 import ssl
@@ -26,7 +24,9 @@ import pytest
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_policy import Policy
 
 FEDERATION_TOML = f"""\
@@ -157,20 +157,18 @@ def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
     return begun
 
 
-def of_odd_version(pem: str) -> str:
-    """A certificate, or a request for one, with a version that X.509 does not have."""
-    first, *lines, last = pem.splitlines()
-    encoded = bytearray(base64.b64decode("".join(lines)))
-    version = re.search(rb"\x02\x01[\x00\x02]", encoded)
-    assert version is not None
-    encoded[version.end() - 1] = 110
-    return "\n".join((first, base64.encodebytes(encoded).decode().strip(), last, ""))
-
-
 def unpack(archive: Path, folder: Path) -> None:
     """Unzip a kit, as its README.md says."""
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)
+
+
+def charge(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
+    """Charge and commit rounds of a run, as a site's process does."""
+    for round in rounds:
+        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
+        assert isinstance(granted, Reservation)
+        ledger.commit(granted, f"{round}".encode())
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -17,13 +17,15 @@ import pytest
 
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
+
+from .conftest import charge, files_in
 
 Propose = Callable[..., Proposal]
 
@@ -34,10 +36,7 @@ def words(folder: Path) -> tuple[str, ...]:
 
 def train(folder: Path, proposal: Proposal, *rounds: int) -> Ledger:
     ledger = SiteFiles.of(folder / "site.toml").open()
-    for round in rounds:
-        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, f"{round}".encode())
+    charge(ledger, proposal, *rounds)
     return ledger
 
 
@@ -336,11 +335,7 @@ def test_a_federation_s_folder_is_backed_up_whole(federation: Path, north: Path,
     assert command("provision", "backup", str(file), "--federation", str(federation)).code == 0
     assert file.stat().st_mode & 0o777 == 0o600, "it holds the authority's key"
     assert command("provision", "restore", str(file), "--out", str(new)).code == 0
-
-    def held(folder: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    assert held(new) == held(federation)
+    assert files_in(new) == files_in(federation)
     Kit.read(new / "lead", kind="lead")
     assert command("provision", "renew-site", "north", "--federation", str(new)).code == 0
     outcome = command("provision", "restore", str(file), "--out", str(new))

@@ -40,7 +40,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
-from .conftest import Mailbox, unpack
+from .conftest import Mailbox, charge, unpack
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -99,10 +99,7 @@ class Home:
         """Charge rounds of a run that the policy allows."""
         ledger = self.open()
         proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
-        for round in range(1, rounds + 1):
-            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
-            assert not isinstance(granted, bytes)
-            ledger.commit(granted, b"reply")
+        charge(ledger, proposal, *range(1, rounds + 1))
 
     def put_back(self, change: Callable[[], None]) -> None:
         """Do something, and then put back the ledger as it was before."""

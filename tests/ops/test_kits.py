@@ -107,14 +107,6 @@ def test_a_wrong_line_in_kit_toml_is_named(kits: dict[str, Path], line: str, mes
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["lead", "site"])
-def test_a_missing_line_in_kit_toml_is_named(kits: dict[str, Path], key: str) -> None:
-    path = kits["site"] / "kit.toml"
-    path.write_text("\n".join(one for one in path.read_text().splitlines() if not one.startswith(f"{key} =")))
-    with pytest.raises(ConfigError, match=rf"{key}: is required"):
-        Kit.read(kits["site"], kind="site")
-
-
 def test_a_lead_s_kit_has_the_key_that_it_names(kits: dict[str, Path]) -> None:
     (kits["lead"] / "lead_key.pem").unlink()
     SigningKey.load_or_make(kits["lead"] / "lead_key.pem")
@@ -167,16 +159,6 @@ def test_an_expired_certificate_names_the_way_out(
         kit.check_certificate(now + timedelta(days=4000))
     with pytest.raises(ConfigError, match="set the clock"):
         kit.check_certificate(now - timedelta(days=1))
-
-
-def test_the_roster_knows_the_sites(federation: Path, joined: Callable[[str], Path]) -> None:
-    assert Roster.read(federation / "server" / "roster.json").sites == ()
-    folders = [joined(site) for site in ("north", "south")]
-    members = Roster.read(federation / "server" / "roster.json").sites
-    assert members == Roster.read(federation / "lead" / "roster.json").sites
-    for member, folder, site in zip(members, folders, ("north", "south"), strict=True):
-        assert (member.site, member.revoked, member.sizes) == (site, None, {"patients": 100})
-        assert member.site_key == SigningKey.load(folder.parent / "site_key.pem").public
 
 
 def _swap(key: str, value: Any) -> Callable[[Any], None]:

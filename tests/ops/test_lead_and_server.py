@@ -256,14 +256,3 @@ def test_a_server_whose_database_takes_nothing_is_not_ready(service: ServerServi
     service.health.update(state="stopping")
     service._works(False)
     assert service.health.snapshot()["state"] == "stopping"
-
-
-def test_a_folder_for_the_database_must_be_there(
-    service: ServerService, served: list[ServerSettings], tmp_path: Path
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for place in (tmp_path / "nowhere", file):
-        with pytest.raises(ConfigError, match=r"--data = .*: must be a folder"):
-            replace(service, data=place).run()
-    assert served == []
