@@ -14,7 +14,7 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
 from fedtune.ops.doctor.check import Check, PrivateLog, from_error, ok, skipped
-from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
+from fedtune.ops.doctor.connection_checks import STEPS, Connection
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
@@ -59,7 +59,6 @@ class _Examination:
         self._visit = visit
         self._log = PrivateLog(visit.kit / "state" / "doctor.log")
         self._read: set[str] = set()
-        self._clock_ahead_s: tuple[float, float] | None = None
 
     @property
     def policy(self) -> Policy:
@@ -92,8 +91,7 @@ class _Examination:
         yield (("certificate",), (_KIT,), lambda: [site_checks.certificate(self.kit, now)])
         yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
         yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        yield ((DNS, TCP, TLS, AUTHENTICATION), (_KIT,), self._connect)
-        yield (("clock",), (), lambda: [machine_checks.clock(self._clock_ahead_s)])
+        yield ((*STEPS, "clock"), (_KIT,), self._connect)
         yield (("disks",), (), self._disks)
         if visit.model is not None:
             model = visit.model
@@ -143,7 +141,7 @@ class _Examination:
     def _connect(self) -> Iterator[Check]:
         connection = Connection(self.kit, timeout_s=self._visit.timeout_s)
         yield from connection.checks()
-        self._clock_ahead_s = connection.clock_ahead_s
+        yield machine_checks.clock(connection.clock_ahead_s)
 
     def _disks(self) -> Iterator[Check]:
         folders, files = {"kit": self._visit.kit}, self._files_if_read
