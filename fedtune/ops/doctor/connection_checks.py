@@ -72,7 +72,11 @@ class Connection:
         try:
             context, headers = tls.client_context(), signed_headers(tls)
         except (OSError, ConfigError):
-            yield from (skipped(name, "the kit's key and certificates cannot be used") for name in STEPS)
+            why, fix = (
+                "the kit's key and certificates cannot be used",
+                "Put right what the line on the certificate names.",
+            )
+            yield from (failed(TLS, why, fix=fix) if name == TLS else skipped(name, why) for name in STEPS)
             return
         try:
             client = httpx.Client(verify=context, timeout=self._timeout_s)
@@ -115,13 +119,11 @@ class Connection:
         """The step that failed, by the last one that the client began."""
         causes = list(_causes(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
-        fix = f"Have outgoing TCP connections to {goal} allowed in your network's firewall."
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
             name = goal if self._proxy else self._host
             fix = f"Have {name} put into your network's DNS, or ask the lead whether the address is right."
-            return _failed(
-                DNS, f"{name} does not resolve ({unresolved.strerror})", fix=_PROXY_FIX if self._proxy else fix
-            )
+            found = f"{name} does not resolve ({unresolved.strerror})"
+            return _failed(DNS, found, fix=_PROXY_FIX if self._proxy else fix)
         if "start_tls.started" in self._begun:
             return self._why_not_encrypted(error, causes)
         if isinstance(error, httpx.ProxyError):
@@ -134,6 +136,7 @@ class Connection:
         if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
             fix = _PROXY_FIX if self._proxy else "Ask the lead whether the server runs, and at this port."
             return _failed(TCP, f"{goal} refuses connections", fix=fix)
+        fix = f"Have outgoing TCP connections to {goal} allowed in your network's firewall."
         if isinstance(error, httpx.TimeoutException):
             return _failed(TCP, f"{goal} gave no answer in {self._timeout_s:g} s", fix=fix)
         system = next((cause.strerror for cause in causes if isinstance(cause, OSError)), None)
