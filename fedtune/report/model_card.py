@@ -89,15 +89,26 @@ def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, by
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """The card of a finished run's model; equal runs give equal cards."""
-    front = _front_matter(record, report, form).to_yaml()
-    return f"---\n{front}\n---\n\n{_body(record, report, form)}"
-
-
-def _front_matter(record: RunRecord, report: Report, form: Form) -> ModelCardData:
-    task, model = task_named(record.config.task), record.config.model
     words = Words(report, catalogue("en"))
+    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{_body(record, words, form)}"
+
+
+def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
+    config = record.config
+    task, model, dataset = task_named(config.task), config.model, config.data.dataset
     promise = ("differential-privacy",) if words.promises else ()
-    scores = {name: after for name, (_, after) in _scores(report).items() if after is not None}
+    scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
+    results = [
+        EvalResult(
+            task_type=task.hub_name or config.task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=name,
+            metric_value=score,
+        )
+        for name, score in scores.items()
+    ]
     known: dict[str, Any] = {}
     if model.public_id is not None:
         known = {"base_model": model.public_id, "base_model_relation": form.relation}
@@ -105,25 +116,13 @@ def _front_matter(record: RunRecord, report: Report, form: Form) -> ModelCardDat
         known["pipeline_tag"] = task.hub_name
     return ModelCardData(
         library_name=form.library,
-        tags=["fedtune", "federated-learning", record.config.lora.kind, *promise],
-        datasets=[record.config.data.dataset],
+        tags=["fedtune", "federated-learning", config.lora.kind, *promise],
+        datasets=[dataset],
         metrics=sorted(scores),
-        model_name=record.config.name,
-        eval_results=[_result(record, task.hub_name, name, score) for name, score in scores.items()] or None,
+        model_name=config.name,
+        eval_results=results or None,
         **known,
         **_licence(model.licence),
-    )
-
-
-def _result(record: RunRecord, task: str, name: str, score: float) -> EvalResult:
-    dataset = record.config.data.dataset
-    return EvalResult(
-        task_type=task or record.config.task,
-        dataset_type=dataset,
-        dataset_name=dataset,
-        dataset_split="test",
-        metric_type=name,
-        metric_value=score,
     )
 
 
@@ -142,7 +141,7 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     return {name: (utility.before.get(name), after) for name, after in utility.final.items()} if utility else {}
 
 
-def _body(record: RunRecord, report: Report, form: Form) -> str:
+def _body(record: RunRecord, words: Words, form: Form) -> str:
     templates = Templates(
         loader=TEMPLATES,
         autoescape=False,
@@ -151,7 +150,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    config, made = record.config, record.result.provenance if record.result else None
+    report, config, made = words.report, record.config, record.result.provenance if record.result else None
     data, model = config.data, config.model
     template = made.template if made else None
     without_base = form.needs_base and model.path.startswith(RANDOM)
@@ -168,7 +167,7 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         simulated=not record.deployed,
         sites=report.sites,
         made=report.provenance,
-        start=_start(report),
+        start=_start(words),
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
@@ -176,19 +175,19 @@ def _body(record: RunRecord, report: Report, form: Form) -> str:
         spoken=score_words,
         kept_score=score_text(kept.score) if kept else "",
         picked=picked,
-        picked_epsilon=catalogue("en").figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
+        picked_epsilon=words.catalogue.figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
         rounds=len(utility.rounds) if utility else 0,
         labels=len(data.labels),
         scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
         loading=None if without_base else _Verbatim(form.loading.strip()),
         not_loadable=_Verbatim(_NOT_LOADABLE),
-        **_privacy(Words(report, catalogue("en"))),
+        **_privacy(words),
     )
 
 
-def _start(report: Report) -> str:
+def _start(words: Words) -> str:
     """The adapter that the run started from, and the epsilon of its own training."""
-    start = report.provenance.start_adapter
+    start, figure = words.report.provenance.start_adapter, words.catalogue.figure
     if start is None:
         return "none"
     of_run = f"SHA-256 {start.digest}" + (f", of run {start.run} on {start.dataset}" if start.run else "")
@@ -196,8 +195,7 @@ def _start(report: Report) -> str:
         return f"{of_run}; what its training spent is not known"
     if start.epsilon is None:
         return f"{of_run}; its training bounds nothing"
-    figures = catalogue("en")
-    spent = f"epsilon {figures.figure(start.epsilon, 'epsilon')} at delta {figures.figure(start.delta, 'exact')}"
+    spent = f"epsilon {figure(start.epsilon, 'epsilon')} at delta {figure(start.delta, 'exact')}"
     return f"{of_run}; its training spent {spent}, for each {start.unit}"
 
 

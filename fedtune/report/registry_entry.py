@@ -14,12 +14,14 @@ from typing import Any
 
 from fedtune.privacy.about import AboutSpec
 from fedtune.report import signing
-from fedtune.report.model import Mechanism, Report
+from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.tables import Words
 
 REGISTRY = "registry.json"
 SCHEMA_VERSION = 1
+_TOGETHER = "The sites make the noise together: each relies on others not to tell the lead what noise they added."
+_MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
 
 
 def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
@@ -73,7 +75,12 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
 def _privacy(words: Words) -> dict[str, Any]:
     """What is promised, for whom, in which model, by which mechanisms."""
     report = words.report
-    rows = dict.fromkeys(_settings(row) for site in report.sites for row in site.mechanisms)
+    keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
+    rows = dict.fromkeys(  # what a step did, at all sites and in all runs that had the same settings
+        (row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps)
+        for site in report.sites
+        for row in site.mechanisms
+    )
     return {
         "result": report.verdict.state,
         "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
@@ -84,7 +91,7 @@ def _privacy(words: Words) -> dict[str, Any]:
         "delta": report.delta,
         "sites": len(report.sites),
         "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
-        "mechanisms": [_mechanism(row) for row in rows],
+        "mechanisms": [{"name": "DP-SGD" if row[2] else "none", **dict(zip(keys, row, strict=True))} for row in rows],
     }
 
 
@@ -101,20 +108,5 @@ def to_text(report: Report, about: AboutSpec) -> str:
     return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-_TOGETHER = "The sites make the noise together: each relies on others not to tell the lead what noise they added."
-_Settings = tuple[str, float, float, float | None, int]
-_MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded", "no_noise": "setting.model_text_none"}
-
-
 def _said(words: Words, section: str, codes: Sequence[str]) -> list[str]:
     return [words.code(section, code).unescape() for code in codes]
-
-
-def _settings(row: Mechanism) -> _Settings:
-    return row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps
-
-
-def _mechanism(settings: _Settings) -> dict[str, Any]:
-    """What a step did, at all sites and in all runs that had these settings."""
-    keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
-    return {"name": "DP-SGD" if settings[2] else "none", **dict(zip(keys, settings, strict=True))}

@@ -13,7 +13,7 @@ import pytest
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, pld
 
 from fedtune.report import from_ledger, from_run
-from fedtune.report.derive import trust_statement
+from fedtune.report.derive import profile
 from fedtune.report.derive.profile import epsilon_pld
 from fedtune.report.model import Report, from_json, to_json
 from fedtune.report.page.render import render
@@ -131,9 +131,7 @@ def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_pla
 
 def test_of_lost_runs_nobody_knows_what_all_others_together_see(report: Report) -> None:
     (row,) = report.sites[0].mechanisms
-    found = trust_statement.by_trust(
-        [row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA)
-    )
+    found = profile.by_trust([row, replace(row, run="", shared=None)], lambda charged: epsilon_pld(charged, DELTA))
     assert found is not None
     assert found.with_all_others is None
 

@@ -16,7 +16,7 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Charge
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import period_of
-from fedtune.report.derive import profile, rules, trust_statement, verdicts
+from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.derive.profile import mechanism_of
 from fedtune.report.facts import (
     NOT_RECORDED,
@@ -59,7 +59,7 @@ def report_of(facts: LedgerFacts) -> Report:
         verification=facts.verification,
         releases=facts.releases,
         asserted=facts.asserted,
-        by_trust=trust_statement.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
+        by_trust=profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
     )
     reasons = [
         *verdicts.of_ledger(

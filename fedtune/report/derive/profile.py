@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from functools import lru_cache, partial
@@ -24,8 +24,10 @@ from typing import Any
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
 
+from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
+from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import Source
@@ -84,7 +86,7 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
     )
 
 
-def by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEvent, int]:
+def _by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEvent, int]:
     """The charges that a run's settings come to; of a secure sum, as if so many sites colluded.
 
     None: as many as it was charged for.
@@ -110,6 +112,32 @@ def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
         check_at_least("count", charge.count, 1)
         total[events.from_json(charge.event)] += charge.count
     return events.grouped(total)
+
+
+def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
+    """What the charges come to where so many sites tell what they added; None: as many as each run was charged for."""
+    total: Counter[DpEvent] = Counter()
+    for row in rows:
+        # Of a lost run nothing is known but its charges.
+        total.update(_by_settings(row, colluders=colluders) if row.shared else charges_of(row.charges))
+    return total
+
+
+def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
+    """What the charges of these runs come to, by who looks; None where no sum was secure.
+
+    Args:
+        rows: of one site.
+        epsilon: of charges, as the site's own figure is computed.
+    """
+    if all(row.shared is None for row in rows):
+        return None
+    lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
+    return Epsilons(
+        server_alone=epsilon(charged_against(rows, colluders=0)),
+        with_colluders=epsilon(charged_against(rows, colluders=None)),
+        with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES)),
+    )
 
 
 def claimed(spent: Figures) -> float | None:

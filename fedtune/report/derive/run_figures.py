@@ -11,7 +11,7 @@ from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.privacy import accountant
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.derive import audit_bounds, profile, rules, trust_statement, verdicts
+from fedtune.report.derive import audit_bounds, profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
 from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility
 from fedtune.runs.results import charged_epsilons
@@ -81,7 +81,7 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         releases=statement.releases if statement else tuple(_releases(facts, site)),
         asserted=statement.asserted if statement else {},
         reported=statement.reported if statement else None,
-        by_trust=trust_statement.by_trust(
+        by_trust=profile.by_trust(
             # What scores ended claims its whole plan.
             [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
             lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),

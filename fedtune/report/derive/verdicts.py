@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
+from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy.events import Spent
-from fedtune.report.derive import trust_statement
+from fedtune.report.derive import profile
 from fedtune.report.derive.profile import accountants_agree, interval_of
 from fedtune.report.facts import NOT_RECORDED, Approved, Lifetime, RunFacts, State, Verdict
 from fedtune.report.model import Report, SiteReport
@@ -96,7 +97,17 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     assert spent is not None
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
-    means = trust_statement.means(site, charged, delta=delta, fixed=were_fixed(site))
+    trust, others = site.by_trust, None
+    if trust is not None:
+        others = profile.charged_against(site.mechanisms, colluders=MOST_SITES), trust.with_all_others
+    means = profile.meaning(
+        charged,
+        epsilon=profile.claimed(spent),
+        delta=delta,
+        declared_size=site.declared_size,
+        fixed=were_fixed(site),
+        others=others,
+    )
     return replace(site, verdict=verdict, meaning=means)
 
 
