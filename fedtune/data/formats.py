@@ -210,31 +210,33 @@ def _whole(path: Path, kind: str) -> Iterator[None]:
 def _as_bytes(array: Any) -> Any:
     """The same memory with bytes for text, also within lists and structs; nothing of it is looked at."""
     import pyarrow
+
+    texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    kind = _replaced(array.type, texts | {pyarrow.string_view(): pyarrow.binary_view()})
+    return array if kind == array.type else array.view(kind)
+
+
+def _replaced(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> Any:
+    """A type with others in the place of some, also within lists and structs; `decode`: without dictionaries."""
+    import pyarrow
     from pyarrow import types
 
-    kind, buffers = array.type, array.buffers()
-    texts = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    texts[pyarrow.string_view()] = pyarrow.binary_view()
-    about = {"null_count": array.null_count, "offset": array.offset}
-    if kind in texts:
-        return pyarrow.Array.from_buffers(texts[kind], len(array), buffers, **about)
-    if types.is_list(kind) or types.is_large_list(kind):
-        values = _as_bytes(array.values)
-        made = (pyarrow.list_ if types.is_list(kind) else pyarrow.large_list)(values.type)
-        return pyarrow.Array.from_buffers(made, len(array), buffers[:2], **about, children=[values])
-    if types.is_fixed_size_list(kind):
-        values = _as_bytes(array.values)
-        made = pyarrow.list_(values.type, kind.list_size)
-        return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=[values])
+    def inner(part: Any) -> Any:
+        return _replaced(part, others, decode=decode)
+
     if types.is_dictionary(kind):
-        return pyarrow.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary), safe=False)
-    if types.is_map(kind):
-        return pyarrow.MapArray.from_arrays(array.offsets, _as_bytes(array.keys), _as_bytes(array.items))
+        values = inner(kind.value_type)
+        return values if decode else pyarrow.dictionary(kind.index_type, values, kind.ordered)
     if types.is_struct(kind):
-        parts = [_as_bytes(array.field(place)) for place in range(kind.num_fields)]
-        made = pyarrow.struct([(field.name, part.type) for field, part in zip(kind, parts, strict=True)])
-        return pyarrow.Array.from_buffers(made, len(array), buffers[:1], **about, children=parts)
-    return array
+        return pyarrow.struct([field.with_type(inner(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(inner(kind.key_type), inner(kind.item_type))
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
+        return make(kind.value_field.with_type(inner(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(inner(kind.value_type)), kind.list_size)
+    return others.get(kind, kind)
 
 
 def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
@@ -255,11 +257,16 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
 
 
 def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
+    import pyarrow
+
     one = batch.slice(place, 1)
+    views = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
     try:
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
+        kinds = [_replaced(column.type, views, decode=True) for column in one.columns]
         columns = [
-            column if column.type == (kind := _alone(column.type)) else column.cast(kind) for column in one.columns
+            column if column.type == kind else column.cast(kind)
+            for column, kind in zip(one.columns, kinds, strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {
@@ -294,27 +301,6 @@ def _named(value: Any, names: Sequence[str]) -> Any:
     if type(value) is not int or value >= len(names):
         return value
     return names[value] if value >= 0 else None if value == -1 else value
-
-
-def _alone(kind: Any) -> Any:
-    """The type that holds the same values in memory of their own, also within lists and structs."""
-    import pyarrow
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        return _alone(kind.value_type)
-    if kind == pyarrow.string_view():
-        return pyarrow.large_string()
-    if kind == pyarrow.binary_view():
-        return pyarrow.large_binary()
-    if types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_alone(field.type)) for field in kind])
-    if types.is_list(kind) or types.is_large_list(kind):
-        make = pyarrow.list_ if types.is_list(kind) else pyarrow.large_list
-        return make(kind.value_field.with_type(_alone(kind.value_type)))
-    if types.is_fixed_size_list(kind):
-        return pyarrow.list_(kind.value_field.with_type(_alone(kind.value_type)), kind.list_size)
-    return kind
 
 
 def _label_names(schema: Any) -> dict[str, Sequence[str]]:
