@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_base, load_tokenizer
 from fedtune.tasks import TASKS, TaskModel
 
 from ..builders import built
@@ -27,6 +29,36 @@ def declared(task: str) -> dict[str, Any]:
     """What a tiny model of a task declares of its answers."""
     labels = LABELS if task in TASKS and TASKS[task].has_labels else ()
     return {"labels": labels, "target_range": (0.0, 5.0) if task == "regression" else None}
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bert and its tokenizer, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("clean") / "model"
+    bert = ModelSpec(path="random:bert")
+    load_base(bert).save_pretrained(folder)
+    load_tokenizer(bert).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(clean: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(clean, tmp_path / "model")
+
+
+def same_beside_others(
+    product: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, *, threads: int, fewest: int = 2
+) -> bool:
+    """Whether each row's product has the same bits in every number of rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = product(values)
+        numbers = (fewest, 12, 31, 48, 200, len(values) - 1)
+        return all(torch.equal(product(values[1 : 1 + rows].clone()), whole[1 : 1 + rows]) for rows in numbers)
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

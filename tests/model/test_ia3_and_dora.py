@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from fedtune.model import Adapter, LoraSpec, ModelSpec, TaskModelSpec, attach_adapters, load_base
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_adapters, load_base
 from fedtune.model.ia3_and_dora import as_peft, merged
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
@@ -150,13 +150,3 @@ def test_a_transposed_module(spec: Specs) -> None:
                     parameter.copy_(torch.randn(parameter.shape) * 0.2)
         expected = outputs(model)
         assert torch.allclose(outputs(merged(model)), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_an_average_of_offsets_is_an_average_of_scales(spec: Specs) -> None:
-    models = [build_task_model(spec(lora=LoraSpec(kind="ia3"))) for _ in range(3)]
-    for value, model in zip((0.5, -0.25), models, strict=False):
-        Adapter({name: one + value for name, one in Adapter.of(model).tensors.items()}).load_into(model)
-    ones = [Adapter.of(model).tensors for model in models[:2]]
-    Adapter({name: (ones[0][name] + ones[1][name]) / 2 for name in ones[0]}).load_into(models[2])
-    first, second, mean = ([values for *_, values in as_peft(model.base)] for model in models)
-    assert all(torch.equal((a + b) / 2, c) for a, b, c in zip(first, second, mean, strict=True))

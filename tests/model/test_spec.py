@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -62,8 +60,3 @@ def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:
     assert built == LoraSpec(rank=4, target_modules=("query",), layers=(-1,))
     with pytest.raises(ValidationError, match="rang"):
         TypeAdapter(LoraSpec).validate_python({"rang": 4})
-
-
-def test_settings_import_without_torch() -> None:
-    code = "import sys, fedtune.model.spec; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer
+from fedtune.model import ModelSpec, load_tokenizer
 from fedtune.model.fits import ids_of
 from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
 from fedtune.spec import ConfigError
@@ -223,14 +223,6 @@ def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model = ModelSpec(path="random:bert")
-    load_base(model).save_pretrained(tmp_path)
-    load_tokenizer(model).save_pretrained(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def changed(folder: Path) -> Callable[..., ModelSpec]:
     def change(**parts: Any) -> ModelSpec:
         file = folder / "tokenizer.json"
@@ -238,13 +230,6 @@ def changed(folder: Path) -> Callable[..., ModelSpec]:
         return ModelSpec(path=str(folder))
 
     return change
-
-
-def test_a_hostile_file_is_refused_before_the_library_reads_it(changed: Callable[..., ModelSpec]) -> None:
-    for part in (splits("(?:|.){30}(?!)"), {"type": "FixedLength", "length": 0}):
-        with pytest.raises(ConfigError, match=r"its tokenizer\.json has") as caught:
-            load_tokenizer(changed(pre_tokenizer=part))
-        assert caught.value.key == "model.path"
 
 
 def test_padding_and_truncation_of_the_file_do_not_count(changed: Callable[..., ModelSpec]) -> None:
