@@ -48,9 +48,6 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
         ConfigError: for `model.path`.
     """
     for module in base.modules():
-        if getattr(module, "attention_type", None) == "block_sparse":
-            bound = "has attention that is sparse in long batches and full in short ones (attention_type block_sparse)"
-            raise ConfigError("model.path", path, bound)
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
             reason = rotary_refusal(kind)

@@ -71,7 +71,7 @@ _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "token
 _MOST_BYTES_ELSE = 256 << 20
 _MOST_DEPTH = 32
 _LARGEST_INTEGER = 1 << 24
-_MOST_LAYERS, _MOST_EXPERTS, _MOST_BLOCKS = 1 << 10, 1 << 10, 1 << 17
+_MOST_LAYERS = 1 << 10
 
 _LOADS_MORE = "would load files or code other than the pinned ones"
 _REDIRECTING = frozenset(
@@ -92,11 +92,10 @@ library does: patches as many as the richest example has (BLT), experts that rou
 (GPT-OSS, every mixture of experts), a scale from the largest value of the batch (Nystromformer), a state kept from one
 batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for such things first."""
 
-_IMPLEMENTATIONS = {"attn": frozenset({"eager", "sdpa"}), "experts": frozenset({"eager", "batched_mm", "grouped_mm"})}
-"""Others are fetched from a hub as compiled code ("kernels-community/..."), or need packages that sites may lack."""
+_ATTENTION = (None, "eager", "sdpa")
+"""Implementations of attention.  Others are fetched from a hub as compiled code ("kernels-community/..."), or need
+packages that sites may lack."""
 
-_TOKENIZER_REDIRECTS = frozenset({"auto_map", "fast_tokenizer_files", "init_inputs"})
-_TOKENIZER_PATHS = re.compile(r".*_files?|.*_spm|vocab|merges")
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
 """Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
 
@@ -141,24 +140,20 @@ def config_refusal(fields: Any) -> str | None:
     """Why a config is refused, as the end of a sentence about it; None for a good one."""
     if not isinstance(fields, dict):
         return "must be a JSON object"
-    largest = {"layers": 0, "experts": 0}
+    layers = 0
     for key, value in _entries(fields):
         if key in _REDIRECTING and value is not None:
             return f"has {key}, which {_LOADS_MORE}"
-        owner = re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key)
-        values = value.values() if isinstance(value, dict) else (value,)
-        if owner and not all(
-            one is None or (isinstance(one, str) and one in _IMPLEMENTATIONS[owner[1]]) for one in values
+        if re.fullmatch(r"_?attn_implementation(_internal)?", key) and not all(
+            one in _ATTENTION for one in (value.values() if isinstance(value, dict) else (value,))
         ):
             return f"has {key} = {short(value)}, which can load code; leave it out"
         if type(value) is int and abs(value) > _LARGEST_INTEGER and "theta" not in key:
             return f"has {short(key)} = {short(value)}, and nothing in a model is larger than {_LARGEST_INTEGER}"
-        for part in largest:
-            if type(value) is int and part[:-1] in key and "size" not in key and "dim" not in key:
-                largest[part] = max(largest[part], value)
-    layers, experts = largest["layers"], largest["experts"]
-    if layers > _MOST_LAYERS or experts > _MOST_EXPERTS or layers * experts > _MOST_BLOCKS:
-        return f"describes {layers} layers with {experts} experts, which is more than any model has"
+        if type(value) is int and "layer" in key and "size" not in key and "dim" not in key:
+            layers = max(layers, value)
+    if layers > _MOST_LAYERS:
+        return f"describes {layers} layers, which is more than any model has"
     return _rope_refusal(fields) or _architecture_refusal(fields) or _unknown_key_refusal(fields)
 
 
@@ -220,16 +215,10 @@ def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None
 def _tokenizer_refusal(fields: Any, name: str) -> str | None:
     if not isinstance(fields, dict):
         return "must be a JSON object"
-    may_name_own, is_map = name == "tokenizer_config.json", name == "special_tokens_map.json"
-    for key, value in fields.items():
-        if key in _TOKENIZER_REDIRECTS and value:
-            return f"has {key}, which {_LOADS_MORE}"
-        without_effect = may_name_own and key in WITHOUT_EFFECT
-        if _TOKENIZER_PATHS.fullmatch(key) and isinstance(value, str) and not without_effect:
-            return f"has {short(key)} = {short(value)}, which names another file"
-        if may_name_own and key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
+    for key, value in fields.items() if name == "tokenizer_config.json" else ():
+        if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
             return f"has {short(key)}, which is no known setting of a tokenizer; leave it out"
-    for key, value in fields.items() if is_map else ():
+    for key, value in fields.items() if name == "special_tokens_map.json" else ():
         if key not in OF_SPECIAL_TOKENS_MAP:
             return f"has {short(key)}, which is no special token"
         # One token, a list of them, or tokens by name.

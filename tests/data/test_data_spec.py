@@ -16,6 +16,8 @@ GIVEN: dict[str, Any] = {
     "declared_sizes": 100,
     "max_length": 32,
 }
+NAN, INF = float("nan"), float("inf")
+NO_RANGES = ((1.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.0, INF), (-1.7e308, 1.7e308), (0.0, 5e-324), (1e9, 1e9 + 1))
 GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
 
 
@@ -42,6 +44,14 @@ def test_pydantic_builds_it_from_plain_data() -> None:
         ({"declared_sizes": (5, 0)}, "declared_sizes = 0: must be"),
         ({"max_length": 2}, "max_length = 2: must be"),
         ({"test_rows": 0}, "test_rows = 0: must be"),
+        *(({"label_separator": mark}, "label_separator = ") for mark in ("", ", ", "[", '"')),
+        *(({"target_range": bounds}, "target_range = ") for bounds in NO_RANGES),
+        ({"test_fraction": 1.0}, "test_fraction = 1.0: must lie in [0, 1)"),
+        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must leave the sites something"),
+        ({"test_fraction": 0.5, "test_file": "t.csv"}, "test_fraction = 0.5: must be 0 where data.test_file is given"),
+        ({"unusable": "skip"}, "unusable = 'skip': must be one of stop, leave_out"),
+        ({"partition": PartitionSpec(kind="file")}, "train_file = 'train.jsonl': must have {site} in its name for"),
+        ({"train_file": "a-{site}.csv"}, "train_file = 'a-{site}.csv': must have {site} in its name for"),
         ({"heldout_fraction": 1.0}, "heldout_fraction = 1.0: must lie in [0, 1)"),
         ({"train_fraction": 0.0}, "train_fraction = 0.0: must lie in (0, 1]"),
         ({"labels": ("a", "b", "a")}, "labels = 'a': must be declared once"),

@@ -13,7 +13,7 @@ from fedtune.data import DataSpec, PartitionSpec, Record
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_records
 from fedtune.data.records import Fault
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import DataError
 
 COLUMNS = {"text": "text", "label": "kind"}
 TEXTS = [f"text {number}" for number in range(1000)]
@@ -86,30 +86,6 @@ def test_users_are_the_leads_whole(tmp_path: Path) -> None:
     users = [{record.fields["user"] for record in part} for part in parts]
     assert all(users)
     assert sum(map(len, users)) == len(set().union(*users)) == 60
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"test_fraction": 1.0}, "test_fraction = 1.0: must lie in [0, 1)"),
-        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "test_fraction = 0.5: must leave the sites something"),
-        ({"test_fraction": 0.5, "test_file": "t.csv"}, "test_fraction = 0.5: must be 0 where data.test_file is given"),
-        ({"unusable": "skip"}, "unusable = 'skip': must be one of stop, leave_out"),
-        ({"partition": PartitionSpec(kind="file")}, "must have {site} in its name for data.partition.kind = file"),
-        ({"train_file": "a-{site}.csv"}, "train_file = 'a-{site}.csv': must have {site} in its name for"),
-    ],
-)
-def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
-    file = Path(wrong.get("train_file", "all.csv"))
-    more = {key: value for key, value in wrong.items() if key != "train_file"}
-    with pytest.raises(ConfigError) as error:
-        spec(file, **more)
-    assert message in str(error.value)
-
-
-def test_files_of_sites_have_no_proportions() -> None:
-    with pytest.raises(ConfigError, match=r"proportions = \[1\.0\]: must be empty for kind \"file\""):
-        PartitionSpec(kind="file", proportions=(1.0,))
 
 
 def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunEr
 from fedtune.tasks import load_task_model
 
 from . import seeds
-from .mutations import mutated_bytes, mutated_json, mutated_toml
+from .mutations import bytes_like, json_like, mutated_bytes, mutated_json, toml_like
 from .target import Target
 
 COLUMNS = {"text": "body", "label": "kind"}
@@ -230,20 +230,7 @@ licence = "MIT"
 _JSONL = b'{"body": "a letter", "kind": "praise"}\n{"body": "another", "kind": 3, "x": [1, {"y": null}]}\n\n'
 _ARRAY = b"[" + b",\n".join(_JSONL.splitlines()) + b"]"
 _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
-_TSV = _CSV.replace(b",", b"\t")
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
-
-
-def _json(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
-    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
-
-
-def _bytes(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
-    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
-
-
-def _toml(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
-    return lambda: mutated_toml(valid()) | st.binary(max_size=64)
 
 
 def _yaml(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
@@ -256,137 +243,113 @@ def _run_file(name: str) -> Callable[[], Any]:
 
 
 TARGETS = (
-    Target(name="policy", broken=_toml(seeds.policy_toml), parse=_in_file("site.toml", read_policy), errors=_OURS),
+    Target("policy", toml_like(seeds.policy_toml), _in_file("site.toml", read_policy), _OURS),
     Target(
-        name="federation.toml",
-        broken=_toml(lambda: _FEDERATION),
-        parse=_in_file("federation.toml", lambda path: read_spec(FederationFile, path)),
-        errors=_OURS,
+        "federation.toml",
+        toml_like(lambda: _FEDERATION),
+        _in_file("federation.toml", lambda path: read_spec(FederationFile, path)),
+        _OURS,
+    ),
+    Target("kit.toml", toml_like(_kit_seed), _in_file("kit.toml", lambda path: read_spec(KitFile, path)), _OURS),
+    Target("roster", json_like(_roster_seed), _in_file("roster.json", Roster.read), _OURS),
+    Target(
+        "receipts.json",
+        json_like(lambda: _RECEIPTS),
+        _in_file("receipts.json", lambda path: ReceiptBook(path).read()),
+        _OURS,
+    ),
+    Target("a run that waits for approval", json_like(_pending_seed), _waiting, _OURS),
+    Target(
+        "answers.json",
+        json_like(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
+        _in_file("answers.json", lambda path: latest_answers(path.parent)),
+        _OURS,
     ),
     Target(
-        name="kit.toml",
-        broken=_toml(_kit_seed),
-        parse=_in_file("kit.toml", lambda path: read_spec(KitFile, path)),
-        errors=_OURS,
+        "how records were dealt out",
+        json_like(lambda: {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}),
+        _in_file(DEALT, lambda path: read_dealt_out(path, keys=("privacy.unit", "seed", "data.partition"))),
+        _OURS,
     ),
-    Target(name="roster", broken=_json(_roster_seed), parse=_in_file("roster.json", Roster.read), errors=_OURS),
+    Target("anchor", json_like(seeds.anchor), _in_file("ledger.anchor", Head.read), _OURS),
+    Target("ledger", bytes_like(seeds.ledger), _in_file("ledger.db", _ledger), _OURS),
+    Target("run.json", json_like(_run_file("run.json")), _in_run("run.json", from_run.build), _OURS, cost=5),
+    Target("config.yaml", _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read_run), _OURS, cost=5),
     Target(
-        name="receipts.json",
-        broken=_json(lambda: _RECEIPTS),
-        parse=_in_file("receipts.json", lambda path: ReceiptBook(path).read()),
-        errors=_OURS,
-    ),
-    Target(name="a run that waits for approval", broken=_json(_pending_seed), parse=_waiting, errors=_OURS),
-    Target(
-        name="answers.json",
-        broken=_json(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
-        parse=_in_file("answers.json", lambda path: latest_answers(path.parent)),
-        errors=_OURS,
-    ),
-    Target(
-        name="how records were dealt out",
-        broken=_json(lambda: {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}),
-        parse=_in_file(DEALT, lambda path: read_dealt_out(path, keys=("privacy.unit", "seed", "data.partition"))),
-        errors=_OURS,
-    ),
-    Target(name="anchor", broken=_json(seeds.anchor), parse=_in_file("ledger.anchor", Head.read), errors=_OURS),
-    Target(name="ledger", broken=_bytes(seeds.ledger), parse=_in_file("ledger.db", _ledger), errors=_OURS),
-    Target(
-        name="run.json",
-        broken=_json(_run_file("run.json")),
-        parse=_in_run("run.json", from_run.build),
-        errors=_OURS,
+        "config.yaml of a resumed run",
+        _yaml(lambda: _of_run("config.yaml")),
+        _in_run("config.yaml", saved_config),
+        _OURS,
         cost=5,
     ),
     Target(
-        name="config.yaml",
-        broken=_yaml(lambda: _of_run("config.yaml")),
-        parse=_in_run("config.yaml", read_run),
-        errors=_OURS,
+        "environment.json",
+        json_like(_run_file("environment.json")),
+        _in_run("environment.json", read_run),
+        _OURS,
         cost=5,
     ),
     Target(
-        name="config.yaml of a resumed run",
-        broken=_yaml(lambda: _of_run("config.yaml")),
-        parse=_in_run("config.yaml", saved_config),
-        errors=_OURS,
-        cost=5,
+        "retired keys",
+        json_like(lambda: {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}),
+        _in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
+        _OURS,
+    ),
+    Target("checkpoint", bytes_like(lambda: _of_run(_newest_checkpoint())), _checkpoint_data, _OURS),
+    Target(
+        "asked.jsonl",
+        bytes_like(lambda: _of_run("checkpoints/asked.jsonl")),
+        _in_run("checkpoints/asked.jsonl", _checkpoint),
+        _OURS,
+    ),
+    Target("report.json", json_like(_run_file("report.json")), _report, _OURS),
+    Target(
+        "saved adapter's settings",
+        json_like(_run_file("adapter/fedtune.json")),
+        _in_run("adapter/fedtune.json", lambda folder: load_task_model(folder / "adapter")),
+        (FedtuneError,),
     ),
     Target(
-        name="environment.json",
-        broken=_json(_run_file("environment.json")),
-        parse=_in_run("environment.json", read_run),
-        errors=_OURS,
-        cost=5,
-    ),
-    Target(
-        name="retired keys",
-        broken=_json(lambda: {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}),
-        parse=_in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
-        errors=_OURS,
-    ),
-    Target(
-        name="checkpoint", broken=_bytes(lambda: _of_run(_newest_checkpoint())), parse=_checkpoint_data, errors=_OURS
-    ),
-    Target(
-        name="asked.jsonl",
-        broken=_bytes(lambda: _of_run("checkpoints/asked.jsonl")),
-        parse=_in_run("checkpoints/asked.jsonl", _checkpoint),
-        errors=_OURS,
-    ),
-    Target(name="report.json", broken=_json(_run_file("report.json")), parse=_report, errors=_OURS),
-    Target(
-        name="saved adapter's settings",
-        broken=_json(_run_file("adapter/fedtune.json")),
-        parse=_in_run("adapter/fedtune.json", lambda folder: load_task_model(folder / "adapter")),
-        errors=(FedtuneError,),
-    ),
-    Target(
-        name="saved adapter's head",
-        broken=_bytes(lambda: _of_run("adapter/head.safetensors")),
-        parse=_in_run("adapter/head.safetensors", lambda folder: load_task_model(folder / "adapter")),
-        errors=(FedtuneError,),
+        "saved adapter's head",
+        bytes_like(lambda: _of_run("adapter/head.safetensors")),
+        _in_run("adapter/head.safetensors", lambda folder: load_task_model(folder / "adapter")),
+        (FedtuneError,),
     ),
     *(
         Target(
-            name=f"a model's {name}",
-            broken=_json(lambda fields=fields: fields),
-            parse=lambda data, name=name: check_content(name, data, folder="model"),
-            errors=(ConfigError,),
+            f"a model's {name}",
+            json_like(lambda fields=fields: fields),
+            lambda data, name=name: check_content(name, data, folder="model"),
+            (ConfigError,),
         )
         for name, fields in _OF_A_MODEL.items()
     ),
     Target(
-        name="a model's index of shards",
-        broken=_json(lambda: {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}),
-        parse=_in_file("model.safetensors.index.json", _model_of),
-        errors=(ConfigError,),
+        "a model's index of shards",
+        json_like(lambda: {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}),
+        _in_file("model.safetensors.index.json", _model_of),
+        (ConfigError,),
     ),
-    Target(name="data.jsonl", broken=_bytes(lambda: _JSONL), parse=_rows("data.jsonl"), errors=(DataError,)),
     Target(
-        name="a line of data.jsonl",
-        broken=_json(lambda: json.loads(_JSONL.splitlines()[1])),
-        parse=_rows("data.jsonl"),
-        errors=(DataError,),
+        "a line of data.jsonl", json_like(lambda: json.loads(_JSONL.splitlines()[1])), _rows("data.jsonl"), (DataError,)
     ),
-    Target(name="data.csv", broken=_bytes(lambda: _CSV), parse=_rows("data.csv"), errors=(DataError,)),
+    *(
+        Target(f"data.{kind}", bytes_like(lambda data=data: data()), _rows(f"data.{kind}"), (DataError,))
+        for kind, data in {
+            "jsonl": lambda: _JSONL,
+            "jsonl.gz": lambda: gzip.compress(_JSONL, mtime=0),
+            "json": lambda: _ARRAY,
+            "csv": lambda: _CSV,
+            "tsv": lambda: _CSV.replace(b",", b"\t"),
+            "parquet": _parquet,
+        }.items()
+    ),
     Target(
-        name="data.jsonl.gz",
-        broken=_bytes(lambda: gzip.compress(_JSONL, mtime=0)),
-        parse=_rows("data.jsonl.gz"),
-        errors=(DataError,),
+        "conversations",
+        json_like(lambda: [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]),
+        _rows("chats.json", {"messages": "chat"}),
+        (DataError,),
     ),
-    Target(name="data.json", broken=_bytes(lambda: _ARRAY), parse=_rows("data.json"), errors=(DataError,)),
-    Target(
-        name="data.tsv", broken=_bytes(lambda: _CSV.replace(b",", b"\t")), parse=_rows("data.tsv"), errors=(DataError,)
-    ),
-    Target(name="data.parquet", broken=_bytes(_parquet), parse=_rows("data.parquet"), errors=(DataError,)),
-    Target(
-        name="conversations",
-        broken=_json(lambda: [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]),
-        parse=_rows("chats.json", {"messages": "chat"}),
-        errors=(DataError,),
-    ),
-    Target(name="a saved set's values", broken=_bytes(_arrow), parse=_saved(_ARROW), errors=(DataError,)),
-    Target(name="a saved set's state.json", broken=_json(_state), parse=_saved("state.json"), errors=(DataError,)),
+    Target("a saved set's values", bytes_like(_arrow), _saved(_ARROW), (DataError,)),
+    Target("a saved set's state.json", json_like(_state), _saved("state.json"), (DataError,)),
 )

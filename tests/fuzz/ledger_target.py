@@ -78,6 +78,4 @@ def _broken() -> st.SearchStrategy[bytes]:
     return mutated_json(_events())
 
 
-TARGETS = (
-    Target(name="ledger signed anew", broken=_broken, parse=_signed_anew, errors=(ConfigError, RunError), cost=3),
-)
+TARGETS = (Target("ledger signed anew", _broken, _signed_anew, (ConfigError, RunError), cost=3),)

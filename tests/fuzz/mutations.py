@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -126,3 +126,18 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def _small() -> st.SearchStrategy[Any]:
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+
+
+def json_like(valid: Callable[[], Any]) -> Callable[[], st.SearchStrategy[bytes]]:
+    """Broken versions of JSON, which is made when it is asked for."""
+    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
+
+
+def bytes_like(valid: Callable[[], bytes]) -> Callable[[], st.SearchStrategy[bytes]]:
+    """The same of bytes."""
+    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
+
+
+def toml_like(valid: Callable[[], str]) -> Callable[[], st.SearchStrategy[bytes]]:
+    """The same of TOML."""
+    return lambda: mutated_toml(valid()) | st.binary(max_size=64)

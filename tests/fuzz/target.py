@@ -12,7 +12,7 @@ MOST_CPU_S = 30.0
 """Of one input; a hang would take longer, and the slowest honest answer takes well under a second."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Target:
     """Something that parses what comes from outside.
 

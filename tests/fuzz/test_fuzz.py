@@ -104,6 +104,6 @@ def test_a_setting_beyond_every_float_or_count_is_refused(number: int) -> None:
 
 
 def test_the_property_can_fail() -> None:
-    strict = Target(name="x", broken=TARGETS["update"].broken, parse=lambda data: data.decode(), errors=(KeyError,))
+    strict = Target("x", TARGETS["update"].broken, lambda data: data.decode(), (KeyError,))
     with pytest.raises(UnicodeDecodeError):
         fuzz(strict, examples=200, always_the_same=True)

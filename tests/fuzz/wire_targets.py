@@ -29,7 +29,7 @@ from fedtune.spec import ConfigError
 
 from ..builders import MadeSite
 from . import seeds
-from .mutations import mutated_bytes, mutated_json
+from .mutations import bytes_like, json_like, mutated_json
 from .target import Target
 
 
@@ -174,51 +174,23 @@ def _join_seed() -> Any:
     return json.loads((path.parent / "kit" / "join_request.json").read_bytes())
 
 
-def _json(valid: Any) -> Any:
-    return lambda: mutated_json(valid()) | mutated_bytes(json.dumps(valid()).encode()) | st.binary(max_size=64)
-
-
-def _bytes(valid: Any) -> Any:
-    return lambda: mutated_bytes(valid()) | st.binary(max_size=64)
-
-
 TARGETS = (
-    Target(name="request", broken=_json(seeds.request_json), parse=_request, errors=(ConfigError, Refused)),
+    Target("request", json_like(seeds.request_json), _request, (ConfigError, Refused)),
+    Target("unsigned request", json_like(seeds.request_json), _unsigned_request, (ConfigError, Refused)),
+    Target("answer", json_like(seeds.request_json), _answered, ()),
+    Target("end of run", json_like(seeds.end_json), _end, (ConfigError, Refused)),
+    Target("settings", json_like(seeds.settings), _settings, (Refused,)),
+    Target("update", bytes_like(lambda: seeds.update().to_bytes()), Update.from_bytes, (ConfigError,)),
     Target(
-        name="unsigned request",
-        broken=_json(seeds.request_json),
-        parse=_unsigned_request,
-        errors=(ConfigError, Refused),
+        "update header", lambda: mutated_json(_update_header()).map(_with_header), Update.from_bytes, (ConfigError,)
     ),
-    Target(name="answer", broken=_json(seeds.request_json), parse=_answered, errors=()),
-    Target(name="end of run", broken=_json(seeds.end_json), parse=_end, errors=(ConfigError, Refused)),
-    Target(name="settings", broken=_json(seeds.settings), parse=_settings, errors=(Refused,)),
-    Target(
-        name="update", broken=_bytes(lambda: seeds.update().to_bytes()), parse=Update.from_bytes, errors=(ConfigError,)
-    ),
-    Target(
-        name="update header",
-        broken=lambda: mutated_json(_update_header()).map(_with_header),
-        parse=Update.from_bytes,
-        errors=(ConfigError,),
-    ),
-    Target(
-        name="adapter",
-        broken=_bytes(lambda: seeds.adapter().to_bytes()),
-        parse=Adapter.from_bytes,
-        errors=(AdapterError,),
-    ),
-    Target(
-        name="adapter on the wire",
-        broken=_bytes(lambda: seeds.adapter().to_bytes()),
-        parse=_adapter,
-        errors=(ConfigError,),
-    ),
-    Target(name="reply", broken=_json(_reply_seed), parse=_reply, errors=(ConfigError,)),
-    Target(name="receipt", broken=_json(_receipt_seed), parse=_receipt, errors=(ConfigError,)),
-    Target(name="records", broken=lambda: st.binary(max_size=32), parse=_records, errors=()),
-    Target(name="gate", broken=_bytes(_gate_seed), parse=_gate, errors=()),
-    Target(name="join request", broken=_json(_join_seed), parse=_join, errors=(ConfigError,)),
+    Target("adapter", bytes_like(lambda: seeds.adapter().to_bytes()), Adapter.from_bytes, (AdapterError,)),
+    Target("adapter on the wire", bytes_like(lambda: seeds.adapter().to_bytes()), _adapter, (ConfigError,)),
+    Target("reply", json_like(_reply_seed), _reply, (ConfigError,)),
+    Target("receipt", json_like(_receipt_seed), _receipt, (ConfigError,)),
+    Target("records", lambda: st.binary(max_size=32), _records, ()),
+    Target("gate", bytes_like(_gate_seed), _gate, ()),
+    Target("join request", json_like(_join_seed), _join, (ConfigError,)),
 )
 
 

@@ -14,13 +14,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
-from transformers import AutoModel
 
-from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base, load_tokenizer
+from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base
 from fedtune.model.source import public_place
 from fedtune.spec import ConfigError
 from fedtune.tasks import build_task_model, load_task_model, save_task_model
-from fedtune.tasks.classification import Classification
 from fedtune.tasks.pooled import mean_pooled
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
@@ -129,21 +127,6 @@ def test_plain_peft_gives_the_same_logits(
         logits = scale * mean_pooled(output.last_hidden_state, batch.attention_mask) @ head.T
     near = 1e-5 if lora.kind == "dora" else 1e-6  # PEFT adds the same things in another order
     torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_plain_peft_on_plain_transformers(trained: Any, spec: Any, examples: Any, tmp_path: Path) -> None:
-    local = ModelSpec(path=str(tmp_path / "base"))
-    load_base(ModelSpec(path="random:bert")).save_pretrained(local.path)
-    load_tokenizer(ModelSpec(path="random:bert")).save_pretrained(local.path)
-    model, batch = trained(model=local), examples("classification")
-    save_task_model(model, tmp_path / "adapter")
-    base = AutoModel.from_pretrained(local.path)
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
-    hidden = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    torch.testing.assert_close(
-        mean_pooled(hidden, batch.attention_mask), Classification().embed(model, batch.input_ids, batch.attention_mask)
-    )
 
 
 @kinds

@@ -227,48 +227,6 @@ def test_final_scores_and_detail_of_an_order() -> None:
     assert detail.reliability[0].confidence == pytest.approx(first), "of the answer, which is not the likeliest class"
 
 
-@pytest.mark.parametrize(
-    ("task", "given", "message"),
-    [
-        ("regression", {"target_range": None}, "target_range = null: must be the least and the largest number"),
-        ("regression", {"labels": ("a", "b")}, r"labels = \['a', 'b'\]: must be empty for task regression"),
-        (
-            "ordinal",
-            {"target_range": (0.0, 1.0)},
-            r"target_range = \[0.0, 1.0\]: must stay null: task ordinal does not",
-        ),
-        ("ordinal", {"label_separator": "|"}, r"label_separator = '\|': must stay ;: task ordinal does not use it"),
-        ("multi_label", {"labels": ("a",)}, r"labels = \['a'\]: must declare at least two labels"),
-    ],
-)
-def test_settings_of_data_that_do_not_fit(task: str, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        task_named(task).check_data(data(task, **given))
-
-
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        (1.0, 1.0),
-        (2.0, 1.0),
-        (float("nan"), 1.0),
-        (0.0, float("inf")),
-        (-1.7e308, 1.7e308),
-        (0.0, 5e-324),
-        (1e9, 1e9 + 1),
-    ],
-)
-def test_a_range_that_is_none(bounds: tuple[float, float]) -> None:
-    with pytest.raises(ConfigError, match="target_range"):
-        data("regression", target_range=bounds)
-
-
-@pytest.mark.parametrize("separator", ["", ", ", "[", '"'])
-def test_a_separator_that_is_none(separator: str) -> None:
-    with pytest.raises(ConfigError, match="label_separator"):
-        data("multi_label", label_separator=separator)
-
-
 @pytest.mark.parametrize("head", [HeadSpec(centre=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
 def test_a_number_has_no_labels_to_start_from(head: HeadSpec) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="regression", head=head)

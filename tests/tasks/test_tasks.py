@@ -1,4 +1,4 @@
-"""What settings each task takes, and that reading them waits for no model library."""
+"""Which settings each task takes, and that reading them waits for no model library."""
 
 from __future__ import annotations
 
@@ -12,81 +12,130 @@ import pytest
 
 import fedtune
 from fedtune.data import DataSpec
+from fedtune.data.spec import PairsSpec
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TASKS, task_named
 
-GIVEN: dict[str, Any] = {
-    "dataset": "banking77",
-    "train_file": "train.jsonl",
-    "columns": {"text": "text", "label": "label"},
-    "labels": ("a", "b"),
-    "declared_sizes": 100,
-    "max_length": 32,
-}
-GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
+
+def data(*roles: str, **given: Any) -> DataSpec:
+    """Settings with a column for each role, called as it is."""
+    values = {"columns": {role: role for role in roles}, "dataset": "d", "train_file": "f", "declared_sizes": 9}
+    return DataSpec(**(values | {"max_length": 12} | given))
 
 
-def columns(*roles: str, **given: Any) -> dict[str, Any]:
-    return {"columns": {role: role for role in roles}, "labels": (), **given}
+LABELLED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
+SCORED, PAIR = ("text", "other", "target"), ("anchor", "positive")
+WHOLE = ("chosen", "rejected")
+IN_RANGE: dict[str, Any] = {"target_range": (0.0, 5.0)}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "task", "message"),
-    [
+def negatives(*texts: str) -> dict[str, Any]:
+    return {"pairs": PairsSpec(negatives=texts)}
+
+
+WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
+    "classification": [
+        (LABELLED, {"labels": ("a",)}, "labels = ['a']: must declare at least two"),
+        (("text",), {"labels": ("a", "b")}, "columns = {'text': 'text'}: must name the column for role 'label'"),
         (
-            {},
-            "riddles",
-            "task = 'riddles': must be one of classification, multi_label, ordinal, regression, causal_lm, pr",
-        ),
-        ({"labels": ("a",)}, "classification", "labels = ['a']: must declare at least two"),
-        (
-            {"columns": {"text": "t"}},
-            "classification",
-            "columns = {'text': 't'}: must name the column for role 'label'",
+            (*LABELLED, "text_pair"),
+            {"labels": ("a", "b")},
+            "columns.text_pair = 'text_pair': is no role of this run: task classification with these settings reads l",
         ),
         (
-            {"columns": {"label": "label"}},
-            "causal_lm",
-            "columns = {'label': 'label'}: must name the column for role 'pr",
+            LABELLED,
+            {"labels": ("a", "b"), "prompt_template": "{text}"},
+            "prompt_template = '{text}': must stay {prompt}",
         ),
-        (GENERATION | {"labels": ("a", "b")}, "causal_lm", "labels = ['a', 'b']: must be empty for task causal_lm"),
-        (GENERATION | {"prompt_template": "{topic}"}, "causal_lm", "columns = "),
-        (
-            {"columns": {"text": "t", "label": "l", "text_pair": "u"}},
-            "classification",
-            "columns.text_pair = 'u': is no role of this run: task classification with these settings reads label,",
-        ),
-        ({"prompt_template": "Text: {text}"}, "classification", "prompt_template = 'Text: {text}': must stay {prompt}"),
-        ({"chat_template": "plain"}, "classification", "chat_template = 'plain': must stay none"),
-        (columns("messages", "prompt", "completion"), "causal_lm", "columns = "),
-        (columns("messages", "text"), "causal_lm", "columns = "),
-        (columns("text", "prompt", "completion"), "causal_lm", "columns = "),
-        (columns("messages"), "causal_lm", "chat_template = 'none': must be model or plain for a column of messages"),
-        (columns("text", chat_template="plain"), "causal_lm", "chat_template = 'plain': must be none for a text"),
-        (columns("text", prompt_template="Say {prompt}"), "causal_lm", "prompt_template = 'Say {prompt}': must stay"),
+        (LABELLED, {"labels": ("a", "b")} | TURNS, "chat_template = 'plain': must stay none"),
     ],
-)
-def test_settings_for_another_task(wrong: dict[str, Any], task: str, message: str) -> None:
+    "multi_label": [(("text", "labels"), {"labels": ("a",)}, "labels = ['a']: must declare at least two labels")],
+    "ordinal": [
+        (
+            LABELLED,
+            {"labels": ("a", "b")} | IN_RANGE,
+            "target_range = [0.0, 5.0]: must stay null: task ordinal does not",
+        ),
+        (LABELLED, {"labels": ("a", "b"), "label_separator": "|"}, "label_separator = '|': must stay ;: task ordinal"),
+    ],
+    "regression": [
+        (("text", "target"), {}, "target_range = null: must be the least and the largest number"),
+        (("text", "target"), {"labels": ("a", "b")}, "labels = ['a', 'b']: must be empty for task regression"),
+    ],
+    "causal_lm": [
+        (("label",), {}, "columns = {'label': 'label'}: must name the column for role 'prompt'"),
+        (PROMPT, {"labels": ("a", "b")}, "labels = ['a', 'b']: must be empty for task causal_lm"),
+        (PROMPT, {"prompt_template": "{topic}"}, "columns = "),
+        (PROMPT, {"prompt_template": "{completion}"}, "prompt_template = '{completion}': must not name the answer"),
+        (("messages", *PROMPT), {}, "columns = "),
+        (("messages", "text"), {}, "columns = "),
+        (("text", *PROMPT), {}, "columns = "),
+        (("messages",), {}, "chat_template = 'none': must be model or plain for a column of messages"),
+        (("text",), TURNS, "chat_template = 'plain': must be none for a text"),
+        (("text",), {"prompt_template": "Say {prompt}"}, "prompt_template = 'Say {prompt}': must stay"),
+        (("text",), {"pairs": PairsSpec(margin=0.5)}, "pairs = "),
+    ],
+    "preference": [
+        (WHOLE, {}, "chat_template = 'none': must be model or plain for conversations"),
+        (WHOLE, TURNS | {"prompt_template": "is {prompt}"}, "prompt_template = 'is {prompt}': must stay {prompt}"),
+        (("text", *WHOLE), TURNS, "columns.text = 'text': is no role of this run"),
+        (("prompt", "messages", *WHOLE), TURNS, "columns = "),
+        *(
+            (("prompt", *WHOLE, role), {"prompt_template": f"{{prompt}} {{{role}}} ="}, "prompt_template = ")
+            for role in ("completion", *WHOLE)
+        ),
+    ],
+    "embedding": [
+        (("label",), {}, "columns = {'label': 'label'}: must name either text, other and target, or anchor and"),
+        ((*SCORED, *PAIR), IN_RANGE, "columns = "),
+        (("text", "other"), {}, "columns = {'text': 'text', 'other': 'other'}: must name the column for role 'target'"),
+        (PAIR, {}, "pairs.negatives = 'record': needs data.columns.negative, or must be a list of public texts"),
+        ((*PAIR, "negative"), negatives("a text"), "columns.negative = 'negative': is no role of this run"),
+        ((*PAIR, "negative"), IN_RANGE, "target_range = [0.0, 5.0]: must stay null"),
+        (SCORED, IN_RANGE | negatives("a text"), "pairs.negatives = ['a text']: must stay record"),
+        (SCORED, {}, "target_range = null: must be the least and the largest number"),
+    ],
+}
+CASES = [(task, *case) for task, cases in WRONG.items() for case in cases]
+
+
+@pytest.mark.parametrize(("task", "roles", "given", "message"), CASES)
+def test_settings_that_do_not_fit_the_task(
+    task: str, roles: tuple[str, ...], given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as error:
-        task_named(task).check_data(DataSpec(**GIVEN | wrong))
+        task_named(task).check_data(data(*roles, **given))
     assert str(error.value).startswith(message)
 
 
-def test_settings_that_fit_their_task() -> None:
-    task_named("classification").check_data(DataSpec(**GIVEN))
-    beside = {"text": "text", "label": "label", "user": "who", "site": "org"}
-    task_named("classification").check_data(DataSpec(**GIVEN | {"columns": beside}))
-    task_named("causal_lm").check_data(DataSpec(**GIVEN | GENERATION))
-    for given in (columns("messages", chat_template="model"), columns("text"), columns("text", "user")):
-        task_named("causal_lm").check_data(DataSpec(**GIVEN | given))
+@pytest.mark.parametrize(
+    ("task", "roles", "given"),
+    [
+        ("classification", LABELLED, {"labels": ("a", "b")}),
+        ("classification", (*LABELLED, "user", "site"), {"labels": ("a", "b")}),
+        ("causal_lm", PROMPT, {}),
+        ("causal_lm", ("messages",), {"chat_template": "model"}),
+        ("causal_lm", ("text",), {}),
+        ("causal_lm", ("text", "user"), {}),
+    ],
+)
+def test_settings_that_fit_their_task(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
+    task_named(task).check_data(data(*roles, **given))
+
+
+def test_a_task_that_there_is_not_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^task = 'riddles': must be one of classification, multi_label, ordinal, re"
+    ):
+        task_named("riddles")
 
 
 def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
     task = task_named("causal_lm")
 
     def roles(*named: str, **given: Any) -> set[str]:
-        return set(task.columns(DataSpec(**GIVEN | columns(*named, **given))))
+        return set(task.columns(data(*named, **given)))
 
     assert roles("messages", "label", chat_template="plain") == {"messages"}
     assert roles("text", "label") == {"text"}
