@@ -96,24 +96,24 @@ def test_an_adapter_that_does_not_fit_copies_nothing(trained: Any, spec: Any) ->
     assert Adapter.of(model).digest() == before.digest()
 
 
-@kinds
+LORAS = {
+    "rsLoRA": LoraSpec(rank=2, rslora=True),
+    "FFA-LoRA": LoraSpec(rank=2, layers=(-1,), train_a=False),
+    "DoRA": LoraSpec(kind="dora", rank=2, alpha=4.0, layers=(-1,)),
+    "DoRA with A frozen": LoraSpec(kind="dora", rank=2, rslora=True, train_a=False),
+    "IA3": LoraSpec(kind="ia3", rank=999),
+    "IA3 on the last layer": LoraSpec(kind="ia3", layers=(-1,)),
+}
+# Each task with one kind of adapter, and each kind with one task.
+EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", name) for name in list(LORAS)[1:]]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "lora",
-    [
-        LoraSpec(rank=2, rslora=True),
-        LoraSpec(rank=2, layers=(-1,), train_a=False),
-        LoraSpec(kind="dora", rank=2, alpha=4.0, layers=(-1,)),
-        LoraSpec(kind="dora", rank=2, rslora=True, train_a=False),
-        LoraSpec(kind="ia3"),
-        LoraSpec(kind="ia3", layers=(-1,)),
-    ],
-    ids=["rsLoRA", "FFA-LoRA", "DoRA", "DoRA with A frozen", "IA3", "IA3 on the last layer"],
-)
+@pytest.mark.parametrize(("path", "task", "name"), EACH)
 def test_plain_peft_gives_the_same_logits(
-    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, lora: LoraSpec
+    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, name: str
 ) -> None:
-    model, batch = trained(path, task, lora=lora), examples(task)
+    model, batch = trained(path, task, lora=LORAS[name]), examples(task)
     save_task_model(model, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(
         load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm"), str(tmp_path / "adapter")
@@ -125,25 +125,17 @@ def test_plain_peft_gives_the_same_logits(
         head = load_file(tmp_path / "adapter" / "head.safetensors")["weight"]
         scale = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())["head"]["scale"]
         logits = scale * mean_pooled(output.last_hidden_state, batch.attention_mask) @ head.T
-    near = 1e-5 if lora.kind == "dora" else 1e-6  # PEFT adds the same things in another order
+    near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT adds the same things in another order
     torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
 
 
-@kinds
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"lora": LoraSpec(rank=3, layers=(0,), train_a=False)},
-        {"lora": LoraSpec(kind="dora", rank=3)},
-        {"lora": LoraSpec(kind="ia3", rank=999)},
-    ],
-)
+@pytest.mark.parametrize(("path", "task", "name"), EACH)
 def test_a_saved_folder_loads_as_it_was(
-    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, changes: dict[str, Any]
+    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, name: str
 ) -> None:
-    head = HeadSpec(scale=7.0, init="zero" if task == "regression" else "label_names", train=False)
-    model = trained(path, task, head=head, **changes)
+    labels = task != "regression"
+    head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", centre=labels, train=False)
+    model = trained(path, task, head=head, lora=LORAS[name])
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")
     assert torch.equal(loaded.logits(examples(task)), model.logits(examples(task)))
