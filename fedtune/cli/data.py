@@ -133,7 +133,7 @@ def check(
     fedtune data check tickets.yaml --page check.html           also as a page
 
     Errors; records that are cut or teach nothing; duplicates, near-duplicates, and records of the test that are among
-    those trained on; labels, lengths, languages; likely personal identifiers; damaged encodings; declared sizes.
+    those trained on; labels, lengths; likely personal identifiers; damaged encodings; declared sizes.
     It shows counts and lines, and no record's text.  Nothing is dropped or changed.
     """
     config = _experiment(settings, site)

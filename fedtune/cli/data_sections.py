@@ -31,8 +31,6 @@ _MOST_LABELS = 30
 _MOST_COLUMNS = 40
 _MOST_LINES = 6
 _BAR = 40
-_LEAST_SHARE = 0.01
-"""Of a language among the records: guesses about single short texts are often wrong."""
 _FOUND: Mapping[Kind, tuple[str, str]] = {
     "cut": ("longer than max_length", "What is too long is cut: a text at its end, a prompt at its beginning."),
     "lost": ("of these, an answer is cut", "Of an answer that is cut the model never learns the end."),
@@ -183,8 +181,6 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         yield Section(title="Labels that are spelt in several ways", notes=notes)
     if file.lengths is not None:
         yield _histogram(file.lengths, max_length)
-    if file.languages:
-        yield _languages(file.languages)
 
 
 def _finding(one: Finding, usable: int) -> tuple[str, ...]:
@@ -223,19 +219,6 @@ def _histogram(found: Lengths, max_length: int) -> Section:
             f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
             f"data.max_length is {max_length:,}.",
         ),
-    )
-
-
-def _languages(languages: Mapping[str, int]) -> Section:
-    records = sum(languages.values())
-    told = {code or "too short to tell": count for code, count in languages.items()}
-    shown = {name: count for name, count in told.items() if count >= _LEAST_SHARE * records}
-    left = records - sum(shown.values())
-    return Section(
-        title="Languages",
-        headings=("language", "records", "share"),
-        rows=tuple((name, f"{count:,}", f"{count / records:.1%}") for name, count in shown.items()),
-        notes=(f"and {left:,} in others, each below {_LEAST_SHARE:.0%}: mostly wrong guesses",) if left else (),
     )
 
 

@@ -37,8 +37,6 @@ SHOWN = 20
 """Errors that are kept of a file, and lines of a finding."""
 _MOST_TOKENS = 8_192
 """Up to which lengths are told apart."""
-_LANGUAGE_RECORDS, _LANGUAGE_LETTERS, _FEW_LETTERS = 100_000, 1_000, 40
-"""Records whose language is looked at, letters of each, and letters with which a text is too short to tell."""
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 INSTALL = "pip install 'fedtune[data]'"
@@ -107,7 +105,6 @@ class FileCheck:
         labels: records of each declared label.
         spelt_otherwise: by declared label, rows whose own is undeclared and differs in case and spaces alone.
         lengths: None: no record can be used.
-        languages: records by the code of their language; empty: not looked at.
     """
 
     path: str
@@ -120,7 +117,6 @@ class FileCheck:
     labels: Mapping[str, int]
     spelt_otherwise: Mapping[str, int]
     lengths: Lengths | None
-    languages: Mapping[str, int]
 
     @property
     def left_out(self) -> LeftOut:
@@ -235,14 +231,13 @@ class _Look:
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
         self._earlier = Earlier(alike=duplicates.is_installed("datasketch"))
-        self._tells_languages = duplicates.is_installed("py3langid")
         self._units: defaultdict[str, set[object]] = defaultdict(set)  # by site: users, or numbers of records
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
         """Look at one file."""
         data, unit, form = self._data, self._config.privacy.unit, format_of(path)
         rows, faults, errors, found = 0, Faults(), list[tuple[str, str, str]](), _Findings()
-        uses, spelt_otherwise, languages = Counter[str](), Counter[str](), Counter[str]()
+        uses, spelt_otherwise = Counter[str](), Counter[str]()
         labels = Counter(dict.fromkeys(data.labels, 0))
         spellings = {spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
@@ -288,7 +283,6 @@ class _Look:
                     odd |= dict.fromkeys(("damage", what, role) for what in damage(text))
                 for kind, what, role in odd:
                     found.note(record.line, kind, what, data.columns[role])
-                self._note_language(record, languages)
         # What the rows say beside what a run reads of them.
         odd_texts = OddTexts({".csv": ",;", ".tsv": "\t"}.get(form, ""))
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
@@ -309,7 +303,6 @@ class _Look:
             labels=dict(labels),
             spelt_otherwise=dict(spelt_otherwise.most_common()),
             lengths=_lengths(np.sort(lengths)) if lengths else None,
-            languages=dict(languages.most_common()),
         )
 
     def _labels(self, record: Record) -> tuple[str, ...]:
@@ -374,20 +367,10 @@ class _Look:
                 found.note(record.line, across, other.mark[0], like=other.line)
                 break
 
-    def _note_language(self, record: Record, languages: Counter[str]) -> None:
-        if not self._tells_languages or languages.total() >= _LANGUAGE_RECORDS:
-            return
-        import py3langid
-
-        text = " ".join(text for _, text in record.texts())[:_LANGUAGE_LETTERS]
-        languages["" if sum(map(str.isalpha, text)) < _FEW_LETTERS else py3langid.classify(text)[0]] += 1
-
     def skipped(self) -> Iterator[str]:
         """Checks that were skipped, with the reason."""
         if not duplicates.is_installed("datasketch"):
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
-        if not self._tells_languages:
-            yield f"languages: py3langid is not installed ({INSTALL})"
         if self._earlier.is_full:
             yield (
                 f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond "

@@ -15,26 +15,27 @@ from fedtune.config import RunConfig
 from fedtune.data.load import deal
 from fedtune.model import load_tokenizer
 from fedtune.preparation import check_data, duplicates
-from fedtune.preparation.check_data import Checked, Finding, Kind, at_own_site, check
+from fedtune.preparation.check_data import Checked, at_own_site, check
 from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
 Tickets = Callable[..., RunConfig]
-LONG = "Dear all, the printer on the third floor has been broken since Monday and nobody came to mend it"
+LONG = "Dear all the printer on the third floor has been broken since Monday and nobody came to mend it"
 
 
-def checked(config: RunConfig) -> Checked:
+def checked(config: RunConfig, **options: Any) -> Checked:
     tokenizer = load_tokenizer(config.model)
-    return check(config, tokenizer, within=len(tokenizer))
+    return check(config, tokenizer, **({"within": len(tokenizer)} | options))
 
 
-def found(some: Checked, kind: Kind, *, file: int = 0) -> list[Finding]:
-    return [one for one in some.files[file].findings if one.kind == kind]
-
-
-def lines(some: Checked, kind: Kind, *, file: int = 0) -> list[tuple[int, int | None]]:
-    return [line for one in found(some, kind, file=file) for line in one.lines]
+def summary(some: Checked, file: int = 0) -> list[str]:
+    """Of each finding its kind, what, column, and lines, with those of the earlier records that they are like."""
+    found = []
+    for one in some.files[file].findings:
+        lines = (str(line) if like is None else f"{line}={like}" for line, like in one.lines)
+        found.append(" ".join(filter(None, (one.kind, one.what, one.column, *lines))))
+    return found
 
 
 def chats(folder: Path, *conversations: list[tuple[str, str]], overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -70,7 +71,7 @@ def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path)
     (tmp_path / "one_line.json").write_text(json.dumps(rows))
     config = tickets("a,sales")
     some = checked(replace(config, data=replace(config.data, train_file=str(tmp_path / "one_line.json"))))
-    assert (some.files[0].places, lines(some, "same")) == ("rows", [(4, 1)])
+    assert (some.files[0].places, summary(some)) == ("rows", ["same 4=1"])
     assert some.files[0].errors[0][0].startswith("row 2 (")
 
 
@@ -80,41 +81,45 @@ def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
         checked(replace(config, data=replace(config.data, train_file="gone.csv")))
 
 
-def test_duplicates_and_other_labels(tickets: Tickets) -> None:
-    some = checked(
-        tickets(f"{LONG},sales".replace("Dear all,", "Dear all"), "short,sales", "short,billing", "short,sales")
-    )
-    assert lines(some, "same") == [(5, 3)]
-    assert lines(some, "contradiction") == [(4, 3)]
-    assert lines(some, "alike") == []
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ((f"{LONG},sales", "short,sales", "short,billing", "short,sales"), []),
+        ((f"{LONG},sales", f"{LONG} now,sales"), []),
+        ((*["word,sales"] * 2, f"{'word ' * 40},sales"), []),
+        (("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"), []),
+        (('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing"), []),
+    ],
+)
+def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], expected: list[str]) -> None:
+    assert summary(checked(tickets(*rows, overrides=("data.max_length=110",)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "expected"),
+    [
+        ("yes " * 100, {}, []),
+        ("yes", {"within": 1}, []),  # a model with fewer tokens than its tokenizer
+        ("my card is 4111111111111111", {}, []),
+    ],
+)
+def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]) -> None:
+    config = chats(tmp_path, [("user", "hi"), ("assistant", answer)], overrides=("data.max_length=60",))
+    assert summary(checked(config, **options)) == expected
 
 
 def test_records_of_the_test_that_are_trained_on(tickets: Tickets, tmp_path: Path) -> None:
-    text = LONG.replace(",", "")
-    (tmp_path / "test.csv").write_text(f"body,team\n{text} now,sales\nother,sales\nknown,billing\n")
-    some = checked(tickets(f"{text},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
-    assert lines(some, "overlap", file=1) == [(4, 3)]
-    assert lines(some, "near_overlap", file=1) == [(2, 2)]
-    assert [one.what for one in found(some, "overlap", file=1)] == ["train"]
-    assert found(some, "same", file=1) == []
+    (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
+    some = checked(tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
+    assert summary(some, file=1) == []
 
 
-def test_lengths_and_what_is_cut(tickets: Tickets) -> None:
-    (file,) = (
-        some := checked(tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",)))
-    ).files
-    assert lines(some, "cut") == [(11, None)]
+def test_lengths_before_any_is_cut(tickets: Tickets) -> None:
+    (file,) = checked(tickets(*["word,sales"] * 9, f"{'word ' * 40},sales", overrides=("data.max_length=8",))).files
     assert file.lengths is not None
     assert file.lengths.longest > 40
     assert [count for *_, count in file.lengths.bins if count] == [9, 1]
     assert file.lengths.median == file.lengths.most_of_them < 10
-
-
-def test_answers_that_lose_tokens(tmp_path: Path) -> None:
-    short = [("user", "hi"), ("assistant", "yes")]
-    long = [("user", "hi"), ("assistant", "yes " * 100)]
-    some = checked(chats(tmp_path, short, long, overrides=("data.max_length=40",)))
-    assert (lines(some, "cut"), lines(some, "lost"), lines(some, "unlearnt")) == ([(2, None)], [(2, None)], [])
 
 
 def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
@@ -142,36 +147,11 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
     ((key, what, bound),) = some.files[0].errors
     assert (key.endswith(":3, target"), what) == (True, "outside the range")
     assert bound == "must lie in data.target_range: 0 to 5"
-    (one,) = found(some, "shared")
-    assert (one.count, one.what, one.lines) == (1, "(one is in 2)", ((5, 1),))
-    assert not found(some, "unlearnt")
+    assert summary(some) == ["shared (one is in 2) 5=1"]
     with (tmp_path / "pairs.jsonl").open("a") as stream:
         stream.write("\n" + lined[0] + "\n" + json.dumps({"a": "a house", "b": "a hut", "s": 5}))
     again = checked(config)
-    assert lines(again, "same") == [(6, 1)]
-    assert lines(again, "contradiction") == [(7, 4)], "the same texts with another score"
-
-
-def test_records_that_teach_nothing(tmp_path: Path) -> None:
-    config = chats(tmp_path, [("user", "hi"), ("assistant", "yes")])
-    some = check(config, load_tokenizer(config.model), within=1)  # a model with fewer tokens than the tokenizer's
-    assert lines(some, "unlearnt") == [(1, None)]
-
-
-def test_identifiers_and_damage_by_column(tickets: Tickets, tmp_path: Path) -> None:
-    some = checked(tickets("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"))
-    assert [(one.what, one.column, one.count, one.lines) for one in found(some, "personal")] == [
-        ("e-mail", "body", 1, ((2, None),))
-    ]
-    assert [(one.column, one.lines) for one in found(some, "damage")] == [("body", ((3, None),))]
-    of_chats = checked(chats(tmp_path, [("user", "my card is 4111111111111111"), ("assistant", "thanks")]))
-    assert [(one.what, one.column) for one in found(of_chats, "personal")] == [("card number", "messages")]
-
-
-def test_languages(tickets: Tickets) -> None:
-    german = "Sehr geehrte Damen und Herren ich möchte meine Rechnung erst im nächsten Monat bezahlen"
-    (file,) = checked(tickets(f"{german},sales", f"{LONG.replace(',', '')},sales", "kurz,sales")).files
-    assert file.languages == {"de": 1, "en": 1, "": 1}
+    assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"
 
 
 def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
@@ -239,10 +219,10 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "is_installed", lambda library: False)
     some = checked(tickets("same,sales", "same,sales"))
-    assert [one.partition(":")[0] for one in some.skipped] == ["near-duplicates", "languages"]
-    assert all(check_data.INSTALL in one for one in some.skipped)
-    assert len(lines(some, "same")) == 1
-    assert some.files[0].languages == {}
+    (skipped,) = some.skipped
+    assert skipped.startswith("near-duplicates: ")
+    assert check_data.INSTALL in skipped
+    assert summary(some) == ["same 3=2"]
 
 
 def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:
@@ -270,13 +250,3 @@ def test_reasons_and_spellings_are_counted_and_uses_have_an_order(tickets: Ticke
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
     assert str(file.left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
     assert not file.left_out.is_much
-
-
-def test_marks_and_rows_within_a_cell_are_found(tickets: Tickets, tmp_path: Path) -> None:
-    config = tickets('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing")
-    marks, rows = (
-        [one for one in found(checked(config), "damage") if one.what == what]
-        for what in ("marks of a chat template", "what looks like rows in a cell")
-    )
-    assert [(one.column, one.count) for one in marks] == [("body", 1)]
-    assert [(one.column, one.lines) for one in rows] == [("body", ((2, None),))]
