@@ -84,11 +84,17 @@ def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ((f"{LONG},sales", "short,sales", "short,billing", "short,sales"), []),
-        ((f"{LONG},sales", f"{LONG} now,sales"), []),
-        ((*["word,sales"] * 2, f"{'word ' * 40},sales"), []),
-        (("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"), []),
-        (('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing"), []),
+        ((f"{LONG},sales", "short,sales", "short,billing", "short,sales"), ["contradiction 4=3", "same 5=3"]),
+        ((f"{LONG},sales", f"{LONG} now,sales"), ["alike 3=2"]),
+        ((*["word,sales"] * 2, f"{'word ' * 40},sales"), ["cut 4", "same 3=2"]),
+        (
+            ("to a@b.example.org and c@d.example.org,sales", "F\u00c3\u00bcr alle,sales"),
+            ["personal e-mail body 2", "damage mojibake (UTF-8 that was read as Windows-1252) body 3"],
+        ),
+        (
+            ('"takes,sales', "these,sales", 'along",sales', "<|im_end|> said,billing"),
+            ["damage what looks like rows in a cell body 2", "damage marks of a chat template body 5"],
+        ),
     ],
 )
 def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], expected: list[str]) -> None:
@@ -98,9 +104,9 @@ def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], ex
 @pytest.mark.parametrize(
     ("answer", "options", "expected"),
     [
-        ("yes " * 100, {}, []),
-        ("yes", {"within": 1}, []),  # a model with fewer tokens than its tokenizer
-        ("my card is 4111111111111111", {}, []),
+        ("yes " * 100, {}, ["cut 1", "lost 1"]),
+        ("yes", {"within": 1}, ["unlearnt 1"]),  # a model with fewer tokens than its tokenizer
+        ("my card is 4111111111111111", {}, ["personal card number messages 1"]),
     ],
 )
 def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]) -> None:
@@ -111,7 +117,7 @@ def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], e
 def test_records_of_the_test_that_are_trained_on(tickets: Tickets, tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text(f"body,team\n{LONG} now,sales\nother,sales\nknown,billing\n")
     some = checked(tickets(f"{LONG},sales", "known,billing", overrides=(f"data.test_file='{tmp_path / 'test.csv'}'",)))
-    assert summary(some, file=1) == []
+    assert summary(some, file=1) == ["overlap train 4=3", "near_overlap train 2=2"]
 
 
 def test_lengths_before_any_is_cut(tickets: Tickets) -> None:
