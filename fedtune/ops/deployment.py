@@ -21,6 +21,7 @@ from fedtune.flower import flower_records
 from fedtune.flower.averaging import Average
 from fedtune.flower.federation_run import FederationRun, Listener
 from fedtune.flower.grid_transport import GridTransport
+from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
@@ -37,20 +38,6 @@ _ASK_AGAIN_S = 5.0
 """How soon to ask a site again that waits for a person there."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnownSite:
-    """A site in the lead's roster.
-
-    Attributes:
-        node_key: PEM of its connection key's public half.
-        site_key: public key under which it signs receipts.
-    """
-
-    name: str
-    node_key: bytes
-    site_key: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class LeadConnection:
     """How a lead reaches its sites.
@@ -58,20 +45,20 @@ class LeadConnection:
     Attributes:
         server: host:port.
         key: signs requests and calls.
-        sites: those that take part, in the order of the run's `federation.site_names`.
+        sites: those of its roster that take part, in the order of the run's `federation.site_names`.
         has_new_certificate: asked again and again whether the files of `tls` have another one than before.
     """
 
     server: str
     tls: Tls
     key: SigningKey
-    sites: Sequence[KnownSite]
+    sites: Sequence[Member]
     has_new_certificate: Callable[[], bool] = lambda: False
 
     @property
     def nodes(self) -> dict[int, str]:
         """Number in the grid -> site."""
-        return {number: site.name for number, site in enumerate(self.sites, 1)}
+        return {number: member.site for number, member in enumerate(self.sites, 1)}
 
 
 class DeployedListener(Listener, Protocol):
@@ -143,14 +130,14 @@ def end_deployed(run: str, federation: FederationSpec, *, connection: LeadConnec
     """
     notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
     with _grid(connection, federation) as grid:
-        questions = [Question(site=site.name, signed=notice) for site in connection.sites]
+        questions = [Question(site=member.site, signed=notice) for member in connection.sites]
         return [site for site, _ in GridTransport(grid, connection.nodes).end(questions, timeout_s=timeout_s)]
 
 
 def online_sites(federation: FederationSpec, *, connection: LeadConnection) -> list[str]:
     """The sites that have a line to the server now."""
     with _grid(connection, federation) as grid:
-        return [connection.sites[number - 1].name for number in grid.online()]
+        return [connection.sites[number - 1].site for number in grid.online()]
 
 
 def _invited(config: RunConfig, connection: LeadConnection) -> Invited:
@@ -161,7 +148,7 @@ def _invited(config: RunConfig, connection: LeadConnection) -> Invited:
         key=connection.key,
         federation=config.federation,
         settings=json.dumps(sent.to_json()),
-        site_keys={site.name: site.site_key for site in connection.sites},
+        site_keys={member.site: member.site_key for member in connection.sites},
     )
 
 
@@ -176,12 +163,12 @@ class _Ears:
         most_rounds: that a site may be charged for.
     """
 
-    def __init__(self, sites: Sequence[KnownSite], listener: DeployedListener | None, *, most_rounds: int) -> None:
+    def __init__(self, sites: Sequence[Member], listener: DeployedListener | None, *, most_rounds: int) -> None:
         self._sites, self._listener, self._most_rounds = sites, listener, most_rounds
         self._said: dict[str, str] = {}
 
     def __call__(self, number: int, question: Message, answer: Message) -> Heard:
-        kind, site = question.metadata.message_type, self._sites[number - 1]
+        kind, member = question.metadata.message_type, self._sites[number - 1]
         if kind == f"query.{flower_records.END}":
             return Heard(good=True)  # no more than a receipt was asked for
         if kind == f"query.{flower_records.SUM}":
@@ -190,14 +177,16 @@ class _Ears:
             reply = flower_records.to_reply(answer.content)
         except ConfigError:  # nonsense, which counts as none
             return Heard(good=False)
-        signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == site.site_key
+        signed = reply.is_signed() and reply.receipt is not None and reply.receipt.site_key == member.site_key
         refused = reply.body.reason if isinstance(reply.body, Refusal) else None
         waiting = refused is not None and refused.is_waiting
-        self._tell(site.name, reply, num_bytes=flower_records.num_bytes(answer.content), signed=signed, waiting=waiting)
+        self._tell(
+            member.site, reply, num_bytes=flower_records.num_bytes(answer.content), signed=signed, waiting=waiting
+        )
         # Before a run begins, and nobody is charged yet, people are waited for; in a round they are not.
         invited = kind == f"query.{flower_records.INVITE}"
         idle = waiting and not (invited and refused is Reason.AWAITING_APPROVAL)
-        good = signed and _answers(question, reply, site=site.name)
+        good = signed and _answers(question, reply, site=member.site)
         return Heard(good=good, again_s=_ASK_AGAIN_S if waiting else None, idle=idle)
 
     def _tell(self, site: str, reply: Reply, *, num_bytes: int, signed: bool, waiting: bool) -> None:
@@ -227,7 +216,7 @@ def _grid(
     return RemoteGrid(
         connection.server,
         connection.tls,
-        sites={site.name: site.node_key for site in connection.sites},
+        sites={member.site: member.node_key for member in connection.sites},
         key=connection.key,
         hear=_Ears(connection.sites, listener, most_rounds=most_rounds),
         closing=lambda: Closing(spec),

@@ -21,7 +21,7 @@ from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
-from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, KnownSite, _Ears, run_deployed
+from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, _Ears, run_deployed
 from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -53,7 +53,7 @@ class Line:
     def __init__(self, ledger: Ledger, key: str, proposal: Proposal, lead: SigningKey, adapter: Adapter) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
         self.ledger, self.adapter, self.heard = ledger, adapter, Heard()
-        self.sites = [KnownSite(name=name, node_key=b"", site_key=key) for name in ("north", "south")]
+        self.sites = [SimpleNamespace(site=name, node_key=b"", site_key=key) for name in ("north", "south")]
         listener: Any = self.heard
         self.ears = _Ears(self.sites, listener, most_rounds=4)
         self._lead, self._proposal = lead, proposal
@@ -69,7 +69,7 @@ class Line:
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
         """What the ears make of a reply."""
         answer = Message(flower_records.from_reply(reply), 1, kind)
-        return self.ears(number, self.question(self.sites[number - 1].name, kind), answer)
+        return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
     def signed(self, body: Update | Refusal | Offer) -> Reply:
         return Reply(body=body, receipt=self.ledger.receipt("r", reply=digest_of(body)))
@@ -120,7 +120,7 @@ def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
     elif what == "another answer's":
         reply = replace(line.signed(line.update(round=2)), body=body)
     elif what == "another key's":
-        line.sites[0] = replace(line.sites[0], site_key=stranger_key.public)
+        line.sites[0].site_key = stranger_key.public
         reply = line.signed(body)
     else:
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
@@ -204,7 +204,7 @@ def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
 ) -> None:
     weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))
-    sites = [KnownSite(name=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
+    sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
     asked: list[str] = []
 
     class Grid:

@@ -111,7 +111,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
     connection = LeadService(kit=three)._connection(config.federation)
-    assert [site.name for site in connection.sites] == ["west", "north"]
+    assert [site.site for site in connection.sites] == ["west", "north"]
     of_north = connection.sites[1]
     assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert of_north.node_key == members(three, ("north",))[0].node_key

@@ -141,17 +141,14 @@ class LeadService:
         return found[0]
 
     def _connection(self, federation: FederationSpec) -> LeadConnection:
-        from fedtune.ops.deployment import KnownSite, LeadConnection
+        from fedtune.ops.deployment import LeadConnection
 
         certificate = KitCertificate(self.kit)
         return LeadConnection(
             server=self.kit.server,
             tls=self.kit.tls(),
             key=SigningKey.load(self.kit.lead_key),
-            sites=[
-                KnownSite(name=member.site, node_key=member.node_key, site_key=member.site_key)
-                for member in members(self.kit, federation.active)
-            ],
+            sites=members(self.kit, federation.active),
             has_new_certificate=certificate.is_new,
         )
 
