@@ -261,7 +261,7 @@ def posing(folder: Path, site: str, *, by: str, **changes: Any) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("made", "says"),
+    ("released", "says"),
     [
         (lambda folder: from_run.build(folder / "first"), "must be a site's report of its own ledger"),
         (lambda folder: replace(signed_report(folder, "site-1"), signature=None), "it is not signed"),
@@ -276,8 +276,8 @@ def posing(folder: Path, site: str, *, by: str, **changes: Any) -> Report:
         ),
     ],
 )
-def test_what_is_not_a_sites_own_word_is_refused(made: Callable[[Path], Report], says: str, folder: Path) -> None:
-    assert says in refused(folder, made(folder))
+def test_what_is_not_a_sites_own_word_is_refused(released: Callable[[Path], Report], says: str, folder: Path) -> None:
+    assert says in refused(folder, released(folder))
 
 
 def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
