@@ -18,9 +18,9 @@ from fedtune.spec import ConfigError, RunError, StuckError, shown
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState
-    from fedtune.flower.federation_run import Listener
     from fedtune.privacy.proposal import Proposal
     from fedtune.report.run_page import UnfinishedReport
+    from fedtune.runs.federation_run import Listener
     from fedtune.runs.results import RunResult
     from fedtune.sites.shared_model import SharedModel
     from fedtune.tracking import Tracked

@@ -12,7 +12,6 @@ from fedtune.audit.record_attack import RecordAttack
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
 from fedtune.federation.lead import LeadState
-from fedtune.flower.federation_run import Listener
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
 from fedtune.privacy.policy_file import write_policy
@@ -20,6 +19,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
 from fedtune.report.one_run import best_possible, epsilon_lower_bound
+from fedtune.runs.federation_run import Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import POLICY, Participants, generated_policy

@@ -33,8 +33,8 @@ def evaluate(
     Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
-    from fedtune.runs.data_warnings import is_training_file
     from fedtune.runs.saved_model import beside_base
+    from fedtune.sites.data_warnings import is_training_file
 
     with columns_by_option():
         found = beside_base(config, adapter, data)

@@ -17,12 +17,12 @@ from fedtune.federation.invitation import Invited
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
 from fedtune.flower.client import make_client_app
-from fedtune.flower.federation_run import Engine, FederationRun, Listener
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import identify, set_metadata
 from fedtune.flower.ray_engine import on_ray
-from fedtune.runs.data_warnings import site_notes
+from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
+from fedtune.sites.data_warnings import site_notes
 from fedtune.sites.session import Session
 from fedtune.sites.virtual_site import Participants
 

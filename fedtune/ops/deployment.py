@@ -19,13 +19,13 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
 from fedtune.flower.averaging import Average
-from fedtune.flower.federation_run import FederationRun, Listener
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
+from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel

@@ -8,14 +8,15 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.codec import decode, parse_json
 from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, spec
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, spec
 from fedtune.tasks import task_named
 from fedtune.version import __version__
 
@@ -82,11 +83,10 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
     if not path.exists():
         return ()
     try:
-        fields = json.loads(path.read_bytes())
-        if fields["schema_version"] != RUN_SCHEMA:
-            raise ValueError("schema_version")
-        return tuple(Environment(**each) for each in fields["environments"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
+        check_schema("schema_version", fields["schema_version"], RUN_SCHEMA, of="run folder")
+        return tuple(decode(Environment, each) for each in fields["environments"])
+    except (ConfigError, TypeError, KeyError) as error:
         raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
 
 
@@ -121,39 +121,24 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _here(shared: SharedModel) -> Environment:
-    trains = shared.config.runtime.kind != "deployment"
+    from fedtune.model import model_sha256
+
+    config, device = shared.config, str(shared.device.type)
+    if device == "cuda":
+        import torch
+
+        device = f"cuda, {torch.cuda.get_device_name(shared.device)}"
+    trains = config.runtime.kind != "deployment"
     return Environment(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         fedtune_version=__version__,
         python=platform.python_version(),
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        device=_device(shared),
-        libraries={name: number for name in _LIBRARIES if (number := _version(name))},
-        model_sha256=_weights(shared.config),
+        device=device,
+        libraries={name: version(name) for name in _LIBRARIES},  # fedtune needs all of them
+        model_sha256=config.model.sha256 or model_sha256(config.model),  # a pinned hash was checked at loading
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
         sampling="poisson" if trains else None,
-        randomness=("seeded" if shared.config.runtime.seeded_noise else "operating_system") if trains else None,
+        randomness=("seeded" if config.runtime.seeded_noise else "operating_system") if trains else None,
     )
-
-
-def _device(shared: SharedModel) -> str:
-    if shared.device.type != "cuda":
-        return str(shared.device.type)
-    import torch
-
-    return f"cuda, {torch.cuda.get_device_name(shared.device)}"
-
-
-def _weights(config: RunConfig) -> str:
-    """A pinned hash was checked when the model was loaded."""
-    from fedtune.model import model_sha256
-
-    return config.model.sha256 or model_sha256(config.model)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -12,17 +12,14 @@ import numpy.typing as npt
 
 from fedtune.config import RunConfig
 from fedtune.data import Record, users_of
-from fedtune.data.load import split_key
-from fedtune.data.partition import assign_site
-from fedtune.data.records import NO_VALUE, column_values
+from fedtune.data.records import column_values
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Scores, drawn
 from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
-from fedtune.evaluation.spec import no_test_records
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.runs.saved_model import BASE, SavedModel
-from fedtune.sites.run_records import LeadRecords, RunRecords
+from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
@@ -146,17 +143,28 @@ def side_by_side(
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
-    for names in _sharing_a_model(runs):
+    # Runs that differ in their adapter's values alone share a model.
+    together: dict[Hashable, list[str]] = {}
+    for name, run in runs.items():
+        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
+    for names in together.values():
         config = runs[names[0]].config
-        own = _read(config, file) if records is None else None  # before the model, whose loading takes longer
+        own = (
+            LeadRecords.to_score(config, file) if records is None else None
+        )  # before the model, whose loading takes longer
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
-        data = _lenient(records or (), saved) if own is None else LeadData.of(own, config, saved.tokenizer)
+        if own is not None:
+            data = LeadData.of(own, config, saved.tokenizer)
+        else:
+            task, within, rows = saved.model.task, saved.model.num_ids, list(records or ())
+            data = LeadData(rows, task.tokenise(rows, saved.tokenizer, data=config.data, lenient_within=within))
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
             where, bound = str(runs[names[0]].folder), "must be tested on the first run's records: its settings choose"
             raise ConfigError("run folder", where, f"{bound} others for the test; give both a file by --data")
         of_these = saved.measured(data)
-        base = _base_of(config)
+        # An adapter that changes nothing yet has no part in the model before training.
+        base = replace(config.task_model(), lora=LoraSpec(), seed=0), _reading(config)
         if base not in bases:
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
             found[bases[base]] = of_these[BASE]
@@ -171,23 +179,10 @@ def side_by_side(
     )
 
 
-def _sharing_a_model(runs: Mapping[str, Finished]) -> list[list[str]]:
-    """The runs' names; those that differ in their adapter's values alone stand together."""
-    together: dict[Hashable, list[str]] = {}
-    for name, run in runs.items():
-        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
-    return list(together.values())
-
-
 def _reading(config: RunConfig) -> Hashable:
     """What makes the model's input of a record, beside the model."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
-
-
-def _base_of(config: RunConfig) -> Hashable:
-    """What the model before training is: an adapter that changes nothing yet has no part in it."""
-    return replace(config.task_model(), lora=LoraSpec(), seed=0), _reading(config)
 
 
 def _require_comparable(run: Finished, first: RunConfig) -> None:
@@ -207,21 +202,6 @@ def _require_comparable(run: Finished, first: RunConfig) -> None:
         raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
 
 
-def _read(config: RunConfig, file: str | None) -> LeadRecords:
-    """The records to score: of a file, or those that the run keeps for its test."""
-    if file is not None:
-        return LeadRecords.read(file, config, key="--data")
-    if (own := RunRecords(config).test) is None:
-        raise no_test_records()
-    return own
-
-
-def _lenient(records: Sequence[Record], saved: SavedModel) -> LeadData:
-    task, within = saved.model.task, saved.model.num_ids
-    examples = task.tokenise(records, saved.tokenizer, data=saved.config.data, lenient_within=within)
-    return LeadData(list(records), examples)
-
-
 def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.int64]] | None:
     """For each user the places of its records, where the run protects users and the records' file names them."""
     if config.privacy.unit != "user":
@@ -231,28 +211,3 @@ def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.
     except DataError:
         return None
     return users_of([Record({"user": user}) for user in users])
-
-
-def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
-    """The simulated site that each test record would be at, dealt out as the training records were.
-
-    None where that says nothing of a record: sites whose records are alike, or have files of their own.
-
-    Raises:
-        DataError: the records' file lacks the column that the partition goes by.
-    """
-    partition, names = config.data.partition, config.federation.names
-    match partition.kind:
-        case "column":
-            values = column_values(records, config.data.columns["site"], key="data.columns.site")
-            known = {value: names[site] for value, site in partition.sites.items()}
-            return [known.get(value, NO_VALUE) for value in values]
-        case "dirichlet":
-            labels = column_values(records, config.data.columns["label"], key="data.columns.label")
-            key = split_key(config.seed)
-            labelled = (
-                Record({**record.fields, "label": label}) for record, label in zip(records, labels, strict=True)
-            )
-            deal = partial(assign_site, spec=partition, num_sites=len(names), key=key)
-            return [names[deal(record)] for record in labelled]
-    return None

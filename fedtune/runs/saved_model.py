@@ -156,7 +156,7 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     Raises:
         ConfigError: the adapter or the file cannot be used.
     """
-    own, unit = _read(config, file)  # before the model, whose loading takes longer
+    own, unit = LeadRecords.with_users(config, file)  # before the model, whose loading takes longer
     saved = SavedModel(config, {"tuned": adapter})
     data = LeadData.of(own, config, saved.tokenizer)
     measured, model = saved.measured(data), saved.model
@@ -174,17 +174,6 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
         scores=scores,
         detail=tuned.detail(model),
     )
-
-
-def _read(config: RunConfig, file: str) -> tuple[LeadRecords, Unit]:
-    """The records, with users where the run's unit is the user and the file names them."""
-    if config.privacy.unit == "user":
-        try:
-            return LeadRecords.read(file, config, key="--data", unit="user"), "user"
-        except DataError as error:
-            if error.value != "absent":
-                raise
-    return LeadRecords.read(file, config, key="--data"), "record"
 
 
 def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:

@@ -426,7 +426,8 @@ def score_side_by_side(
     `finished` has the settings to score each of them by, and the folder of its adapter.  Scored is the file `data`, or
     the first run's test records, or a site's own `records`; by groups of a column of at least `smallest` units.
     """
-    from fedtune.runs.model_comparison import Finished, side_by_side, sites_of
+    from fedtune.runs.model_comparison import Finished, side_by_side
+    from fedtune.sites.run_records import sites_of
 
     means = {}
     for suffix in ("", NO_PRIVACY):

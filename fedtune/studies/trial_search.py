@@ -288,7 +288,7 @@ def _check_searchable(asked: RunConfig) -> None:
     if asked.may_be_fitted:
         bound = "must be stop in a search, whose price is fixed before the first trial"
         raise ConfigError("federation.if_over_budget", asked.federation.if_over_budget, bound)
-    from fedtune.runs.data_warnings import check_decides
+    from fedtune.sites.data_warnings import check_decides
 
     check_decides(asked)
 

@@ -131,7 +131,7 @@ class Trial:
     @property
     def score(self) -> float | None:
         """The validation score of a run that is finished and did not diverge; None where its scores may not decide."""
-        from fedtune.runs.data_warnings import may_decide
+        from fedtune.sites.data_warnings import may_decide
 
         usable = self.state == "finished" and may_decide(self.config)
         return self.validation.get(self.config.judged_by) if usable else None

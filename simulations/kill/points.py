@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import fedtune.federation.lead as lead
-import fedtune.flower.federation_run as federation_run
 import fedtune.privacy.durable as durable
 import fedtune.privacy.keys as keys
 import fedtune.privacy.ledger.site_ledger as ledger
 import fedtune.privacy.ledger.store as event_store
 import fedtune.privacy.policy_file as policy_file
+import fedtune.runs.federation_run as federation_run
 import fedtune.sites.virtual_site as virtual_site
 import fedtune.training.local as local
 

@@ -127,7 +127,7 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
 @pytest.mark.parametrize(
     "where",
     [
-        "fedtune.flower.federation_run.FederationRun._first_state",
+        "fedtune.runs.federation_run.FederationRun._first_state",
         "fedtune.sites.shared_model.SharedModel.finally_measured",
     ],
 )

@@ -24,7 +24,6 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.transport import Transport
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
-from fedtune.runs.data_warnings import check_decides, lead_notes
 from fedtune.runs.environment import note_environment, read_environments, start_adapter_of
 from fedtune.runs.results import (
     DATA_CHANGED,
@@ -36,6 +35,7 @@ from fedtune.runs.results import (
     Template,
     findings_of,
 )
+from fedtune.sites.data_warnings import check_decides, lead_notes
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
 from fedtune.tasks import save_task_model, task_named
@@ -104,9 +104,9 @@ class FederationRun:
         """
         self.config.cost.check_can_measure()
         with Meter(self.config.cost) as meter:
-            return self._to_its_end(listener, meter)
+            return self._run(listener, meter)
 
-    def _to_its_end(self, listener: Listener, meter: Meter) -> RunResult:
+    def _run(self, listener: Listener, meter: Meter) -> RunResult:
         began = time.monotonic()
         state = self._first_state(listener)
         note_environment(self.folder, self.shared)
@@ -115,7 +115,28 @@ class FederationRun:
         def elapsed() -> float:
             return time.monotonic() - began
 
-        lead = self._lead(listener, elapsed)
+        def finished(state: LeadState) -> None:
+            self.receipts.keep(state.receipts)
+            listener.round_finished(state)
+
+        keys = self.asked.site_keys
+        earlier = {
+            site: own for site, own in self.receipts.read().items() if own.site_key == keys.get(site, own.site_key)
+        }
+        lead = Lead(
+            **vars(self.asked),
+            training=self.config.training,
+            lora=self.config.lora,
+            declared_sizes=self.config.declared_sizes(),
+            average=self.average,
+            checkpoints=self._checkpoints,
+            evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
+            finished=finished,
+            elapsed=elapsed,
+            judged_by=self.config.judged_by,
+            earlier_receipts=earlier,
+            gives_adapter=self.gives_adapter,
+        )
         listener.prepared(self.shared, self.asked.proposal, state)
         try:
             state = self.engine(lambda transport: run_rounds(transport, lead, state))
@@ -130,44 +151,18 @@ class FederationRun:
         save_task_model(model, RunFolder(self.folder).adapter)
         return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed(), meter=meter)
 
-    def _lead(self, listener: Listener, elapsed: Callable[[], float]) -> Lead:
-        asked = self.asked
-
-        def finished(state: LeadState) -> None:
-            self.receipts.keep(state.receipts)
-            listener.round_finished(state)
-
-        return Lead(
-            **vars(asked),
-            training=self.config.training,
-            lora=self.config.lora,
-            declared_sizes=self.config.declared_sizes(),
-            average=self.average,
-            checkpoints=self._checkpoints,
-            evaluate=lambda adapter: self.shared.score(adapter, self.shared.validation),
-            finished=finished,
-            elapsed=elapsed,
-            judged_by=self.config.judged_by,
-            earlier_receipts={
-                site: receipt
-                for site, receipt in self.receipts.read().items()
-                if receipt.site_key == asked.site_keys.get(site, receipt.site_key)
-            },
-            gives_adapter=self.gives_adapter,
-        )
-
     def _first_state(self, listener: Listener) -> LeadState:
         """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
 
         Every file is read and tokenised here: what cannot work ends before anything is charged.
         """
-        if self.config.resume is None and not self.config.training.go_on_without_signal:
-            sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
-            check_signal(self.asked.proposal.plan, sizes, values=values)
         if self.config.resume is not None:
             state = self._checkpoints.load()
             if unsigned := [site for site, receipt in state.receipts.items() if not receipt.is_signed()]:
                 raise RunError(f"the newest checkpoint has a receipt that is not signed by {', '.join(unsigned)}")
+        elif not self.config.training.go_on_without_signal:
+            sizes, values = self.config.declared_sizes(), self.shared.initial_adapter.num_values
+            check_signal(self.asked.proposal.plan, sizes, values=values)
         if self.config.federation.chooses:
             check_decides(self.config)
         validation, test = self.shared.validation, self.shared.test

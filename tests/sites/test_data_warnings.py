@@ -14,7 +14,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, SiteRecords
-from fedtune.runs.data_warnings import is_training_file, lead_notes, site_notes
+from fedtune.sites.data_warnings import is_training_file, lead_notes, site_notes
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
