@@ -171,18 +171,6 @@ def test_without_a_certificate_of_the_federation_there_is_no_connection(
         assert client.post(f"https://{network.address}/").status_code == 404, "with one there is"
 
 
-def test_a_server_of_another_authority_is_not_spoken_to(network: Loopback, joined: Any, tmp_path: Path) -> None:
-    other = Authority(tmp_path / "other").issue("a")
-    with pytest.raises(Unreachable, match="no connection to the server"):
-        joined(other).activate()
-
-
-def test_a_server_under_another_name_is_not_spoken_to(network: Loopback, joined: Any) -> None:
-    # Its certificate is for 127.0.0.1 alone.
-    with pytest.raises(Unreachable, match="no connection to the server"):
-        joined(network.tls["a"], address=f"localhost:{network.port}").activate()
-
-
 def test_plain_text_is_not_answered(network: Loopback) -> None:
     with socket.create_connection((LOOPBACK, network.port), timeout=10) as plain:
         plain.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -199,15 +199,6 @@ def test_nobody_waits_for_a_paused_site_once_enough_have_answered(network: Loopb
         assert time.monotonic() - began < 30
 
 
-def test_when_time_is_up_what_is_there_is_returned(network: Loopback) -> None:
-    network.site("a").wait_for("activated")
-    with network.grid(["a", "b"]) as grid:
-        began = time.monotonic()
-        assert sites_of(list(grid.receive(questions(1, 2), timeout=5))) == {1: "a"}
-        assert 5 <= time.monotonic() - began < 30
-        assert list(grid.receive(questions(2), timeout=1)) == []
-
-
 def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, meanwhile: Any) -> None:
     on_time = network.site("a")
     with network.grid(["a", "b"]) as grid:
