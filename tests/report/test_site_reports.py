@@ -254,9 +254,9 @@ def refused(folder: Path, report: Report, run: str = "second") -> str:
     return caught.value.bound
 
 
-def posing(folder: Path, site: str, *, by: str, **changes: Any) -> Report:
+def posing(folder: Path, of: str, *, by: str, **changes: Any) -> Report:
     """A report of the ledger at a site, with its site changed, and signed with the key of another."""
-    own = from_ledger.build(folder / "sites" / site / "site.toml")
+    own = from_ledger.build(folder / "sites" / of / "site.toml")
     return signing.signed(replace(own, sites=(replace(own.sites[0], **changes),)), key_of(folder, by))
 
 
