@@ -154,9 +154,9 @@ def _with_start(config: RunConfig) -> RunConfig:
         raise ConfigError(
             "model.adapter", NOT_GIVEN, "is required with model.adapter_sha256: the folder of that adapter"
         )
-    from fedtune.tasks.saved import StartAdapter  # torch takes seconds to import
+    from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
-    start = StartAdapter.read(name)
+    start = SavedAdapter.to_begin_in(name)
     if RunFolder(start.folder.parent).audit_mark.exists():
         raise ConfigError("model.adapter", name, "is an audit's, which was trained on canaries")
     if expected not in (None, start.digest):

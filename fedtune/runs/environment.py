@@ -98,9 +98,9 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     """
     if config.model.adapter is None:
         return None
-    from fedtune.tasks.saved import StartAdapter
+    from fedtune.tasks.saved import SavedAdapter
 
-    start = StartAdapter.read(config.model.adapter)
+    start = SavedAdapter.to_begin_in(config.model.adapter)
     has_head = task_named(config.task).has_head
     about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
     try:

@@ -31,7 +31,7 @@ from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
-from fedtune.tasks.saved import StartAdapter
+from fedtune.tasks.saved import SavedAdapter
 from fedtune.training.devices import Devices, Outcome, Trial
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
@@ -259,7 +259,7 @@ class SharedModel:
         named = self.config.model
         if named.adapter is None and named.adapter_sha256 is None:
             return self.initial_adapter
-        start = StartAdapter.read(named.adapter or "")
+        start = SavedAdapter.to_begin_in(named.adapter or "")
         if start.digest != named.adapter_sha256:
             raise ConfigError(
                 "model.adapter_sha256", named.adapter_sha256, f"must be {start.digest}, that of the adapter"

@@ -8,14 +8,14 @@ head.safetensors                                 the task's own tensors; of clas
                                                  logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
 
-It is there to be scored and used, or for another run to begin in (`StartAdapter`).
+It is there to be scored and used, or for another run to begin in.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -60,22 +60,18 @@ def save_task_model(model: TaskModel, folder: Path) -> None:
         os.rename(complete, folder)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SavedAdapter:
-    """A folder of `save_task_model`, read back; no model is loaded yet.
+    """The settings in a folder of `save_task_model`; tensors are read on use, and no model is loaded yet.
 
     Attributes:
         folder: where it lies.
         spec: of the model that it was saved from, with the base pinned.
-        tensors: of the adapters, by their public names.
-        head: the task's own, without `head.` before their names.
         digest: of the trained tensors, as the folder states it.
     """
 
     folder: Path
     spec: TaskModelSpec
-    tensors: Mapping[str, np.ndarray]
-    head: Mapping[str, np.ndarray]
     digest: str
 
     @classmethod
@@ -87,18 +83,55 @@ class SavedAdapter:
             model: where the base lies here, when that is not where it was; it must be the same model.
 
         Raises:
-            ConfigError: when a file is missing or malformed.
+            ConfigError: when the settings are missing or malformed.
         """
         settings = _read_json(folder / _SETTINGS)
         with _malformed(folder):
-            spec, digest = _spec_of(settings), settings["adapter_digest"]
+            spec, digest = _spec_of(settings), str(settings["adapter_digest"])
             if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
                 spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
-            tensors, head = _read_tensors(folder, spec)
-            # Before matrices of that rank are made: any number can stand in a file, and fill the memory.
-            if spec.lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
-                raise ConfigError("lora.rank", spec.lora.rank, "must be that of the saved matrices")
-        return cls(folder, spec, tensors, head, digest)
+        return cls(folder, spec, digest)
+
+    @classmethod
+    def to_begin_in(cls, name: str) -> SavedAdapter:
+        """The adapter in which a run is to begin: in the folder of a run, or of its adapter.
+
+        Raises:
+            ConfigError: for `model.adapter`: it is no such folder.
+        """
+        folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
+        if folder is None:
+            bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
+            raise ConfigError("model.adapter", name, bound)
+        try:
+            return cls.read(folder)
+        except ConfigError as error:
+            raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
+
+    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The adapters' tensors by their public names, and the task's own without `head.` before theirs.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or of another rank than the settings say.
+        """
+        lora = self.spec.lora
+        wanted = {"adapter_model": True, "offsets": lora.kind != "lora", "head": task_named(self.spec.task).has_head}
+        read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
+        for name in [name for name, is_wanted in wanted.items() if is_wanted]:
+            file = self.folder / f"{name}.safetensors"
+            if not file.is_file():
+                bound = f"must hold the adapter's tensors, in {file.name} too"
+                raise ConfigError("adapter", str(self.folder), bound)
+            try:
+                read[name] = load_file(file)
+            except (OSError, SafetensorError) as error:
+                bound = "must hold the adapter's tensors (a file is damaged)"
+                raise ConfigError("adapter", str(self.folder), bound) from error
+        tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
+        tensors |= read["offsets"]
+        if lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
+            raise ConfigError("lora.rank", lora.rank, "must be that of the saved matrices")
+        return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
         """The model that the adapter belongs into, with a head that is yet to be started or loaded.
@@ -106,6 +139,7 @@ class SavedAdapter:
         Raises:
             ConfigError: the base cannot be had, or is not the one that the adapter was trained on.
         """
+        self.tensors()  # before matrices of that rank are made: any number can stand in a file, and fill the memory
         with _malformed(self.folder):
             return assemble(self.spec, device=device)
 
@@ -115,10 +149,10 @@ class SavedAdapter:
         Raises:
             AdapterError: names, shapes or values are not what the settings describe.
         """
-        constants = dict(model.named_buffers(recurse=False))
-        trained = {_HEAD + name: array for name, array in self.head.items() if name not in constants}
-        copy_tensors({**self.tensors, **trained}, model.adapter_parameters())
-        copy_tensors({name: array for name, array in self.head.items() if name in constants}, constants)
+        (tensors, head), constants = self.tensors(), dict(model.named_buffers(recurse=False))
+        trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
+        copy_tensors(tensors | trained, model.adapter_parameters())
+        copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
         if Adapter.of(model).digest() != self.digest:
             raise AdapterError(f"{self.folder}: the tensors are not the ones that {_SETTINGS} names by digest")
 
@@ -134,73 +168,8 @@ class SavedAdapter:
                 bound = f"must be tuned on the same model: {key} is {shown(value, 30)}, not {shown(here[key], 30)}"
                 raise ConfigError("adapter", str(self.folder), bound)
 
-
-def load_task_model(folder: Path, *, model: ModelSpec | None = None) -> TaskModel:
-    """Build on the CPU the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
-    saved = SavedAdapter.read(folder, model=model)
-    loaded = saved.build(device="cpu")
-    saved.load_into(loaded)
-    return loaded
-
-
-@contextmanager
-def _malformed(folder: Path) -> Iterator[None]:
-    """Settings of other kinds than fedtune writes are a person's mistake."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(str(folder / _SETTINGS), type(error).__name__, f"is malformed: {error}") from error
-
-
-def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
-    """The settings without which a model's tensors mean nothing; their shapes say the rest."""
-    return {
-        "task": spec.task,
-        "model.sha256": spec.model.sha256,
-        "data.labels": spec.labels,
-        "data.target_range": spec.target_range,
-        "lora.kind": spec.lora.kind,
-        "the scale of LoRA": spec.lora.scale,
-        "head.scale": spec.head.scale,
-        "head.centre": spec.head.centre,
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartAdapter:
-    """An adapter tuned before, in which a run can begin: of the same base, task and LoRA settings.
-
-    Its head is taken only where labels and range are the same; else the run's own head starts as it would without.
-
-    Attributes:
-        folder: that it lies in.
-        spec: of the model that it was tuned for.
-        digest: of the tensors that were trained.
-    """
-
-    folder: Path
-    spec: TaskModelSpec
-    digest: str
-
-    @classmethod
-    def read(cls, name: str) -> StartAdapter:
-        """Read the settings in the folder of a run, or of its adapter.
-
-        Raises:
-            ConfigError: for `model.adapter`: it is no such folder.
-        """
-        folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
-        if folder is None:
-            bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
-            raise ConfigError("model.adapter", name, bound)
-        try:
-            settings = _read_json(folder / _SETTINGS)
-            return cls(folder=folder, spec=_spec_of(settings), digest=str(settings["adapter_digest"]))
-        except (ConfigError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
-
     def has_head_for(self, spec: TaskModelSpec) -> bool:
-        """Whether a run of this model takes the head, too."""
+        """Whether a run of this model takes the head, too; else its own head starts as it would without the adapter."""
         same = self.spec.labels == spec.labels and self.spec.target_range == spec.target_range
         return task_named(spec.task).has_head and same
 
@@ -236,7 +205,7 @@ class StartAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
         constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
         try:
-            tensors, own = _read_tensors(self.folder, self.spec)
+            tensors, own = self.tensors()
             saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
             # Without an A that FFA-LoRA froze, and a head that was left as it was.
             trains_a, trains_head = self.spec.lora.train_a, self.spec.head.train
@@ -265,6 +234,37 @@ class StartAdapter:
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})
+
+
+def load_task_model(folder: Path, *, model: ModelSpec | None = None) -> TaskModel:
+    """Build on the CPU the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
+    saved = SavedAdapter.read(folder, model=model)
+    loaded = saved.build(device="cpu")
+    saved.load_into(loaded)
+    return loaded
+
+
+@contextmanager
+def _malformed(folder: Path) -> Iterator[None]:
+    """Settings of other kinds than fedtune writes are a person's mistake."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(str(folder / _SETTINGS), type(error).__name__, f"is malformed: {error}") from error
+
+
+def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
+    """The settings without which a model's tensors mean nothing; their shapes say the rest."""
+    return {
+        "task": spec.task,
+        "model.sha256": spec.model.sha256,
+        "data.labels": spec.labels,
+        "data.target_range": spec.target_range,
+        "lora.kind": spec.lora.kind,
+        "the scale of LoRA": spec.lora.scale,
+        "head.scale": spec.head.scale,
+        "head.centre": spec.head.centre,
+    }
 
 
 def write_task_model(model: TaskModel, folder: Path) -> None:
@@ -310,22 +310,6 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _read_tensors(folder: Path, spec: TaskModelSpec) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The adapter's tensors, and the task's own."""
-    wanted = {"adapter_model": True, "offsets": spec.lora.kind != "lora", "head": task_named(spec.task).has_head}
-    read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
-    for name in [name for name, is_wanted in wanted.items() if is_wanted]:
-        file = folder / f"{name}.safetensors"
-        if not file.is_file():
-            raise ConfigError("adapter", str(folder), f"must hold the adapter's tensors, in {file.name} too")
-        try:
-            read[name] = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError("adapter", str(folder), "must hold the adapter's tensors (a file is damaged)") from error
-    matrices = {name: one for name, one in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
-    return matrices | read["offsets"], read["head"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run
 from fedtune.report.rederive import problems
 from fedtune.runs.results import charged_epsilons
-from fedtune.tasks.saved import StartAdapter
+from fedtune.tasks.saved import SavedAdapter
 
 TINY_RATES = ("training.learning_rate=1e-30", "training.head_learning_rate=1e-60")
 """The head stays zero (its rate is below float32), so all classes tie and no round scores better than the first."""
@@ -86,7 +86,7 @@ def test_a_report_that_claims_the_smaller_epsilon_is_found_out(stopped: Path, wh
 
 def test_the_adapter_is_the_kept_round_s(stopped: Path) -> None:
     state = Checkpoints(stopped / "checkpoints", saved_config(stopped).digest()).load()
-    assert StartAdapter.read(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
+    assert SavedAdapter.to_begin_in(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
 
 
 def test_resuming_it_charges_nothing(stopped: Path, command: Callable[..., Any], tmp_path: Path) -> None:

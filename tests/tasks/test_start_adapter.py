@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, save_task_model
-from fedtune.tasks.saved import StartAdapter
+from fedtune.tasks.saved import SavedAdapter
 
 SPEC = TaskModelSpec(
     model=ModelSpec(path="random:bert"),
@@ -42,13 +42,13 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begun(folder: Path, spec: TaskModelSpec = SPEC) -> Adapter:
-    return StartAdapter.read(str(folder)).adapter_for(build_task_model(spec))
+    return SavedAdapter.to_begin_in(str(folder)).adapter_for(build_task_model(spec))
 
 
 def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
     expected = Adapter.of(moved(SPEC)).digest()
     assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
-    assert StartAdapter.read(str(tuned)).digest == expected
+    assert SavedAdapter.to_begin_in(str(tuned)).digest == expected
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3"])
@@ -68,9 +68,9 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
     for name, value in taken.tensors.items():
         expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
         assert np.array_equal(value, expected), name
-    assert not StartAdapter.read(str(tuned)).has_head_for(other)
+    assert not SavedAdapter.to_begin_in(str(tuned)).has_head_for(other)
     # In another order they are other labels, too: a row of the head would stand for another class.
-    assert not StartAdapter.read(str(tuned)).has_head_for(replace(SPEC, labels=SPEC.labels[::-1]))
+    assert not SavedAdapter.to_begin_in(str(tuned)).has_head_for(replace(SPEC, labels=SPEC.labels[::-1]))
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
 )
 def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
-        StartAdapter.read(str(tuned)).require_fits(replace(SPEC, **differing))
+        SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))
 
 
 def test_layers_in_another_order_are_the_same(tuned: Path) -> None:
-    start = StartAdapter.read(str(tuned))
+    start = SavedAdapter.to_begin_in(str(tuned))
     start.require_fits(replace(SPEC, lora=LoraSpec(rank=2, layers=(1, 0))))
 
 
@@ -152,7 +152,7 @@ def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
     spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(rank=2), task="causal_lm")
     save_task_model(moved(spec), tmp_path / "adapter")
     assert begun(tmp_path, spec).digest() == Adapter.of(moved(spec)).digest()
-    assert not StartAdapter.read(str(tmp_path)).has_head_for(spec)
+    assert not SavedAdapter.to_begin_in(str(tmp_path)).has_head_for(spec)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "model": 5}'])
@@ -162,4 +162,4 @@ def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content
     with pytest.raises(
         ConfigError, match=r"^model\.adapter = .*must be (the folder of a finished run|a saved adapter)"
     ):
-        StartAdapter.read(str(tmp_path))
+        SavedAdapter.to_begin_in(str(tmp_path))
