@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
@@ -28,9 +28,9 @@ from fedtune.words import dotted, finite
 
 log = logging.getLogger(__name__)
 
-Settings: TypeAlias = Mapping[str, str | int | float | bool]
-Figures: TypeAlias = Mapping[str, float]
-Ending: TypeAlias = Literal["finished", "failed"]
+Settings = Mapping[str, str | int | float | bool]
+Figures = Mapping[str, float]
+Ending = Literal["finished", "failed"]
 
 _PROJECT = "fedtune"
 _PLACES = ("model.path", "data.train_file", "data.validation_file", "data.test_file")
@@ -244,13 +244,9 @@ class Tracked:
             return
         rounds = state.rounds[self._known :]
         self._known += len(rounds)
-        told = [(result.round, dict(round_figures(self._config, state, result.round))) for result in rounds]
-
-        def tell(tracker: Tracker) -> None:
-            for number, figures in told:
-                tracker.round(number, figures)
-
-        self._try(tell)
+        for result in rounds:
+            number, figures = result.round, dict(round_figures(self._config, state, result.round))
+            self._try(lambda tracker: tracker.round(number, figures))  # noqa: B023 - it is called at once
 
     def finish(self, result: RunResult, folder: Path) -> None:
         """Tell of the result; the run's report lies in its folder."""

@@ -22,7 +22,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},
     "logging and Python call them in the place of their own": {"handleError", "showwarning", "unraisablehook"},
     "settings of objects that belong to a library": {
-        "allow_extra_args",
         "compress_type",
         "create_system",
         "_disable_adapters",
@@ -55,6 +54,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "right_of_100_with_all_others",
     },
     "fields of what is written as JSON or taken from arguments": {
+        "carbon_kg",
         "charged_steps",
         "cohort",
         "completion",

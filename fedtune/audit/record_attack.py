@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from scipy.stats import binomtest
 
 from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
@@ -23,7 +24,6 @@ from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model import Adapter
 from fedtune.privacy.randomness import RandomStream
 from fedtune.report.audit_findings import AuditHitRate, AuditMembership
-from fedtune.report.one_run import binomial
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.tasks import task_named
@@ -219,26 +219,8 @@ def hit_rate(
         return None
     threshold = np.sort(others)[-allowed - 1] if allowed < len(others) else -np.inf
     found = int((members > threshold).sum())
-    low, high = clopper_pearson(found, len(members), confidence=confidence)
-    return found / len(members), low, high
-
-
-def clopper_pearson(hits: int, trials: int, *, confidence: float) -> tuple[float, float]:
-    """The interval that holds the chance of a hit with at least `confidence`."""
-    error = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else _chance(hits, trials, tail=error)
-    high = 1.0 if hits == trials else _chance(hits + 1, trials, tail=1 - error)
-    return low, high
-
-
-def _chance(hits: int, trials: int, *, tail: float) -> float:
-    """The chance of a hit at which `hits` or more have the chance `tail`."""
-    low, high = -40.0, 40.0  # log odds
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        reached = float(binomial(trials, log_odds=middle)[hits:].sum()) >= tail
-        low, high = (low, middle) if reached else (middle, high)
-    return 1 / (1 + math.exp(-low))
+    interval = binomtest(found, len(members)).proportion_ci(confidence, method="exact")
+    return found / len(members), float(interval.low), float(interval.high)
 
 
 def _variance(placements: Values) -> float:

@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 
 from fedtune.show.lines import fold
-from fedtune.spec import ConfigError
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
@@ -75,7 +74,6 @@ class Option:
 
 Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to change")]
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
-Output = Annotated[Path | None, Option(metavar="FILE", help="also write FILE.svg (the chart) or FILE.json")]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
@@ -85,15 +83,6 @@ Metrics = Annotated[
     str | None, Option("answer GET /metrics, for Prometheus, at this loopback address", metavar="HOST:PORT")
 ]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
-
-
-_OUTPUTS = (".svg", ".json")
-
-
-def check_output(path: Path | None) -> None:
-    """Require one of the endings of `Output`."""
-    if path is not None and path.suffix not in _OUTPUTS:
-        raise ConfigError("--output", str(path), f"must end in {', '.join(_OUTPUTS)}")
 
 
 def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
@@ -182,26 +171,22 @@ def group(help: str, *, cls: type[Group] = Group) -> Group:
     return cls(help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 
-def command(
-    app: Group, summary: str, *, name: str | None = None, cls: type[Command] = Command
-) -> Callable[[Function], Function]:
+def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:
     """Add a function to a group, with a few words for the list of its commands.
 
-    Its parameters are the arguments, its docstring is the help; `cls` parses.
+    Its parameters are the arguments, its docstring is the help.
     """
 
     def add(function: Function) -> Function:
-        app.add_command(single(function, name=name, summary=summary, cls=cls))
+        app.add_command(single(function, name=name, summary=summary))
         return function
 
     return add
 
 
-def single(
-    function: Callable[..., None], *, name: str | None = None, summary: str = "", cls: type[Command] = Command
-) -> Command:
+def single(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
     """A function as a command."""
-    return cls(
+    return Command(
         name=name or function.__name__,
         callback=function,
         params=list(_parameters(function)),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import Argument, AsJson, Option, Output, check_output, same_command, single
+from fedtune.cli.command import Argument, AsJson, Option, same_command, single
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.interruptible_run import run_in_a_line
 from fedtune.config import RunConfig
@@ -22,9 +22,9 @@ from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.show.terminal_tables import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.sites.session import Session
-from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
-from fedtune.studies.comparison import Line, plan_runs, price_text, score_side_by_side
-from fedtune.studies.trials import Trial, result_in
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, check_one_of
+from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
+from fedtune.studies.trials import Trial, price_text, result_in
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
     smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
     generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
-    output: Output = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="also write FILE.svg (the chart) or FILE.json")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the model before training, each site alone, the federation, and all records in one place.
@@ -55,7 +55,8 @@ def compare(
     The same records are scored under every model. Intervals (95 %) come from drawing these records anew, the same ones
     for all models; what they do not tell apart is said in words. The same command again goes on where it stopped.
     """
-    check_output(output)
+    if output is not None:
+        check_one_of("--output", output.suffix, (".svg", ".json"))
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders, written = Console(stderr=as_json), _run_folders(words), [] if output is None else [output]
     if folders:
@@ -73,7 +74,7 @@ def compare(
         options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
         options += ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
         again = same_command("compare", *words, name=first.folder.parent.name, options=options)
-        for text in price_text(lines):
+        for text in price_text({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
             require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")

@@ -11,7 +11,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.data_sections import ABOUT, CLOSING, check_sections, clean_sections, file_sections, lengths
+from fedtune.cli.data_sections import ABOUT, check_sections, clean_sections, file_sections, lengths
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import resolve_file
@@ -122,7 +122,6 @@ def init(
 def check(
     settings: Experiment,
     site: Annotated[Path | None, Option(metavar="site.toml", help="look at this site's own file instead")] = None,
-    page: Annotated[Path | None, Option(metavar="FILE.html", help="write it as a page, too")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look at each record of an experiment's files as a run would, and say what is wrong or odd.
@@ -130,34 +129,19 @@ def check(
     fedtune data check tickets.yaml                             what tickets.yaml names
     fedtune data check tickets.yaml data.max_length=64          with another setting
     fedtune data check tickets.yaml --site site.toml            a real site's own file, as this run would read it
-    fedtune data check tickets.yaml --page check.html           also as a page
 
     Errors; records that are cut or teach nothing; duplicates, near-duplicates, and records of the test that are among
     those trained on; labels, lengths; likely personal identifiers; damaged encodings; declared sizes.
     It shows counts and lines, and no record's text.  Nothing is dropped or changed.
     """
     config = _experiment(settings, site)
-    if page is not None and page.suffix != ".html":
-        raise ConfigError("--page", str(page), "must end in .html")
-    if page is not None and not page.absolute().parent.is_dir():
-        raise ConfigError("--page", str(page), "must be a file that can be written, in a folder that is there")
     tokenizer = _tokenizer(config.model, key="model.path", other="model=NAME")
     checked = examine(config, tokenizer, within=_num_ids(tokenizer))
-    sections = list(check_sections(checked))
-    title = f"Data of {config.name}"
-    if page is not None:
-        from fedtune.report.page.render import environment  # loads what a command without a page can do without
-
-        template = environment().get_template("plain.html.j2")
-        text = template.render(title=title, promise=ABOUT, sections=sections, last=" ".join(CLOSING))
-        write_file(page, text, option="--page")
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "checked": checked})
         return
-    say(title, style="bold")
-    show(Console(), [*sections, Section(title="To know", notes=(ABOUT, *CLOSING))])
-    if page is not None:
-        say(f"\nWritten: {page}")
+    say(f"Data of {config.name}", style="bold")
+    show(Console(), [*check_sections(checked), Section(title="To know", notes=ABOUT)])
 
 
 @command(app, "write a new file without some of an experiment's records")

@@ -20,9 +20,7 @@ from fedtune.words import counted
 
 ABOUT = (
     "For the eyes of those who hold the records: the counts are exact, and no noise protects them. Nothing of this "
-    "leaves the machine unless you pass it on."
-)
-CLOSING = (
+    "leaves the machine unless you pass it on.",
     "It shows lines and columns and no record's text, so that it can go to colleagues who may not read the records.",
     "Nothing was dropped or changed, and no run reads any of it. `fedtune data clean` writes a new file.",
 )
@@ -45,7 +43,10 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
         "What is promised to one record is less for a text in many: each adds to what can be learnt of it. Where texts "
         "are of persons, protect each person as a whole (privacy.unit: user; docs/user_level.md).",
     ),
-    "contradiction": ("same text, another label", "Of texts with several labels at most one label can be learnt."),
+    "contradiction": (
+        "same text, another label",
+        "The same text has two different labels in the file. A model can learn at most one of them.",
+    ),
     "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
     "near_overlap": ("almost the same in", "Scores on records almost like those trained on are too good, as well."),
     "personal": ("likely", CAVEAT),
@@ -141,7 +142,8 @@ def check_sections(checked: Checked) -> Iterator[Section]:
         ],
         styles={place: "bold yellow" for place, one in enumerate(checked.sizes) if is_far(one.true / one.declared)},
         notes=(
-            "A step is divided by the declared number: too large a one makes it too short, too small a one too long.",
+            "Training divides by the declared size. If you declare too many records, each step is too small; if too "
+            "few, too large.",
         ),
     )
     yield Section(title="Not looked at", notes=checked.skipped)

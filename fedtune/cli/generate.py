@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import click
-
-from fedtune.cli.command import AsJson, Command, Option, single
+from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import (
     Adapters,
     Columns,
@@ -166,15 +164,4 @@ def _unanswered(record: Record) -> Record:
     return Record({"messages": text}, file=record.file, line=record.line)
 
 
-class _Generate(Command):
-    """Says where a text belongs that stands beside RUN."""
-
-    allow_extra_args = True
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if more := super().parse_args(ctx, args):
-            ctx.fail(f"Got unexpected extra argument ({' '.join(more)}): give what is to be answered as --prompt TEXT")
-        return []
-
-
-app = single(generate, cls=_Generate)
+app = single(generate)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from markupsafe import Markup
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import Option, Output, Overrides, check_output, single
+from fedtune.cli.command import Option, Overrides, single
 from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
-from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import price_of
-from fedtune.show.drawing import LIMIT, Panel, Series, chart
-from fedtune.show.terminal_tables import json_text, print_json, say, show, write_file
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.show.terminal_tables import print_json, show
+from fedtune.spec import ConfigError
 from fedtune.studies.trial_search import check_trials, price_section
 from fedtune.words import jsonable
 
@@ -46,8 +42,6 @@ def plan(
         bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
     ] = False,
     trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
-    no_model: Annotated[bool, Option(names=("--no-model",), help="load no model, as without --time")] = False,
-    output: Output = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
     """Show what a run will cost before any data is touched: noise, steps, epsilon by site and round, what sites'
@@ -60,12 +54,9 @@ def plan(
       fedtune plan --target rounds privacy.noise_multiplier=1.5
       fedtune plan --target sampling_rate privacy.noise_multiplier=1.5
       fedtune plan --trials 12                           the price of the best of twelve
-      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml --output plan.svg
+      fedtune plan --policy bank-a/site.toml --policy bank-b/site.toml
     docs/planning.md explains every figure.
     """
-    check_output(output)
-    if time and no_model:
-        raise ConfigError("--no-model", NOT_GIVEN, "does not go with --time, which loads the model")
     if trials is not None:
         check_trials(trials)
     if lead is not None:
@@ -82,17 +73,12 @@ def plan(
         outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
         searched = None if trials is None else price_of([outlook.plan] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
-    if output is not None:
-        text = json_text(figures) if output.suffix == ".json" else str(chart_svg(outlook))
-        write_file(output, text, option="--output")  # first: a reader such as `head` may close standard output
     if as_json:
         print_json(figures)
         return
     show_outlook(Console(), outlook)
     if searched is not None:
         show(Console(), [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
-    if output is not None:
-        say(f"written: {output}")
 
 
 def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
@@ -184,34 +170,6 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     sizes, dtype = config.declared_sizes(), config.federation.update_dtype
     made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, update_dtype=dtype)
     return made, device.type
-
-
-def chart_svg(outlook: Outlook) -> Markup:
-    """A chart of epsilon after each round, by each accountant; without privacy, a text that says so."""
-    plan, price = outlook.plan, outlook.price
-    if not price.rounds:
-        return Markup(
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 310 24" role="img" font-size="10">'
-            '<text x="8" y="16">No epsilon is promised: privacy=none</text></svg>'
-        )
-    lines = (
-        (f"PLD, the run's: {epsilon_text(price.epsilon)}", [(one.round, one.pld) for one in price.rounds]),
-        (f"RDP: {epsilon_text(price.epsilon_rdp)}", [(one.round, one.rdp) for one in price.rounds]),
-        (f"Renyi filter: {epsilon_text(price.epsilon_filter)}", [(one.round, one.filter) for one in price.rounds]),
-    )
-    spare = f"; spare rounds from {plan.num_rounds + 1}" if plan.spare_rounds else ""
-    panel = Panel(
-        series=[
-            Series(number=number, label=label, points=[(x, y) for x, y in points if math.isfinite(y)])
-            for number, (label, points) in enumerate(lines)
-        ],
-        x=f"rounds (of {plan.local_steps} steps each{spare})",
-        y=f"epsilon at delta {plan.delta:g}",
-        levels=[(price.epsilon_of_one_round, f"WRONG, one round: {epsilon_text(price.epsilon_of_one_round)}", LIMIT)],
-        scale="whole",
-    )
-    about = "By each accountant; the table at the end of the page has the figures."
-    return chart("epsilon", [panel], named=("Epsilon after each round", about), number="{:g}".format)
 
 
 app = single(plan)

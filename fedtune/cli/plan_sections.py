@@ -16,7 +16,7 @@ from fedtune.federation.planner import Change, Price, SecureSums, signal_to_nois
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.run_plan import Plan
-from fedtune.show.budget_text import ABOUT_RDP, SEEDED, contribution, noise_words, signal_words, trust_words
+from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, say, show
 from fedtune.version import __version__
@@ -24,9 +24,6 @@ from fedtune.words import counted, duration, jsonable, size, spoken_start
 
 if TYPE_CHECKING:
     from fedtune.runs.forecast import Forecast  # which imports torch
-
-_EIGHTHS = " ▏▎▍▌▋▊▉"
-_MOST_BAR = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +122,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
     sections = [
         pairs(_facts(outlook) | _solution(outlook)),
         _sites(outlook),
-        _rounds(outlook, width=console.width),
+        _rounds(outlook),
         _accountants(outlook),
         _what_if(outlook),
         _bytes_and_time(outlook),
@@ -200,23 +197,18 @@ def _solution(outlook: Outlook) -> dict[str, str]:
 
 
 def _sites(outlook: Outlook) -> Section:
-    price, is_private = outlook.price, outlook.plan.private
-    epsilons = (price.epsilon, price.epsilon_rdp, price.epsilon_filter)
     rows = [
         (
             name,
             f"{site.declared_size:,}",
             f"{site.weight:.0%}",
             f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}",
-            f"{price.steps:,}",
-            f"{site.expected_failures:.3g}" if is_private else "-",
-            *(epsilon_text(value) if is_private else "none" for value in epsilons),
+            f"{site.expected_failures:.3g}" if outlook.plan.private else "-",
         )
-        for name, site in price.sites.items()
+        for name, site in outlook.price.sites.items()
     ]
-    headings = ("site", "declared\nsize", "weight", "mean\nbatch", "steps", "delta\nx size")
-    spent = ("epsilon\nPLD", "epsilon\nRDP", "epsilon\nfilter")
-    return Section(title="Sites", headings=(*headings, *spent), rows=rows, notes=list(_about_sites(outlook)))
+    headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
+    return Section(title="Sites", headings=headings, rows=rows, notes=list(_about_sites(outlook)))
 
 
 def _about_sites(outlook: Outlook) -> Iterator[str]:
@@ -240,19 +232,17 @@ def _about_sites(outlook: Outlook) -> Iterator[str]:
         ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
         yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
     yield (
-        f"delta x size: for how many {plan.unit}s, at most and on average, something may come out that could not "
-        "without them; keep it far below 1."
+        f"delta x size: the expected number of {plan.unit}s, at most, that give away something only they could have "
+        "caused; keep it far below 1."
     )
-    yield ABOUT_RDP.format(counts="epsilon by PLD")
-    yield "Epsilon by the filter is what the plan takes of a lifetime cap in a site's policy."
 
 
-def _rounds(outlook: Outlook, *, width: int) -> Section:
-    """Epsilon after each round, with a bar as wide as there is room: solid to PLD, light to RDP, a stroke at filter."""
+def _rounds(outlook: Outlook) -> Section:
+    """Epsilon after each round."""
     rounds, most = outlook.price.rounds, outlook.plan.most_rounds
     if not rounds:
         return Section()
-    rows: list[tuple[str, ...]] = [
+    rows = [
         (
             f"{one.round:,}{'*' if one.spare else ''}",
             f"{one.steps:,}",
@@ -260,20 +250,13 @@ def _rounds(outlook: Outlook, *, width: int) -> Section:
         )
         for one in rounds
     ]
-    room = width - sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) - 14
-    scale = (max(10, min(room, _MOST_BAR)) - 1) / max(max(one.pld, one.rdp, one.filter) for one in rounds)
-    for place, one in enumerate(rounds):
-        whole, eighths = divmod(round(one.pld * scale * 8), 8)
-        bar = "█" * whole + (_EIGHTHS[eighths] if eighths else "")
-        bar += "░" * (round(one.rdp * scale) - len(bar))
-        rows[place] += (bar.ljust(round(one.filter * scale)) + "│",)
     notes = []
     if any(one.spare for one in rounds):
         notes.append("* a spare round: charged only when an interrupted one is tried again.")
     if len(rounds) < most:
         notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
-    headings = ("round", "steps", "PLD", "RDP", "filter", "█ PLD ░ to RDP │ filter")
-    return Section(title="Epsilon after each round", headings=headings, rows=rows, words={5}, whole={5}, notes=notes)
+    headings = ("round", "steps", "PLD", "RDP", "filter")
+    return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
 
 
 def _accountants(outlook: Outlook) -> Section:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import click
 from rich.console import Console
 
-from fedtune.cli.command import Argument, AsJson, Command, Group, Language, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group
 from fedtune.cli.ledger import ledger_file
 from fedtune.config import saved_config
 from fedtune.privacy.about import AboutSpec
@@ -40,20 +40,6 @@ class _Report(Group):
         if args and args[0] not in (*self.commands, "-h", "--help"):
             args.insert(0, "build")
         return super().parse_args(ctx, args)
-
-
-class _Build(Command):
-    """`--site-report A B` is `--site-report A --site-report B`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        told: list[str] = []
-        several = False
-        for word in args:
-            if several and not word.startswith("-") and told[-1] != "--site-report":
-                told.append("--site-report")
-            several = word == "--site-report" or (several and not word.startswith("-"))
-            told.append(word)
-        return super().parse_args(ctx, told)
 
 
 app = group(
@@ -93,7 +79,7 @@ _TITLES: Mapping[ChangeGroup, str] = {
 }
 
 
-@command(app, "write a report; the word may be left out", cls=_Build)
+@command(app, "write a report; the word may be left out")
 def build(
     path: Annotated[Path, Argument("PATH", help="a run folder, a ledger.db or its site.toml")],
     output: Annotated[
@@ -108,18 +94,15 @@ def build(
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
     ] = None,
-    site_report: Annotated[
-        tuple[Path, ...],
-        Option(metavar="FILE ...", help="signed report.json files that sites released for this run"),
-    ] = (),
     anchor: Annotated[
         Path | None, Option(metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
     ] = None,
 ) -> None:
     """Write report.html and report.json of a run folder or a ledger; the word `build` may be left out.
 
-    A ledger is verified first, with a site.toml also against the site's key and anchor. Nothing is written into it, and
-    the report reveals no more about the records than what was released.
+    A run's report takes in what sites released, as site_reports/NAME.json in the run's folder. A ledger is verified
+    first, with a site.toml also against the site's key and anchor. Nothing is written into it, and the report reveals
+    no more about the records than what was released.
     """
     key = None if sign is None else SigningKey.load(sign)
     of_policy = path.suffix == ".toml"
@@ -128,14 +111,11 @@ def build(
 
         if anchor is not None:
             raise ConfigError("--anchor", str(anchor), "belongs to a ledger's report; this is a run folder")
-        site_reports = [from_run.read_site_report(file) for file in site_report]
-        report, folder, settings = from_run.build(path, site_reports=site_reports), path, saved_config(path).report
+        report, folder, settings = from_run.build(path), path, saved_config(path).report
         own_language, about, place = settings.language, settings.about, "report.about"
     else:
         from fedtune.report import from_ledger
 
-        if site_report:
-            raise ConfigError("--site-report", str(site_report[0]), "belongs to a run's report; this is a ledger")
         ledger = SiteFiles.of(path).ledger if of_policy else ledger_file(str(path))
         report = from_ledger.build(path if of_policy else ledger, anchor=anchor)
         folder = ledger.with_name(f"{ledger.name}.report")

@@ -6,8 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from click.exceptions import Exit
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
@@ -52,7 +49,6 @@ def run(
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
-    background: Annotated[bool, Option("go on without this terminal, and write what is said to a file")] = False,
 ) -> None:
     """Run a federation over real sites, from a lead's kit.
 
@@ -64,25 +60,15 @@ def run(
       fedtune run status --kit LEAD                                            which sites are online
       fedtune run resume runs/trial --kit LEAD                                 go on from its last round
       fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
-      fedtune run --kit LEAD --background name=trial ...                       begin, and give the terminal back
 
     Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
     docs/adding_a_site.md says how a site joins.
     """
     first, *rest = words or ("",)
-    if background:
-        if first in _ACTIONS and not (first == "resume" and rest):
-            raise ConfigError("--background", NOT_GIVEN, f"is for a run that begins or goes on, not for {first}")
-        options = ["--kit", str(_lead_kit(kit).folder)]
-        options += ["--metrics", metrics] if metrics else []
-        options += ["--or-resume"] if or_resume else []
-        folder = Path(rest[0]) if first == "resume" else _named(words, option="--background")
-        _in_background([*words, *options], folder=folder)
-        return
     if first not in _ACTIONS:
         # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
         # sites are not looked up again: one of them may have been revoked since.
-        if or_resume and has_begun(folder := _named(words, option="--or-resume")):
+        if or_resume and has_begun(folder := _named(words)):
             if _is_finished(folder):
                 say(f"{folder} is finished.")
                 return
@@ -115,41 +101,12 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _named(words: Sequence[str], *, option: str) -> Path:
+def _named(words: Sequence[str]) -> Path:
     """The folder of the run that these settings name."""
     if not any(word.startswith("name=") for word in words):
-        raise ConfigError("name", NOT_GIVEN, f"is required with {option}: the run's name, the same each time")
+        raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
     asked = compose_run([word for word in words if not word.startswith("sites=")])
     return Path(asked.tracking.output_dir) / asked.name
-
-
-def _in_background(words: Sequence[str], *, folder: Path) -> None:
-    """Have a process in a session of its own run these words; it ends neither with this command nor with its terminal.
-
-    Returns once it runs the folder, or has ended well.
-
-    Raises:
-        Exit: it ended otherwise, with this code, and what it said is printed.
-    """
-    output = folder.with_name(f"{folder.name}.output.txt")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("ab") as stream:
-        before = stream.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune", "run", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    while running_process(folder) != process.pid:
-        if (code := process.poll()) is not None:
-            sys.stdout.write(output.read_bytes()[before:].decode(errors="replace"))
-            raise Exit(code)
-        time.sleep(0.1)
-    say(f"{folder} runs in the background, in process {process.pid}; {output} has what it says.")
-    say(f"How far it is: fedtune run status {folder}")
-    say(f"To stop it:    fedtune run stop {folder}")
 
 
 def _is_finished(folder: Path) -> bool:

@@ -11,10 +11,10 @@ from fedtune.api.compose import compose_run
 from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, single
 from fedtune.cli.interruptible_run import run_in_a_line, run_simulation, show_trials
-from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
+from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError
-from fedtune.studies.trials import Trials
+from fedtune.studies.trials import Trials, price_text
 
 
 def simulate(
@@ -41,6 +41,8 @@ def simulate(
     if any(config.runtime.kind == "deployment" for config in runs):
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if trials and len(runs) > 1:
+        for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
+            say(text, console=console)
         try:
             with Session() as session:
                 trials.run(lambda trial: run_in_a_line(trial, console=console, name=trial.folder.name, session=session))

@@ -244,7 +244,9 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
         plain = Scores(_plain(source, Path(scratch)), source.readout).eval()
         source.base.config.save_pretrained(folder)
         rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
-        with quiet(), _silent_exporter(), torch.no_grad():
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
+        with quiet(), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 plain,
                 (reference.input_ids, reference.attention_mask),
@@ -259,20 +261,6 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
     session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
     given = {"input_ids": reference.input_ids.numpy(), "attention_mask": reference.attention_mask.numpy()}
     reference.require(torch.from_numpy(session.run(None, given)[0]), form="onnx")
-
-
-@contextmanager
-def _silent_exporter() -> Iterator[None]:
-    """The exporter warns of itself, and of packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _needed(library: str, *, format: str) -> Any:

@@ -16,8 +16,7 @@ from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
 from fedtune.evaluation.groups import OTHERS, GroupScores
-from fedtune.federation.cost import Energy
-from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.show.drawing import intervals
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
@@ -127,16 +126,6 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
     }
 
 
-def price_text(lines: Sequence[Line]) -> Iterator[str]:
-    """How many runs there are, and what each of them spends."""
-    plan = lines[0].run.config.plan()
-    names, rounds = ", ".join(line.name for line in lines), counted(plan.num_rounds, "round")
-    yield f"{counted(len(lines), 'run')} of {rounds}, one after the other: {names}."
-    if plan.private:
-        epsilon = epsilon_text(epsilon_pld([plan.whole], plan.delta))
-        yield f"Each spends epsilon {epsilon} at delta {plan.delta:g} of its records; together they spend more."
-
-
 @dataclass(frozen=True, kw_only=True)
 class Compared:
     """Models side by side.
@@ -179,7 +168,7 @@ class Compared:
             self._scores(),
             self._beside_main(),
             self._other_scores(),
-            *(draw(title, found) for title, found in self.groups.items() for draw in (self._by_group, self._gaps)),
+            *(self._by_group(title, found) for title, found in self.groups.items()),
             self._cost(),
             Section(title="How to read this", notes=[*self.notes, *self._about()]),
         ]
@@ -296,33 +285,21 @@ class Compared:
             notes=[merged] if groups.merged else [],
         )
 
-    def _gaps(self, title: str, found: GroupScores) -> Section:
-        both = (self.models[0], self.main)
-        rows = [
-            (name, *(text for model in both for text in (f"{gaps[model].value:+.4f}", _ends(gaps[model], sign="+"))))
-            for name, gaps in found.gaps.items()
-        ]
-        headings = ("group", both[0], "95 % interval", both[1], "95 % interval")
-        notes = ["A gap is the score in the group less the score of all records outside it."]
-        return Section(title=f"Gaps {title}", headings=headings, rows=rows, notes=notes)
-
     def _cost(self) -> Section:
-        lines = [(line, line.run.result) for line in self.lines if line.run.result is not None]
-        has_energy = any(result.final.energy for _, result in lines)
         rows = [
             (
                 line.name,
                 epsilon_text(result.privacy.epsilon),
                 "-" if result.final.seconds is None else duration(result.final.seconds),
                 size(line.moved) if line.moved else "none",
-                *([_energy_text(result.final.energy)] if has_energy else []),
             )
-            for line, result in lines
+            for line in self.lines
+            if (result := line.run.result) is not None
         ]
         notes = ["Time: the whole run on this machine, which plays all sites one after another."]
         if any(line.kind == "pooled" for line in self.lines):
             notes.append("Pooled, all records themselves would have to leave their sites.")
-        headings = ("model", "epsilon", "time", "adapters moved", *(["energy"] if has_energy else []))
+        headings = ("model", "epsilon", "time", "adapters moved")
         return Section(title="Cost", headings=headings, rows=rows, notes=notes) if rows else Section()
 
     def _about(self) -> Iterator[str]:
@@ -458,14 +435,6 @@ def score_side_by_side(
     if is_federated and first.data.partition.kind == "file":
         notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
-
-
-def _energy_text(energy: Energy | None) -> str:
-    """Energy and carbon, as far as they are known."""
-    if energy is None:
-        return "-"
-    carbon = "" if energy.carbon_kg is None else f", {1000 * energy.carbon_kg:.3g} g CO2e"
-    return f"{1000 * energy.kwh:.3g} Wh{carbon}"
 
 
 def _capital(text: str) -> str:

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -22,6 +22,7 @@ from fedtune.api.start_and_resume import folder_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy import accountant
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
-
+_MOST_NAMED = 12
+"""Runs that are named before the first one begins."""
 
 Values = Mapping[str, str]
 """Of one run: the settings that differ between the runs with their values, as they are typed."""
@@ -135,6 +137,33 @@ class Trial:
 
         usable = self.state == "finished" and may_decide(self.config)
         return self.validation.get(self.config.judged_by) if usable else None
+
+
+def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
+    """How many runs are still to make, and what each of them spends; nothing where all are finished.
+
+    Args:
+        runs: by the names that people know them by.
+    """
+    waiting = {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}
+    if not waiting:
+        return
+    names = [*waiting][:_MOST_NAMED] + (
+        [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []
+    )
+    rounds = _range(counted(most, "round") for most in sorted({plan.num_rounds for plan in waiting.values()}))
+    yield f"{counted(len(waiting), 'run')} of {rounds}, one after the other: {', '.join(names)}."
+    if prices := {(plan.whole, plan.delta) for plan in waiting.values() if plan.private}:
+        epsilons = sorted(accountant.epsilon_pld([whole], delta) for whole, delta in prices)
+        deltas = _range(f"{delta:g}" for delta in sorted({delta for _, delta in prices}))
+        spends = f"epsilon {_range(map(epsilon_text, epsilons))} at delta {deltas}"
+        yield f"Each spends {spends} of its records; together they spend more."
+
+
+def _range(values: Iterable[str]) -> str:
+    """The first and the last of sorted values."""
+    first, *others = dict.fromkeys(values)
+    return f"{first} to {others[-1]}" if others else first
 
 
 def run_quietly(trial: Trial) -> RunResult:

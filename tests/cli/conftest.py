@@ -176,6 +176,16 @@ def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., 
     return make
 
 
+@pytest.fixture(scope="session")
+def finished(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that came to its end, with its report, and beside it what the command printed; not to be changed."""
+    into = tmp_path_factory.mktemp("runs")
+    outcome = command("simulate", *tiny(into=into, name="one"), "--json")
+    assert outcome.code == 0, outcome.err
+    (into / "printed.json").write_text(outcome.out)
+    return into / "one"
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> SiteFolder:
     """A site that has a policy, and no ledger yet."""

@@ -20,6 +20,12 @@ _VARYING = (
     (re.compile(r"\b[0-9a-f]{32}\b"), "<hex>"),
     (re.compile(rf"^{re.escape(fedtune.__version__)}$"), "<version>"),
 )
+# In text each letter keeps its place, so that columns stay as wide as they are.
+_VARYING_LETTERS = re.compile(
+    r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?"  # dates
+    r"|\b[0-9a-f]{4}(?: [0-9a-f]{4})+\b"  # keys as they are read out
+    r"|\b[0-9a-f]{64,}\b|\b[0-9a-f]{8,16}\.\.\."  # keys and hashes, whole and cut
+)
 
 
 def check_text(name: str, text: str) -> None:
@@ -30,6 +36,11 @@ def check_text(name: str, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     assert path.is_file(), f"{path} is missing: FEDTUNE_WRITE_SNAPSHOTS=1 writes it"
     assert text == path.read_text(encoding="utf-8")
+
+
+def check_output(name: str, text: str) -> None:
+    """The same of what commands print on a terminal."""
+    check_text(f"{name}.txt", _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), text))
 
 
 def check_json(name: str, text: str, *, folder: Path) -> None:

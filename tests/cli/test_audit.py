@@ -61,12 +61,11 @@ def test_made_up_records_are_no_users(command: Any, tiny: Any, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_is_refused(command: Any, simulate: Any, tmp_path: Path) -> None:
-    folder = simulate("federation.num_rounds=1", into=tmp_path)
-    outcome = command("audit", f"resume={folder}")
+def test_resume_is_refused(command: Any, finished: Path) -> None:
+    outcome = command("audit", f"resume={finished}")
     assert outcome.code == 2
     assert "must be null: an audit runs from its start" in outcome.message
-    assert not (folder / "AUDIT.txt").exists()
+    assert not (finished / "AUDIT.txt").exists()
 
 
 def test_settings_as_given() -> None:

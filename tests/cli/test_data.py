@@ -10,6 +10,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 
+from . import snapshots
 from .widths import COLUMNS, too_wide
 
 TEAMS = ("billing", "sales")
@@ -36,34 +37,11 @@ def test_a_table_becomes_a_classification(here: Path, command: Any) -> None:
     assert (config.data.columns, config.data.labels) == ({"text": "body", "label": "team"}, TEAMS)
 
 
-def test_what_was_seen_is_shown_before_anything_is_run(here: Path, command: Any) -> None:
-    """Five rows, the labels with their numbers, the lengths, and which number is about to become public."""
-    long = "a word " * 60
-    with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
-        stream.write(f"{long},billing\n")
-    shown = command("data", "init", "tickets.csv", "--model", "random_bert").out
-    lines = [line.split() for line in shown.splitlines()]
-    first = [f"ticket {number} about {TEAMS[number % 2]}" for number in range(5)]
-    assert all(any(line[:4] == row.split() for line in lines) for row in first)
-    assert not any(line[:4] == ["ticket", "5", "about", "sales"] for line in lines)
-    assert ["billing", "31", "50.8%"] in lines
-    assert ["sales", "30", "49.2%"] in lines
-    assert "median 90 % have at most longest max_length" in " ".join(shown.split())
-    assert "This number becomes public" in " ".join(shown.split())
-    assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
-
-
 def test_a_long_row_is_cut_short_when_it_is_shown(here: Path, command: Any) -> None:
     rows = (here / "tickets.csv").read_text().splitlines()
     (here / "tickets.csv").write_text("\n".join([rows[0], f"{'a word ' * 100},billing", *rows[1:]]) + "\n")
     shown = command("data", "init", "tickets.csv", "--model", "random_bert").out
     assert 2 < shown.count("a word") < 40
-
-
-def test_a_check_counts_the_labels(here: Path, command: Any) -> None:
-    assert command("data", "init", "tickets.csv", "--model", "random_bert").code == 0
-    told = json.loads(command("data", "check", "tickets.yaml", "--json").out)
-    assert told["checked"]["files"][0]["labels"] == {"billing": 30, "sales": 30}
 
 
 @pytest.mark.parametrize(("name", "roles"), [
@@ -106,30 +84,27 @@ def made(here: Path, command: Any) -> Path:
     return here
 
 
-def test_a_check_is_printed_written_as_a_page_and_for_machines(made: Path, command: Any) -> None:
-    shown = command("data", "check", "tickets.yaml", "--page", "check.html")
-    assert shown.code == 0, shown.err
-    page = (made / "check.html").read_text(encoding="utf-8")
-    told = json.loads(command("data", "check", "tickets.yaml", "--json").out)
-    (file,) = told["checked"]["files"]
-    assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
-    assert {"personal", "same"} <= {one["kind"] for one in file["findings"]}
-    for text in (shown.out, page, json.dumps(told)):
-        assert "xyzzy" not in text.lower()  # no record's text
-        assert "tickets.csv:62" in text
-    for text in (" ".join(shown.out.split()), page):
-        assert "no run reads any of it" in text
-        assert "likely e-mail" in text
-    assert "<script" not in page
-    assert "http" not in page.replace("http-equiv", "")
-
-
-def test_a_check_fits_a_narrow_terminal(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_printed_of_a_file(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows, labels with their numbers, lengths, and the number that is about to become public."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    for words in (("check", "tickets.yaml"), ("init", "tickets.csv", "--out", "again.yaml")):
-        outcome = command("data", *words)
-        assert outcome.out, outcome.err
-        assert too_wide(outcome.out) == []
+    with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
+        stream.write(f"{'a word ' * 60},billing\n")
+    outcome = command("data", "init", "tickets.csv", "--model", "random_bert")
+    assert too_wide(outcome.out) == []
+    snapshots.check_output("data-init", outcome.out)
+    assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
+
+
+def test_what_is_printed_of_records(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    monkeypatch.setattr("fedtune.preparation.duplicates.is_installed", lambda library: False)
+    shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
+    (file,) = json.loads(told)["checked"]["files"]
+    assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
+    assert file["labels"] == {"billing": 30, "sales": 32}
+    assert "xyzzy" not in (shown + told).lower(), "no record's text"
+    assert too_wide(shown) == []
+    snapshots.check_output("data-check", shown)
 
 
 def test_a_check_changes_nothing(made: Path, command: Any) -> None:
@@ -152,8 +127,6 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
 @pytest.mark.parametrize(("words", "message"), [
     (["check"], "Missing argument 'EXPERIMENT [KEY=VALUE]...' (fedtune data check --help says more)"),
     (["check", "gone.yaml"], "experiment = 'gone.yaml': must be a file that can be read (No such file or directory)"),
-    (["check", "tickets.yaml", "--page", "a.txt"], "--page = 'a.txt': must end in .html"),
-    (["check", "tickets.yaml", "--page", "no/a.html"], "--page = 'no/a.html': must be a file that can be written"),
     (["check", "tickets.yaml", "--site", "gone.toml"], "policy = 'gone.toml': must be a readable file"),
     (["clean", "tickets.yaml"], "Missing option '--out' (fedtune data clean --help says more)"),
     (["clean", "tickets.yaml", "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
@@ -173,7 +146,6 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: l
 @pytest.mark.parametrize(("words", "message"), [
     (["init", "gone.csv", "--out", "tickets.csv"], "gone.csv = 'no such file': must be a file"),
     (["init", "tickets.csv", "--label", "gone", "--out", "no/a.yaml"], "--label = 'gone': must be one of the columns"),
-    (["check", "gone.yaml", "--page", "a.txt"], "experiment = 'gone.yaml': must be a file that can be read"),
     (["clean", "gone.yaml", "--out", "no/a.jsonl"], "experiment = 'gone.yaml': must be a file that can be read"),
     (["clean", "tickets.yaml", "data.train_file=gone.csv", "--out", "a.csv"], "data.train_file = 'gone.csv': no such"),
 ])  # fmt: skip

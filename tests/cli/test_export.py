@@ -9,26 +9,21 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="module")
-def run(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulate(into=tmp_path_factory.mktemp("runs"))
-
-
-def test_the_adapter_goes_out_with_its_card_and_tokenizer(run: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(run), "--to", str(tmp_path / "new" / "out"), "--json")
+def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(finished), "--to", str(tmp_path / "new" / "out"), "--json")
     assert told.code == 0, told.err
     report = json.loads(told.out)
     assert (report["format"], report["folder"]) == ("peft", str(tmp_path / "new" / "out"))
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     assert set(report["files"]) == names
-    adapter = {path.name for path in (run / "adapter").iterdir()}
+    adapter = {path.name for path in (finished / "adapter").iterdir()}
     assert names == adapter | {"labels.txt", "tokenizer.json", "tokenizer_config.json"}
     for name in adapter - {"README.md"}:
-        assert (tmp_path / "new" / "out" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+        assert (tmp_path / "new" / "out" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
 
 
-def test_a_table_says_what_was_written(run: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(run), "--to", str(tmp_path / "out"))
+def test_a_table_says_what_was_written(finished: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(finished), "--to", str(tmp_path / "out"))
     assert told.code == 0, told.err
     assert "as peft" in told.out
     assert "adapter_model.safetensors" in told.out
@@ -52,15 +47,15 @@ def test_a_table_says_what_was_written(run: Path, command: Any, tmp_path: Path) 
         ),
     ],
 )
-def test_what_cannot_be_is_said(run: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:
-    places = {"taken": str(run), "new": str(tmp_path / "new")}
-    told = command("export", str(run), *(word.format(**places) for word in words))
+def test_what_cannot_be_is_said(finished: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    places = {"taken": str(finished), "new": str(tmp_path / "new")}
+    told = command("export", str(finished), *(word.format(**places) for word in words))
     assert told.code == 2
     assert told.message == message.format(**places)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_is_not_finished_is_refused(run: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(run.parent), "--to", str(tmp_path / "new"))
+def test_a_run_that_is_not_finished_is_refused(finished: Path, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(finished.parent), "--to", str(tmp_path / "new"))
     assert told.code == 2
-    assert told.message.startswith(f"run folder = '{run.parent}': must hold a config.yaml; ")
+    assert told.message.startswith(f"run folder = '{finished.parent}': must hold a config.yaml; ")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,10 @@ LANGUAGE_MODEL = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.
 
 
 @pytest.fixture(scope="module")
-def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(simulate: Callable[..., Path], finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier (`intents`), and two language models of one base (`tables`, `others`)."""
     into = tmp_path_factory.mktemp("runs")
-    simulate("training.learning_rate=0.2", into=into, name="intents")
+    shutil.copytree(finished, into / "intents")
     for name, seed in (("tables", "seed=0"), ("others", "seed=3")):
         short = (
             "data.max_length=64",
@@ -239,13 +237,6 @@ def test_a_file_without_prompts_is_named(text: bytes, runs: Path, command: Any, 
     assert outcome.message.startswith("--file = ")
 
 
-def test_a_text_without_its_option_is_told_of_it(runs: Path, command: Any) -> None:
-    outcome = command("generate", str(runs / "tables"), "name[The Eagle]", "--max-new-tokens", "3")
-    assert (outcome.code, outcome.out) == (2, "")
-    wanted = "Got unexpected extra argument (name[The Eagle]): give what is to be answered as --prompt TEXT"
-    assert outcome.message.startswith(wanted)
-
-
 def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
     shutil.copytree(runs / "intents", tmp_path / "run")
     asked = ("generate", str(tmp_path / "run"), "--prompt", "a")
@@ -263,6 +254,7 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, t
     assert "resume the run first" in command(*asked).message
 
 
+@pytest.mark.nightly
 def test_an_adapter_of_other_shapes_is_refused(runs: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
     wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
     outcome = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}")
@@ -283,66 +275,6 @@ def test_the_adapter_folder_stands_for_its_run(runs: Path, command: Any) -> None
     folder = command("generate", str(runs / "intents/adapter"), *asked)
     assert folder.code == 0
     assert folder.out == command("generate", str(runs / "intents"), *asked).out
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, *words: str) -> None:
-        self._ours, theirs = pty.openpty()
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        self.process = Forked(
-            [sys.executable, "-m", "fedtune", *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-        )
-        os.close(theirs)
-        self._came = ""
-
-    def until(self, text: str) -> str:
-        """Read on until `text` has come; returns what came, and keeps what came behind it for the next call."""
-        while text not in self._came:
-            ready, _, _ = select.select([self._ours], [], [], 60)
-            assert ready, f"no {text!r} in {self._came!r}"
-            self._came += os.read(self._ours, 1000).decode(errors="replace")
-        before, _, self._came = self._came.partition(text)
-        return before
-
-    def type(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    def end(self) -> int:
-        try:
-            return self.process.wait(timeout=60)
-        finally:
-            self.process.kill()
-            os.close(self._ours)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
-    begun: list[Terminal] = []
-
-    def start(*words: str) -> Terminal:
-        begun.append(Terminal(*words))
-        return begun[-1]
-
-    yield start
-    for one in begun:
-        one.process.kill()
-        one.process.wait()
-
-
-def test_a_conversation_on_a_terminal(chats: Path, terminal: Callable[..., Terminal]) -> None:
-    shown = terminal("chat", str(chats), "--max-new-tokens", "400", "--temperature", "1")
-    shown.until("/help lists the commands")
-    shown.until("> ")
-    shown.type("hello\n")
-    shown.until("hello\r\n")
-    assert len(shown.until("\r\n")) > 20, "the answer on a line of its own"
-    shown.type("/adapter base\n")
-    shown.until("base answers.")
-    shown.until("> ")  # before, the end of the input could be lost: the terminal is yet to be set up for a line
-    shown.type("\x04")
-    assert shown.end() == 0
 
 
 def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
@@ -382,10 +314,13 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_
     assert "trained on records of this file" not in outcome.out
 
 
-def test_scores_on_the_training_file_are_called_so(simulate: Any, command: Any, tmp_path: Path) -> None:
-    few = tmp_path / "few.csv"
-    few.write_text("text,label\n" + "".join(f"where is my card {n},card_arrival\n" for n in range(200)))
-    run = simulate(f"data.train_file='{few}'", "data.train_fraction=1.0", into=tmp_path)
+def test_scores_on_the_training_file_are_called_so(runs: Path, command: Any, tmp_path: Path) -> None:
+    few, run = tmp_path / "few.csv", tmp_path / "run"
+    few.write_text("text,label\n" + "".join(f"where is my card {n},card_arrival\n" for n in range(20)))
+    shutil.copytree(runs / "intents", run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train_file"] = str(few)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
     said = " ".join(command("evaluate", str(run), "--data", str(few)).out.split())
     assert "trained on records of this file: these scores say nothing about new ones" in said
 
@@ -404,6 +339,7 @@ def test_texts_are_scored_where_they_are_asked_for(runs: Path, command: Any, tmp
     assert refused.message == "--generate = 2: is for a task that writes text; classification writes none"
 
 
+@pytest.mark.nightly
 def test_users_are_drawn_where_they_are_the_unit_and_named(simulate: Any, command: Any, tmp_path: Path) -> None:
     run = simulate("experiment=debug_users", "privacy.unit=user", into=tmp_path)
     rows = [f"{user},message {number}" for user in range(12) for number in range(2)]

@@ -22,6 +22,7 @@ from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
 
 from ..conftest import parsed
+from .widths import COLUMNS, too_wide
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -256,16 +257,38 @@ def no_room(file: str) -> OSError:
 
 
 def test_a_full_disk_is_named_and_no_setting_is_blamed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+    lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     def fails(*_: object) -> None:
         raise no_room("nobody")
 
-    target = tmp_path / "plan.json"
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    target = folder / "ledger.json"
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
-    outcome = command("plan", "experiment=debug", "--output", str(target))
+    outcome = command("ledger", "export", str(lived.ledger), "--output", str(target))
     assert (outcome.code, outcome.message) == (
         1,
         f"the disk is full: no room for {target}; make room, and give the command again",
     )
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    """What a process takes for one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    for words in (["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"], ["simulate", "privacy.epsilon=0"]):
+        terminal, log = Terminal(), io.StringIO()
+        with contextlib.redirect_stderr(terminal):
+            code = main(words)
+        with contextlib.redirect_stderr(log):
+            assert main(words) == code == 2
+        assert too_wide(terminal.getvalue()) == []
+        assert len(log.getvalue().splitlines()) == 1
+        assert terminal.getvalue().split() == log.getvalue().split()

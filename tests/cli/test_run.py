@@ -178,22 +178,6 @@ def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("trainig.local_steps=3", "trainig.local_steps = '3': is not a setting of fedtune; did you mean training."),
-        ("training.local_steps=0", "training.local_steps = 0: must be"),
-        ("model=nothing", "model = 'nothing': must be one of"),
-        ("experiment=nothing", "experiment = 'nothing': is one too many"),
-        ("+sites=[north]", "sites = ['north']: is not a setting of fedtune"),
-    ],
-)
-def test_mistakes_in_settings_are_one_line(command: Any, kit: Kit, word: str, message: str) -> None:
-    outcome = command("run", "--kit", str(kit.folder), *words(word))
-    assert outcome.code == 2
-    assert outcome.message.startswith(message)
-
-
 # The kit.
 
 
@@ -379,12 +363,6 @@ def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch:
     assert command("run", "status").code == 2
 
 
-def test_without_its_server_nobody_hears_that_a_run_is_over(command: Any, kit: Kit, folder: Path) -> None:
-    outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
-    assert outcome.code == 1
-    assert "127.0.0.1:9 cannot be reached" in outcome.message
-
-
 def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)  # with no run beside it, which would be named
@@ -423,42 +401,3 @@ def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
     outcome = command("run", "resume", str(simulated), "--kit", str(kit.folder))
     assert outcome.code == 2
     assert "must be a run over real sites: fedtune simulate resume=" in outcome.message
-
-
-def test_simulating_a_deployment_is_wrong_input(command: Any, tmp_path: Path) -> None:
-    outcome = command("simulate", "experiment=debug", "runtime=deployment", f"tracking.output_dir='{tmp_path}'")
-    assert outcome.code == 2
-    assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
-    assert list(tmp_path.iterdir()) == []
-
-
-# In the background.
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["experiment=debug"], "name: is required with --background"),
-        (["status", "runs/one"], "--background: is for a run that begins or goes on, not for status"),
-        (["stop", "runs/one"], "--background: is for a run that begins or goes on, not for stop"),
-        (["resume"], "--background: is for a run that begins or goes on, not for resume"),
-        ([*words(), "federation.num_rounds=0"], "federation.num_rounds = 0"),
-    ],
-)
-def test_a_mistake_starts_nothing_in_the_background(
-    command: Any, kit: Kit, given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedtune.cli.run._in_background", lambda *_, **__: pytest.fail("it was started"))
-    outcome = command("run", *given, "--kit", str(kit.folder), "--background")
-    assert outcome.code == 2
-    assert message in outcome.message
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_ends_at_once_in_the_background_says_why(command: Any, kit: Kit, tmp_path: Path) -> None:
-    into = f"tracking.output_dir='{tmp_path / 'runs'}'"
-    outcome = command("run", *words("sites=[nowhere]", into), "--kit", str(kit.folder), "--background")
-    assert outcome.code != 0
-    assert "fedtune: " in outcome.out
-    assert not (tmp_path / "runs/one").exists()

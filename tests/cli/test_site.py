@@ -100,36 +100,6 @@ def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any, tmp_pa
     assert warnings["allow.leads"] == "empty: every request is refused"
 
 
-def test_check_policy_says_what_a_policy_means(site: Any, command: Any) -> None:
-    outcome = command("site", "check-policy", str(site.policy))
-    assert outcome.code == 0
-    for words in (
-        "Policy of site north-hospital",
-        "The population cardiology; all its data sets share one budget.",
-        "A person with several records is protected less",
-        "Data set discharge_letters: published as 8,000 records",
-        site.lead.public,
-        "Tasks: classification.",
-        "Adapters (lora) up to rank 8 on the model's parts query, value.",
-        "40 rounds of 20 noisy steps; clip norm from 0.001 to 1.",
-        "Larger adapter values than 2 are brought down to it, sent or trained.",
-        "A machine whose per-example gradients depend on the rest of the batch trains nothing.",
-        "For life: epsilon 6 at delta 1e-05",
-        "Whatever is released is at most 404 times as likely with any one record as without it, or the other way round",
-        "For one run: epsilon at most 2.",
-        "For one year (UTC): epsilon at most 4.",
-        "10 such runs fit into the lifetime cap",
-        "4 such runs fit into one year",
-        "costs epsilon 1.561 on its own",
-        "No scores of the site's records.",
-        "Answers leave at multiples of 600 s",
-        "reports show it as stated by the site",
-        "No ledger yet at",
-        "No warnings.",
-    ):
-        assert words in " ".join(outcome.out.split()), words
-
-
 def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
     amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
     policy = read_policy(site.policy)
@@ -186,40 +156,11 @@ def test_delta_is_compared_with_all_data_sets_together(site: Any, command: Any) 
     assert outcome.message == f"{site.policy}: budget.delta = 0.0001: {bound}"
 
 
-def test_a_policy_that_accepts_inexact_gradients_says_so(site: Any, command: Any) -> None:
-    site.write_policy(inexact_gradients="true")
-    said = command("site", "check-policy", str(site.policy)).out
-    assert "the bound on one record's influence is then measured, not proved" in said
-    assert "trains nothing" not in said
-
-
 def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -> None:
     # Only zeros is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
     outcome = command("site", "check-policy", str(site.policy))
     assert outcome.code == 2 or "anybody can sign for it" in outcome.out
-
-
-def test_an_ordinary_policy_is_warned_of_nothing(site: Any, command: Any) -> None:
-    assert warned(site, command) == {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_rank": "0"}, "allow.max_rank = 0: must be a finite number of at least 1"),
-        ({"max_rank": '"8"'}, "allow.max_rank = '8': must be a whole number"),
-        ({"max_epsilon": "-1.0"}, "budget.max_epsilon = -1.0: must be greater than 0"),
-        ({"unit": '"household"'}, "population.unit = 'household': must be one of record, user"),
-    ],
-)
-def test_a_wrong_value_names_key_value_and_bound(
-    changes: dict[str, str], message: str, site: Any, command: Any
-) -> None:
-    site.write_policy(**changes)
-    outcome = command("site", "check-policy", str(site.policy))
-    assert outcome.code == 2
-    assert outcome.message == f"{site.policy}: {message}"
 
 
 def test_a_misspelt_key_and_a_missing_file_are_wrong_input(site: Any, command: Any) -> None:
@@ -234,16 +175,6 @@ def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
     before = {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()}
     assert command("site", "check-policy", str(lived.policy)).code == 0
     assert {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()} == before
-
-
-def test_the_ledger_beside_a_policy_says_what_is_left(lived: Any, command: Any) -> None:
-    outcome = command("site", "check-policy", str(lived.policy))
-    assert f"Ledger {lived.ledger}: spent epsilon" in outcome.out
-    assert "like the reference" in outcome.out
-    ledger = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["ledger"]
-    spent = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
-    assert ledger["fits"] is True
-    assert ledger["spending"].items() <= spent.items()
 
 
 @pytest.mark.parametrize(
@@ -279,10 +210,6 @@ def test_missing_files_beside_a_ledger_are_warned_of(lived: Any, command: Any) -
         path.unlink()
     told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["warnings"]
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
-
-
-def test_an_anchor_on_the_ledger_s_own_disk_is_warned_of(lived: Any, command: Any) -> None:
-    assert "lies on the ledger's own disk" in command("site", "check-policy", str(lived.policy)).out
 
 
 def test_a_ledger_that_was_put_back_is_exit_code_one(lived: Any, command: Any) -> None:

@@ -14,13 +14,6 @@ import yaml
 from fedtune.data.load import own_records
 from fedtune.privacy.keys import SigningKey
 
-SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
-
-
-@pytest.fixture(scope="module")
-def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulate(*SHORT, into=tmp_path_factory.mktemp("runs"))
-
 
 @pytest.fixture
 def here(joined: Callable[..., Any], finished: Path) -> Any:

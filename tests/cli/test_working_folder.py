@@ -287,12 +287,6 @@ def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: 
 # How far a run is.
 
 
-@pytest.fixture(scope="module")
-def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end; status reads every run folder alike."""
-    return simulate("federation.site_names=[north,south]", into=tmp_path_factory.mktemp("runs"), name="done")
-
-
 def status(command: Any, folder: Path) -> dict[str, Any]:
     outcome = command("run", "status", str(folder), "--json")
     assert outcome.code == 0, outcome.err
@@ -318,10 +312,10 @@ def test_the_status_shows_what_sites_said_and_changes_nothing(command: Any, fini
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "log.txt").unlink()
-    answers = {"south": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
+    answers = {"site-2": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
     (folder / "answers.json").write_text(json.dumps(answers))
     before = sorted(path.name for path in folder.iterdir())
-    told = status(command, folder)["sites"]["south"]
+    told = status(command, folder)["sites"]["site-2"]
     assert (told["last_answer"], told["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
     assert "awaiting_approval" in command("run", "status", str(folder)).out
     assert sorted(path.name for path in folder.iterdir()) == before

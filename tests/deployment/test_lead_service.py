@@ -1,13 +1,10 @@
-"""A lead's run without a terminal: its systemd unit's command line, killed and begun again; and in the background."""
+"""A lead's run without a terminal: by its systemd unit, killed and begun again; or stopped and resumed elsewhere."""
 
 from __future__ import annotations
 
 import configparser
-import contextlib
-import os
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +13,7 @@ from fedtune.ops.services.lead_and_server import running_process
 
 from .books import check_average, check_books
 from .federation import LEAD, Federation, settings
-from .processes import FEDTUNE, REPOSITORY, RUN_S, Process, wait_for
+from .processes import FEDTUNE, REPOSITORY, Process
 
 pytestmark = pytest.mark.nightly
 
@@ -73,44 +70,22 @@ def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Fed
     assert (federation.run_folder("served") / "run.json").read_bytes() == result
 
 
-def test_a_run_in_the_background_outlives_its_command_and_is_looked_at_stopped_and_resumed(
-    federation: Federation,
-) -> None:
+def test_a_run_is_looked_at_stopped_and_resumed_from_another_terminal(federation: Federation) -> None:
     folder, held = federation.run_folder("apart"), federation.sites["north"]
-    output = folder.with_name("apart.output.txt")
     begin = [*settings("federation.num_rounds=2"), "name=apart", f"tracking.output_dir='{folder.parent}'"]
-    kit = ["--kit", str(federation.lead_kit), "--background"]
-
-    def background(*words: str) -> int:
-        """Start it; once the command has ended, the process that runs the folder."""
-        command = federation.run("command", LEAD, [*FEDTUNE, "run", *words, *kit])
-        assert command.end(seconds=120) == 0, command.text
-        assert f"fedtune run status {folder}" in " ".join(command.text.split())
-        assert f"fedtune run stop {folder}" in " ".join(command.text.split())
-        pid = running_process(folder)
-        assert pid is not None
-        assert os.getsid(pid) == pid, "it hears nothing of the end of a terminal"
-        return pid
-
+    kit = ["--kit", str(federation.lead_kit)]
     held.hold(True)
-    pid = background(*begin)
-    try:
-        held.wait_for("apart", "reserve", round=1)
-        assert "running, 0 of 2 rounds" in federation.do("run", "status", str(folder)).out
-        taken = federation.run("taken", LEAD, [*FEDTUNE, "run", *begin, *kit])
-        assert taken.end(seconds=120) == 2
-        assert "is taken" in taken.text
-        federation.do("run", "stop", str(folder))
-        assert running_process(folder) is None
-        said = output.read_text()
-        held.hold(False)
-        pid = background("resume", str(folder))
-        wait_for(lambda: running_process(folder) is None, seconds=RUN_S, what="its end")
-    finally:
-        if running_process(folder) == pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    first = federation.run("first", LEAD, [*FEDTUNE, "run", *begin, *kit])
+    held.wait_for("apart", "reserve", round=1)
+    assert "running, 0 of 2 rounds" in federation.do("run", "status", str(folder)).out
+    taken = federation.run("taken", LEAD, [*FEDTUNE, "run", *begin, *kit])
+    assert taken.end(seconds=120) == 2
+    assert "is taken" in taken.text
+    federation.do("run", "stop", str(folder))
+    assert first.end(seconds=120) == 1, first.text
+    assert running_process(folder) is None
+    held.hold(False)
+    last = federation.run("last", LEAD, [*FEDTUNE, "run", "resume", str(folder), *kit])
+    assert last.end() == 0, last.text
     assert "finished, 2 of 2 rounds" in federation.do("run", "status", str(folder)).out
     check_books(federation, "apart")
-    assert output.read_text().startswith(said), "a second start adds to the file"
-    assert "round 2/2" in output.read_text()

@@ -171,7 +171,7 @@ def test_a_site_s_own_report_counts_likewise_by_its_filter(ran: Path) -> None:
 
 
 def test_plan_and_ledger_show_the_three_figures(command: Any, tiny: Any, ran: Path, tmp_path: Path) -> None:
-    planned = command("plan", "--no-model", "--json", *tiny(*SECURE, into=tmp_path))
+    planned = command("plan", "--json", *tiny(*SECURE, into=tmp_path))
     assert planned.code == 0, planned.err
     said = json.loads(planned.out)
     assert list(said["by_trust"].values()) == pytest.approx([by_hand(4), by_hand(3), by_hand(1)], rel=2e-3)
@@ -182,7 +182,7 @@ def test_plan_and_ledger_show_the_three_figures(command: Any, tiny: Any, ran: Pa
     words = " ".join(command("ledger", "spent", ledger).out.split())
     assert "against the server alone" in words
     assert "if all other sites collude" in words
-    words = " ".join(command("plan", "--no-model", *tiny(*SECURE, into=tmp_path)).out.split())
+    words = " ".join(command("plan", *tiny(*SECURE, into=tmp_path)).out.split())
     assert (
         "multiplier 1.6 at each site, 2.771 in a secure sum of at least 4 of 5 sites, less 1 that may collude" in words
     )

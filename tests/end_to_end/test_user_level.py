@@ -138,13 +138,13 @@ def test_a_ledger_of_one_unit_takes_no_run_of_another(command: Any, tmp_path: Pa
 
 
 def test_the_planner_speaks_of_users(command: Any, tmp_path: Path) -> None:
-    outcome = command("plan", *arguments(tmp_path), "--no-model")
+    outcome = command("plan", *arguments(tmp_path))
     assert outcome.code == 0, outcome.err
     shown = " ".join(outcome.out.split())
     assert "for each user, at every site" in shown
     assert "of each user at most 4 records in a step, their mean gradient clipped once; sizes count users" in shown
-    assert "for how many users, at most and on average, something may come out" in shown
-    found = json.loads(command("plan", *arguments(tmp_path), "--no-model", "--json").out)
+    assert "the expected number of users, at most, that give away something only they could have caused" in shown
+    found = json.loads(command("plan", *arguments(tmp_path), "--json").out)
     assert (found["plan"]["unit"], found["plan"]["records_per_user"]) == ("user", 4)
 
 

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.model import to_json
-from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.show.terminal_tables import Section, pairs
 
 from .shown import NAMES, lookup, page_of, reports_of
 
@@ -42,19 +40,6 @@ class Opened:
 
 
 Open = Callable[..., Opened]
-PLAIN = "plain"
-"""In place of a report's name: a page such as `data check` writes."""
-
-
-def plain_page() -> str:
-    rounds = [("1", *["0.123456"] * 12)]
-    sections = [
-        pairs({"model": "all-MiniLM-L6-v2", "data": "a " + "very " * 40 + "long line"}, title="Facts"),
-        Section(title="Rounds", headings=("round", *"abcdefghijkl"), rows=rounds, words=()),
-        Section(title="Notes", notes=("One.", "Two.")),
-    ]
-    template = render.environment().get_template("plain.html.j2")
-    return template.render(title="A page", promise="What matters most.", sections=sections, last="Last.")
 
 
 @pytest.fixture
@@ -64,8 +49,7 @@ def opened(browser: Any, request: pytest.FixtureRequest, tmp_path: Path) -> Iter
 
     def make(name: str, language: str, **options: Any) -> Opened:
         path = tmp_path / "report.html"
-        page = plain_page() if name == PLAIN else page_of(request, name, language)
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page_of(request, name, language), encoding="utf-8")
         context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, **options)
         contexts.append(context)
         found = Opened(context.new_page())
@@ -88,10 +72,6 @@ TOO_WIDE = """
 [...document.querySelectorAll('.scroll, td, th, dd, dt, p, li, h1, h2, h3, h4, figcaption')]
   .filter(one => one.checkVisibility() && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
   .map(one => `${one.tagName} ${one.scrollWidth} > ${one.clientWidth}: ${one.textContent.trim().slice(0, 60)}`)
-"""
-LABELS = """
-[...document.querySelectorAll('.stack tbody :is(th, td)')]
-  .map(one => getComputedStyle(one, '::before').content).filter(said => said !== 'none').map(JSON.parse)
 """
 SIZES = """
 [...document.querySelectorAll('body *')]
@@ -267,32 +247,10 @@ def test_drawings_can_be_read_on_a_light_screen_and_on_a_dark_one(
     assert tab.evaluate(FAINT) == []
 
 
-def test_a_page_of_a_command_is_whole_at_every_width_and_on_paper(opened: Open) -> None:
-    page = opened(PLAIN, "en")
-    for width in (DESKTOP, 800, PHONE, 320):
-        tab = page.at(width)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert tab.evaluate(TOO_WIDE) == [] or width == DESKTOP, "there, a table may be scrolled"
-    labels = tab.evaluate(LABELS)
-    assert labels[:3] == ["round", "a", "b"], "a number is told by its column's name"
-    assert len(labels) == 13, "and what has no heading has none"
-    tab = page.at(A4)
-    tab.emulate_media(media="print")
-    assert [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01] == []
-    assert page.messages == []
-    assert page.requests == [page.tab.url]
-
-
-def test_pages_share_one_style_sheet(request: pytest.FixtureRequest) -> None:
-    sheet = (Path(render.__file__).parent / "templates" / "page.css").read_text(encoding="utf-8").strip()
-    for page in (page_of(request, "within", "en"), plain_page()):
-        assert page.count(sheet) == 1
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
     ("name", "language"),
-    [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en"), (PLAIN, "en")],
+    [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")],
 )
 def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Open) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
