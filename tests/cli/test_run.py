@@ -301,7 +301,7 @@ def test_stopping_for_good_says_which_sites_heard_it(
     def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
         asked.append((run, federation))
         assert process.poll() is not None, "first it is stopped"
-        return [site.name for site in connection.sites if site.name != "south"]
+        return [site.site for site in connection.sites if site.site != "south"]
 
     monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
     process = runner()
@@ -321,7 +321,7 @@ def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ..
     asked: list[tuple[str, tuple[str, ...]]] = []
 
     def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
-        asked.append((run, tuple(site.name for site in connection.sites)))
+        asked.append((run, tuple(site.site for site in connection.sites)))
         return list(federation.active)
 
     monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
