@@ -22,7 +22,7 @@ from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.show.terminal_tables import json_text, print_json, require_agreed, say, show, write_file
 from fedtune.sites.session import Session
-from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least, check_one_of
+from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
 from fedtune.studies.trials import Trial, price_text, result_in
 
@@ -55,8 +55,8 @@ def compare(
     The same records are scored under every model. Intervals (95 %) come from drawing these records anew, the same ones
     for all models; what they do not tell apart is said in words. The same command again goes on where it stopped.
     """
-    if output is not None:
-        check_one_of("--output", output.suffix, (".svg", ".json"))
+    if output is not None and output.suffix not in (".svg", ".json"):
+        raise ConfigError("--output", str(output), "must end in .svg, .json")
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders, written = Console(stderr=as_json), _run_folders(words), [] if output is None else [output]
     if folders:
