@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 T = TypeVar("T")
-BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _LONGEST_KEY, _MOST_LEVELS, _MOST_WHOLE = 60, 64, 1 << 63
 _PLAIN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 _hints = lru_cache(maxsize=256)(typing.get_type_hints)
@@ -43,6 +45,21 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
     return found
 
 
+def read_toml(path: Path, *, key: str) -> dict[str, Any]:
+    """The tables of the TOML file `path`, which a person calls `key`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.  Nothing in it is quoted: a link may lead to another file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(key, str(path), f"must be a readable file ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, an integer of thousands of digits
+        place = re.search(r" \((at [^()]*)\)$", str(error))
+        raise ConfigError(key, str(path), f"must be TOML{f'; there is an error {place[1]}' if place else ''}") from None
+
+
 def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
     """An instance of the dataclass `cls` from a table, which may leave out what `default` has.
 
@@ -55,7 +72,7 @@ def decode(cls: type[T], table: object, *, default: T | None = None) -> T:
     for key in table:
         if key not in fields:
             # Neither a value nor what only a file of another kind has as a key is quoted.
-            named = key if len(key) <= _LONGEST_KEY and BARE_KEY.fullmatch(key) else "one of the keys"
+            named = key if len(key) <= _LONGEST_KEY and _BARE_KEY.fullmatch(key) else "one of the keys"
             raise ConfigError(named, NOT_GIVEN, f"is not a key here; known are {', '.join(fields)}")
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -130,3 +147,36 @@ def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) ->
 def _require(key: str, value: object, right: bool, bound: str) -> None:
     if not right:
         raise ConfigError(key, value, bound)
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """The text of a TOML file: plain values first, then the tables inside it; what is null is left out."""
+    return "\n".join(_toml_lines(table)).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    plain = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
+    for key, value in plain.items():
+        yield f"{key if _BARE_KEY.fullmatch(key) else _toml(key)} = {_toml(value)}"
+    for key, value in table.items():
+        inner = f"{name}.{key}" if name else key
+        if isinstance(value, Mapping):
+            lines = list(_toml_lines(value, inner))
+            yield from ("", f"[{inner}]", *lines) if lines else ()
+        elif _holds_tables(value):
+            for item in value:
+                yield from ("", f"[[{inner}]]", *_toml_lines(item, inner))
+
+
+def _holds_tables(value: object) -> bool:
+    many = isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value)
+    return many or isinstance(value, Mapping)
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    # TOML's strings are JSON's, but for pairs of surrogates and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

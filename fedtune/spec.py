@@ -7,7 +7,9 @@ forbid unknown keys when `fedtune.config` composes the specs into one `RunConfig
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +104,25 @@ def panics_as_errors() -> Iterator[None]:
         raise
     except BaseException as panic:
         raise LibraryPanic(type(panic).__name__) from panic
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
+"""In the words of the operating system, which libraries in other languages repeat, and of SQLite."""
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Say what a full disk or quota has no room for, where that is why an error was raised; None: it is not why."""
+    while error is not None:
+        says_so = any(words in str(error) for words in _SAY_SO)
+        if isinstance(error, RunError) and says_so:
+            return str(error)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return f"the disk is full: no room for {error.filename}" if error.filename else "the disk is full"
+        if says_so and not isinstance(error, FedtuneError):
+            return "the disk is full"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.api.compose import write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.durable import full_disk
-from fedtune.spec import ConfigError, RunError, StuckError, shown
+from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState

@@ -18,9 +18,8 @@ from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.durable import full_disk
 from fedtune.show.terminal_tables import say, show
-from fedtune.spec import RunError, StuckError
+from fedtune.spec import RunError, StuckError, full_disk
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.results import RunResult

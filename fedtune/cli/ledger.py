@@ -122,7 +122,7 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
         ],
     )
     last = verified.events[-1]
-    say(f"Newest event: {last.sequence}, {moment(last)}, hash {verified.hash}")
+    say(f"Newest event: {last.sequence}, {moment(last)}, hash {last.hash}")
 
 
 @command(app, "everything as JSON")

@@ -228,7 +228,7 @@ def findings(verified: Verified) -> tuple[list[str], list[str]]:
         "Each event follows from those before it; the stored replies are the newest committed ones.",
     ]
     unchecked = []
-    if verified.rollback_excluded:
+    if verified.anchor_sequence is not None:
         checked.append(
             f"The anchor's event {verified.anchor_sequence} is in the ledger, or was made up for when a backup was put "
             "back: rollback to before it is excluded."

@@ -18,9 +18,8 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 import click
 
 from fedtune.cli.command import SETTINGS, InterruptTold, importing
-from fedtune.privacy.durable import full_disk
 from fedtune.show.lines import fold
-from fedtune.spec import ConfigError, FedtuneError
+from fedtune.spec import ConfigError, FedtuneError, full_disk
 from fedtune.version import __version__
 
 COMMANDS: Mapping[str, str] = {

@@ -290,7 +290,7 @@ def _put_ledger(backup: Backup, files: SiteFiles, anchor: Path | None) -> MadeUp
                 pass  # damaged, so that it makes room below
             else:
                 hashes, last = there.history.hashes, inside.history.length
-                if hashes[last - 1 : last] != [inside.hash]:
+                if hashes[last - 1 : last] != [inside.history.hash]:
                     bound = "is another ledger, or an older one than the backup's: move it away"
                     raise ConfigError("ledger", str(files.ledger), bound)
                 return None

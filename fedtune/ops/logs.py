@@ -35,8 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO, get_args
 
-from fedtune.privacy.durable import full_disk
-from fedtune.spec import ConfigError, DataError, RefusedError, RunError, check_one_of
+from fedtune.spec import ConfigError, DataError, RefusedError, RunError, check_one_of, full_disk
 
 OWN = "fedtune"
 CARRIERS = frozenset({"flwr", "httpcore", "httpx", "requests", "urllib3", "uvicorn"})

@@ -77,8 +77,12 @@ class Together:
             raise ConfigError("threshold", self.threshold, bound)
 
     def share_of(self, total: float) -> float:
-        """The smallest share that gives every sum at least the noise `total`; see `share_of`."""
-        return share_of(total, threshold=self.threshold, colluders=self.colluders)
+        """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`."""
+        honest = self.threshold - self.colluders
+        share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
+        while together(share, honest) < total:
+            share = round(share + 1e-4, 4)
+        return share
 
     def with_share(self, noise_multiplier: float) -> SharedNoise:
         """The same sites, each adding a share with this noise multiplier."""
@@ -177,27 +181,20 @@ def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str
     return {name: (total + (1 << coarser >> 1)) >> coarser for name, total in noisy.items()}
 
 
-def release(*, sampling_rate: float, noise_multiplier: float, honest: int, local_steps: int = 1) -> DpEvent:
+def release(*, sampling_rate: float, noise_multiplier: float, honest: int) -> DpEvent:
     """The privacy event of one secure sum for a site's data, against anyone who knows all but `honest` noise shares.
 
     Args:
         sampling_rate: probability with which each unit joins a step, by its site's own secret coin.
         noise_multiplier: of one share.
         honest: number of sites in the sum whose noise is secret, this site included.
-        local_steps: noisy steps that each site took before the sum.
 
     Guarantee: under add-or-remove-one of a unit of one site, the sum of clipped gradients at adapters that follow from
     earlier releases is as private as this event: given what the other sites added, which does not depend on the unit,
-    it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).
-
-    With several local steps there is no such sum: what a site sends depends on a state that only its own share hides,
-    and a whole batch of other records may be made to reveal it.  So each step is charged at one share.
+    it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).  Each
+    site takes one step: what it sent after several would depend on a state that only its own share hides.
     """
-    if local_steps > 1:
-        honest = 1
-    return events.dp_sgd(
-        sampling_rate=sampling_rate, noise_multiplier=together(noise_multiplier, honest), steps=local_steps
-    )
+    return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=together(noise_multiplier, honest), steps=1)
 
 
 def together(noise_multiplier: float, shares: int) -> float:
@@ -208,28 +205,13 @@ def together(noise_multiplier: float, shares: int) -> float:
     return total
 
 
-def share_of(total: float, *, threshold: int, colluders: int) -> float:
-    """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`.
-
-    Args:
-        total: noise multiplier that a sum needs (`accountant.calibrate_noise`).
-        threshold: the fewest sites in a sum.
-        colluders: how many of these may tell the server what they added.
-    """
-    honest = threshold - colluders
-    share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
-    while together(share, honest) < total:
-        share = round(share + 1e-4, 4)
-    return share
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epsilons:
     """Epsilon of a site's unit, by adversary; None: nothing bounds it.
 
     Attributes:
         server_alone: against the server, if every site is honest.
-        with_colluders: if the assumed number of sites tell the server what they added.
+        with_colluders: if as many sites as the plan assumes tell the server what they added.
         with_all_others: if every other site does.
     """
 
@@ -244,7 +226,6 @@ def epsilons(
     survivors: Mapping[int, int],
     sampling_rate: float,
     delta: float,
-    colluders: int | None = None,
     also: Sequence[DpEvent] = (),
 ) -> Epsilons:
     """Epsilon of a site's unit against each adversary, by PLD on the coarse grid; each sum is of one step.
@@ -254,14 +235,12 @@ def epsilons(
         survivors: number of sites in a sum -> number of such sums.
         sampling_rate: probability with which each unit joins a step.
         delta: at which epsilon is stated.
-        colluders: number of colluding sites to assume; None: the plan's.
         also: events that the site releases by itself; all three figures count them.
 
     Guarantee: upper bounds if the survivors of each sum do not depend on what was released.  Those of
     `{threshold: releases}` are upper bounds for any survivors of at least the threshold, whoever chose them and when: a
     sum with more noise can be computed from the same sum with less.
     """
-    assumed = shared.colluders if colluders is None else colluders
 
     def epsilon(colluding: int) -> float:
         sums = [
@@ -278,5 +257,5 @@ def epsilons(
         return accountant.epsilon_pld([*sums, *also], delta, interval=accountant.COARSE)
 
     return Epsilons(
-        server_alone=epsilon(0), with_colluders=epsilon(assumed), with_all_others=epsilon(shared.num_sites - 1)
+        server_alone=epsilon(0), with_colluders=epsilon(shared.colluders), with_all_others=epsilon(shared.num_sites - 1)
     )

@@ -11,8 +11,8 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfCompose
 from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
-from fedtune.privacy.mechanism import UNITS, PrivacySpec, Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, check_positive, check_whole, spec
+from fedtune.privacy.mechanism import PrivacySpec, Unit
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
 MORE_THAN_DECLARED = 4.0
@@ -54,7 +54,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
-        check_one_of("unit", self.unit, UNITS)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
         # Within these, accounting can be computed; no sensible plan is outside.
         check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)

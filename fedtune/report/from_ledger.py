@@ -168,11 +168,11 @@ def _verification(record: LedgerRecord) -> Verification | None:
         return None
     return Verification(
         num_events=len(found.events),
-        head=found.hash,
+        head=found.history.hash,
         site_key=found.site_key,
         key_expected=found.key_expected,
         rollback_excluded=record.anchored_to_the_end,
-        anchor_sequence=found.anchor_sequence if found.rollback_excluded else None,
+        anchor_sequence=found.anchor_sequence,
     )
 
 

@@ -259,10 +259,10 @@ def verification_json(verified: Verified) -> dict[str, Any]:
     """What `verify` found; it raises for a ledger that does not fit."""
     return {
         "unchanged": True,
-        "head": verified.hash,
+        "head": verified.history.hash,
         "key_expected": verified.key_expected,
-        "rollback_excluded": verified.rollback_excluded,
-        "anchor_sequence": verified.anchor_sequence if verified.rollback_excluded else None,
+        "rollback_excluded": verified.anchor_sequence is not None,
+        "anchor_sequence": verified.anchor_sequence,
     }
 
 

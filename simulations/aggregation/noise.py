@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
-from fedtune.privacy.distributed_noise import SharedNoise, epsilons, least_cell_bits, share_of, together
+from fedtune.privacy.distributed_noise import Together, epsilons, least_cell_bits, together
 from fedtune.privacy.durable import write_durably
 
 FOLDER = Path(__file__).parent
@@ -38,11 +39,10 @@ def ideal_noise(epsilon: float) -> float:
 def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
-    share = share_of(total, threshold=threshold, colluders=colluders)
+    sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
+    share = sites.share_of(total)
     bits = least_cell_bits(share)
-    shared = SharedNoise(
-        num_sites=SITES, threshold=threshold, colluders=colluders, noise_multiplier=share, cell_bits=bits, bound=BOUND
-    )
+    shared = replace(sites.with_share(share), bound=BOUND)
     found = epsilons(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
     # Each share's own rounding adds a twelfth of a squared cell to what is accounted.
     rounding = math.sqrt(1 + 1 / 12 / (share * 2.0**bits) ** 2)

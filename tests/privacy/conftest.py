@@ -109,26 +109,14 @@ def policy(lead_key: SigningKey) -> Callable[..., Policy]:
 
 
 @pytest.fixture(scope="session")
-def proposal(lead_key: SigningKey, plan: Callable[..., Plan]) -> Callable[..., Proposal]:
+def proposal(
+    run_proposal: Callable[..., Proposal], lead_key: SigningKey, plan: Callable[..., Plan]
+) -> Callable[..., Proposal]:
     """What the policy above allows; keywords override, those of a plan in the dict `plan`."""
+    allowed = {"lead": lead_key.public, "dataset": "notes", "base_model": "b" * 64, "target_modules": ("q_proj",)}
 
     def make(**changes: Any) -> Proposal:
-        values: dict[str, Any] = {
-            "run": "r",
-            "lead": lead_key.public,
-            "dataset": "notes",
-            "task": "classification",
-            "base_model": "b" * 64,
-            "target_modules": ("q_proj",),
-            "rank": 4,
-            "train_head": True,
-            "seeded_noise": False,
-            "num_sites": 3,
-            "dtype": "float32",
-            "lora_scale": 1.0,
-            "head_scale": 10.0,
-        }
-        return Proposal(**(values | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})}))
+        return run_proposal(**allowed | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})})
 
     return make
 

@@ -30,22 +30,14 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy, period_of
 
+from .conftest import Clock
+
 SETTINGS: list[dict[str, Any]] = [
     {"sampling_rate": 0.25, "noise_multiplier": 1.0, "local_steps": 3},
     {"sampling_rate": 0.5, "noise_multiplier": 0.7, "local_steps": 1},
     {"sampling_rate": 0.01, "noise_multiplier": 0.6, "local_steps": 10},
     {"sampling_rate": 0.25, "noise_multiplier": 4.0, "local_steps": 5, "metrics_noise_multiplier": 5.0},
 ]
-
-
-class Clock:
-    fromisoformat = staticmethod(datetime.fromisoformat)
-
-    def __init__(self) -> None:
-        self.time = datetime(2030, 1, 10, tzinfo=UTC)
-
-    def now(self, zone: object) -> datetime:
-        return self.time
 
 
 def divergence_of(charged: Counter[DpEvent], order: float) -> float:
@@ -67,7 +59,7 @@ class Game:
 
     def __init__(self, path: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal]) -> None:
         self.path, self.policy, self.key, self.proposal = path, policy, key, proposal
-        self.clock = Clock()
+        self.clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
         self.server: datetime | None = self.clock.time
         self.ledger = Ledger(path, policy, key)
         self.order = self.ledger.history.order
@@ -229,16 +221,6 @@ def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never
     share = spending.share_of_cap(history, history.charged(), cap=history.cap)
     assert share is not None
     assert 0.95 < share <= 1
-
-
-def test_what_is_asked_for_is_judged_by_what_others_spent_since(opened: Any, proposal: Any) -> None:
-    """Two who read the same figures and both ask for all of it: the second is refused."""
-    first, second = opened(), opened()
-    whole = {"num_rounds": 10}
-    assert isinstance(first.reserve(proposal(run="1", plan=whole), round=1, request="q"), Reservation)
-    with pytest.raises(Refused) as caught:
-        second.reserve(proposal(run="2", plan=whole), round=1, request="q")
-    assert caught.value.reason is Reason.MAX_EPSILON
 
 
 def test_the_ledgers_sum_is_dp_accountings(opened: Any, proposal: Any) -> None:

@@ -11,23 +11,18 @@ import pytest
 
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.spec import RunError
 
-
-def trained(ledger: Ledger, asked: Any, *rounds: int) -> None:
-    for round in rounds:
-        granted = ledger.reserve(asked, round=round, request=f"{asked.run} {round}")
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, b"reply")
+from .builders import train
 
 
 @pytest.fixture
 def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
     """A copy of a ledger with one round of run r."""
-    trained(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     return copied(path)
 
 
@@ -35,7 +30,7 @@ def branch(opened: Any, path: Path, backup: Path, asked: Any, rounds: range) -> 
     """Put the backup back, train on it as if nothing had happened, and lose it again."""
     shutil.copy(backup, path)
     ledger = opened()
-    trained(ledger, asked, *rounds)
+    train(ledger, asked, *rounds)
     return ledger.head(), ledger.receipt(asked.run)
 
 
@@ -59,7 +54,7 @@ def test_two_branches_of_one_backup_are_both_charged(
     assert rounds_charged(ledger, proposal) == 1 + 4 + 2
     for head, receipt in lost:
         ledger.require_contains(receipt)
-        assert verify(path, anchor=head).rollback_excluded
+        assert verify(path, anchor=head).anchor_sequence is not None
         assert not ledger.charge_gap(head), "nothing is charged twice"
 
 
@@ -70,7 +65,7 @@ def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(
     shutil.copy(backup, path)
     ledger = opened()
     ledger.charge_gap(first)
-    trained(ledger, proposal(run="c"), 1)
+    train(ledger, proposal(run="c"), 1)
     second, receipt_c = ledger.head(), ledger.receipt("c")
     shutil.copy(backup, path)
     again = opened()
@@ -78,7 +73,7 @@ def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(
     assert rounds_charged(again, proposal) == 1 + 2 + 1
     for receipt in (receipt_a, receipt_c):
         again.require_contains(receipt)
-    trained(again, proposal(run="d"), 1)
+    train(again, proposal(run="d"), 1)
 
 
 def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(
@@ -87,7 +82,7 @@ def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(
     lost, _ = branch(opened, path, backup, proposal(), range(2, 4))
     shutil.copy(backup, path)
     ledger = opened()
-    trained(ledger, proposal(), 2)  # before anybody noticed
+    train(ledger, proposal(), 2)  # before anybody noticed
     ledger.charge_gap(lost)
     assert ledger.receipt("r").charged_rounds == 1 + 2 + 1
     assert rounds_charged(ledger, proposal) == 4
@@ -112,7 +107,7 @@ def test_no_entry_of_the_sites_own_lowers_what_was_charged(
 ) -> None:
     """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
     ledger = opened()
-    trained(ledger, proposal(), 1)
+    train(ledger, proposal(), 1)
     ((one, _),) = ledger.history.charged().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
     detail |= {"seeded": False, "frozen": False, "denied": [], "caps": [], "users": [], "doubts": []}
@@ -132,9 +127,9 @@ def test_an_anchor_older_than_the_receipt_leaves_the_doubt(
 ) -> None:
     shutil.copy(backup, path)
     ledger = opened()
-    trained(ledger, proposal(run="lost"), 1)
+    train(ledger, proposal(run="lost"), 1)
     older = ledger.head()
-    trained(ledger, proposal(run="lost"), 2, 3)
+    train(ledger, proposal(run="lost"), 2, 3)
     newest, receipt = ledger.head(), ledger.receipt("lost")
     shutil.copy(backup, path)
     behind = opened()
@@ -142,10 +137,10 @@ def test_an_anchor_older_than_the_receipt_leaves_the_doubt(
         behind.require_contains(receipt)
     behind.charge_gap(older)
     with pytest.raises(Refused) as refused:
-        trained(behind, proposal(run="new"), 1)
+        train(behind, proposal(run="new"), 1)
     assert refused.value.reason is Reason.LEDGER_BEHIND_RECEIPT
     behind.charge_gap(newest)
-    trained(behind, proposal(run="new"), 1)
+    train(behind, proposal(run="new"), 1)
 
 
 def test_a_receipt_of_another_branch_passes_nowhere_after_a_restore(
@@ -162,7 +157,7 @@ def test_a_receipt_of_another_branch_passes_nowhere_after_a_restore(
 
 def test_another_process_that_is_ahead_puts_nothing_in_doubt(opened: Any, proposal: Any, path: Path) -> None:
     idle, busy = opened(), opened()
-    trained(busy, proposal(), 1)
+    train(busy, proposal(), 1)
     idle.require_contains(busy.receipt("r"))
     assert opened().history.in_doubt is None
 

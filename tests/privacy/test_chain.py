@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain
 from fedtune.privacy.ledger.chain import Event, Head, Kind
-from fedtune.spec import RunError
 
 
 def event(sequence: int, **changes: Any) -> Event:
@@ -31,14 +30,6 @@ def event(sequence: int, **changes: Any) -> Event:
         "detail": {"what": "frozen", "why": ""},
     }
     return Event(**(fields | changes))
-
-
-def chained(*events: Event, before: str = chain.START) -> list[Event]:
-    made = []
-    for each in events:
-        before = each.hash_after(before)
-        made.append(dataclasses.replace(each, hash=before))
-    return made
 
 
 def test_the_hash_of_an_event_is_golden() -> None:
@@ -78,42 +69,6 @@ def test_values_cannot_move_from_one_field_to_the_next(run: str, request: str, d
         event(1, run=request, request=run, dataset=dataset),
     ):
         assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
-
-
-def test_a_chain_is_followed_to_its_last_hash() -> None:
-    whole = chained(*map(event, range(1, 6)))
-    assert chain.check_chain(whole) == whole[-1].hash
-    assert chain.check_chain(whole[2:], before=whole[1].hash, first=3) == whole[-1].hash
-    assert chain.check_chain([]) == chain.START
-
-
-def test_what_does_not_fit_is_named() -> None:
-    whole = chained(*map(event, range(1, 6)))
-    changed = [*whole[:2], dataclasses.replace(whole[2], run="x"), *whole[3:]]
-    for events, message in (
-        (changed, "event 3 was changed: its hash does not fit its values and the event before it"),
-        (whole[1:], r"event 1 is missing \(the next one is number 2\)"),
-        ([*whole[:2], *whole[3:]], r"event 3 is missing \(the next one is number 4\)"),
-        ([whole[0], whole[2], whole[1]], "event 2 is missing"),
-        ([*whole[:2], whole[1], *whole[2:]], "event 3 is missing"),
-        ([whole[0], *chained(event(2), before=chain.START)], "event 2 was changed"),
-    ):
-        with pytest.raises(RunError, match=message):
-            chain.check_chain(events)
-
-
-def test_an_event_is_signed_by_one_key(site_key: SigningKey, make_key: Any) -> None:
-    (one,) = chained(event(1))
-    signed = dataclasses.replace(one, signature=site_key.sign(chain.EVENT, one.hash.encode()))
-    chain.check_signature(signed, site_key.public)
-    for wrong, key in (
-        (signed, make_key(9).public),
-        (one, site_key.public),
-        (dataclasses.replace(signed, hash="0" * 64), site_key.public),
-        (dataclasses.replace(signed, signature=site_key.sign(chain.HEAD, one.hash.encode())), site_key.public),
-    ):
-        with pytest.raises(RunError, match=r"event 1 is not signed by the site's key"):
-            chain.check_signature(wrong, key)
 
 
 def test_json_has_one_spelling() -> None:

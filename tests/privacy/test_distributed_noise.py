@@ -21,7 +21,6 @@ from fedtune.privacy.distributed_noise import (
     Together,
     add_share,
     least_cell_bits,
-    share_of,
     together,
 )
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
@@ -136,17 +135,6 @@ def test_a_share_has_the_exact_probability_of_every_cell(noise: float, bits: int
     assert not fits(values, deviation, shift=shift - 0.5), "rounded down"
 
 
-@pytest.mark.parametrize("bits", [4, 11, 24])
-def test_variance_and_tails_of_shares_are_those_of_a_normal_value(bits: int) -> None:
-    values = share(dataclasses.replace(FOUR, cell_bits=bits), "tails", bits) / (0.5 * 2**bits)
-    # Of cells an eighth of the deviation wide, rounding adds 1/12 to 64.
-    variance = 1 + 1 / 12 / (0.5 * 2**bits) ** 2
-    below = stats.chi2.cdf(np.sum(values**2) / variance, df=COUNT)
-    assert min(below, 1 - below) > ONCE_IN_A_MILLION / 2
-    beyond = int((np.abs(values) > 4).sum())
-    assert stats.binomtest(beyond, COUNT, 2 * stats.norm.sf(4 + 0.5 / (0.5 * 2**bits))).pvalue > ONCE_IN_A_MILLION
-
-
 @pytest.mark.parametrize("sites", [2, 4, 20])
 def test_the_sum_of_all_shares_is_what_is_accounted(sites: int) -> None:
     """Against the Gaussian mechanism's own distribution, rounding included."""
@@ -156,16 +144,6 @@ def test_the_sum_of_all_shares_is_what_is_accounted(sites: int) -> None:
     assert fits(total, with_rounding)
     for wrong in (8.0, 8.0 * sites, 0.95 * deviation, 1.05 * deviation):
         assert not fits(total, wrong)
-
-
-def test_the_noise_of_a_sum_is_that_of_pooled_training() -> None:
-    """Four shares of half a clip norm and one of a clip norm, on the finest grid: by Kolmogorov and Smirnov."""
-    fine = dataclasses.replace(FOUR, cell_bits=GRID_BITS)
-    total = sum((share(fine, "pooled", site) for site in range(4)), start=np.zeros(COUNT, dtype=np.int64))
-    pooled = add_gaussian_noise({"a": np.zeros(COUNT, dtype=np.int64)}, noise_multiplier=1.0, stream=stream("one"))
-    assert stats.ks_2samp(total, pooled["a"]).pvalue > ONCE_IN_A_MILLION
-    assert stats.kstest(total / CLIP_NORM, "norm").pvalue > ONCE_IN_A_MILLION
-    assert stats.kstest(share(fine, "pooled", 0) / CLIP_NORM, "norm").pvalue < ONCE_IN_A_MILLION
 
 
 def test_values_of_a_share_and_shares_of_sites_and_releases_are_independent() -> None:
@@ -251,20 +229,11 @@ def test_each_value_of_each_tensor_gets_a_word_of_noise_of_its_own() -> None:
     [
         ({"num_sites": 1, "threshold": 1}, "num_sites"),
         ({"num_sites": 1025}, "num_sites"),
-        ({"threshold": 1}, "threshold"),
-        ({"threshold": 5}, "threshold"),
-        ({"threshold": 3.0}, "threshold"),
-        ({"threshold": "4"}, "threshold"),
-        ({"colluders": -1}, "colluders"),
-        ({"colluders": 4}, "colluders"),
-        ({"colluders": True}, "colluders"),
-        ({"noise_multiplier": 0.0}, "noise_multiplier"),
-        ({"noise_multiplier": math.nan}, "noise_multiplier"),
-        ({"cell_bits": 25}, "cell_bits"),
-        ({"cell_bits": 3}, "cell_bits"),
-        ({"cell_bits": -1}, "cell_bits"),
-        ({"bound": 0}, "bound"),
-        ({"bound": 2**32 + 1}, "bound"),
+        *(({"threshold": value}, "threshold") for value in (1, 5, 3.0, "4")),
+        *(({"colluders": value}, "colluders") for value in (-1, 4, True)),
+        *(({"noise_multiplier": value}, "noise_multiplier") for value in (0.0, math.nan)),
+        *(({"cell_bits": value}, "cell_bits") for value in (25, 3, -1)),
+        *(({"bound": value}, "bound") for value in (0, 2**32 + 1)),
     ],
 )
 def test_a_plan_outside_what_is_proved_is_refused(changes: dict[str, object], key: str) -> None:
@@ -289,24 +258,17 @@ def test_sites_of_which_a_server_could_read_two_sums_make_no_noise_together(
         dataclasses.replace(FOUR, **{**sites, "threshold": least})  # type: ignore[arg-type]
 
 
-def test_cells_wider_than_an_eighth_of_a_share_are_refused_by_name_of_what_would_do() -> None:
-    with pytest.raises(ConfigError, match="at least 4"):
-        dataclasses.replace(FOUR, cell_bits=3)
-    just_below = math.nextafter(0.5, 0)
-    assert least_cell_bits(just_below) == 5
-    with pytest.raises(ConfigError, match="at least 5"):
-        dataclasses.replace(FOUR, noise_multiplier=just_below)
-
-
+@settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
 def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
     bits = least_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=f"at least {bits}"):
             dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits - 1)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
 def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: float, shares: int) -> None:
     total, exact = Fraction(together(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
@@ -314,12 +276,13 @@ def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: f
     assert together(noise, 1) == noise
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
 def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(
     total: float, threshold: int, data: st.DataObject
 ) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
-    one = share_of(total, threshold=threshold, colluders=colluders)
+    one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
     assert together(one, honest) >= total

@@ -17,13 +17,14 @@ from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .test_branches import branch, trained
+from .builders import train
+from .test_branches import branch
 
 
 @pytest.fixture
 def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
     """A copy of a ledger with one round of run r."""
-    trained(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     return copied(path)
 
 
@@ -60,7 +61,7 @@ def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(
     assert again.history.in_doubt == (receipt.sequence, receipt.head, "r", 4)
     again.charge_gap(lost)
     assert again.history.charged_rounds("r") == 4
-    trained(again, proposal(run="new"), 1)
+    train(again, proposal(run="new"), 1)
 
 
 def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(
@@ -72,7 +73,7 @@ def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(
     require_shown(doubting, receipt)
     again = put_back(path, newer, opened)
     again.charge_gap(doubting.head())
-    trained(again, proposal(run="new"), 1)
+    train(again, proposal(run="new"), 1)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -81,9 +82,9 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(
 ) -> None:
     shutil.copy(backup, path)
     ledger = opened()
-    trained(ledger, proposal(), 2)
+    train(ledger, proposal(), 2)
     older, receipts = ledger.head(), [ledger.receipt("r")]
-    trained(ledger, proposal(run="other"), 1, 2)
+    train(ledger, proposal(run="other"), 1, 2)
     newest, receipts = ledger.head(), [*receipts, ledger.receipt("other")]
     behind = put_back(path, backup, opened)
     for _ in range(3):
@@ -93,7 +94,7 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(
     assert {doubt.run for doubt in behind.history.doubts} == {"other"}
     require_in_doubt(behind, proposal(run="new"))
     behind.charge_gap(newest)
-    trained(behind, proposal(run="new"), 1)
+    train(behind, proposal(run="new"), 1)
 
 
 def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
@@ -103,7 +104,7 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
     shutil.copy(backup, path)
     ledger, receipts = opened(), []
     for round in (2, 3, 4):
-        trained(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
+        train(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
         receipts.append(ledger.receipt("s"))
     newest = ledger.head()
     behind = put_back(path, backup, opened)
@@ -116,7 +117,7 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
 def long_branch(opened: Any, proposal: Any, path: Path, backup: Path, *, refusals: int = 170) -> Head:
     """A lost branch of a round and so many refusals after it that an anchor does not know most of its events."""
     ledger = put_back(path, backup, opened)
-    trained(ledger, proposal(), 2)
+    train(ledger, proposal(), 2)
     for number in range(refusals):
         ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
     return ledger.head()
@@ -138,7 +139,7 @@ def test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows
     require_in_doubt(restored, proposal(run="new"))
     restored.charge_gap(unseen)
     restored.require_contains(receipt)
-    trained(restored, proposal(run="new"), 1)
+    train(restored, proposal(run="new"), 1)
 
 
 def test_where_an_anchor_is_mute_it_clears_a_doubt_of_rounds_that_it_knows(
@@ -153,7 +154,7 @@ def test_where_an_anchor_is_mute_it_clears_a_doubt_of_rounds_that_it_knows(
     restored = put_back(path, backup, opened)
     require_shown(restored, receipt)
     restored.charge_gap(lost)
-    trained(restored, proposal(run="new"), 1)
+    train(restored, proposal(run="new"), 1)
 
 
 @pytest.mark.parametrize("filler", [170, 253])
@@ -176,7 +177,7 @@ def test_where_a_branch_is_mute_its_own_doubt_stays(
             require_shown(again, receipt)
     if 1 in order:
         again.require_contains(receipt)
-        trained(again, proposal(run="new"), 1)
+        train(again, proposal(run="new"), 1)
     else:
         require_in_doubt(opened(), proposal(run="new"))
 
@@ -213,7 +214,7 @@ def test_a_restore_does_not_forget_who_a_user_is(
     opened(policy=of(first))
     backup = copied(path)
     lost = opened(policy=of(first, notes))
-    trained(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
+    train(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
     anchor = lost.head()
     assert anchor.users == (
         *(("dataset", "notes", "patient"), ("dataset", "old", "who")),

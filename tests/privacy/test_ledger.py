@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dp_accounting import DpEvent, GaussianDpEvent
+from dp_accounting import GaussianDpEvent
 
 from fedtune.privacy import events, filter
 from fedtune.privacy.keys import SigningKey
@@ -24,17 +24,9 @@ from fedtune.privacy.release import Offer, Reason, Refused
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
+from .builders import reason_of, reserve, train
+
 Open = Callable[..., Ledger]
-
-
-def reserve(ledger: Ledger, proposal: Proposal, round: int, request: str | None = None) -> Reservation:
-    granted = ledger.reserve(proposal, round=round, request=request or f"digest {proposal.run} {round}")
-    assert isinstance(granted, Reservation)
-    return granted
-
-
-def answered(ledger: Ledger, proposal: Proposal, round: int, reply: bytes = b"reply") -> None:
-    ledger.commit(reserve(ledger, proposal, round), reply)
 
 
 def refusal_of(ledger: Ledger, proposal: Proposal, round: int = 1, request: str | None = None) -> Refused:
@@ -86,7 +78,7 @@ def test_a_ledger_opened_again_notes_nothing(path: Path, opened: Open) -> None:
 
 
 def test_the_same_request_after_a_commit_is_free(opened: Open, proposal: Any, path: Path) -> None:
-    answered(opened(), proposal(), 1, b"reply 1")
+    train(opened(), proposal(), 1, reply=b"reply 1")
     length = len(events_of(path))
     for ledger in (opened(), opened()):
         assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
@@ -95,15 +87,13 @@ def test_the_same_request_after_a_commit_is_free(opened: Open, proposal: Any, pa
 
 
 def test_another_request_for_a_round_is_refused(opened: Open, proposal: Any) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(), 1, "another digest")
     assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
     assert (refused.asked, refused.allowed) == ("another digest", "digest r 1")
-
-
-def test_another_request_for_an_interrupted_round_is_refused_too(opened: Open, proposal: Any) -> None:
-    reserve(opened(), proposal(), 1)
-    assert refusal_of(opened(), proposal(), 1, "another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
+    reserve(opened(), proposal(), 2)  # interrupted, and retried by the same request alone
+    assert refusal_of(opened(), proposal(), 2, "another").reason is Reason.ROUND_REQUESTED_DIFFERENTLY
+    assert reserve(opened(), proposal(), 2).attempt == 2
 
 
 @pytest.mark.parametrize(
@@ -119,7 +109,7 @@ def test_another_request_for_an_interrupted_round_is_refused_too(opened: Open, p
     ],
 )
 def test_a_changed_proposal_is_refused(opened: Open, proposal: Any, change: dict[str, Any]) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(**change), 2)
     assert refused.reason is Reason.PLAN_CHANGED
     assert (refused.asked, refused.allowed) == (proposal(**change).digest(), proposal().digest())
@@ -128,7 +118,7 @@ def test_a_changed_proposal_is_refused(opened: Open, proposal: Any, change: dict
 def test_an_exhausted_plan_is_refused_and_its_last_reply_still_free(opened: Open, proposal: Any) -> None:
     three = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
     for round in (1, 2, 3):
-        answered(opened(), three, round, b"reply %d" % round)
+        train(opened(), three, round, reply=b"reply %d" % round)
     refused = refusal_of(opened(), three, 4)
     assert (refused.reason, refused.asked, refused.allowed) == (Reason.PLAN_EXHAUSTED, "4", "3")
     assert opened().receipt("r").charged_rounds == 3
@@ -141,12 +131,6 @@ def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opene
     assert opened().receipt("r").charged_rounds == 3
     assert refusal_of(opened(), once_more, 1).reason is Reason.PLAN_EXHAUSTED
     assert refusal_of(opened(), once_more, 2).reason is Reason.PLAN_EXHAUSTED
-
-
-def test_attempts_are_counted_for_each_round(opened: Open, proposal: Any) -> None:
-    reserve(opened(), proposal(), 1)
-    assert reserve(opened(), proposal(), 2).attempt == 1
-    assert reserve(opened(), proposal(), 2).attempt == 2
 
 
 def test_only_the_newest_attempt_is_committed(opened: Open, proposal: Any, path: Path) -> None:
@@ -169,9 +153,9 @@ def test_what_was_never_reserved_is_not_committed(opened: Open, path: Path) -> N
 
 def test_only_the_newest_reply_of_a_run_is_kept(opened: Open, proposal: Any) -> None:
     ledger = opened()
-    answered(ledger, proposal(), 1, b"reply 1")
-    answered(ledger, proposal(run="other"), 1, b"reply of the other")
-    answered(ledger, proposal(), 2, b"reply 2")
+    train(ledger, proposal(), 1, reply=b"reply 1")
+    train(ledger, proposal(run="other"), 1, reply=b"reply of the other")
+    train(ledger, proposal(), 2, reply=b"reply 2")
     for each in (ledger, opened()):
         assert each.reserve(proposal(), round=2, request="digest r 2") == b"reply 2"
         assert each.reserve(proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
@@ -181,7 +165,7 @@ def test_only_the_newest_reply_of_a_run_is_kept(opened: Open, proposal: Any) -> 
 
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
 def test_a_reply_that_was_changed_is_not_sent(opened: Open, proposal: Any, path: Path, tamper: Any, sql: str) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     tamper(path, sql)
     with pytest.raises(Refused) as caught:
         opened().reserve(proposal(), round=1, request="digest r 1")
@@ -206,7 +190,7 @@ def test_all_charges_of_a_run_stay_within_its_plan(opened: Open, proposal: Any) 
 def test_released_scores_are_charged_with_their_round(opened: Open, policy: Any, proposal: Any) -> None:
     site = policy(releases={"metrics": "noised"})
     scored = proposal(plan={"metrics_noise_multiplier": 20.0})
-    answered(opened(policy=site), scored, 1)
+    train(opened(policy=site), scored, 1)
     expected = events.grouped([proposal().plan.event()]) + Counter({GaussianDpEvent(20.0): 1})
     ledger = opened(policy=site)
     assert ledger.history.charged() == expected
@@ -221,7 +205,7 @@ def test_a_receipt_counts_rounds_without_a_reply(opened: Open, proposal: Any, si
     ledger = opened()
     nothing = ledger.receipt("r")
     assert (nothing.charged_rounds, nothing.charged_steps, nothing.sequence) == (0, 0, 2)
-    answered(ledger, proposal(), 1)
+    train(ledger, proposal(), 1)
     reserve(ledger, proposal(), 2)
     receipt = ledger.receipt("r")
     assert (receipt.site, receipt.run, receipt.charged_rounds, receipt.charged_steps) == ("a", "r", 2, 6)
@@ -236,15 +220,6 @@ def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Open, proposal:
     receipt = ledger.receipt("r")
     assert receipt.head not in {event.hash for event in events_of(path)}
     assert opened().receipt("r") == receipt, "the same state has the same receipt"
-
-
-def test_runs_are_told_apart(opened: Open, proposal: Any) -> None:
-    other = proposal(run="other", plan={"local_steps": 1, "num_rounds": 1})
-    ledger = opened()
-    answered(ledger, proposal(), 1)
-    answered(ledger, other, 1)
-    assert ledger.receipt("r").charged_steps == 3
-    assert ledger.receipt("other").charged_steps == 1
 
 
 def test_a_refusal_is_recorded_and_costs_nothing(opened: Open, proposal: Any, path: Path) -> None:
@@ -279,14 +254,14 @@ def test_refusals_cannot_fill_a_disk(
 
 def test_nothing_but_the_population_has_a_budget(opened: Open, proposal: Any, policy: Any) -> None:
     # Ten rounds fit: another run, data set, path of the data or declared size starts no new ones.
-    answered(opened(), proposal(plan={"num_rounds": 4}), 1)
+    train(opened(), proposal(plan={"num_rounds": 4}), 1)
     moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
     changed = policy(dataset=moved)
-    answered(opened(policy=changed), proposal(run="2", dataset="new", plan={"num_rounds": 4}), 1)
+    train(opened(policy=changed), proposal(run="2", dataset="new", plan={"num_rounds": 4}), 1)
     for dataset in ("notes", "new"):
         refused = refusal_of(opened(policy=changed), proposal(run="3", dataset=dataset, plan={"num_rounds": 3}))
         assert refused.reason is Reason.MAX_EPSILON
-    answered(opened(policy=changed), proposal(run="3", plan={"num_rounds": 2}), 1)
+    train(opened(policy=changed), proposal(run="3", plan={"num_rounds": 2}), 1)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +283,6 @@ def test_a_ledger_is_of_one_population_site_and_delta(
     assert kinds_of(path) == OPENED
 
 
-BY_USER = {"unit": "user", "records_per_user": 8}
 OF_USERS = (
     Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code", "user": "who"}),
 )
@@ -357,21 +331,6 @@ def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened:
     opened(policy=of(first, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
 
 
-def test_a_ledger_of_one_unit_charges_no_run_of_another(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
-    records, users = proposal(), proposal(run="u", plan=BY_USER)
-    refused = refusal_of(opened(), users)
-    assert (refused.reason, refused.asked, refused.allowed) == (Reason.UNIT, "user", "record")
-    ledger = opened(path=path.with_name("users.db"), policy=policy(population={"unit": "user"}, dataset=OF_USERS))
-    refused = refusal_of(ledger, records)
-    assert (refused.reason, refused.asked, refused.allowed) == (Reason.UNIT, "record", "user")
-    answered(ledger, users, 1)
-    # The same mechanism at the same price: the unit says who is protected, and is no factor of anything.
-    answered(opened(), records, 1)
-    assert ledger.history.charged() == verify(path).history.charged()
-    again = verify(path.with_name("users.db")).history
-    assert (again.opened.unit, again.runs["u"].plan) == ("user", users.plan)
-
-
 def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:
     opened()
     with pytest.raises(RunError, match="is not signed by the site's key"):
@@ -382,25 +341,25 @@ def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:
 
 
 def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open, proposal: Any) -> None:
-    answered(opened(), proposal(plan={"num_rounds": 6}), 1)
+    train(opened(), proposal(plan={"num_rounds": 6}), 1)
     refused = refusal_of(opened(), proposal(run="2"))
     assert refused.reason is Reason.MAX_EPSILON
     assert refused.allowed is not None
     assert "at most 11, of which 8.8675 is taken" in refused.allowed, "six rounds are taken, one of them spent"
-    answered(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
+    train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
 
 def test_spare_rounds_are_set_aside_with_the_others(opened: Open, proposal: Any) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
-    answered(opened(), with_spare, 1)
+    train(opened(), with_spare, 1)
     held = opened().history.set_aside(datetime.now(UTC))
     assert held == events.grouped([with_spare.plan.event()] * 5)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
-    answered(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
+    train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     for round in (2, 3, 4, 5, 6):
-        answered(opened(), with_spare, round)
+        train(opened(), with_spare, round)
     assert opened().history.charged() == events.grouped([with_spare.plan.event()] * 7), "one of them of the other run"
 
 
@@ -408,16 +367,16 @@ def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Open, propo
     refused = refusal_of(opened(), proposal(plan={"num_rounds": 10, "spare_rounds": 1}))
     assert refused.reason is Reason.MAX_EPSILON
     assert not opened().history.runs
-    answered(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
+    train(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
 
 
 def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open, proposal: Any) -> None:
     ledger = opened()
-    answered(ledger, proposal(plan={"num_rounds": 10}), 1)
+    train(ledger, proposal(plan={"num_rounds": 10}), 1)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
     opened().end("r")
     assert not opened().history.set_aside(datetime.now(UTC))
-    answered(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
+    train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
     assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
     assert ledger.reserve(proposal(plan={"num_rounds": 10}), round=1, request="digest r 1") == b"reply"
 
@@ -438,19 +397,19 @@ def test_a_round_in_flight_may_be_committed_after_its_run_ended(opened: Open, pr
 
 
 def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, proposal: Any, clock: Any) -> None:
-    answered(opened(), proposal(plan={"num_rounds": 10}), 1)
+    train(opened(), proposal(plan={"num_rounds": 10}), 1)
     clock.forward(days=29, hours=23)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
     clock.forward(hours=1)
     assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
-    answered(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
+    train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
 
 
 def test_a_clock_set_back_reopens_no_expired_run(opened: Open, proposal: Any, clock: Any) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     clock.forward(days=31)
     opened().end("unknown")
-    answered(opened(), proposal(run="2"), 1)
+    train(opened(), proposal(run="2"), 1)
     clock.forward(days=-30)
     assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
 
@@ -463,13 +422,13 @@ def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, policy: Any, propo
     monthly = policy(budget={"max_epsilon_per_period": two_rounds + 1e-9, "period": "month"})
     for month in range(4):
         for number in (1, 2):
-            answered(
+            train(
                 opened(policy=monthly, server=clock.time), proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1
             )
         late = proposal(run=f"{month}-3", plan={"num_rounds": 1})
         assert refusal_of(opened(policy=monthly, server=clock.time), late).reason is Reason.MAX_EPSILON_PER_PERIOD
         clock.forward(days=31)
-    answered(opened(policy=monthly, server=clock.time), proposal(run="4", plan={"num_rounds": 1}), 1)
+    train(opened(policy=monthly, server=clock.time), proposal(run="4", plan={"num_rounds": 1}), 1)
     history = opened(policy=monthly, server=clock.time).history
     in_period = history.charged_in_period("month", history.now())
     one_round = filter.epsilon_filter([one], order=order, delta=1e-5)
@@ -483,53 +442,34 @@ def test_a_period_holds_what_open_runs_may_still_spend_in_it(
     one = proposal().plan.event()
     four = filter.epsilon_filter([one] * 4, order=opened().history.order, delta=1e-5)
     monthly = policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
-    answered(opened(policy=monthly, server=clock.time), proposal(plan={"num_rounds": 3}), 1)
+    train(opened(policy=monthly, server=clock.time), proposal(plan={"num_rounds": 3}), 1)
     asked = proposal(run="2", plan={"num_rounds": 2})
     assert refusal_of(opened(policy=monthly, server=clock.time), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
     clock.forward(days=25)  # February: one round less is held
-    answered(opened(policy=monthly, server=clock.time), asked, 1)
-
-
-def test_a_clock_set_back_opens_no_new_period(opened: Open, policy: Any, proposal: Any, clock: Any) -> None:
-    two = filter.epsilon_filter([proposal().plan.event()] * 2, order=opened().history.order, delta=1e-5)
-    monthly = policy(budget={"max_epsilon_per_period": two + 1e-9, "period": "month"})
-    answered(opened(policy=monthly), proposal(plan={"num_rounds": 2}), 1)
-    answered(opened(policy=monthly), proposal(plan={"num_rounds": 2}), 2)
-    clock.forward(days=-30)  # December before
-    asked = proposal(run="2", plan={"num_rounds": 1})
-    assert refusal_of(opened(policy=monthly), asked).reason is Reason.MAX_EPSILON_PER_PERIOD
-    assert opened(policy=monthly).history.last_time == datetime(2030, 1, 10, tzinfo=UTC)
-
-
-def test_a_run_has_a_cap_of_its_own(opened: Open, policy: Any, proposal: Any) -> None:
-    capped = policy(budget={"max_epsilon_per_run": 4.0})
-    refused = refusal_of(opened(policy=capped), proposal())
-    assert (refused.reason, refused.allowed) == (Reason.MAX_EPSILON_PER_RUN, "at most 4")
-    assert 4 < float(refused.asked or 0) < 8
-    answered(opened(policy=capped), proposal(plan={"num_rounds": 1}), 1)
+    train(opened(policy=monthly, server=clock.time), asked, 1)
 
 
 def test_a_lower_cap_stops_a_running_run(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
     for round in (1, 2, 3):
-        answered(opened(), proposal(), round)
+        train(opened(), proposal(), round)
     spent = opened().history.epsilon()
     lower = policy(budget={"max_epsilon": spent + 0.1})
     refused = refusal_of(opened(policy=lower), proposal(), 4)
     assert refused.reason is Reason.MAX_EPSILON
     assert opened(policy=lower).reserve(proposal(), round=3, request="digest r 3") == b"reply"
     assert kinds_of(path)[-1] == (Kind.NOTE, "policy")
-    answered(opened(), proposal(), 4)  # as the site allowed before
+    train(opened(), proposal(), 4)  # as the site allowed before
 
 
 def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(
     opened: Open, policy: Any, proposal: Any
 ) -> None:
-    answered(opened(), proposal(plan={"num_rounds": 10}), 1)
+    train(opened(), proposal(plan={"num_rounds": 10}), 1)
     order = opened().history.order
     three = filter.epsilon_filter([proposal().plan.event()] * 3, order=order, delta=1e-5)
     lower = policy(budget={"max_epsilon": three + 1e-9})
     for round in (2, 3):
-        answered(opened(policy=lower), proposal(plan={"num_rounds": 10}), round)
+        train(opened(policy=lower), proposal(plan={"num_rounds": 10}), round)
     assert refusal_of(opened(policy=lower), proposal(plan={"num_rounds": 10}), 4).reason is Reason.MAX_EPSILON
 
 
@@ -545,7 +485,7 @@ def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(
 def test_a_stricter_policy_stops_a_running_run(
     opened: Open, policy: Any, proposal: Any, change: dict[str, Any], reason: Reason
 ) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     assert refusal_of(opened(policy=policy(**change)), proposal(), 2).reason is reason
 
 
@@ -580,7 +520,7 @@ def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, policy: Any, ca
 
 def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open, policy: Any, proposal: Any) -> None:
     unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
-    answered(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
+    train(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
     assert opened(policy=unlimited).history.epsilon() == math.inf
 
 
@@ -593,14 +533,14 @@ def test_with_a_cap_a_run_without_privacy_is_refused(opened: Open, policy: Any, 
 def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open, policy: Any, proposal: Any) -> None:
     study = policy(allow={"seeded_noise": True})
     assert not opened(policy=study).history.seeded
-    answered(opened(policy=study), proposal(seeded_noise=True), 1)
+    train(opened(policy=study), proposal(seeded_noise=True), 1)
     opened(policy=study).end("r")
-    answered(opened(), proposal(run="2"), 1)
+    train(opened(), proposal(run="2"), 1)
     assert opened().history.seeded
 
 
 def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
-    answered(opened(), proposal(), 1)
+    train(opened(), proposal(), 1)
     in_flight = reserve(opened(), proposal(), 2)
     opened().freeze("two people asked to be left out")
     length = len(events_of(path))
@@ -623,7 +563,7 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, pr
 def test_an_offer_is_the_most_that_would_be_accepted(
     opened: Open, proposal: Any, path: Path, copied: Any, policy: Any, site_key: SigningKey
 ) -> None:
-    answered(opened(), proposal(plan={"num_rounds": 6}), 1)
+    train(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
     offer = opened().offer(asked)
     assert offer == Offer(site="a", run="2", most_rounds=4, least_noise=offer.least_noise)
@@ -656,19 +596,13 @@ def test_what_no_rounds_and_no_noise_would_mend_is_refused_and_not_offered(opene
 
 def test_a_ledger_sees_what_another_process_wrote(opened: Open, proposal: Any) -> None:
     first, second = opened(), opened()
-    answered(first, proposal(plan={"num_rounds": 6}), 1)
+    train(first, proposal(plan={"num_rounds": 6}), 1)
     assert second.history.length == 2
-    assert refusal_of_open(second, proposal(run="2")).reason is Reason.MAX_EPSILON
+    assert reason_of(second.reserve, proposal(run="2"), round=1, request="q") is Reason.MAX_EPSILON
     assert second.reserve(proposal(plan={"num_rounds": 6}), round=1, request="digest r 1") == b"reply"
     second.end("r")
-    assert refusal_of_open(first, proposal(plan={"num_rounds": 6}), 2).reason is Reason.RUN_ENDED
-
-
-def refusal_of_open(ledger: Ledger, proposal: Proposal, round: int = 1) -> Refused:
-    """Like `refusal_of`, for a ledger object that is behind the file."""
-    with pytest.raises(Refused) as caught:
-        ledger.reserve(proposal, round=round, request="q")
-    return caught.value
+    asked = proposal(plan={"num_rounds": 6})
+    assert reason_of(first.reserve, asked, round=2, request="q") is Reason.RUN_ENDED, "it is behind the file"
 
 
 def test_a_ledger_opened_under_an_older_policy_stops(opened: Open, policy: Any, proposal: Any) -> None:
@@ -678,22 +612,3 @@ def test_a_ledger_opened_under_an_older_policy_stops(opened: Open, policy: Any, 
         with pytest.raises(RunError, match="was changed while it was open; open it again"):
             ask()
     assert not opened(policy=policy(limits={"max_rounds": 3})).history.runs
-
-
-def test_times_never_run_backwards_over_processes(opened: Open, proposal: Any, clock: Any, path: Path) -> None:
-    answered(opened(), proposal(), 1)
-    clock.forward(days=-400)
-    answered(opened(), proposal(), 2)
-    times = [event.time for event in events_of(path)]
-    assert times == sorted(times)
-    assert len(set(times)) == 1
-
-
-def test_what_would_be_set_aside_is_what_the_figures_say(opened: Open, proposal: Any) -> None:
-    ledger = opened()
-    answered(ledger, proposal(), 1)
-    ledger.end("unknown")
-    whole: list[DpEvent] = [proposal().plan.event(rounds=5)]
-    expected = filter.epsilon_filter(whole, order=ledger.history.order, delta=1e-5)
-    taken = ledger.history.charged() + ledger.history.set_aside(datetime.now(UTC))
-    assert ledger.history.epsilon(taken) == pytest.approx(expected)

@@ -23,21 +23,18 @@ from fedtune.privacy import durable, events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.release import Reason
 from fedtune.spec import ConfigError, RunError
+from fedtune.spec import full_disk as what_is_full
+
+from .builders import reason_of, reserve
 
 
 class PowerCut(Exception):
     """What a test raises where a crash would strike."""
-
-
-def reserve(ledger: Ledger, proposal: Any, round: int) -> Reservation:
-    granted = ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
-    assert isinstance(granted, Reservation)
-    return granted
 
 
 def rows(path: Path) -> list[tuple[int, str]]:
@@ -490,11 +487,11 @@ def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
     refused = ConfigError("--output", "file", "must be a file that can be written")
     refused.__context__ = caught.value
-    assert durable.full_disk(refused) == f"the disk is full: no room for {tmp_path / 'file'}"
-    assert durable.full_disk(ValueError("I/O error: No space left on device (os error 28)")) == "the disk is full"
+    assert what_is_full(refused) == f"the disk is full: no room for {tmp_path / 'file'}"
+    assert what_is_full(ValueError("I/O error: No space left on device (os error 28)")) == "the disk is full"
     ledger = RunError("ledger l.db cannot be read or written (database or disk is full); nothing is trained without it")
-    assert durable.full_disk(ledger) == str(ledger)
-    assert durable.full_disk(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
+    assert what_is_full(ledger) == str(ledger)
+    assert what_is_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 
 
 def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(
@@ -531,10 +528,9 @@ def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatc
     assert (tmp_path / "file").read_bytes() == b"of this one"
 
 
-def test_a_refusal_leaves_the_file_as_it_is(opened: Any, proposal: Any, path: Path) -> None:
-    ledger = opened()
-    before = path.read_bytes()
-    with pytest.raises(Refused) as caught:
-        ledger.reserve(proposal(rank=9), round=1, request="q")
-    assert caught.value.reason is Reason.MAX_RANK
-    assert path.read_bytes() == before
+def test_a_refusal_leaves_file_and_anchor_as_they_are(opened: Any, proposal: Any, path: Path) -> None:
+    anchor = path.with_name("anchor.json")
+    ledger = opened(anchor=anchor)
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)]
+    assert reason_of(ledger.reserve, proposal(rank=9), round=1, request="q") is Reason.MAX_RANK
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)] == before

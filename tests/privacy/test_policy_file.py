@@ -153,13 +153,6 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
         read_policy(tmp_path)
 
 
-def test_a_whole_number_is_a_number(site_toml: Path) -> None:
-    site_toml.write_text(site_toml.read_text().replace("max_grad_norm = 1.0", "max_grad_norm = 1"))
-    read = read_policy(site_toml).limits.max_grad_norm
-    assert read == 1.0
-    assert isinstance(read, float)
-
-
 def test_no_key_is_read_twice_or_forgotten(site_toml: Path) -> None:
     # Each table of the file has exactly the fields of its class.
     table = tomllib.loads(site_toml.read_text())

@@ -203,6 +203,10 @@ def test_periods_are_those_of_the_calendar(month: int, expected: tuple[int, int,
 REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
 
 
+def budget(**changes: Any) -> Budget:
+    return Budget(**{"delta": 1e-5, "max_epsilon": 8.0, "reference": REFERENCE} | changes)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -210,24 +214,15 @@ REFERENCE = Reference(sampling_rate=0.2, noise_multiplier=1.0, steps=10)
         (lambda: Dataset(id="", declared_size=1), "id = '': must be made of"),
         (lambda: Dataset(id="a", declared_size=0), "declared_size = 0: must be .*at least 1"),
         (lambda: Population(name="../x"), "name = '../x': must be made of"),
-        (lambda: Population(name="p", unit="household"), "unit = 'household': must be one of record, user"),
         (lambda: Reference(sampling_rate=0, noise_multiplier=1, steps=1), "sampling_rate = 0"),
         (lambda: Reference(sampling_rate=1, noise_multiplier=0, steps=1), "noise_multiplier = 0"),
         (lambda: Reference(sampling_rate=1, noise_multiplier=1, steps=0), "steps = 0"),
-        (lambda: Budget(delta=0, max_epsilon=8, reference=REFERENCE), "delta = 0"),
-        (lambda: Budget(delta=1e-5, max_epsilon=0, reference=REFERENCE), "max_epsilon = 0: must be greater than 0"),
-        (lambda: Budget(delta=1e-5, max_epsilon=math.nan, reference=REFERENCE), "max_epsilon = nan"),
-        (lambda: Budget(delta=1e-5, max_epsilon=1e-6, reference=REFERENCE), "max_epsilon = 1e-06: leaves no room"),
-        (
-            lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, max_epsilon_per_run=0),
-            "max_epsilon_per_run = 0",
-        ),
-        (
-            lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, max_epsilon_per_period=math.inf),
-            "max_epsilon_per_period = inf",
-        ),
-        (lambda: Budget(delta=1e-5, max_epsilon=8, reference=REFERENCE, period="week"), "period = 'week'"),
-        (lambda: Releases(metrics="noised_by_group"), "metrics = 'noised_by_group': must be one of none, noised"),
+        (lambda: budget(delta=0), "delta = 0"),
+        (lambda: budget(max_epsilon=0), "max_epsilon = 0: must be greater than 0"),
+        (lambda: budget(max_epsilon=math.nan), "max_epsilon = nan"),
+        (lambda: budget(max_epsilon=1e-6), "max_epsilon = 1e-06: leaves no room"),
+        (lambda: budget(max_epsilon_per_run=0), "max_epsilon_per_run = 0"),
+        (lambda: budget(max_epsilon_per_period=math.inf), "max_epsilon_per_period = inf"),
         (lambda: Releases(reply_after_s=-1), "reply_after_s = -1"),
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e300), "noise_multiplier = 1e\\+300: must lie in"),
         (lambda: dataclasses.replace(REFERENCE, noise_multiplier=1e-5), "noise_multiplier = 1e-05: must lie in"),
@@ -244,23 +239,13 @@ def test_a_value_out_of_bounds_names_its_key(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("table", "key", "value"),
     [
-        ("limits", "min_noise_multiplier", -1.0),
-        ("limits", "min_noise_multiplier", math.nan),
-        ("limits", "max_sampling_rate", 0.0),
-        ("limits", "max_sampling_rate", 1.5),
-        ("limits", "max_grad_norm", 0.0),
-        ("limits", "max_grad_norm", math.inf),
-        ("limits", "min_grad_norm", 0.0),
-        ("limits", "min_grad_norm", math.nan),
-        ("limits", "min_grad_norm", 1.1),
-        ("limits", "max_local_steps", 0),
-        ("limits", "max_rounds", 0),
-        ("limits", "max_records_per_user", 0),
-        ("limits", "max_adapter_value", 0.0),
-        ("limits", "run_expires_after_days", 0.0),
-        ("limits", "run_expires_after_days", 1e7),  # no date is that late
-        ("allow", "leads", ("abc",)),
-        ("allow", "max_rank", 0),
+        *(("limits", "min_noise_multiplier", value) for value in (-1.0, math.nan)),
+        *(("limits", "max_sampling_rate", value) for value in (0.0, 1.5)),
+        *(("limits", "max_grad_norm", value) for value in (0.0, math.inf)),
+        *(("limits", "min_grad_norm", value) for value in (0.0, math.nan, 1.1)),
+        *(("limits", key, 0) for key in ("max_local_steps", "max_rounds", "max_records_per_user", "max_adapter_value")),
+        *(("limits", "run_expires_after_days", value) for value in (0.0, 1e7)),  # no date is that late
+        *(("allow", "leads", ("abc",)), ("allow", "max_rank", 0)),
     ],
 )
 def test_a_limit_out_of_bounds_names_its_key(policy: Any, table: str, key: str, value: object) -> None:

@@ -14,26 +14,20 @@ import pytest
 from fedtune.privacy import events, filter
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 
+from .builders import train
+
 DELTA = 1e-5
-
-
-def answered(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
-    for round in rounds:
-        granted = ledger.reserve(proposal, round=round, request=f"digest {proposal.run} {round}")
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, b"reply")
 
 
 def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any) -> None:
     ledger = opened()
     assert ledger.history.epsilon() == 0
-    answered(ledger, proposal(), 1, 2)
+    train(ledger, proposal(), 1, 2)
     other = proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
-    answered(ledger, other, 1)
+    train(ledger, other, 1)
     history, charged = ledger.history, [*[proposal().plan.event()] * 2, other.plan.event()]
     assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
     held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
@@ -43,7 +37,7 @@ def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any)
 
 def test_a_share_is_of_the_caps_divergence(opened: Any, policy: Any, proposal: Any) -> None:
     ledger = opened()
-    answered(ledger, proposal(plan={"num_rounds": 10}), 1)
+    train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
     room, one = (
         filter.most_divergence(11.0, order=history.order, delta=DELTA),
@@ -54,15 +48,6 @@ def test_a_share_is_of_the_caps_divergence(opened: Any, policy: Any, proposal: A
     # At a small order turning divergence into epsilon costs more than such a cap is.
     assert filter.most_divergence(3.0, order=history.order, delta=DELTA) < 0
     assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
-
-
-def test_a_new_period_has_spent_nothing_yet(opened: Any, policy: Any, proposal: Any, clock: Any) -> None:
-    ledger = opened(policy=policy(budget={"period": "month", "max_epsilon_per_period": 9.0}))
-    answered(ledger, proposal(), 1)
-    history = ledger.history
-    assert history.charged_in_period("month", history.now()) == history.charged()
-    clock.forward(days=31)
-    assert not history.charged_in_period("month", history.now())
 
 
 # Room.
@@ -109,9 +94,9 @@ def test_what_is_left_is_what_would_be_accepted(opened: Any, policy: Any, propos
     now = datetime.now(UTC)
     assert spending.runs_left(ledger.history, policy(), five, now) == 2
     assert spending.runs_left(History.before(policy()), policy(), five, now) == 2, "also before there is a ledger"
-    answered(ledger, proposal(), 1)
+    train(ledger, proposal(), 1)
     assert spending.runs_left(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
-    answered(ledger, proposal(run="2"), 1)
+    train(ledger, proposal(run="2"), 1)
     assert spending.runs_left(ledger.history, policy(), five, now) == 0
     left = spending.divergence_left(ledger.history, policy(), now)
     assert 0 < left < filter.divergence(proposal().plan.event(), ledger.history.order)

@@ -253,7 +253,7 @@ def ledger(files: SiteFiles) -> tuple[Check, History | None]:
     history = verified.history
     if wrong := next(_unfit(files, history), None):
         return wrong, None
-    rollback = "as far as its anchor" if verified.rollback_excluded else "though without an anchor's word"
+    rollback = "as far as its anchor" if verified.anchor_sequence else "though without an anchor's word"
     return ok(name, f"whole and signed, {rollback}"), history
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from fedtune.codec import decode, parse_json
+from fedtune.codec import decode, parse_json, read_toml, to_toml
 from fedtune.ops.kits.certificates import (
     Certificate,
     check_in_force,
@@ -24,7 +23,6 @@ from fedtune.ops.kits.certificates import (
     read_connection_key,
 )
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.privacy.policy_file import read_toml
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, NOT_GIVEN, ConfigError, check_name, check_schema, errors_in, spec
 
@@ -178,14 +176,7 @@ class KitFile:
 
     def to_toml(self) -> str:
         """The text of the file."""
-        values = {name: getattr(self, name) for name in ("version", "kind", "federation", "server", "lead", "site")}
-        lines = [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
-        for model in self.model:
-            lines += ["", "[[model]]"]
-            # Text that is printable is spelt the same in TOML and in JSON.
-            model_values = ((name, getattr(model, name)) for name in ("name", "sha256", "licence"))
-            lines += [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in model_values]
-        return "\n".join(lines) + "\n"
+        return to_toml({name: value for name, value in asdict(self).items() if value != ()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,8 +21,7 @@ from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey, is_public_key
-from fedtune.privacy.ledger.chain import START, Doubt, Event, Head, Kind, path_of
-from fedtune.privacy.ledger.restored import Restored
+from fedtune.privacy.ledger.chain import START, Doubt, Event, Head, Kind, Restored, path_of
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -135,32 +134,8 @@ class Opened:
         return [row for row in zip(keys, for_this, says, strict=True) if row[1] != row[2]]
 
 
-class Users:
-    """Which column says whose a record is, for every data set's id and file that a policy ever named.
-
-    A budget of persons that another column turns into one of visits would protect nobody: not after the data set was
-    left out for a while, not under another id, and not after a restore.
-
-    Attributes:
-        known: ("dataset" and its id or "file" and its path, column); nothing where a user is nobody's unit.
-    """
-
-    def __init__(self) -> None:
-        self.known: set[tuple[str, str, str]] = set()
-
-    def differences(self, policy: Policy) -> list[tuple[str, str, str]]:
-        """(key, column that said whose a record is, column that `policy` names) where they differ."""
-        named = list(_user_columns(policy))  # two of its own data sets may differ over one file
-        known = sorted(self.known.union(named))
-        return [
-            (f"{kind} {name} columns.user", was, now)
-            for kind, name, now in named
-            for *other, was in known
-            if other == [kind, name] and was != now
-        ]
-
-
 def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
+    """("dataset" and its id or "file" and its path, column of the user); nothing where a user is nobody's unit."""
     for dataset in policy.dataset if policy.population.unit == "user" else ():
         if column := dataset.columns.get("user"):
             yield "dataset", dataset.id, column
@@ -173,7 +148,9 @@ class History:
 
     Attributes:
         policy: the newest one.
-        users: who a user is, by every policy so far.
+        users: which column says whose a record is, for every data set's id and file that a policy ever named.  A
+            budget of persons that another column turns into one of visits would protect nobody: not after the data set
+            was left out for a while, not under another id, and not after a restore.
         delta: at which every figure of the ledger is stated.
         order: of the filter.
         runs: run -> what became of it.
@@ -195,7 +172,7 @@ class History:
     def __init__(self) -> None:
         self._opened: Opened | None = None
         self.policy: Policy | None = None
-        self.users = Users()
+        self.users: set[tuple[str, str, str]] = set()
         self.delta = self.order = math.nan
         self.runs: dict[str, Run] = {}
         self.seeded = False
@@ -284,7 +261,7 @@ class History:
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
                 self.policy = policy_of(event.detail["policy"])
-                self.users.known.update(_user_columns(self.policy))
+                self.users.update(_user_columns(self.policy))
                 self.policies.append(
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
                 )
@@ -314,7 +291,7 @@ class History:
         self.frozen |= restored.frozen
         self.doubts = restored.doubts
         self.denied |= restored.denied
-        self.users.known |= restored.users
+        self.users |= restored.users
         for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
             if cap != self.cap:
                 self.policies.append((moment.isoformat(), cap, len(self._rounds) + len(self.restored)))
@@ -354,6 +331,16 @@ class History:
     def hash(self) -> str:
         """Of the newest event."""
         return self.hashes[-1] if self.hashes else START
+
+    def other_users(self, policy: Policy) -> list[tuple[str, str, str]]:
+        """(key, column that said whose a record is, column that `policy` names) where they differ."""
+        named = list(_user_columns(policy))  # two of its own data sets may differ over one file
+        return [
+            (f"{kind} {name} columns.user", was, now)
+            for kind, name, now in named
+            for *other, was in sorted(self.users.union(named))
+            if other == [kind, name] and was != now
+        ]
 
     def charged_rounds(self, run: str) -> int:
         """Rounds that a run was charged for, on a lost branch too."""
@@ -466,7 +453,7 @@ class History:
             denied=tuple(sorted(self.denied)),
             policy=self.policy.digest(),
             caps=self.caps,
-            users=tuple(sorted(self.users.known)),
+            users=tuple(sorted(self.users)),
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

@@ -24,9 +24,8 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.chain import Doubt, Head, Kind
+from fedtune.privacy.ledger.chain import Doubt, Head, Kind, Restored
 from fedtune.privacy.ledger.history import History, Opened, Reservation, Run
-from fedtune.privacy.ledger.restored import Restored
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
@@ -377,7 +376,7 @@ class Ledger:
         """Unit, delta, population, site, key and who a user is are fixed when a ledger is made."""
         opened = self.history.opened
         differences = [("site_key", opened.site_key, self._key.public), *opened.differences(self.policy)]
-        differences += self.history.users.differences(self.policy)
+        differences += self.history.other_users(self.policy)
         for key, made_for, says in differences:
             if made_for != says:
                 raise RunError(

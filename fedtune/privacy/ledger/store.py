@@ -24,13 +24,13 @@ from fedtune.privacy.ledger.chain import (
     Event,
     Head,
     Kind,
+    Restored,
     canonical,
     check_chain,
     check_ledger_schema,
     check_signature,
 )
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.restored import Restored
 from fedtune.spec import LEDGER_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 
@@ -136,12 +136,6 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
     query = f"SELECT {', '.join(_COLUMNS)} FROM events WHERE sequence > ? ORDER BY sequence"
     rows = file.execute(query, (after,)).fetchall()  # a cursor left half-way would hold the lock after an error
     return [_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
-
-
-def hash_of(file: sqlite3.Connection, sequence: int) -> str | None:
-    """The stored hash of one event; None where there is none."""
-    row = file.execute("SELECT hash FROM events WHERE sequence = ?", (sequence,)).fetchone()
-    return None if row is None else str(row[0])
 
 
 def store_reply(file: sqlite3.Connection, *, run: str, request: str, reply: bytes) -> None:
@@ -338,7 +332,8 @@ class EventStore:
         The newest event's signature vouches for all before it, since its hash covers them.
         """
         known = self.history.length
-        if known and hash_of(file, known) != self.history.hash:
+        stored = file.execute("SELECT hash FROM events WHERE sequence = ?", (known,)).fetchone()
+        if known and stored != (self.history.hash,):
             raise RunError(f"ledger {self.path} was changed or put back while it was open; nothing is trained")
         try:
             new = read_events(file, after=known)

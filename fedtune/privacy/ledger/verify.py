@@ -17,20 +17,19 @@ class Verified:
     """A ledger whose every event was checked.
 
     Attributes:
-        hash: of the newest event.
-        site_key: public key that all events are signed by.
         key_expected: whether that key was given from outside, and not only read from the ledger.
-        rollback_excluded: whether an anchor showed that no event up to it is missing.
-        anchor_sequence: how far that anchor reached.
+        anchor_sequence: no event up to this one is missing, as an anchor showed; None: there was none.
     """
 
     events: tuple[Event, ...]
     history: History
-    hash: str
-    site_key: str
     key_expected: bool
-    rollback_excluded: bool
-    anchor_sequence: int
+    anchor_sequence: int | None
+
+    @property
+    def site_key(self) -> str:
+        """The public key that all events are signed by."""
+        return self.history.opened.site_key
 
 
 def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = None) -> Verified:
@@ -53,7 +52,7 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         replies = store.stored_replies(file)
     if not events:
         raise RunError(f"ledger {path} is empty")
-    last = chain.check_chain(events)
+    chain.check_chain(events)
     history = History()
     for event in events:
         history.follow(event)
@@ -80,9 +79,6 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
     return Verified(
         events=tuple(events),
         history=history,
-        hash=last,
-        site_key=own_key,
         key_expected=site_key is not None or anchor is not None,
-        rollback_excluded=anchor is not None,
-        anchor_sequence=anchor.sequence if anchor else 0,
+        anchor_sequence=anchor.sequence if anchor else None,
     )

@@ -82,7 +82,7 @@ class LedgerRecord:
     def anchored_to_the_end(self) -> bool:
         """Whether an anchor shows that no event is missing, and not only none up to the anchor's."""
         found = self.verified
-        return found is not None and found.rollback_excluded and found.anchor_sequence >= len(found.events)
+        return found is not None and (found.anchor_sequence or 0) >= len(found.events)
 
     @property
     def now(self) -> datetime:
