@@ -63,11 +63,6 @@ def site_key(make_key: Callable[[int], SigningKey]) -> SigningKey:
 
 
 @pytest.fixture(scope="session")
-def lead_key(make_key: Callable[[int], SigningKey]) -> SigningKey:
-    return make_key(2)
-
-
-@pytest.fixture(scope="session")
 def policy(lead_key: SigningKey) -> Callable[..., Policy]:
     """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
 
