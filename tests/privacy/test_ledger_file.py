@@ -384,6 +384,7 @@ def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path, tamp
 RACE = """
 import json, os, sys, traceback
 from pathlib import Path
+from fedtune.codec import decode
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy
@@ -444,7 +445,7 @@ def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(tmp_path: Pa
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert race.returncode == 0, race.stderr
+    assert (race.returncode, race.stderr) == (0, "")
     assert Counter(race.stdout.splitlines()) == {
         "own granted": 1,
         "own max_epsilon": 7,
