@@ -214,14 +214,10 @@ def test_given_noise_has_to_pay_for_the_scores_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"privacy__metrics": "noised"}, "data.heldout_fraction"),
         ({**NOISED, "privacy__mechanism": "none"}, "privacy.metrics"),
         ({**NOISED, "privacy__metrics_noise_multiplier": 0.0}, "privacy.metrics_noise_multiplier"),
-        ({"privacy__metrics": "exact"}, "privacy.metrics"),
-        ({"data__dataset": "our patients"}, "data.dataset"),
         ({"data__dataset": "../patients"}, "data.dataset"),
         ({"data__dataset": ""}, "data.dataset"),
-        ({"federation__if_over_budget": "spend"}, "federation.if_over_budget"),
     ],
     ids=str,
 )

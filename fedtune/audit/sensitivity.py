@@ -175,7 +175,7 @@ class _Search:
         else:
             users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
             everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
-            batches = everyone.cut(places, choose=lambda count: np.arange(count, dtype=np.int64))
+            batches = everyone.cut_drawn([users[place] for place in chosen])
             of_units = everyone.gradients(gradients)
         for batch in batches:
             dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)

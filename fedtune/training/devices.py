@@ -10,8 +10,8 @@ sampled unit was added once, adding whole numbers is exact in every order, and d
 other bits than on the first are refused.  Where a process fails or says nothing for `MOST_WAIT_S`, the round ends with
 an error before there is noise, so that nothing is released.
 
-Tensors travel by torch.distributed's gloo, bound to the loopback address: sums go to the CPU in any case, where the
-noise is added, so that what the tests run without a GPU is what runs with several.
+Values and sums travel as arrays through each process's pipe, which nobody else on the machine can open.  Sums go to the
+CPU in any case, where the noise is added, so what the tests run without a GPU is what runs with several.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
+import os
 import secrets
 import signal
-import tempfile
+import socket
+import struct
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
@@ -35,18 +36,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import distributed
 
 from fedtune.data import Shapes
 from fedtune.model import TaskModelSpec
 from fedtune.model.quiet import first_line
-from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.dp_step import Sums, UnitGradients, add_each, zeros
-from fedtune.training.examples import Places, SiteExamples, Told, nobody, rank_of
+from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, rank_of
 from fedtune.training.machine import device_for, ready_model
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
@@ -60,7 +60,6 @@ _differ: set[tuple[TaskModelSpec, RuntimeSpec, int]] = set()
 """Models for which this machine's devices came to other bits in this process.  Asking again is no other draw."""
 _SIGN_EVERY_S = 5.0
 _AT_WORK = "at work"
-_LOOPBACK = "127.0.0.1"
 _Examples = SiteExamples | UserExamples
 
 
@@ -157,7 +156,7 @@ class Devices:
         return units.share(rank, len(self), self._places[rank])
 
 
-class DividedUnits:
+class DividedUnits(Units):
     """A site's units, each on one device, as `fedtune.training.local` trains on them.
 
     Args:
@@ -169,13 +168,10 @@ class DividedUnits:
 
     def __init__(self, devices: Devices, units: _Examples, number: int, *, max_grad_norm: float) -> None:
         self._devices, self._units, self._number, self._max_grad_norm = devices, units, number, max_grad_norm
+        self.unit = units.unit
         self._own, self._own_records = devices.share(units, 0)
         self._records: list[Places] = []
         self._crew: _Crew | None = None
-
-    @property
-    def unit(self) -> Unit:
-        return self._units.unit
 
     def __len__(self) -> int:
         return len(self._units)
@@ -212,11 +208,12 @@ class DividedUnits:
         """A cut into this device's own micro-batches, which sets the others to work on theirs."""
 
         def cut(sampled: Places) -> Iterator[Any]:
-            crew, (mine, *others) = self._crew, self._by_rank(sampled, self._units.drawn(sampled, stream))
-            assert crew is not None, "nothing was handed out"
+            model, (mine, *others) = self._devices.model, self._by_rank(sampled, self._units.drawn(sampled, stream))
+            assert self._crew is not None, "nothing was handed out"
+            values = _flat(model.trainable()).numpy()
             for rank, theirs in enumerate(others, start=1):
-                crew.ask(rank, _Device.add_up, self._number, theirs, self._max_grad_norm, self._devices.model.round)
-            crew.tell(_flat(self._devices.model.trainable()))
+                about = (self._number, theirs, self._max_grad_norm, model.round, values)
+                self._crew.ask(rank, _Device.add_up, *about)
             return self._own.cut_drawn(mine)
 
         return cut
@@ -241,10 +238,10 @@ class DividedUnits:
         """
         assert self._crew is not None, "nothing was cut"
         assert max_grad_norm == self._max_grad_norm, "devices clip to different norms"
-        num_units = int(sum(self._crew.answers()))
-        self._crew.ask_all(_Device.hand_over)
-        total = self._crew.added_to(_flat(sums))
-        self._crew.answers()
+        num_units, total = 0, _flat(sums)
+        for units, values in self._crew.answers():
+            num_units += units
+            total += torch.from_numpy(values)
         _fill(sums, total)
         return num_units
 
@@ -300,27 +297,16 @@ class _Crew:
     def __init__(self, places: Sequence[torch.device], load: Callable[[torch.device], TaskModel]) -> None:
         self.forgotten: list[int] = []
         self._members: list[_Member] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="fedtune-devices-")
-        self.end = weakref.finalize(self, _end, self._members, self._folder)
+        self.end = weakref.finalize(self, _end, self._members)
         start = multiprocessing.get_context("spawn")
         for place in places:
             ours, theirs = start.Pipe()
+            _bound_sending(ours)
             process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
             process.start()
             theirs.close()  # the process has the only other one, so that its end is seen here
             self._members.append(_Member(process, ours))
-        self._asked = list(range(1, 1 + len(places)))
-        self._group: Any = None
-
-    def _meet(self) -> None:
-        """Wait until the others have loaded their models, and open the way for tensors."""
-        self.answers()
-        others = range(1, 1 + len(self._members))
-        for rank in others:
-            self._send(rank, _Device.join, self._folder.name, rank, 1 + len(others))
-        with self._no_failure():
-            self._group = _group(self._folder.name, 0, 1 + len(others))
-        self.answers()
+        self._asked: list[int] = []
 
     @property
     def broken(self) -> bool:
@@ -329,13 +315,10 @@ class _Crew:
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
         """Have one device do something, a method of `_Device`."""
-        if self._group is None:
-            self._meet()
-        self._send(rank, what, *about)
-
-    def _send(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
-        with self._no_failure():
+        try:
             self._members[rank - 1].pipe.send((what, about, tuple(self.forgotten)))
+        except OSError as error:
+            self._fail(first_line(error))
         self._asked.append(rank)
 
     def ask_all(self, what: Callable[..., Any], *about: Any) -> None:
@@ -350,17 +333,6 @@ class _Crew:
         self._asked = []
         return found
 
-    def tell(self, values: torch.Tensor) -> None:
-        """Send the same values to each device."""
-        with self._no_failure():
-            self._group.broadcast(values, 0).wait()
-
-    def added_to(self, values: torch.Tensor) -> torch.Tensor:
-        """Whole numbers, with those that each device hands over."""
-        with self._no_failure():
-            self._group.reduce(values, 0).wait()
-        return values
-
     def _answer(self, rank: int) -> Any:
         process, pipe = self._members[rank - 1]
         done: bool | str = _AT_WORK
@@ -374,40 +346,24 @@ class _Crew:
             self._fail(f"device {rank}: {answer}")
         return answer
 
-    @contextmanager
-    def _no_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # of pipes, and of torch.distributed
-            self._fail(first_line(error))
-
     def _fail(self, why: str) -> NoReturn:
         self.end()
         raise RunError(f"a device of this machine failed, so that nothing of this round is released ({why})")
 
 
-def _end(members: Sequence[_Member], folder: tempfile.TemporaryDirectory[str]) -> None:
+def _bound_sending(pipe: Connection) -> None:
+    """Let a process that stopped reading fail what is sent to it, in place of holding its sender up for good."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # the option is that of the pipe's end, whoever sets it
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(MOST_WAIT_S), 0))
+
+
+def _end(members: Sequence[_Member]) -> None:
     """End the processes at once: they hold nothing that has to be kept."""
     for process, pipe in members:
         process.kill()
         pipe.close()
     for process, _ in members:
         process.join(10.0)
-    folder.cleanup()
-
-
-def _group(folder: str, rank: int, of: int) -> Any:
-    """The process group that carries tensors on this machine; it meets in a folder that no other account reads.
-
-    Not torch's own group of a process: that is one for all its uses, and listens at whatever address the host has.
-    """
-    torch_s: Any = distributed  # whose types leave out most of it
-    options = torch_s.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=MOST_WAIT_S)
-    options._devices = [torch_s.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
-    store = torch_s.FileStore(str(Path(folder, "meeting")), of)
-    store.set_timeout(options._timeout)
-    return torch_s.ProcessGroupGloo(store, rank, of, options)
 
 
 class _Device:
@@ -416,10 +372,6 @@ class _Device:
     def __init__(self, model: TaskModel, at_work: Callable[[], None]) -> None:
         self._model, self._at_work = model, at_work
         self._units: dict[int, _Examples] = {}
-        self._sums: Sums = {}
-
-    def join(self, folder: str, rank: int, of: int) -> None:
-        self._group = _group(folder, rank, of)
 
     def bits(self, trial: Trial, seed: int) -> str:
         return trial.outcome(self._model, seed).bits
@@ -437,25 +389,26 @@ class _Device:
     def keep_reference(self, number: int) -> None:
         self._units[number].keep_reference(self._model)
 
-    def add_up(self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int) -> int:
-        """Sum what these units contribute to a step, at the values that the first device has; how many they are."""
-        parameters, units = self._model.trainable(), self._units[number]
-        values = _flat(parameters)
-        self._group.broadcast(values, 0).wait()
-        _fill(parameters, values)
+    def add_up(
+        self,
+        number: int,
+        drawn: Sequence[Places],
+        max_grad_norm: float,
+        round: int,
+        values: npt.NDArray[np.float32],
+    ) -> tuple[int, npt.NDArray[np.int64]]:
+        """How many units these are, and the sum of what they contribute to a step at the first device's values."""
+        units = self._units[number]
+        _fill(self._model.trainable(), torch.from_numpy(values))
         with self._model.in_round(round), attached(self._model) as gradients:
-            self._sums = zeros(self._model.trained_now())
-            batches = self._with_signs(units.cut_drawn(drawn))
-            return add_each(self._sums, units.gradients(gradients), batches, max_grad_norm)
+            sums = zeros(self._model.trained_now())
+            count = add_each(sums, units.gradients(gradients), self._with_signs(units.cut_drawn(drawn)), max_grad_norm)
+        return count, _flat(sums).numpy()
 
     def _with_signs(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             yield batch
             self._at_work()
-
-    def hand_over(self) -> None:
-        """Give the first device what was summed."""
-        self._group.reduce(_flat(self._sums), 0).wait()
 
 
 def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device], TaskModel]) -> None:
@@ -472,7 +425,7 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
 
     try:
         device = _Device(load(place), at_work)
-        orders.send((True, None))
+        orders.send((_AT_WORK, None))
         while True:
             what, about, forgotten = orders.recv()
             device.forget(forgotten)

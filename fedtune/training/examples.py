@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,30 +46,37 @@ def units_of(rank: int, num_devices: int, count: int) -> Places:
     return np.array([unit for unit in range(count) if rank_of(unit, num_devices) == rank], dtype=np.int64)
 
 
-class Units(Protocol):
-    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
+class Units(ABC):
+    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each.
 
-    @property
-    def unit(self) -> Unit:
-        """The privacy unit."""
+    Attributes:
+        unit: the privacy unit.
+    """
 
+    unit: Unit
+
+    @abstractmethod
     def __len__(self) -> int:
         """How many units there are."""
 
-    def cut_with(self, stream: RandomStream, /) -> Callable[[Places], Iterable[Any]]:
-        """What turns the sampled units of a step into micro-batches; `stream`: for what is drawn within a unit."""
+    @abstractmethod
+    def cut_with(self, stream: RandomStream) -> Callable[[Places], Iterable[Any]]:
+        """A function that cuts the sampled units of a step into micro-batches; `stream` draws within a unit."""
 
-    def gradients(self, of_each: UnitGradients, /) -> UnitGradients:
-        """What turns a micro-batch into one gradient for each unit, by those of single examples."""
+    def gradients(self, of_each: UnitGradients) -> UnitGradients:
+        """One gradient for each unit of a micro-batch, from those of its examples; the same where a unit is one."""
+        return of_each
 
-    def add_others(self, sums: Sums, max_grad_norm: float, /) -> int:
-        """Add what other devices summed, see `Records.add_others`."""
+    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+        """Add what other devices summed, see `Records.add_others`; most sites have one device."""
+        return nobody_else(sums, max_grad_norm)
 
-    def add_plain_gradient(self, model: TaskModel, batch: Any, /) -> None:
+    @abstractmethod
+    def add_plain_gradient(self, model: TaskModel, batch: Any) -> None:
         """Add the units' gradients to the parameters' own, unclipped.  Guarantee: none."""
 
 
-class SiteExamples:
+class SiteExamples(Units):
     """The examples from which a training step draws: each record is a unit.
 
     Args:
@@ -78,7 +86,7 @@ class SiteExamples:
         device: where batches go.
     """
 
-    unit: ClassVar[Unit] = "record"
+    unit = "record"
 
     def __init__(self, dataset: TextDataset, *, pad_id: int, shapes: Shapes, device: torch.device | str) -> None:
         self._dataset, self._pad_id, self._shapes, self.device = dataset, pad_id, shapes, device
@@ -137,14 +145,6 @@ class SiteExamples:
     def of_records(self, records: Places, device: torch.device | str) -> SiteExamples:
         """Some of the records, on a device of their own; nothing is kept of them yet."""
         return SiteExamples(self._dataset.chosen(records), pad_id=self._pad_id, shapes=self._shapes, device=device)
-
-    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
-        """There are no other devices: see `fedtune.training.devices`."""
-        return nobody_else(sums, max_grad_norm)
-
-    def gradients(self, of_each: UnitGradients) -> UnitGradients:
-        """What turns a micro-batch of `cut` into one gradient for each unit: here a unit is an example."""
-        return of_each
 
     def add_plain_gradient(self, model: TaskModel, batch: Batch) -> None:
         """Add the examples' gradients to the parameters' own, unclipped.  Guarantee: none."""

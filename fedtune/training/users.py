@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 
 from fedtune.data import Batch
-from fedtune.privacy.mechanism import Unit, choose_records
+from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import Sums, UnitGradients, nobody_else
-from fedtune.training.examples import Places, SiteExamples, Told, nobody, units_of
+from fedtune.training.dp_step import UnitGradients
+from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, units_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ class UserGradients:
         return means
 
 
-class UserExamples:
+class UserExamples(Units):
     """The users from which a training step draws: each user is a unit.
 
     Args:
@@ -94,7 +93,7 @@ class UserExamples:
         most_users: whose means are computed together, which bounds the memory for them.
     """
 
-    unit: ClassVar[Unit] = "user"
+    unit = "user"
 
     def __init__(
         self, examples: SiteExamples, users: Sequence[Places], *, most_records: int, most_users: int = 64
@@ -131,22 +130,14 @@ class UserExamples:
 
     def drawn(self, users: Places, stream: RandomStream) -> list[Places]:
         """The records of each user that take part in a step, drawn in the order of the users."""
-        return self._of_each(users, lambda count: choose_records(count, self.most_records, stream))
-
-    def _of_each(self, users: Places, choose: Callable[[int], Places]) -> list[Places]:
-        return [self._users[user][choose(len(self._users[user]))] for user in users]
-
-    def cut(self, users: Places, *, choose: Callable[[int], Places]) -> Iterator[UserBatch]:
-        """Cut users into batches; a user's contribution to a sum is the same, bit for bit, beside any others.
-
-        Args:
-            users: places in the list of users.
-            choose: given the number of a user's records, which of them take part.
-        """
-        return self.cut_drawn(self._of_each(users, choose))
+        each = (self._users[user] for user in users)
+        return [records[choose_records(len(records), self.most_records, stream)] for records in each]
 
     def cut_drawn(self, drawn: Sequence[Places]) -> Iterator[UserBatch]:
-        """As `cut`, for users whose records are already drawn."""
+        """Cut users, of each the records that take part, into batches.
+
+        A user's contribution to a sum is the same, bit for bit, beside any others.
+        """
         for first in range(0, len(drawn), self.most_users):
             yield UserBatch(drawn[first : first + self.most_users], self.examples)
 
@@ -157,7 +148,3 @@ class UserExamples:
         examples = self.examples.of_records(records, device)
         own = [np.searchsorted(records, places) for places in users]
         return UserExamples(examples, own, most_records=self.most_records, most_users=self.most_users), records
-
-    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
-        """As `SiteExamples.add_others`."""
-        return nobody_else(sums, max_grad_norm)

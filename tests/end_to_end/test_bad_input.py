@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -124,40 +123,24 @@ def test_one_wrong_value_of_a_sweep_stops_it_before_its_first_run(refuse: Callab
 
 
 GOOD = json.dumps({"text": "where is my card", "label": "card_arrival"})
-_FILES = {
-    "broken json": ([GOOD, '{"text": "a", '], ":2", "whole JSON object"),
-    "a number for a text": ([GOOD, GOOD, '{"text": 3, "label": "card_arrival"}'], ":3", "text"),
-    "a missing column": ([GOOD, '{"txt": "a", "label": "card_arrival"}'], ":2", "data.columns.text"),
-    "an undeclared label": ([GOOD, '{"text": "a", "label": "parking"}'], ":2", "data.labels"),
-    "nothing": ([], "", "an empty file"),
-}
 
 
-@pytest.mark.by_day(
-    "broken json-train_file",
-    "a number for a text-train_file",
-    "a missing column-validation_file",
-    "an undeclared label-test_file",
-    "nothing-validation_file",
+@pytest.mark.parametrize(
+    ("key", "line", "bound"),
+    [
+        ("train_file", '{"text": 3, "label": "card_arrival"}', "text"),
+        ("validation_file", '{"txt": "a", "label": "card_arrival"}', "data.columns.text"),
+        ("test_file", '{"text": "a", "label": "parking"}', "data.labels"),
+    ],
 )
-@pytest.mark.parametrize("key", ["train_file", "validation_file", "test_file"])
-@pytest.mark.parametrize("fault", list(_FILES))
 def test_a_malformed_file_is_named_with_its_line(
-    refuse: Callable[..., str], tmp_path: Path, key: str, fault: str
+    refuse: Callable[..., str], tmp_path: Path, key: str, line: str, bound: str
 ) -> None:
-    lines, place, bound = _FILES[fault]
     file = tmp_path / "records.jsonl"
-    file.write_text("".join(line + "\n" for line in lines))
+    file.write_text(f"{GOOD}\n{line}\n")
     message = refuse(f"data.{key}={file}", "data.train_fraction=1.0", "federation.num_sites=1")
-    assert f"{file}{place}" in message
+    assert f"{file}:2" in message
     assert bound in message
-
-
-def test_a_file_that_breaks_off_inside_gzip(refuse: Callable[..., str], tmp_path: Path) -> None:
-    file = tmp_path / "records.jsonl.gz"
-    whole = gzip.compress((GOOD + "\n").encode() * 2000)
-    file.write_bytes(whole[: len(whole) // 2])
-    assert str(file) in refuse(f"data.test_file={file}", "data.test_rows=null")
 
 
 def test_a_name_that_is_taken(command: Any, tiny: Any, finished: Path, tmp_path: Path) -> None:

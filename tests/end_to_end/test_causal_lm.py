@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,6 @@ import numpy as np
 import pytest
 
 from fedtune.config import saved_config
-from fedtune.data import iter_records
-from fedtune.data.load import chosen_rows
 
 pytestmark = pytest.mark.nightly
 
@@ -58,19 +54,3 @@ def test_scores_of_a_language_model(folder: Path, result_of: Any) -> None:
     template = result["provenance"]["template"]
     assert (template["prompt"], template["chat"]) == (saved_config(folder).data.prompt_template, "none")
     assert template["sha256"] == hashlib.sha256(template["prompt"].encode()).hexdigest()
-
-
-def test_evaluate_repeats_the_final_scores(folder: Path, result_of: Any, command: Any, tmp_path: Path) -> None:
-    test_file = tmp_path / "test.jsonl"
-    source, columns = REPOSITORY / "simulations/data/e2e_nlg/test.jsonl.gz", saved_config(folder).data.columns
-    records = list(iter_records(source, columns))
-    scored = [{"mr": one.fields["prompt"], "ref": one.fields["completion"]} for one in chosen_rows(records, 10)]
-    test_file.write_text("".join(json.dumps(row) + "\n" for row in scored))
-    outcome = command("evaluate", str(folder), "--data", str(test_file), "--device", "cpu")
-    assert (outcome.code, outcome.err) == (0, "")
-    shown = {
-        name: tuned for name, _, tuned in re.findall(r"^ +(\w+) +([\d.]+) +([\d.]+) +[+-]", outcome.out, re.MULTILINE)
-    }
-    assert set(shown) == _SCORES
-    for name, value in shown.items():
-        assert float(value) == pytest.approx(result_of(folder)["final"]["metrics"][name], abs=1e-4)

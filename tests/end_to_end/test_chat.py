@@ -79,13 +79,6 @@ def test_a_run_trains_and_scores(tuned: Any, result_of: Any, layout: tuple[str, 
     assert not any(one["failed_sites"] for one in result["rounds"])
 
 
-def test_by_user_a_person_s_texts_count_as_one(tuned: Any, result_of: Any) -> None:
-    columns = ("~data.columns", "+data.columns={text: text, user: who}")
-    result = result_of(tuned(*columns, "privacy.unit=user", "data.declared_sizes=10"))
-    assert result["privacy"]["unit"] == "user"
-    assert np.isfinite(result["final"]["metrics"]["loss"])
-
-
 def test_a_model_without_a_template_is_refused(command: Any, tiny: Any, files: Path, tmp_path: Path) -> None:
     outcome = command(
         "simulate",

@@ -156,14 +156,3 @@ def test_a_seeded_run_by_user_repeats(run: Run, adapter_of: Any) -> None:
     one, again, other = (run(*seeded, f"privacy.records_per_user={most}", name=name) for name, most in RUNS)
     assert adapter_of(one) == adapter_of(again)
     assert adapter_of(one) != adapter_of(other)
-
-
-def test_a_record_of_several_users_ends_with_one_line(command: Any, tmp_path: Path) -> None:
-    file = tmp_path / "shared.jsonl"
-    rows = [{"text": "some words here", "user": f"u{n}"} for n in range(8)] + [{"text": "ours", "user": ["u1", "u2"]}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    outcome = command("simulate", *arguments(tmp_path, f"data.train_file='{file}'", "data.train_fraction=1"))
-    assert outcome.code == 2
-    message = " ".join(outcome.err.split())
-    assert f"{file}:9, column 'user' = 'a list of users': must name one user" in message
-    assert "docs/user_level.md" in message

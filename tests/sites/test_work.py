@@ -23,6 +23,7 @@ from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
+from fedtune.training.devices import _Device
 
 from .conftest import round_request
 
@@ -77,13 +78,14 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Calla
     crew = site.real._shared.devices._crew
     (member,) = crew._members
     site.edit(ledger="third.db")
-    tell = crew.tell
+    ask = crew.ask
 
-    def dies(values: Any) -> None:
-        member.process.kill()
-        tell(values)
+    def dies(rank: int, what: Callable[..., Any], *about: Any) -> None:
+        if what is _Device.add_up:
+            member.process.kill()
+        ask(rank, what, *about)
 
-    crew.tell = dies
+    crew.ask = dies
     assert site.refusal() is Reason.SITE_ERROR, "nothing is released of a round in which a device failed"
     (run,) = site.ledger().history.runs.values()
     assert run.charged_rounds == 1, "it was charged before it was trained"

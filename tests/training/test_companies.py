@@ -168,7 +168,7 @@ def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
         by_user = UserExamples(records_of, users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
         with attached(model) as gradients:
-            for batch in by_user.cut(np.array(chosen), choose=np.arange):
+            for batch in by_user.cut_drawn([users[user] for user in chosen]):
                 each = UserGradients(gradients).of(batch)
                 found += [{name: one[user].clone() for name, one in each.items()} for user in range(len(batch))]
         return dict(zip(chosen, found, strict=True))

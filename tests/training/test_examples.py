@@ -98,18 +98,6 @@ def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any
     assert {total for _, total in told} == {len(dataset)}
 
 
-def test_each_record_keeps_its_own_states(fresh: Any, examples: Any, site_examples: Any) -> None:
-    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
-    dataset = examples("classification")
-    keeping = site_examples(dataset, max_tokens=10_000)
-    keeping.keep_frozen_states(model)
-    for index in range(len(dataset)):
-        (batch,) = keeping.cut(np.array([index]))
-        states = model.frozen_states(batch)
-        real = batch.attention_mask[:1] == 1
-        torch.testing.assert_close(batch.prefix[:1][real], states[:1][real], rtol=1e-5, atol=1e-5)
-
-
 def test_padding_holds_no_other_records_states(fresh: Any, examples: Any, site_examples: Any) -> None:
     model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
     dataset = examples("classification")

@@ -86,16 +86,6 @@ def test_a_failure_leaves_no_watched_module_and_no_trace(trained: Any, examples:
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_a_model_can_be_watched_again(trained: Any, examples: Any) -> None:
-    model, batch = trained(), collate(examples("classification"), [0, 1, 2], pad_id=0)
-    found = []
-    for _ in range(2):
-        with attached(model) as gradients:
-            found.append(gradients.of(batch))
-    for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name])
-
-
 def test_a_batch_leaves_nothing_to_the_next(trained: Any, examples: Any) -> None:
     model, dataset = trained(), examples("classification")
     with attached(model) as gradients:
@@ -105,18 +95,6 @@ def test_a_batch_leaves_nothing_to_the_next(trained: Any, examples: Any) -> None
         assert leftovers(model) == []
     for name, gradient in first.items():
         assert torch.equal(gradient, again[name])
-
-
-@kinds
-def test_gradients_have_the_names_and_shapes_of_what_is_released(
-    trained: Any, examples: Any, path: str, task: str
-) -> None:
-    model = trained(path, task)
-    with attached(model) as gradients:
-        found = gradients.of(collate(examples(task), np.arange(4), pad_id=0))
-    assert list(found) == list(model.trainable())
-    for name, gradient in found.items():
-        assert (gradient.shape, gradient.dtype) == ((4, *model.trainable()[name].shape), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -296,20 +274,3 @@ def test_after_a_step_gradients_are_those_at_the_new_adapter(trained: Any, examp
         found = gradients.of(collate(dataset, [0], pad_id=0))
     for name, expected in loop_gradient(model, dataset, 0).items():
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
-
-
-def test_nothing_that_a_pass_found_outlives_it(trained: Any, examples: Any) -> None:
-    model, batch = trained(), collate(examples("classification"), [0, 1], pad_id=0)
-    with attached(model) as gradients:
-        gradients.of(batch)
-        assert not gradients.found
-
-        def fails(*_: Any) -> None:
-            raise MemoryError
-
-        first = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
-        handle = first.register_full_backward_pre_hook(fails)
-        with pytest.raises(MemoryError):
-            gradients.of_all(batch)
-        handle.remove()
-        assert not gradients.found

