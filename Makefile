@@ -34,6 +34,7 @@ checks:
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python docs/write_configuration.py --check
+	$(VENV)/bin/python docs/draw_accuracy.py --check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 nightly: $(VENV)/.dev

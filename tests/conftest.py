@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,19 +19,21 @@ import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from fedtune.api import compose
 from fedtune.cli.command import Command
 from fedtune.cli.main import fedtune, main
-from fedtune.data import records
+from fedtune.data import partition, records
 from fedtune.data.records import Record
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -66,17 +69,38 @@ warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other
 gc.disable()
 
 
-# What runs of many tests have in common is read once in this process: the YAML of conf/, and the records of the
-# repository's own data files.
-_parsed = lru_cache(maxsize=256)(partial(yaml.load, Loader=get_yaml_loader()))
-_judged = records.judged
-_read = lru_cache(maxsize=16)(lambda path, columns, lenient: tuple(_judged(path, dict(columns), lenient=lenient)))
-_load_yaml = OmegaConf.load
+# What runs of many tests have in common is read once in this process: what the groups of conf/ come to, and the records
+# of the repository's own data files.
+_compose = compose.compose
+_of_groups = lru_cache(maxsize=256)(lambda folder, groups: _compose("config", overrides=list(groups)))
+_parse = lru_cache(maxsize=2048)(lambda override: OverridesParser.create().parse_overrides([override])[0])
+_judged, _record_key = records.judged, records.record_key
+_keys: dict[int, bytes] = {}
+"""By the identity of a record that `_read` keeps for good."""
 
 
-def _load_yaml_once(file: Any) -> Any:
-    text = file.read() if hasattr(file, "read") else Path(file).read_text(encoding="utf-8")
-    return OmegaConf.create(_parsed(text)) if isinstance(_parsed(text), dict) else _load_yaml(io.StringIO(text))
+@cache
+def _read(path: Path, columns: tuple[tuple[str, str], ...], lenient: bool) -> tuple[Any, ...]:
+    found = tuple(_judged(path, dict(columns), lenient=lenient))
+    _keys.update({id(one): _record_key(one) for _, one in found if isinstance(one, Record)})
+    return found
+
+
+def _compose_once(config_name: str, overrides: list[str]) -> Any:
+    """What Hydra composes: the options of groups once, and then the values, which Hydra puts in after them, too.
+
+    What is more than options and values, and what is wrong, is left to Hydra.
+    """
+    folder = compose.config_folder()
+    groups = [one for one in overrides if (key := re.match(r"\+*(\w{1,30})[=@/]", one)) and (folder / key[1]).is_dir()]
+    if all(re.match(r"\w+=", one) for one in groups) and not any(re.match(r"~|\+*hydra", one) for one in overrides):
+        with contextlib.suppress(HydraException, OmegaConfBaseException):
+            settings = copy.deepcopy(_of_groups(folder, tuple(groups)))
+            values = [_parse(one) for one in overrides if one not in groups]
+            if not any(one.is_sweep_override() for one in values):
+                ConfigLoaderImpl._apply_overrides_to_config(values, settings)
+                return settings
+    return _compose(config_name, overrides=overrides)
 
 
 def _judged_once(
@@ -89,8 +113,9 @@ def _judged_once(
         yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
-OmegaConf.load = staticmethod(_load_yaml_once)  # type: ignore[method-assign]
+compose.compose = _compose_once  # type: ignore[assignment]
 records.judged = _judged_once
+partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
 
 _TRIED: set[tuple[Any, ...]] = set()
