@@ -53,6 +53,7 @@ def _become_pytest(request: dict[str, Any]) -> None:
     try:
         os.setsid()
         os.chdir(request["tree"])
+        os.umask(0o022)  # a test of a service may have left another, under which a file's mode shows no fault
         os.environ.clear()
         os.environ.update(request["environment"])
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
