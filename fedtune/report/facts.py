@@ -389,6 +389,7 @@ class LedgerFacts:
         date: of its newest entry.
         order: of the filter, fixed when the ledger was made.
         max_epsilon: the smaller of the cap that the ledger noted and the policy's; None: no cap; the others likewise.
+        limits_loosened: days on which a limit for a run or a period was raised, or taken away, after a charge.
         reference: a typical run.
         charges: in order.
         lost_seed: whether noise on a lost branch came from a seed.
@@ -413,6 +414,7 @@ class LedgerFacts:
     period: Literal["month", "quarter", "year"]
     reference: Reference
     caps: tuple[Cap, ...]
+    limits_loosened: tuple[str, ...]
     runs: tuple[RunInLedger, ...]
     charges: tuple[ChargedRounds, ...]
     lost_seed: bool

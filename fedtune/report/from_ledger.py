@@ -16,6 +16,7 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.site_policy import PERIODS
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -31,7 +32,7 @@ from fedtune.report.facts import (
 )
 from fedtune.report.model import Report
 from fedtune.report.record.ledger_record import LedgerRecord, read_ledger
-from fedtune.words import finite
+from fedtune.words import finite, unbounded
 
 MOST_STEPS = 400
 """Charges that a report shows by themselves: rounds of the newest runs, and one for each run before those."""
@@ -110,6 +111,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
         period=budget.period,
         reference=budget.reference,
         caps=_caps_of(history),
+        limits_loosened=_loosened(record.events),
         runs=tuple(
             RunInLedger(
                 run=name,
@@ -181,8 +183,27 @@ def _caps_of(history: History) -> tuple[Cap, ...]:
     caps: list[Cap] = []
     for time, cap, charges in history.policies:
         if not caps or caps[-1].max_epsilon != finite(cap):
-            caps.append(Cap(time=time, max_epsilon=finite(cap), charges_before=charges))
+            caps.append(Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=charges))
     return tuple(caps)
+
+
+def _loosened(events: Sequence[Event]) -> tuple[str, ...]:
+    """Days on which a policy loosened the limit for a run or a period, and something had been charged before."""
+    days: list[str] = []
+    charged, before = False, None
+    for event in events:
+        charged = charged or event.kind is Kind.RESERVE
+        if event.kind is not Kind.NOTE or event.detail["what"] != "policy":
+            continue
+        budget = policy_of(event.detail["policy"]).budget
+        if before is not None and charged:
+            shorter = PERIODS.index(budget.period) < PERIODS.index(before.period)
+            of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
+            of_run = unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
+            if of_run or of_period or (shorter and before.max_epsilon_per_period is not None):
+                days.append(day_of(event.time))
+        before = budget
+    return tuple(dict.fromkeys(days))
 
 
 def _run_caps(record: LedgerRecord) -> Mapping[str, float | None]:

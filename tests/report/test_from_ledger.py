@@ -198,8 +198,23 @@ def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Boo
     assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
 
 
+def test_another_period_in_the_file_loosens_nothing_that_the_ledger_noted(
+    books: Callable[..., Books], run_proposal: Proposals
+) -> None:
+    made = books(budget={"max_epsilon_per_period": 3.0})
+    made.charge(run_proposal(), 1, 2)
+    made.edit(budget={"max_epsilon_per_period": 0.1})
+    policy = read_policy(made.site_toml)
+    larger = replace(policy.budget, period="month", max_epsilon_per_period=39.0)
+    write_policy(replace(policy, budget=larger), made.site_toml)
+    report = from_ledger.build(made.site_toml)
+    assert report.verdict.reasons == ("above_period_cap",)
+    assert (report.sites[0].approved.period, report.sites[0].approved.max_epsilon_per_period) == ("year", 0.1)
+
+
 ANY = float("inf")
 WITHIN = ("within", ())
+LOOSENED = ("within", ("limits_loosened",))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +224,10 @@ WITHIN = ("within", ())
         pytest.param({}, {}, {"max_epsilon_per_period": 0.4}, ("exceeded", ("above_period_cap",)), id="of a period"),
         pytest.param({}, {}, {"max_epsilon": 6.0}, ("within", ("cap_raised",)), id="raised after"),
         pytest.param({}, {"max_epsilon": 6.0}, {}, WITHIN, id="raised before"),
+        pytest.param({"max_epsilon_per_run": 2.0}, {}, {"max_epsilon_per_run": None}, LOOSENED, id="run loosened"),
+        pytest.param({"max_epsilon_per_run": 2.0}, {"max_epsilon_per_run": None}, {}, WITHIN, id="loosened before"),
+        pytest.param({"max_epsilon_per_period": 3.0}, {}, {"max_epsilon_per_period": 4.0}, LOOSENED, id="of a period"),
+        pytest.param({"max_epsilon_per_period": 3.0}, {}, {"period": "month"}, LOOSENED, id="a shorter period"),
         pytest.param({"max_epsilon": ANY}, {}, {}, ("no_guarantee", ("no_lifetime_cap",)), id="none"),
         pytest.param(
             {"max_epsilon": ANY}, {}, {"max_epsilon": 5.0}, ("no_guarantee", ("no_lifetime_cap",)), id="came after"

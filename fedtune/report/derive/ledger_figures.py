@@ -63,7 +63,11 @@ def report_of(facts: LedgerFacts) -> Report:
     )
     reasons = [
         *verdicts.of_ledger(
-            life, _approved(facts), charges=num_charges(facts), verified=facts.verification is not None
+            life,
+            _approved(facts),
+            charges=num_charges(facts),
+            verified=facts.verification is not None,
+            limits_loosened=bool(facts.limits_loosened),
         ),
         *(["above_run_cap"] if _plans_above_their_caps(facts) else []),
         *(["accountants_disagree"] if not profile.accountants_agree(spent, width=accountant.COARSE) else []),

@@ -39,6 +39,7 @@ REASONS: Mapping[State, tuple[str, ...]] = {
         "site_silent",
         "sampling_not_recorded",
         "cap_raised",
+        "limits_loosened",
         "audited",
     ),
 }
@@ -135,7 +136,9 @@ def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str
     )
 
 
-def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: bool) -> Iterator[str]:
+def of_ledger(
+    life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
+) -> Iterator[str]:
     """The reasons of a ledger: what was spent against what is approved now.
 
     Args:
@@ -143,6 +146,7 @@ def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: boo
         approved: the caps that the site approves.
         charges: number of charges in the ledger, as `Cap.charges_before` counts them.
         verified: whether the ledger is consistent.
+        limits_loosened: whether a limit for a run or a period was, after something was charged.
     """
     something = life.epsilon != 0
     yield from _holding(
@@ -156,6 +160,7 @@ def of_ledger(life: Lifetime, approved: Approved, *, charges: int, verified: boo
         above_period_cap=something and above(life.period_epsilon, approved.max_epsilon_per_period),
         nothing_spent=not something,
         cap_raised=life.cap_raised,
+        limits_loosened=limits_loosened,
     )
 
 

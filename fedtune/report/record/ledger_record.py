@@ -51,14 +51,13 @@ class LedgerRecord:
     def in_force(self) -> Policy:
         """The newest policy that the ledger noted, under the smaller of its caps and those of the policy in force.
 
-        A site lowers a cap by writing it down; that the ledger has not noted it yet makes it no larger.
+        A site lowers a cap by writing it down, before the ledger has noted it.  None becomes larger so.
         """
         noted, own = self.policy.budget, self.policy_file.budget if self.policy_file else None
         if own is None:
             return self.policy
-        of_period = noted
-        if own.max_epsilon_per_period is not None and own.period != noted.period:
-            of_period = own
+        # A cap on another period counts once the ledger has noted it, and until then the noted one does.
+        of_period = own if noted.max_epsilon_per_period is None else noted
         return replace(
             self.policy,
             budget=replace(
