@@ -20,11 +20,11 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import check_report, read_report
+from fedtune.report.checks import Check, check_report, read_report
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.difference import Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
-from fedtune.report.facts import State
+from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
 from fedtune.report.page.catalogue import catalogue
 from fedtune.show.lines import printable
@@ -172,9 +172,11 @@ def verify(
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
     path, report = read_report(file)
-    found = check_report(
-        path, report, key=key or (_key_by_roster(report, roster) if roster else None), config_sha256=config
-    )
+    of_roster: list[Check] = []
+    if roster and not key:
+        key, check = _key_by_roster(report, roster)
+        of_roster.append(check)
+    found = (*check_report(path, report, key=key, config_sha256=config), *of_roster)
     if as_json:
         print_json({"file": str(path), "checks": found})
     else:
@@ -203,13 +205,12 @@ def diff(
     """Show what changed from one report to another: scores, privacy, settings and cost, with both values.
 
     A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
+    Each is checked first, as `fedtune report verify` does, and one that does not hold is not compared.
     """
     pairs = [read_report(before), read_report(after)]
     for path, report in pairs:
-        try:
-            signing.check(report)
-        except RunError as error:
-            raise RunError(f"{path}: {error}") from None
+        if wrong := [check.text for check in check_report(path, report, key=None) if check.state == "wrong"]:
+            raise RunError(f"{path} does not hold: {' '.join(wrong)} fedtune report verify says more")
     settings = [_settings(path, report) for path, report in pairs]
     (before_path, first), (after_path, second) = pairs
     changes = differences(first, second, settings=(settings[0], settings[1]) if all(settings) else ({}, {}))
@@ -238,22 +239,29 @@ def schema() -> None:
     sys.stdout.write(schema_text())
 
 
-def _key_by_roster(report: Report, path: Path) -> str:
+def _key_by_roster(report: Report, path: Path) -> tuple[str, Check]:
     """The key that must have signed: for a ledger its site's, for a run that of the lead, who signed the roster too."""
     from fedtune.ops.kits.members import Roster
 
     roster = Roster.read(path)
-    if report.kind == "ledger":
-        keys = {one.site: one.site_key for one in roster.sites}
-        if (site := report.sites[0].site) not in keys:
+    if isinstance(report.facts, LedgerFacts):
+        site = report.facts.site
+        member = next((one for one in roster.sites if one.site == site), None)
+        if member is None:
             raise ConfigError("--roster", str(path), f"must list the site {printable(site)}")
-        return keys[site]
+        revoked = (
+            f" {site} was revoked at {member.revoked}; a later report is none of this federation."
+            if member.revoked
+            else ""
+        )
+        text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked.{revoked}"
+        return member.site_key, Check(name="roster", state="not_checked", text=printable(text))
     signer = report.signature.key if report.signature else ""
     try:
         roster.check_signed(signer)
     except ConfigError:
         raise RunError(f"the report is not signed by the lead, who signed {path}") from None
-    return signer
+    return signer, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
 
 
 def _settings(path: Path, report: Report) -> Mapping[str, Any]:

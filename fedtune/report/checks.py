@@ -18,10 +18,12 @@ from fedtune.report.facts import RunFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError, errors_in
+from fedtune.version import __version__
 from fedtune.words import counted
 
 _CALIBRATED = 1e-3
 """Relative; what the noise that two versions find for one target may differ by."""
+_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +31,7 @@ class Check:
     """One check and what it came to.
 
     Attributes:
-        name: "schema", "signature", "figures", "verdict", "taken" or "configuration".
+        name: "schema", "signature", "figures", "verdict", "taken", "configuration", or a file drawn from the report.
         text: the result, in a sentence.
         problems: what differs.
     """
@@ -44,7 +46,8 @@ def check_report(path: Path, report: Report, *, key: str | None, config_sha256: 
     """`checks` of a report that lies at `path`, with the settings that lie beside a run's."""
     of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
     config = saved_config(path.parent) if of_run else None
-    return checks(report, key=key, config_sha256=config_sha256, config=config)
+    found = checks(report, key=key, config_sha256=config_sha256, config=config)
+    return (*found, *_drawn(path, report)) if all(check.state != "wrong" for check in found) else found
 
 
 def checks(
@@ -112,6 +115,27 @@ def _taken(report: Report) -> Iterator[Check]:
             "runs). The lead took them from the site's own report, whose signature is not in this file."
         )
         yield Check(name="taken", state="not_checked", text=text)
+
+
+def _drawn(path: Path, report: Report) -> Iterator[Check]:
+    """Whether the page and the label that lie beside a report are drawn from it: equal reports give equal bytes."""
+    from fedtune.report.page.catalogue import LANGUAGES
+    from fedtune.report.page.label import SVG, as_svg
+    from fedtune.report.page.render import render
+
+    for name, draw in (("report.html", render), (SVG, as_svg)):
+        file = path.with_name(name)
+        if not file.is_file():
+            continue
+        drawn = [draw(report, language=language).encode() for language in LANGUAGES]
+        if file.stat().st_size in map(len, drawn) and file.read_bytes() in drawn:
+            yield Check(name=name, state="right", text="It shows what the report says, byte for byte.")
+        elif report.provenance.fedtune_version == __version__:
+            text = f"It is not what fedtune draws of this report: write it anew with fedtune report {path.parent}."
+            yield Check(name=name, state="wrong", text=text)
+        else:
+            text = f"Not compared: fedtune {__version__} may draw it in another form."
+            yield Check(name=name, state="not_checked", text=text)
 
 
 def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
@@ -188,6 +212,8 @@ def read_report(name: str) -> tuple[Path, Report]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
             raise ConfigError("report", name, bound)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError("report", name, f"must be a report.json of at most {_MOST_BYTES >> 20} MiB")
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError("report", name, f"{bound} ({error.strerror})") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report, to_json
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import dotted
@@ -25,11 +26,11 @@ _OF_REPORT: Mapping[Group, Sequence[str]] = {
 _OF_SITE: Mapping[Group, Sequence[str]] = {
     "settings": ("declared_size",),
     "privacy": (
-        *("verdict.state", "source", "approved.*", "spent.*"),
+        *("verdict.state", "source", "approved.*", "spent.*", "by_trust.*"),
         *("lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left"),
         *("lifetime.frozen", "lifetime.in_doubt", "lifetime.restored"),
         *("meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures"),
-        *("meaning.right_of_100_for_2", "meaning.right_of_100_for_5"),
+        *("meaning.right_of_100_for_2", "meaning.right_of_100_for_5", "meaning.right_of_100_with_all_others"),
     ),
 }
 _OF_MECHANISM: Mapping[Group, Sequence[str]] = {
@@ -37,7 +38,7 @@ _OF_MECHANISM: Mapping[Group, Sequence[str]] = {
         *("sampling_assumed", "sampling_run", "sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps"),
         *("metrics_noise_multiplier", "records_per_user"),
     ),
-    "privacy": ("rounds",),
+    "privacy": ("rounds", "shared.*"),
 }
 _OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*")
 """Places of report.json that are compared; with a star, everything there."""
@@ -111,7 +112,12 @@ def _figures(report: Report) -> dict[Group, Figures]:
             found["privacy"] |= _picked(bound, _OF_BOUND, f"audit.{bound['site'] or 'all_sites'}.")
         for attack in data["audit"]["membership"]:
             found["privacy"][f"audit.{attack['site'] or 'all_sites'}.{attack['score']}.auroc"] = attack["auroc"]
+    if isinstance(report.facts, RunFacts):
+        # Whether records were protected from anybody at all: a simulation has them in one place.
+        found["settings"]["runtime"] = report.facts.settings.get("runtime", "simulation")
     if report.utility:
+        if report.utility.selection is not None:
+            found["privacy"] |= _flat(data["utility"]["selection"], "selection.")
         found["utility"], rounds = _picked(data["utility"], _OF_UTILITY, ""), report.utility.rounds
         found["cost"] = {
             "rounds": len(rounds),
@@ -136,6 +142,10 @@ def _picked(data: Mapping[str, Any], places: Sequence[str], prefix: str) -> Figu
 
 
 def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Nested mappings as dotted keys; what is listed stands in one text."""
+    """Nested mappings as dotted keys; a list of mappings has one key a place, any other list is one text."""
     for key, value in dotted(fields, prefix):
-        yield key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple) and value and all(isinstance(part, Mapping) for part in value):
+            for number, part in enumerate(value, 1):
+                yield from _flat(part, f"{key}.{number}.")
+        else:
+            yield key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

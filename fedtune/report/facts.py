@@ -414,7 +414,6 @@ class LedgerFacts:
     period: Literal["month", "quarter", "year"]
     reference: Reference
     caps: tuple[Cap, ...]
-    limits_loosened: tuple[str, ...]
     runs: tuple[RunInLedger, ...]
     charges: tuple[ChargedRounds, ...]
     lost_seed: bool
@@ -429,6 +428,7 @@ class LedgerFacts:
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
     settings: Mapping[str, str] = field(default_factory=dict)
+    limits_loosened: tuple[str, ...] = ()
     provenance: Provenance
 
     @property

@@ -37,6 +37,8 @@ ledger of 200 runs, each with another plan and noised scores, stays below it; a 
 _MOST_COMPOSED = 2 * _MOST_BUCKETS
 """Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
 _MOST_ORDER = 1e4
+_MOST_ROWS = 500_000  # a page of so many takes a third of a gigabyte
+_MOST_CANARIES = 10_000_000  # a million take about a second
 _BUCKETS_OF_ANY = 3e4
 """As much work as a mechanism takes whatever its size: about 0.1 s."""
 
@@ -61,6 +63,15 @@ def problems(report: Report) -> list[Problem]:
 
 def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
     """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
+    if isinstance(facts, RunFacts):
+        canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
+        for count, most, what in (
+            (len(facts.sites) * len(facts.rounds), _MOST_ROWS, "rows of a round at a site"),
+            (canaries, _MOST_CANARIES, "canaries"),
+        ):
+            if count > most:
+                yield Problem("facts", f"{count} {what}", f"at most {most}, so that they can be computed again")
+                return
     parts = list(_parts(facts))
     for charged, _, _ in parts:
         for event, count in charged.items():

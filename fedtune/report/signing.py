@@ -15,6 +15,7 @@ from fedtune.words import spoken
 
 PURPOSE = "report"
 """Purpose of the signature, so that one made for a receipt or a ledger does not pass here."""
+_MOST_DIGITS = 19
 
 
 def canonical(report: Report) -> bytes:
@@ -42,7 +43,7 @@ def read(data: bytes) -> Report:
         json.loads(
             data,
             parse_float=lambda text: _spelled(text, repr(float(text))),
-            parse_int=lambda text: _spelled(text, str(int(text))),
+            parse_int=_whole_number,
             parse_constant=_refuse_constant,
             object_pairs_hook=_without_repeats,
         )
@@ -95,6 +96,13 @@ def _ledger_keys(report: Report) -> list[str]:
     """Keys that must sign the report: a ledger's report is signed by the key that signs the ledger's events."""
     own = [site.verification.site_key for site in report.sites if site.verification]
     return own if report.kind == "ledger" else []
+
+
+def _whole_number(text: str) -> str:
+    # Nothing that is counted needs more than 64 bits, and a sum of what has 4,300 digits cannot be written.
+    if len(text) > _MOST_DIGITS:
+        raise ConfigError("report", f"{text[:_MOST_DIGITS]}...", f"must be a number of at most {_MOST_DIGITS} digits")
+    return _spelled(text, str(int(text)))
 
 
 def _spelled(text: str, right: str) -> str:

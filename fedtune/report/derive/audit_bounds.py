@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,24 +70,20 @@ def judged(sites: Iterable[SiteReport], audit: Audit | None, *, marked: bool) ->
         marked: whether the run's folder says that canaries were planted.
     """
     before = tuple(sites)
-    return tuple(_judged(site, before, audit, marked=marked) for site in before)
-
-
-def _judged(site: SiteReport, sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> SiteReport:
     if audit is None:
-        return _nothing_promised(site, "holds_canaries") if marked else site
-    if refutes(audit, sites, site.site):
-        return _nothing_promised(site, "refuted_by_audit")
-    if site.verdict.state == "no_guarantee":
-        return site
-    # Canaries are records, each at the same cost; but who reads the verdict alone shall know what the adapter holds.
-    return replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
-
-
-def refutes(audit: Audit, sites: Iterable[SiteReport], site: str) -> bool:
-    """Whether the audit showed more than is claimed of `site`, or of all together, in the report of `sites`."""
-    places = {bound.site for bound in refuted(audit, sites)}
-    return site in places or None in places or (audit.exceeded and not places)
+        return tuple(_nothing_promised(site, "holds_canaries") for site in before) if marked else before
+    places = {bound.site for bound in refuted(audit, before)}
+    # A bound over all sites together denies each site's claim.
+    everywhere = None in places or (audit.exceeded and not places)
+    made: list[SiteReport] = []
+    for site in before:
+        if everywhere or site.site in places:
+            site = _nothing_promised(site, "refuted_by_audit")
+        elif site.verdict.state != "no_guarantee":
+            # Canaries are records, each at the same cost; but the verdict alone must tell what the adapter holds.
+            site = replace(site, verdict=replace(site.verdict, reasons=(*site.verdict.reasons, "audited")))
+        made.append(site)
+    return tuple(made)
 
 
 def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
