@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.spec import spec
+from fedtune.spec import ConfigError, spec
 
 
 @spec
@@ -43,6 +43,10 @@ class AuditMembership:
     auroc_low: float
     auroc_high: float
     hit_rates: tuple[AuditHitRate, ...]
+
+    def __post_init__(self) -> None:
+        if not self.hit_rates:
+            raise ConfigError("hit_rates", [], "must have at least one, as every attack by membership has")
 
 
 @spec

@@ -60,8 +60,9 @@ def once_signed(finished: Path, key_file: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def signed(run_folder: Path, once_signed: Path) -> Path:
-    """The signed report of a run, its configuration beside it."""
-    return Path(shutil.copy(once_signed, run_folder))
+    """The signed report of a run, its page and its configuration beside it."""
+    shutil.copytree(once_signed.parent, run_folder, dirs_exist_ok=True)
+    return run_folder / once_signed.name
 
 
 def report_in(folder: Path) -> Report:
@@ -249,12 +250,51 @@ def test_what_cannot_be_is_wrong_input(
 # Verifying
 
 
+@pytest.mark.parametrize("name", ["report.html", "label.svg"])
+def test_a_page_and_a_label_that_say_something_else_are_found(name: str, run_folder: Path, command: Any) -> None:
+    assert command("report", str(run_folder), "--output", str(run_folder), "--label", "--language", "de").code == 0
+    assert command("report", "verify", str(run_folder)).code == 0
+    drawn = run_folder / name
+    drawn.write_text(drawn.read_text().replace("0", "1"))
+    outcome = command("report", "verify", str(run_folder))
+    assert outcome.code == 1
+    assert name in outcome.err
+
+
+def test_a_report_that_does_not_hold_is_not_compared(run_folder: Path, finished: Path, command: Any) -> None:
+    edit(run_folder / "report.json", "derived", "epsilon", to=1.0)
+    outcome = command("report", "diff", str(finished), str(run_folder))
+    assert outcome.code == 1
+    assert "not as computed again" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("digits", lambda text: text.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
+        ("size", None, "at most 64 MiB"),
+    ],
+)
+def test_a_report_that_is_too_much_is_not_read(
+    name: str, change: Any, says: str, run_folder: Path, command: Any
+) -> None:
+    path = run_folder / "report.json"
+    if change is None:
+        os.truncate(path, 20 << 30)  # a sparse file
+    else:
+        path.write_text(change(path.read_text()))
+    outcome = command("report", "verify", str(path))
+    assert outcome.code == 2, name
+    assert says in outcome.err
+
+
 def test_a_missing_signature_or_key_is_said(signed: Path, key_file: Path, command: Any) -> None:
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
     made = f"made with the key in the file, {SigningKey.load(key_file).public}: not checked"
     assert re.search(f"signature +not checked +It was {made}", outcome.out)
     edit(signed, "signature", to=None)
+    (signed.parent / "report.html").unlink()  # it was drawn of the signed one
     outcome = command("report", "verify", str(signed))
     assert outcome.code == 0
     assert re.search("signature +not checked +It is not signed", outcome.out)
@@ -282,6 +322,7 @@ def test_another_signature_is_found(signed: Path, tmp_path: Path, key_file: Path
     assert command("report", "verify", str(signed), "--key", other.public).code == 1
     report = signing.read(signed.read_bytes())
     signed.write_text(signing.to_text(signing.signed(report, other)))
+    (signed.parent / "report.html").unlink()
     assert command("report", "verify", str(signed)).code == 0  # whose it is was not asked
     outcome = command("report", "verify", str(signed), "--key", SigningKey.load(key_file).public)
     assert outcome.code == 1

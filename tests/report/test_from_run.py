@@ -246,7 +246,7 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
         "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown,
                     "canaries": 9, "guesses": 9, "right": 9}],
         "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
-                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": []}],
+                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": [{"false_alarms": 0.01, "found": null, "low": null, "high": null}]}],
     }  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2}))
     report = from_run.build(folder)

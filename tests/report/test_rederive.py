@@ -215,6 +215,13 @@ def test_the_work_that_a_small_report_asks_for_is_bounded(
     assert list(rederive._too_much_work(of_many_plans(a_ledger_report(), 200))) == []
 
 
+def test_a_round_at_each_of_many_sites_is_too_much(a_report: Make) -> None:
+    facts = a_report().facts
+    many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
+    (problem,) = rederive._too_much_work(many)
+    assert problem.said == "501000 rows of a round at a site"
+
+
 @pytest.mark.parametrize(
     "event",
     [
