@@ -18,7 +18,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
-from fedtune.report.one_run import best_possible, epsilon_lower_bound
+from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
 from fedtune.runs.federation_run import Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_model import SharedModel

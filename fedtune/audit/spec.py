@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedtune.report.one_run import LEAST_CONFIDENCE
+from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
 
 

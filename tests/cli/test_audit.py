@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.audit import app, audit_spec, show_findings
-from fedtune.report import one_run
+from fedtune.evaluation import audit_bound
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import refuted
 from fedtune.spec import ConfigError
@@ -77,7 +77,7 @@ def test_settings_as_given() -> None:
 
 
 def bound(site: str | None, right: int) -> AuditBound:
-    shown = [one_run.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
+    shown = [audit_bound.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
     return AuditBound(
         site=site,
         claimed_epsilon=0.5,

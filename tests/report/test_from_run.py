@@ -18,7 +18,8 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.report import from_run, one_run, signing
+from fedtune.evaluation import audit_bound
+from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
 from fedtune.report.rederive import problems
 from fedtune.runs import environment
@@ -240,13 +241,13 @@ def test_how_records_were_drawn_is_said_where_the_lead_does_not_know(folder: Pat
 def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
     before = from_run.build(folder)
     assert "attack_on_real_records" not in before.unprotected_figures
-    shown = one_run.best_possible(9, delta=1e-5, confidence=0.95)
+    shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
     found = {
         "method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": True,
         "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown,
                     "canaries": 9, "guesses": 9, "right": 9}],
         "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
-                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": [{"false_alarms": 0.01, "found": null, "low": null, "high": null}]}],
+                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}],
     }  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2}))
     report = from_run.build(folder)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.report import one_run
+from fedtune.evaluation import audit_bound
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
@@ -96,7 +96,7 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
         sites: of a report; where one claims less than the audit says was claimed, that counts.
     """
     spent = charged(audit, sites)
-    errors = one_run.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
+    errors = audit_bound.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
     return tuple(
         bound
         for bound, error in zip(audit.bounds, errors, strict=True)
@@ -128,7 +128,7 @@ def _is_refuted(bound: AuditBound, spent: Mapping[str | None, float], *, delta: 
     if not can_be_counts(bound):
         return not bound.lower_bound <= claim
     counts = bound.canaries, bound.guesses, bound.right
-    return one_run.p_value(*counts, epsilon=claim, delta=delta) < error
+    return audit_bound.p_value(*counts, epsilon=claim, delta=delta) < error
 
 
 def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
@@ -142,8 +142,8 @@ def audit_problems(report: Report) -> Iterator[Problem]:
         return
     if audit.delta != report.delta:
         yield Problem("audit.delta", audit.delta, report.delta)
-    if not one_run.LEAST_CONFIDENCE <= audit.confidence < 1:
-        yield Problem("audit.confidence", audit.confidence, f"a number from {one_run.LEAST_CONFIDENCE} to 1")
+    if not audit_bound.LEAST_CONFIDENCE <= audit.confidence < 1:
+        yield Problem("audit.confidence", audit.confidence, f"a number from {audit_bound.LEAST_CONFIDENCE} to 1")
         return
     places, known = Counter(bound.site for bound in audit.bounds), {None, *(site.site for site in report.sites)}
     if twice := [site for site, count in places.items() if count > 1 or site not in known]:
@@ -165,7 +165,7 @@ def _of_bound(audit: Audit, bound: AuditBound, spent: float | None) -> Iterator[
     if not (0 <= bound.claimed_epsilon <= charged_most and math.isfinite(bound.claimed_epsilon)):
         yield Problem("claimed_epsilon", bound.claimed_epsilon, f"at most {spent}, which was charged")
     for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
-        found = one_run.epsilon_lower_bound(
+        found = audit_bound.epsilon_lower_bound(
             bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence
         )
         if not abs(getattr(bound, key) - found) <= _LAST_DIGITS * max(1.0, found):

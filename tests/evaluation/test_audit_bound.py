@@ -11,8 +11,8 @@ from scipy import stats
 
 from fedtune.audit.guesses import counted
 from fedtune.privacy.accountant import calibrate_noise
-from fedtune.report import one_run
-from fedtune.report.one_run import best_possible, epsilon_lower_bound, p_value
+from fedtune.evaluation import audit_bound
+from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound, p_value
 
 DELTA = 1e-5
 CHANCE = 1e-4
@@ -139,12 +139,12 @@ def hull(false_alarms: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> l
 
 @pytest.mark.parametrize("sites", [[], ["a"], [None], ["a", None], ["a", "b", "c", None]], ids=str)
 def test_all_bounds_together_are_wrong_no_oftener_than_one_may_be(sites: list[str | None]) -> None:
-    errors = one_run.allowed_errors(0.95, sites)
+    errors = audit_bound.allowed_errors(0.95, sites)
     assert len(errors) == len(sites)
     assert sum(errors) == pytest.approx(0.05 if sites else 0.0)
     assert all(0 < error <= 0.05 + 1e-12 for error in errors)
 
 
 def test_a_claim_of_8_can_still_be_refuted_at_one_site_and_on_the_average() -> None:
-    of_site, _ = one_run.allowed_errors(0.95, ["a", None])
-    assert one_run.p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site
+    of_site, _ = audit_bound.allowed_errors(0.95, ["a", None])
+    assert audit_bound.p_value(15_000, 15_000, 15_000, epsilon=8.0, delta=1e-5) < of_site
