@@ -11,6 +11,7 @@ from fedtune.audit.guesses import Place
 from fedtune.audit.record_attack import RecordAttack
 from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
+from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate
 from fedtune.model import Adapter
@@ -18,7 +19,6 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
-from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
 from fedtune.runs.federation_run import Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_model import SharedModel

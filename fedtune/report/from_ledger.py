@@ -16,7 +16,6 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.site_policy import PERIODS
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -36,6 +35,8 @@ from fedtune.words import finite, unbounded
 
 MOST_STEPS = 400
 """Charges that a report shows by themselves: rounds of the newest runs, and one for each run before those."""
+
+_PERIODS = ("month", "quarter", "year")  # the shortest first
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
@@ -197,7 +198,7 @@ def _loosened(events: Sequence[Event]) -> tuple[str, ...]:
             continue
         budget = policy_of(event.detail["policy"]).budget
         if before is not None and charged:
-            shorter = PERIODS.index(budget.period) < PERIODS.index(before.period)
+            shorter = _PERIODS.index(budget.period) < _PERIODS.index(before.period)
             of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
             of_run = unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
             if of_run or of_period or (shorter and before.max_epsilon_per_period is not None):

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from fedtune.audit.guesses import counted
-from fedtune.privacy.accountant import calibrate_noise
 from fedtune.evaluation import audit_bound
 from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound, p_value
+from fedtune.privacy.accountant import calibrate_noise
 
 DELTA = 1e-5
 CHANCE = 1e-4

@@ -14,11 +14,11 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.config import saved_config
+from fedtune.evaluation import audit_bound
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Receipt
-from fedtune.evaluation import audit_bound
 from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
 from fedtune.report.rederive import problems
@@ -247,7 +247,8 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
         "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown,
                     "canaries": 9, "guesses": 9, "right": 9}],
         "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
-                        "auroc_low": 0.5, "auroc_high": 0.7, "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}],
+                        "auroc_low": 0.5, "auroc_high": 0.7,
+                        "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}],
     }  # fmt: skip
     (folder / "audit.json").write_text(json.dumps(found | {"schema_version": 2}))
     report = from_run.build(folder)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.evaluation import audit_bound
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
