@@ -14,7 +14,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar, dataclass_transform
+from functools import cache
+from types import NoneType
+from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -127,10 +129,33 @@ def full_disk(error: BaseException | None) -> str | None:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def spec(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that pydantic validates without extra keys."""
+    """Make `cls` a frozen, keyword-only dataclass that pydantic validates without extra keys.
+
+    A field that is a `Literal`, or that or None, is checked wherever an instance is made, also in Python.
+    """
+    own = cls.__dict__.get("__post_init__")
+
+    def check(self: Any) -> None:
+        for name, allowed in _literals(type(self)):  # type: ignore[arg-type]
+            check_one_of(name, getattr(self, name), allowed)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = check  # type: ignore[attr-defined]
     made: Any = dataclass(frozen=True, kw_only=True, slots=True)(cls)
     made.__pydantic_config__ = {"extra": "forbid"}
     return made  # type: ignore[no-any-return]
+
+
+@cache
+def _literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
+    """The fields that are one of a few values, with these; asked at the first instance, when all names are known."""
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
+        if all(get_origin(kind) is Literal or kind is NoneType for kind in kinds):
+            found.append((name, tuple(value for kind in kinds for value in get_args(kind) or (None,))))
+    return tuple(found)
 
 
 def check_positive(key: str, value: float) -> None:

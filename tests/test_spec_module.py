@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pydantic
 import pytest
@@ -34,6 +35,22 @@ class Knob:
 
     def __post_init__(self) -> None:
         check_at_least("turns", self.turns, 1)
+
+
+@spec
+class Lamp:
+    """A setting of a few values."""
+
+    colour: Literal["red", "green"] = "red"
+    level: Literal[1, 2] | None = None
+
+
+def test_a_field_of_a_few_values_has_one_of_them_wherever_it_is_made() -> None:
+    assert Lamp(colour="green", level=2) == pydantic.TypeAdapter(Lamp).validate_python({"colour": "green", "level": 2})
+    with pytest.raises(ConfigError, match=r"^colour = 'blue': must be one of red, green$"):
+        Lamp(colour="blue")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^level = 3: must be one of 1, 2, None$"):
+        dataclasses.replace(Lamp(), level=3)
 
 
 def test_a_spec_is_frozen_and_takes_keywords_only() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_one_of, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
 
 @spec
@@ -36,7 +36,6 @@ class AuditSpec:
     tries: int = 200
 
     def __post_init__(self) -> None:
-        check_one_of("kind", self.kind, ("gradient", "records", "sensitivity"))
         check_at_least("tries", self.tries, 1)
         check_at_least("canaries", self.canaries, 2)
         if self.guesses is not None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fedtune.data.records import Record, record_key
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, DataError, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, DataError, check_positive, spec
 from fedtune.words import counted
 
 
@@ -45,7 +45,6 @@ class PartitionSpec:
     sites: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_one_of("kind", self.kind, ("iid", "dirichlet", "column", "file"))
         check_positive("alpha", self.alpha)
         for proportion in self.proportions:
             check_positive("proportions", proportion)

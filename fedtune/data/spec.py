@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_positive, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
@@ -150,7 +150,6 @@ class DataSpec:
         check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)
-        check_one_of("chat_template", self.chat_template, ("none", "model", "plain"))
         for name in ("validation", "test"):
             fraction = getattr(self, f"{name}_fraction")
             check_fraction(f"{name}_fraction", fraction, zero=True)
@@ -158,7 +157,6 @@ class DataSpec:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
-        check_one_of("unusable", self.unusable, ("stop", "leave_out"))
         _check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')

@@ -19,7 +19,6 @@ from fedtune.spec import (
     spec,
 )
 
-STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 MOST_SITES = 10_000
 """Each has a name and a declared size, and settings also come from others."""
 
@@ -107,12 +106,7 @@ class FederationSpec:
             )
         if self.stop_after is not None:
             check_at_least("stop_after", self.stop_after, 1)
-        check_one_of("keep_round", self.keep_round, ("last", "best"))
-        check_one_of("aggregation", self.aggregation, ("plain", "secure"))
-        check_one_of("update_dtype", self.update_dtype, ("float32", "bfloat16"))
         self._check_sums()
-        check_one_of("strategy", self.strategy, STRATEGIES)
-        check_one_of("if_over_budget", self.if_over_budget, ("stop", "fewer_rounds", "more_noise"))
         check_positive("server_learning_rate", self.server_learning_rate)
         check_fraction("server_momentum", self.server_momentum, zero=True)
         check_fraction("server_beta_2", self.server_beta_2, zero=True)

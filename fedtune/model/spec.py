@@ -75,7 +75,6 @@ class ModelSpec:
             raise ConfigError("gguf_file", self.gguf_file, "must be the plain name of a .gguf file inside model.path")
         if self.public_id is not None and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.public_id, re.ASCII):
             raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
-        check_one_of("dtype", self.dtype, ("float32", "bfloat16", "mixed", "nf4"))
         if self.dtype == "nf4" and self.gguf_file is not None:
             raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
 
@@ -172,7 +171,6 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
-        check_one_of("init", self.init, ("zero", "label_names"))
 
 
 @spec

@@ -7,10 +7,8 @@ import re
 from typing import Literal
 
 from fedtune.privacy.site_policy import Machine
-from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
 _LARGEST_RATE = 1e9
 """Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
 
@@ -52,7 +50,6 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         check_at_least("local_steps", self.local_steps, 1)
-        check_one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.learning_rate != "auto":
             _check_rate("learning_rate", self.learning_rate)
         elif self.optimizer != "adamw":
@@ -67,7 +64,6 @@ class TrainingSpec:
         check_fraction("momentum", self.momentum, zero=True)
         for beta in self.betas:
             check_fraction("betas", beta, zero=True)
-        check_one_of("schedule", self.schedule, SCHEDULES)
         check_at_least("warmup_steps", self.warmup_steps, 0)
 
     def lower_rates(self, *, clipped: bool) -> dict[str, float]:

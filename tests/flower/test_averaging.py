@@ -15,13 +15,15 @@ from flwr.app import Message
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
-from fedtune.federation.spec import STRATEGIES, FederationSpec
+from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.flower.averaging import Average
 from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
 from fedtune.model import Adapter
 
 from .conftest import STEPS
+
+STRATEGIES = ("fedavg", "fedadam", "fedavgm", "fedmedian")
 
 Tensors = dict[str, np.ndarray]
 _SETTINGS: dict[str, dict[str, Any]] = {
