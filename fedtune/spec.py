@@ -133,7 +133,7 @@ def spec(cls: type[T]) -> type[T]:
 
     A field that is a `Literal`, or that or None, is checked wherever an instance is made, also in Python.
     """
-    own = cls.__dict__.get("__post_init__")
+    own = getattr(cls, "__post_init__", None)  # a parent's, too, where it has none
 
     def check(self: Any) -> None:
         for name, allowed in _literals(type(self)):  # type: ignore[arg-type]

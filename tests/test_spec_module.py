@@ -38,8 +38,8 @@ class Knob:
 
 
 @spec
-class Lamp:
-    """A setting of a few values."""
+class Lamp(Knob):
+    """A setting of a few values, with its parent's rule and none of its own."""
 
     colour: Literal["red", "green"] = "red"
     level: Literal[1, 2] | None = None
@@ -51,6 +51,8 @@ def test_a_field_of_a_few_values_has_one_of_them_wherever_it_is_made() -> None:
         Lamp(colour="blue")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^level = 3: must be one of 1, 2, None$"):
         dataclasses.replace(Lamp(), level=3)
+    with pytest.raises(ConfigError, match=r"^turns = 0"):
+        Lamp(turns=0)
 
 
 def test_a_spec_is_frozen_and_takes_keywords_only() -> None:

@@ -14,12 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from fedtune.federation.secure.agreement import Announcement, Rejected, Session
 from fedtune.federation.secure.masks import MaskKey
-from fedtune.federation.secure.messages import (
-    ConfirmRequest,
-    Upload,
-    announcement_bytes,
-    read_announcement,
-)
+from fedtune.federation.secure.messages import ConfirmRequest, Upload, announcement_bytes, read_announcement
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.federation.secure.summation import Summation
 from fedtune.privacy.threshold import least_threshold
