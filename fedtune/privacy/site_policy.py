@@ -38,6 +38,8 @@ from fedtune.spec import (
     spec,
 )
 
+MONTHS = {"month": 1, "quarter": 3, "year": 12}
+"""How long each period of a budget is."""
 DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
 AT_ONCE = "the time of a reply tells roughly how many records there are"  # where `releases.reply_after_s` is 0
@@ -482,5 +484,4 @@ def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
 
 def period_of(moment: datetime, period: str) -> int:
     """The number of the calendar period that a UTC `moment` lies in; the next period has the next number."""
-    months = {"month": 1, "quarter": 3, "year": 12}[period]
-    return (12 * moment.year + moment.month - 1) // months
+    return (12 * moment.year + moment.month - 1) // MONTHS[period]

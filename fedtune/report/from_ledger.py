@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.site_policy import MONTHS, Budget
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -35,8 +36,6 @@ from fedtune.words import finite, unbounded
 
 MOST_STEPS = 400
 """Charges that a report shows by themselves: rounds of the newest runs, and one for each run before those."""
-
-_PERIODS = ("month", "quarter", "year")  # the shortest first
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
@@ -91,7 +90,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
     policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
     # A simulation notes that it is one, whatever the file says.
     own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
-    run_caps = _run_caps(record)
+    run_caps, loosened = _limits(record.events)
     proposals = [run.proposal for run in history.runs.values()]
     settings = {
         "rank": ", ".join(dict.fromkeys(rank_text(proposal.adapter, proposal.rank) for proposal in proposals)),
@@ -112,7 +111,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
         period=budget.period,
         reference=budget.reference,
         caps=_caps_of(history),
-        limits_loosened=_loosened(record.events),
+        limits_loosened=loosened,
         runs=tuple(
             RunInLedger(
                 run=name,
@@ -188,35 +187,32 @@ def _caps_of(history: History) -> tuple[Cap, ...]:
     return tuple(caps)
 
 
-def _loosened(events: Sequence[Event]) -> tuple[str, ...]:
-    """Days on which a policy loosened the limit for a run or a period, and something had been charged before."""
-    days: list[str] = []
-    charged, before = False, None
+def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str, ...]]:
+    """What policies said of a run and of a period, in one reading of them.
+
+    Returns:
+        Run -> the cap on one run that was in force when it was accepted; and the days on which a policy loosened the
+        limit for a run or a period, where something had been charged before.
+    """
+    run_caps: dict[str, float | None] = {}
+    loosened: list[str] = []
+    charged, budget = False, None
     for event in events:
-        charged = charged or event.kind is Kind.RESERVE
-        if event.kind is not Kind.NOTE or event.detail["what"] != "policy":
-            continue
-        budget = policy_of(event.detail["policy"]).budget
-        if before is not None and charged:
-            shorter = _PERIODS.index(budget.period) < _PERIODS.index(before.period)
-            of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
-            of_run = unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
-            if of_run or of_period or (shorter and before.max_epsilon_per_period is not None):
-                days.append(day_of(event.time))
-        before = budget
-    return tuple(dict.fromkeys(days))
-
-
-def _run_caps(record: LedgerRecord) -> Mapping[str, float | None]:
-    """Run -> the cap on one run that was in force when it was accepted."""
-    caps: dict[str, float | None] = {}
-    in_force: float | None = None
-    for event in record.events:
         if event.kind is Kind.PLAN:
-            caps[event.run] = in_force
+            run_caps[event.run] = budget.max_epsilon_per_run if budget else None
+        elif event.kind is Kind.RESERVE:
+            charged = True
         elif event.kind is Kind.NOTE and event.detail["what"] == "policy":
-            in_force = policy_of(event.detail["policy"]).budget.max_epsilon_per_run
-    return caps
+            before, budget = budget, policy_of(event.detail["policy"]).budget
+            if charged and before is not None and _is_looser(budget, before):
+                loosened.append(day_of(event.time))
+    return run_caps, tuple(dict.fromkeys(loosened))
+
+
+def _is_looser(budget: Budget, before: Budget) -> bool:
+    shorter = MONTHS[budget.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
+    of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
+    return shorter or of_period or unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
 
 
 def day_of(time: str) -> str:

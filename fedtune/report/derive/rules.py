@@ -68,8 +68,8 @@ _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
 _UPDATES = {False: "updates", True: "masked_updates"}
-_NOISED_SCORES = ("noised_scores",)
 """The code of a site's released updates, by whether they are masked for a secure sum."""
+_NOISED_SCORES = ("noised_scores",)
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
