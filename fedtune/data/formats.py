@@ -13,6 +13,7 @@ import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -256,17 +257,22 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
             yield number, row
 
 
-def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
+@lru_cache(maxsize=4)
+def _kinds_alone(schema: Any) -> list[Any]:
+    """The types that hold the same values in memory of their own, column by column."""
     import pyarrow
 
-    one = batch.slice(place, 1)
     views = {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}
+    return [_replaced(kind, views, decode=True) for kind in schema.types]
+
+
+def _arrow_row(batch: Any, place: int, names: Mapping[str, Sequence[str]], *, at: str) -> Row:
+    one = batch.slice(place, 1)
     try:
         # A dictionary, or a buffer behind views, has values of other rows: how large this one is must not go by them.
-        kinds = [_replaced(column.type, views, decode=True) for column in one.columns]
         columns = [
             column if column.type == kind else column.cast(kind)
-            for column, kind in zip(one.columns, kinds, strict=True)
+            for column, kind in zip(one.columns, _kinds_alone(batch.schema), strict=True)
         ]
         num_bytes = sum(column.nbytes for column in columns)
         row = {

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -108,6 +109,7 @@ class SavedAdapter:
         except ConfigError as error:
             raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
 
+    @cached_property
     def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The adapters' tensors by their public names, and the task's own without `head.` before theirs.
 
@@ -139,7 +141,7 @@ class SavedAdapter:
         Raises:
             ConfigError: the base cannot be had, or is not the one that the adapter was trained on.
         """
-        self.tensors()  # before matrices of that rank are made: any number can stand in a file, and fill the memory
+        _ = self.tensors  # before matrices of that rank are made: any number can stand in a file, and fill the memory
         with _malformed(self.folder):
             return assemble(self.spec, device=device)
 
@@ -149,7 +151,7 @@ class SavedAdapter:
         Raises:
             AdapterError: names, shapes or values are not what the settings describe.
         """
-        (tensors, head), constants = self.tensors(), dict(model.named_buffers(recurse=False))
+        (tensors, head), constants = self.tensors, dict(model.named_buffers(recurse=False))
         trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
         copy_tensors(tensors | trained, model.adapter_parameters())
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
@@ -205,7 +207,7 @@ class SavedAdapter:
             raise ConfigError("model.adapter", str(self.folder), bound)
         constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
         try:
-            tensors, own = self.tensors()
+            tensors, own = self.tensors
             saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
             # Without an A that FFA-LoRA froze, and a head that was left as it was.
             trains_a, trains_head = self.spec.lora.train_a, self.spec.head.train
