@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from peers import held
+from trees import before_and_after
 
 FOLDER = Path(__file__).parent
-TREE = FOLDER.parents[1]
 CALL = "import sys; from fedtune.cli.main import main; sys.exit(main())"
 
 
@@ -61,21 +61,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     asked = parser.parse_args()
-    git = ["git", "-C", str(TREE), "worktree"]
     taken: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-    with tempfile.TemporaryDirectory() as folder:
-        # Both from git, so that neither is edited meanwhile.
-        trees = {name: Path(folder) / name for name in taken}
-        try:
-            for tree, commit in zip(trees.values(), (asked.before, "HEAD"), strict=True):
-                subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
-                run(tree, ["experiment=debug"])  # the first start compiles, and reads from the disk
-            for _ in range(asked.runs):
-                for name, tree in trees.items():
-                    taken[name].append(run(tree, asked.overrides))
-        finally:
-            for tree in trees.values():
-                subprocess.run([*git, "remove", "--force", str(tree)], check=False)
+    with before_and_after(asked.before) as trees:
+        for tree in trees.values():
+            run(tree, ["experiment=debug"])  # the first start compiles, and reads from the disk
+        for _ in range(asked.runs):
+            for name, tree in trees.items():
+                taken[name].append(run(tree, asked.overrides))
     result: dict[str, Any] = {
         "before": asked.before,
         "runs": asked.runs,

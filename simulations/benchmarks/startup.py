@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from trees import before_and_after
+
 FOLDER = Path(__file__).parent
-TREE = FOLDER.parent.parent
 PHASES = {
     "loading the model": "imports and settings",
     "trying the model": "loading the model",
@@ -126,19 +127,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     asked = parser.parse_args()
-    git = ["git", "-C", str(TREE), "worktree"]
-    with tempfile.TemporaryDirectory() as folder:
-        # Both from git, so that neither is edited meanwhile.
-        trees = {"before": Path(folder) / "before", "after": Path(folder) / "after"}
-        commits = {"before": asked.before, "after": "HEAD"}
-        try:
-            for name, tree in trees.items():
-                subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commits[name]], check=True)
-                started(tree, asked.overrides)  # the first start compiles, and reads from the disk
-            found = compared(trees, asked.overrides, runs=asked.runs)
-        finally:
-            for tree in trees.values():
-                subprocess.run([*git, "remove", "--force", str(tree)], check=False)
+    with before_and_after(asked.before) as trees:
+        for tree in trees.values():
+            started(tree, asked.overrides)  # the first start compiles, and reads from the disk
+        found = compared(trees, asked.overrides, runs=asked.runs)
     result = {
         "before": asked.before,
         "runs": asked.runs,
