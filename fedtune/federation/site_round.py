@@ -36,17 +36,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.durable import require_room
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import (
-    Difference,
-    Masked,
-    Offer,
-    Reason,
-    Receipt,
-    Refusal,
-    Refused,
-    Tensors,
-    Update,
-)
+from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)

@@ -149,9 +149,8 @@ def side_by_side(
         together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
     for names in together.values():
         config = runs[names[0]].config
-        own = (
-            LeadRecords.to_score(config, file) if records is None else None
-        )  # before the model, whose loading takes longer
+        # Before the model, whose loading takes longer.
+        own = LeadRecords.to_score(config, file) if records is None else None
         saved = SavedModel(config, {name: runs[name].adapter for name in names})
         if own is not None:
             data = LeadData.of(own, config, saved.tokenizer)
