@@ -14,16 +14,17 @@ GOLDEN = {".txt", ".json", ".html", ".svg", ".md", ".yaml", ".toml", ".csv", ".j
 
 
 class Weight(NamedTuple):
-    """Lines of a room, what it may have, and the ceiling of one that is over its budget yet."""
+    """Lines of a room, what it may have, the ceiling of one that is over its budget yet, and what issues add."""
 
     room: str
     lines: int
     budget: int
     ceiling: int | None
+    added: int
 
     @property
     def most(self) -> int:
-        return self.budget if self.ceiling is None else self.ceiling
+        return (self.budget if self.ceiling is None else self.ceiling) + self.added
 
 
 def weights() -> list[Weight]:
@@ -46,7 +47,22 @@ def weights() -> list[Weight]:
     }
     found = {**dict.fromkeys(BUDGETS["rooms"], 0), **lines, **sums}
     budgets = {**BUDGETS["rooms"], **BUDGETS["sums"]}
-    return [Weight(room, count, budgets[room], BUDGETS["ceilings"].get(room)) for room, count in found.items()]
+    added = _added()
+    return [
+        Weight(room, count, budgets[room], BUDGETS["ceilings"].get(room), added.get(room, 0))
+        for room, count in found.items()
+    ]
+
+
+def _added() -> dict[str, int]:
+    """The lines that issues bring, by room: the core, all of fedtune/ and the tests grow with them."""
+    rooms: dict[str, int] = {}
+    for of_issue in BUDGETS["added"].values():
+        for room, lines in of_issue.items():
+            rooms[room] = rooms.get(room, 0) + lines
+    every = sum(rooms.values())
+    core = sum(lines for room, lines in rooms.items() if room in BUDGETS["core"])
+    return {**rooms, "core": core, "all": every, "tests": every}
 
 
 def _room(name: str) -> str:
@@ -68,5 +84,6 @@ def _lines(path: Path) -> int:
 
 if __name__ == "__main__":
     for weight in weights():
-        over = f"   over by {weight.lines - weight.budget:,}" if weight.lines > weight.budget else ""
-        print(f"{weight.room:12} {weight.lines:7,} of {weight.budget:7,}{over}")
+        budget = weight.budget + weight.added
+        over = f"   over by {weight.lines - budget:,}" if weight.lines > budget else ""
+        print(f"{weight.room:12} {weight.lines:7,} of {budget:7,}{over}")
