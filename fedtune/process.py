@@ -9,6 +9,8 @@ torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
 # Before torch first computes: MKL otherwise chooses kernels, and parts sums among threads, by how many rows a product
 # has, and so rounds an example by its neighbours.  Whether it does is tried on each machine (training/preflight.py).
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Read once CUDA starts: its products then compute the same bits each time (training/accelerators.py).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # No threads that tokenizers would fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the

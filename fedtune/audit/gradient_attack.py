@@ -243,15 +243,11 @@ class CanaryUserBatch(UserBatch):
     one and added up would show as that many clip norms.
     """
 
-    def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
         """A record of every canary at a time, as a user's records lie in several micro-batches when they are long."""
-        device, num_records = self.examples.device, len(self.contributions[0])
+        num_records = len(self.contributions[0])
         for coordinates in np.stack(self.contributions, axis=1):
-            yield (
-                CanaryBatch.of(coordinates),
-                torch.arange(len(self), device=device),
-                torch.full((len(self),), 1 / num_records, dtype=torch.float64, device=device),
-            )
+            yield CanaryBatch.of(coordinates), np.arange(len(self)), np.full(len(self), 1 / num_records)
 
 
 class CanaryUsers(_Behind, UserExamples):

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import micro_batches
-from fedtune.evaluation.scoring import scoring
+from fedtune.evaluation.scoring import batches_within_memory, scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError, DataError
@@ -155,7 +155,7 @@ def generate(
         One text a prompt, in the order given, without special tokens and surrounding space.
 
     Raises:
-        ConfigError: when a prompt and its text exceed the positions that the model has.
+        ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
     longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
@@ -163,7 +163,7 @@ def generate(
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
     texts = [""] * len(prompts)
-    with scoring(task_model):
+    with scoring(task_model), batches_within_memory(max_tokens):
         for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
             written = write_greedily(
                 task_model.base,

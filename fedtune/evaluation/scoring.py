@@ -13,7 +13,8 @@ from torch import nn
 
 from fedtune.data.batching import Batch, collate, micro_batches
 from fedtune.data.tokenise import TextDataset
-from fedtune.spec import DataError, panics_as_errors
+from fedtune.model.quiet import first_line
+from fedtune.spec import ConfigError, DataError, panics_as_errors
 from fedtune.tasks import TaskModel
 
 _MOST_ON_CPU = 2048
@@ -40,9 +41,10 @@ def figures_of(
 
     Raises:
         DataError: when there is nothing to score.
+        ConfigError: for `evaluation.max_tokens`: the device has no room for so many.
     """
     figures: dict[str, npt.NDArray[np.float64]] = {}
-    with scoring(task_model):
+    with scoring(task_model), batches_within_memory(max_tokens):
         batches = batches_to_score(task_model, dataset, pad_id=pad_id, max_tokens=max_tokens, kept=kept)
         for indices, batch in batches:
             for name, of_batch in task_model.figures(batch).items():
@@ -102,6 +104,16 @@ def scoring(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in flags:
             module.training = was_training
+
+
+@contextmanager
+def batches_within_memory(max_tokens: int) -> Iterator[None]:
+    """A batch for which an accelerator has no room becomes a mistake in `evaluation.max_tokens`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        bound = f"must be smaller: the device has no room for what the model makes of a batch ({first_line(error)})"
+        raise ConfigError("evaluation.max_tokens", max_tokens, bound) from None
 
 
 def batches_by_length(dataset: TextDataset, *, pad_id: int, max_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -254,7 +254,7 @@ class Machine:
     """The machine of a run or, in its policy, of a site, where 0 or "" stand for null.  It decides rounding alone.
 
     Attributes:
-        device: "auto" (a GPU if the torch build can use one), "cpu" or "cuda".
+        device: "auto" (an accelerator if the torch build can use one), "cpu" or "cuda".
         num_devices: the number of GPUs that share each step of a site, with one process for each; on a CPU, of
             processes.  The result is the same, bit for bit.  A run without privacy uses one.  null: one; for
             `fedtune simulate` on a CPU one for each core, at most 4, where the run has enough gradients for it to pay.

@@ -46,7 +46,7 @@ class Environment:
     Attributes:
         since: UTC; when the run was first started, or resumed, here.
         machine: such as "x86_64", with the number of its cores.
-        device: that the model was on.
+        device: that the model was on, and how it was set.
         model_sha256: of the base model as it was loaded, see `fedtune.model.manifest`.
         sampling: how units joined a step, where training took place in this process; None: elsewhere.
         randomness: "operating_system" or "seeded", likewise.
@@ -122,12 +122,9 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
 
 def _here(shared: SharedModel) -> Environment:
     from fedtune.model import model_sha256
+    from fedtune.training.accelerators import about
 
-    config, device = shared.config, str(shared.device.type)
-    if device == "cuda":
-        import torch
-
-        device = f"cuda, {torch.cuda.get_device_name(shared.device)}"
+    config = shared.config
     trains = config.runtime.kind != "deployment"
     return Environment(
         since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,7 +132,7 @@ def _here(shared: SharedModel) -> Environment:
         python=platform.python_version(),
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        device=device,
+        device=about(shared.device),
         libraries={name: version(name) for name in _LIBRARIES},  # fedtune needs all of them
         model_sha256=config.model.sha256 or model_sha256(config.model),  # a pinned hash was checked at loading
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.

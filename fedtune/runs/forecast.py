@@ -127,8 +127,8 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
     while sum(passes) < _ENOUGH_S and len(passes) < 4:
         begun = time.perf_counter()
         work()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize(model.device)
         passes.append(time.perf_counter() - begun)
     return min(passes)
 

@@ -32,6 +32,7 @@ from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import SavedAdapter
+from fedtune.training.accelerators import attend_by_products, attends_by_products
 from fedtune.training.devices import Devices, Outcome, Trial
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import (
@@ -213,20 +214,27 @@ class SharedModel:
         """The shapes in which no example's neighbours move it, else the plain ones and how far they do."""
         if self._facts not in _measured:
             self.progress("trying the model", 0, 0)
-            shapes = within_memory(
-                self.model,
-                self.shapes,
-                most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
-                keeps_states=self.keeps_states,
-                pad_id=self.tokenizer.pad_token_id,
-            )
+            shapes = self._within_memory()
             moved = self._moved(shapes)
+            if moved > 0 and self.device.type != "cpu" and not attends_by_products():
+                attend_by_products()  # fused kernels may part their work by how many rows there are
+                shapes = self._within_memory()
+                moved = self._moved(shapes)
             if moved > 0:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
                 moved = self._moved(shapes)
             _measured[self._facts] = shapes, moved
         return _measured[self._facts]
+
+    def _within_memory(self) -> Shapes:
+        return within_memory(
+            self.model,
+            self.shapes,
+            most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
+            keeps_states=self.keeps_states,
+            pad_id=self.tokenizer.pad_token_id,
+        )
 
     @property
     def bytes_of_means(self) -> int:
@@ -237,7 +245,7 @@ class SharedModel:
     def _moved(self, shapes: Shapes) -> float:
         trial, told = self._trial(shapes), partial(self.progress, "trying the model")
         if self._devices is None:
-            return moved_by_others(self.model, **trial._asdict(), told=told)
+            return moved_by_others(self.model, **trial.arguments, told=told)
         self._outcome = trial.outcome(self.model, secrets.randbits(63), told)
         return self._outcome.moved
 
@@ -248,6 +256,7 @@ class SharedModel:
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
             weights_chosen=not self.config.model.path.startswith(RANDOM),
+            attend_by_products=attends_by_products(),
         )
 
     def first_adapter(self) -> Adapter:

@@ -234,14 +234,16 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
 
     assert model.output is not None, "the base predicts no tokens"
     inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+    # Found for all rows on the host, so that a device is waited for once.  Of nothing learnt the first place stands in,
+    # where a target that counts nothing gives a gradient of zero.
+    learnt = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
+    learnt = [places if len(places) else places.new_zeros(1) for places in learnt]
+    places_of_rows = torch.split(torch.cat(learnt).to(inputs.device), [len(places) for places in learnt])
     # Not by index, which would add up each row's gradient with the zeros of all others.
-    for row, targets in zip(inputs[:, :-1].unbind(), _next_tokens(batch), strict=True):
+    for row, targets, places in zip(inputs[:, :-1].unbind(), _next_tokens(batch), places_of_rows, strict=True):
         if not len(targets):  # a record of one token, where nothing comes next
             yield row.sum(), row.new_zeros(1)
             continue
-        learnt = (targets != UNSUPERVISED).nonzero().flatten()
-        # Of nothing learnt the first place stands in, where a target that counts nothing gives a gradient of zero.
-        places = learnt if len(learnt) else learnt.new_zeros(1)
         scores = model.output.scores(row[places])
         total = torch.nn.functional.cross_entropy(scores, targets[places], ignore_index=UNSUPERVISED, reduction="sum")
         yield total, places

@@ -45,6 +45,7 @@ from fedtune.model.quiet import first_line
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model
+from fedtune.training.accelerators import attend_by_products
 from fedtune.training.dp_step import Sums, UnitGradients, add_each, zeros
 from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, rank_of
 from fedtune.training.machine import device_for, ready_model
@@ -64,13 +65,19 @@ _Examples = SiteExamples | UserExamples
 
 
 class Trial(NamedTuple):
-    """How devices are tried: as `preflight.moved_by_others` tries the first one, whose arguments these are."""
+    """How devices are tried: by `preflight.moved_by_others`, whose arguments these are, and with which attention."""
 
     shapes: Shapes
     keeps_states: bool
     max_grad_norm: float
     pad_id: int
     weights_chosen: bool
+    attend_by_products: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `moved_by_others`."""
+        return {name: value for name, value in self._asdict().items() if name != "attend_by_products"}
 
     def outcome(self, model: TaskModel, seed: int, told: Told = nobody) -> Outcome:
         """The result with examples and weights made up from `seed`."""
@@ -80,12 +87,14 @@ class Trial(NamedTuple):
             for one in gradients.values():
                 seen.update(one.contiguous().numpy().tobytes())
 
-        moved = moved_by_others(model, seed=seed, see=see, told=told, **self._asdict())
+        if self.attend_by_products:
+            attend_by_products()
+        moved = moved_by_others(model, seed=seed, see=see, told=told, **self.arguments)
         return Outcome(seed, moved, seen.hexdigest())
 
 
 class Outcome(NamedTuple):
-    """The result of a trial: how far others moved an example, and the SHA-256, in hex, of all gradients seen."""
+    """The result of a trial: how far others moved an example, and the SHA-256, in hex, of all that was seen."""
 
     seed: int
     moved: float
@@ -259,9 +268,9 @@ def places_for(runtime: RuntimeSpec) -> list[torch.device]:
     first, count = device_for(runtime.device), runtime.devices
     if first.type == "cpu":
         return [first] * count
-    if count > (there := torch.cuda.device_count()):
+    if count > (there := torch.accelerator.device_count()):
         raise ConfigError("runtime.num_devices", count, f"must be at most {there}: more GPUs are not there")
-    return [first, *(torch.device("cuda", number) for number in range(1, count))]
+    return [first, *(torch.device(first.type, number) for number in range(1, count))]
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -436,6 +445,6 @@ def _serve(orders: Connection, place: torch.device, load: Callable[[torch.device
 
 
 def _loaded(spec: TaskModelSpec, runtime: RuntimeSpec, max_length: int, place: torch.device) -> TaskModel:
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    if device_for(runtime.device).type != "cpu":  # asked here too, so that this process computes as the first one
+        torch.accelerator.set_device_index(place)
     return ready_model(partial(build_task_model, spec, device=place), runtime, max_length=max_length)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poisson_sample
 from fedtune.privacy.randomness import RandomStream
@@ -31,6 +32,8 @@ would blow that up to a whole contribution (measured in simulations/sensitivity)
 _ROUNDING_ROOM = 1e-6
 CLIP_NORM_CELLS = 2.0**GRID_BITS
 """A clip norm, in cells."""
+_LANES = 1024
+"""In which an accelerator adds up a row's squares: a power of two."""
 
 
 def nobody_else(sums: Sums, max_grad_norm: float) -> int:
@@ -70,7 +73,7 @@ def dp_sgd_step(
     records: Records,
     plan: Plan,
     *,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     sampling: RandomStream,
     noise: RandomStream,
@@ -96,7 +99,7 @@ def sampled_sum(
     records: Records,
     plan: Plan,
     *,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     sampling: RandomStream,
 ) -> dict[str, npt.NDArray[np.int64]]:
     """The sum of a Poisson sample's clipped gradients, in cells, with no noise yet: it must not leave the caller.
@@ -112,7 +115,7 @@ def sampled_sum(
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
-def zeros(parameters: Mapping[str, torch.nn.Parameter]) -> Sums:
+def zeros(parameters: Mapping[str, nn.Parameter]) -> Sums:
     """Zero sums in the parameters' shapes; integers, so that the order of adding changes nothing."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
@@ -153,9 +156,15 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
 
 
 def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """What each unit adds to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact."""
-    whole = dict(_in_cells(gradients, max_grad_norm))
-    usable = _within_clip_norm(map(_exact_squares, whole.values()))
+    """What each unit adds to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact.
+
+    Computed where the gradients are, as `add_clipped` does, and brought to the CPU one tensor at a time.
+    """
+    whole, squares = {}, []
+    for name, contribution in _in_cells(gradients, max_grad_norm):
+        squares.append(_exact_squares(contribution))
+        whole[name] = contribution.cpu()
+    usable = _within_clip_norm(squares).cpu()
     return {name: torch.where(usable[:, None], one, 0.0) for name, one in whole.items()}
 
 
@@ -172,7 +181,7 @@ def _in_cells(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> It
 
 def _norms(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(n,) joint L2 norms over all tensors."""
-    return _added(_norm_of_rows(_rows(gradient)).square() for gradient in gradients.values()).sqrt()
+    return _added(_squares_of_rows(_rows(gradient)) for gradient in gradients.values()).sqrt()
 
 
 def _rows(gradient: torch.Tensor) -> torch.Tensor:
@@ -184,35 +193,50 @@ def _rows(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_squares(whole: torch.Tensor) -> torch.Tensor:
-    """(n,) squared norms of rows of integers.
+    """(n, lanes) squared norms of rows of integers.
 
-    A usable row has at most 2**48, so float64 sums it exactly, and the square of the root that is returned rounds
-    back to it.
+    A usable row has at most 2**48, so float64 sums it exactly, and the square of a root of that rounds back to it.
     """
-    return _norm_of_rows(whole).square().round()
+    return _squares_of_rows(whole).round()
 
 
 def _within_clip_norm(squares: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(n,) whether each unit may be added, by the squared norms of its tensors; false for NaN."""
+    """(n,) whether each unit may be added, by the squared norms (n, lanes) of its tensors; false for NaN."""
     return _added(squares) <= CLIP_NORM_CELLS**2
 
 
 def _added(each: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors, one after the other: in torch's own sum the order of adding depends on their length."""
-    return reduce(torch.add, each)
+    """(n,) sums of tensors (n, lanes), one after the other: torch's own order of adding goes by how many there are."""
+    return added_halves(reduce(torch.add, each))
 
 
-def _norm_of_rows(values: torch.Tensor) -> torch.Tensor:
-    """(n,) L2 norms of n rows of float64; none depends on how many rows there are."""
+def _squares_of_rows(values: torch.Tensor) -> torch.Tensor:
+    """(n, lanes) squared L2 norms of n rows of float64, in parts; none depends on how many rows there are."""
+    if values.device.type != "cpu":
+        # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.
+        squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
+        return added_halves(squares.view(len(values), -1, _LANES))
     # torch divides a single row among its threads, which changes the order of adding; of several rows each has one.
     rows = values if len(values) > 1 else values.repeat(2, 1)
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms[: len(values)]
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norms[: len(values)].square()
+
+
+def added_halves(values: torch.Tensor) -> torch.Tensor:
+    """(n, t, ...) to (n, ...), added half to half: the order in torch's own sum could depend on the number of rows.
+
+    Here each element is a sum of two by IEEE's rules, whatever computes it, and no other row enters.
+    """
+    while (length := values.shape[1]) > 1:
+        half = length // 2
+        odd_one = values[:, 2 * half :]
+        values = torch.cat([values[:, :half] + values[:, half : 2 * half], odd_one], dim=1)
+    return values[:, 0]
 
 
 def descend(
     gradient_sum: Mapping[str, npt.NDArray[np.int64]],
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     *,
     denominator: float,
@@ -225,7 +249,7 @@ def descend(
     optimizer.zero_grad(set_to_none=True)  # a stale gradient must not reach the next step
 
 
-def assert_one_tensor_set(parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def assert_one_tensor_set(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Assert that the tensors clipped, noised and stepped are one identical set."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert stepped == {id(p) for p in parameters.values()}, "stepped tensors and clipped tensors differ"

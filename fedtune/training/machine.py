@@ -21,6 +21,7 @@ from fedtune.model.fits import usable_positions
 from fedtune.model.products import multiply_by_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
+from fedtune.training.accelerators import accelerator, memory_of
 from fedtune.training.spec import RuntimeSpec
 
 _ELSEWHERE_MIB = 1024.0
@@ -39,17 +40,19 @@ def device_for(wanted: str, *, must_exist: bool = True) -> torch.device:
     """The device that a run's `runtime.device` means here.
 
     Args:
-        wanted: "auto", "cpu" or "cuda".
+        wanted: "auto" (an accelerator of any maker, if there is one), "cpu" or "cuda".
         must_exist: False takes the CPU where a GPU is wanted and there is none, to plan for another machine.
 
     Raises:
         ConfigError: a GPU is wanted, and this torch cannot use one.
     """
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu and must_exist:
-        bound = "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
-        raise ConfigError("runtime.device", wanted, bound)
-    return torch.device("cuda" if wanted != "cpu" and has_gpu else "cpu")
+    there = None if wanted == "cpu" else accelerator()
+    if wanted == "cuda" and (there is None or there.type != "cuda"):
+        if must_exist:
+            bound = "needs a GPU and a torch build with CUDA; neither 'auto' nor 'cpu' does"
+            raise ConfigError("runtime.device", wanted, bound)
+        there = None
+    return there or torch.device("cpu")
 
 
 def ready_model(build: Callable[[], TaskModel], runtime: RuntimeSpec, *, max_length: int) -> TaskModel:
@@ -110,7 +113,7 @@ def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
     """The most padded tokens in a micro-batch on this device, with torch's threads as `ready_model` sets them."""
     if runtime.micro_batch_tokens is not None:
         return runtime.micro_batch_tokens
-    if device.type == "cuda":
+    if device.type != "cpu":
         return _TOKENS_ON_GPU
     return min(_MOST_TOKENS, _TOKENS_OF_A_THREAD * torch.get_num_threads())
 
@@ -123,9 +126,9 @@ def step_bytes(model: TaskModel, runtime: RuntimeSpec) -> int:
     if runtime.step_mib is not None:
         return runtime.step_mib * 2**20
     of_model = model_bytes(model)
-    if model.device.type == "cuda":
-        whole = int(torch.cuda.get_device_properties(model.device).total_memory)
-        return max(0, int(_SHARE_OF_GPU * (whole - of_model)))
+    if model.device.type != "cpu":
+        of_site = memory_of(model.device) / (runtime.sites_per_gpu or 1)
+        return max(0, int(_SHARE_OF_GPU * (of_site - of_model)))
     return max(0, int(_SHARE_OF_MEMORY * (_memory_bytes() / runtime.devices - of_model)))
 
 
@@ -148,15 +151,15 @@ def _memory_bytes() -> int:
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most memory that tensors take while `work` goes on, beyond what they took before.
 
-    On a GPU the allocator says so.  On a CPU the tensors that torch's operators make are counted, the same in each run;
-    what an operator uses within itself is not seen there.
+    On an accelerator the allocator says so.  On a CPU the tensors that torch's operators make are counted, the same in
+    each run; what an operator uses within itself is not seen there.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
         work()
-        return int(torch.cuda.max_memory_allocated(device)) - int(before)
+        return torch.accelerator.max_memory_allocated(device) - before
     live = _LiveTensors()
     with live:
         work()

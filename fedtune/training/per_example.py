@@ -22,6 +22,7 @@ from fedtune.model.ia3_and_dora import Scales
 from fedtune.model.products import multiply_by_onednn, uses_onednn
 from fedtune.spec import ConfigError, panics_as_errors
 from fedtune.tasks import TaskModel
+from fedtune.training.dp_step import added_halves
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +100,7 @@ def _of_scales(
     layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """For outputs x * (1 + offset), x (n, t, k): the sum over an example's tokens of x times the output's gradient."""
-    return {layer.offset: _added_tokens(backprops * activations[0])}
-
-
-def _added_tokens(values: torch.Tensor) -> torch.Tensor:
-    """(n, t, k) to (n, k), added half to half: the order in torch's own sum could depend on the number of examples."""
-    while (length := values.shape[1]) > 1:
-        half = length // 2
-        odd_one = values[:, 2 * half :]
-        values = torch.cat([values[:, :half] + values[:, half : 2 * half], odd_one], dim=1)
-    return values[:, 0]
+    return {layer.offset: added_halves(backprops * activations[0])}
 
 
 def _without_unknown(batch: Batch, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,10 @@ from fedtune.model.four_bit import FourBit
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel
+from fedtune.training.accelerators import memory_of
 from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples, Told, nobody
-from fedtune.training.machine import peak_bytes
+from fedtune.training.machine import model_bytes, peak_bytes
 from fedtune.training.per_example import PerExampleGradients, attached
 
 See = Callable[[Mapping[str, torch.Tensor]], None]
@@ -72,7 +74,8 @@ def moved_by_others(
         weights_chosen: somebody chose the weights; those of a random model show already what others could hide.
         told: how many of the trials are done; there are as many for every data set.
         seed: of all that is made up; None: one that nobody knows.
-        see: gets the gradients of each micro-batch, on the CPU: with the same seed the same ones are tried.
+        see: gets the gradients of each micro-batch and then what they add to a sum, both on the CPU: with the same seed
+            the same ones are tried.
 
     Returns:
         The most that an example's clipped contribution was seen to move, in clip norms; 0.0: not by a bit.
@@ -209,7 +212,7 @@ class _Trial:
 
     Attributes:
         tried: called whenever a length was tried.
-        see: gets the gradients of each micro-batch.
+        see: gets the gradients of each micro-batch, and what they add.
     """
 
     def __init__(
@@ -255,13 +258,12 @@ class _Trial:
             return max(self._moved(gradients, length, max_grad_norm) for length in self._shapes.lengths)
 
     def _moved(self, gradients: PerExampleGradients, length: int, max_grad_norm: float) -> float:
-        whole = self._gradients(gradients, self._examples.batch(self._whole[length]))
+        whole = self._added(gradients, self._examples.batch(self._whole[length]), max_grad_norm)
         moved = 0.0
         for part in self._smaller[length]:
-            other = self._gradients(gradients, self._again.batch(part))
+            other = self._added(gradients, self._again.batch(part), max_grad_norm)
             rows = torch.from_numpy(part.places - self._places[length][0])
-            here, there = _rows(whole, rows), _rows(other, torch.arange(len(rows)))
-            moved = max(moved, _distance(here, there, max_grad_norm))
+            moved = max(moved, whole.of(rows).distance(other.of(torch.arange(len(rows)))))
         self.tried()
         return moved
 
@@ -288,14 +290,18 @@ class _Trial:
         moved = 0.0
         with attached(self._model) as gradients:
             for part, examples in zip(parts, copied, strict=True):
-                found, rows = self._gradients(gradients, examples.batch(part)), torch.from_numpy(part.places)
-                moved = max(moved, _distance(_rows(found, rows), _rows(found, torch.zeros_like(rows)), max_grad_norm))
+                found = self._added(gradients, examples.batch(part), max_grad_norm)
+                rows = torch.from_numpy(part.places)
+                moved = max(moved, found.of(rows).distance(found.of(torch.zeros_like(rows))))
                 self.tried()
         return moved
 
-    def _gradients(self, gradients: PerExampleGradients, batch: Batch) -> dict[str, torch.Tensor]:
-        found = {name: one.cpu() for name, one in gradients.of_all(batch).items()}
-        self.see(found)
+    def _added(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
+        """Clipped on the model's device and among the rows that a step clips together, as it clips them."""
+        there = gradients.of_all(batch)
+        found = _Added({name: one.cpu() for name, one in there.items()}, contributions(there, max_grad_norm))
+        for one in found:
+            self.see(one)
         return found
 
     def _copies(self, length: int) -> TextDataset:
@@ -303,18 +309,22 @@ class _Trial:
         return one.chosen([0] * self._most_room(length))
 
 
-def _rows(gradients: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: one[rows] for name, one in gradients.items()}
+class _Added(NamedTuple):
+    """Gradients of n examples, by name, and what each of them adds to a sum (`dp_step.contributions`); on the CPU."""
 
+    gradients: dict[str, torch.Tensor]
+    cells: dict[str, torch.Tensor]
 
-def _distance(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor], max_grad_norm: float) -> float:
-    """The most that clipping makes of a difference between the gradients of the same examples, in clip norms."""
-    left, right = contributions(ones, max_grad_norm), contributions(others, max_grad_norm)
-    squares = [(left[name] - right[name]).square().sum(dim=1) for name in left]
-    moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
-    if all(torch.equal(ones[name], others[name]) for name in ones):
-        return moved
-    return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
+    def of(self, rows: torch.Tensor) -> _Added:
+        return _Added(*({name: one[rows] for name, one in each.items()} for each in self))
+
+    def distance(self, other: _Added) -> float:
+        """The most that what the same examples add differs, in clip norms."""
+        squares = [(one - other.cells[name]).square().sum(dim=1) for name, one in self.cells.items()]
+        moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
+        if all(torch.equal(one, other.gradients[name]) for name, one in self.gradients.items()):
+            return moved
+        return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
 
 
 def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:
@@ -360,7 +370,9 @@ def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[No
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
     in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
     own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
-    kept = [one.detach().to("cpu", copy=True) for one in own]
+    # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.
+    beside = model.device.type != "cpu" and 6 * model_bytes(model) <= memory_of(model.device)
+    kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
     generators = {one.device: _generator(draws, one.device) for one in frozen.values()}
     try:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedtune.data import Batch
@@ -36,10 +37,11 @@ class UserBatch:
     def __len__(self) -> int:
         return len(self.contributions)
 
-    def parts(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    def parts(self) -> Iterator[tuple[Batch, Places, npt.NDArray[np.float64]]]:
         """Micro-batches of n records with, for each record, its user (n,) and one over that user's records (n,).
 
-        The order of a user's records depends on these records alone.
+        Both are on the host, which adds rows up by them and waits for no device.  The order of a user's records depends
+        on these records alone.
         """
         counts = np.array([len(records) for records in self.contributions])
         records = np.concatenate(self.contributions)
@@ -48,8 +50,7 @@ class UserBatch:
         for part in self.examples.parts(records):
             batch = self.examples.batch(part)
             rows = users[order[np.searchsorted(records, part.places, sorter=order)]]
-            device = batch.input_ids.device
-            yield batch, torch.from_numpy(rows).to(device), torch.from_numpy(1 / counts[rows]).to(device)
+            yield batch, rows, 1 / counts[rows]
 
 
 class UserGradients:
@@ -114,7 +115,7 @@ class UserExamples(Units):
         """Add the users' mean gradients to the parameters' own, unclipped.  Guarantee: none."""
         for records, _, shares in batch.parts():
             losses = model.losses(records)
-            (losses * shares.to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
+            (losses * torch.from_numpy(shares).to(losses)).sum().backward()  # type: ignore[no-untyped-call]
 
     def keep_frozen_states(self, model: TaskModel, *, folder: Path | None = None, told: Told = nobody) -> None:
         """As `SiteExamples.keep_frozen_states`."""

@@ -91,13 +91,10 @@ def test_records_of_a_user_that_are_clipped_one_by_one_show(
     assert shown == pytest.approx(np.full(len(shown), 3.0 * run.plan.local_steps), abs=1e-4)
 
 
-def test_what_goes_with_a_canarys_records_lies_where_users_lie() -> None:
-    examples = NoRecords()
-    examples.device = torch.device("meta")  # any but the CPU
-    batch = CanaryUserBatch([np.full(3, 7), np.full(3, 5)], examples)
-    parts = list(batch.parts())
+def test_a_canarys_records_are_cut_as_users_records_are() -> None:
+    parts = list(CanaryUserBatch([np.full(3, 7), np.full(3, 5)], NoRecords()).parts())
     assert [part.coordinates.tolist() for part, _, _ in parts if isinstance(part, CanaryBatch)] == [[7, 5]] * 3
-    assert {tensor.device.type for _, *tensors in parts for tensor in tensors} == {"meta"}
+    assert all(users.tolist() == [0, 1] and shares.tolist() == [1 / 3] * 2 for _, users, shares in parts)
 
 
 def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..., Participants]) -> None:

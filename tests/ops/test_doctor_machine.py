@@ -134,7 +134,7 @@ def test_whether_the_gpu_can_be_used(
 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
-    assert bool(machine.this_gpu()) is torch.cuda.is_available()
+    assert bool(machine.this_gpu()) is torch.accelerator.is_available()
     assert " GiB available" in machine.memory(1).found
     assert machine.ledger_place(tmp_path / "ledger.db").found.endswith(", on this machine")
     (check,) = machine.disks({"kit": tmp_path})

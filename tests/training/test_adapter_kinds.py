@@ -178,12 +178,12 @@ def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(
 
 
 def test_tokens_are_added_in_an_order_that_their_number_alone_decides() -> None:
-    from fedtune.training.per_example import _added_tokens
+    from fedtune.training.dp_step import added_halves
 
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 40):
         values = torch.randn(5, length, 3, generator=generator)
-        found = _added_tokens(values)
+        found = added_halves(values)
         assert torch.allclose(found, values.sum(dim=1), rtol=1e-5, atol=1e-5)
         assert math.isclose(float(found[2, 1]), float(values[2, :, 1].double().sum()), rel_tol=1e-4, abs_tol=1e-5)
-        assert all(torch.equal(found[row], _added_tokens(values[row : row + 1])[0]) for row in range(5))
+        assert all(torch.equal(found[row], added_halves(values[row : row + 1])[0]) for row in range(5))

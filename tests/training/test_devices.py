@@ -27,6 +27,7 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
+from fedtune.training import machine
 from fedtune.training.devices import Devices, DividedUnits, Trial, _Device, places_for
 from fedtune.training.examples import SiteExamples, rank_of
 from fedtune.training.local import RoundOfTraining, train_round
@@ -404,8 +405,8 @@ def test_what_nobody_asks_for_again_is_forgotten(three: Room, plan: Callable[...
 
 def test_a_gpu_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places_for(RuntimeSpec(device="cpu", num_devices=3)) == [torch.device("cpu")] * 3
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     two = places_for(RuntimeSpec(num_devices=2))
     assert [str(place) for place in two] == ["cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"runtime\.num_devices = 3: must be at most 2"):

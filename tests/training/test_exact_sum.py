@@ -172,13 +172,13 @@ def test_what_a_unit_adds_does_not_depend_on_how_a_batch_lies_in_memory(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
-    norm_of_rows = dp_step._norm_of_rows
+    squares_of_rows = dp_step._squares_of_rows
 
     def checked(values: torch.Tensor) -> torch.Tensor:
         assert values.is_contiguous()
-        return norm_of_rows(values)
+        return squares_of_rows(values)
 
-    monkeypatch.setattr(dp_step, "_norm_of_rows", checked)
+    monkeypatch.setattr(dp_step, "_squares_of_rows", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
     expected = contributions({"a": gradient}, 0.5)["a"]
     by_column = gradient[:rows].t().contiguous().t()

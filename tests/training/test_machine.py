@@ -141,7 +141,7 @@ def test_a_model_whose_first_layer_trains_needs_no_memory_for_states() -> None:
     assert keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
 def test_a_wanted_gpu_must_be_there_unless_the_run_is_only_planned() -> None:
     assert device_for("auto").type == "cpu"
     with pytest.raises(ConfigError, match=r"runtime\.device = 'cuda': needs a GPU"):

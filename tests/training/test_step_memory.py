@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,10 +84,10 @@ def test_tensors_are_counted_while_somebody_has_them() -> None:
 
 
 def test_a_gpu_s_allocator_says_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 700)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 1000)
     assert peak_bytes(lambda: None, torch.device("cuda")) == 300
 
 
@@ -102,10 +101,11 @@ def test_by_default_it_is_a_share_of_all_memory_less_the_model(fresh: Any, monke
     assert step_bytes(model, RuntimeSpec()) == (8 * 2**30 - of_model) // 4
     assert step_bytes(model, RuntimeSpec(num_devices=2)) == (4 * 2**30 - of_model) // 4
     assert step_bytes(model, RuntimeSpec(step_mib=77)) == 77 * MIB
-    gpu = SimpleNamespace(total_memory=24 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(machine, "memory_of", lambda device: 24 * 2**30)
     monkeypatch.setattr(TaskModel, "device", torch.device("cuda"))
     assert step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
+    shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
+    assert step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), "sites that share a GPU share its memory"
 
 
 def test_a_container_s_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,16 +145,14 @@ def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/drive
 
 def this_gpu() -> str:
     """Name and memory of the GPU that torch would train on; empty where a small computation on it goes wrong."""
-    import torch
+    from fedtune.training.accelerators import accelerator, memory_of, name_of
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line says it
         try:
-            if not torch.cuda.is_available() or (torch.ones(2, device="cuda") + 1).sum().item() != 4:
-                return ""
-            whole = torch.cuda.get_device_properties(0).total_memory
-            return f"{torch.cuda.get_device_name(0)} with {whole / _GIB:.0f} GiB"
-        except RuntimeError:  # no kernels for this GPU, or a driver that fails
+            device = accelerator()
+            return f"{name_of(device)} with {memory_of(device) / _GIB:.0f} GiB" if device is not None else ""
+        except RuntimeError:  # a driver that fails
             return ""
 
 

@@ -1,0 +1,188 @@
+"""Runs on the simulated accelerator give the bits that they give on the CPU: every task, number format and unit.
+
+Its kernels are the CPU's, so that nothing but fedtune can make a difference: what is copied where, and what is computed
+on which device.  Tensors of two devices in one operator raise, as they do on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .built import run_on_it
+
+WORDS = ("card", "bank", "order", "item", "please", "where", "my", "the", "it", "is", "was", "now", "again", "bag")
+GRADES = ("low", "mid", "high")
+
+OWN = (
+    *("data.validation_file=null", "data.test_file=null", "data.validation_fraction=0.2", "data.test_fraction=0.2"),
+    *("data.train_fraction=1.0", "data.declared_sizes=20", "data.validation_rows=8", "data.test_rows=8"),
+)
+GRADED = f"data.labels=[{','.join(GRADES)}]"
+PLAIN = ("data.labels=[]", "head.scale=1")
+LLAMA = ("model=random_llama", *PLAIN)
+RANGE = ("data.target_range=[0,4]", *PLAIN)
+TASKS = {
+    "classification": ("data.columns={text: text, label: grade}", GRADED),
+    "multi_label": ("data.columns={text: text, labels: grades}", GRADED),
+    "ordinal": ("data.columns={text: text, label: grade}", GRADED),
+    "regression": ("data.columns={text: text, target: score}", *RANGE),
+    "causal_lm": ("data.columns={prompt: text, completion: other}", *LLAMA, "evaluation.generate=true"),
+    "preference": ("data.columns={prompt: text, chosen: other, rejected: third}", *LLAMA),
+    "embedding": ("data.columns={text: text, other: other, target: score}", *RANGE),
+    "embedding of triplets": ("data.columns={anchor: text, positive: other, negative: third}", *PLAIN),
+}
+
+
+@pytest.fixture
+def given(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
+    """The overrides of a tiny seeded run of a task, on a file that has something for each of them."""
+    draws = np.random.default_rng(4)
+
+    def text() -> str:
+        return " ".join(draws.choice(WORDS, size=draws.integers(2, 9)))
+
+    def record(number: int) -> dict[str, Any]:
+        grade, person = GRADES[number % 3], f"person {number // 3}"
+        texts = {"text": text(), "other": text(), "third": text()}
+        return {**texts, "grade": grade, "grades": f"{grade};low", "score": number % 5, "person": person}
+
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record(number)) + "\n" for number in range(72)))
+
+    def make(task: str, *overrides: str, name: str) -> list[str]:
+        return tiny(
+            *(f"task={task.partition(' ')[0]}", f"data.train_file='{file}'", *OWN, *TASKS[task]),
+            *("runtime.seeded_noise=true", "runtime.onednn=false", "runtime.micro_batch_tokens=128", *overrides),
+            into=tmp_path,
+            name=name,
+        )
+
+    return make
+
+
+def on_it(*commands: list[str], **settings: object) -> str:
+    """Commands of fedtune, one after the other in a process that has the device; what they print."""
+    code = f"from fedtune.cli.main import main\nfor words in {list(commands)!r}: assert main(words) == 0, words\n"
+    return run_on_it(code, **{"SIM_SDPA": "fused", **settings})
+
+
+@pytest.fixture
+def require_same_bits(given: Any, adapter_of: Any, result_of: Any, tmp_path: Path) -> Callable[..., None]:
+    """A run of a task on the CPU and one on as many simulated devices end in the same adapter and scores."""
+
+    def require(task: str, *overrides: str, devices: int = 1) -> None:
+        runs = [
+            [
+                "simulate",
+                *given(task, *overrides, f"runtime.device={device}", f"runtime.num_devices={count}", name=device),
+            ]
+            for device, count in (("cpu", 1), ("auto", devices))
+        ]
+        on_it(*runs, SIM_DEVICES=devices)
+        cpu, sim = tmp_path / "cpu", tmp_path / "auto"
+        assert device_of(sim).startswith("sim, a simulated device 0, deterministic algorithms, no TF32")
+        assert device_of(cpu) == "cpu"
+        assert adapter_of(sim) == adapter_of(cpu) != {}
+        assert result_of(sim)["final"]["metrics"] == result_of(cpu)["final"]["metrics"]
+
+    return require
+
+
+def device_of(folder: Path) -> str:
+    (environment,) = json.loads((folder / "environment.json").read_text())["environments"]
+    return str(environment["device"])
+
+
+@pytest.mark.by_day("classification", "causal_lm")
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task(require_same_bits: Any, task: str) -> None:
+    require_same_bits(task)
+
+
+FORMATS = ("bfloat16", "mixed", "nf4")
+"""Beside float32, which each task is tried in."""
+KEPT = ("lora.layers=[-1]", "runtime.kept_states_mib=100")
+BY_USER = ("privacy.unit=user", "privacy.records_per_user=2", "+data.columns.user=person")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_every_number_format(require_same_bits: Any, task: str, dtype: str) -> None:
+    require_same_bits(task, f"model.dtype={dtype}")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        KEPT,
+        BY_USER,
+        (*KEPT, *BY_USER),
+        ("privacy=none",),
+        ("federation.aggregation=secure", "federation.num_sites=3"),
+        ("privacy.metrics=noised", "data.heldout_fraction=0.3"),
+        ("runtime.gradient_checkpointing=true",),
+        ("lora.kind=dora",),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_every_way_to_train(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+    require_same_bits(task, *overrides)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("overrides", [(), KEPT, BY_USER], ids=str)
+@pytest.mark.parametrize("task", ["classification", "causal_lm", "preference"])
+def test_two_devices(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+    require_same_bits(task, *overrides, devices=2)
+
+
+@pytest.mark.nightly
+def test_what_a_finished_run_is_used_for(given: Any, tmp_path: Path) -> None:
+    on_it(["simulate", *given("causal_lm", "runtime.device=auto", name="run")])
+    run = str(tmp_path / "run")
+    for words in (["evaluate", run], ["generate", run, "--prompt", "my card", "--max-new-tokens", "9"]):
+        cpu, sim = (on_it([*words, "--device", device]) for device in ("cpu", "auto"))
+        assert cpu == sim != ""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["gradient", "records", "sensitivity"])
+def test_audits(given: Any, kind: str) -> None:
+    few = {"gradient": ["audit.canaries=20"], "records": ["audit.canaries=20"], "sensitivity": ["audit.tries=3"]}[kind]
+    words = [word for word in given("classification", "runtime.device=auto", name="audited") if "seeded" not in word]
+    on_it(["audit", *words, f"audit.kind={kind}", *few])
+
+
+@pytest.mark.nightly
+def test_the_script_for_a_gpu(tmp_path: Path) -> None:
+    into = tmp_path / "results.json"
+    words = ["run.py", "--tiny", "--into", str(into)]
+    code = f"sys.path.insert(0, 'simulations/gpu'); sys.argv = {words!r}; import run; run.main()"
+    run_on_it(code, timeout_s=900, SIM_DEVICES=2)
+    (name,), (steps,) = zip(*json.loads(into.read_text()).items(), strict=True)
+    assert name.startswith("sim, a simulated device")
+    assert not [step for step, found in steps.items() if "error" in found]
+    assert steps["several-devices"]["devices"] == 2
+    assert steps["speed-8b"]["private_peak_bytes"] > 0
+
+
+def test_attention_that_goes_by_its_company_gives_way_to_products(given: Any, tmp_path: Path) -> None:
+    overrides = ("federation.num_rounds=1", "runtime.device=auto")
+    on_it(["simulate", *given("causal_lm", *overrides, name="run")], SIM_SDPA="by_rows")
+    assert device_of(tmp_path / "run").endswith("no TF32, attention by products")
+
+
+def test_a_device_without_float64_leaves_the_run_to_the_cpu(given: Any, tmp_path: Path) -> None:
+    run = ["simulate", *given("classification", "federation.num_rounds=1", "runtime.device=auto", name="run")]
+    on_it(run, SIM_NO_FLOAT64=1)
+    assert device_of(tmp_path / "run") == "cpu"
+    assert "the device 'sim', which has no float64" in (tmp_path / "run" / "log.txt").read_text()

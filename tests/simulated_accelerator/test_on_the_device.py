@@ -1,0 +1,33 @@
+"""What is computed on the device, as a step and a scoring do: its clipping, its waits and its memory."""
+
+from __future__ import annotations
+
+from .built import run_on_it
+
+
+def said(function: str, **settings: object) -> list[str]:
+    return run_on_it(f"from tests.simulated_accelerator import tried; tried.{function}()", **settings).splitlines()
+
+
+def test_the_trial_clips_on_the_device_as_a_step_does() -> None:
+    """It had clipped on the CPU, and saw nothing of a norm that moved a contribution by 0.029 clip norms."""
+    as_it_is, by_company = map(float, said("clipping_by_company", SIM_SDPA="fused"))
+    assert as_it_is == 0.0
+    assert by_company > 1e-4
+
+
+def test_a_norm_does_not_depend_on_its_company_where_cuda_s_own_does() -> None:
+    found = [list(map(int, line.split())) for line in said("norms_as_cuda_has_them")]
+    assert sum(by_cuda for _, by_cuda, _ in found) > 4, "the reduction that stands for CUDA's goes by the rows"
+    assert [ours for _, _, ours in found] == [0] * 4
+
+
+def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
+    """Twice a tensor for each micro-batch they had."""
+    ((of_users, of_records),) = (map(int, line.split()) for line in said("waits_for_the_device"))
+    assert of_users == of_records
+
+
+def test_scoring_without_room_names_the_setting() -> None:
+    (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
+    assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device has no room")

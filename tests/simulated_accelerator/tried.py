@@ -1,0 +1,105 @@
+"""What tests have a process do that has the simulated accelerator: `run_on_it` calls these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.audit import sensitivity
+from fedtune.data import Shapes
+from fedtune.evaluation.scoring import figures_of
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import TaskModel, build_task_model
+from fedtune.training import dp_step, preflight
+from fedtune.training.examples import SiteExamples
+from fedtune.training.machine import device_for
+from fedtune.training.per_example import attached
+from fedtune.training.users import UserExamples
+
+from .reductions import norms
+
+SIM = torch.device("sim")
+
+
+def model() -> TaskModel:
+    """A tiny language model on the device."""
+    lora = LoraSpec(rank=4, alpha=8.0)
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="float32"), task="causal_lm", lora=lora, seed=3)
+    return build_task_model(spec, device=device_for("auto"))
+
+
+def moved(within: TaskModel) -> float:
+    shapes = Shapes.of(max_length=15, max_tokens=64)
+    return preflight.moved_by_others(within, shapes, keeps_states=False, max_grad_norm=1.0)
+
+
+def clipping_by_company() -> None:
+    """Print how far the trial sees a contribution move: as it is, and where a norm goes by how many rows there are."""
+    within = model()
+    print(moved(within))
+    own: Any = dp_step._squares_of_rows
+
+    def by_company(values: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = own(values)
+        return found * (1 + 1e-3 * len(values)) if values.device.type == "sim" else found
+
+    dp_step._squares_of_rows = by_company
+    print(moved(within))
+
+
+def scoring_without_room() -> None:
+    """Print what is said where the device has no room for what is scored."""
+    within = model()
+    draws = np.random.default_rng(0)
+    dataset = sensitivity.made_up(within, [31] * 64, draws)
+    taken = torch.empty(torch.accelerator.get_memory_info(SIM)[0] - 2**18, dtype=torch.uint8, device=SIM)
+    try:
+        figures_of(within, dataset, pad_id=0, max_tokens=4096)
+    except ConfigError as error:
+        print(error)
+    del taken
+
+
+def waits_for_the_device() -> None:
+    """Print how often users' means wait for the device, and the gradients of the same records by themselves."""
+    within = model()
+    draws = np.random.default_rng(0)
+    shapes = Shapes.of(max_length=31, max_tokens=256)
+    records = SiteExamples(sensitivity.made_up(within, [31] * 16, draws), pad_id=0, shapes=shapes, device=SIM)
+    users = UserExamples(records, [np.arange(first, first + 4) for first in range(0, 16, 4)], most_records=4)
+    with attached(within) as gradients:
+        (batch,) = users.cut_drawn([np.arange(first, first + 4) for first in range(0, 16, 4)])
+        torch.sim.counters()  # type: ignore[attr-defined]
+        users.gradients(gradients).of(batch)
+        of_users = torch.sim.counters()["waits"]  # type: ignore[attr-defined]
+        for one in records.cut(np.arange(16)):
+            gradients.of(one)
+    print(of_users, torch.sim.counters()["waits"])  # type: ignore[attr-defined]
+
+
+def norms_as_cuda_has_them() -> None:
+    """Print how many of 32 rows' norms differ alone and in company: by CUDA's reduction, and as clipping has them."""
+    own: Any = torch.linalg.vector_norm
+
+    def as_cuda(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
+        if values.device.type != "sim":
+            return own(values, dim=dim, keepdim=keepdim)  # type: ignore[no-any-return]
+        found = torch.from_numpy(norms(values.cpu().numpy())).to(values.device)
+        return found[:, None] if keepdim else found
+
+    torch.linalg.vector_norm = as_cuda
+    draws = np.random.default_rng(0)
+    for length in (31, 3072, 6144, 229_376):
+        rows = torch.from_numpy(draws.standard_normal((32, length)).astype(np.float32)).to(SIM)
+        whole = as_cuda(rows.double(), dim=1), dp_step._norms({"a": rows})
+        moved_rows = [0, 0]
+        for first, last in ((0, 2), (2, 6), (6, 14), (14, 15), (15, 32)):
+            part = rows[first:last]
+            found = as_cuda(part.double(), dim=1), dp_step._norms({"a": part})
+            for kind in range(2):
+                moved_rows[kind] += int((found[kind] != whole[kind][first:last]).sum())
+        assert torch.allclose(whole[1].cpu(), rows.cpu().double().square().sum(dim=1).sqrt(), rtol=1e-14)
+        print(length, *moved_rows)
