@@ -122,11 +122,7 @@ class Station:
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> Prepared:
             self.prepared.append(proposal.run)
-            return Prepared(
-                proposal=self.propose(),
-                template=self.template,
-                declared_size=self.declared_size,
-            )
+            return Prepared(proposal=self.propose(), template=self.template, declared_size=self.declared_size)
 
         opened = MadeSite(self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused)
         opened.kept, opened.awaited = self.kept, self.awaited
@@ -166,13 +162,7 @@ class Station:
         signed = self.request(round, adapter=adapter, about=about, **changes).signed(key or self.lead)
         return self.send(signed, adapter=adapter, train=train)
 
-    def send(
-        self,
-        signed: Signed,
-        *,
-        adapter: Adapter | None = None,
-        train: Train | None = None,
-    ) -> Reply:
+    def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
         """The site's answer to whatever is sent."""
         return answer(self.open(train), signed, adapter or self.template)
 

@@ -64,11 +64,7 @@ def test_without_a_country_there_is_no_carbon(nobody_is_called: list[Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"energy": True, "country": "Germany"}, "country"),
-        ({"country": "DEU"}, "country"),
-    ],
+    ("settings", "key"), [({"energy": True, "country": "Germany"}, "country"), ({"country": "DEU"}, "country")]
 )
 def test_what_cannot_be_told_is_refused(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:

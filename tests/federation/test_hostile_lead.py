@@ -126,10 +126,7 @@ _OTHER_ADAPTERS: dict[str, tuple[Callable[[Adapter], Adapter], Reason]] = {
         lambda a: Adapter(dict(a.tensors) | {"head": np.full(4, np.inf, np.float32)}),
         Reason.MAX_ADAPTER_VALUE,
     ),
-    "a wrong shape": (
-        lambda a: Adapter(dict(a.tensors) | {"head": np.ones((2, 2), np.float32)}),
-        Reason.ADAPTER_SHAPE,
-    ),
+    "a wrong shape": (lambda a: Adapter(dict(a.tensors) | {"head": np.ones((2, 2), np.float32)}), Reason.ADAPTER_SHAPE),
     "a longer tensor": (lambda a: Adapter(dict(a.tensors) | {"head": np.ones(5, np.float32)}), Reason.ADAPTER_SHAPE),
     "a tensor more": (lambda a: Adapter(dict(a.tensors) | {"zz": np.ones(1, np.float32)}), Reason.ADAPTER_SHAPE),
     "a tensor less": (lambda a: Adapter({"head": a.tensors["head"]}), Reason.ADAPTER_SHAPE),

@@ -87,10 +87,7 @@ class SecureSite:
 
         def prepare(proposal: Proposal) -> Prepared:
             return Prepared(
-                proposal=self.asked(lead=proposal.lead),
-                template=self.adapter,
-                declared_size=100,
-                members=NAMES,
+                proposal=self.asked(lead=proposal.lead), template=self.adapter, declared_size=100, members=NAMES
             )
 
         return MadeSite(
@@ -205,10 +202,7 @@ def wrong(reply: Reply) -> tuple[Reason, object]:
 
 @pytest.fixture
 def federation_in(
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    run_plan: Plan,
-    lead_key: SigningKey,
+    site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal], run_plan: Plan, lead_key: SigningKey
 ) -> Callable[..., Federation]:
     """Make a federation in an empty folder, with sites of a class; keywords override its plan."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan.noise_multiplier)

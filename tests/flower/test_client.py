@@ -131,11 +131,7 @@ def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
 
 
 def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
-    app: SiteApp,
-    site: Callable[..., Site],
-    request_: RecordDict,
-    lead_key: SigningKey,
-    stranger_key: SigningKey,
+    app: SiteApp, site: Callable[..., Site], request_: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
 ) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)

@@ -18,10 +18,7 @@ from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
-    FLEET_HTTP_SIGNATURE_HEADER,
-)
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
@@ -158,10 +155,7 @@ def test_a_site_s_signature_is_good_over_its_own_connection_alone(network: Loopb
     # It is over the time alone: seen once, it would do for any call within a minute.
     stolen = by_site(network.tls["a"])
     answer = caller(network.tls["b"]).get(HELLO, headers=stolen)
-    assert (answer.status_code, answer.json()["reason"]) == (
-        401,
-        "signed by another than the connection's certificate",
-    )
+    assert (answer.status_code, answer.json()["reason"]) == (401, "signed by another than the connection's certificate")
     assert caller(network.tls["a"]).get(HELLO, headers=stolen).status_code == 200
 
 

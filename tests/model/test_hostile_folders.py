@@ -12,15 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    LlamaConfig,
-    LlamaModel,
-    Phi3Config,
-    Phi3Model,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, PreTrainedModel, RobertaConfig, RobertaModel
 
 from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
 from fedtune.model.fits import check_ignores_batch_length, check_tokenizer_fits, usable_positions

@@ -15,14 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.distributed_noise import (
-    LEAST_CELLS,
-    SharedNoise,
-    Together,
-    add_share,
-    least_cell_bits,
-    together,
-)
+from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_share, least_cell_bits, together
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError

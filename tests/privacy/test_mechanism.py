@@ -13,14 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.mechanism import (
-    GRID_BITS,
-    PrivacySpec,
-    add_gaussian_noise,
-    cell,
-    noised_scores,
-    poisson_sample,
-)
+from fedtune.privacy.mechanism import GRID_BITS, PrivacySpec, add_gaussian_noise, cell, noised_scores, poisson_sample
 from fedtune.privacy.randomness import RandomStream, SeededRandomness, _box_muller
 from fedtune.spec import ConfigError
 

@@ -173,8 +173,7 @@ def by_user(run: Report) -> Report:
     )
     report = filled(replace(run, unit="user", sites=sites))
     return replace(
-        report,
-        assumptions=tuple(people if one.code == "one_record_is_one_unit" else one for one in report.assumptions),
+        report, assumptions=tuple(people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
     )
 
 

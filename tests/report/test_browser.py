@@ -249,8 +249,7 @@ def test_drawings_can_be_read_on_a_light_screen_and_on_a_dark_one(
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
-    ("name", "language"),
-    [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")],
+    ("name", "language"), [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")]
 )
 def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Open) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")

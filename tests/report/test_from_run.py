@@ -41,11 +41,7 @@ def result_of(folder: Path) -> Any:
 
 def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
     report, result = from_run.build(run_folder), result_of(run_folder)
-    assert (report.kind, report.name, report.provenance.config_sha256) == (
-        "run",
-        "run",
-        result["config_sha256"],
-    )
+    assert (report.kind, report.name, report.provenance.config_sha256) == ("run", "run", result["config_sha256"])
     assert (report.epsilon, report.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
     assert (report.target_epsilon, report.seeded_noise) == (8.0, False)
     for site in report.sites:

@@ -276,10 +276,7 @@ def test_a_site_that_has_not_joined_says_nothing() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.uploaded(1, "abc")
     party = federation.restart("a")
-    for ask in (
-        lambda: party.upload(2, federation.vector("a")),
-        lambda: party.confirm(summation.confirm_request()),
-    ):
+    for ask in (lambda: party.upload(2, federation.vector("a")), lambda: party.confirm(summation.confirm_request())):
         with pytest.raises(Rejected) as error:
             ask()
         assert wrong(error) is Wrong.SESSION_DIFFERS
