@@ -18,6 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode, decode_value, parse_json
+from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
@@ -54,6 +55,10 @@ class RoundResult:
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     ended: str = ""
     diverged: bool = False
+
+    def has_update_of(self, site: str) -> bool:
+        """Whether an update left the site, which its ledger charged, be it that the lead did not use it."""
+        return site in self.sites or self.failed_sites.get(site) in (INVALID_UPDATE, BEYOND_PLAN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +125,7 @@ class LeadState:
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
-        updates = update + sum(site in result.sites for result in self.rounds)
+        updates = update + sum(result.has_update_of(site) for result in self.rounds)
         # No ledger grants a run more rounds than its plan has.
         if not (updates <= receipt.charged_rounds <= most_rounds and receipt.is_signed()):
             return None

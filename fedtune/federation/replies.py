@@ -26,7 +26,9 @@ INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
 LEFT_OUT = "left_out"
 """Of a site that is asked no more, since its shares in a secure sum were wrong."""
-UNSIGNED_REPLY = "unsigned_reply"
+NOT_SUMMED = "not_summed"
+"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
+UNSIGNED_REPLY = "unsigned_reply"  # or signed about something else, which shows no charge
 _MOST_SHARE = 1e9
 """The largest share of the declared number that a score or a count may be, with any noise and any true number."""
 BEYOND_PLAN = "beyond_plan"
@@ -150,10 +152,10 @@ class RoundReplies:
             own = own and about_this
             shown = own or not reply.receipt
             return _Outcome(failure=body.reason.value if shown else UNSIGNED_REPLY, refusal=body if own else None), None
-        if not own:
+        if not (own and about_this):
             return _Outcome(failure=UNSIGNED_REPLY), None
         plan = self.proposal.plan
-        if not (about_this and isinstance(body, Update) and _are_scores_of(plan, body.scores)):
+        if not (isinstance(body, Update) and _are_scores_of(plan, body.scores)):
             return _Outcome(failure=INVALID_UPDATE), None
         came, outcome = body.tensors, _Outcome(scores=body.scores)
         if plan.shared is not None:

@@ -19,7 +19,7 @@ from fedtune.federation.aggregation import Made
 from fedtune.federation.invitation import Lead
 from fedtune.federation.lead import Arrays, LeadState, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
-from fedtune.federation.replies import LEFT_OUT, NO_REPLY, RoundReplies
+from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
 from fedtune.federation.secure.agreement import Rejected, Session, Terms
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.federation.transport import Question, Transport
@@ -81,10 +81,6 @@ class _Known:
         except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("no session of the secure sum to go on in: %s", error)
         return known
-
-
-NOT_SUMMED = "not_summed"
-"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
 
 
 class SecureSums:

@@ -124,12 +124,14 @@ def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: P
     assert charge.steps == min(4, plan.most_rounds) * plan.local_steps
 
 
+@pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
 def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Callable[..., Update]
+    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Callable[..., Update], came: Any
 ) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = receipt(charged=1)
-    first = RoundResult(round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=0, bytes_up=0, metrics={})
+    whole = {"round": 1, "seconds": 1.0, "failed_sites": {}, "bytes_down": 0, "bytes_up": 0, "metrics": {}}
+    first = RoundResult(**whole | came)
     state = replace(answered(state.asked(["a"]), {"a": Reply(body=update(), receipt=old)}), rounds=(first,))
     assert site_charge(state, "a", plan).upper_bound is False
     replayed = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=old)})

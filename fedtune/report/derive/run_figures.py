@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from fedtune.federation.lead import RoundResult
-from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
+from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.privacy import accountant
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import audit_bounds, profile, rules, verdicts
@@ -38,12 +38,18 @@ def source_of(facts: RunFacts, site: SiteFacts) -> Source:
     return "not_released" if site.signed_rounds is None else "charged_by_receipts"
 
 
+def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
+    """Rounds that a site was charged at the least: it signed for them, or an update left it."""
+    return max(site.signed_rounds or 0, sum(result.has_update_of(site.site) for result in facts.rounds))
+
+
 def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
     """Whether a site's ledger says no less than its receipts and updates, and what the run asked for."""
     known = [run for run in said.lifetime.runs if run.run == facts.run]
-    least = max(site.signed_rounds or 0, sum(site.site in result.sites for result in facts.rounds))
     return said.same_plan and all(
-        run.rounds >= least and run.seeded_noise == facts.seeded_noise and run.most_rounds == facts.plan.most_rounds
+        run.rounds >= least_rounds(facts, site)
+        and run.seeded_noise == facts.seeded_noise
+        and run.most_rounds == facts.plan.most_rounds
         for run in known
     )
 
@@ -93,10 +99,7 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     if statement is None:
         return judged
     reasons = verdicts.of_ledger(
-        statement.lifetime,
-        statement.approved,
-        charges=statement.charges,
-        verified=statement.verification is not None,
+        statement.lifetime, statement.approved, charges=statement.charges, verified=statement.verification is not None
     )
     words = [judged.verdict, statement.verdict, verdicts.verdict_of(reasons)]
     if not agrees(facts, site, statement):
@@ -143,9 +146,9 @@ def epsilon_by_round(sites: Iterable[SiteReport]) -> Mapping[int, float | None]:
 
 def _steps(facts: RunFacts, site: SiteFacts) -> Iterator[Step]:
     """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
-    later = sum(site.site in result.sites for result in facts.rounds)
+    later = sum(result.has_update_of(site.site) for result in facts.rounds)
     for result in facts.rounds:
-        later -= site.site in result.sites
+        later -= result.has_update_of(site.site)
         so_far = max(0, site.rounds - later)
         yield Step(
             run=facts.run,
@@ -188,14 +191,9 @@ def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
 
 def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
     """Kind and reason; None where the site was not asked."""
-    if site in result.sites:
-        return "update", None
-    match result.failed_sites.get(site):
-        case reason if reason in (None, LEFT_OUT):
-            return None
-        case reason if reason in (NO_REPLY, UNSIGNED_REPLY):
-            return "no_answer", reason
-        case reason if reason in (INVALID_UPDATE, BEYOND_PLAN):
-            return "update", reason
-        case reason:
-            return "refusal", reason
+    reason = result.failed_sites.get(site)
+    if result.has_update_of(site):
+        return "update", reason
+    if reason in (None, LEFT_OUT):
+        return None
+    return "no_answer" if reason in (NO_REPLY, UNSIGNED_REPLY) else "refusal", reason

@@ -149,8 +149,8 @@ class RunRecord:
         return for_sites(replace(self.config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
 
     def updates(self, site: str) -> int:
-        """Finished rounds that hold an update of the site: each of them was charged."""
-        return sum(site in result.sites for result in self.rounds)
+        """Finished rounds in which an update left the site: each of them was charged."""
+        return sum(result.has_update_of(site) for result in self.rounds)
 
     @property
     def deployed(self) -> bool:
@@ -173,15 +173,15 @@ class RunRecord:
         From its receipts; `run.json` says the same where no checkpoint is left.  Where neither covers the site's
         updates, its whole plan counts: the site's ledger grants no more, and less is nobody's word.
         """
-        updates = self.updates(site)
+        updates, receipt = self.updates(site), self.receipts.get(site)
         if self.state is None:
             known, silent = self._noted(site), 0
             upper_bound = self.result is not None and self.result.privacy.sites[site].upper_bound
         else:
-            receipt, silent = self.receipts.get(site), self.state.unanswered.get(site, 0)
-            known = receipt.charged_rounds if receipt else 0
+            known, silent = receipt.charged_rounds if receipt else 0, self.state.unanswered.get(site, 0)
             upper_bound = silent > 0
-        if known + silent < updates or site in self.doubtful:
+        # A receipt came with each update: where there is none, no count since it covers them.
+        if known + (silent if receipt else 0) < updates or site in self.doubtful:
             return max(known, updates, self._noted(site), self.plan.most_rounds), True
         return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
 
