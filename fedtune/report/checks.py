@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError, errors_in
 from fedtune.version import __version__
 from fedtune.words import counted
 
-_CALIBRATED = 1e-3
-"""Relative; what the noise that two versions find for one target may differ by."""
+_CALIBRATED, _STEP = 1e-3, 1e-4
+"""How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
 _MOST_BYTES = 64 << 20
 
 
@@ -94,16 +93,14 @@ def _figures(report: Report) -> Iterator[Check]:
     others = tuple(problem for problem in found if problem not in of_verdict)
     events = sum(charge.count for site in report.sites for row in site.mechanisms for charge in row.charges)
     again = f"computed again from the {events:,} mechanisms that {counted(len(report.sites), 'site')} ran"
-    if others:
+    right, wrong = f"Each epsilon that its events give, {again}, is as it says.", counted(len(others), "figure")
+    for name, those, if_right, if_wrong in (
+        ("figures", others, right, f"{wrong} not as {again}:"),
+        ("verdict", of_verdict, "No verdict is better than its figures.", "The verdict does not fit the figures:"),
+    ):
         yield Check(
-            name="figures", state="wrong", text=f"{counted(len(others), 'figure')} not as {again}:", problems=others
+            name=name, state="wrong" if those else "right", text=if_wrong if those else if_right, problems=those
         )
-    else:
-        yield Check(name="figures", state="right", text=f"Each epsilon that its events give, {again}, is as it says.")
-    if of_verdict:
-        yield Check(name="verdict", state="wrong", text="The verdict does not fit the figures:", problems=of_verdict)
-    else:
-        yield Check(name="verdict", state="right", text="No verdict is better than its figures.")
 
 
 def _taken(report: Report) -> Iterator[Check]:
@@ -152,11 +149,12 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
         return
     plan, said, noise = config.plan(), facts.plan, facts.plan.noise_multiplier
-    # Noise that was searched for may differ by what two versions of the search find; epsilon differs by as little.
+    # Noise that was searched for may differ by what two versions of the search find; one version finds no more.
+    more = _STEP * max(1.01, noise / 10) if facts.provenance.fedtune_version != __version__ else 0.0
     searched = config.privacy.noise_multiplier is None and noise > 0
-    if searched and math.isclose(noise, plan.noise_multiplier, rel_tol=_CALIBRATED):
+    if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
-    sizes = config.declared_sizes()
+    sizes, start = config.declared_sizes(), facts.provenance.start_adapter
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         ("name", facts.name, config.name),
@@ -171,6 +169,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("provenance.dataset", facts.provenance.dataset, config.data.dataset),
         ("provenance.task", facts.provenance.task, config.task),
         ("provenance.purpose", facts.provenance.purpose, config.report.about.purpose),
+        ("provenance.start_adapter", start and start.digest, config.model.adapter_sha256),
         ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
     ):
         if is_so != asked:

@@ -78,10 +78,9 @@ def differences(
     if before.kind != after.kind:
         bound = f"the first report is of a {before.kind} and the second of a {after.kind}: give two of one kind"
         raise ConfigError("report diff", NOT_GIVEN, bound)
-    configurations = [{f"config.{key}": value for key, value in _flat(one)} for one in settings]
     old, new = _figures(before), _figures(after)
-    old["settings"] |= configurations[0]
-    new["settings"] |= configurations[1]
+    for figures, one in zip((old, new), settings, strict=True):
+        figures["settings"] |= {f"config.{key}": value for key, value in _flat(one)}
     return tuple(change for group in GROUPS for change in _changes(group, old[group], new[group]))
 
 

@@ -295,11 +295,9 @@ class RunFacts:
 
     @property
     def _federation(self) -> FederationSpec:
+        plan, kept, after = self.plan, self.keep_round, self.stop_after
         return FederationSpec(
-            num_rounds=self.plan.num_rounds,
-            spare_rounds=self.plan.spare_rounds,
-            keep_round=self.keep_round,
-            stop_after=self.stop_after,
+            num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds, keep_round=kept, stop_after=after
         )
 
     @property

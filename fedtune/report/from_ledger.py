@@ -281,8 +281,6 @@ def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
                 groups.setdefault((run, "refusal", str(event.detail["reason"])), []).append(event.time)
             case Kind.RELEASE:
                 groups.setdefault((run, str(event.detail.get("what", "offer")), None), []).append(event.time)
-            case _:
-                pass
     for (name, _, _), time in unanswered.items():
         groups.setdefault((name, "reservation_without_update", None), []).append(time)
     return tuple(

@@ -96,7 +96,6 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
 def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
     task, model, dataset = task_named(config.task), config.model, config.data.dataset
-    promise = ("differential-privacy",) if words.promises else ()
     scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
     results = [
         EvalResult(
@@ -116,7 +115,7 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
         known["pipeline_tag"] = task.hub_name
     return ModelCardData(
         library_name=form.library,
-        tags=["fedtune", "federated-learning", config.lora.kind, *promise],
+        tags=["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])],
         datasets=[dataset],
         metrics=sorted(scores),
         model_name=config.name,
@@ -151,10 +150,8 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         keep_trailing_newline=True,
     )
     report, config, made = words.report, record.config, record.result.provenance if record.result else None
-    data, model = config.data, config.model
-    template = made.template if made else None
-    without_base = form.needs_base and model.path.startswith(RANDOM)
-    utility = report.utility
+    data, model, template = config.data, config.model, made.template if made else None
+    without_base, utility = form.needs_base and model.path.startswith(RANDOM), report.utility
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     return templates.get_template(_TEMPLATE).render(
         name=config.name,

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from datetime import date, timedelta
+from itertools import pairwise, takewhile
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 
+from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, UNSIGNED_REPLY
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
@@ -30,7 +32,7 @@ TOLERANCE = 1e-6
 _LAST_DIGITS = 1e-9
 _FFT_ROUNDING = 5e-15
 """Of the sum that a delta is: distributions are composed by a Fourier transform, which two processors round otherwise.
-An epsilon at delta 1e-10 was seen to differ by 1.3e-6 of itself."""
+An epsilon at delta 1e-10, the least of all curves, was seen to differ by 1.3e-6 of itself; no smaller one gets more."""
 _MOST_BUCKETS = 5e7
 """Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
 ledger of 200 runs, each with another plan and noised scores, stays below it; a run has one plan."""
@@ -82,8 +84,8 @@ def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
     too_much = work > _MOST_BUCKETS
     if not too_much:  # or it would be too much to say how wide the compositions are
         wide = [(_widest(charged) / interval, len(charged) * times) for charged, interval, times in parts]
-        too_much = any(width > _MOST_BUCKETS for width, _ in wide)
-        too_much = too_much or sum(width * count for width, count in wide) > _MOST_COMPOSED
+        composed = sum(width * count for width, count in wide)
+        too_much = composed > _MOST_COMPOSED or any(width > _MOST_BUCKETS for width, _ in wide)
     if too_much:
         yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
 
@@ -112,15 +114,12 @@ def _check_size(event: DpEvent, count: int) -> None:
     """Refuse what no site would run, and what would keep this machine busy for hours."""
     rate = event.sampling_probability if isinstance(event, PoissonSampledDpEvent) else 1.0
     gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    fine = isinstance(event, NonPrivateDpEvent)
     if isinstance(gaussian, GaussianDpEvent):
-        sigma = gaussian.noise_multiplier
-        if rate >= LEAST_SAMPLING_RATE and sigma <= 1e6 and count <= 10**9 and _buckets(event) <= _MOST_BUCKETS:
-            return
-    elif isinstance(event, NonPrivateDpEvent):
-        return
-    raise ConfigError(
-        "event", f"{count} x {events.to_json(event)}", "must be a mechanism whose epsilon can be computed"
-    )
+        fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
+    if not fine or _buckets(event) > _MOST_BUCKETS:
+        said = f"{count} x {events.to_json(event)}"
+        raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
 
 
 def _buckets(event: DpEvent) -> float:
@@ -151,11 +150,24 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
     if facts.randomness == "seeded" and not facts.seeded_noise:
         yield "seeded_noise", False, "true, as the process that trained says"
     numbers = [result.round for result in facts.rounds]
-    if numbers != sorted(set(numbers)) or len(numbers) > plan.most_rounds:
-        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.most_rounds}, each once and in order"
-    asked = {name for result in facts.rounds for name in (*result.sites, *result.failed_sites)}
-    if strangers := sorted(asked - set(names)):
-        yield "sites", ", ".join(names), f"{strangers[0]}, which was asked, too"
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > plan.most_rounds:
+        yield "rounds", ", ".join(map(str, numbers)), f"at most {plan.most_rounds}, each once and in order, from 1 on"
+    everybody = set(names)
+    for result in facts.rounds:
+        place, told = f"rounds.{result.round}", {*result.sites, *result.failed_sites}
+        if told != everybody:
+            yield place, ", ".join(sorted(told)), "each site of the run: that its update was used, or why not"
+        if not (result.sites or (plan.shared and NOT_SUMMED in result.failed_sites.values())):
+            yield place, "no update", "at least one: a round without any is none"
+    if (facts.final or facts.detail) and not (facts.finished and any(result.sites for result in facts.rounds)):
+        yield "rounds", facts.progress, "finished with an adapter: its final scores are there"
+    runtime, simulated = facts.settings.get("runtime"), f"{facts.name}-{(facts.provenance.config_sha256 or '')[:32]}"
+    if runtime not in cells.TRANSPORT:
+        yield "settings.runtime", runtime, f"one of {', '.join(cells.TRANSPORT)}"
+    elif (facts.run == simulated) == facts.deployed:
+        yield "run", facts.run, f"{'another than ' if facts.deployed else ''}{simulated}, as a simulation is called"
+    if facts.deployed and (facts.sampling, facts.randomness, facts.inexact_gradients) != (None, None, None):
+        yield "settings.runtime", runtime, "a simulation: the lead of real sites trains nothing, and knows no policies"
     if shared := plan.shared:
         if shared.num_sites != len(names):
             yield "plan.shared.num_sites", shared.num_sites, len(names)
@@ -170,21 +182,32 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    least = max(site.signed_rounds or 0, sum(site.site in result.sites for result in facts.rounds))
-    if not least <= site.rounds <= facts.plan.most_rounds:
-        yield "rounds", site.rounds, f"from {least}, which left the site, to the plan's {facts.plan.most_rounds}"
-    if (
-        facts.has_checkpoint
-        and not site.upper_bound
-        and not site.statement
-        and site.rounds != (site.signed_rounds or 0)
-    ):
-        yield "rounds", site.rounds, f"{site.signed_rounds or 0}, as its receipt says, or an upper bound"
+    least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
+    by_receipts, asked = facts.has_checkpoint and not site.statement, min(most, signed + _unheard(facts, site))
+    if not least <= site.rounds <= most:
+        yield "rounds", site.rounds, f"from {least}, which left the site, to the plan's {most}"
+    if by_receipts and not site.upper_bound and site.rounds != signed:
+        yield "rounds", site.rounds, f"{signed}, as its receipt says, or an upper bound"
+    if by_receipts and site.rounds < asked:
+        yield "rounds", site.rounds, f"at least {asked}, with what it was asked since its receipt"
     if not facts.has_checkpoint and site.signed_rounds is not None:
         yield "signed_rounds", site.signed_rounds, "none: receipts stand in a checkpoint"
+    if bool(site.key) != (site.signed_rounds is not None):
+        yield "key", site.key, "the key of its receipt, where there is one, and there alone"
     if site.statement:
         for key, said, bound in _of_statement(facts, site, site.statement):
             yield f"statement.{key}", said, bound
+
+
+def _unheard(facts: RunFacts, site: SiteFacts) -> int:
+    """Finished rounds that a site was asked for since it last signed a receipt, as far as the facts tell."""
+    # Of a sum, sites that were in no session are not asked, and count among those that gave no reply.
+    never = (LEFT_OUT, NO_REPLY) if facts.plan.shared else (LEFT_OUT,)
+    asked = [why for result in facts.rounds if (why := result.failed_sites.get(site.site)) not in never]
+    if site.signed_rounds is None:
+        return len(asked)
+    # At a run's end each site is asked for another receipt, which covers all of it.
+    return 0 if facts.finished else len([*takewhile((NO_REPLY, UNSIGNED_REPLY).__contains__, reversed(asked))])
 
 
 def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
@@ -193,13 +216,29 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
+    mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.least_rounds(facts, site)
+    key = said.verification.site_key if said.verification else site.key
+    if site.signed_rounds is None or not key.startswith(site.key):
+        yield "verification.site_key", key, f"that of its receipt, {site.key}"
+    if len(mine) > 1 or (not mine and least) or sum(mine) > site.rounds:
+        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {site.rounds} rounds"
+    sent = sum(one.count for one in said.releases if one.kind == "update")
+    if sent > sum(mine) or {one.run for one in said.releases} - {facts.run}:
+        yield "releases", sent, f"at most {sum(mine)} updates, and of {facts.run} alone"
+    if said.asserted and not facts.deployed:
+        yield "asserted", ", ".join(said.asserted), "nothing: nobody can state anything for a simulated site"
+    # Its last update was made after the round before was over, give or take a day by two clocks.
+    starts = zip(["", *(one.ended for one in facts.rounds)], facts.rounds, strict=False)
+    begun = max((start[:10] for start, one in starts if one.has_update_of(site.site)), default="")
+    if begun and (said.reported or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
+        yield "reported", said.reported, f"no day before {begun}, when the run went on"
     if run_figures.agrees(facts, site, said):
         # The ledger counts this run, too; of one that is open and fell silent, in what it has set aside.
         charged = events.grouped([plan.event(rounds=site.rounds)])
-        least = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
+        alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
         most = life.with_set_aside if site.upper_bound else life.epsilon
-        if not _at_most(least, most):
-            yield "lifetime.epsilon", most, f"at least {least}, by this run alone"
+        if not _at_most(alone, most):
+            yield "lifetime.epsilon", most, f"at least {alone}, by this run alone"
     if not _at_most(life.epsilon, life.with_set_aside) or not _at_most(life.period_epsilon, life.epsilon):
         yield "lifetime.epsilon", life.epsilon, "no less than in the period, and no more than with what is set aside"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
@@ -221,8 +260,19 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
 
 
 def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
-    """What is said of the search that the run was picked in, against all that the search might do to a site."""
-    if not isinstance(facts, RunFacts) or (told := facts.selection) is None:
+    """What sites' own reports say that this run cost, by its plan, and of the search, by all that it may do."""
+    if not isinstance(facts, RunFacts):
+        return
+    for site in facts.sites:
+        said = site.statement
+        for run in said.lifetime.runs if said and said.same_plan else ():
+            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", facts.plan.most_rounds)):
+                if run.run == facts.run:
+                    found = profile.epsilon_pld(profile.charged_events(facts.plan, rounds), facts.plan.delta)
+                    yield from _differences(
+                        f"sites.{site.site}.statement.lifetime.runs.{key}", getattr(run, key), found
+                    )
+    if (told := facts.selection) is None:
         return
     charged, delta = profile.charges_of(told.charges), facts.plan.delta
     if told.delta != delta:
@@ -294,10 +344,11 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
     """The differences between two pieces of plain data; numbers with a fraction are upper bounds, but for `under`."""
     if isinstance(said, Mapping) and isinstance(found, Mapping) and said.keys() == found.keys():
         if "epsilon_pld" in said and "delta" in said:  # a point of a curve
-            under = max(_LAST_DIGITS, _FFT_ROUNDING / found["delta"])
+            under = max(_LAST_DIGITS, _FFT_ROUNDING / max(found["delta"], min(profile.DELTAS)))
         for key in said:
             place = f"{where}.{key}" if where else key
-            if key == "left" and None not in (said[key], found[key]):
+            numbers = isinstance(said[key], int | float) and isinstance(found[key], int | float)
+            if numbers and (key == "left" or key.endswith("noise_multiplier")):
                 yield from () if _near(said[key], found[key]) else [Problem(place, said[key], found[key])]
             else:
                 yield from _differences(
@@ -319,9 +370,9 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
         yield Problem(where, said, found)
 
 
-def _near(left: float, found: float) -> bool:
-    """What is left may be smaller than found, but for the last digits."""
-    return -TOLERANCE * max(1.0, found) <= left - found <= _LAST_DIGITS * max(1.0, found)
+def _near(said: float, found: float) -> bool:
+    """What is left, or the noise, may be a little less than found, but for the last digits no more; of 0 nothing is."""
+    return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
 
 
 def _at_most(epsilon: float | None, most: float | None) -> bool:

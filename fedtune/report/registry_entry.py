@@ -33,7 +33,6 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """
     words = Words(report, catalogue("en"))
     said = dataclasses.asdict(about) | {"tuning": about.tuning or _search(report)}
-    missing = [name for name, value in said.items() if not value.strip()]
     facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -68,7 +67,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         },
         "justification": about.justification,
         "report_sha256": hashlib.sha256(signing.to_text(report).encode()).hexdigest(),
-        "missing": missing,
+        "missing": [name for name, value in said.items() if not value.strip()],
     }
 
 

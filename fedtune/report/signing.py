@@ -81,7 +81,9 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
         return None
     if not is_signed(signature.key, PURPOSE, canonical(report), signature.signature):
         raise RunError(f"the signature by {signature.key} does not fit the report: one of them was changed")
-    for other in (expected_key, *_ledger_keys(report)):
+    # A ledger's report is signed by the key that signs the ledger's events.
+    own = [site.verification.site_key for site in report.sites if site.verification and report.kind == "ledger"]
+    for other in (expected_key, *own):
         if other not in (None, signature.key):
             raise RunError(f"the report is signed by {signature.key}, not by {other}")
     return signature.key
@@ -90,12 +92,6 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
 def digest_of_key(key: str) -> str:
     """The beginning of a public key's SHA-256, by which two people compare the key; `printf %s KEY | sha256sum`."""
     return spoken(hashlib.sha256(key.encode()).hexdigest()[:16])
-
-
-def _ledger_keys(report: Report) -> list[str]:
-    """Keys that must sign the report: a ledger's report is signed by the key that signs the ledger's events."""
-    own = [site.verification.site_key for site in report.sites if site.verification]
-    return own if report.kind == "ledger" else []
 
 
 def _whole_number(text: str) -> str:

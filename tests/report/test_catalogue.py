@@ -208,8 +208,8 @@ def test_every_key_that_is_used_is_there() -> None:
         for section, key in re.findall(r'(?:\bt|\.text|heading=|absent=|zero=)\(?"(\w+)\.(\w+)"(?! ~)', text):
             assert (section, key) in KEYS
     for table in data()["table"].values():
-        for column in (Column.of(*column) for column in table["columns"]):
-            for key in (table["caption"], column.heading, column.absent, column.zero or "word.none"):
+        for column in (Column(*column) for column in table["columns"]):
+            for key in (table["caption"], column.heading, column.absent or "word.none", column.zero or "word.none"):
                 assert tuple(key.split(".")) in KEYS
             assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 

@@ -13,10 +13,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
+from fedtune.report.derive.derived import derive
 from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
 from fedtune.report.page.label import as_svg
 from fedtune.report.record.run_record import RunRecord, read_run
+from fedtune.report.rederive import problems
 
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 
@@ -155,3 +157,7 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report, spent: dict
     start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
     begun = replace(of_run, provenance=replace(of_run.provenance, start_adapter=start))
     assert f"SHA-256 {'ab' * 32}{said}" in card_text(record, begun, FORM)
+    report = derive(replace(of_run.facts, provenance=begun.provenance))
+    assert (report.verdict.state, report.verdict.reasons) == ("within", ("began_in_an_adapter",))
+    status = {one.code: one.status for one in report.assumptions}
+    assert (status["start_adapter_covered_elsewhere"], problems(report)) == ("assumed", [])

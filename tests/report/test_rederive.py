@@ -179,6 +179,21 @@ def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
     assert problem == Problem("sites.north-hospital.spent.epsilon_pld", 1.0, pytest.approx(right.epsilon_pld))
 
 
+def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -> None:
+    tiny = with_facts(a_report(), plan=replace(run_facts(a_report()).plan, delta=1e-13))
+    site = tiny.sites[0]
+    *others, last = site.curve
+    for factor, fine in ((1 - 1e-5, True), (0.98, False)):
+        less = replace(last, epsilon_pld=last.epsilon_pld * factor)
+        assert (where(with_site(tiny, curve=(*others, less))) == set()) == fine
+    noisier = replace(site.mechanisms[0], noise_multiplier=1.5 * (1 + 5e-7))
+    assert where(with_site(tiny, mechanisms=(noisier,)))
+    used_up = with_facts(a_ledger_report(), max_epsilon=1.0)
+    life = used_up.sites[0].lifetime
+    assert (life.left, where(used_up)) == (0.0, set())
+    assert where(with_site(used_up, lifetime=replace(life, left=1e-10)))
+
+
 @pytest.mark.parametrize("less", [1e-6, 0.1])
 def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make, less: float) -> None:
     report = a_ledger_report()
@@ -272,19 +287,52 @@ def run_facts(report: Report) -> RunFacts:
     return report.facts
 
 
+SITES = ("north-hospital", "south-hospital")
+
+
+def spent_nothing(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[str, str]) -> dict[str, Any]:
+    """A run whose rounds hold the updates of the sites in `left` alone, since of the others the lead has no receipt."""
+    rounds = tuple(replace(one, sites=left, failed_sites=reasons) for one in facts.rounds)
+    none = {"rounds": 0, "signed_rounds": None, "key": ""}
+    return {
+        "rounds": rounds,
+        "sites": tuple(site if site.site in left else replace(site, **none) for site in facts.sites),
+    }
+
+
+def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
+    """What came of the site whose receipt is of three rounds, in a run that is not over."""
+    last = replace(facts.rounds[3], failed_sites={SITES[1]: why})
+    return {"rounds": (*facts.rounds[:3], last), "plan": replace(facts.plan, num_rounds=5), "final": {}}
+
+
 @pytest.mark.parametrize(
     ("changes", "place"),
     [
         (lambda facts: {"sites": ()}, "sites"),
         (lambda facts: {"sites": (*facts.sites, facts.sites[0])}, "sites"),
-        (lambda facts: {"sites": facts.sites[:1]}, "sites"),  # the other one was asked
+        (lambda facts: {"sites": facts.sites[:1]}, "rounds.1"),  # the other one was asked
         (lambda facts: {"target_epsilon": None}, "target_epsilon"),
         (lambda facts: {"randomness": "seeded"}, "seeded_noise"),
         (lambda facts: {"rounds": facts.rounds * 2}, "rounds"),
+        (lambda facts: {"rounds": facts.rounds[1:], "final": {}}, "rounds"),
+        (lambda facts: {"rounds": facts.rounds[:3]}, "rounds"),  # an adapter was scored at the end
+        (lambda facts: spent_nothing(facts, reasons={}), "rounds.1"),
+        (lambda facts: spent_nothing(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
+        (lambda facts: spent_nothing(facts, SITES[:1], reasons={}), "rounds.2"),
+        (lambda facts: spent_nothing(facts, SITES[:1], reasons={SITES[1]: "no_reply"}), f"sites.{SITES[1]}.rounds"),
+        (lambda facts: in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.rounds"),
+        (lambda facts: in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.rounds"),
+        (lambda facts: in_round_4(facts, "no_reply"), f"sites.{SITES[1]}.rounds"),
         (lambda facts: {"sites": (replace(facts.sites[0], rounds=3), facts.sites[1])}, "sites.north-hospital.rounds"),
         (lambda facts: {"sites": (replace(facts.sites[0], rounds=5), facts.sites[1])}, "sites.north-hospital.rounds"),
         (lambda facts: {"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
         (lambda facts: {"settings": {"epsilon": "0.1"}}, "settings"),
+        (lambda facts: {"settings": {}}, "settings.runtime"),
+        (lambda facts: {"settings": {"runtime": "deployment"}}, "run"),
+        (lambda facts: {"settings": {"runtime": "deployment"}, "run": f"{facts.run}1"}, "settings.runtime"),
+        (lambda facts: {"run": f"{facts.run}1"}, "run"),
+        (lambda facts: {"sites": (replace(facts.sites[0], key=""), facts.sites[1])}, f"sites.{SITES[0]}.key"),
     ],
 )
 def test_facts_of_a_run_that_deny_each_other(a_report: Make, changes: Any, place: str) -> None:
@@ -294,15 +342,13 @@ def test_facts_of_a_run_that_deny_each_other(a_report: Make, changes: Any, place
 
 @pytest.mark.parametrize(
     ("changes", "place"),
-    [
-        ({"num_sites": 6}, "plan.shared.num_sites"),
-        ({"threshold": 5, "num_sites": 5}, "plan.shared.threshold"),
-    ],
+    [({"num_sites": 6}, "plan.shared.num_sites"), ({"threshold": 5, "num_sites": 5}, "plan.shared.threshold")],
 )
 def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make, changes: Any, place: str) -> None:
     facts = run_facts(a_secure_report())
     plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
-    rounds = (replace(facts.rounds[0], sites=facts.rounds[0].sites[:4]), *facts.rounds[1:])
+    (*sites, last), lost = facts.rounds[0].sites, "not_summed"
+    rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
     assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {place}
 
 
@@ -419,12 +465,6 @@ def test_a_ledger_without_a_cap_or_a_check_is_not_within(
 )
 def test_accountants_may_differ_by_the_width_of_their_buckets(pld: float, rdp: float, steps: int, agree: bool) -> None:
     spent = Spent(
-        epsilon=pld,
-        epsilon_pld=pld,
-        epsilon_rdp=rdp,
-        planned_epsilon=None,
-        upper_bound=False,
-        rounds=0,
-        steps=steps,
+        epsilon=pld, epsilon_pld=pld, epsilon_rdp=rdp, planned_epsilon=None, upper_bound=False, rounds=0, steps=steps
     )
     assert accountants_agree(spent, width=0.001) == agree

@@ -12,10 +12,11 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.report import from_run
 from fedtune.report.checks import settings_problems
 from fedtune.report.derive.derived import derive
-from fedtune.report.facts import RunFacts
+from fedtune.report.facts import RunFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.record.run_record import read_run
 from fedtune.report.rederive import problems
+from fedtune.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,14 @@ def test_a_plan_that_the_settings_do_not_give_is_found(
         {"stop_after": 1},
         {"keep_round": "best"},
         {"settings": {"runtime": "deployment"}},
+        {"start_adapter": StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=None, epsilon=None)},
     ],
 )
 def test_what_a_report_says_of_its_settings_is_compared(
     change: dict[str, Any], of_run: Report, config: RunConfig
 ) -> None:
-    assert places(replace(of_run, facts=replace(of_run.facts, **change)), config) == set(change)
+    made = {"provenance": replace(of_run.provenance, **change)} if "start_adapter" in change else change
+    assert places(replace(of_run, facts=replace(of_run.facts, **made)), config) == set(change)
 
 
 def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:
@@ -82,14 +85,15 @@ def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, con
     searched = replace(config, privacy=replace(config.privacy, noise_multiplier=None))
     noise = searched.plan().noise_multiplier
 
-    def with_noise(value: float) -> Report:
+    def with_noise(value: float, version: str = __version__) -> Report:
         report = forged(run_folder, noise_multiplier=value)
-        made = replace(report.facts.provenance, config_sha256=searched.digest())
+        made = replace(report.facts.provenance, config_sha256=searched.digest(), fedtune_version=version)
         return replace(report, facts=replace(report.facts, provenance=made))
 
     assert places(with_noise(noise), searched) == set()
-    assert places(with_noise(noise + 1e-4), searched) == set(), "another version's last digit"
-    assert "noise_multiplier" in places(with_noise(1.01 * noise), searched)
+    assert places(with_noise(noise + 1e-4, "0.1.0"), searched) == set(), "another version's last digit"
+    for more, version in ((1e-4, __version__), (2e-4, "0.1.0")):
+        assert "noise_multiplier" in places(with_noise(noise + more, version), searched)
     assert "noise_multiplier" in places(with_noise(0.99 * noise), searched)
 
 

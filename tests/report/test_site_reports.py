@@ -180,6 +180,37 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda said, other: {"reported": "2020-01-01"}, "reported"),
+        (lambda said, other: {"asserted": {"no_person_at_another_site": True}}, "asserted"),
+        (lambda said, other: {"verification": other.verification}, "verification.site_key"),
+        (lambda said, other: {"releases": said.releases * 2}, "releases"),
+        (lambda said, other: {"releases": tuple(replace(one, run="r") for one in said.releases)}, "releases"),
+        (lambda said, other: of_its_runs(said, run="another"), "lifetime.runs"),
+        (lambda said, other: of_its_runs(said, rounds=2), "lifetime.runs"),
+        (lambda said, other: of_its_runs(said, epsilon=0.01), "lifetime.runs.epsilon"),
+        (lambda said, other: of_its_runs(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
+    ],
+)
+def test_a_statement_that_no_site_can_have_made_is_found(folder: Path, change: Any, place: str) -> None:
+    reports = [signed_report(folder, site) for site in ("site-1", "site-2")]
+    facts = from_run.build(folder / "second", site_reports=reports).facts
+    site, other = facts.sites
+    forged = replace(site, statement=replace(site.statement, **change(site.statement, other.statement)))
+    rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "reported" else []))
+    found = {problem.where for problem in problems(derive(replace(facts, rounds=rounds, sites=(forged, other))))}
+    assert f"sites.site-1.statement.{place}" in found
+    unsigned = replace(facts, sites=(replace(site, signed_rounds=None, key=""), other))
+    assert "sites.site-1.statement.verification.site_key" in {one.where for one in problems(derive(unsigned))}
+
+
+def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
+    *earlier, newest = said.lifetime.runs
+    return {"lifetime": replace(said.lifetime, runs=(*earlier, replace(newest, **changes)))}
+
+
+@pytest.mark.parametrize(
     ("changes", "place"),
     [
         ({"epsilon": 0.001, "with_set_aside": 0.001, "period_epsilon": 0.001, "left": 1.999}, "lifetime.epsilon"),

@@ -120,9 +120,8 @@ def can_be_counts(bound: AuditBound) -> bool:
 
 
 def _is_refuted(bound: AuditBound, spent: Mapping[str | None, float], *, delta: float, error: float) -> bool:
-    claim = min(
-        spent.get(bound.site, math.inf), bound.claimed_epsilon
-    )  # in this order what is no number is passed over
+    # In this order what is no number is passed over.
+    claim = min(spent.get(bound.site, math.inf), bound.claimed_epsilon)
     if not 0 <= claim < _MOST_EPSILON:
         return not claim >= _MOST_EPSILON
     if not can_be_counts(bound):

@@ -47,7 +47,7 @@ NUMBERS = frozenset(_DATA["numbers"]["facts"])
 SETTINGS = frozenset(_DATA["settings"]["facts"])
 """Facts that a run's settings, or those of a ledger's runs, say."""
 Facts = dict[str, str | None]
-_TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
+TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
 def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
@@ -105,7 +105,7 @@ def of_report(report: Report) -> tuple[Cell, ...]:
             known
             | {
                 "mechanism": "dp_sgd" if facts.plan.private else "none",
-                "transport": _TRANSPORT.get(facts.settings.get("runtime", "")),
+                "transport": TRANSPORT.get(facts.settings.get("runtime", "")),
                 "trained_parameters": None if parameters is None else str(parameters),
                 "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
                 "seconds": _number(facts.seconds),
@@ -166,11 +166,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     summed = any(row.shared for site in sites for row in site.mechanisms)
-    technologies = {
-        "federated_learning": True,
-        "secure_aggregation": summed,
-        "differential_privacy": promised,
-    }
+    technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
     return {
         "verdict": verdict.state,
         "epsilon": epsilon_text(largest(epsilons) if promised else None),

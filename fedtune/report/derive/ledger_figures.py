@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 
-from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.events import Charge
@@ -151,8 +151,6 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
             rate, noise = event.sampling_probability, event.event.noise_multiplier
         case GaussianDpEvent():
             noise = scores = event.noise_multiplier
-        case NonPrivateDpEvent():
-            pass
     return Mechanism(
         run="",
         sampling_assumed="poisson",

@@ -40,6 +40,7 @@ REASONS: Mapping[State, tuple[str, ...]] = {
         "sampling_not_recorded",
         "cap_raised",
         "limits_loosened",
+        "began_in_an_adapter",
         "audited",
     ),
 }
@@ -98,9 +99,8 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     assert spent is not None
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
-    trust, others = site.by_trust, None
-    if trust is not None:
-        others = profile.charged_against(site.mechanisms, colluders=MOST_SITES), trust.with_all_others
+    trust, rows = site.by_trust, site.mechanisms
+    others = (profile.charged_against(rows, colluders=MOST_SITES), trust.with_all_others) if trust else None
     means = profile.meaning(
         charged,
         epsilon=profile.claimed(spent),
@@ -130,6 +130,7 @@ def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str
             sampling_not_recorded=any(row.sampling_run == NOT_RECORDED for row in rows),
         )
     yield from _holding(
+        began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
         receipts_not_believed=not believed,
         accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),

@@ -41,11 +41,10 @@ class Charts:
     def epsilon_spent(self) -> Chart:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self._sites() if (points := self._line(site))}
+        alike = in_groups((tuple(points), site) for site, points in lines.items())
         series = [
             Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
-            for number, sites in enumerate(
-                in_groups((tuple(points), site) for site, points in lines.items())[:MOST_LINES]
-            )
+            for number, sites in enumerate(alike[:MOST_LINES])
         ]
         target, levels = self._words.report.target_epsilon, []
         if self._is_ledger:
@@ -72,11 +71,12 @@ class Charts:
     def budget_left(self) -> Chart:
         """Spent, held and left at each site that has a limit."""
         bars = [site for site in self._sites() if self._words.at(f"{site}/lifetime/left") is not None][:_MOST_BARS]
-        bars = [site for site in bars if self._words.at(f"{site}/lifetime/epsilon") is not None]
-        rows = []
+        bars, rows = [site for site in bars if self._words.at(f"{site}/lifetime/epsilon") is not None], []
         for site in bars:
             spent, taken, left = self._numbers(f"{site}/lifetime/{of}" for of in ("epsilon", "with_set_aside", "left"))
-            rows.append((self._name(site), (spent, max(0.0, taken - spent), left)))
+            rows.append(
+                (shortened(self._words.at(f"{site}/site"), _LONGEST_NAME), (spent, max(0.0, taken - spent), left))
+            )
         table, labels = self._tables.named("budget_left"), [self._said(key) for key in ("spent", "held", "left")]
         if not rows:
             return self._chart("budget_left", table, [])
@@ -97,8 +97,7 @@ class Charts:
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
-        worst = self._words.worst
-        rows = [] if worst is None else self._words.rows("curve", sites=[int(worst.rsplit("/", 1)[1])])
+        rows = self._words.rows("curve", worst=True)
         rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None]
         series = []
         for number, key in enumerate(("pld", "rdp")):
@@ -119,22 +118,17 @@ class Charts:
         found = [one for one in found if None not in one[:2]]
         before = (self._words.at("/utility/before") or {}).get(name)
         levels = [] if before is None else [(before, self._words.text("utility.before").unescape(), BEFORE)]
-        round_ = self._words.text("page.round").unescape()
+        round_, ends = self._words.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
         panel = Panel(
             series=[Series(points=[(spent, score) for spent, score, _ in found], number=0, label=score_words(name))],
             levels=levels,
-            notes=[
-                (spent, score, f"{round_} {number}") for spent, score, number in dict.fromkeys((found[0], found[-1]))
-            ]
-            if found
-            else [],
+            notes=[(spent, score, f"{round_} {number}") for spent, score, number in ends],
             x=self._said("axis_epsilon"),
             y=shortened(score_words(name), 30),
             from_zero=False,
         )
-        return self._chart(
-            "utility", self._tables.utility(), [panel] if found else [], seen=self._moved(name) if found else None
-        )
+        seen = self._moved(name) if found else None
+        return self._chart("utility", self._tables.utility(), [panel] if found else [], seen=seen)
 
     def _moved(self, name: str) -> Markup | None:
         """What a score was after the first round, and after the last."""
@@ -178,12 +172,11 @@ class Charts:
             sizes = [size / scale for size in self._numbers(f"{row}/{key}" for row in rows)]
             return Series(points=list(zip(rounds, sizes, strict=True)), number=number, label=label, kind=kind)
 
+        x = self._said("axis_round")
         traffic = [series(f"bytes_{key}", n, self._said(key), 1e6) for n, key in enumerate(("down", "up"))]
         panels = [
-            Panel(
-                series=[series("seconds", 0)], x=self._said("axis_round"), y=self._said("axis_seconds"), scale="whole"
-            ),
-            Panel(series=traffic, x=self._said("axis_round"), y=self._said("axis_megabytes"), scale="whole"),
+            Panel(series=[series("seconds", 0)], x=x, y=self._said("axis_seconds"), scale="whole"),
+            Panel(series=traffic, x=x, y=self._said("axis_megabytes"), scale="whole"),
         ]
         return self._chart("cost", self._tables.named("cost"), panels if rows else [], seen=self._longest(rows))
 
@@ -204,9 +197,6 @@ class Charts:
 
     def _sites(self) -> list[str]:
         return [f"/sites/{place}" for place in self._words.order]
-
-    def _name(self, site: str) -> str:
-        return shortened(self._words.at(f"{site}/site"), _LONGEST_NAME)
 
     def _said(self, key: str) -> str:
         return self._words.text(f"chart.{key}").unescape()

@@ -89,12 +89,10 @@ def _marks(words: Words) -> Iterator[_Mark]:
 
 def _head(words: Words) -> Iterator[_Mark]:
     report, text = words.report, words.text
-    kept = report.verdict.state == "within"
-    yield _box(0, 0, _WIDTH, 104, _BLUE if kept else _RED)
+    yield _box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
     yield _Text(x=_MARGIN, y=40, text=_plain(text("label.heading")), size=19, fill=_PAPER)
     yield _Text(x=_MARGIN, y=80, text=_shown(report.name, _NAME_LETTERS), size=34, fill=_PAPER, font="bold")
-    verdict = PageOne(words).heading()
-    lines = _wrapped(_plain(verdict), 21, 440, font="bold")
+    lines = _wrapped(_plain(PageOne(words).heading()), 21, 440, font="bold")
     for line, said in enumerate(lines):
         y = 80 - 27 * (len(lines) - 1 - line)
         yield _Text(x=_WIDTH - _MARGIN, y=y, text=said, size=21, fill=_PAPER, font="bold", anchor="end")
@@ -154,8 +152,7 @@ def _rows(words: Words) -> Iterator[tuple[str, str]]:
     known = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
     limit = PageOne(words).limit()
     used = figure(report.epsilon, "epsilon") if words.promises else str(text("word.unbounded"))
-    of_limit = f"label.of_limit_{report.kind}"
-    epsilon = text(of_limit, used=used, limit=figure(words.at(limit), "cap")) if limit else used
+    epsilon = text(f"label.of_limit_{report.kind}", used=used, limit=figure(words.at(limit), "cap")) if limit else used
     yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
     yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
     yield _plain(text("label.epsilon")), _plain(epsilon)
@@ -211,8 +208,7 @@ def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
 
 def _length(text: str) -> float:
     """How wide a text is, in sizes of its font: about, and rather too wide."""
-    widths = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in text)
-    return sum(widths)
+    return sum(0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in text)
 
 
 def _plain(text: Markup | str) -> str:

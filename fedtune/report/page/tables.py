@@ -34,7 +34,7 @@ _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table.
 
@@ -43,7 +43,7 @@ class Column:
         at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
         kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json",
             "failures_by_site", "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
-        absent: key of the text where there is nothing, and `zero` where there is a 0.
+        absent: key of the text where there is nothing ("": it is not known), and `zero` where there is a 0.
         only: kind of report, or unit, that has the column; "": all.
         is_named: the heading is a name of the report, not a key.
     """
@@ -51,15 +51,10 @@ class Column:
     heading: str
     at: str
     kind: str
-    absent: str = "word.unknown"
+    absent: str = ""
     zero: str = ""
     only: str = ""
     is_named: bool = False
-
-    @classmethod
-    def of(cls, heading: str, at: str, kind: str, absent: str = "", zero: str = "", only: str = "") -> Column:
-        """A column of `page.toml`."""
-        return cls(heading=heading, at=at, kind=kind, absent=absent or "word.unknown", zero=zero, only=only)
 
     @property
     def is_figure(self) -> bool:
@@ -211,7 +206,7 @@ class Words:
         kind = column.kind.removesuffix("?")
         found = self._find(pointer)
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent))
+            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.is_figure:
@@ -264,12 +259,10 @@ class Words:
     def _heading(self, column: Column) -> Markup:
         return Markup("{}").format(column.heading) if column.is_named else self.text(column.heading)
 
-    def rows(self, of: str, *, sites: Sequence[int] | None = None) -> list[str]:
-        """Pointers to all entries of a list that each site has."""
-        places = self.order if sites is None else sites
-        return [
-            f"/sites/{place}/{of}/{n}" for place in places for n in range(len(self.at(f"/sites/{place}/{of}") or ()))
-        ]
+    def rows(self, of: str, *, worst: bool = False) -> list[str]:
+        """Pointers to all entries of a list that each site has, or that the worst one has."""
+        sites = ([self.worst] if self.worst else []) if worst else [f"/sites/{place}" for place in self.order]
+        return [f"{site}/{of}/{n}" for site in sites for n in range(len(self.at(f"{site}/{of}") or ()))]
 
 
 def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
@@ -331,7 +324,7 @@ class Tables:
     def _columns(self, name: str) -> list[Column]:
         """Those that this kind of report has."""
         shown = ("", self._words.report.kind, self._words.report.unit)
-        columns = [Column.of(*column) for column in data()["table"][name]["columns"]]
+        columns = [Column(*column) for column in data()["table"][name]["columns"]]
         return [column for column in columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
@@ -348,9 +341,7 @@ class Tables:
         if of == "sites":
             return self._sites
         if of.startswith("worst "):
-            worst = self._words.worst
-            sites = [] if worst is None else [int(worst.rsplit("/", 1)[1])]
-            return self._words.rows(of.removeprefix("worst "), sites=sites)
+            return self._words.rows(of.removeprefix("worst "), worst=True)
         if "/*/" in of:
             outer, inner = of.split("/*/")
             return [place for row in self._words.rows(outer) for place in self._in_report(f"{row}/{inner}")]
@@ -365,11 +356,7 @@ class Tables:
         rows = [tuple(self._words.cell(site, column) for column in columns) for site in self._sites]
         used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self._words.table(
-            self._words.text("budget.heading"),
-            [columns[n] for n in used],
-            self._sites,
-            last=False,
-            most=PAGE_ONE_SITES,
+            self._words.text("budget.heading"), [columns[n] for n in used], self._sites, last=False, most=PAGE_ONE_SITES
         )
 
     def _called(self, alike: Sequence[tuple[Markup, ...]], *, named: bool) -> Markup:
@@ -408,13 +395,13 @@ class Tables:
     def utility(self) -> Table:
         """Scores by round, beside what was spent by then."""
         scores = (
-            Column(heading=score_words(name), at=pointer("scores", name)[1:], kind="score", is_named=True)
+            Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True)
             for name in self.score_names()
         )
         columns = (
-            Column.of("page.round", "round", "count"),
+            Column("page.round", "round", "count"),
             *scores,
-            Column.of("utility.epsilon", "epsilon", "epsilon", "word.not_released"),
+            Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"),
         )
         return self._words.table(self._words.text("utility.caption"), columns, self.rounds())
 
