@@ -35,6 +35,7 @@ from transformers import (
 
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
 from fedtune.model.four_bit import keep_in_four_bits
+from fedtune.model.int8 import keep_in_int8
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
@@ -45,7 +46,13 @@ from fedtune.model.spec import RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32, "nf4": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "mixed": torch.float32,
+    "int8": torch.float32,
+    "nf4": torch.bfloat16,
+}
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -109,6 +116,8 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
         round_products(layer_stack(model)[1])
     if spec.dtype == "nf4":
         keep_in_four_bits(layer_stack(model)[1], device=device)
+    if spec.dtype == "int8":
+        keep_in_int8(layer_stack(model)[1], device=device)
     return model.eval().to(torch.device(device))
 
 

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.products import rounded_product
+from fedtune.model.quantized import Quantized, quantize_linear
 from fedtune.spec import ConfigError
 
 BLOCK = 64
@@ -63,23 +64,15 @@ def _pairs(device: torch.device) -> torch.Tensor:
     return both.view(torch.int64).flatten().to(device)
 
 
-class FourBit(nn.Module):
-    """A linear module that keeps codes and scales in place of its weights.
+class FourBit(Quantized):
+    """A linear module that keeps codes and scales in place of its weights, see `to_codes`."""
 
-    Attributes:
-        codes: see `to_codes`.
-        scales: likewise.
-        shape: of its weights.
-    """
-
-    bias: torch.Tensor | None
     codes: torch.Tensor
     scales: torch.Tensor
-    shape: torch.Size
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights, made anew, for code that reads them; what is written into them is lost."""
+        """Made anew."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
     @property
@@ -87,11 +80,13 @@ class FourBit(nn.Module):
         """(out, in) the same, as a product takes them."""
         return self.weight
 
-    def keep(self, weight: torch.Tensor) -> None:
-        """Keep others of the same shape in their place."""
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales."""
+        if weight.numel() % BLOCK:
+            bound = f"takes {BLOCK} weights at a time, and a layer of {' x '.join(map(str, weight.shape))} is no multiple"
+            raise ConfigError("model.dtype", "nf4", bound)
         codes, scales = to_codes(weight)
-        self.codes.copy_(codes)
-        self.scales.copy_(scales)
+        return {"codes": codes, "scales": scales}
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -101,9 +96,18 @@ class FourBit(nn.Module):
 class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
     """For torch's own kind."""
 
+    def __init__(self, module: nn.Linear, *, device: torch.device | str) -> None:
+        nn.Linear.__init__(self, module.in_features, module.out_features, device="meta")
+        self.take_over(module, device)
+
 
 class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """For GPT-2's kind, whose weights are (in, out)."""
+
+    def __init__(self, module: Conv1D, *, device: torch.device | str) -> None:
+        with torch.device("meta"):
+            Conv1D.__init__(self, module.nf, module.nx)
+        self.take_over(module, device)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -130,23 +134,7 @@ class _Product(torch.autograd.Function):
 def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:
     """Keep the weights of every frozen linear module of `layers` in four bits, on `device`.
 
-    One module after the other goes there, so that the whole of the weights need never fit it.
-
     Raises:
         ConfigError: for `model.dtype`: a module's weights are no whole blocks.
     """
-    for name, module in layers.named_modules():
-        kind = {nn.Linear: FourBitLinear, Conv1D: FourBitConv1D}.get(type(module))
-        if kind is None:
-            continue
-        weight = module.get_parameter("weight")
-        assert not weight.requires_grad, "it is yet to get its adapter"
-        if weight.numel() % BLOCK:
-            bound = f"takes {BLOCK} weights at a time, and {name} has {weight.numel()}"
-            raise ConfigError("model.dtype", "nf4", bound)
-        codes, scales = to_codes(weight.to(device))
-        del module.weight
-        module.__class__ = kind
-        module.register_buffer("codes", codes)
-        module.register_buffer("scales", scales)
-        module.shape = weight.shape
+    quantize_linear(layers, FourBitLinear, FourBitConv1D, device=device)

@@ -37,8 +37,9 @@ class ModelSpec:
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
-            inside its layers and leaves all else in float32; or "nf4", bfloat16 with the weights of its layers kept in
-            four bits (not for a GGUF file); adapter, head and losses are always float32.
+            inside its layers and leaves all else in float32; "int8", which multiplies in whole numbers there; or "nf4",
+            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); adapter, head and losses
+            are always float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.
@@ -53,7 +54,7 @@ class ModelSpec:
     sha256: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "mixed", "nf4"] = "float32"
+    dtype: Literal["float32", "bfloat16", "mixed", "int8", "nf4"] = "float32"
     cache_dir: str | None = None
     licence: str | None = None
     public_id: str | None = None

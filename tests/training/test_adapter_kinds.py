@@ -142,7 +142,7 @@ def test_recomputed_layers_give_the_same_gradients(
         assert torch.allclose(gradient, found[1][name], rtol=1e-5, atol=1e-7), name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
 @kinds
 def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples: Any, kind: str, dtype: str) -> None:
     model = trained(dtype=dtype, lora=of_kind(kind))

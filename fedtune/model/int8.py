@@ -1,0 +1,233 @@
+"""A frozen base's layers in whole numbers of eight bits, whose products are the same bits beside any other rows.
+
+Each output's weights have one scale, their largest absolute value / 127, and of each weight is kept the nearest whole
+multiple.  A row of what comes in is rounded likewise, with a scale of its own.  The product of the two is a sum of
+whole numbers, in int32, and both scales turn it back into float32.  On the way back the outputs' scales are multiplied
+into the gradient before it is rounded, so that one layout of the weights, a byte each, serves both ways.  SwitchBack
+(Wortsman et al. 2023, arXiv 2304.13013) trains so; a frozen base has no gradient of weights, the product that it leaves
+in 16 bits.
+
+**A row is independent of its neighbours by arithmetic.**  A sum of whole numbers below 2**31 does not depend on the order
+in which they are added, so not on the number of rows, threads or blocks either, nor on the kernel, as long as that adds
+in int32; `_adds_whole_numbers` tries whether it does.  All else is done value by value, by float32 operations that IEEE
+754 rounds alike everywhere, or is the largest of a row, which is exact.  A row that is not finite comes out as NaN.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.model.quantized import Quantized, quantize_linear
+from fedtune.spec import ConfigError
+
+LARGEST = 127
+"""Of a rounded value; -128 has no opposite."""
+MOST_TERMS = (2**31 - 1) // LARGEST**2
+"""Of a sum that int32 holds, whatever the values."""
+_EXACT_TERMS = 2**24 // LARGEST**2
+"""Of a sum that float32 holds, likewise: 1,040."""
+_SMALLEST = 1e-30
+"""A row of smaller values, zeros among them, is rounded as if this were its largest."""
+_BLOCK = 2**18
+"""Values that a CPU works on at a time, so that they stay in a core's cache from one pass to the next."""
+
+
+def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers (n, k) in int8 and their float32 scales (n, 1): their product is near `rows` (n, k) in float32."""
+    whole, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
+    size = _rows_at_a_time(rows, rows.shape[1])
+    scratch = rows.new_empty(min(size, len(rows)), rows.shape[1])
+    for some, numbers, of_rows in _blocks(size, rows, whole, scales):
+        _round_into(some, numbers, of_rows, scratch[: len(some)])
+    return whole, scales
+
+
+def _round_into(rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, scratch: torch.Tensor) -> None:
+    # Both ends of a row, since its absolute values would have to be written down first.
+    largest = torch.maximum(rows.amax(dim=1, keepdim=True), rows.amin(dim=1, keepdim=True).neg_())
+    # Of a row that is not finite the whole numbers are anything, and its scale is NaN, since zero times infinity is.
+    torch.add(largest.clamp(min=_SMALLEST), largest, alpha=0, out=scales).div_(LARGEST)
+    whole.copy_(torch.div(rows, scales, out=scratch).round_())
+
+
+def _rows_at_a_time(rows: torch.Tensor, width: int) -> int:
+    return max(16, _BLOCK // width) if rows.device.type == "cpu" else max(1, len(rows))
+
+
+def _blocks(size: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The same rows of each, so many at a time."""
+    return (tensors,) if len(tensors[0]) <= size else zip(*(one.split(size) for one in tensors), strict=True)
+
+
+class Rounding:
+    """Rounds what comes in once for all layers that read it, as query, key and value do.
+
+    It knows the last tensor that it rounded, by identity and version, as long as that exists.
+    """
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[torch.Tensor] | None = None
+        self._version = 0
+        self._rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `round_rows` of `values` (..., k), as n rows."""
+        known = self._of is not None and self._of() is values and self._version == values._version
+        if not known or self._rounded is None:
+            self._rounded = round_rows(values.reshape(-1, values.shape[-1]))
+            self._of, self._version = weakref.ref(values), values._version
+        return self._rounded
+
+
+class Int8(Quantized):
+    """A linear module that keeps whole numbers and a scale for each output in place of its weights.
+
+    Attributes:
+        whole: (out, in) int8.
+        scales: (out,) float32.
+        rounding: shared by all layers of a base.
+    """
+
+    whole: torch.Tensor
+    scales: torch.Tensor
+    rounding: Rounding
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(out, in) in float32."""
+        return self.whole * self.scales[:, None]
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Whole numbers and scales of (out, in) weights."""
+        if max(weight.shape) > MOST_TERMS:
+            raise ConfigError("model.dtype", "int8", f"adds at most {MOST_TERMS} terms, and a layer has more")
+        whole, scales = round_rows(weight.float().contiguous())
+        return {"whole": whole, "scales": scales[:, 0]}
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out), in float32."""
+        return _Product.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Int8Linear(Int8, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
+    """For torch's own kind."""
+
+    def __init__(self, module: nn.Linear, *, device: torch.device | str) -> None:
+        nn.Linear.__init__(self, module.in_features, module.out_features, device="meta")
+        self.take_over(module, device)
+
+
+class Int8Conv1D(Int8, Conv1D):  # type: ignore[misc]  # transformers has no types for it
+    """For GPT-2's kind, whose weights are (in, out)."""
+
+    def __init__(self, module: Conv1D, *, device: torch.device | str) -> None:
+        with torch.device("meta"):
+            Conv1D.__init__(self, module.nf, module.nx)
+        self.take_over(module, device)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(in, out) in float32."""
+        return super().weight.t()
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Whole numbers (out, in) and scales."""
+        return super().quantize(weight.t())
+
+
+def keep_in_int8(layers: nn.Module, *, device: torch.device | str) -> None:
+    """Keep the weights of every frozen linear module of `layers` in int8, on `device`, and let it multiply so.
+
+    Raises:
+        ConfigError: for `model.dtype`: a module adds more terms than int32 holds.
+    """
+    quantize_linear(layers, Int8Linear, Int8Conv1D, device=device)
+    rounding = Rounding()
+    for module in layers.modules():
+        if isinstance(module, Int8):
+            module.rounding = rounding
+
+
+class _Product(torch.autograd.Function):
+    """`values` (..., in) times a layer's weights, plus its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, layer: Int8) -> torch.Tensor:
+        ctx.layer = layer
+        every, of_every = layer.rounding(values)
+        factor, products = layer.whole.t(), of_every.new_empty(len(every), len(layer.whole))
+        size = _rows_at_a_time(every, len(layer.whole))
+        for rows, scales, out in _blocks(size, every, of_every, products):
+            out.copy_(add_products(rows, factor)).mul_(scales).mul_(layer.scales)
+            if layer.bias is not None:
+                out.add_(layer.bias)  # by itself: in `addcmul` a compiler may leave out a rounding, here and not there
+        return products.view(*values.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        layer, gradient = ctx.layer, gradients[0]
+        every = gradient.reshape(-1, gradient.shape[-1])
+        products = every.new_empty(len(every), layer.whole.shape[1])
+        size = _rows_at_a_time(every, max(layer.whole.shape))
+        of_size = min(size, len(every))
+        scratch, whole = every.new_empty(of_size, every.shape[1]), layer.whole.new_empty(of_size, every.shape[1])
+        scales = every.new_empty(of_size, 1)
+        for rows, out in _blocks(size, every, products):
+            scaled, numbers, of_rows = scratch[: len(rows)], whole[: len(rows)], scales[: len(rows)]
+            torch.mul(rows, layer.scales, out=scaled)
+            _round_into(scaled, numbers, of_rows, scaled)
+            out.copy_(add_products(numbers, layer.whole)).mul_(of_rows)
+        return products.view(*gradient.shape[:-1], -1), None
+
+
+def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The matrix product of int8 (n, k) and (k, m): whole numbers in int32, or in float32 where all of them fit it.
+
+    The same numbers on every machine: without instructions for it, float32 adds up as many terms as it holds exactly.
+    """
+    (num_rows, terms), device = rows.shape, rows.device.type
+    if _adds_whole_numbers(device):
+        if device == "cpu":
+            return torch._int_mm(rows, factor)
+        if terms % 8 == factor.shape[1] % 8 == 0:  # as cuBLAS wants it, with more than 16 rows
+            few = nn.functional.pad(rows, (0, 0, 0, 17 - num_rows)) if num_rows < 17 else rows
+            return torch._int_mm(few, factor)[:num_rows]
+    sums = [
+        some.float() @ part.float()
+        for some, part in zip(rows.split(_EXACT_TERMS, dim=1), factor.split(_EXACT_TERMS, dim=0), strict=True)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack([one.int() for one in sums]).sum(dim=0, dtype=torch.int32)
+
+
+@cache
+def _adds_whole_numbers(device: str) -> bool:
+    """Whether torch has a kernel of its own here that adds products of int8 in int32.
+
+    Tried with every pair of values, each several times in a row: a kernel that takes one side for 0 to 255 and adds
+    two products in 16 bits saturates (pytorch#136746).  On a CPU without VNNI torch has that one, or a slow loop (pytorch#136942).
+    """
+    if device == "cpu" and not torch.cpu._is_vnni_supported():
+        return False
+    values = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=device)
+    values = torch.cat([values, values[:1]])  # of which there are a multiple of 8
+    for terms in (8, 64, 1536):
+        rows = values[:, None].repeat(1, terms)
+        try:
+            sums = torch._int_mm(rows, rows.t())
+        except (RuntimeError, NotImplementedError):
+            return False
+        whole = values.to(torch.int32)
+        if not torch.equal(sums, terms * whole[:, None] * whole):
+            return False
+    return True

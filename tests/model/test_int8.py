@@ -1,0 +1,232 @@
+"""A base's layers in whole numbers: which values they keep, and products that are the same bits beside any others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedtune.model import int8
+from fedtune.model.base_model import load_base, model_sha256
+from fedtune.model.int8 import MOST_TERMS, Int8, Int8Linear, keep_in_int8, round_rows
+from fedtune.model.layers import layer_stack
+from fedtune.model.spec import ModelSpec
+from fedtune.spec import ConfigError
+from fedtune.training.machine import model_bytes
+
+from .conftest import same_beside_others
+
+MODULES = [nn.Linear(96, 80), nn.Linear(1536, 96, bias=False), Conv1D(80, 96)]
+modules = pytest.mark.parametrize("module", MODULES, ids=["linear", "many terms", "transposed"])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What a test makes of the kernel is not what the next one is told."""
+    int8._adds_whole_numbers.cache_clear()
+    yield
+    int8._adds_whole_numbers.cache_clear()
+
+
+def kept(module: nn.Module) -> Int8:
+    base = nn.Sequential(deepcopy(module).requires_grad_(False))
+    keep_in_int8(base, device="cpu")
+    assert isinstance(base[0], Int8)
+    return base[0]
+
+
+def both_ways(layer: Int8, values: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product, and the gradient of what came in."""
+    values = values.clone().requires_grad_()
+    found = layer(values)
+    return found.detach(), torch.autograd.grad(found, values, direction)[0]
+
+
+@modules
+def test_a_weight_is_the_nearest_multiple_of_its_output_s_scale(module: nn.Module) -> None:
+    layer = kept(module)
+    weight, stands_for = (
+        (one if isinstance(module, nn.Linear) else one.t()) for one in (module.weight.detach(), layer.weight)
+    )
+    assert layer.weight.shape == layer.shape == module.weight.shape
+    assert layer.whole.abs().amax(dim=1).tolist() == [127] * len(layer.whole)
+    assert torch.equal(layer.scales, weight.abs().amax(dim=1) / 127)
+    assert ((weight - stands_for).abs() <= layer.scales[:, None] * 0.50001).all()
+    assert {name: one.dtype for name, one in layer.named_buffers()} == {"whole": torch.int8, "scales": torch.float32}
+
+
+@modules
+def test_product_and_gradient_are_those_of_rounded_numbers_exactly(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    layer = kept(module)
+    size = layer.whole.shape[1]
+    values, direction = torch.randn(3, 5, size) * 10 ** torch.randn(3, 5, 1), torch.randn(3, 5, len(layer.whole))
+    found, gradient = both_ways(layer, values, direction)
+    whole, scales = round_rows(values.view(15, size))
+    sums = (whole.long() @ layer.whole.long().t()).float()  # int64 holds them, however they are added
+    wanted = sums * scales * layer.scales
+    assert torch.equal(found.view(15, -1), wanted if layer.bias is None else wanted + layer.bias)
+    whole, scales = round_rows(direction.view(15, -1) * layer.scales)
+    assert torch.equal(gradient.view(15, -1), (whole.long() @ layer.whole.long()).float() * scales)
+    exact = values.double() @ (module.weight.double() if isinstance(module, Conv1D) else module.weight.double().t())
+    exact = exact if module.bias is None else exact + module.bias
+    assert (found - exact).norm() < 0.02 * exact.norm(), "measured: 0.01"
+
+
+PLACES = """
+import torch
+from torch import nn
+from fedtune.model.int8 import keep_in_int8
+import hashlib
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for outs, ins, rows in ((384, 1536, 300), (1536, 384, 700), (80, 96, 5), (33, 7, 1)):
+        draws = torch.Generator().manual_seed(0)
+        layer = nn.Linear(ins, outs).requires_grad_(False)
+        layer.weight.copy_(torch.rand(outs, ins, generator=draws) - 0.4)
+        layer.bias.zero_()
+        base = nn.Sequential(layer)
+        keep_in_int8(base, device="cpu")
+        values = (torch.rand(rows, ins, generator=draws) - 0.3).requires_grad_()
+        found = base(values)
+        found.backward(torch.rand(rows, outs, generator=draws))
+        print(hashlib.sha256(found.detach().numpy().tobytes() + values.grad.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_the_same_bits_by_every_kernel_and_any_number_of_threads() -> None:
+    """As on CPUs without AMX, without VNNI, whose own kernel saturates, and without AVX-512."""
+    printed = {}
+    for instructions in ("DEFAULT", "AVX512_CORE_VNNI", "AVX512_CORE", "AVX2"):
+        env = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "OMP_NUM_THREADS": "2"}
+        ran = subprocess.run([sys.executable, "-c", PLACES], env=env, capture_output=True, text=True, check=True)
+        printed[instructions] = ran.stdout.split()
+    assert len(printed["AVX2"]) == 8
+    assert printed["AVX2"][:4] == printed["AVX2"][4:]
+    assert all(lines == printed["AVX2"] for lines in printed.values())
+
+
+@pytest.mark.parametrize("own_kernel", [True, False], ids=["int8 kernel", "float32 in parts"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (33, 7)])
+def test_a_row_is_the_same_in_every_number_of_rows(
+    shape: tuple[int, int], threads: int, own_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not own_kernel:
+        monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _: False)
+    layer = kept(nn.Linear(shape[1], shape[0]))
+
+    def back(gradients: torch.Tensor) -> torch.Tensor:
+        return both_ways(layer, torch.zeros(len(gradients), shape[1]), gradients)[1]
+
+    for multiply, size in ((layer, shape[1]), (back, shape[0])):
+        values = torch.randn(700, size) * 10 ** torch.randn(700, 1)
+        values[3] = torch.inf  # whoever stands beside it
+        values[4, 0] = torch.nan
+        ordinary = torch.cat([values[:3], values[5:]])
+        alone, beside = multiply(ordinary), multiply(values)
+        assert torch.equal(alone, torch.cat([beside[:3], beside[5:]]))
+        assert same_beside_others(multiply, ordinary, threads=threads, fewest=1)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_that_is_not_finite_comes_out_as_nan_and_one_of_zeros_as_the_bias(bad: float) -> None:
+    layer = kept(nn.Linear(64, 8))
+    values = torch.randn(4, 64)
+    values[1, 5], values[2] = bad, 0.0
+    found, gradient = both_ways(layer, values, torch.tensor([[1.0], [1.0], [0.0], [bad]]).expand(4, 8))
+    assert found[1].isnan().all()
+    assert torch.equal(found[2], layer.bias)
+    assert gradient[3].isnan().all()
+    assert not gradient[2].any()
+    assert found[[0, 2, 3]].isfinite().all()
+    assert gradient[:3].isfinite().all()
+
+
+def test_a_kernel_that_adds_two_products_in_16_bits_is_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        # What a CPU without VNNI does: rows from 0 to 255, and pairs of products of at most 2**15 - 1 added in int32.
+        products = (rows.int() + 128)[:, :, None] * factor.int()[None]
+        pairs = products.unflatten(1, (-1, 2)).sum(dim=2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(dim=1) - 128 * factor.int().sum(dim=0)).int()
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert int8._adds_whole_numbers("cpu") or "ONEDNN_MAX_CPU_ISA" in os.environ or not _has_vnni()
+    int8._adds_whole_numbers.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not int8._adds_whole_numbers("cpu")
+    rows, factor = torch.full((2, 4), 127, dtype=torch.int8), torch.full((4, 3), 127, dtype=torch.int8)
+    assert int8.add_products(rows, factor).unique().tolist() == [4 * 127**2]
+
+
+def _has_vnni() -> bool:
+    return bool(torch.cpu.get_capabilities().get("avx512_vnni") or torch.cpu.get_capabilities().get("avx_vnni"))
+
+
+def test_the_longest_sums_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_TERMS * 127**2 < 2**31 <= (MOST_TERMS + 1) * 127**2
+    rows = torch.full((1, MOST_TERMS), 127, dtype=torch.int8)
+    for has_kernel in (True, False):
+        monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _, has_kernel=has_kernel: has_kernel and _has_vnni())
+        assert int8.add_products(rows, rows.t()).item() == MOST_TERMS * 127**2
+    wide = nn.Sequential(nn.Linear(MOST_TERMS + 1, 1, bias=False)).requires_grad_(False)
+    with pytest.raises(ConfigError, match=rf"model\.dtype = 'int8': adds at most {MOST_TERMS} terms, and a layer has"):
+        keep_in_int8(wide, device="cpu")
+
+
+def test_layers_that_read_the_same_round_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]).requires_grad_(False)
+    keep_in_int8(base, device="cpu")
+    rounded: list[int] = []
+
+    def counted(rows: torch.Tensor) -> Any:
+        rounded.append(len(rows))
+        return round_rows(rows)
+
+    monkeypatch.setattr(int8, "round_rows", counted)
+    values = torch.randn(2, 3, 8)
+    first = [layer(values) for layer in base]
+    assert rounded == [6]
+    values.mul_(2)
+    again = [layer(values) for layer in base]
+    assert rounded == [6, 6], "changed in place"
+    assert not any(map(torch.equal, first, again))
+    base[0](values.clone())
+    assert rounded == [6, 6, 6], "another tensor of the same values"
+
+
+@pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
+def test_layers_alone_are_kept_so_in_a_byte_a_weight(path: str, predicts_tokens: bool) -> None:
+    spec = ModelSpec(path=path, dtype="int8")
+    base, plain = (load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path)))
+    inside = [module for module in layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
+    assert inside
+    assert {type(module) for module in inside} == {Int8Linear}
+    assert [module for module in base.modules() if isinstance(module, Int8)] == inside
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, plain.get_parameter(name)), name
+    weights, outputs = (sum(count(module) for module in inside) for count in (lambda m: m.shape.numel(), _outputs))
+    assert model_bytes(plain) - model_bytes(base) == 3 * weights - 4 * outputs
+    assert base.dtype == torch.float32, "as are the states between layers"
+    assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"
+
+
+def _outputs(module: Int8) -> int:
+    return len(module.scales)
+
+
+def test_rounding_goes_by_one_way_alone_from_bytes_to_bytes() -> None:
+    """So that another version of torch, or another machine, is found to round otherwise."""
+    numbers = torch.arange(300 * 64, dtype=torch.int64) * 2654435761 % 2**24
+    whole, scales = round_rows((numbers.float() / 2**23 - 1).view(300, 64))
+    digest = hashlib.sha256(whole.numpy().tobytes() + scales.numpy().tobytes()).hexdigest()
+    assert digest == "1f01f551882404ea7341bf9da6e63ffdc626c0eda02bf49d64d5db6c41be2f3c"
