@@ -83,7 +83,9 @@ class FourBit(Quantized):
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Codes and scales."""
         if weight.numel() % BLOCK:
-            bound = f"takes {BLOCK} weights at a time, and a layer of {' x '.join(map(str, weight.shape))} is no multiple"
+            bound = (
+                f"takes {BLOCK} weights at a time, and a layer of {' x '.join(map(str, weight.shape))} is no multiple"
+            )
             raise ConfigError("model.dtype", "nf4", bound)
         codes, scales = to_codes(weight)
         return {"codes": codes, "scales": scales}

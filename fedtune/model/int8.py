@@ -7,10 +7,11 @@ into the gradient before it is rounded, so that one layout of the weights, a byt
 (Wortsman et al. 2023, arXiv 2304.13013) trains so; a frozen base has no gradient of weights, the product that it leaves
 in 16 bits.
 
-**A row is independent of its neighbours by arithmetic.**  A sum of whole numbers below 2**31 does not depend on the order
-in which they are added, so not on the number of rows, threads or blocks either, nor on the kernel, as long as that adds
-in int32; `_adds_whole_numbers` tries whether it does.  All else is done value by value, by float32 operations that IEEE
-754 rounds alike everywhere, or is the largest of a row, which is exact.  A row that is not finite comes out as NaN.
+**A row is independent of its neighbours by arithmetic.**  A sum of whole numbers below 2**31 does not depend on the
+order in which they are added, so not on the number of rows, threads or blocks either, nor on the kernel, as long as it
+adds in int32; `_adds_whole_numbers` tries whether it does.  All else is done value by value, by float32 operations that
+IEEE 754 rounds alike everywhere, or is the largest of a row, which is exact.  A row that is not finite comes out as
+NaN.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _rows_at_a_time(rows: torch.Tensor, width: int) -> int:
 
 def _blocks(size: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """The same rows of each, so many at a time."""
-    return (tensors,) if len(tensors[0]) <= size else zip(*(one.split(size) for one in tensors), strict=True)
+    return (tensors,) if len(tensors[0]) <= size else zip(*(torch.split(one, size) for one in tensors), strict=True)
 
 
 class Rounding:
@@ -205,7 +206,7 @@ def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
             return torch._int_mm(few, factor)[:num_rows]
     sums = [
         some.float() @ part.float()
-        for some, part in zip(rows.split(_EXACT_TERMS, dim=1), factor.split(_EXACT_TERMS, dim=0), strict=True)
+        for some, part in zip(torch.split(rows, _EXACT_TERMS, dim=1), torch.split(factor, _EXACT_TERMS), strict=True)
     ]
     return sums[0] if len(sums) == 1 else torch.stack([one.int() for one in sums]).sum(dim=0, dtype=torch.int32)
 
@@ -215,7 +216,8 @@ def _adds_whole_numbers(device: str) -> bool:
     """Whether torch has a kernel of its own here that adds products of int8 in int32.
 
     Tried with every pair of values, each several times in a row: a kernel that takes one side for 0 to 255 and adds
-    two products in 16 bits saturates (pytorch#136746).  On a CPU without VNNI torch has that one, or a slow loop (pytorch#136942).
+    two products in 16 bits saturates (pytorch#136746).  On a CPU without VNNI torch has that one, or a slow loop
+    (pytorch#136942).
     """
     if device == "cpu" and not torch.cpu._is_vnni_supported():
         return False

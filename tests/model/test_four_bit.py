@@ -171,7 +171,9 @@ def test_llama_3_1_8b_takes_6_gb() -> None:
 
 def test_what_cannot_be_had_is_refused_in_a_sentence() -> None:
     odd = nn.Sequential(nn.Linear(5, 7)).requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"model\.dtype = 'nf4': takes 64 weights at a time, and a layer of 7 x 5 is no multiple"):
+    with pytest.raises(
+        ConfigError, match=r"model\.dtype = 'nf4': takes 64 weights at a time, and a layer of 7 x 5 is no multiple"
+    ):
         keep_in_four_bits(odd, device="cpu")
     with pytest.raises(ConfigError, match=r"dtype = 'nf4': cannot be had of a GGUF file, whose weights are rounded"):
         ModelSpec(path="folder", gguf_file="small.gguf", dtype="nf4")

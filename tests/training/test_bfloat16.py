@@ -51,9 +51,7 @@ BOUND = 0.01
 
 
 @kinds
-def test_coarser_products_change_gradients_by_rounding_alone(
-    trained: Any, examples: Any, path: str, task: str
-) -> None:
+def test_coarser_products_change_gradients_by_rounding_alone(trained: Any, examples: Any, path: str, task: str) -> None:
     batch = collate(examples(task), range(8), pad_id=0)
     found = {}
     for dtype in ("float32", "mixed", "int8", "bfloat16"):
