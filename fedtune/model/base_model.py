@@ -34,11 +34,11 @@ from transformers import (
 )
 
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
-from fedtune.model.four_bit import keep_in_four_bits
 from fedtune.model.int8 import keep_in_int8
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
+from fedtune.model.quantized import keep_in_four_bits
 from fedtune.model.quiet import first_line, quiet
 from fedtune.model.refusals import config_refusal
 from fedtune.model.source import cache_folder, model_folder

@@ -33,8 +33,8 @@ from fedtune.audit import sensitivity
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch, Shapes
 from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.model.four_bit import FourBit, keep_in_four_bits
 from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
+from fedtune.model.quantized import FourBit, keep_in_four_bits
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness

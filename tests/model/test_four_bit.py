@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.base_model import load_base, model_sha256
-from fedtune.model.four_bit import BLOCK, LEVELS, FourBit, FourBitLinear, keep_in_four_bits, to_codes, to_weights
 from fedtune.model.layers import layer_stack
+from fedtune.model.quantized import BLOCK, LEVELS, FourBit, FourBitLinear, keep_in_four_bits, to_codes, to_weights
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.training.machine import model_bytes

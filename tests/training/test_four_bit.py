@@ -13,8 +13,8 @@ from torch import nn
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import alone
 from fedtune.model import LoraSpec
-from fedtune.model.four_bit import FourBit
 from fedtune.model.products import FrozenLinear, RoundedLinear
+from fedtune.model.quantized import FourBit
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import model_bytes
