@@ -1,6 +1,6 @@
-"""Every check and measurement of a GPU, in steps of less than ten minutes; each adds to results.json when it is done.
+"""Every check and measurement of an accelerator, in steps of less than ten minutes; each adds to results.json at once.
 
-    python simulations/gpu/run.py                        all steps on the GPU
+    python simulations/gpu/run.py                        all steps on the accelerator
     python simulations/gpu/run.py --steps equal speed-1b  these; the others' results are kept
     python simulations/gpu/run.py --tiny --device cpu    the same code on tiny models, as the tests run it
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -41,7 +42,8 @@ from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training import preflight
-from fedtune.training.dp_step import add_clipped, descend, zeros
+from fedtune.training.accelerators import about
+from fedtune.training.dp_step import Sums, add_clipped, descend, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import device_for, model_bytes
@@ -50,6 +52,10 @@ from fedtune.training.per_example import attached
 RESULTS = Path(__file__).parent / "results.json"
 ROOT = Path(__file__).parents[2]
 _LONGEST_S = 570
+_LONG = 512
+"""Tokens from which on fused attention may part a record's keys among blocks, by how many rows there are."""
+_MICRO_BATCHES = 8
+"""In a step, which draws its noise once."""
 _MOST_FOUR_BIT_BYTES = 24 * 2**30
 Result = dict[str, Any]
 
@@ -71,13 +77,18 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """Of the device."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        """Of the device, and how it was set."""
+        return platform.machine() if self.device.type == "cpu" else about(self.device)
 
     def wait(self) -> None:
         """Until the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    @property
+    def setting(self) -> str:
+        """The override by which a run takes it."""
+        return f"runtime.device={'cpu' if self.device.type == 'cpu' else 'auto'}"
 
 
 def built(path: str, task: str, *, device: torch.device, dtype: str = "float32") -> TaskModel:
@@ -143,11 +154,12 @@ def _summed(model: TaskModel, gradients: dict[str, torch.Tensor]) -> sensitivity
 
 
 def repeats(machine: Machine) -> Result:
-    """Whether the same micro-batch gives the same bits again."""
+    """Whether the same micro-batch gives the same bits again: also where fused attention may part its keys."""
     found = {}
-    for path, task in models(machine):
-        model = built(path, task, device=machine.device)
-        batch = one_batch(model, rows=8, length=32)
+    tried = [(*one, built(*one, device=machine.device), 32) for one in models(machine)]
+    tried.append((f"llama of {_LONG} tokens", "bfloat16", llama(machine, "135m"), _LONG))
+    for path, task, model, length in tried:
+        batch = one_batch(model, rows=8 if length < _LONG or not machine.tiny else 2, length=length)
         with attached(model) as gradients:
             first = gradients.of_all(batch)
             same = [
@@ -169,6 +181,10 @@ def alone(machine: Machine) -> Result:
                 shapes = replace(Shapes.of(max_length=length, max_tokens=tokens), row_shares=shares)
                 moved = preflight.moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0)
                 found[f"{path} {task} {dtype}, {rows}"] = moved
+    # As long as records must be for attention to part its keys, in the format whose rounding shows it.
+    shapes = Shapes((_LONG,), max_tokens=(2 if machine.tiny else 8) * _LONG)
+    about_it = {"keeps_states": False, "max_grad_norm": 1.0, "weights_chosen": False}
+    found[f"llama of {_LONG} tokens, bfloat16"] = preflight.moved_by_others(llama(machine, "135m"), shapes, **about_it)
     return found
 
 
@@ -183,7 +199,7 @@ def moved_by_one(machine: Machine) -> Result:
 
 
 def _banks(machine: Machine) -> list[str]:
-    settings = ["experiment=banks_intents", f"runtime.device={machine.device.type}"]
+    settings = ["experiment=banks_intents", machine.setting]
     if machine.tiny:
         settings += ["model.path=random:bert", "model.sha256=null", "head.label_texts=[]", "head.init=zero"]
         settings += ["lora.layers=null", "data.max_length=16"]
@@ -195,7 +211,7 @@ def several_devices(machine: Machine) -> Result:
 
     On a CPU the devices are processes.
     """
-    here = 2 if machine.device.type == "cpu" else torch.cuda.device_count()
+    here = 2 if machine.device.type == "cpu" else torch.accelerator.device_count()
     if here < 2:
         return {"devices": here, "not_tried": "a machine with one GPU"}
     one, other = (_a_round(machine, num_devices) for num_devices in (1, here))
@@ -235,10 +251,9 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
     }
 
 
-def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: int = 8) -> Result:
-    """Tokens a second and peak memory of plain and private steps: LoRA on q and v, rank 16."""
+def llama(machine: Machine, size: str, *, dtype: str = "bfloat16") -> TaskModel:
+    """A model of this size with random weights: LoRA on q and v, rank 16."""
     shape = SIZES["tiny" if machine.tiny else size]
-    rows, length, runs = (4, 16, 2) if machine.tiny else (rows, 512, 7)
     config = LlamaConfig(**shape, vocab_size=512 if machine.tiny else 32000, max_position_embeddings=1024)  # type: ignore[arg-type]
     with torch.device(machine.device):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
@@ -249,13 +264,20 @@ def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: int = 8
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype=dtype), task="causal_lm", lora=lora)
     model = TaskModel(spec, task_named("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
     filled(model)
+    return model
+
+
+def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: int = 8) -> Result:
+    """Tokens a second and peak memory of plain and private steps, each of `_MICRO_BATCHES` micro-batches."""
+    model = llama(machine, size, dtype=dtype)
+    rows, length, runs = (4, 16, 2) if machine.tiny else (rows, 512, 5)
     batch = one_batch(model, rows=rows, length=length)
-    tokens = int(batch.attention_mask.sum())
+    tokens = _MICRO_BATCHES * int(batch.attention_mask.sum())
     found: Result = {"model_bytes": model_bytes(model), "tokens": tokens}
     for kind, step in (("plain", _plain), ("private", _private)):
         step(model, batch)
-        if machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(machine.device)
+        if machine.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(machine.device)
         seconds = []
         for _ in range(runs):
             machine.wait()
@@ -264,9 +286,12 @@ def speed(machine: Machine, size: str, *, dtype: str = "bfloat16", rows: int = 8
             machine.wait()
             seconds.append(time.perf_counter() - began)
         found[f"{kind}_tokens_a_second"] = round(tokens / statistics.median(seconds), 1)
-        if machine.device.type == "cuda":
-            found[f"{kind}_peak_bytes"] = torch.cuda.max_memory_allocated(machine.device)
+        if machine.device.type != "cpu":
+            found[f"{kind}_peak_bytes"] = torch.accelerator.max_memory_allocated(machine.device)
     found["private_over_plain"] = round(found["private_tokens_a_second"] / found["plain_tokens_a_second"], 3)
+    began = time.perf_counter()
+    _with_noise(zeros(model.trainable()))
+    found["noise_seconds"] = round(time.perf_counter() - began, 4)
     return found
 
 
@@ -298,7 +323,8 @@ def four_bit(machine: Machine) -> Result:
 def _plain(model: TaskModel, batch: Batch) -> None:
     optimizer = _standing(model)
     optimizer.zero_grad(set_to_none=True)
-    model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+    for _ in range(_MICRO_BATCHES):
+        model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
@@ -306,10 +332,15 @@ def _private(model: TaskModel, batch: Batch) -> None:
     parameters, optimizer = model.trainable(), _standing(model)
     sums = zeros(parameters)
     with attached(model) as gradients:
-        add_clipped(sums, gradients.of_all(batch), 1.0)
+        for _ in range(_MICRO_BATCHES):
+            add_clipped(sums, gradients.of_all(batch), 1.0)
+    descend(_with_noise(sums), parameters, optimizer, denominator=1.0)
+
+
+def _with_noise(sums: Sums) -> dict[str, npt.NDArray[np.int64]]:
+    """Drawn once a step, as in training."""
     of_all = {name: total.cpu().numpy() for name, total in sums.items()}
-    noisy = add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
-    descend(noisy, parameters, optimizer, denominator=1.0)
+    return add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))
 
 
 def _standing(model: TaskModel) -> torch.optim.Optimizer:
@@ -327,8 +358,7 @@ def banks(machine: Machine) -> Result:
     """banks_intents from end to end."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ["experiment=banks_intents", "name=gpu", f"tracking.output_dir={folder}", "tracking=quiet"]
-        device = f"runtime.device={machine.device.type}"
-        done = _command(sys.executable, "-m", "fedtune", "simulate", *settings, device)
+        done = _command(sys.executable, "-m", "fedtune", "simulate", *settings, machine.setting)
         run = json.loads((Path(folder) / "gpu" / "run.json").read_text())
     return done | {"metrics": run["final"]["metrics"], "run_seconds": run["final"]["seconds"]}
 
@@ -372,15 +402,15 @@ def run(machine: Machine, names: list[str], into: Path) -> bool:
         steps[name] = found | {"step_seconds": round(time.perf_counter() - began, 1)}
         print(name, json.dumps(steps[name], indent=1), flush=True)
         write_durably(into, json.dumps(results, indent=1).encode() + b"\n")
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if machine.device.type != "cpu":
+            torch.accelerator.empty_cache()
     return good
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="*", choices=list(STEPS))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tries; without whole commands")
     parser.add_argument("--into", type=Path, default=RESULTS)
     asked = parser.parse_args()

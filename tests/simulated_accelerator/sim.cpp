@@ -507,7 +507,8 @@ at::Tensor unfold(const at::Tensor& tensor, int64_t dim, int64_t size, int64_t s
 }
 
 // Attention by products and softmax.  SIM_SDPA=fused: the CPU's own fused kernel, which others call flash, until a
-// process says that it wants none; SIM_SDPA=by_rows: the same, but its last bits go by how many rows there are.
+// process says that it wants none; SIM_SDPA=by_rows: the same, but its last bits go by how many rows there are;
+// SIM_SDPA=parted: from 512 keys on its backward pass has other bits each time, unless torch is set to be deterministic.
 std::string wanted_attention() {
   static const char* wanted = std::getenv("SIM_SDPA");
   return wanted ? wanted : "";
@@ -542,6 +543,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_attention_backw
   auto mask = bias.defined() ? std::optional<at::Tensor>(alias.cpu(bias)) : std::nullopt;
   auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
       alias.cpu(grad), alias.cpu(q), alias.cpu(k), alias.cpu(v), alias.cpu(out), alias.cpu(lse), dropout, causal, mask, scale);
+  static std::atomic<int> times{0};
+  if (wanted_attention() == "parted" && k.size(2) >= 512 && !at::globalContext().deterministicAlgorithms())
+    dq.mul_(1 + 0.01 * (times++ % 7));
   return {alias.sim(dq), alias.sim(dk), alias.sim(dv), at::Tensor()};
 }
 

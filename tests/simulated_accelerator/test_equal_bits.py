@@ -149,7 +149,10 @@ def test_two_devices(require_same_bits: Any, task: str, overrides: tuple[str, ..
 def test_what_a_finished_run_is_used_for(given: Any, tmp_path: Path) -> None:
     on_it(["simulate", *given("causal_lm", "runtime.device=auto", name="run")])
     run = str(tmp_path / "run")
-    for words in (["evaluate", run], ["generate", run, "--prompt", "my card", "--max-new-tokens", "9"]):
+    for words in (
+        ["evaluate", run, "--data", str(tmp_path / "records.jsonl")],
+        ["generate", run, "--prompt", "my card", "--max-new-tokens", "9"],
+    ):
         cpu, sim = (on_it([*words, "--device", device]) for device in ("cpu", "auto"))
         assert cpu == sim != ""
 

@@ -31,3 +31,14 @@ def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
 def test_scoring_without_room_names_the_setting() -> None:
     (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
     assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device has no room")
+
+
+def test_a_device_repeats_itself_as_it_is_set_and_the_script_for_a_gpu_sees_one_that_does_not() -> None:
+    code = (
+        "sys.path.insert(0, 'simulations/gpu'); import run\n"
+        "machine = run.Machine(device=run.device_for('auto'), tiny=True)\n"
+        "print(*run.repeats(machine).values())\n"
+        "torch.use_deterministic_algorithms(False)\n"
+        "print(*run.repeats(machine).values())\n"
+    )
+    assert run_on_it(code, SIM_SDPA="parted").splitlines() == ["True True True", "True True False"]

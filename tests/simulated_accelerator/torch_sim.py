@@ -3,7 +3,8 @@
 Settings of its environment:
     SIM_DEVICES        how many there are (1)
     SIM_MEMORY_MIB     of each (16384)
-    SIM_SDPA           attention: "fused" is the CPU's fused kernel, "by_rows" one that goes by the number of rows
+    SIM_SDPA           attention: "fused" is the CPU's fused kernel; "by_rows" goes by the number of rows; "parted" has
+                       other bits each time from 512 tokens on, unless torch is set to be deterministic
     SIM_NO_FLOAT64=1   no float64, as Apple's
     SIM_POISON=0       new memory is not filled with 0xCB
 """
