@@ -25,7 +25,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         "allow_bf16_reduced_precision_reduction",
         "allow_fp16_reduced_precision_reduction",
         "allow_tf32",
-        "benchmark",
         "compress_type",
         "create_system",
         "decoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -71,6 +72,10 @@ def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
     return site
 
 
+DEVICE = torch.device(os.environ.get("FEDTUNE_TEST_DEVICE", "cpu"))
+"""Of models and examples in tests of training; simulations/gpu/run.py has the tests run on an accelerator."""
+
+
 def built(spec: TaskModelSpec) -> TaskModel:
     """A copy of the tiny model of this spec, which is built once in a process."""
     # The processor's instructions decide what four-bit layers are.
@@ -79,4 +84,4 @@ def built(spec: TaskModelSpec) -> TaskModel:
 
 @cache
 def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
-    return build_task_model(spec)
+    return build_task_model(spec, device=DEVICE)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.version import __version__
 
 
-def on_ray(run: Callable[[Transport], LeadState], client_app: ClientApp, config: RunConfig, sites: Path) -> LeadState:
+def on_ray(
+    run: Callable[[Transport], LeadState], client_app: Callable[[RunConfig], ClientApp], config: RunConfig, sites: Path
+) -> LeadState:
     """Call `run` with a transport to actors of Flower's engine on a Ray cluster, and return what it returns.
 
     Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
@@ -40,7 +42,7 @@ def on_ray(run: Callable[[Transport], LeadState], client_app: ClientApp, config:
 
     Args:
         run: the rounds.
-        client_app: that of every site.
+        client_app: that of every site, of a config whose `sites_per_gpu` says how many share a GPU's memory.
         config: of the run; its `runtime` says which cluster.
         sites: the folder of the sites' ledgers, which every node must see.
 
@@ -74,10 +76,11 @@ def on_ray(run: Callable[[Transport], LeadState], client_app: ClientApp, config:
         if config.runtime.ray_address is not None:
             _wait_until_free(ray, nodes)
             _check_seen(ray, nodes, config, sites)
+        backend: Any = {"client_resources": {"num_cpus": threads, "num_gpus": share}}  # Flower's type is an extra
+        runtime = replace(config.runtime, sites_per_gpu=round(1 / share)) if share else config.runtime
         try:
-            resources = {"num_cpus": threads, "num_gpus": share}
-            backend: Any = {"client_resources": resources}  # Flower's type is an extra
-            run_simulation(app, client_app, num_supernodes=num_sites, backend_config=backend)
+            of_sites = client_app(replace(config, runtime=runtime))
+            run_simulation(app, of_sites, num_supernodes=num_sites, backend_config=backend)
         except BaseException as error:
             raise next(iter(failures), error) from None
     if failures:
@@ -139,15 +142,9 @@ class RayNode:
     @classmethod
     def all_of(cls, ray: Any) -> list[RayNode]:
         """The nodes of the cluster that are up."""
+        up = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
         return [
-            cls(
-                node["NodeID"],
-                node["NodeManagerHostname"],
-                node["Resources"].get("CPU", 0.0),
-                node["Resources"].get("GPU", 0.0),
-            )
-            for node in ray.nodes()
-            if node["Alive"]
+            cls(one["NodeID"], one["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0)) for one, has in up
         ]
 
     def room(self, *, threads: int, share: float) -> int:

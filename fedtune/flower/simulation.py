@@ -81,8 +81,11 @@ def simulate(
 
 def _engine(config: RunConfig, folder: Path, everyone: Participants, listener: Listener) -> Engine:
     if config.runtime.kind == "ray":
-        client_app = simulated_client_app(json.dumps(config.to_json()), str(folder))
-        return lambda run: on_ray(run, client_app, config, everyone.sites.folder)
+
+        def of_sites(config: RunConfig) -> ClientApp:
+            return simulated_client_app(json.dumps(config.to_json()), str(folder))
+
+        return lambda run: on_ray(run, of_sites, config, everyone.sites.folder)
     client_app = _client_app(config.federation.active, everyone.site)
     grid = InProcessGrid(client_app, len(config.federation.active), replied=listener.site_replied)
     return lambda run: run(GridTransport(grid))

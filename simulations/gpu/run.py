@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -66,6 +67,7 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 """Of models as SmolLM2, Llama 3.2 1B and Llama 3.1 8B are built."""
+TESTED = ["companies", "preflight", "architectures", "adapter_kinds", "four_bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,9 +351,10 @@ def _standing(model: TaskModel) -> torch.optim.Optimizer:
 
 
 def tests(machine: Machine) -> Result:
-    """The tests of training and of models, on a machine whose torch sees the GPU."""
-    folders = ["tests/training", "tests/model", "tests/tasks"]
-    return _command(sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadfile", *folders)
+    """Those tests of training whose models and examples lie on the device that FEDTUNE_TEST_DEVICE names."""
+    files = [f"tests/training/test_{name}.py" for name in TESTED]
+    words = [sys.executable, "-m", "pytest", "-q", "-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile", *files]
+    return _command(*words, FEDTUNE_TEST_DEVICE=machine.device.type)
 
 
 def banks(machine: Machine) -> Result:
@@ -363,9 +366,9 @@ def banks(machine: Machine) -> Result:
     return done | {"metrics": run["final"]["metrics"], "run_seconds": run["final"]["seconds"]}
 
 
-def _command(*words: str) -> Result:
-    began = time.perf_counter()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
+def _command(*words: str, **environment: str) -> Result:
+    began, own = time.perf_counter(), os.environ | environment
+    done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, timeout=_LONGEST_S, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return {"seconds": round(time.perf_counter() - began), "last_line": done.stdout.strip().splitlines()[-1]}
 

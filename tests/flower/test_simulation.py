@@ -135,8 +135,10 @@ STATE = LeadState(round=1, adapter=Adapter({}))
 CLUSTER = "runtime.ray_address=10.1.2.3:6379"
 
 
-def on_ray(config: RunConfig, sites: Path, run: Callable[[Any], LeadState] = lambda grid: STATE) -> LeadState:
-    return ray_engine.on_ray(run, None, config, sites)  # type: ignore[arg-type]
+def on_ray(
+    config: RunConfig, sites: Path, run: Callable[[Any], LeadState] = lambda grid: STATE, of_sites: Any = lambda _: None
+) -> LeadState:
+    return ray_engine.on_ray(run, of_sites, config, sites)
 
 
 def test_without_the_extra_it_says_how_to_install_it(
@@ -191,6 +193,15 @@ def test_sites_share_the_gpus_of_the_cluster_so_that_all_can_train_at_a_time(
     assert gpu_share(runtime, num_sites, nodes) == share
     if share and sites_per_gpu is None:
         assert sum(node.room(threads=1, share=share) for node in nodes) >= num_sites
+
+
+def test_sites_know_how_many_share_a_gpu(config: RunConfig, started: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ray_engine, "gpu_share", lambda *_: 1 / 3)
+    monkeypatch.setattr(ray_engine, "check_room", lambda *_, **__: None)
+    seen: list[RunConfig] = []
+    config = replace(config, runtime=replace(config.runtime, device="auto"))
+    on_ray(config, tmp_path, of_sites=seen.append)
+    assert [one.runtime.sites_per_gpu for one in seen] == [3]
 
 
 def test_room_is_counted_by_node() -> None:

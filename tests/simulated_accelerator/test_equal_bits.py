@@ -189,3 +189,12 @@ def test_a_device_without_float64_leaves_the_run_to_the_cpu(given: Any, tmp_path
     on_it(run, SIM_NO_FLOAT64=1)
     assert device_of(tmp_path / "run") == "cpu"
     assert "the device 'sim', which has no float64" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.nightly
+def test_the_script_for_a_gpu_has_tests_run_on_the_device() -> None:
+    code = (
+        "sys.path.insert(0, 'simulations/gpu'); import run; run.TESTED = ['four_bit', 'adapter_kinds']\n"
+        "print(run.tests(run.Machine(device=run.device_for('auto'), tiny=True))['last_line'])"
+    )
+    assert " passed" in run_on_it(code, timeout_s=900, SIM_SDPA="fused")

@@ -21,7 +21,10 @@ import torch
 
 
 class _Sim(types.ModuleType):
-    """What torch asks of the module `torch.sim`."""
+    """What torch asks of the module `torch.sim`, and `counters`."""
+
+    def device_count(self) -> int:
+        return int(os.environ.get("SIM_DEVICES", "1"))
 
     def is_available(self) -> bool:
         return self.device_count() > 0
@@ -34,12 +37,6 @@ class _Sim(types.ModuleType):
 
     def _lazy_init(self) -> None:
         pass
-
-    def device_count(self) -> int:
-        return int(os.environ.get("SIM_DEVICES", "1"))
-
-    def current_device(self) -> int:
-        return torch.accelerator.current_device_index()
 
     def get_device_name(self, device: torch.device) -> str:
         return f"a simulated device {device.index or 0}"

@@ -25,7 +25,7 @@ from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
-from ..builders import built
+from ..builders import DEVICE, built
 from ..model.conftest import declared
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
@@ -127,7 +127,7 @@ def site_examples() -> Callable[..., SiteExamples]:
 
     def make(dataset: TextDataset, *, max_tokens: int = 40) -> SiteExamples:
         shapes = Shapes.of(max_length=15, max_tokens=max_tokens)
-        return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        return SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
 
     return make
 

@@ -20,6 +20,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
+from ..builders import DEVICE
 from .test_companies import records, require_alone, threads  # noqa: F401
 from .test_dp_step import loop_gradient
 
@@ -44,7 +45,7 @@ def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
 
 
 def site_of(model: TaskModel, dataset: Any, *, keeps: bool) -> SiteExamples:
-    examples = SiteExamples(dataset, pad_id=0, shapes=SHAPES, device="cpu")
+    examples = SiteExamples(dataset, pad_id=0, shapes=SHAPES, device=DEVICE)
     if keeps:
         examples.keep_frozen_states(model)
         assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
@@ -110,7 +111,7 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
     shapes = Shapes.of(max_length=30, max_tokens=200)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=20), [30, 30])
     examples = SiteExamples(
-        records(lengths, task=task, ids=model.num_ids, classes=3), pad_id=0, shapes=shapes, device="cpu"
+        records(lengths, task=task, ids=model.num_ids, classes=3), pad_id=0, shapes=shapes, device=DEVICE
     )
     if keeps:
         examples.keep_frozen_states(model)

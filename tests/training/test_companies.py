@@ -23,6 +23,7 @@ from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
+from ..builders import DEVICE
 from .conftest import TEXTS
 
 pytestmark = pytest.mark.nightly
@@ -119,7 +120,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
         dataset = records(lengths, task=task, ids=model.num_ids, classes=3, seed=length)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
         if keeps:
             examples.keep_frozen_states(model)
             examples.keep_reference(model)
@@ -131,12 +132,12 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
     model, shapes = trained(path, task, lora=LAST), Shapes.of(max_length=30, max_tokens=256)
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     everyone.keep_frozen_states(model)
     everyone.keep_reference(model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device="cpu")
+    alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device=DEVICE)
     alone.keep_frozen_states(model)
     alone.keep_reference(model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
@@ -150,7 +151,7 @@ def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, posi
     model, shapes = trained(path, task, size=5.0), Shapes.of(max_length=30, max_tokens=200, positions=positions)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    require_alone(model, SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu"), companies=6)
+    require_alone(model, SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE), companies=6)
 
 
 @kinds
@@ -164,7 +165,7 @@ def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
     users = np.split(draws.permutation(sizes.sum()), np.cumsum(sizes)[:-1])
 
     def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
-        records_of = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        records_of = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
         by_user = UserExamples(records_of, users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
         with attached(model) as gradients:
@@ -217,7 +218,7 @@ def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
     for length in (12, 20, 48):
         dataset = records(of_bucket(shapes, length, 12), task="classification", ids=model.num_ids, classes=3)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
         examples.keep_frozen_states(model)
         require_alone(model, examples, companies=3)
 
@@ -227,6 +228,6 @@ def test_smollm2_keeps_every_record_to_itself() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), Shapes.of(max_length=24, max_tokens=96, positions=8192)
     for length in shapes.lengths[:2]:
         dataset = records(of_bucket(shapes, length, 5), task="causal_lm", ids=model.num_ids, classes=3)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
         examples.keep_frozen_states(model)
         require_alone(model, examples, companies=2)

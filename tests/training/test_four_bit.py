@@ -21,6 +21,8 @@ from fedtune.training.machine import model_bytes
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
+from ..builders import DEVICE
+
 kinds = pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
 
 
@@ -48,7 +50,7 @@ def by_torch(model: TaskModel) -> TaskModel:
 def micro_batch(dataset: TextDataset) -> Batch:
     """All of a data set in the shape that a step gives them, for shapes decide how sums are rounded."""
     shapes = Shapes.of(max_length=15, max_tokens=16 * len(dataset))
-    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
 

@@ -347,7 +347,7 @@ def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
 
         def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
-            place = torch.arange(len(hidden)) == len(hidden) - 1
+            place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
             return self.layer(hidden, *args, **kwargs) + 1e-6 * place[:, None, None] * self.scale
 
     model = last_layer()
