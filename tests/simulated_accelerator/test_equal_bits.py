@@ -105,7 +105,7 @@ def test_every_task(require_same_bits: Any, task: str) -> None:
     require_same_bits(task)
 
 
-FORMATS = ("bfloat16", "mixed", "nf4")
+FORMATS = ("bfloat16", "mixed", "nf4", "int8")
 """Beside float32, which each task is tried in."""
 KEPT = ("lora.layers=[-1]", "runtime.kept_states_mib=100")
 BY_USER = ("privacy.unit=user", "privacy.records_per_user=2", "+data.columns.user=person")
