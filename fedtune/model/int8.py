@@ -16,10 +16,12 @@ NaN.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -44,19 +46,50 @@ _BLOCK = 2**18
 def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers (n, k) in int8 and their float32 scales (n, 1): their product is near `rows` (n, k) in float32."""
     whole, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
-    size = _rows_at_a_time(rows, rows.shape[1])
-    scratch = rows.new_empty(min(size, len(rows)), rows.shape[1])
-    for some, numbers, of_rows in _blocks(size, rows, whole, scales):
-        _round_into(some, numbers, of_rows, scratch[: len(some)])
+    for some, numbers, of_rows in _blocks(_rows_at_a_time(rows, rows.shape[1]), rows, whole, scales):
+        _passes(rows.device.type).round_into(some, None, numbers, of_rows)
     return whole, scales
 
 
-def _round_into(rows: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, scratch: torch.Tensor) -> None:
+def round_into(rows: torch.Tensor, factors: torch.Tensor | None, whole: torch.Tensor, scales: torch.Tensor) -> None:
+    """Round `rows` (n, k), times `factors` (k,), into `whole` (n, k) int8 and their `scales` (n, 1)."""
+    values = rows if factors is None else rows * factors
     # Both ends of a row, since its absolute values would have to be written down first.
-    largest = torch.maximum(rows.amax(dim=1, keepdim=True), rows.amin(dim=1, keepdim=True).neg_())
+    largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
     # Of a row that is not finite the whole numbers are anything, and its scale is NaN, since zero times infinity is.
     torch.add(largest.clamp(min=_SMALLEST), largest, alpha=0, out=scales).div_(LARGEST)
-    whole.copy_(torch.div(rows, scales, out=scratch).round_())
+    whole.copy_((values / scales).round_())
+
+
+def scale_into(
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    of_rows: torch.Tensor,
+    of_outputs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """Put `sums` (n, m) times the scales of rows (n, 1) and outputs (m,), plus a bias, into `out` (n, m) float32."""
+    out.copy_(sums).mul_(of_rows)
+    if of_outputs is not None:
+        out.mul_(of_outputs)
+    if bias is not None:
+        out.add_(bias)  # by itself: in `addcmul` a compiler may leave out a rounding, here and not there
+
+
+class Passes(Protocol):
+    """What surrounds a product: this module, or `int8_kernels` with the same bits in fewer passes over memory."""
+
+    round_into: Callable[..., None]
+    scale_into: Callable[..., None]
+
+
+@cache
+def _passes(device: str) -> Passes:
+    if device == "cpu" and find_spec("numba") and _adds_whole_numbers(device):
+        from fedtune.model import int8_kernels  # it compiles, or reads what it compiled
+
+        return int8_kernels
+    return sys.modules[__name__]
 
 
 def _rows_at_a_time(rows: torch.Tensor, width: int) -> int:
@@ -83,7 +116,7 @@ class Rounding:
         """As `round_rows` of `values` (..., k), as n rows."""
         known = self._of is not None and self._of() is values and self._version == values._version
         if not known or self._rounded is None:
-            self._rounded = round_rows(values.reshape(-1, values.shape[-1]))
+            self._rounded = round_rows(values.detach().reshape(-1, values.shape[-1]))
             self._of, self._version = weakref.ref(values), values._version
         return self._rounded
 
@@ -163,33 +196,24 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: Int8) -> torch.Tensor:
         ctx.layer = layer
-        every, of_every = layer.rounding(values)
-        factor, products = layer.whole.t(), of_every.new_empty(len(every), len(layer.whole))
-        size = _rows_at_a_time(every, len(layer.whole))
-        for rows, scales, out in _blocks(size, every, of_every, products):
-            out.copy_(add_products(rows, factor)).mul_(scales).mul_(layer.scales)
-            if layer.bias is not None:
-                out.add_(layer.bias)  # by itself: in `addcmul` a compiler may leave out a rounding, here and not there
-        return products.view(*values.shape[:-1], -1)
+        whole, scales = layer.rounding(values)
+        out, passes = scales.new_empty(len(whole), len(layer.whole)), _passes(values.device.type)
+        for rows, of_rows, into in _blocks(_rows_at_a_time(whole, len(layer.whole)), whole, scales, out):
+            passes.scale_into(into, add_products(rows, layer.whole.t()), of_rows, layer.scales, layer.bias)
+        return out.view(*values.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        layer, gradient = ctx.layer, gradients[0]
-        every = gradient.reshape(-1, gradient.shape[-1])
-        products = every.new_empty(len(every), layer.whole.shape[1])
-        size = _rows_at_a_time(every, max(layer.whole.shape))
-        of_size = min(size, len(every))
-        scratch, whole = every.new_empty(of_size, every.shape[1]), layer.whole.new_empty(of_size, every.shape[1])
-        scales = every.new_empty(of_size, 1)
-        for rows, out in _blocks(size, every, products):
-            scaled, numbers, of_rows = scratch[: len(rows)], whole[: len(rows)], scales[: len(rows)]
-            torch.mul(rows, layer.scales, out=scaled)
-            _round_into(scaled, numbers, of_rows, scaled)
-            out.copy_(add_products(numbers, layer.whole)).mul_(of_rows)
-        return products.view(*gradient.shape[:-1], -1), None
+        layer, gradient = ctx.layer, gradients[0].reshape(-1, gradients[0].shape[-1])
+        out, passes = gradient.new_empty(len(gradient), layer.whole.shape[1]), _passes(gradient.device.type)
+        for rows, into in _blocks(_rows_at_a_time(gradient, max(layer.whole.shape)), gradient, out):
+            whole, of_rows = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
+            passes.round_into(rows, layer.scales, whole, of_rows)
+            passes.scale_into(into, add_products(whole, layer.whole), of_rows)
+        return out.view(*gradients[0].shape[:-1], -1), None
 
 
 def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -32,9 +33,11 @@ modules = pytest.mark.parametrize("module", MODULES, ids=["linear", "many terms"
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """What a test makes of the kernel is not what the next one is told."""
-    int8._adds_whole_numbers.cache_clear()
+    for known in (int8._adds_whole_numbers, int8._passes):
+        known.cache_clear()
     yield
-    int8._adds_whole_numbers.cache_clear()
+    for known in (int8._adds_whole_numbers, int8._passes):
+        known.cache_clear()
 
 
 def kept(module: nn.Module) -> Int8:
@@ -170,6 +173,34 @@ def test_a_kernel_that_adds_two_products_in_16_bits_is_found_and_not_used(monkey
 
 def _has_vnni() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_vnni") or torch.cpu.get_capabilities().get("avx_vnni"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the package numba is missing")
+@pytest.mark.parametrize("size", [1, 33, 384])
+def test_compiled_passes_have_the_same_bits_as_torch_s(size: int) -> None:
+    from fedtune.model import int8_kernels
+
+    sums, of_rows = torch.randint(-(2**31), 2**31 - 1, (40, size), dtype=torch.int32), torch.rand(40, 1)
+    of_outputs, bias = torch.rand(size), torch.randn(size)
+    for beside in ((), (of_outputs,), (of_outputs, bias)):
+        one, other = torch.empty(40, size), torch.empty(40, size)
+        int8.scale_into(one, sums, of_rows, *beside)
+        int8_kernels.scale_into(other, sums, of_rows, *beside)
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32)), "minus zero, too"
+    rows = torch.randn(40, size) * 10.0 ** torch.randint(-44, 30, (40, 1))
+    rows[3:5] = 0.0
+    halves = torch.arange(40 * size).view(40, size) % 255 - 127 + 0.5  # as near to one whole number as to another
+    halves[:, 0] = 127.0
+    for values in (rows, halves, rows.t().contiguous().t()):
+        for factors in (None, of_outputs):
+            found = [(torch.empty(40, size, dtype=torch.int8), torch.empty(40, 1)) for _ in range(2)]
+            for passes, into in zip((int8, int8_kernels), found, strict=True):
+                passes.round_into(values, factors, *into)
+            assert torch.equal(found[0][0], found[1][0])
+            assert torch.equal(found[0][1].view(torch.int32), found[1][1].view(torch.int32))
+    rows[5], rows[6, 0], rows[7, 0] = torch.nan, torch.inf, -torch.inf
+    int8_kernels.round_into(rows, None, *found[0])
+    assert found[0][1].isnan().flatten().nonzero().flatten().tolist() == [5, 6, 7]
 
 
 def test_the_longest_sums_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:

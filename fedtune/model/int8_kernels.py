@@ -1,0 +1,88 @@
+"""The passes over memory that surround an int8 product, each in one loop that numba compiles (the extra `fast`).
+
+`int8` has the same two functions in torch's own operations, five passes and four.  Both give the same bits: a sum, a
+product, a quotient is rounded once, as IEEE 754 says, since numba neither contracts nor reorders unless it is told to.
+Used on CPUs with an int8 kernel of torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+_LARGEST, _SMALLEST = np.float32(127), np.float32(1e-30)
+_NEAREST = np.float32(3 * 2**22)
+"""Added and taken away, it rounds to the nearest whole number, ties to even: `rint`, but in vectors."""
+_SIGN = np.int32(2**31 - 1)
+_INFINITE = np.int32(0x7F800000)
+"""The bits of infinity: those of other numbers are less, of NaN more."""
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    how: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+    try:
+        return njit(cache=True, **how)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # there is no folder to keep it in from one process to the next
+        return njit(**how)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
+def _round(rows: Any, factors: Any, some: Any, bits: Any, whole: Any, scales: Any, of_scales: Any) -> None:
+    for row in range(rows.shape[0]):
+        for place in range(rows.shape[1]):
+            some[place] = rows[row, place] * factors[place]
+        largest = np.int32(0)
+        for place in range(rows.shape[1]):  # as whole numbers, which the bits of positive numbers order as these do
+            largest = max(largest, bits[place] & _SIGN)
+        of_scales[row, 0] = largest
+        if largest >= _INFINITE:
+            scales[row, 0] = np.float32(np.nan)
+            whole[row, :] = 0
+            continue
+        scale = max(scales[row, 0], _SMALLEST) / _LARGEST
+        scales[row, 0] = scale
+        for place in range(rows.shape[1]):
+            whole[row, place] = np.int8(np.int32((some[place] / scale + _NEAREST) - _NEAREST))
+
+
+@_compiled
+def _scale(out: Any, sums: Any, of_rows: Any, of_outputs: Any, bias: Any) -> None:
+    for row in range(out.shape[0]):
+        for place in range(out.shape[1]):
+            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0] * of_outputs[place] + bias[place]
+
+
+@_compiled
+def _scale_rows(out: Any, sums: Any, of_rows: Any) -> None:
+    for row in range(out.shape[0]):
+        for place in range(out.shape[1]):
+            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0]
+
+
+def round_into(rows: torch.Tensor, factors: torch.Tensor | None, whole: torch.Tensor, scales: torch.Tensor) -> None:
+    """As `int8.round_into`."""
+    size = rows.shape[1]
+    some = np.empty(size, dtype=np.float32)
+    by = np.ones(size, dtype=np.float32) if factors is None else factors.numpy()
+    of_rows = scales.numpy()
+    _round(rows.contiguous().numpy(), by, some, some.view(np.int32), whole.numpy(), of_rows, of_rows.view(np.int32))
+
+
+def scale_into(
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    of_rows: torch.Tensor,
+    of_outputs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """As `int8.scale_into`."""
+    if of_outputs is None:
+        _scale_rows(out.numpy(), sums.numpy(), of_rows.numpy())
+        return
+    # Minus zero changes no number, not even plus zero and minus zero themselves.
+    plus = np.full(len(of_outputs), -0.0, dtype=np.float32) if bias is None else bias.detach().numpy()
+    _scale(out.numpy(), sums.numpy(), of_rows.numpy(), of_outputs.numpy(), plus)
