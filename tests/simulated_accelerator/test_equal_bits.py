@@ -178,9 +178,11 @@ def test_the_script_for_a_gpu(tmp_path: Path) -> None:
     assert steps["speed-8b"]["private_peak_bytes"] > 0
 
 
-def test_attention_that_goes_by_its_company_gives_way_to_products(given: Any, tmp_path: Path) -> None:
-    overrides = ("federation.num_rounds=1", "runtime.device=auto")
-    on_it(["simulate", *given("causal_lm", *overrides, name="run")], SIM_SDPA="by_rows")
+@pytest.mark.by_day("1")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_attention_that_goes_by_its_company_gives_way_to_products(given: Any, tmp_path: Path, devices: int) -> None:
+    overrides = ("federation.num_rounds=1", "runtime.device=auto", f"runtime.num_devices={devices}")
+    on_it(["simulate", *given("causal_lm", *overrides, name="run")], SIM_SDPA="by_rows", SIM_DEVICES=devices)
     assert device_of(tmp_path / "run").endswith("no TF32, attention by products")
 
 

@@ -28,9 +28,25 @@ def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
     assert of_users == of_records
 
 
+def test_the_trial_puts_a_model_s_weights_aside_on_the_device_where_there_is_room() -> None:
+    with_room, without = map(int, said("weights_put_aside"))
+    assert with_room == 0 < without
+
+
 def test_scoring_without_room_names_the_setting() -> None:
     (line,) = said("scoring_without_room", SIM_MEMORY_MIB=64)
     assert line.startswith("evaluation.max_tokens = 4096: must be smaller: the device has no room")
+
+
+def test_an_accelerator_is_set_to_compute_alike_each_time_before_it_is_used() -> None:
+    code = (
+        "import os; from fedtune.training.machine import device_for; device_for('auto')\n"
+        "products = torch.backends.cuda.matmul\n"
+        "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG'])\n"
+        "print(products.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled())\n"
+        "print(products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction)\n"
+    )
+    assert run_on_it(code).split() == ["True", ":4096:8", *["False"] * 5]
 
 
 def test_a_device_repeats_itself_as_it_is_set_and_the_script_for_a_gpu_sees_one_that_does_not() -> None:

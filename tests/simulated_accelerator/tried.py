@@ -50,6 +50,16 @@ def clipping_by_company() -> None:
     print(moved(within))
 
 
+def weights_put_aside() -> None:
+    """Print the bytes that random weights for a trial bring to the host: where two models have room, and without."""
+    within, memory = model(), preflight.memory_of(SIM)
+    for free in (memory, 0):
+        preflight.memory_of = lambda device, free=free: free  # type: ignore[misc]
+        torch.sim.counters()  # type: ignore[attr-defined]
+        with preflight._random_weights(within, np.random.default_rng(0)):
+            print(torch.sim.counters().get("bytes to host", 0))  # type: ignore[attr-defined]
+
+
 def scoring_without_room() -> None:
     """Print what is said where the device has no room for what is scored."""
     within = model()
