@@ -77,14 +77,9 @@ def require_same_bits(given: Any, adapter_of: Any, result_of: Any, tmp_path: Pat
     """A run of a task on the CPU and one on as many simulated devices end in the same adapter and scores."""
 
     def require(task: str, *overrides: str, devices: int = 1) -> None:
-        runs = [
-            [
-                "simulate",
-                *given(task, *overrides, f"runtime.device={device}", f"runtime.num_devices={count}", name=device),
-            ]
-            for device, count in (("cpu", 1), ("auto", devices))
-        ]
-        on_it(*runs, SIM_DEVICES=devices)
+        counted = {"cpu": "runtime.num_devices=1", "auto": f"runtime.num_devices={devices}"}
+        runs = (given(task, *overrides, f"runtime.device={one}", counted[one], name=one) for one in counted)
+        on_it(*(["simulate", *run] for run in runs), SIM_DEVICES=devices)
         cpu, sim = tmp_path / "cpu", tmp_path / "auto"
         assert device_of(sim).startswith("sim, a simulated device 0, deterministic algorithms, no TF32")
         assert device_of(cpu) == "cpu"
@@ -105,23 +100,15 @@ def test_every_task(require_same_bits: Any, task: str) -> None:
     require_same_bits(task)
 
 
-FORMATS = ("bfloat16", "mixed", "nf4", "int8")
-"""Beside float32, which each task is tried in."""
 KEPT = ("lora.layers=[-1]", "runtime.kept_states_mib=100")
 BY_USER = ("privacy.unit=user", "privacy.records_per_user=2", "+data.columns.user=person")
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_every_number_format(require_same_bits: Any, task: str, dtype: str) -> None:
-    require_same_bits(task, f"model.dtype={dtype}")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     "overrides",
     [
+        *((f"model.dtype={dtype}",) for dtype in ("bfloat16", "mixed", "nf4", "int8")),
         KEPT,
         BY_USER,
         (*KEPT, *BY_USER),
@@ -134,7 +121,7 @@ def test_every_number_format(require_same_bits: Any, task: str, dtype: str) -> N
     ids=str,
 )
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_every_way_to_train(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
+def test_every_number_format_and_way_to_train(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
     require_same_bits(task, *overrides)
 
 
@@ -148,21 +135,17 @@ def test_two_devices(require_same_bits: Any, task: str, overrides: tuple[str, ..
 @pytest.mark.nightly
 def test_what_a_finished_run_is_used_for(given: Any, tmp_path: Path) -> None:
     on_it(["simulate", *given("causal_lm", "runtime.device=auto", name="run")])
-    run = str(tmp_path / "run")
-    for words in (
-        ["evaluate", run, "--data", str(tmp_path / "records.jsonl")],
-        ["generate", run, "--prompt", "my card", "--max-new-tokens", "9"],
-    ):
-        cpu, sim = (on_it([*words, "--device", device]) for device in ("cpu", "auto"))
+    data = ["--data", str(tmp_path / "records.jsonl")]
+    for name, *words in (["evaluate", *data], ["generate", "--prompt", "my card", "--max-new-tokens", "9"]):
+        cpu, sim = (on_it([name, str(tmp_path / "run"), *words, "--device", device]) for device in ("cpu", "auto"))
         assert cpu == sim != ""
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gradient", "records", "sensitivity"])
 def test_audits(given: Any, kind: str) -> None:
-    few = {"gradient": ["audit.canaries=20"], "records": ["audit.canaries=20"], "sensitivity": ["audit.tries=3"]}[kind]
     words = [word for word in given("classification", "runtime.device=auto", name="audited") if "seeded" not in word]
-    on_it(["audit", *words, f"audit.kind={kind}", *few])
+    on_it(["audit", *words, f"audit.kind={kind}", "audit.canaries=20", "audit.tries=3"])
 
 
 @pytest.mark.nightly
