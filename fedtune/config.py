@@ -24,7 +24,7 @@ from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.federation.spec import FederationSpec
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, fastest_dtype
 from fedtune.privacy import accountant
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.mechanism import PrivacySpec
@@ -393,6 +393,9 @@ def parse(settings: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _first_error(error) from None
     _check_switches(settings, config.to_json())
+    if config.model.dtype == "auto":  # real sites have machines of their own
+        dtype = fastest_dtype(config.runtime.device) if config.runtime.kind == "simulation" else "float32"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     return config.with_rates()
 
 

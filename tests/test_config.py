@@ -294,3 +294,11 @@ def test_a_config_cannot_be_changed() -> None:
     assert isinstance(config, RunConfig)
     with pytest.raises(AttributeError):
         config.seed = 2  # type: ignore[misc]
+
+
+def test_a_number_format_that_is_left_open_is_settled_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda device: "int8" if device == "auto" else "bfloat16")
+    base = ["experiment=debug", "model.dtype=auto"]
+    assert compose_run(base).model.dtype == "int8"
+    assert compose_run([*base, "runtime.device=cpu"]).model.dtype == "bfloat16"
+    assert compose_run([*base, "runtime=deployment"]).model.dtype == "float32", "each site has a machine of its own"

@@ -27,9 +27,12 @@ from transformers.pytorch_utils import Conv1D
 _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
 
 
-def multiplies_rounded() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them, rounding costs time and saves none."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
+def is_slow_on_cpu(dtype: str) -> bool:
+    """Whether this CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
+    if dtype == "int8":
+        return not torch.cpu._is_vnni_supported()
+    has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
+    return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
 
 class _Product(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Literal
 
 from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positive, spec
 
+_CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
@@ -24,6 +25,23 @@ _NOT_PROVEN = {
     "adalora": "which ranks it drops follows from gradients, and no noise would cover that",
 }
 """Kinds that PEFT has and fedtune refuses, with the reason."""
+
+
+def fastest_dtype(device: str) -> Literal["float32", "int8"]:
+    """int8 if a run computes on a CPU with AVX-512 VNNI, float32 elsewhere, where int8 is slower or was not measured.
+
+    By simulations/benchmarks.  Linux says what there is, since torch takes seconds to import.
+
+    Args:
+        device: as `runtime.device`.
+    """
+    if device != "cpu" and (device != "auto" or any(gpu.exists() for gpu in _GPUS)):
+        return "float32"
+    try:
+        flags = next(line for line in _CPU.read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):  # not Linux, or another kind of CPU
+        return "float32"
+    return "int8" if "avx512_vnni" in flags.split() else "float32"
 
 
 @spec
@@ -38,8 +56,8 @@ class ModelSpec:
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
             inside its layers and leaves all else in float32; "int8", which multiplies in whole numbers there; or "nf4",
-            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); adapter, head and losses
-            are always float32.
+            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); or "auto", the faster of
+            float32 and int8 on the machine that reads it (`fastest_dtype`).  Adapter, head and losses are float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.
@@ -54,7 +72,7 @@ class ModelSpec:
     sha256: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "mixed", "int8", "nf4"] = "float32"
+    dtype: Literal["float32", "bfloat16", "mixed", "int8", "nf4", "auto"] = "float32"
     cache_dir: str | None = None
     licence: str | None = None
     public_id: str | None = None

@@ -18,7 +18,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
-from fedtune.model.products import multiplies_rounded
+from fedtune.model.products import is_slow_on_cpu
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
@@ -297,10 +297,10 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
         ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
         rows["signal"] = signal_words(ratio)
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
-    if config.model.dtype == "mixed" and str(shared.device) == "cpu" and not multiplies_rounded():
+    if str(shared.device) == "cpu" and is_slow_on_cpu(dtype := config.model.dtype):
         rows["format"] = (
-            "model.dtype=mixed makes this run slower: this CPU has no instructions for bfloat16, and "
-            "model.dtype=float32 needs less time here"
+            f"model.dtype={dtype} makes this run slower: this CPU has no instructions for "
+            f"{'int8' if dtype == 'int8' else 'bfloat16'}, and model.dtype=float32 needs less time here"
         )
     if not shared.keeps_states:
         rows["memory"] = (

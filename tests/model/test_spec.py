@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, spec
 from fedtune.spec import ConfigError
 
 
@@ -60,3 +61,26 @@ def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:
     assert built == LoraSpec(rank=4, target_modules=("query",), layers=(-1,))
     with pytest.raises(ValidationError, match="rang"):
         TypeAdapter(LoraSpec).validate_python({"rang": 4})
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "has_gpu", "fastest"),
+    [
+        ("flags\t\t: fpu avx512f avx512_vnni", "auto", False, "int8"),
+        ("flags\t\t: fpu avx512f avx512_vnni", "cpu", True, "int8"),
+        ("flags\t\t: fpu avx512f avx512_vnni", "auto", True, "float32"),
+        ("flags\t\t: fpu avx512f avx512_vnni", "cuda", False, "float32"),
+        ("flags\t\t: fpu avx2 avx_vnni", "cpu", False, "float32"),
+        ("Features\t: fp asimd i8mm", "cpu", False, "float32"),
+        (None, "cpu", False, "float32"),
+    ],
+)
+def test_the_fastest_number_format_is_told_by_what_the_cpu_has(
+    flags: str | None, device: str, has_gpu: bool, fastest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpu.write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(spec, "_CPU", cpu)
+    monkeypatch.setattr(spec, "_GPUS", (tmp_path if has_gpu else tmp_path / "none",))
+    assert spec.fastest_dtype(device) == fastest

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
@@ -118,14 +119,25 @@ def test_settings_come_first(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has", "told"), [("mixed", False, True), ("mixed", True, False), ("float32", False, False)]
+    ("dtype", "has", "told"),
+    [
+        ("mixed", False, "bfloat16"),
+        ("nf4", False, "bfloat16"),
+        ("int8", False, "int8"),
+        ("int8", True, ""),
+        ("mixed", True, ""),
+        ("float32", False, ""),
+    ],
 )
 def test_a_format_that_makes_a_run_slower_is_told_before_it_trains(
-    config: RunConfig, dtype: Any, has: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, dtype: Any, has: bool, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.show.run_progress.multiplies_rounded", lambda: has)
+    for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, instructions, lambda: has)
+    monkeypatch.setattr("fedtune.model.products._HAS_ONEDNN", True)
     out = shown(replace(config, model=replace(config.model, dtype=dtype)))
-    assert ("model.dtype=mixed makes this run slower" in out) is told
+    assert (f"model.dtype={dtype} makes this run slower: this CPU has no instructions for {told}," in out) is bool(told)
+    assert ("makes this run slower" in out) is bool(told)
 
 
 def test_no_privacy_is_said(tiny: Any, tmp_path: Path) -> None:
