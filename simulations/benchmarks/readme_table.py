@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -18,12 +19,15 @@ def machine(cores: int) -> str:
 
 
 def _processor() -> str:
-    """Its kind, who made it, and whether it multiplies bfloat16 numbers itself: figures hang on these."""
+    """Its kind, who made it, its instructions for int8 and bfloat16, and what oneDNN may use: figures hang on these."""
     path = Path("/proc/cpuinfo")
     lines = (line.partition(":") for line in path.read_text().splitlines()) if path.exists() else ()
     told = {key.strip(): value.strip() for key, _, value in lines}
-    does = next((name for name in ("amx_bf16", "avx512_bf16") if name in told.get("flags", "").split()), "")
-    return ", ".join(filter(None, [platform.machine(), told.get("vendor_id", ""), does]))
+    names = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx512f", "avx2")
+    does = [name for name in names if name in told.get("flags", "").split()]
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    told_of = [platform.machine(), told.get("vendor_id", ""), " ".join(does), f"oneDNN up to {most}" if most else ""]
+    return ", ".join(filter(None, told_of))
 
 
 def put(begin: str, end: str, text: str) -> None:
