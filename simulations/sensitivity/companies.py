@@ -26,7 +26,12 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import PerExampleGradients, attached
 
 RESULTS = Path(__file__).parent / "companies.json"
-NAMES = ("MiniLM, the main job", "MiniLM, head and LoRA on all linear layers", "SmolLM2-135M, the shipped LoRA")
+NAMES = (
+    "MiniLM, the main job",
+    "MiniLM, the main job, int8",
+    "MiniLM, head and LoRA on all linear layers",
+    "SmolLM2-135M, the shipped LoRA",
+)
 """Of the search's lines, whose settings these are."""
 WATCHED, OTHERS = 6, 18
 Gradient = dict[str, torch.Tensor]
