@@ -117,7 +117,7 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
     if spec.dtype == "nf4":
         keep_in_four_bits(layer_stack(model)[1], device=device)
     if spec.dtype == "int8":
-        keep_in_int8(layer_stack(model)[1], device=device)
+        keep_in_int8(model, layer_stack(model)[1], device=device)
     return model.eval().to(torch.device(device))
 
 

@@ -7,6 +7,11 @@ into the gradient before it is rounded, so that one layout of the weights, a byt
 (Wortsman et al. 2023, arXiv 2304.13013) trains so; a frozen base has no gradient of weights, the product that it leaves
 in 16 bits.
 
+A few columns of a language model's activations are far larger than all others, and a row's scale follows them.  So a
+power of two, which rounds nothing, moves part of a column's size into the weights before these are rounded
+(SmoothQuant: Xiao et al. 2022, arXiv 2211.10438).  It follows from the weights and from what the base makes of random
+tokens, so from nothing but the public base.
+
 **A row is independent of its neighbours by arithmetic.**  A sum of whole numbers below 2**31 does not depend on the
 order in which they are added, so not on the number of rows, threads or blocks either, nor on the kernel, as long as it
 adds in int32; `_adds_whole_numbers` tries whether it does.  All else is done value by value, by float32 operations that
@@ -26,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model.quantized import Quantized, quantize_linear
@@ -39,15 +45,24 @@ _EXACT_TERMS = 2**24 // LARGEST**2
 """Of a sum that float32 holds, likewise: 1,040."""
 _SMALLEST = 1e-30
 """A row of smaller values, zeros among them, is rounded as if this were its largest."""
+_PLACES, _SEED = (4, 64), 20240
+"""Of random tokens, rows and columns, and what they are drawn from."""
+_QUIET = 1 / 16
+"""Of the median column: what is smaller than this is taken to be so large, since other tokens may be louder."""
 _BLOCK = 2**18
 """Values that a CPU works on at a time, so that they stay in a core's cache from one pass to the next."""
 
 
-def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers (n, k) in int8 and their float32 scales (n, 1): their product is near `rows` (n, k) in float32."""
+def round_rows(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers (n, k) in int8 and their float32 scales (n, 1): their product is near `rows` (n, k) in float32.
+
+    Args:
+        rows: float32.
+        factors: (k,) that they are multiplied by before.
+    """
     whole, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
     for some, numbers, of_rows in _blocks(_rows_at_a_time(rows, rows.shape[1]), rows, whole, scales):
-        _passes(rows.device.type).round_into(some, None, numbers, of_rows)
+        _passes(rows.device.type).round_into(some, factors, numbers, of_rows)
     return whole, scales
 
 
@@ -104,20 +119,20 @@ def _blocks(size: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, .
 class Rounding:
     """Rounds what comes in once for all layers that read it, as query, key and value do.
 
-    It knows the last tensor that it rounded, by identity and version, as long as that exists.
+    It knows the last tensor that it rounded, by identity and version, as long as that exists, and for whom.
     """
 
     def __init__(self) -> None:
         self._of: weakref.ref[torch.Tensor] | None = None
-        self._version = 0
+        self._version = self._reader = 0
         self._rounded: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `round_rows` of `values` (..., k), as n rows."""
+    def __call__(self, values: torch.Tensor, layer: Int8) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `round_rows` of `values` (..., k), as n rows, by the layer's factors."""
         known = self._of is not None and self._of() is values and self._version == values._version
-        if not known or self._rounded is None:
-            self._rounded = round_rows(values.detach().reshape(-1, values.shape[-1]))
-            self._of, self._version = weakref.ref(values), values._version
+        if not known or self._reader != layer.reader or self._rounded is None:
+            self._rounded = round_rows(values.detach().reshape(-1, values.shape[-1]), layer.factors)
+            self._of, self._version, self._reader = weakref.ref(values), values._version, layer.reader
         return self._rounded
 
 
@@ -127,24 +142,36 @@ class Int8(Quantized):
     Attributes:
         whole: (out, in) int8.
         scales: (out,) float32.
+        factors: (in,) float32 powers of two, by which a row is multiplied before it is rounded.
+        reader: a number that layers which read the same have in common, with their factors.
         rounding: shared by all layers of a base.
     """
 
     whole: torch.Tensor
     scales: torch.Tensor
+    factors: torch.Tensor
+    reader: int
     rounding: Rounding
 
     @property
     def weight(self) -> torch.Tensor:
         """(out, in) in float32."""
-        return self.whole * self.scales[:, None]
+        return self.whole * self.scales[:, None] * self.factors
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Whole numbers and scales of (out, in) weights."""
         if max(weight.shape) > MOST_TERMS:
             raise ConfigError("model.dtype", "int8", f"adds at most {MOST_TERMS} terms, and a layer has more")
-        whole, scales = round_rows(weight.float().contiguous())
+        whole, scales = round_rows(weight.float().contiguous(), 1 / self.factors)
         return {"whole": whole, "scales": scales[:, 0]}
+
+    def take_over_with(
+        self, module: nn.Linear | Conv1D, rounding: Rounding, reader: int, factors: torch.Tensor
+    ) -> None:
+        """Stand for `module` on the device of its factors."""
+        self.rounding, self.reader = rounding, reader
+        self.register_buffer("factors", factors)
+        self.take_over(module, factors.device)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in float32."""
@@ -154,18 +181,18 @@ class Int8(Quantized):
 class Int8Linear(Int8, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
     """For torch's own kind."""
 
-    def __init__(self, module: nn.Linear, *, device: torch.device | str) -> None:
+    def __init__(self, module: nn.Linear, **reads: Any) -> None:
         nn.Linear.__init__(self, module.in_features, module.out_features, device="meta")
-        self.take_over(module, device)
+        self.take_over_with(module, **reads)
 
 
 class Int8Conv1D(Int8, Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """For GPT-2's kind, whose weights are (in, out)."""
 
-    def __init__(self, module: Conv1D, *, device: torch.device | str) -> None:
+    def __init__(self, module: Conv1D, **reads: Any) -> None:
         with torch.device("meta"):
             Conv1D.__init__(self, module.nf, module.nx)
-        self.take_over(module, device)
+        self.take_over_with(module, **reads)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -177,17 +204,68 @@ class Int8Conv1D(Int8, Conv1D):  # type: ignore[misc]  # transformers has no typ
         return super().quantize(weight.t())
 
 
-def keep_in_int8(layers: nn.Module, *, device: torch.device | str) -> None:
+def keep_in_int8(base: PreTrainedModel, layers: nn.Module, *, device: torch.device | str) -> None:
     """Keep the weights of every frozen linear module of `layers` in int8, on `device`, and let it multiply so.
+
+    Args:
+        base: float32, on the CPU; a model that takes `input_ids`.
+        layers: some of its modules; changed in place.
+        device: where they go.
 
     Raises:
         ConfigError: for `model.dtype`: a module adds more terms than int32 holds.
     """
-    quantize_linear(layers, Int8Linear, Int8Conv1D, device=device)
-    rounding = Rounding()
-    for module in layers.modules():
-        if isinstance(module, Int8):
-            module.rounding = rounding
+    linear = [module for module in layers.modules() if type(module) in (nn.Linear, Conv1D)]
+    seen, rounding = _columns(base, linear), Rounding()
+    factors: dict[int, torch.Tensor] = {}
+    for reader in {reader for reader, _ in seen.values()}:
+        modules = [module for module in linear if seen[module][0] == reader]
+        weights = torch.stack([_by_output(module).abs().amax(dim=0) for module in modules]).amax(dim=0)
+        columns = seen[modules[0]][1]
+        columns = columns.clamp(min=max(_QUIET * float(columns.median()), _SMALLEST))
+        shares = weights.clamp(min=max(2.0**-24 * float(weights.max()), _SMALLEST)) / columns
+        factors[reader] = torch.exp2((shares.log2() / 2).round()).to(device)
+
+    def reads(module: nn.Module) -> dict[str, Any]:
+        reader, _ = seen[module]
+        return {"rounding": rounding, "reader": reader, "factors": factors[reader]}
+
+    quantize_linear(layers, Int8Linear, Int8Conv1D, reads)
+
+
+def _columns(base: PreTrainedModel, linear: list[nn.Module]) -> dict[nn.Module, tuple[int, torch.Tensor]]:
+    """Of each module a number for what it reads, and the largest absolute value (in,) of each column of that.
+
+    Modules that random tokens do not come to read nothing: they get a number of their own, and ones.
+    """
+    seen: dict[nn.Module, tuple[int, torch.Tensor]] = {}
+    inputs: list[weakref.ref[torch.Tensor]] = []
+
+    def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        known = [number for number, one in enumerate(inputs) if one() is given[0]]
+        if not known:
+            inputs.append(weakref.ref(given[0]))
+        seen[module] = (known or [len(inputs) - 1])[0], given[0].flatten(0, -2).abs().amax(dim=0)
+
+    hooks = [module.register_forward_pre_hook(note) for module in linear]
+    try:
+        draws = torch.Generator().manual_seed(_SEED)
+        ids = len(base.get_input_embeddings().weight)
+        with torch.no_grad():
+            base(input_ids=torch.randint(ids, _PLACES, generator=draws))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module in linear:
+        if module not in seen:
+            seen[module] = len(inputs) + len(seen), torch.ones(_by_output(module).shape[1])
+    return seen
+
+
+def _by_output(module: nn.Module) -> torch.Tensor:
+    """(out, in) weights."""
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 class _Product(torch.autograd.Function):
@@ -196,7 +274,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: Int8) -> torch.Tensor:
         ctx.layer = layer
-        whole, scales = layer.rounding(values)
+        whole, scales = layer.rounding(values, layer)
         out, passes = scales.new_empty(len(whole), len(layer.whole)), _passes(values.device.type)
         for rows, of_rows, into in _blocks(_rows_at_a_time(whole, len(layer.whole)), whole, scales, out):
             passes.scale_into(into, add_products(rows, layer.whole.t()), of_rows, layer.scales, layer.bias)
@@ -212,7 +290,7 @@ class _Product(torch.autograd.Function):
         for rows, into in _blocks(_rows_at_a_time(gradient, max(layer.whole.shape)), gradient, out):
             whole, of_rows = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
             passes.round_into(rows, layer.scales, whole, of_rows)
-            passes.scale_into(into, add_products(whole, layer.whole), of_rows)
+            passes.scale_into(into, add_products(whole, layer.whole), of_rows, layer.factors)
         return out.view(*gradients[0].shape[:-1], -1), None
 
 

@@ -15,6 +15,7 @@ the product of its release 0.50.2 for models in evaluation gives its input no gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -67,11 +68,20 @@ class Quantized(nn.Module):
 
 
 def quantize_linear(
-    layers: nn.Module, linear: type[Quantized], transposed: type[Quantized], *, device: torch.device | str
+    layers: nn.Module,
+    linear: type[Quantized],
+    transposed: type[Quantized],
+    more: Callable[[nn.Module], dict[str, Any]],
 ) -> None:
     """Put a `linear` in the place of each `nn.Linear` of `layers`, and a `transposed` in that of each `Conv1D`.
 
-    One module after the other goes to `device`, so that the whole of the weights need never fit it.
+    One module after the other goes to its device, so that the whole of the weights need never fit that.
+
+    Args:
+        layers: changed in place.
+        linear: made of a module and of what is given to it.
+        transposed: likewise.
+        more: what is given, by module.
 
     Raises:
         ConfigError: for `model.dtype`, with the module's name: its weights cannot be kept so.
@@ -80,7 +90,7 @@ def quantize_linear(
     for parent in list(layers.modules()):
         for name, module in list(parent.named_children()):
             if (kind := kinds.get(type(module))) is not None:
-                setattr(parent, name, kind(module, device=device))
+                setattr(parent, name, kind(module, **more(module)))
 
 
 BLOCK = 64
@@ -196,4 +206,4 @@ def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:
     Raises:
         ConfigError: for `model.dtype`: a module's weights are no whole blocks.
     """
-    quantize_linear(layers, FourBitLinear, FourBitConv1D, device=device)
+    quantize_linear(layers, FourBitLinear, FourBitConv1D, lambda _: {"device": device})

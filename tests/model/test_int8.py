@@ -40,11 +40,35 @@ def fresh() -> Iterator[None]:
         known.cache_clear()
 
 
+class Base(nn.Module):
+    """A base of some linear modules that all read the same, some columns of which are a thousand times larger."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        size = modules[0].in_features if isinstance(modules[0], nn.Linear) else modules[0].nx
+        self.embedding = nn.Embedding(50, int(size))
+        self.embedding.weight.data[:, ::7] *= 1000
+        self.layers = nn.ModuleList(modules)
+        self.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        states = self.embedding(input_ids)
+        return [layer(states) for layer in self.layers]
+
+
+def in_int8(*modules: nn.Module) -> Base:
+    base = Base(*map(deepcopy, modules))
+    keep_in_int8(base, base.layers, device="cpu")  # type: ignore[arg-type]
+    return base
+
+
 def kept(module: nn.Module) -> Int8:
-    base = nn.Sequential(deepcopy(module).requires_grad_(False))
-    keep_in_int8(base, device="cpu")
-    assert isinstance(base[0], Int8)
-    return base[0]
+    layer = in_int8(module).layers[0]
+    assert isinstance(layer, Int8)
+    return layer
 
 
 def both_ways(layer: Int8, values: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,9 +86,39 @@ def test_a_weight_is_the_nearest_multiple_of_its_output_s_scale(module: nn.Modul
     )
     assert layer.weight.shape == layer.shape == module.weight.shape
     assert layer.whole.abs().amax(dim=1).tolist() == [127] * len(layer.whole)
-    assert torch.equal(layer.scales, weight.abs().amax(dim=1) / 127)
-    assert ((weight - stands_for).abs() <= layer.scales[:, None] * 0.50001).all()
-    assert {name: one.dtype for name, one in layer.named_buffers()} == {"whole": torch.int8, "scales": torch.float32}
+    assert torch.equal(layer.scales, (weight / layer.factors).abs().amax(dim=1) / 127)
+    assert ((weight - stands_for).abs() <= layer.scales[:, None] * layer.factors * 0.50001).all()
+    formats = {"factors": torch.float32, "whole": torch.int8, "scales": torch.float32}
+    assert {name: one.dtype for name, one in layer.named_buffers()} == formats
+
+
+def test_large_columns_are_made_smaller_by_powers_of_two_before_a_row_is_rounded() -> None:
+    torch.manual_seed(0)
+    base, ids = Base(nn.Linear(70, 40), nn.Linear(70, 30)), torch.arange(50)[None]
+    for layer in base.layers:
+        layer.weight.data[:, ::7] /= 1000  # so that every column matters alike
+    coarse = in_int8(*base.layers)
+    coarse.embedding = base.embedding
+    factors = [layer.factors for layer in coarse.layers]
+    assert torch.equal(factors[0], factors[1]), "what reads the same is rounded once"
+    assert torch.equal(factors[0].log2(), factors[0].log2().round())
+    assert -10.5 < factors[0].log2()[::7].mean() - factors[0].log2()[1::7].mean() < -9.5
+    wanted, found = base(ids), coarse(ids)
+    rounded = torch.mul(*round_rows(base.embedding(ids)[0]))
+    for exact, one, layer in zip(wanted, found, base.layers, strict=True):
+        assert (one - exact).norm() < 0.02 * exact.norm()
+        assert (layer(rounded) - exact[0]).norm() > 0.2 * exact.norm(), "all but the large columns are lost"
+
+
+def test_modules_that_nobody_comes_to_are_kept_as_they_are() -> None:
+    class Idle(Base):
+        def forward(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+            return [self.layers[0](self.embedding(input_ids))]
+
+    base = Idle(nn.Linear(8, 8), nn.Linear(8, 8))
+    keep_in_int8(base, base.layers, device="cpu")  # type: ignore[arg-type]
+    assert isinstance(base.layers[1], Int8)
+    assert base.layers[1].reader != base.layers[0].reader
 
 
 @modules
@@ -73,13 +127,14 @@ def test_product_and_gradient_are_those_of_rounded_numbers_exactly(module: nn.Mo
     layer = kept(module)
     size = layer.whole.shape[1]
     values, direction = torch.randn(3, 5, size) * 10 ** torch.randn(3, 5, 1), torch.randn(3, 5, len(layer.whole))
+    values /= layer.factors  # as large as they were seen
     found, gradient = both_ways(layer, values, direction)
-    whole, scales = round_rows(values.view(15, size))
+    whole, scales = round_rows(values.view(15, size), layer.factors)
     sums = (whole.long() @ layer.whole.long().t()).float()  # int64 holds them, however they are added
     wanted = sums * scales * layer.scales
     assert torch.equal(found.view(15, -1), wanted if layer.bias is None else wanted + layer.bias)
     whole, scales = round_rows(direction.view(15, -1) * layer.scales)
-    assert torch.equal(gradient.view(15, -1), (whole.long() @ layer.whole.long()).float() * scales)
+    assert torch.equal(gradient.view(15, -1), (whole.long() @ layer.whole.long()).float() * scales * layer.factors)
     exact = values.double() @ (module.weight.double() if isinstance(module, Conv1D) else module.weight.double().t())
     exact = exact if module.bias is None else exact + module.bias
     assert (found - exact).norm() < 0.02 * exact.norm(), "measured: 0.01"
@@ -89,18 +144,20 @@ PLACES = """
 import torch
 from torch import nn
 from fedtune.model.int8 import keep_in_int8
+from tests.model.test_int8 import Base
 import hashlib
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for outs, ins, rows in ((384, 1536, 300), (1536, 384, 700), (80, 96, 5), (33, 7, 1)):
         draws = torch.Generator().manual_seed(0)
-        layer = nn.Linear(ins, outs).requires_grad_(False)
-        layer.weight.copy_(torch.rand(outs, ins, generator=draws) - 0.4)
-        layer.bias.zero_()
-        base = nn.Sequential(layer)
-        keep_in_int8(base, device="cpu")
+        layer = nn.Linear(ins, outs)
+        layer.weight.data = torch.rand(outs, ins, generator=draws) - 0.4
+        layer.bias.data.zero_()
+        base = Base(layer)
+        base.embedding.weight.copy_(torch.rand(50, ins, generator=draws))
+        keep_in_int8(base, base.layers, device="cpu")
         values = (torch.rand(rows, ins, generator=draws) - 0.3).requires_grad_()
-        found = base(values)
+        found = base.layers[0](values)
         found.backward(torch.rand(rows, outs, generator=draws))
         print(hashlib.sha256(found.detach().numpy().tobytes() + values.grad.numpy().tobytes()).hexdigest())
 """
@@ -209,19 +266,17 @@ def test_the_longest_sums_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> No
     for has_kernel in (True, False):
         monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _, has_kernel=has_kernel: has_kernel and _has_vnni())
         assert int8.add_products(rows, rows.t()).item() == MOST_TERMS * 127**2
-    wide = nn.Sequential(nn.Linear(MOST_TERMS + 1, 1, bias=False)).requires_grad_(False)
     with pytest.raises(ConfigError, match=rf"model\.dtype = 'int8': adds at most {MOST_TERMS} terms, and a layer has"):
-        keep_in_int8(wide, device="cpu")
+        in_int8(nn.Linear(MOST_TERMS + 1, 1, bias=False))
 
 
 def test_layers_that_read_the_same_round_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]).requires_grad_(False)
-    keep_in_int8(base, device="cpu")
+    base = in_int8(*(nn.Linear(8, 8) for _ in range(3))).layers
     rounded: list[int] = []
 
-    def counted(rows: torch.Tensor) -> Any:
+    def counted(rows: torch.Tensor, factors: torch.Tensor) -> Any:
         rounded.append(len(rows))
-        return round_rows(rows)
+        return round_rows(rows, factors)
 
     monkeypatch.setattr(int8, "round_rows", counted)
     values = torch.randn(2, 3, 8)
@@ -246,7 +301,9 @@ def test_layers_alone_are_kept_so_in_a_byte_a_weight(path: str, predicts_tokens:
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, plain.get_parameter(name)), name
     weights, outputs = (sum(count(module) for module in inside) for count in (lambda m: m.shape.numel(), _outputs))
-    assert model_bytes(plain) - model_bytes(base) == 3 * weights - 4 * outputs
+    columns = {module.reader: len(module.factors) for module in inside}
+    assert len(columns) < len(inside), "factors are shared"
+    assert model_bytes(plain) - model_bytes(base) == 3 * weights - 4 * outputs - 4 * sum(columns.values())
     assert base.dtype == torch.float32, "as are the states between layers"
     assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"
 
