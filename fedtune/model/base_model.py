@@ -111,14 +111,14 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
     compute_by_row(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
     model.config.use_cache = False
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
     if spec.dtype == "mixed":
         round_products(layer_stack(model)[1])
     if spec.dtype == "nf4":
         keep_in_four_bits(layer_stack(model)[1], device=device)
     if spec.dtype == "int8":
         keep_in_int8(model, layer_stack(model)[1], device=device)
-    return model.eval().to(torch.device(device))
+    return model.to(torch.device(device))
 
 
 def model_sha256(spec: ModelSpec) -> str:

@@ -300,6 +300,8 @@ def test_layers_alone_are_kept_so_in_a_byte_a_weight(path: str, predicts_tokens:
     assert [module for module in base.modules() if isinstance(module, Int8)] == inside
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, plain.get_parameter(name)), name
+    again = load_base(spec, predicts_tokens=predicts_tokens)
+    assert all(map(torch.equal, base.buffers(), again.buffers())), "factors too are the same each time"
     weights, outputs = (sum(count(module) for module in inside) for count in (lambda m: m.shape.numel(), _outputs))
     columns = {module.reader: len(module.factors) for module in inside}
     assert len(columns) < len(inside), "factors are shared"
