@@ -75,7 +75,7 @@ def main() -> None:
     runs = options.runs or Path("runs") / options.folder.name
     out = runs if options.recipes else options.folder
     lines: dict[str, Any] = {}
-    for recipe, privacy in product(options.recipes or asked["recipes"], asked["privacy"]):
+    for privacy, recipe in product(asked["privacy"], options.recipes or asked["recipes"]):
         with Session() as session:
             for value in asked["values"]:
                 shown = Path(recipe).parent.name if recipe.endswith(".yaml") else recipe
