@@ -21,6 +21,7 @@ NaN.
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -37,10 +38,13 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.model.quantized import Quantized, quantize_linear
 from fedtune.spec import ConfigError
 
+_log = logging.getLogger(__name__)
 LARGEST = 127
 """Of a rounded value; -128 has no opposite."""
 MOST_TERMS = (2**31 - 1) // LARGEST**2
 """Of a sum that int32 holds, whatever the values."""
+_FEWEST_TERMS = 8
+"""That torch's kernel is asked for: of one term, torch 2.13 leaves the sums unwritten on a CPU."""
 _EXACT_TERMS = 2**24 // LARGEST**2
 """Of a sum that float32 holds, likewise: 1,040."""
 _SMALLEST = 1e-30
@@ -100,11 +104,17 @@ class Passes(Protocol):
 
 @cache
 def _passes(device: str) -> Passes:
-    if device == "cpu" and find_spec("numba") and _adds_whole_numbers(device):
+    torchs: Passes = sys.modules[__name__]
+    if device != "cpu" or not find_spec("numba") or not _adds_whole_numbers(device):
+        return torchs
+    try:
         from fedtune.model import int8_kernels  # it compiles, or reads what it compiled
 
+        int8_kernels.round_into(torch.ones(1, 1), None, torch.empty(1, 1, dtype=torch.int8), torch.empty(1, 1))
         return int8_kernels
-    return sys.modules[__name__]
+    except Exception:  # numba is for another numpy, or has nowhere to write: it raises whatever comes
+        _log.warning("numba cannot be used; int8 products take longer without it", exc_info=True)
+        return torchs
 
 
 def _rows_at_a_time(rows: torch.Tensor, width: int) -> int:
@@ -119,21 +129,24 @@ def _blocks(size: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, .
 class Rounding:
     """Rounds what comes in once for all layers that read it, as query, key and value do.
 
-    It knows the last tensor that it rounded, by identity and version, as long as that exists, and for whom.
+    It knows the last tensor that it rounded, by identity and version, as long as that exists, and for whom.  What is
+    written through `.data` has no version; nothing does so between layers.
     """
 
     def __init__(self) -> None:
-        self._of: weakref.ref[torch.Tensor] | None = None
-        self._version = self._reader = 0
-        self._rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+        # One value, so that another thread finds all of it or none.
+        self._last: tuple[weakref.ref[torch.Tensor], tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __call__(self, values: torch.Tensor, layer: Int8) -> tuple[torch.Tensor, torch.Tensor]:
         """As `round_rows` of `values` (..., k), as n rows, by the layer's factors."""
-        known = self._of is not None and self._of() is values and self._version == values._version
-        if not known or self._reader != layer.reader or self._rounded is None:
-            self._rounded = round_rows(values.detach().reshape(-1, values.shape[-1]), layer.factors)
-            self._of, self._version, self._reader = weakref.ref(values), values._version, layer.reader
-        return self._rounded
+        if values.is_inference():  # it has no version
+            return round_rows(values.flatten(0, -2), layer.factors)
+        last, state = self._last, (values._version, layer.reader)
+        if last is not None and last[0]() is values and last[1] == state:
+            return last[2]
+        rounded = round_rows(values.detach().flatten(0, -2), layer.factors)
+        self._last = weakref.ref(values), state, rounded
+        return rounded
 
 
 class Int8(Quantized):
@@ -273,25 +286,26 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: Int8) -> torch.Tensor:
+        assert values.dtype == torch.float32, "the base is float32 outside its products"
         ctx.layer = layer
         whole, scales = layer.rounding(values, layer)
         out, passes = scales.new_empty(len(whole), len(layer.whole)), _passes(values.device.type)
         for rows, of_rows, into in _blocks(_rows_at_a_time(whole, len(layer.whole)), whole, scales, out):
             passes.scale_into(into, add_products(rows, layer.whole.t()), of_rows, layer.scales, layer.bias)
-        return out.view(*values.shape[:-1], -1)
+        return out.view(*values.shape[:-1], out.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        layer, gradient = ctx.layer, gradients[0].reshape(-1, gradients[0].shape[-1])
+        layer, gradient = ctx.layer, gradients[0].flatten(0, -2)
         out, passes = gradient.new_empty(len(gradient), layer.whole.shape[1]), _passes(gradient.device.type)
         for rows, into in _blocks(_rows_at_a_time(gradient, max(layer.whole.shape)), gradient, out):
             whole, of_rows = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
             passes.round_into(rows, layer.scales, whole, of_rows)
             passes.scale_into(into, add_products(whole, layer.whole), of_rows, layer.factors)
-        return out.view(*gradients[0].shape[:-1], -1), None
+        return out.view(*gradients[0].shape[:-1], out.shape[1]), None
 
 
 def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -300,7 +314,7 @@ def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     The same numbers on every machine: without instructions for it, float32 adds up as many terms as it holds exactly.
     """
     (num_rows, terms), device = rows.shape, rows.device.type
-    if _adds_whole_numbers(device):
+    if terms >= _FEWEST_TERMS and _adds_whole_numbers(device):
         if device == "cpu":
             return torch._int_mm(rows, factor)
         if terms % 8 == factor.shape[1] % 8 == 0:  # as cuBLAS wants it, with more than 16 rows
@@ -325,13 +339,13 @@ def _adds_whole_numbers(device: str) -> bool:
         return False
     values = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=device)
     values = torch.cat([values, values[:1]])  # of which there are a multiple of 8
-    for terms in (8, 64, 1536):
+    whole = values.to(torch.int32)
+    for terms in (*range(_FEWEST_TERMS, 17, 1 if device == "cpu" else 8), 64, 1536):  # cuBLAS wants multiples of 8
         rows = values[:, None].repeat(1, terms)
         try:
-            sums = torch._int_mm(rows, rows.t())
+            for factor in (rows.t(), rows.t().contiguous()):
+                if not torch.equal(torch._int_mm(rows, factor), terms * whole[:, None] * whole):
+                    return False
         except (RuntimeError, NotImplementedError):
-            return False
-        whole = values.to(torch.int32)
-        if not torch.equal(sums, terms * whole[:, None] * whole):
             return False
     return True

@@ -215,7 +215,7 @@ def _squares_of_rows(values: torch.Tensor) -> torch.Tensor:
     if values.device.type != "cpu":
         # An accelerator parts a row among its threads by how many rows there are.  Adding by element has one order.
         squares = nn.functional.pad(values.square(), (0, -values.shape[1] % _LANES))
-        return added_halves(squares.view(len(values), -1, _LANES))
+        return added_halves(squares.view(len(values), squares.shape[1] // _LANES, _LANES))
     # torch divides a single row among its threads, which changes the order of adding; of several rows each has one.
     rows = values if len(values) > 1 else values.repeat(2, 1)
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -86,8 +86,8 @@ def _keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # another C library
         allocator = ctypes.CDLL(None).mallopt
-        allocator(_M_MMAP_THRESHOLD, 2**30)
-        allocator(_M_TRIM_THRESHOLD, 2**30)
+        if allocator(_M_MMAP_THRESHOLD, 2**30):  # an old one takes 32 MiB at most
+            allocator(_M_TRIM_THRESHOLD, 2**30)
 
 
 def usable_cores() -> int:

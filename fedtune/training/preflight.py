@@ -179,8 +179,9 @@ def _whole_step(model: TaskModel, examples: SiteExamples, part: Part, keeps_stat
         gathered = {name: one.clone() for name, one in nothing.items()}
         gradients.of_all(alone(batch, 0))
         del nothing
-        next(iter(gathered.values()))[0] = torch.nan
-        add_clipped(sums, gathered, 1.0)
+        for unusable in (slice(1), slice(None)):
+            next(iter(gathered.values()))[unusable] = torch.nan
+            add_clipped(sums, gathered, 1.0)
 
 
 def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:

@@ -120,14 +120,7 @@ def test_settings_come_first(config: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "has", "told"),
-    [
-        ("mixed", False, "bfloat16"),
-        ("nf4", False, "bfloat16"),
-        ("int8", False, "int8"),
-        ("int8", True, ""),
-        ("mixed", True, ""),
-        ("float32", False, ""),
-    ],
+    [("mixed", False, "bfloat16"), ("mixed", True, ""), ("int8", False, "int8"), ("int8", True, "")],
 )
 def test_a_format_that_makes_a_run_slower_is_told_before_it_trains(
     config: RunConfig, dtype: Any, has: bool, told: str, monkeypatch: pytest.MonkeyPatch

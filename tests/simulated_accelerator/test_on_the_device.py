@@ -22,6 +22,11 @@ def test_a_norm_does_not_depend_on_its_company_where_cuda_s_own_does() -> None:
     assert [ours for _, _, ours in found] == [0] * 4
 
 
+def test_a_micro_batch_without_a_usable_unit_adds_nothing() -> None:
+    """It had failed the round, and so told that such a record was there."""
+    assert said("no_usable_unit") == ["0"] * 6
+
+
 def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
     """Twice a tensor for each micro-batch they had."""
     ((of_users, of_records),) = (map(int, line.split()) for line in said("waits_for_the_device"))

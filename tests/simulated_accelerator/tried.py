@@ -73,6 +73,15 @@ def scoring_without_room() -> None:
     del taken
 
 
+def no_usable_unit() -> None:
+    """What one to three units add that are all not finite: on the CPU and on the device."""
+    for place in ("cpu", SIM):
+        for units in (1, 2, 3):
+            sums = dp_step.zeros({"a": torch.nn.Parameter(torch.zeros(3000, device=place))})
+            dp_step.add_clipped(sums, {"a": torch.full((units, 3000), torch.nan, device=place)}, 1.0)
+            print(int(sums["a"].abs().sum()))
+
+
 def waits_for_the_device() -> None:
     """Print how often users' means wait for the device, and the gradients of the same records by themselves."""
     within = model()

@@ -17,7 +17,6 @@ from fedtune.model.products import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
-from fedtune.training.machine import model_bytes
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
@@ -131,9 +130,3 @@ def test_a_trial_finds_four_bit_layers_that_mix_records(trained: Any) -> None:
     layer.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
     shapes = Shapes.of(max_length=12, max_tokens=48)
     assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1) > 0.01
-
-
-def test_memory_is_counted_by_what_is_there(trained: Any) -> None:
-    model, coarse = (trained("random:llama", "causal_lm", dtype=dtype) for dtype in ("nf4", "bfloat16"))
-    weights = sum(module.shape.numel() for module in model.modules() if isinstance(module, FourBit))
-    assert model_bytes(coarse) - model_bytes(model) == 2 * weights - weights // 2 - 4 * weights // 64
