@@ -189,5 +189,5 @@ def copy_problems(sites: Path, site: str, state: Verified, scratch: Path) -> Ite
     if list((sites / site).glob("ledger.db-*")):
         yield "a journal was left behind"
     shutil.copy(sites / site / "ledger.db", scratch)
-    if verify(scratch, site_key=state.site_key).hash != state.hash:
+    if verify(scratch, site_key=state.site_key).history.hash != state.history.hash:
         yield "a copy of the file is another ledger"
