@@ -100,7 +100,7 @@ class RoundReplies:
     sent: Adapter
     reaches: Mapping[str, Reach]
     arrived: Arrived
-    update_dtype: str = "float32"
+    update_dtype: str
     left_out: Collection[str] = ()
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)

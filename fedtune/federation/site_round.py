@@ -72,15 +72,15 @@ class Prepared:
         proposal: derived from the configuration; a request with another one is refused.
         template: an adapter with the names and shapes that this run trains.
         declared_size: the site's size in this run; it must equal the size that the policy declares.
-        members: the sites of a run with secure sums.
         update_dtype: the number format in which a plain update leaves.
+        members: the sites of a run with secure sums.
     """
 
     proposal: Proposal
     template: Adapter
     declared_size: int
+    update_dtype: str
     members: tuple[str, ...] = ()
-    update_dtype: str = "float32"
 
 
 class Site(ABC):

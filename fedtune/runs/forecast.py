@@ -62,7 +62,7 @@ def forecast(
     declared_sizes: Mapping[str, int],
     max_length: int,
     runtime: RuntimeSpec,
-    update_dtype: str = "float32",
+    update_dtype: str = "bfloat16",
 ) -> Forecast:
     """Bytes and time for `plan` at sites of these declared sizes.
 
@@ -72,7 +72,7 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
-        update_dtype: the number format of plain updates.
+        update_dtype: the number format of plain updates; a secure sum has its own.
 
     Raises:
         ConfigError: for `runtime.kept_states_folder`.

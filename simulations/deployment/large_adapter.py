@@ -60,6 +60,7 @@ def measured(num_sites: int, folder: Path) -> dict[str, Any]:
                 "name=large",
                 "runtime.num_threads=1",
                 "runtime.micro_batch_tokens=32",
+                "federation.update_dtype=float32",
             ]
             began = time.monotonic()
             lead = subprocess.Popen(
@@ -160,7 +161,7 @@ class _MovingSite(Site):
         saved = load_file(self._first).items()
         tensors = {name.removeprefix("adapter/"): v for name, v in saved if name.startswith("adapter/")}
         size = self.ledger.policy.declared_size(proposal.dataset)
-        return Prepared(proposal=proposal, template=Adapter(tensors), declared_size=size)
+        return Prepared(proposal=proposal, template=Adapter(tensors), declared_size=size, update_dtype="float32")
 
     def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         draw, moved = np.random.default_rng(), {}

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
+from fedtune.federation.rounding import add_difference
 from fedtune.privacy.ledger import store
-from fedtune.privacy.release import Masked, Update
+from fedtune.privacy.release import Difference, Update
 
 from .federation import Federation
 from .site_folder import SiteFolder
@@ -67,9 +68,10 @@ def check_average(federation: Federation, run: str) -> None:
     before, after = adapter(federation, run, back=1), adapter(federation, run)
     ends = []
     for update in updates:
-        assert not isinstance(update.tensors, Masked)
-        assert any((value != before[name]).any() for name, value in update.tensors.items())
-        ends.append(update.tensors)
+        assert isinstance(update.tensors, Difference)
+        end = add_difference(before, update.tensors)
+        assert any((value != before[name]).any() for name, value in end.items())
+        ends.append(end)
     for name, value in after.items():
         np.testing.assert_allclose(value, np.mean([end[name].astype(np.float64) for end in ends], axis=0), atol=1e-6)
 

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedtune.flower import flower_records
 from fedtune.privacy.ledger import store
-from fedtune.privacy.release import Masked, Offer, Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Difference, Offer, Reason, Receipt, Refusal, Update
 
 from .books import check_average, check_books
 from .federation import Federation
@@ -206,8 +206,8 @@ def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
             for array in arrays.values():
                 yield from (("shape", length) for length in array.shape)
                 update = Update.from_bytes(array.data)
-                assert not isinstance(update.tensors, Masked)
-                yield from (("shape", length) for value in update.tensors.values() for length in value.shape)
+                assert isinstance(update.tensors, Difference)
+                yield from (("shape", length) for value in update.tensors.halves.values() for length in value.shape)
                 yield "round", update.round
 
 

@@ -122,7 +122,12 @@ class Station:
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> Prepared:
             self.prepared.append(proposal.run)
-            return Prepared(proposal=self.propose(), template=self.template, declared_size=self.declared_size)
+            return Prepared(
+                proposal=self.propose(),
+                template=self.template,
+                declared_size=self.declared_size,
+                update_dtype="float32",
+            )
 
         opened = MadeSite(self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused)
         opened.kept, opened.awaited = self.kept, self.awaited

@@ -34,7 +34,6 @@ def test_names_and_who_takes_part() -> None:
         ("if_over_budget", {"if_over_budget": "ignore"}),
         ("participants", {"participants": ("site-9",)}),
         ("update_dtype", {"update_dtype": "float16"}),
-        ("update_dtype", {"num_sites": 3, "aggregation": "secure", "update_dtype": "bfloat16"}),
         ("strategy", {"num_sites": 3, "aggregation": "secure", "strategy": "fedavgm"}),
         ("strategy", {"strategy": "fedprox"}),
         ("server_learning_rate", {"server_learning_rate": 0.0}),
@@ -48,3 +47,11 @@ def test_bounds(key: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         FederationSpec(**({"num_sites": 2} | changes))
     assert error.value.key == key
+
+
+def test_a_secure_sum_needs_no_update_dtype() -> None:
+    """It is not refused with the default, nor with the other value that a plain run has."""
+    for dtype in ("bfloat16", "float32"):
+        spec = FederationSpec(num_sites=3, aggregation="secure", update_dtype=dtype)  # type: ignore[arg-type]
+        assert spec.together is not None
+    assert FederationSpec(num_sites=3, aggregation="secure").update_dtype == "bfloat16"

@@ -87,7 +87,11 @@ class SecureSite:
 
         def prepare(proposal: Proposal) -> Prepared:
             return Prepared(
-                proposal=self.asked(lead=proposal.lead), template=self.adapter, declared_size=100, members=NAMES
+                proposal=self.asked(lead=proposal.lead),
+                template=self.adapter,
+                declared_size=100,
+                update_dtype="bfloat16",
+                members=NAMES,
             )
 
         return MadeSite(

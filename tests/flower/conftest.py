@@ -128,7 +128,12 @@ class Federation:
     def site(self, context: Context) -> Site:
         """The site of a node, opened from its files."""
         name = self._name(context)
-        prepared = Prepared(proposal=self.run.proposal, template=self.adapter, declared_size=self.sizes[name])
+        prepared = Prepared(
+            proposal=self.run.proposal,
+            template=self.adapter,
+            declared_size=self.sizes[name],
+            update_dtype=self.spec.update_dtype,
+        )
         return MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:

@@ -50,7 +50,7 @@ def site(
     def make(train: Train = one_more) -> Site:
         key = SigningKey.load_or_make(tmp_path / "site_key.pem")
         ledger = Ledger(tmp_path / "ledger.db", site_policy("a"), key)
-        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100)
+        prepared = Prepared(proposal=run_proposal(), template=adapter, declared_size=100, update_dtype="float32")
         return MadeSite(ledger, prepare=lambda proposal: prepared, train=train)
 
     return make
