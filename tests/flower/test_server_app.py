@@ -18,7 +18,7 @@ from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.events import grouped
-from fedtune.privacy.release import Update
+from fedtune.privacy.release import Difference, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
@@ -104,8 +104,9 @@ def change_update(change: Callable[[Update], Update]) -> Callable[[Message], Non
     return change_bytes(lambda data: change(Update.from_bytes(data)).to_bytes())
 
 
-def change_head(value: np.ndarray) -> Callable[[Message], None]:
-    return change_update(lambda update: replace(update, tensors={**update.tensors, "head": value}))
+def change_head(half: np.ndarray) -> Callable[[Message], None]:
+    """How far the head moved, by the upper 16 bits of each float32."""
+    return change_update(lambda update: replace(update, tensors=Difference({**update.tensors.halves, "head": half})))
 
 
 def change_fields(**changes: Any) -> Callable[[Message], None]:
@@ -119,7 +120,7 @@ def change_fields(**changes: Any) -> Callable[[Message], None]:
 _CHANGED: dict[str, Callable[[Message], None]] = {
     # Whatever is changed on the way is no longer what the site signed; what a site itself may sign is another test's,
     # tests/federation/test_replies.py.
-    "nan": change_head(np.array([0, 0, 0, np.nan], np.float32)),
+    "nan": change_head(np.array([0, 0, 0, 0x7FC0], np.uint16)),
     "another site": change_update(lambda update: replace(update, site="site-1")),
 }
 _UNREADABLE: dict[str, Callable[[Message], None]] = {
