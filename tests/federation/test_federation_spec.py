@@ -50,7 +50,6 @@ def test_bounds(key: str, changes: dict[str, Any]) -> None:
 
 
 def test_a_secure_sum_needs_no_update_dtype() -> None:
-    """It is not refused with the default, nor with the other value that a plain run has."""
     for dtype in ("bfloat16", "float32"):
         spec = FederationSpec(num_sites=3, aggregation="secure", update_dtype=dtype)  # type: ignore[arg-type]
         assert spec.together is not None
