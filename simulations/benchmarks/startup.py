@@ -54,13 +54,11 @@ def of_training(module):
     module.train_round = first_step
 
 def of_display(module):
-    if not hasattr(module, "Display"):
-        return
     module.Display.preparing = marked(module.Display.preparing, None)
     module.Display.prepared = marked(module.Display.prepared, "prepared")
 
 CHANGED = {"fedtune.training.local": of_training, "fedtune.show.run_progress": of_display}
-CHANGED["fedtune.cli.display"] = of_display  # where it was before 0.2.0
+CHANGED |= {"fedtune.cli.display": of_display}  # where it was before 0.2.0
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
