@@ -57,22 +57,18 @@ _BLOCK = 2**18
 """Values that a CPU works on at a time, so that they stay in a core's cache from one pass to the next."""
 
 
-def round_rows(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers (n, k) in int8 and their float32 scales (n, 1): their product is near `rows` (n, k) in float32.
-
-    Args:
-        rows: float32.
-        factors: (k,) that they are multiplied by before.
-    """
+def round_rows(rows: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers (n, k) in int8 and their float32 scales (n, 1): near float32 `rows` (n, k) times `factors` (k,)."""
     whole, scales = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), 1)
+    passes = _passes(rows.device.type)
     for some, numbers, of_rows in _blocks(_rows_at_a_time(rows, rows.shape[1]), rows, whole, scales):
-        _passes(rows.device.type).round_into(some, factors, numbers, of_rows)
+        passes.round_into(some, factors, numbers, of_rows)
     return whole, scales
 
 
-def round_into(rows: torch.Tensor, factors: torch.Tensor | None, whole: torch.Tensor, scales: torch.Tensor) -> None:
+def round_into(rows: torch.Tensor, factors: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> None:
     """Round `rows` (n, k), times `factors` (k,), into `whole` (n, k) int8 and their `scales` (n, 1)."""
-    values = rows if factors is None else rows * factors
+    values = rows * factors
     # Both ends of a row, since its absolute values would have to be written down first.
     largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
     # Of a row that is not finite the whole numbers are anything, and its scale is NaN, since zero times infinity is.
@@ -84,13 +80,11 @@ def scale_into(
     out: torch.Tensor,
     sums: torch.Tensor,
     of_rows: torch.Tensor,
-    of_outputs: torch.Tensor | None = None,
+    of_columns: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> None:
-    """Put `sums` (n, m) times the scales of rows (n, 1) and outputs (m,), plus a bias, into `out` (n, m) float32."""
-    out.copy_(sums).mul_(of_rows)
-    if of_outputs is not None:
-        out.mul_(of_outputs)
+    """Put `sums` (n, m) times the scales of rows (n, 1) and columns (m,), plus a bias, into `out` (n, m) float32."""
+    out.copy_(sums).mul_(of_rows).mul_(of_columns)
     if bias is not None:
         out.add_(bias)  # by itself: in `addcmul` a compiler may leave out a rounding, here and not there
 
@@ -110,7 +104,7 @@ def _passes(device: str) -> Passes:
     try:
         from fedtune.model import int8_kernels  # it compiles, or reads what it compiled
 
-        int8_kernels.round_into(torch.ones(1, 1), None, torch.empty(1, 1, dtype=torch.int8), torch.empty(1, 1))
+        int8_kernels.round_into(torch.ones(1, 1), torch.ones(1), torch.empty(1, 1, dtype=torch.int8), torch.empty(1, 1))
         return int8_kernels
     except Exception:  # numba is for another numpy, or has nowhere to write: it raises whatever comes
         _log.warning("numba cannot be used; int8 products take longer without it", exc_info=True)

@@ -1,8 +1,8 @@
 """The passes over memory that surround an int8 product, each in one loop that numba compiles (the extra `fast`).
 
-`int8` has the same two functions in torch's own operations, five passes and four.  Both give the same bits: a sum, a
-product, a quotient is rounded once, as IEEE 754 says, since numba neither contracts nor reorders unless it is told to.
-Used on CPUs with an int8 kernel of torch's own.
+`int8` has the same two functions in torch's own operations, which pass over memory several times.  Both give the same
+bits: a sum, a product, a quotient is rounded once, as IEEE 754 says, since numba neither contracts nor reorders unless
+it is told to.  Used on CPUs with an int8 kernel of torch's own.
 """
 
 from __future__ import annotations
@@ -50,39 +50,27 @@ def _round(rows: Any, factors: Any, some: Any, bits: Any, whole: Any, scales: An
 
 
 @_compiled
-def _scale(out: Any, sums: Any, of_rows: Any, of_outputs: Any, bias: Any) -> None:
+def _scale(out: Any, sums: Any, of_rows: Any, of_columns: Any, bias: Any) -> None:
     for row in range(out.shape[0]):
         for place in range(out.shape[1]):
-            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0] * of_outputs[place] + bias[place]
+            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0] * of_columns[place] + bias[place]
 
 
-@_compiled
-def _scale_rows(out: Any, sums: Any, of_rows: Any) -> None:
-    for row in range(out.shape[0]):
-        for place in range(out.shape[1]):
-            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0]
-
-
-def round_into(rows: torch.Tensor, factors: torch.Tensor | None, whole: torch.Tensor, scales: torch.Tensor) -> None:
+def round_into(rows: torch.Tensor, factors: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> None:
     """As `int8.round_into`."""
-    size = rows.shape[1]
-    some = np.empty(size, dtype=np.float32)
-    by = np.ones(size, dtype=np.float32) if factors is None else factors.numpy()
-    of_rows = scales.numpy()
-    _round(rows.contiguous().numpy(), by, some, some.view(np.int32), whole.numpy(), of_rows, of_rows.view(np.int32))
+    some, of_rows = np.empty(rows.shape[1], dtype=np.float32), scales.numpy()
+    bits = some.view(np.int32), of_rows.view(np.int32)
+    _round(rows.contiguous().numpy(), factors.numpy(), some, bits[0], whole.numpy(), of_rows, bits[1])
 
 
 def scale_into(
     out: torch.Tensor,
     sums: torch.Tensor,
     of_rows: torch.Tensor,
-    of_outputs: torch.Tensor | None = None,
+    of_columns: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> None:
     """As `int8.scale_into`."""
-    if of_outputs is None:
-        _scale_rows(out.numpy(), sums.numpy(), of_rows.numpy())
-        return
     # Minus zero changes no number, not even plus zero and minus zero themselves.
-    plus = np.full(len(of_outputs), -0.0, dtype=np.float32) if bias is None else bias.detach().numpy()
-    _scale(out.numpy(), sums.numpy(), of_rows.numpy(), of_outputs.numpy(), plus)
+    plus = np.full(len(of_columns), -0.0, dtype=np.float32) if bias is None else bias.detach().numpy()
+    _scale(out.numpy(), sums.numpy(), of_rows.numpy(), of_columns.numpy(), plus)

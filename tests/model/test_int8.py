@@ -103,7 +103,7 @@ def test_large_columns_are_made_smaller_by_powers_of_two_before_a_row_is_rounded
     assert torch.equal(factors[0].log2(), factors[0].log2().round())
     assert -10.5 < factors[0].log2()[::7].mean() - factors[0].log2()[1::7].mean() < -9.5
     wanted, found = base(ids), coarse(ids)
-    rounded = torch.mul(*round_rows(base.embedding(ids)[0]))
+    rounded = torch.mul(*round_rows(base.embedding(ids)[0], torch.ones(70)))
     for exact, one, layer in zip(wanted, found, base.layers, strict=True):
         assert (one - exact).norm() < 0.02 * exact.norm()
         assert (layer(rounded) - exact[0]).norm() > 0.2 * exact.norm(), "all but the large columns are lost"
@@ -129,7 +129,7 @@ def test_product_and_gradient_are_those_of_rounded_numbers_exactly(module: nn.Mo
     sums = (whole.long() @ layer.whole.long().t()).float()  # int64 holds them, however they are added
     wanted = sums * scales * layer.scales
     assert torch.equal(found.view(15, -1), wanted if layer.bias is None else wanted + layer.bias)
-    whole, scales = round_rows(direction.view(15, -1) * layer.scales)
+    whole, scales = round_rows(direction.view(15, -1), layer.scales)
     assert torch.equal(gradient.view(15, -1), (whole.long() @ layer.whole.long()).float() * scales * layer.factors)
     exact = values.double() @ (module.weight.double() if isinstance(module, Conv1D) else module.weight.double().t())
     exact = exact if module.bias is None else exact + module.bias
@@ -229,7 +229,7 @@ def test_compiled_passes_have_the_same_bits_as_torch_s(size: int) -> None:
 
     sums, of_rows = torch.randint(-(2**31), 2**31 - 1, (40, size), dtype=torch.int32), torch.rand(40, 1)
     of_outputs, bias = torch.rand(size), torch.randn(size)
-    for beside in ((), (of_outputs,), (of_outputs, bias)):
+    for beside in ((of_outputs,), (of_outputs, bias)):
         one, other = torch.empty(40, size), torch.empty(40, size)
         int8.scale_into(one, sums, of_rows, *beside)
         int8_kernels.scale_into(other, sums, of_rows, *beside)
@@ -239,14 +239,14 @@ def test_compiled_passes_have_the_same_bits_as_torch_s(size: int) -> None:
     halves = torch.arange(40 * size).view(40, size) % 255 - 127 + 0.5  # as near to one whole number as to another
     halves[:, 0] = 127.0
     for values in (rows, halves, rows.t().contiguous().t()):
-        for factors in (None, of_outputs):
+        for factors in (torch.ones(size), of_outputs):
             found = [(torch.empty(40, size, dtype=torch.int8), torch.empty(40, 1)) for _ in range(2)]
             for passes, into in zip((int8, int8_kernels), found, strict=True):
                 passes.round_into(values, factors, *into)
             assert torch.equal(found[0][0], found[1][0])
             assert torch.equal(found[0][1].view(torch.int32), found[1][1].view(torch.int32))
     rows[5], rows[6, 0], rows[7, 0] = torch.nan, torch.inf, -torch.inf
-    int8_kernels.round_into(rows, None, *found[0])
+    int8_kernels.round_into(rows, torch.ones(size), *found[0])
     assert found[0][1].isnan().flatten().nonzero().flatten().tolist() == [5, 6, 7]
 
 
