@@ -24,7 +24,7 @@ from dp_accounting import DpEvent
 
 from fedtune.ops.files import new_folder, writing
 from fedtune.ops.kits.federation_folder import FederationFolder
-from fedtune.ops.services.lead_and_server import DATABASE
+from fedtune.ops.kits.kit_file import DATABASE
 from fedtune.ops.services.site_state import serving
 from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey

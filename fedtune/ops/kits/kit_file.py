@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+DATABASE = "server.db"
+"""In the folder of a server's kit."""
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"

@@ -22,7 +22,7 @@ from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.certificates import fingerprint_of
-from fedtune.ops.kits.kit_file import Kit, KitCertificate, file_mark
+from fedtune.ops.kits.kit_file import DATABASE, Kit, KitCertificate, file_mark
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
-RECEIPTS, RUNNING, DATABASE = "receipts.json", "running.json", "server.db"
+RECEIPTS, RUNNING = "receipts.json", "running.json"
 
 
 def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
