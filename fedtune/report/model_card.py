@@ -160,7 +160,7 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         base=model.public_id or model.shown_path,
         public_id=model.public_id,
         gguf_file=model.gguf_file,
-        in_four_bits=model.dtype == "nf4",
+        dtype=model.dtype,
         simulated=not record.deployed,
         sites=report.sites,
         made=report.provenance,

@@ -160,7 +160,7 @@ def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
     told = command("export", str(run), "--to", str(tmp_path / "out"))
     assert told.code == 0, told.err
-    assert "beside the base's layers in four bits (nf4)" in (tmp_path / "out" / "README.md").read_text()
+    assert "beside the base's layers in the number format nf4" in (tmp_path / "out" / "README.md").read_text()
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     offsets, weights = load_file(tmp_path / "out" / "offsets.safetensors"), load_file(Path(base, "model.safetensors"))
     for name, offset in offsets.items():
