@@ -109,11 +109,14 @@ def _adapter_put_back(model: TaskModel) -> Iterator[None]:
 
 @contextmanager
 def _as_the_model_s(model: TaskModel, shapes: Shapes) -> Iterator[None]:
-    """Whatever a model's code raises becomes a mistake in `model.path`."""
+    """Whatever a model's code raises becomes a mistake in `model.path`, and want of memory one in how much it gets."""
     try:
         yield
     except ConfigError:
         raise
+    except torch.OutOfMemoryError as error:
+        bound = f"must be smaller: the device has no room for such a micro-batch ({first_line(error)})"
+        raise ConfigError("runtime.micro_batch_tokens", shapes.max_tokens, bound) from None
     except Exception as error:
         bound = f"cannot be trained on examples of {shapes.lengths[-1]} tokens here: {first_line(error)}"
         raise ConfigError("model.path", model.spec.model.path, bound) from error

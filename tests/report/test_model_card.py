@@ -124,7 +124,7 @@ def test_a_base_from_gguf_is_not_the_one_of_its_public_id(record: RunRecord, of_
 def test_a_base_in_a_coarser_format_is_not_the_one_that_others_load(record: RunRecord, of_run: Report) -> None:
     for dtype in ("float32", "int8", "nf4"):
         text = " ".join(card_text(with_model(record, dtype=dtype), of_run, FORM).split())
-        assert ("tuned, and scored below, beside the base's layers in the number format" in text) == (dtype != "float32")
+        assert ("tuned, and scored below, beside the base's layers in the number" in text) == (dtype != "float32")
 
 
 def test_a_made_up_base_cannot_be_loaded_and_the_card_says_so(record: RunRecord, of_run: Report) -> None:

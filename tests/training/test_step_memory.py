@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -191,13 +192,11 @@ def test_a_length_without_padding_keeps_its_empty_row(fresh: Any) -> None:
     assert with_room.room(full.full, 2) == 1
 
 
-def test_a_model_that_cannot_be_measured_is_a_mistake_in_its_path(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: TaskModel, batch: Any) -> Any:
-        raise RuntimeError("CUDA out of memory")
-
-    monkeypatch.setattr(TaskModel, "losses", fails)
-    with pytest.raises(ConfigError, match=r"model\.path = 'random:bert': cannot be trained on examples of 24 tokens"):
-        within(fresh(), 1e9)
+def test_a_failure_of_a_trial_names_its_setting(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
+        monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
+        with pytest.raises(ConfigError, match=said):
+            within(fresh(), 1e9)
 
 
 # No bit.
