@@ -30,7 +30,7 @@ def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (steps,) = json.loads(into.read_text()).values()
     checks = ["equal", "repeats", "alone", "moved-by-one", "several-devices"]
-    assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b", "four-bit"]
+    assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b", "whole-numbers", "four-bit"]
     assert steps["several-devices"]["devices"] == 2
     assert steps["moved-by-one"]["exceeded"] == 0
     assert set(steps["alone"].values()) - {steps["alone"]["step_seconds"]} == {0.0}
