@@ -106,8 +106,8 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "causal_lm", "preference"
-            or "embedding".
+        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "token_classification",
+            "causal_lm", "preference" or "embedding".
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.

@@ -43,6 +43,8 @@ _BESIDE = {
     ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],
     ("data", "own_labels"): ["experiment=own_labels", *_OWN, "data.labels=[yes,no]"],
     ("experiment", "own_labels"): [*_OWN, "data.labels=[yes,no]"],
+    ("data", "own_entities"): ["experiment=own_entities", *_OWN, "data.labels=[drug]"],
+    ("experiment", "own_entities"): [*_OWN, "data.labels=[drug]"],
     ("experiment", "own_order"): [*_OWN, "data.labels=[low,high]"],
     ("data", "own_numbers"): ["experiment=own_numbers", *_OWN, "data.target_range=[0,5]"],
     ("experiment", "own_numbers"): [*_OWN, "data.target_range=[0,5]"],

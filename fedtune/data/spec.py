@@ -9,11 +9,12 @@ from typing import Literal
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
 
 _MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
 """Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
 
+_MOST_WINDOWS = 8
 _LARGEST_BETA = 1000.0
 _LARGEST_TARGET, _LEAST_WIDTH = 1e12, 1e-6
 """Of a range, the width beside its largest number: predictions are float32, which have seven digits."""
@@ -85,7 +86,8 @@ class DataSpec:
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
         columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, `labels` or
-            `target`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition
+            `target`; `tokens` and `tags`, or `text` and `spans`; or `prompt`, `completion` and all other names in
+            `prompt_template`); `label` (partition
             "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
             for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
@@ -99,7 +101,10 @@ class DataSpec:
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        max_length: the most tokens of an example, or of each of its texts where it has several.
+        max_length: the most tokens of an example, or of each of its texts or windows where it has several.
+        windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
+            by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
+        stride: how many tokens two windows share, each of which is learnt in one of them.
         pairs: how task embedding compares the texts of a record.
         preferences: how task preference compares the two answers of a record.
         partition: how a simulation deals out `train_file`.
@@ -120,6 +125,8 @@ class DataSpec:
     columns: Mapping[str, str]
     declared_sizes: int | tuple[int, ...]
     max_length: int
+    windows: int = 1
+    stride: int = 0
     validation_file: str | None = None
     test_file: str | None = None
     labels: tuple[str, ...] = ()
@@ -148,6 +155,10 @@ class DataSpec:
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
         check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
+        check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
+        check_at_least("stride", self.stride, 0)
+        if self.stride > (self.max_length - 2) // 2:
+            raise ConfigError("stride", self.stride, "must be at most half of what a window of data.max_length holds")
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)
         for name in ("validation", "test"):

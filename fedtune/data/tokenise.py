@@ -143,6 +143,37 @@ def encode(
     return (ids for ids, _ in _each(texts, encoded, normalizer, within))
 
 
+def encode_words(
+    texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int, within: int | None = None
+) -> Iterator[Encoded]:
+    """The same without special tokens, and for each token the characters of the word, as the tokenizer has them, that
+    begins with it; (0, 0) where none does.
+    """
+
+    def encoded(some: Sequence[str]) -> list[Encoded]:
+        found = tokenizer(
+            list(some), add_special_tokens=False, truncation=True, max_length=max_length, padding=False, verbose=False
+        )
+        return [
+            (one.ids, _words_by_token(one, text))
+            for one, text in zip(found.encodings, some, strict=True)  # type: ignore[attr-defined]
+        ]
+
+    normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
+    return _each(texts, encoded, normalizer, within)
+
+
+def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
+    ends = {word: end for word, (_, end) in zip(encoding.word_ids, encoding.offsets, strict=True)}
+    found, before = [], None
+    for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
+        piece = text[start : ends[word]]
+        start += len(piece) - len(piece.lstrip())  # some tokens have the space before them
+        found.append((start, ends[word]) if word is not None and word != before and piece.strip() else (0, 0))
+        before = word
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MarkedTokenizer:
     """A copy of a tokenizer in which some tokens, its marks, go by names that are drawn anew in each process.

@@ -18,7 +18,7 @@ from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target"}
+NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans"}
 """Roles whose values are no texts that somebody wrote."""
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
@@ -315,19 +315,9 @@ def labels_of(value: object, at: str) -> str:
     Raises:
         DataError: it is no text, number or list of these.
     """
-    listed: Any
-    try:
-        listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
-    except RecursionError:
-        listed = [None]
-    if isinstance(value, str) and listed is None:
-        text = value.strip()
-        if not _PRINTED_LIST.fullmatch(text):
-            return text
-        inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
-        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
-        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = _listed_in(value)
+    if listed is None:
+        return str(value).strip()
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
         raise DataError(at, json_type(value), "must be a text or a list of texts or whole numbers (role labels)")
     labels = [one.strip() if isinstance(one, str) else str(int(one)) for one in listed]
@@ -335,6 +325,22 @@ def labels_of(value: object, at: str) -> str:
         bound = "must name each label once (role labels); a vector of 0 and 1 is no list of labels: write their names"
         raise DataError(at, "a label twice", bound)
     return _as_json(labels)
+
+
+def _listed_in(value: object) -> list[Any] | None:
+    """A value as the list that it is, or stands for; None: it is a text that is none, and not blank."""
+    try:
+        listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
+    except RecursionError:
+        listed = [None]
+    if isinstance(value, str) and listed is None:
+        text = value.strip()
+        if not _PRINTED_LIST.fullmatch(text):
+            return None
+        inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
+        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
+        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
+    return listed if isinstance(listed, list) else [listed]
 
 
 def _json_list(text: str) -> list[Any] | None:
@@ -358,6 +364,38 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     """
     listed = _json_list(text)
     return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
+
+
+def words_of(value: object, at: str, role: str = "tokens") -> str:
+    """The tokens of a record, or their tags, one a line; they are a list, which may also be text, as for `labels_of`.
+
+    Raises:
+        DataError: it is no list of at least one text or whole number.
+    """
+    listed = _listed_in(value)
+    if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
+        found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"
+        raise DataError(at, found, f"must be a list of texts (role {role})")
+    return "\n".join(" ".join(str(one).split()) for one in listed)
+
+
+def spans_of(value: object, at: str) -> str:
+    """The marked parts of a text as a JSON list of [first, end, label], in characters, `end` exclusive; none is fine.
+
+    Raises:
+        DataError: it is no list, or one in it has no first, end or label.
+    """
+    listed = _listed_in(_rows_of(value))
+    if listed is None:
+        raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
+    found = []
+    for number, one in enumerate(listed, 1):
+        given = [one.get(key) for key in ("start", "end", "label")] if isinstance(one, dict) else one
+        if not isinstance(given, list) or [type(part) for part in given] != [int, int, str]:
+            bound = "must have start and end, whole numbers, and label, a text (role spans)"
+            raise DataError(f"{at}, span {number}", json_type(one), bound)
+        found.append(given)
+    return _as_json(found)
 
 
 def number_of(value: object, at: str) -> str:
@@ -389,6 +427,9 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
     "labels": labels_of,
     "target": number_of,
+    "tokens": words_of,
+    "tags": lambda value, at: words_of(value, at, "tags"),
+    "spans": spans_of,
     **dict.fromkeys(SAID, said_of),
 }
 """Roles whose values need not be texts in a file, and how they become some."""

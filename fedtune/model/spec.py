@@ -204,7 +204,8 @@ class TaskModelSpec:
         labels: the declared label set, in its order; empty where the task has none.
         target_range: the declared range of a number to learn; null where the task has none.
         seed: of the adapters' random start, which is public.
-        texts: of a record, which go through the base each by itself: 1, or those that a record compares.
+        texts: of a record, which go through the base each by itself: 1, those that a record compares, or the windows of
+            a long one.
         beta: of preferences, see `PreferenceSpec`.
         per_token: likewise.
     """
@@ -222,4 +223,4 @@ class TaskModelSpec:
 
     def __post_init__(self) -> None:
         check_at_least("seed", self.seed, 0)
-        check_one_of("texts", self.texts, (1, 2, 3))
+        check_one_of("texts", self.texts, range(1, 9))

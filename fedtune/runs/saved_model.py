@@ -119,14 +119,12 @@ class SavedModel:
     def answer(self, record: Record) -> tuple[str, object]:
         """The adapter's answer to a record, which needs none of its own: as text, and as JSON."""
         task, data = self.model.task, self.config.data
-        # A record is tokenised with its answer; any declared one stands in its place, and nothing reads it.
-        stand_in = {role: task.made_up(role, data, draw=lambda _: 0) or "" for role in task.answers}
-        asked = Record({**record.fields, **stand_in}, file=record.file, line=record.line)
+        asked = task.as_asked(record, data)
         examples = task.tokenise([asked], self.tokenizer, data=data)
         batch = collate(examples, [0], pad_id=self.tokenizer.pad_token_id)
         with scoring(self.model):
-            logits = self.model.logits(batch.to(self.model.device))
-        return task.answer(logits[0].cpu(), spec=self.model.spec)
+            logits = self.model.logits(batch.to(self.model.device)).cpu()
+        return task.answer_to(asked, logits, self.tokenizer, data=data, spec=self.model.spec)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -45,6 +46,8 @@ _OF_SOME_TASKS = {
     "target_range": None,
     "pairs": PairsSpec(),
     "preferences": PreferenceSpec(),
+    "windows": 1,
+    "stride": 0,
 }
 """Settings that only tasks with them among their `own_settings` use, and what they are for others."""
 FirstTarget: TypeAlias = Callable[[int], int]
@@ -82,6 +85,7 @@ class Task(ABC):
         answers: roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores.
         own_settings: keys of `data` that not every task uses, and this one does.
         has_labels: whether `data.labels` declares the classes.
+        fewest_labels: that must be declared then.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
         has_reference: whether losses compare the model with its base without adapters (`reference`).
         predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
@@ -98,6 +102,7 @@ class Task(ABC):
     answers: ClassVar[frozenset[str]] = frozenset()
     own_settings: ClassVar[frozenset[str]] = frozenset()
     has_labels: ClassVar[bool] = False
+    fewest_labels: ClassVar[int] = 2
     has_head: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
@@ -117,7 +122,7 @@ class Task(ABC):
         return self.roles
 
     def texts(self, data: DataSpec) -> int:
-        """How many texts of a record go through the base, each by itself (`TextDataset.texts`): 1, 2 or 3.
+        """How many texts of a record go through the base, each by itself (`TextDataset.texts`): 1 to 8.
 
         What trains must see their rows: a gradient for each row is what its hooks give, and a record's is their sum.
         """
@@ -174,8 +179,9 @@ class Task(ABC):
         for role in self.roles_in(data):
             if role not in data.columns:
                 raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
-        if self.has_labels and len(data.labels) < 2:
-            raise ConfigError("labels", data.labels, "must declare at least two labels")
+        if self.has_labels and len(data.labels) < self.fewest_labels:
+            least = "two labels" if self.fewest_labels == 2 else "one label"
+            raise ConfigError("labels", data.labels, f"must declare at least {least}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         known = {*self.roles_in(data), *_ROLES_OF_ALL}
@@ -325,6 +331,17 @@ class Task(ABC):
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """The answer for one record by its scores, where the task does not write: for a person, and as JSON."""
         raise NotImplementedError
+
+    def as_asked(self, record: Record, data: DataSpec) -> Record:
+        """A record without its answer as one that can be tokenised: any declared one stands in, which nothing reads."""
+        stand_in = {role: self.made_up(role, data, draw=lambda _: 0) or "" for role in self.answers}
+        return replace(record, fields={**record.fields, **stand_in})
+
+    def answer_to(
+        self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
+    ) -> tuple[str, object]:
+        """The same for a record of which an answer may quote parts, by the scores of its rows."""
+        return self.answer(logits[0], spec=spec)
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         """A value that an invented record may have in a role; None: any text.  `draw(n)` takes one of n."""

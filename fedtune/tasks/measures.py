@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 Classes = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 """(n, labels): the labels that each record has, or is predicted to have."""
+Entity: TypeAlias = tuple[int, int, int]
+"""Where an entity begins and ends, in words or characters, and the place of its label."""
 BINS = 10
 """Bins of the calibration error."""
 
@@ -117,6 +120,35 @@ def by_class(truth: Marks, predicted: Marks, *, labels: Sequence[str]) -> tuple[
         ClassScores(label=label, precision=float(p), recall=float(r), f1=float(f), support=int(count))
         for label, p, r, f, count in figures
     )
+
+
+def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels: int) -> Floats:
+    """Entities of one record by label, and in a last row of all labels taken as one: (num_labels + 1, 5) counts.
+
+    They are the true ones, the predicted ones, those that are both, the true ones that share a word with a predicted
+    one of their label, and the predicted ones that share a word with a true one.
+    """
+    counts = np.zeros((num_labels + 1, 5))
+    for label in range(num_labels + 1):
+        real, given = ({one[:2] for one in each if label in (one[2], num_labels)} for each in (truth, said))
+        met, right = (
+            sum(any(first < other[1] and other[0] < end for other in others) for first, end in each)
+            for each, others in ((real, given), (given, real))
+        )
+        counts[label] = len(real), len(given), len(real & given), met, right
+    return counts
+
+
+def rates(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
+    """Recall, precision and F1 of (5,) counts of entities; 0 where there is nothing to divide by.
+
+    Args:
+        counts: as `entity_counts` has them.
+        found: the place of the true ones that count as found.
+        right: the place of the predicted ones that count as right.
+    """
+    recall, precision = counts[found] / max(counts[0], 1), counts[right] / max(counts[1], 1)
+    return float(recall), float(precision), float(2 * recall * precision / max(recall + precision, 1e-12))
 
 
 def auroc(probabilities: Floats, truth: Marks) -> float:

@@ -14,10 +14,14 @@ from fedtune.tasks.multi_label import MultiLabel
 from fedtune.tasks.ordinal import Ordinal
 from fedtune.tasks.preference import Preference
 from fedtune.tasks.regression import Regression
+from fedtune.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Classification(), MultiLabel(), Ordinal(), Regression(), CausalLM(), Preference(), Embedding())
+    for task in (
+        *(Classification(), MultiLabel(), Ordinal(), Regression(), TokenClassification()),
+        *(CausalLM(), Preference(), Embedding()),
+    )
 }
 
 

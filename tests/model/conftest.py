@@ -132,7 +132,9 @@ def examples() -> Callable[[str], Examples]:
             spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
             draws = np.random.default_rng(8)
             made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
-            return Examples(token_ids, mask, torch.from_numpy(np.asarray(made)))
+            targets = torch.from_numpy(np.asarray(made))
+            by_token = targets.shape == mask.shape
+            return Examples(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
         targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
         targets[3] = -100
         return Examples(token_ids, mask, targets)

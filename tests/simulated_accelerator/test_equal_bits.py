@@ -32,6 +32,10 @@ TASKS = {
     "multi_label": ("data.columns={text: text, labels: grades}", GRADED),
     "ordinal": ("data.columns={text: text, label: grade}", GRADED),
     "regression": ("data.columns={text: text, target: score}", *RANGE),
+    "token_classification": (
+        *("data.columns={tokens: words, tags: tags}", GRADED, "data.max_length=8", "data.windows=2", "data.stride=2"),
+        *("head.init=zero", "head.centre=false"),
+    ),
     "causal_lm": ("data.columns={prompt: text, completion: other}", *LLAMA, "evaluation.generate=true"),
     "preference": ("data.columns={prompt: text, chosen: other, rejected: third}", *LLAMA),
     "embedding": ("data.columns={text: text, other: other, target: score}", *RANGE),
@@ -49,7 +53,9 @@ def given(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
 
     def record(number: int) -> dict[str, Any]:
         grade, person = GRADES[number % 3], f"person {number // 3}"
-        texts = {"text": text(), "other": text(), "third": text()}
+        texts: dict[str, Any] = {"text": text(), "other": text(), "third": text()}
+        texts["words"] = texts["text"].split()
+        texts["tags"] = [("O", f"B-{grade}", f"I-{grade}")[place % 3] for place, _ in enumerate(texts["words"])]
         return {**texts, "grade": grade, "grades": f"{grade};low", "score": number % 5, "person": person}
 
     file = tmp_path / "records.jsonl"

@@ -42,6 +42,8 @@ DECISIVE: dict[str, Any] = {
     "data.chat_template": "plain",
     "data.heldout_fraction": 0.1,
     "data.label_separator": "|",
+    "data.windows": 3,
+    "data.stride": 4,
     "data.target_range": (0.0, 9.0),
     "data.pairs": PairsSpec(margin=0.4),
     "data.preferences": PreferenceSpec(beta=0.3),
@@ -180,6 +182,8 @@ WITH: dict[str, Any] = {
         "data": {"labels": (), "columns": {"text": "a", "target": "b"}, "target_range": (0.0, 5.0)},
         "head": {"scale": 1.0},
     },
+    "data.windows": {"task": "token_classification", "data": {"columns": {"tokens": "a", "tags": "b"}}},
+    "data.stride": {"task": "token_classification", "data": {"columns": {"tokens": "a", "tags": "b"}}},
     "data.pairs": {
         "task": "embedding",
         "data": {"labels": (), "columns": {"anchor": "a", "positive": "b", "negative": "c"}},

@@ -23,6 +23,7 @@ from fedtune.tasks.pooled import mean_pooled
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
 KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]
+KINDS += [("random:bert", "token_classification")]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 
 
@@ -124,7 +125,10 @@ def test_plain_peft_gives_the_same_logits(
     else:
         head = load_file(tmp_path / "adapter" / "head.safetensors")["weight"]
         scale = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())["head"]["scale"]
-        logits = scale * mean_pooled(output.last_hidden_state, batch.attention_mask) @ head.T
+        hidden = output.last_hidden_state
+        by_token = task == "token_classification"
+        read = hidden / hidden.shape[-1] ** 0.5 if by_token else mean_pooled(hidden, batch.attention_mask)
+        logits = scale * read @ head.T
     near = 1e-5 if LORAS[name].kind == "dora" else 1e-6  # PEFT adds the same things in another order
     torch.testing.assert_close(logits, model.logits(batch), rtol=near, atol=near)
 
@@ -133,7 +137,7 @@ def test_plain_peft_gives_the_same_logits(
 def test_a_saved_folder_loads_as_it_was(
     trained: Any, examples: Any, tmp_path: Path, path: str, task: str, name: str
 ) -> None:
-    labels = task != "regression"
+    labels = task not in ("regression", "token_classification")
     head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", centre=labels, train=False)
     model = trained(path, task, head=head, lora=LORAS[name])
     save_task_model(model, tmp_path / "adapter")

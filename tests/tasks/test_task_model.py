@@ -24,6 +24,7 @@ EMBED = Classification().embed
 KINDS = [
     *(("random:bert", task) for task in ("classification", "multi_label", "regression", "pairs", "triplets")),
     *(("random:llama", task) for task in ("classification", "ordinal", "causal_lm", "pairs")),
+    ("random:bert", "token_classification"),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 # torch says so where the input of a hooked module needs no gradient, as below the first adapter; the hook is right.

@@ -51,7 +51,13 @@ WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
         (LABELLED, {"labels": ("a", "b")} | TURNS, "chat_template = 'plain': must stay none"),
     ],
     "multi_label": [(("text", "labels"), {"labels": ("a",)}, "labels = ['a']: must declare at least two labels")],
+    "token_classification": [
+        (("text", "spans"), {}, "labels = []: must declare at least one label"),
+        (("tokens", "tags"), {"labels": ("a",)} | TURNS, "chat_template = 'plain': must stay none"),
+        (("text", "spans", "tags"), {"labels": ("a",)}, "columns.tags = 'tags': is no role of this run"),
+    ],
     "ordinal": [
+        (LABELLED, {"labels": ("a", "b"), "windows": 2}, "windows = 2: must stay 1: task ordinal does not use it"),
         (
             LABELLED,
             {"labels": ("a", "b")} | IN_RANGE,

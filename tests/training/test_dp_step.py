@@ -33,6 +33,12 @@ UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets
 def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
     texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.texts_of([index])]
+    if model.task.name == "token_classification":
+        hidden = torch.cat([model.base(input_ids=ids).last_hidden_state[0] for ids in texts])
+        targets = torch.cat([torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])])
+        each = 20.0 / hidden.shape[1] ** 0.5 * hidden @ model.head.weight.T
+        learnt = targets != -100
+        return functional.cross_entropy(each[learnt], targets[learnt]) if learnt.any() else each.sum() * 0.0
     if model.task.name == "preference":
         targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])]
         with model.base.disable_adapter(), torch.no_grad():

@@ -109,6 +109,20 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"text": "b", "target": "2.5"},
         {"text": "[SEP] there [SEP]", "target": "1e-300"},
     ],
+    "tagged": [
+        {"tokens": "where\nis\nmy\ncard", "tags": "O\nO\nB-lost\nI-lost"},
+        {"tokens": "\n".join(["my", "card", "is", "lost"] * 9), "tags": "\n".join(["O", "U-card"] * 18)},
+        {"tokens": "b", "tags": "O"},
+        {"tokens": "[SEP]\n\nthere [SEP]", "tags": "B-card\nO\nI-lost"},
+        {"tokens": "\x00\ufffd\u202e 文字", "tags": "lost"},
+    ],
+    "marked": [
+        {"text": "where is my card", "spans": '[[9, 16, "card"]]'},
+        {"text": "my card is lost " * 9, "spans": '[[0, 7, "card"], [16, 23, "card"], [136, 142, "lost"]]'},
+        {"text": "b" * 200, "spans": "[]"},
+        {"text": "name a b c d e f g h i j k l m n o p", "spans": '[[0, 36, "lost"]]'},
+        {"text": "\ud800", "spans": "[]"},
+    ],
     "prompted": [
         {"prompt": "where is my card", "chosen": "lost", "rejected": "there is a place"},
         {"prompt": "where is my card " * 9, "chosen": "lost", "rejected": "name"},
@@ -135,6 +149,7 @@ RECORDS: dict[str, list[dict[str, str]]] = {
     ],
 }
 OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
+OTHERS |= dict.fromkeys(("tagged", "marked"), "token_classification")
 """Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's."""
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
@@ -155,8 +170,10 @@ GIVEN: dict[str, dict[str, Any]] = {
     "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
     "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
     "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
+    "tagged": {"columns": {"tokens": "t", "tags": "g"}, "labels": ("card", "lost", "place")},
+    "marked": {"columns": {"text": "t", "spans": "s"}, "labels": ("card", "lost", "place"), "windows": 2, "stride": 4},
 }
-TEXTS = {"scored": 2, "triplets": 3, "listed": 3}
+TEXTS = {"scored": 2, "triplets": 3, "listed": 3, "marked": 2}
 PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 2.0, "per_token": True}, "whole": {"beta": 2.0}}
 """Layouts of task preference, and how it is to learn them."""
 layouts = pytest.mark.parametrize("layout", GIVEN)
@@ -179,7 +196,7 @@ def dataset_of() -> Callable[..., TextDataset]:
 def task_of(layout: str) -> Task:
     if layout in PREFERENCES:
         return task_named("preference")
-    return task_named("embedding" if layout in TEXTS else OTHERS.get(layout, "causal_lm"))
+    return task_named(OTHERS.get(layout) or ("embedding" if layout in TEXTS else "causal_lm"))
 
 
 def teaches_nothing(dataset: TextDataset, place: int) -> bool:

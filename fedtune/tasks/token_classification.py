@@ -1,0 +1,340 @@
+"""Token labels: the parts of a text that name something of a declared type, by a linear head on each token.
+
+Two kinds of files are one to this task: tokens with a tag each, joined by spaces, are a text with marked parts.  What
+is labelled are the words that the base's tokenizer finds, by the first token of each: so who reads a text with the
+model afterwards finds the same words.  Tags are O, and B- and I- of each type (IOB2), whatever scheme a file has.
+
+A long text is cut into windows, all of one record: it has one loss, and so one gradient to be clipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import measures
+from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
+from fedtune.tasks.measures import Detail, Entity, Floats
+from fedtune.tasks.pooled import undeclared
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+_TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
+_BEGINS, _ENDS = frozenset("BSU"), frozenset("ELSU")
+"""First letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
+_NO_WORD = (0, 0)
+_HEAD_ROWS = 4
+"""Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
+and the shortest window of a step has 12."""
+
+
+class Marked(NamedTuple):
+    """A text, and its entities by characters, in their order."""
+
+    text: str
+    entities: tuple[Entity, ...]
+
+
+class TokenClassification(Task):
+    """The loss of a record is the mean cross-entropy over the words of all its windows; the head has no bias.
+
+    scores = head.scale / sqrt(h) * W x, with the hidden state x, so that a scale means about what it means where x has
+    norm 1.
+    """
+
+    name = "token_classification"
+    roles = ("tokens", "tags")
+    answers = frozenset({"tags", "spans"})
+    own_settings = frozenset({"windows", "stride"})
+    has_labels = True
+    fewest_labels = 1
+    has_head = True
+    hub_name = "token-classification"
+    judged_by = "strict_f1"
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        return self.roles, ("text", "spans")
+
+    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+        return self.layouts["text" in data.columns]
+
+    def texts(self, data: DataSpec) -> int:
+        return data.windows
+
+    def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
+        in_columns = replace(data, columns={"text": "text"})
+        return {self.roles_in(data)[0]: super().prompt_fields(text, in_columns, at=at)["text"]}
+
+    def as_asked(self, record: Record, data: DataSpec) -> Record:
+        nothing = "\n".join("O" for _ in record.fields.get("tokens", "").split("\n"))
+        return replace(record, fields={**record.fields, "tags": nothing, "spans": "[]"})
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        if not spec.labels or len(set(spec.labels)) < len(spec.labels):
+            raise ConfigError("data.labels", spec.labels, f"must be at least one label, each once, for {self.name}")
+        for label in spec.labels:
+            if label == "O" or re.match(r"[BI]-", label):
+                raise ConfigError("data.labels", label, "must be a type of entities, without B- or I-, and not O")
+        for key, given, only in (("centre", spec.head.centre, False), ("init", spec.head.init, "zero")):
+            if given != only:
+                raise ConfigError(f"head.{key}", given, f"must be {json.dumps(only)} for task {self.name}")
+
+    def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
+        """Check that it tells which tokens are of one word."""
+        words = []
+        if getattr(tokenizer, "backend_tokenizer", None) is not None:
+            words = [word for word in next(encode_words(["a b"], tokenizer, max_length=9))[1] if word != _NO_WORD]
+        if len(words) < 2:
+            bound = f"must be a model whose tokenizer finds the words of a text, for task {self.name}"
+            raise ConfigError("model.path", tokenizer.name_or_path, bound)
+
+    def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
+        return error_of(marks(data))
+
+    def tokenise(
+        self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
+    ) -> TextDataset:
+        """Windows of each text, with the tokenizer's own special tokens around each.
+
+        A record has always `data.windows` of them: what it has no tokens for is one token without a target.  Of a text
+        that cannot be encoded that is all.
+        """
+        self.require_usable(records, data=data)
+        read = [*map(marks(data), records)]
+        before, behind = _around(tokenizer)
+        room = max(1, data.max_length - len(before) - len(behind))
+        step = room - min(data.stride, room // 2)
+        most = room + (data.windows - 1) * step
+        texts = [cut(one.text, most) for one in read]
+        input_ids: list[npt.NDArray[np.int32]] = []
+        targets: list[npt.NDArray[np.int64]] = []
+        encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
+        for record, one, (ids, words) in zip(records, read, encoded, strict=True):
+            if not ids and lenient_within is None:
+                bound = f"must have a token of {tokenizer.name_or_path!r}"
+                raise DataError(record.at(self.roles_in(data)[0]), "no tokens", bound)
+            tags = np.array([*_tags_of(words, one.entities)], dtype=np.int64)
+            for window in range(data.windows):
+                first = window * step
+                end = min(first + room, len(ids))
+                shared = room - step if window else 0
+                if end <= first + shared:  # nothing, or what the one before has
+                    input_ids.append(np.zeros(1, dtype=np.int32))
+                    targets.append(np.full(1, UNSUPERVISED))
+                    continue
+                # What two windows share is learnt by halves, each in the one where more stands around it.
+                own = tags[first:end].copy()
+                own[: (shared + 1) // 2] = UNSUPERVISED
+                if window + 1 < data.windows and len(ids) > first + room:
+                    own[room - (room - step) // 2 :] = UNSUPERVISED
+                input_ids.append(np.array([*before, *ids[first:end], *behind], dtype=np.int32))
+                targets.append(np.pad(own, (len(before), len(behind)), constant_values=UNSUPERVISED))
+        return TextDataset(tuple(input_ids), tuple(targets), data.windows)
+
+    def add_head(self, model: Model) -> None:
+        import torch
+
+        hidden_size = model.base.config.get_text_config().hidden_size
+        head = torch.nn.Linear(hidden_size, 1 + 2 * len(model.spec.labels), bias=False, device="meta")
+        head = head.to_empty(device=model.device)
+        torch.nn.init.zeros_(head.weight)
+        model.head = head.requires_grad_(model.spec.head.train)
+
+    def logits(self, model: Model, batch: Batch) -> torch.Tensor:
+        """(rows, t, 1 + 2 labels): O, then B- and I- of each label."""
+        import torch
+
+        assert model.head is not None
+        hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
+        rows = torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, -len(hidden) % _HEAD_ROWS))
+        scores: torch.Tensor = model.head(rows)[: len(hidden)]
+        return scores * (model.spec.head.scale / math.sqrt(hidden.shape[-1]))
+
+    def losses(self, model: Model, batch: Batch) -> torch.Tensor:
+        return _losses(self.logits(model, batch), batch)
+
+    def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
+        """With `entities`, (examples, labels + 1, 5): `measures.entity_counts` of each label, then with all as one."""
+        import torch
+
+        logits = model.logits(batch)
+        counts = [measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _read(logits, batch)]
+        return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
+
+    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`strict_f1` of entities with the right type and ends, `overlap_f1` of those that share a word; `loss`."""
+        every = self.final_scores(figures, spec=spec)
+        return {name: every[name] for name in ("strict_f1", "overlap_f1", "loss")}
+
+    def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """With precision and recall of either, and both F1 with all types as one (`untyped_`); all in [0, 1]."""
+        counts = figures["entities"].sum(axis=0)
+        typed, untyped = counts[:-1].sum(axis=0), counts[-1]
+        found: dict[str, float] = {}
+        for kind, places in (("strict", (2, 2)), ("overlap", (3, 4))):
+            recall, precision, f1 = measures.rates(typed, *places)
+            found |= {f"{kind}_f1": f1, f"{kind}_precision": precision, f"{kind}_recall": recall}
+        found["untyped_strict_f1"] = measures.rates(untyped, 2, 2)[2]
+        found["untyped_overlap_f1"] = measures.rates(untyped, 3, 4)[2]
+        return found | {"loss": float(np.mean(figures["loss"]))}
+
+    def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
+        """Strict scores of each type."""
+        classes = []
+        for label, counts in zip(spec.labels, figures["entities"].sum(axis=0), strict=False):
+            recall, precision, f1 = measures.rates(counts, 2, 2)
+            one = measures.ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=int(counts[0]))
+            classes.append(one)
+        return Detail(classes=tuple(classes), reliability=())
+
+    def guess(self, dataset: TextDataset) -> float:
+        """Of no entity anywhere: nothing is found."""
+        return 0.0
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """Strict F1 of the one record; 1 where it has no entity and is given none."""
+        ((truth, said),) = _read(model.logits(batch), batch)
+        counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
+        return measures.rates(counts, 2, 2)[2] if truth or said else 1.0
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        label = data.labels[draw(len(data.labels))] if role in self.answers else ""
+        return {"tags": f"B-{label}", "spans": json.dumps([[0, 1, label]])}.get(role)
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        tags = (draws.integers(0, 1 + 2 * len(spec.labels), size=len(ids)) for ids in input_ids)
+        return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
+
+
+def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(examples,) the mean over each one's words, 0 without any; (rows, t, tags) of scores."""
+    import torch
+
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=UNSUPERVISED, reduction="none"
+    )
+    of_examples = each.view(-1, batch.texts * logits.shape[1])
+    words = (batch.targets != UNSUPERVISED).view(of_examples.shape).sum(dim=1)
+    return of_examples.sum(dim=1) / words.clamp(min=1)
+
+
+def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], list[Entity]]]:
+    """Of each example the true entities and the predicted ones, by the places of its words."""
+    of_examples = (-1, batch.texts * logits.shape[1])
+    targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
+    for truth, said in zip(targets, predicted, strict=True):
+        words = truth != UNSUPERVISED
+        yield entities_in(truth[words].tolist()), entities_in(said[words].tolist())
+
+
+def entities_in(tags: Sequence[int]) -> list[Entity]:
+    """The entities (first, end, label) of words by their tags' classes; I- behind another type's begins one.
+
+    >>> entities_in([0, 1, 2, 1, 4, 2])
+    [(1, 3, 0), (3, 4, 0), (4, 5, 1), (5, 6, 0)]
+    """
+    found: list[Entity] = []
+    for place, tag in enumerate(tags):
+        label = (tag - 1) // 2
+        if tag > 0 and tag % 2 == 0 and found and found[-1][1:] == (place, label):
+            found[-1] = (found[-1][0], place + 1, label)
+        elif tag > 0:
+            found.append((place, place + 1, label))
+    return found
+
+
+def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity]) -> Iterator[int]:
+    """The class of each token's word: that of the first entity of which it has a character."""
+    begun = -1
+    place = 0
+    for first, end in words:
+        if end <= first:
+            yield UNSUPERVISED
+            continue
+        while place < len(entities) and entities[place][1] <= first:
+            place += 1
+        if place == len(entities) or entities[place][0] >= end:
+            yield 0
+        else:
+            yield 1 + 2 * entities[place][2] + (begun == place)
+            begun = place
+
+
+def marks(data: DataSpec) -> Callable[[Record], Marked]:
+    """A function that reads a record's text and entities.
+
+    It raises DataError where tags are not as many as tokens, a span lies outside the text or overlaps another, or a
+    label was not declared.
+    """
+    places = {label: place for place, label in enumerate(data.labels)}
+
+    def label_of(record: Record, role: str, label: str) -> int:
+        if label not in places:
+            raise undeclared(record, role, data.labels)
+        return places[label]
+
+    def of_tokens(record: Record) -> Marked:
+        tokens = record.fields["tokens"].split("\n")
+        tags = record.fields["tags"].split("\n")
+        if len(tags) != len(tokens):
+            bound = f"must be one for each of the {len(tokens)} tokens"
+            raise DataError(record.at("tags"), f"{len(tags)} tags", bound)
+        entities: list[Entity] = []
+        start, is_open = 0, False
+        for token, tag in zip(tokens, tags, strict=True):
+            match = _TAG.fullmatch(tag)
+            if match is None:
+                raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
+            kind, name = match.groups()
+            if tag == "O":
+                is_open = False
+            else:
+                label = label_of(record, "tags", tag if kind is None and tag in places else name)
+                goes_on = is_open and kind not in _BEGINS and entities[-1][2] == label
+                first = entities.pop()[0] if goes_on else start
+                entities.append((first, start + len(token), label))
+                is_open = kind not in _ENDS
+            start += len(token) + 1
+        return Marked(" ".join(tokens), tuple(entities))
+
+    def of_spans(record: Record) -> Marked:
+        text, at = record.fields["text"], record.at("spans")
+        entities = []
+        for first, end, name in json.loads(record.fields["spans"]):
+            if not 0 <= first < end <= len(text):
+                bound = f"must have 0 <= start < end <= {len(text)}, the characters of its text"
+                raise DataError(at, f"a span from {first} to {end}", bound)
+            entities.append((first, end, label_of(record, "spans", name)))
+        entities.sort()
+        if any(one[1] > other[0] for one, other in pairwise(entities)):
+            raise DataError(at, "spans that overlap", "must not share a character: a word has one label")
+        return Marked(text, tuple(entities))
+
+    return of_spans if "text" in data.columns else of_tokens
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind a text."""
+    plain = [tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True)]
+    inner, whole = plain
+    first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
+    return whole[:first], whole[first + len(inner) :]

@@ -1,0 +1,321 @@
+"""Token labels: what a record is, words and windows, the loss, what scores count, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedtune.data import DataSpec, Record, TextDataset, collate
+from fedtune.data.records import record_of
+from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.evaluation.scoring import figures_of, unit_scores
+from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_tokenizer
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import task_named
+from fedtune.tasks.measures import entity_counts, rates
+from fedtune.tasks.token_classification import entities_in, marks
+
+TASK = task_named("token_classification")
+LABELS = ("drug", "dose")
+TAGGED, SPANNED = {"tokens": "w", "tags": "t"}, {"text": "w", "spans": "t"}
+TOKENS = ["my", "card", "is", "lost", "there"]
+
+
+def data(columns: dict[str, str] = TAGGED, **given: Any) -> DataSpec:
+    values = {"dataset": "d", "train_file": "f", "declared_sizes": 9, "max_length": 12, "labels": LABELS}
+    return DataSpec(**(values | {"columns": columns} | given))
+
+
+def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> Record:
+    return record_of({"w": words, "t": answer}, columns, file="a.jsonl", line=3)
+
+
+def entities(*tags: str) -> Sequence[tuple[int, int, int]]:
+    words = [f"w{place}" for place in range(len(tags))]
+    return [(first // 3, (end + 1) // 3, label) for first, end, label in marks(data())(record(words, [*tags])).entities]
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        (("B-drug", "I-drug", "O", "B-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB2
+        (("I-drug", "I-drug", "O", "I-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB1
+        (("B-drug", "L-drug", "L-drug", "U-dose", "I-dose"), [(0, 2, 0), (2, 3, 0), (3, 4, 1), (4, 5, 1)]),  # BILOU
+        (("B-drug", "I-drug", "E-drug", "S-drug", "S-drug"), [(0, 3, 0), (3, 4, 0), (4, 5, 0)]),  # BIOES
+        (("drug", "drug", "dose", "O", "dose"), [(0, 2, 0), (2, 3, 1), (4, 5, 1)]),  # no scheme
+        (("B_drug", "I_dose", "I_dose", "O", "O"), [(0, 1, 0), (1, 3, 1)]),
+    ],
+)
+def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
+    assert entities(*tags) == found
+
+
+def test_tokens_are_a_text_with_marked_parts() -> None:
+    read = marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"]))
+    assert read == ("a b cd ", ((0, 6, 0),))
+    spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
+    given = data(SPANNED)
+    assert marks(given)(record("a b cd ", spans, SPANNED)).entities == ((0, 3, 0), (4, 6, 1))
+    assert marks(given)(record("a b", "[]", SPANNED)).entities == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "columns", "message"),
+    [
+        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = '4 tags': must be one for each of the 5 tokens"),
+        (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
+        (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O or the name of a type"),
+        (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of texts"),
+        ([], [], TAGGED, "a.jsonl:3, column 'w' = 'an empty list': must be a list of texts (role tokens)"),
+        (["my", None], ["O", "O"], TAGGED, "a.jsonl:3, column 'w' = 'array': must be a list of texts (role tokens)"),
+        (
+            "my card",
+            [[0, 8, "drug"]],
+            SPANNED,
+            "a.jsonl:3, spans = 'a span from 0 to 8': must have 0 <= start < end <=",
+        ),
+        ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span from 2 to 2': must have 0 <= start"),
+        ("my card", [[0, 4, "drug"], [3, 7, "dose"]], SPANNED, "a.jsonl:3, spans = 'spans that overlap': must not"),
+        ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
+        ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
+        ("my card", [[0, True, "drug"]], SPANNED, "a.jsonl:3, column 't', span 1 = 'array': must have start and end"),
+        ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of spans"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_told_without_its_text(
+    words: object, answer: object, columns: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        marks(data(columns))(record(words, answer, columns))
+    assert str(caught.value).startswith(message)
+    assert not any(text in str(caught.value) for text in ("secret", "card", "drug I"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": ()}, "labels = []: must declare at least one label"),
+        ({"columns": {"tokens": "a"}}, "columns = {'tokens': 'a'}: must name the column for role 'tags'"),
+        ({"columns": {"text": "a"}}, "columns = {'text': 'a'}: must name the column for role 'spans'"),
+        ({"columns": TAGGED | {"spans": "s"}}, "columns.spans = 's': is no role of this run"),
+        ({"windows": 9}, "windows = 9: must be one of 1, 2"),
+        ({"stride": 6}, "stride = 6: must be at most half of what a window"),
+    ],
+)
+def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TASK.check_data(data(**given))
+    assert str(caught.value).startswith(message)
+
+
+def spec_of(labels: tuple[str, ...] = LABELS, **head: Any) -> TaskModelSpec:
+    return TaskModelSpec(
+        model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=TASK.name, labels=labels, head=HeadSpec(**head)
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "key"),
+    [
+        (("B-drug",), {}, "data.labels"),
+        (("O", "drug"), {}, "data.labels"),
+        (LABELS, {"centre": True}, "head.centre"),
+        (LABELS, {"init": "label_names"}, "head.init"),
+    ],
+)
+def test_a_model_that_cannot_be(labels: tuple[str, ...], head: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TASK.check_model(spec_of(labels, **head))
+    assert caught.value.key == key
+
+
+# Words and windows.
+
+
+def tokenised(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
+    return TASK.tokenise(records, tokenizer, data=data(**given), lenient_within=within)
+
+
+def test_the_first_token_of_a_word_has_its_tag() -> None:
+    tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
+    given = {"columns": SPANNED, "max_length": 40}
+    text = "unbelievably sore-throat, aspirin"
+    spans = [[13, 24, "drug"], [26, 33, "dose"]]
+    dataset = tokenised(record(text, spans, SPANNED), tokenizer=tokenizer, **given)
+    (targets,), (ids,) = dataset.targets, dataset.input_ids
+    learnt = [
+        (str(tokenizer.convert_ids_to_tokens(int(one))), int(target))
+        for one, target in zip(ids, targets, strict=True)
+        if target != UNSUPERVISED
+    ]
+    assert [target for _, target in learnt] == [0, 1, 2, 2, 0, 3]
+    assert not any(token.startswith("##") for token, _ in learnt)
+    assert len(ids) > len(learnt) + 2, "some words have several tokens"
+
+
+def test_windows_have_each_word_once(encoder_tokenizer: Any) -> None:
+    words = [f"w{place}" for place in range(40)]
+    for count in range(1, 41):
+        tags = ["B-drug" if place % 2 else "O" for place in range(count)]
+        one = record(words[:count], tags)
+        for max_length, windows, stride in ((8, 3, 2), (8, 2, 3), (12, 4, 0), (5, 8, 1), (3, 4, 0), (40, 1, 9)):
+            given = {"max_length": max_length, "windows": windows, "stride": stride}
+            dataset = tokenised(one, tokenizer=encoder_tokenizer, **given)
+            assert (len(dataset), dataset.texts, len(dataset.input_ids)) == (1, windows, windows)
+            assert dataset.lengths[0] <= max_length
+            step = max_length - 2 - stride
+            read = min(count, max_length - 2 + (windows - 1) * step)
+            learnt = [target for one in dataset.targets for target in one[one != UNSUPERVISED].tolist()]
+            assert learnt == [place % 2 for place in range(read)]
+            for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
+                assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
+
+
+def test_what_two_windows_share_is_learnt_where_more_stands_around_it(encoder_tokenizer: Any) -> None:
+    one = record([f"w{place}" for place in range(10)], ["O"] * 10)
+    dataset = tokenised(one, tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
+    first, second = ((targets != UNSUPERVISED).tolist() for targets in dataset.targets)
+    assert first == [False, *[True] * 6, False, False]
+    assert second == [False, False, False, *[True] * 4, False]
+
+
+def test_a_text_that_cannot_be_encoded_teaches_nothing_at_a_real_site(encoder_tokenizer: Any) -> None:
+    odd, plain = Record({"text": "\ud800", "spans": "[]"}), Record({"text": "my card", "spans": "[]"})
+    blank = Record({"text": "\u00a0", "spans": "[]"})
+    given = {"columns": SPANNED, "windows": 2}
+    dataset = tokenised(odd, plain, blank, tokenizer=encoder_tokenizer, within=258, **given)
+    assert [int((one != UNSUPERVISED).sum()) for one in dataset.targets] == [0, 0, 2, 0, 0, 0]
+    with pytest.raises(DataError, match="must have a token of"):
+        tokenised(blank, tokenizer=encoder_tokenizer, **given)
+
+
+# Loss and scores.
+
+
+def test_the_loss_is_the_mean_over_the_words_of_all_windows(trained: Any, encoder_tokenizer: Any) -> None:
+    model = trained("random:bert", TASK.name, texts=2)
+    given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
+    tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
+    records = [record([f"w{place}" for place in range(9)], tags), record(["w1"], tags[:1])]
+    dataset = tokenised(*records, tokenizer=encoder_tokenizer, **given)
+    batch = collate(dataset, [0, 1], pad_id=0)
+    logits = model.logits(batch).log_softmax(dim=-1)
+    expected = []
+    for rows in ((0, 1), (2, 3)):
+        each = [
+            -logits[row, place, target]
+            for row in rows
+            for place, target in enumerate(batch.targets[row].tolist())
+            if target != UNSUPERVISED
+        ]
+        expected.append(sum(each) / len(each))
+    torch.testing.assert_close(model.losses(batch), torch.stack(expected))
+    assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
+
+
+def test_the_head_reads_each_token_as_it_is(trained: Any, encoder_tokenizer: Any) -> None:
+    model = trained("random:bert", TASK.name)
+    dataset = tokenised(record(TOKENS, ["O"] * 5), tokenizer=encoder_tokenizer)
+    batch = collate(dataset, [0], pad_id=0)
+    hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    weight = model.get_parameter("head.weight")
+    expected = functional.linear(hidden, weight) * 20 / hidden.shape[-1] ** 0.5
+    torch.testing.assert_close(model.logits(batch), expected)
+
+
+COUNTED = [
+    # true, predicted, strict, true ones met, predicted ones that meet one
+    ([(0, 2, 0)], [(0, 2, 0)], (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
+    ([(0, 2, 0)], [(0, 1, 0)], (1, 1, 0, 1, 1), (1, 1, 0, 1, 1)),
+    ([(0, 2, 0)], [(0, 2, 1)], (1, 0, 0, 0, 0), (1, 1, 1, 1, 1)),
+    ([(0, 4, 0)], [(0, 1, 0), (2, 3, 0)], (1, 2, 0, 1, 2), (1, 2, 0, 1, 2)),
+    ([(0, 1, 0), (2, 3, 0)], [(0, 3, 0)], (2, 1, 0, 2, 1), (2, 1, 0, 2, 1)),
+    ([(0, 2, 0)], [(2, 3, 0)], (1, 1, 0, 0, 0), (1, 1, 0, 0, 0)),
+    ([], [(2, 3, 0)], (0, 1, 0, 0, 0), (0, 1, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(("truth", "said", "of_label", "of_all"), COUNTED)
+def test_entities_are_counted_by_hand(truth: Any, said: Any, of_label: Any, of_all: Any) -> None:
+    counts = entity_counts(truth, said, num_labels=2)
+    assert counts.shape == (3, 5)
+    assert (tuple(counts[0]), tuple(counts[2])) == (of_label, of_all)
+
+
+def test_rates_are_those_of_the_counts() -> None:
+    assert rates(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
+    assert rates(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
+    assert rates(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
+
+
+def test_scores_are_of_all_entities_together() -> None:
+    counts = np.zeros((2, 3, 5))
+    counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
+    counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
+    found = TASK.final_scores({"entities": counts, "loss": np.array([1.0, 3.0])}, spec=spec_of())
+    assert found == {
+        "strict_f1": 0.5,
+        "strict_precision": 0.5,
+        "strict_recall": 0.5,
+        "overlap_f1": 0.75,
+        "overlap_precision": 0.75,
+        "overlap_recall": 0.75,
+        "untyped_strict_f1": 0.75,
+        "untyped_overlap_f1": 1.0,
+        "loss": 2.0,
+    }
+    detail = TASK.detail({"entities": counts}, spec=spec_of())
+    assert detail is not None
+    assert [(one.label, one.precision, one.recall, one.support) for one in detail.classes] == [
+        ("drug", 0.5, pytest.approx(1 / 3), 3),
+        ("dose", 0.5, 1.0, 1),
+    ]
+
+
+def test_predictions_become_entities_across_windows(trained: Any, encoder_tokenizer: Any) -> None:
+    """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
+    model = trained("random:bert", TASK.name, texts=2)
+    labels = model.spec.labels
+    with torch.no_grad():
+        model.get_parameter("head.weight").zero_()
+    tags = [f"B-{labels[0]}", *[f"I-{labels[0]}"] * 7]
+    given = {"max_length": 8, "windows": 2, "stride": 2, "labels": labels}
+    dataset = tokenised(record([f"w{place}" for place in range(8)], tags), tokenizer=encoder_tokenizer, **given)
+    figures = figures_of(model, dataset, pad_id=0, max_tokens=64)
+    assert figures["entities"][0].tolist() == [[1, 0, 0, 0, 0], *[[0] * 5] * (len(labels) - 1), [1, 0, 0, 0, 0]]
+    assert unit_scores(model, dataset, pad_id=0).tolist() == [0.0]
+    assert TASK.guess(dataset) == 0.0
+    nothing = tokenised(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
+    assert unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
+
+
+def test_entities_of_classes() -> None:
+    assert entities_in([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
+
+
+def test_a_record_is_asked_without_its_answer(encoder_tokenizer: Any) -> None:
+    for columns, text, fields in (
+        (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
+        (SPANNED, "my card", {"text": "my card"}),
+    ):
+        given = data(columns)
+        asked = TASK.prompt_fields(text, given, at="--prompt")
+        assert asked == fields
+        assert set(TASK.asked_by(given)) == set(fields)
+        assert len(TASK.tokenise([TASK.as_asked(Record(asked), given)], encoder_tokenizer, data=given)) == 1
+
+
+def test_what_is_made_up_can_be_used(encoder_tokenizer: Any) -> None:
+    for columns in (TAGGED, SPANNED):
+        given = data(columns)
+        roles = TASK.roles_in(given)
+        made = {role: TASK.made_up(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
+        assert TASK.fault(given)(Record(made)) is None
+        assert len(marks(given)(Record(made)).entities) == 1
+    assert json.loads(made["spans"]) == [[0, 1, "dose"]]
