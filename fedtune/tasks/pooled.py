@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -27,6 +27,7 @@ TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
 """A record's own target; raises DataError where it has none that was declared."""
 _LABEL_TOKENS = 64
 """A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
+_LABELS_AT_ONCE = 64
 _HEAD_ROWS = 32
 """Embeddings are filled up to a multiple of this many rows before they are scored."""
 _SHOWN = 3
@@ -322,7 +323,8 @@ def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
 def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
     """(labels, h) float32: each label's text, embedded by the frozen base; every row has norm 1.
 
-    The texts are the declared, public label set, and no record is read: this costs no privacy.
+    The texts are the declared, public label set, and no record is read: this costs no privacy.  A row may depend on the
+    other labels by rounding.
     """
     import torch
 
@@ -331,14 +333,22 @@ def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
 
     tokenizer, path = load_tokenizer(model.spec.model), model.spec.model.path
     check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
-    rows = []
+    texts = label_texts(model.spec.head, model.spec.labels)
+    ids = [ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
+    found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        # One text at a time: no padding, and the same numbers whatever the other labels are.
-        for text in label_texts(model.spec.head, model.spec.labels):
-            ids = ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS)
-            token_ids = torch.tensor([ids], device=model.device)
-            rows.append(task.embed(model, token_ids, torch.ones_like(token_ids)))
-    return torch.cat(rows)
+        # Texts of one length at a time, which need no padding.
+        for places in _alike([len(one) for one in ids], most=_LABELS_AT_ONCE):
+            token_ids = torch.tensor([ids[place] for place in places], device=model.device)
+            found |= zip(places, task.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
+    return torch.stack([found[place] for place in range(len(ids))])
+
+
+def _alike(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
+    """All places, those of one length together, at most so many at a time."""
+    for length in sorted(set(lengths)):
+        places = [place for place, one in enumerate(lengths) if one == length]
+        yield from (places[first : first + most] for first in range(0, len(places), most))
 
 
 def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:

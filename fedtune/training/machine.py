@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fedtune.data import Shapes
 from fedtune.model.fits import usable_positions
@@ -196,9 +195,10 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._known.update(_storages((args, kwargs)))  # what was there before, with what was made meanwhile
-        made = func(*args, **(kwargs or {}))
-        for storage in _storages(made):
+        given = kwargs or {}
+        self._known.update(_storages((args, *given.values())))  # what was there before, with what was made meanwhile
+        made = func(*args, **given)
+        for storage in _storages((made,)):
             if storage not in self._known:
                 self._known.add(storage)
                 self._bytes += storage.nbytes()
@@ -210,10 +210,17 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bytes -= num_bytes
 
 
-def _storages(tensors: Any) -> list[torch.UntypedStorage]:
-    """Of all tensors among these, but those of oneDNN, which have none."""
-    leaves = (one for one in tree_leaves(tensors) if isinstance(one, torch.Tensor))
-    return [one.untyped_storage() for one in leaves if one.layout == torch.strided]
+def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors among these and in their lists, but those of oneDNN, which have none.
+
+    By hand: torch's own walk through any tree took a third of the time that `peak_bytes` takes.
+    """
+    for one in values:
+        if isinstance(one, torch.Tensor):
+            if one.layout == torch.strided:
+                yield one.untyped_storage()
+        elif isinstance(one, list | tuple):
+            yield from _storages(one)
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
