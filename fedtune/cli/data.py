@@ -58,12 +58,20 @@ Column = Annotated[str | None, Option(metavar="COLUMN")]
 
 @command(app, "say what a file is, and write an experiment for it")
 def init(
-    file: Annotated[Path, Argument("FILE", help=".csv .tsv .jsonl .json .parquet, or a saved Hugging Face set")],
+    file: Annotated[
+        Path,
+        Argument(
+            "FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator, a saved Hugging Face set, brat's folder"
+        ),
+    ],
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
     model: Annotated[str | None, Option(help="a name from conf/model, or a folder with a model")] = None,
     text: Column = None,
     label: Column = None,
+    tokens: Column = None,
+    tags: Column = None,
+    spans: Column = None,
     prompt: Column = None,
     context: Column = None,
     system: Column = None,

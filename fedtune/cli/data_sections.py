@@ -33,6 +33,10 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
     "cut": ("longer than max_length", "What is too long is cut: a text at its end, a prompt at its beginning."),
     "lost": ("of these, an answer is cut", "Of an answer that is cut the model never learns the end."),
     "unlearnt": ("nothing left to learn", "A record without a token to learn counts as zero in training."),
+    "scheme": (
+        "tags that go on with nothing",
+        "A tag I- behind none of its type begins an entity, as IOB1 has it; in other schemes it is a slip.",
+    ),
     "same": (
         "duplicate",
         "Each duplicate is protected as a record of its own, so what they all say is protected less.",

@@ -55,8 +55,9 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """Its label, labels or number; "" where it has none."""
-        return next((self.fields[role] for role in ("label", "labels", "target") if role in self.fields), "")
+        """Its label, labels, number, tags or spans; "" where it has none."""
+        roles = ("label", "labels", "target", "tags", "spans")
+        return next((self.fields[role] for role in roles if role in self.fields), "")
 
 
 def record_key(record: Record) -> bytes:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard, cast
@@ -49,6 +50,8 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
+TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
+"""A token's tag: the letter of a scheme, and the type."""
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
@@ -117,6 +120,8 @@ def one_form(text: str) -> str:
 
 
 def _text(value: object, role: str, *, accepted: str, at: str) -> str:
+    if role == "text" and isinstance(value, dict) and isinstance(value.get("text"), str):
+        value = value["text"]  # as Label Studio has it
     if not isinstance(value, str):
         raise DataError(at, json_type(value), f"must be {accepted} (role {role})")
     if not value.strip():
@@ -380,7 +385,11 @@ def words_of(value: object, at: str, role: str = "tokens") -> str:
 
 
 def spans_of(value: object, at: str) -> str:
-    """The marked parts of a text as a JSON list of [first, end, label], in characters, `end` exclusive; none is fine.
+    """The marked parts of a text as a JSON list of [first, end, label], `end` exclusive; none is fine.
+
+    They are such lists (doccano), or objects with `start` and `end` (Prodigy), `start_offset` and `end_offset`
+    (doccano), and `label`; or what Label Studio exports, whole or as its JSON_MIN: with a list `labels`.  Its offsets
+    count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts.
 
     Raises:
         DataError: it is no list, or one in it has no first, end or label.
@@ -388,14 +397,41 @@ def spans_of(value: object, at: str) -> str:
     listed = _listed_in(_rows_of(value))
     if listed is None:
         raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
+    results = [one["result"] for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
+    if results:
+        parts = [one["value"] for one in results[0] if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+        listed = [one for one in parts if "labels" in one]  # others are choices and relations
     found = []
     for number, one in enumerate(listed, 1):
-        given = [one.get(key) for key in ("start", "end", "label")] if isinstance(one, dict) else one
+        given = one
+        if isinstance(one, dict):
+            given = [one.get(key, one.get(f"{key}_offset")) for key in ("start", "end")]
+            labels = one.get("labels")
+            given += labels if isinstance(labels, list) and len(labels) == 1 else [one.get("label")]
         if not isinstance(given, list) or [type(part) for part in given] != [int, int, str]:
             bound = "must have start and end, whole numbers, and label, a text (role spans)"
             raise DataError(f"{at}, span {number}", json_type(one), bound)
-        found.append(given)
+        found.append([*given, "utf-16"] if isinstance(one, dict) and "labels" in one else given)
     return _as_json(found)
+
+
+def breaks_scheme(tags: str) -> bool:
+    """Whether a record's tags go on with an entity that none before them began."""
+    begun = None
+    for tag in tags.split("\n"):
+        part = TAG.fullmatch(tag) if tag != "O" else None
+        if part and part[1] and part[1] in "ILEM" and part[2] != begun:
+            return True
+        begun = part[2] if part and (part[1] or "B") not in "LESU" else None
+    return False
+
+
+def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
+    """The types that a record's tags or spans name, in their order, with how many of them do."""
+    if "tags" in fields:
+        parts = (TAG.fullmatch(tag) for tag in fields["tags"].split("\n") if tag != "O")
+        return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in "BSU"))
+    return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
 def number_of(value: object, at: str) -> str:

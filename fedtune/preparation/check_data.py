@@ -24,7 +24,7 @@ from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_se
 from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
-from fedtune.data.values import split_labels
+from fedtune.data.values import breaks_scheme, entity_types, split_labels
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, spelling
@@ -44,6 +44,7 @@ Kind = Literal[
     "cut",
     "lost",
     "unlearnt",
+    "scheme",
     "overlap",
     "near_overlap",
     "contradiction",
@@ -275,7 +276,9 @@ class _Look:
             for record, its in zip(some, its_uses, strict=True):
                 labels.update(label for label in self._labels(record) if label in labels)
                 self._note_twins(record, its, found)
-                if self.task.texts(data) > 1:
+                if breaks_scheme(record.fields.get("tags", "O")):
+                    found.note(record.line, "scheme")
+                if self.task.texts(data) > data.windows:
                     _note_shared_texts(record, texts, found)
                 odd: dict[tuple[Kind, str, str], None] = {}
                 for role, text in record.texts():
@@ -308,7 +311,7 @@ class _Look:
     def _labels(self, record: Record) -> tuple[str, ...]:
         if "labels" in record.fields:
             return split_labels(record.fields["labels"], separator=self._data.label_separator)
-        return (record.fields["label"],) if "label" in record.fields else ()
+        return (record.fields["label"],) if "label" in record.fields else tuple(entity_types(record.fields))
 
     def _use(self, record: Record, site: str) -> str:
         """The use of a record of a training file; one that is trained on counts for its site."""
@@ -343,7 +346,8 @@ class _Look:
         long = [place for place, tokens in enumerate(whole.lengths) if tokens > most]
         fitted = _supervised(examples([records[place] for place in long], most)) if long else []
         for place, count in zip(long, fitted, strict=True):
-            found.note(records[place].line, "cut")
+            if self._data.windows == 1 or count < left[place]:
+                found.note(records[place].line, "cut")
             if 0 < count < left[place]:
                 found.note(records[place].line, "lost")
             left[place] = count

@@ -14,14 +14,18 @@ import numpy as np
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
     READ_OF_TURNS,
+    TAG,
+    entity_types,
     is_missing,
     is_number_in_another_form,
     labels_of,
     number_of,
     read_value,
+    spans_of,
     speaker_of,
     split_labels,
     turns_like,
+    words_of,
 )
 from fedtune.spec import DataError, shown
 
@@ -70,6 +74,9 @@ PROMPTS = (
     *("dialogue", "context"),
 )
 CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
+TOKENS = ("tokens", "words", "token", "word")
+TAGS = ("tags", "nertags", "ner", "labels", "bio", "iob", "label", "entities", "tag", "nerlabels")
+SPANS = ("spans", "entities", "label", "labels", "annotations", "ner", "annotation", "marks")
 COMPLETIONS = (
     *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
     *("correctanswer", "bestanswer", "targettext", "chosen"),
@@ -139,6 +146,7 @@ class Column:
         several: by the same, how many values have more than one label.
         numbers: of them the first `_MOST_NUMBERS`.
         odd: by type, the first values with the numbers of their rows.
+        entities: how often each type of entities came, in spans or in tags of a scheme.
         beside: what turns have beside what a run reads of them, such as "name", and how often.
     """
 
@@ -152,6 +160,7 @@ class Column:
     several: Counter[str] = field(default_factory=Counter)
     numbers: array[float] = field(default_factory=lambda: array("d"))
     odd: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    entities: Counter[str] = field(default_factory=Counter)
     beside: Counter[str] = field(default_factory=Counter)
     _open: bool = True
 
@@ -159,6 +168,8 @@ class Column:
         """Take the value of one row into account, whose number counts from 1."""
         if is_missing(value):
             return
+        if key_of(self.name) == "data" and isinstance(value, dict):
+            value = value.get("text", value)  # Label Studio's, and as a run reads it
         self.filled += 1
         json_kind = json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(json_kind, json_kind)
@@ -172,6 +183,7 @@ class Column:
         self.types[kind] += 1
         if len(self.odd[kind]) < _ODD_SHOWN:
             self.odd[kind].append((row, shown(value)))
+        self._note_entities(value)
         self.reads["other number"] += is_number_in_another_form(value)
         turns = turns_like(value)
         self.reads["messages"] += bool(turns)
@@ -194,6 +206,23 @@ class Column:
             if len(self.values[kind]) > _MOST_VALUES or len(name) > LONGEST_LABEL:
                 self.values.clear()
                 self._open = False
+
+    def _note_entities(self, value: object) -> None:
+        """Of lists, and of lists as text, whether they are tokens, tags of a scheme, or spans of a text."""
+        if not isinstance(value, list) and not (isinstance(value, str) and value.lstrip()[:1] == "["):
+            return
+        found: Counter[str] = Counter()
+        with suppress(DataError):
+            tags = words_of(value, self.name)
+            self.reads["tokens"] += 1
+            if all(one == "O" or ((part := TAG.fullmatch(one)) and part[1]) for one in tags.split("\n")):
+                self.reads["tags"] += 1
+                found.update(entity_types({"tags": tags}))
+        with suppress(DataError):
+            found.update(entity_types({"spans": spans_of(value, self.name)}))
+            self.reads["spans"] += 1
+        if len(self.entities) <= MOST_LABELS:
+            self.entities.update(found)
 
     def _note_parts(self, value: object) -> None:
         if isinstance(value, list):

@@ -33,12 +33,23 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
 Kind = Literal[
-    "labelled", "tagged", "rated", "pairs", "instructions", "chat", "preferences", "scored", "triplets", "text"
+    "labelled",
+    "tagged",
+    "rated",
+    "entities",
+    "pairs",
+    "instructions",
+    "chat",
+    "preferences",
+    "scored",
+    "triplets",
+    "text",
 ]
 KINDS: Mapping[Kind, str] = {
     "labelled": "texts with a label",
     "tagged": "texts with several labels",
     "rated": "texts with a number",
+    "entities": "texts whose parts are marked with what they are",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
     "chat": "conversations",
@@ -107,7 +118,13 @@ def _is_completion(one: Column) -> bool:
     return one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)
 
 
+def _marked(role: str, names: Sequence[str]) -> _Part:
+    return _Part(role, names, lambda one: one.nearly(role) and bool(one.entities), f"must hold lists of {role}")
+
+
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
+    ("entities", (_Part("tokens", called.TOKENS, lambda one: one.nearly("tokens")), _marked("tags", called.TAGS))),
+    ("entities", (_Part("text", (*called.TEXTS, "data"), _is_text), _marked("spans", called.SPANS))),
     ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
     ("preferences", (_Part("messages", called.PROMPTS + called.CHATS, _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
     ("preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
@@ -122,6 +139,7 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
 """Files that are known by the names of their columns; the first that fits counts."""
 OPTIONS: Mapping[str, str] = {
     **{role: role for role in ("text", "label", "prompt", "completion", "system", "messages", "chosen", "rejected")},
+    **{role: role for role in ("tokens", "tags", "spans")},
     **{role: role for role in ("anchor", "positive", "negative", "other", "user")},
     "context": "input",
     "score": "target",
@@ -159,7 +177,9 @@ class Found:
 
     @property
     def labels(self) -> dict[str, int]:
-        """How many values are each label, most first; empty where the kind has none."""
+        """How many values are each label, or entities of each type, most first; empty where the kind has none."""
+        if marks := self.roles.get("tags") or self.roles.get("spans"):
+            return dict(self.columns[marks].entities.most_common())
         if "labels" in self.roles:
             column = self.columns[self.roles["labels"]]
             return dict(column.parts[column.separator or "["].most_common())

@@ -19,7 +19,7 @@ from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME, split_labels
+from fedtune.data.values import NO_NAME, entity_types, split_labels
 from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
@@ -34,6 +34,7 @@ _LONGEST_TOLD = 4096
 _STEP = 16
 _MOST_TOKENS = 256
 """Of an example, where the file has longer ones: time and memory grow with it."""
+_MOST_WINDOWS, _STRIDE = 4, 32
 _WHOLE = 0.99
 """Of the records are as long as `max_length` or shorter: which one is the longest does not decide what is public."""
 _SITES = ((1000, 2), (3000, 3))
@@ -55,6 +56,7 @@ _BASES: Mapping[Kind, str] = {
     "labelled": "own_data",
     "tagged": "own_labels",
     "rated": "own_numbers",
+    "entities": "own_entities",
     "scored": "own_pairs",
     "triplets": "own_pairs",
     "preferences": "own_preferences",
@@ -123,9 +125,24 @@ class Plan:
     @property
     def max_length(self) -> int:
         """The most tokens of an example: those of nearly all, rounded up, within reason."""
+        return min(_MOST_TOKENS, max(_STEP, math.ceil(self._longest / _STEP) * _STEP))
+
+    @property
+    def windows(self) -> int:
+        """Into how many pieces a record is cut, where the task does so."""
+        if self.base != "own_entities" or self._longest <= self.max_length:
+            return 1
+        return min(_MOST_WINDOWS, 1 + math.ceil((self._longest - self.max_length) / (self.max_length - _STRIDE - 2)))
+
+    @property
+    def room(self) -> int:
+        """The tokens of the longest record that is not cut."""
+        return self.max_length + (self.windows - 1) * (self.max_length - _STRIDE - 2)
+
+    @property
+    def _longest(self) -> int:
         lengths = self.measured.lengths if len(self.measured.lengths) else [1]
-        most = int(np.quantile(lengths, _WHOLE, method="lower"))
-        return min(_MOST_TOKENS, max(_STEP, math.ceil(most / _STEP) * _STEP))
+        return int(np.quantile(lengths, _WHOLE, method="lower"))
 
 
 def base_of(kind: Kind) -> str:
@@ -173,6 +190,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
+            num_of.update(entity_types(record.fields).keys())
             num_of.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
             num_of.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:
@@ -303,10 +321,14 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
         yield "chat_template", plan.measured.turns, why
     if plan.measured.left_out.count:
         yield "unusable", "leave_out", f"{counted(plan.measured.left_out.count, 'row')} cannot be used"
-    most, cut = "the most tokens of a record", int((plan.measured.lengths > plan.max_length).sum())
+    most, cut = "the most tokens of a record", int((plan.measured.lengths > plan.room).sum())
     if cut:
         most += f"; {cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
-    yield "max_length", plan.max_length, most
+    yield "max_length", plan.max_length, most if plan.windows == 1 else "the most tokens of a window"
+    if plan.windows > 1:
+        yield "windows", plan.windows, f"of a record; each takes its time, also in short ones{most.partition(';')[2]}"
+    if plan.base == "own_entities":
+        yield "stride", min(_STRIDE, (plan.max_length - 2) // 2), "tokens that two windows share"
     yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
     yield "validation_fraction", validation, "share for the scores after each round"
     units = "records" if plan.measured.users is None else "persons"

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
+from fedtune.data.values import TAG
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from fedtune.data.batching import Batch
 
-_TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
 _BEGINS, _ENDS = frozenset("BSU"), frozenset("ELSU")
 """First letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
 _NO_WORD = (0, 0)
@@ -301,7 +301,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         entities: list[Entity] = []
         start, is_open = 0, False
         for token, tag in zip(tokens, tags, strict=True):
-            match = _TAG.fullmatch(tag)
+            match = TAG.fullmatch(tag)
             if match is None:
                 raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
             kind, name = match.groups()
@@ -319,7 +319,13 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     def of_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
         entities = []
-        for first, end, name in json.loads(record.fields["spans"]):
+        for first, end, name, *in_units in json.loads(record.fields["spans"]):
+            if in_units:  # of UTF-16, where a letter beyond the first 65,536 is two
+                units = text.encode("utf-16-le")
+                known = 0 <= first <= end <= len(units) // 2
+                first, end = (
+                    len(units[: 2 * one].decode("utf-16-le", "ignore")) if known else -1 for one in (first, end)
+                )
             if not 0 <= first < end <= len(text):
                 bound = f"must have 0 <= start < end <= {len(text)}, the characters of its text"
                 raise DataError(at, f"a span from {first} to {end}", bound)

@@ -160,6 +160,40 @@ def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
     assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"
 
 
+def test_marked_parts_that_cannot_be_are_counted_without_their_text(tmp_path: Path) -> None:
+    texts = {
+        "my secret card": [[3, 9, "card"], [8, 14, "card"]],
+        "a secret": [[2, 90, "card"]],
+        "one secret": [[4, 10, "secret"]],
+        "where is my card": [[9, 16, "card"], [0, 5, "place"]],
+    }
+    rows = [json.dumps({"text": text, "spans": spans}) for text, spans in texts.items()]
+    (tmp_path / "spans.jsonl").write_text("\n".join(rows))
+    given = [f"data.train_file='{tmp_path / 'spans.jsonl'}'", "data.columns={text: text, spans: spans}"]
+    labelled = ["data.labels=[card,place]", "data.declared_sizes=9", "model=random_bert", "name=x"]
+    (found,) = checked(compose_run(["experiment=own_entities", *given, *labelled])).files
+    assert [one[1] for one in found.errors] == ["spans that overlap", "a span from 2 to 90", "not declared"]
+    assert sum(found.num_errors.values()) == 3
+    assert "secret" not in repr(found)
+    assert found.labels == {"card": 1, "place": 1}
+
+
+def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> None:
+    tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
+    rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
+    rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    given = [f"data.train_file='{tmp_path / 'tags.jsonl'}'", "data.labels=[x,y]", "data.declared_sizes=9"]
+    more = ["model=random_bert", "name=x", "data.max_length=20", "data.stride=4"]
+
+    def found(windows: int) -> list[str]:
+        config = compose_run(["experiment=own_entities", *given, *more, f"data.windows={windows}"])
+        return [one for one in summary(checked(config)) if one.startswith(("scheme", "cut", "lost"))]
+
+    assert found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
+    assert found(3) == ["scheme 2 3 4"], "windows have room for all"
+
+
 def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     rows = [f"text {number},{'billing' if number % 3 else 'sales'}" for number in range(200)]
     overrides = (

@@ -55,6 +55,19 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labelled: text label=team; not bank_id"),
     ({"bank_id": ("x", "y"), "text": own}, "labelled: text label=bank_id"),
+    ({"tokens": ["a", "b"], "tags": ["B-x", "O"]}, "entities: tokens tags"),
+    ({"words": ["a", "b"], "ner_tags": ["O", "U-x"], "id": int}, "entities: tokens=words tags=ner_tags; not id"),
+    ({"tokens": '["a", "b"]', "labels": "['O', 'B-x']"}, "entities: tokens tags=labels"),
+    (
+        {"text": own, "spans": [{"start": 0, "end": 1, "label": "x"}], "tokens": [{"id": 0}]},
+        "entities: text spans; not tokens",
+    ),
+    ({"text": own, "label": ([[0, 1, "x"]], [])}, "entities: text spans=label"),
+    (
+        {"data": {"text": "a b"}, "annotations": [{"result": [{"value": {"start": 0, "end": 1, "labels": ["x"]}}]}]},
+        "entities: text=data spans=annotations",
+    ),
+    ({"text": own, "labels": (["a"], ["b"])}, "tagged: text labels"),
     # As others publish them.
     (
         {"instruction": own, "context": own, "response": own, "category": AB},

@@ -80,6 +80,18 @@ def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
     assert starter.sites_for(rows) == sites
 
 
+@pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
+def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: int, length: int, windows: int) -> None:
+    text = " ".join(["a"] * words)
+    path = lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
+    made = made_for(path)
+    config = made.composed()
+    data = config.data
+    assert (config.task, data.labels, data.columns["spans"]) == ("token_classification", ("card",), "spans")
+    assert (data.max_length, data.windows) == (length, windows)
+    assert data.stride == min(32, (length - 2) // 2)
+
+
 def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     made = made_for(lines(tmp_path, *rows))

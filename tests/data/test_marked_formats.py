@@ -1,0 +1,221 @@
+"""Files in which parts of texts are marked: each format gives the same record, and each that is wrong one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data.formats import files_of, format_of, raw_rows
+from fedtune.data.records import Record, iter_records
+from fedtune.data.spec import DataSpec
+from fedtune.data.text_rows import MOST_BYTES
+from fedtune.spec import DataError
+from fedtune.tasks.token_classification import marks
+
+TEXT = "Aspirin cures 😀 colds, not asthma"
+FOUND = (("Aspirin", "drug"), ("colds", "disease"), ("asthma", "disease"))
+PLACES = [(TEXT.index(word), TEXT.index(word) + len(word), label) for word, label in FOUND]
+IN_UNITS = [(PLACES[0][0], PLACES[0][1], "drug"), *((first + 1, end + 1, label) for first, end, label in PLACES[1:])]
+TOKENS = ["Aspirin", "cures", "😀", "colds", ",", "not", "asthma"]
+SPANNED, TAGGED = {"text": "text", "spans": "spans"}, {"tokens": "tokens", "tags": "tags"}
+
+
+def as_objects(start: str, end: str, label: str, places: list[tuple[int, int, str]] = PLACES) -> list[dict[str, Any]]:
+    named = [one[2] if label == "label" else [one[2]] for one in places]
+    return [{start: one[0], end: one[1], label: name} for one, name in zip(places, named, strict=True)]
+
+
+def conll(*tags: str, columns: str = "", comma: str = " ") -> str:
+    return "".join(f"{token}{comma}{columns}{tag}\n" for token, tag in zip(TOKENS, tags, strict=True))
+
+
+BIO = ("B-drug", "O", "O", "B-disease", "O", "O", "B-disease")
+BILOU = ("U-drug", "O", "O", "U-disease", "O", "O", "U-disease")
+STUDIO = as_objects("start", "end", "labels", IN_UNITS)
+RESULT = [{"type": "labels", "value": one} for one in STUDIO] + [{"type": "choices", "value": {"choices": ["x"]}}]
+PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
+    f"7\t{first}\t{end}\t{TEXT[first:end]}\t{label}\tD1\n" for first, end, label in PLACES
+)
+FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "Prodigy": ("a.jsonl", json.dumps({"text": TEXT, "spans": as_objects("start", "end", "label")}), SPANNED),
+    "doccano": ("a.jsonl", json.dumps({"text": TEXT, "label": PLACES}), {"text": "text", "spans": "label"}),
+    "doccano with relations": (
+        "a.jsonl",
+        json.dumps({"text": TEXT, "entities": as_objects("start_offset", "end_offset", "label")}),
+        {"text": "text", "spans": "entities"},
+    ),
+    "Label Studio": (
+        "a.json",
+        json.dumps([{"id": 1, "data": {"text": TEXT}, "annotations": [{"result": RESULT}]}]),
+        {"text": "data", "spans": "annotations"},
+    ),
+    "Label Studio, JSON_MIN": (
+        "a.json",
+        json.dumps([{"text": TEXT, "label": STUDIO}]),
+        {"text": "text", "spans": "label"},
+    ),
+    "spans in a cell": (
+        "a.tsv",
+        f'text\tspans\n{TEXT}\t"{json.dumps(PLACES).replace(chr(34), chr(34) * 2)}"\n',
+        SPANNED,
+    ),
+    "lists": ("a.jsonl", json.dumps({"tokens": TOKENS, "tags": BIO}), TAGGED),
+    "lists in cells": ("a.tsv", f"tokens\ttags\n{TOKENS}\t{[*BILOU]}\n", TAGGED),
+    "CoNLL": ("a.conll", "\n\n" + conll(*BIO) + "\n", TAGGED),
+    "CoNLL of four columns": ("a.bio", f"-DOCSTART- -X- O O\n\n# a note\n{conll(*BIO, columns='NN B-NP ')}", TAGGED),
+    "CoNLL in tabs": ("a.iob", conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
+    "PubTator": ("a.pubtator", PUBTATOR + "7\tCID\tD1\tD2\n\n", SPANNED),
+}
+
+
+def read(path: Path, columns: dict[str, str]) -> Record:
+    (record,) = iter_records(path, columns)
+    return record
+
+
+def found_in(record: Record) -> list[tuple[str, str]]:
+    layout = SPANNED if "text" in record.fields else TAGGED
+    labels = ("disease", "drug")
+    data = DataSpec(
+        dataset="d", train_file="f", declared_sizes=9, max_length=9, columns=layout, labels=labels, windows=1
+    )
+    text, entities = marks(data)(record)
+    return [(text[first:end], labels[label]) for first, end, label in entities]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_record(tmp_path: Path, name: str) -> None:
+    file, text, columns = FORMATS[name]
+    (tmp_path / file).write_text(text, encoding="utf-8", newline="")
+    assert found_in(read(tmp_path / file, columns)) == [*FOUND]
+
+
+def brat(folder: Path, text: str = TEXT, marked: str | None = None) -> Path:
+    folder.mkdir()
+    (folder / "a.txt").write_text(text)
+    lines = [f"T{n}\t{label} {first} {end}\t{TEXT[first:end]}\n" for n, (first, end, label) in enumerate(PLACES, 1)]
+    (folder / "a.ann").write_text("".join(lines) + "R1\tcures Arg1:T1 Arg2:T2\n" if marked is None else marked)
+    return folder
+
+
+def test_a_folder_of_brat_is_a_record_for_each_text(tmp_path: Path) -> None:
+    folder = brat(tmp_path / "notes")
+    (folder / "b.txt").write_text("no\nmark")
+    (folder / "b.ann").write_text("")
+    first, second = iter_records(folder, SPANNED)
+    assert found_in(first) == [*FOUND]
+    assert second.fields == {"text": "no\nmark", "spans": "[]"}
+    assert format_of(folder) == "brat"
+    assert [file.name for file in files_of(folder)] == ["a.txt", "a.ann", "b.txt", "b.ann"]
+
+
+def test_sentences_begin_on_their_lines_and_are_parted_by_blank_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
+    found = [(line, dict(row)) for line, row in raw_rows(tmp_path / "a.conll") if not isinstance(row, DataError)]
+    assert [(line, row["tokens"]) for line, row in found] == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])]
+
+
+def test_a_sentence_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
+    whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
+    (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
+    rows = [*raw_rows(tmp_path / "a.conll")]
+    assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
+    faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
+    assert faults == ["a line of one column", "bytes of another encoding", f"more than {MOST_BYTES} bytes"]
+
+
+SPAN = {"text": "my card", "spans": [{"start": 0, "end": 2, "label": "drug"}]}
+WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
+    "fewer tags": ("a.jsonl", json.dumps({"tokens": ["my", "card"], "tags": ["O"]}), TAGGED, "must be one for each of"),
+    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be one of the 2 in data.labels"),
+    "a blank tag": ("a.jsonl", '{"tokens": ["my"], "tags": [""]}', TAGGED, "must be O or the name of a type"),
+    "tags in a text": ("a.jsonl", '{"tokens": ["my"], "tags": "O O"}', TAGGED, "must be a list of texts (role tags)"),
+    "no token": ("a.jsonl", '{"tokens": [], "tags": []}', TAGGED, "must be a list of texts (role tokens)"),
+    "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "must be there (role tags)"),
+    "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
+    "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
+    "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
+    "a span that ends nowhere": (
+        "a.jsonl",
+        json.dumps(SPAN | {"spans": [[0, 9, "drug"]]}),
+        SPANNED,
+        "must have 0 <= start < end <= 7",
+    ),
+    "units beyond the text": (
+        "a.json",
+        json.dumps([SPAN | {"spans": [{"start": 0, "end": 8, "labels": ["drug"]}]}]),
+        SPANNED,
+        "must have 0 <= start < end <= 7",
+    ),
+    "spans that overlap": (
+        "a.jsonl",
+        json.dumps(SPAN | {"spans": [[0, 5, "drug"], [3, 7, "disease"]]}),
+        SPANNED,
+        "must not share a character",
+    ),
+    "a span without a label": ("a.jsonl", json.dumps(SPAN | {"spans": [{"start": 0, "end": 2}]}), SPANNED, "and label"),
+    "two labels of a span": (
+        "a.json",
+        json.dumps([SPAN | {"spans": [{"start": 0, "end": 2, "labels": ["drug", "disease"]}]}]),
+        SPANNED,
+        "and label, a text",
+    ),
+    "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must be id|t|, id|a|, or a span"),
+    "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
+    "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must count characters"),
+}
+
+
+@pytest.fixture
+def refused(command: Any, tiny: Any, tmp_path: Path) -> Callable[[Path, dict[str, str]], str]:
+    """The one message of a simulation over a file; it leaves nothing behind."""
+
+    def run(path: Path, columns: dict[str, str]) -> str:
+        runs = tmp_path / "runs"
+        runs.mkdir()
+        named = ", ".join(f"{role}: {column}" for role, column in columns.items())
+        given = ("task=token_classification", f"data.train_file='{path}'", f"data.columns={{{named}}}")
+        more = (
+            "data.labels=[drug,disease]",
+            "head.init=zero",
+            "head.centre=false",
+            "data.validation_file=null",
+            "data.test_file=null",
+        )
+        outcome = command("simulate", *tiny(*given, *more, "data.train_fraction=1.0", into=runs))
+        assert (outcome.code, [*runs.iterdir()]) == (2, []), outcome.err
+        assert "Traceback" not in outcome.err
+        return str(outcome.message)
+
+    return run
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_that_is_wrong_is_refused_in_one_message(refused: Any, tmp_path: Path, name: str) -> None:
+    file, text, columns, bound = WRONG[name]
+    (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
+    message = refused(tmp_path / file, columns)
+    assert bound in message
+    assert not any(word in message for word in ("card", "stray", "B-other"))
+
+
+@pytest.mark.parametrize(
+    ("marked", "bound"),
+    [
+        ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one part of the text"),
+        ("T1 drug 0 2 my\n", "must be one part of the text"),
+        ("T1\tdrug 3 7\tcord\n", "must count characters, and name what stands there"),
+    ],
+)
+def test_a_folder_of_brat_that_is_wrong(refused: Any, tmp_path: Path, marked: str, bound: str) -> None:
+    assert bound in refused(brat(tmp_path / "notes", "my card", marked), SPANNED)
+
+
+def test_a_mark_without_its_text_is_told(refused: Any, tmp_path: Path) -> None:
+    folder = brat(tmp_path / "notes")
+    (folder / "a.txt").unlink()
+    assert "with its text beside it in a file .txt" in refused(folder, SPANNED)
