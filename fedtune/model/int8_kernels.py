@@ -31,46 +31,57 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_compiled
-def _round(rows: Any, factors: Any, some: Any, bits: Any, whole: Any, scales: Any, of_scales: Any) -> None:
+def _round(rows: Any, factors: Any, some: Any, bits: Any, whole: Any, scales: Any, of_scales: Any, part: int) -> None:
     for row in range(rows.shape[0]):
-        for place in range(rows.shape[1]):
-            some[place] = rows[row, place] * factors[place]
-        largest = np.int32(0)
-        for place in range(rows.shape[1]):  # as whole numbers, which the bits of positive numbers order as these do
-            largest = max(largest, bits[place] & _SIGN)
-        of_scales[row, 0] = largest
-        if largest >= _INFINITE:
-            scales[row, 0] = np.float32(np.nan)
-            whole[row, :] = 0
-            continue
-        scale = max(scales[row, 0], _SMALLEST) / _LARGEST
-        scales[row, 0] = scale
-        for place in range(rows.shape[1]):
-            whole[row, place] = np.int8(np.int32((some[place] / scale + _NEAREST) - _NEAREST))
+        for number in range(scales.shape[1]):
+            first, end = number * part, min((number + 1) * part, rows.shape[1])
+            # Slices, since a place that may count from the end is not looked up in vectors.
+            given, times, numbers = rows[row, first:end], factors[first:end], whole[row, first:end]
+            for place in range(end - first):
+                some[place] = given[place] * times[place]
+            largest = np.int32(0)
+            for place in range(end - first):  # as whole numbers, which the bits of positive numbers order as these do
+                largest = max(largest, bits[place] & _SIGN)
+            of_scales[row, number] = largest
+            if largest >= _INFINITE:
+                scales[row, number] = np.float32(np.nan)
+                numbers[:] = 0
+                continue
+            scale = max(scales[row, number], _SMALLEST) / _LARGEST
+            scales[row, number] = scale
+            for place in range(end - first):
+                numbers[place] = np.int8(np.int32((some[place] / scale + _NEAREST) - _NEAREST))
 
 
 @_compiled
 def _scale(out: Any, sums: Any, of_rows: Any, of_columns: Any, bias: Any) -> None:
     for row in range(out.shape[0]):
         for place in range(out.shape[1]):
-            out[row, place] = np.float32(sums[row, place]) * of_rows[row, 0] * of_columns[place] + bias[place]
+            out[row, place] = np.float32(sums[row, place]) * of_rows[row] * of_columns[place] + bias[place]
 
 
-def round_into(rows: torch.Tensor, factors: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor) -> None:
+@_compiled
+def _add(out: Any, sums: Any, of_rows: Any, of_columns: Any) -> None:
+    for row in range(out.shape[0]):
+        for place in range(out.shape[1]):
+            out[row, place] = np.float32(sums[row, place]) * of_rows[row] * of_columns[place] + out[row, place]
+
+
+def round_into(rows: torch.Tensor, factors: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, part: int) -> None:
     """As `int8.round_into`."""
-    some, of_rows = np.empty(rows.shape[1], dtype=np.float32), scales.numpy()
+    some, of_rows = np.empty(part, dtype=np.float32), scales.numpy()
     bits = some.view(np.int32), of_rows.view(np.int32)
-    _round(rows.contiguous().numpy(), factors.numpy(), some, bits[0], whole.numpy(), of_rows, bits[1])
+    _round(rows.contiguous().numpy(), factors.numpy(), some, bits[0], whole.numpy(), of_rows, bits[1], part)
 
 
 def scale_into(
-    out: torch.Tensor,
-    sums: torch.Tensor,
-    of_rows: torch.Tensor,
-    of_columns: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    out: torch.Tensor, sums: torch.Tensor, of_rows: torch.Tensor, of_columns: torch.Tensor, plus: torch.Tensor | None
 ) -> None:
-    """As `int8.scale_into`."""
-    # Minus zero changes no number, not even plus zero and minus zero themselves.
-    plus = np.full(len(of_columns), -0.0, dtype=np.float32) if bias is None else bias.detach().numpy()
-    _scale(out.numpy(), sums.numpy(), of_rows.numpy(), of_columns.numpy(), plus)
+    """As `int8.scale_into`; `plus` is `out` itself, or (m,)."""
+    about = out.numpy(), sums.numpy(), of_rows.contiguous().numpy(), of_columns.numpy()
+    if plus is out:
+        _add(*about)
+    else:
+        # Minus zero changes no number, not even plus zero and minus zero themselves.
+        minus_zero = np.full(len(of_columns), -0.0, dtype=np.float32)
+        _scale(*about, minus_zero if plus is None else plus.detach().numpy())
