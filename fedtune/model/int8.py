@@ -86,7 +86,7 @@ def scale_into(
 
     With (m,) or (n, m) numbers added to that, which may be `out` itself.
     """
-    scaled = sums.float().mul_(of_rows[:, None]).mul_(of_columns)
+    scaled = torch.mul(sums, of_rows[:, None]).mul_(of_columns)
     # By itself: in `addcmul` a compiler may leave out a rounding, here and not there.
     out.copy_(scaled if plus is None else scaled.add_(plus))
 
