@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -43,6 +44,35 @@ def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: py
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs/tickets/run.json").is_file()
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
+
+
+def test_the_lines_about_entities_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"drug": ("aspirin", "insulin"), "disease": ("asthma", "gout")}
+    rows = []
+    for number in range(100):
+        texts = [found["drug"][number % 2], "against", found["disease"][number // 2 % 2], f"for {number} days"]
+        text = " ".join(texts)
+        spans = [(text.index(texts[2 * n]), texts[2 * n], label) for n, label in enumerate(found)]
+        marked = [{"start": at, "end": at + len(word), "label": label} for at, word, label in spans]
+        rows.append(json.dumps({"text": text, "spans": marked}))
+    (tmp_path / "notes.jsonl").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    small = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
+    small += ["data.max_length=32", "training.go_on_without_signal=true"]
+    blocks = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / "entities.md").read_text(), re.S)
+    lines = [line.partition(" #")[0] for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)[1:]
+        more = {"simulate": [*small, "runtime.num_threads=1"], "data init": ["--model", "random_bert"]}
+        again = ["name=again"] if words[1:2] == ["experiment=own_entities"] else []
+        asked = next((extra for key, extra in more.items() if line.startswith(f"fedtune {key}")), [])
+        outcome = command(*words, *asked, *again)
+        assert outcome.code == 0, (line, outcome.err)
+    assert (tmp_path / "runs/again/run.json").is_file()
+    settings = (tmp_path / "notes.yaml").read_text()
+    assert "columns: {text: text, spans: spans}" in settings
+    assert "- disease" in settings
 
 
 def places(page: Path) -> set[str]:

@@ -76,13 +76,15 @@ def _detailed(detail: Detail) -> Iterator[Section]:
     left = len(most) - _MOST_LABELS
     yield Section(
         title="Labels of the tuned model",
-        headings=("label", "precision", "recall", "F1", "records"),
+        headings=("label", "precision", "recall", "F1", "there are"),
         rows=tuple(
             (one.label, *(f"{value:.4f}" for value in (one.precision, one.recall, one.f1)), f"{one.support:,}")
             for one in most[:_MOST_LABELS]
         ),
         notes=(f"and {left} more, which --json has",) if left > 0 else (),
     )
+    if not detail.reliability:
+        return
     yield Section(
         title="How sure the tuned model is, and how often it is right",
         headings=("mean probability", "share right", "answers"),

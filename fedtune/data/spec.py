@@ -157,7 +157,7 @@ class DataSpec:
         check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
         check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
-        if self.stride > (self.max_length - 2) // 2:
+        if self.windows > 1 and self.stride > (self.max_length - 2) // 2:
             raise ConfigError("stride", self.stride, "must be at most half of what a window of data.max_length holds")
         check_fraction("heldout_fraction", self.heldout_fraction, zero=True)
         check_fraction("train_fraction", self.train_fraction, one=True)

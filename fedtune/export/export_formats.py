@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
@@ -73,14 +74,18 @@ class Source:
         readout = model.task.readout(model)
         with quiet():
             base = merged(model.base)
-        if config.data.labels:
-            base.config.id2label = dict(enumerate(config.data.labels))
-            base.config.label2id = {label: place for place, label in enumerate(config.data.labels)}
+        if outputs := model.task.outputs_of(config.data.labels):
+            base.config.id2label = dict(enumerate(outputs))
+            base.config.label2id = {label: place for place, label in enumerate(outputs)}
         tokenizer = load_tokenizer(model.spec.model)
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
         source = cls(config=config, adapter=adapter, task=model.task, base=base, readout=readout, tokenizer=tokenizer)
         return source, reference
+
+    def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
+        """The run's model around a base that was loaded anew."""
+        return Scores(base, self.readout, reads_tokens=self.task.reads_tokens)
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,10 @@ class Reference:
 class Scores(nn.Module):
     """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits or embeddings."""
 
-    def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout) -> None:
+    def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool) -> None:
         super().__init__()
         self.base, self.depth, self.predicts_tokens = base, len(readout), base.can_generate()
+        self.reads_tokens = reads_tokens
         for place, (weight, bias) in enumerate(readout):
             self.register_buffer(f"weight_{place}", weight)
             self.register_buffer(f"bias_{place}", bias)
@@ -130,8 +136,10 @@ class Scores(nn.Module):
         """Logits."""
         cache = {"use_cache": False} if self.predicts_tokens else {}
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
-        if self.predicts_tokens:
+        if "logits" in output:  # a head of transformers' own
             return output.logits  # type: ignore[no-any-return]
+        if self.reads_tokens:
+            return nn.functional.linear(output.last_hidden_state, self.get_buffer("weight_0"))
         mask = attention_mask.unsqueeze(-1).to(torch.float32)
         values: torch.Tensor = (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         for place in range(self.depth):
@@ -163,7 +171,7 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
         source.tokenizer.save_pretrained(folder)
         _WRITERS[format](source, reference, folder)
         if config.data.labels:
-            lines = (" ".join(label.split()) for label in config.data.labels)
+            lines = (" ".join(label.split()) for label in source.task.outputs_of(config.data.labels))
             (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for name, data in card.items():
             (folder / name).write_bytes(data)
@@ -195,22 +203,22 @@ def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
     with quiet(), torch.no_grad():
         base = load_base(model.spec.model, predicts_tokens=source.task.predicts_tokens)
         loaded = PeftModel.from_pretrained(base, folder)
-        scores = Scores(loaded, source.readout)(reference.input_ids, reference.attention_mask)
+        scores = source.scores(loaded)(reference.input_ids, reference.attention_mask)
     reference.require(scores, form="peft")
 
 
 def _write_merged(source: Source, reference: Reference, folder: Path) -> None:
-    plain = Scores(_plain(source, folder), source.readout)
+    plain = source.scores(_plain(source, folder))
     with torch.no_grad():
         reference.require(plain(reference.input_ids, reference.attention_mask), form="merged")
 
 
 def _plain(source: Source, folder: Path) -> PreTrainedModel:
     """Save the merged base, and load it as anybody would."""
-    auto = AutoModelForCausalLM if source.task.predicts_tokens else AutoModel
     with quiet():
-        save_plain(source.base, folder)
-        return auto.from_pretrained(folder, local_files_only=True).eval()
+        save_plain(source.task.whole(source.base, source.readout), folder)
+        loaded: PreTrainedModel = getattr(transformers, source.task.auto).from_pretrained(folder, local_files_only=True)
+    return loaded.eval()
 
 
 def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
@@ -241,7 +249,7 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
     _needed("onnxscript", format="onnx")
     runtime = _needed("onnxruntime", format="onnx")
     with TemporaryDirectory() as scratch:
-        plain = Scores(_plain(source, Path(scratch)), source.readout).eval()
+        plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
         rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
@@ -309,6 +317,14 @@ _WHAT = {
     ),
     "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
 }
+_WHOLE = "The tuned head on the weights, with the adapter merged into them,"
+_FINDING = """\
+from transformers import pipeline
+
+# A word's tag is that of its first token: no other was trained.
+find = pipeline("token-classification", "folder", aggregation_strategy="first")
+print(find("a text"))
+"""
 _EMBEDS = "A model for embeddings, with the adapter merged into its weights,"
 _EMBEDDING = """\
 from sentence_transformers import SentenceTransformer
@@ -326,6 +342,9 @@ def _form(format: str, config: RunConfig) -> Form:
     what, library = _WHAT[format]
     task = task_named(config.task)
     labels = _LABELS if config.data.labels else ""
+    if format == "merged" and task.reads_tokens:
+        what, loading = _WHOLE, _FINDING
+        return Form(what=what, library=library, relation="finetune", loading=loading)
     loading = _LOADING[format].replace("LABELS", labels).replace("READS", task.reads)
     if format == "sentence-transformers" and not task.has_head:
         what, loading = _EMBEDS, _EMBEDDING

@@ -95,6 +95,8 @@ class Task(ABC):
         judged_by: the score that says whether training helped: the larger the better, but for "loss".
         rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
         reads: a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout.
+        reads_tokens: whether the readout is of each token's hidden state, and not of their mean.
+        auto: the class of transformers that loads a whole model.
     """
 
     name: ClassVar[str]
@@ -111,6 +113,8 @@ class Task(ABC):
     judged_by: ClassVar[str] = "loss"
     rate_shares: ClassVar[tuple[float, float] | None] = None
     reads: ClassVar[str] = "scores"
+    reads_tokens: ClassVar[bool] = False
+    auto: ClassVar[str] = "AutoModel"
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -361,7 +365,8 @@ class Task(ABC):
         """
 
     def readout(self, model: Model) -> Readout:
-        """The linear layers that make `read_out` of the base's mean hidden state, each of a vector of norm 1.
+        """The linear layers that make `read_out` of the base's mean hidden state, each of a vector of norm 1; or with
+        `reads_tokens` of each hidden state as it is.
 
         None where that vector itself is what `logits` gives, or the base's own output layer.
         """
@@ -371,6 +376,14 @@ class Task(ABC):
         """The output of an exported model for these logits."""
         return logits
 
+    def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
+        """What each of an exported model's logits stands for, where the task has labels."""
+        return labels
+
+    def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
+        """What an exported base becomes, for `auto` to load: by itself, or with a head of transformers' own."""
+        return base
+
     def loading(self, *, base: str, folder: str) -> str:
         """Lines of Python that load a saved adapter where fedtune is not installed.
 
@@ -378,7 +391,7 @@ class Task(ABC):
             base: where transformers finds the base.
             folder: of the adapter, as the lines call it.
         """
-        auto = "AutoModelForCausalLM" if self.predicts_tokens else "AutoModel"
+        auto = self.auto if self.predicts_tokens else "AutoModel"
         return _LOADING.format(auto=auto, base=base, folder=folder)
 
 

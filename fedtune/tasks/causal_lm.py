@@ -60,6 +60,7 @@ class CausalLM(Task):
     answers = frozenset({"completion"})
     own_settings = frozenset({"prompt_template", "chat_template"})
     predicts_tokens = True
+    auto = "AutoModelForCausalLM"
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")
 

@@ -34,7 +34,7 @@ class ClassScores:
         precision: share of the records predicted to have it that do; 0 where none is predicted.
         recall: share of the records that have it that are predicted to; 0 where none has it.
         f1: their harmonic mean.
-        support: number of records that have it.
+        support: number of records that have it; of parts of texts, how many have it.
     """
 
     label: str
@@ -61,7 +61,7 @@ class ReliabilityBin:
 
 @spec
 class Detail:
-    """Details of the scores of a task with labels: scores by label, and calibration."""
+    """Details of the scores of a task with labels: scores by label, and calibration, where there is one."""
 
     classes: tuple[ClassScores, ...]
     reliability: tuple[ReliabilityBin, ...]

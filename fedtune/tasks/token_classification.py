@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,13 @@ from fedtune.data.values import TAG
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
+from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from fedtune.data.batching import Batch
 
@@ -42,6 +43,23 @@ _NO_WORD = (0, 0)
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
 and the shortest window of a step has 12."""
+
+
+_LINES = """
+import json
+import torch
+from safetensors.torch import load_file
+
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+weight = load_file("FOLDER/head.safetensors")["weight"]
+tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+    hidden = model(**tokens).last_hidden_state[0]
+tags = ["O", *(f"{mark}-{label}" for label in settings["labels"] for mark in "BI")]
+scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ weight.T
+# A word's tag is that of its first token: no other was trained.
+print([tags[place] for place in scores.argmax(dim=1)])
+"""
 
 
 class Marked(NamedTuple):
@@ -66,6 +84,9 @@ class TokenClassification(Task):
     fewest_labels = 1
     has_head = True
     hub_name = "token-classification"
+    formats = ("peft", "merged", "onnx")
+    reads_tokens = True
+    auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
 
     @property
@@ -119,9 +140,7 @@ class TokenClassification(Task):
         self.require_usable(records, data=data)
         read = [*map(marks(data), records)]
         before, behind = _around(tokenizer)
-        room = max(1, data.max_length - len(before) - len(behind))
-        step = room - min(data.stride, room // 2)
-        most = room + (data.windows - 1) * step
+        room, step, most = _sizes(data, len(before) + len(behind))
         texts = [cut(one.text, most) for one in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
@@ -213,6 +232,52 @@ class TokenClassification(Task):
         ((truth, said),) = _read(model.logits(batch), batch)
         counts = measures.entity_counts(truth, said, num_labels=len(model.spec.labels))[:-1].sum(axis=0)
         return measures.rates(counts, 2, 2)[2] if truth or said else 1.0
+
+    def answer_to(
+        self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
+    ) -> tuple[str, object]:
+        """The text with [label: ...] around each entity; as JSON the entities, with the characters of each."""
+        asked, rows = marks(data)(record).text, self.tokenise([record], tokenizer, data=data).targets
+        assert isinstance(rows, tuple), "each token has a target"
+        each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
+        said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
+        *_, most = _sizes(data, sum(map(len, _around(tokenizer))))
+        _, words = next(encode_words([cut(asked, most)], tokenizer, max_length=most))
+        words = [word for word in words if word != _NO_WORD]
+        found: list[dict[str, Any]] = []
+        marked = asked
+        for first, end, label in entities_in(said):
+            start, stop = words[first][0], words[end - 1][1]
+            found.append({"start": start, "end": stop, "label": spec.labels[label], "text": asked[start:stop]})
+        for one in reversed(found):
+            marked = f"{marked[: one['start']]}[{one['label']}: {one['text']}]{marked[one['end'] :]}"
+        return marked, found
+
+    def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
+        return "O", *(f"{mark}-{label}" for label in labels for mark in "BI")
+
+    def readout(self, model: Model) -> Readout:
+        weight = model.get_parameter("head.weight").detach()
+        return ((weight * (model.spec.head.scale / math.sqrt(weight.shape[1])), None),)
+
+    def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForTokenClassification
+
+        ((weight, _),) = readout
+        model = AutoModelForTokenClassification.from_config(base.config, dtype=torch.float32)
+        inner = getattr(model, model.base_model_prefix)
+        unfilled = inner.load_state_dict(base.state_dict(), strict=False).missing_keys  # a pooler may be left over
+        (head,) = (one for name, one in model.named_children() if isinstance(one, torch.nn.Linear))
+        assert not unfilled, "each weight of the base has its place"
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if head.bias is not None:
+                head.bias.zero_()
+        return model.eval()
+
+    def loading(self, *, base: str, folder: str) -> str:
+        return super().loading(base=base, folder=folder) + _LINES.replace("FOLDER", folder)
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         label = data.labels[draw(len(data.labels))] if role in self.answers else ""
@@ -336,6 +401,13 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         return Marked(text, tuple(entities))
 
     return of_spans if "text" in data.columns else of_tokens
+
+
+def _sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
+    """A window's tokens, from where to where the next one begins, and the tokens of a record that all have room for."""
+    room = max(1, data.max_length - specials)
+    step = room - min(data.stride, room // 2)
+    return room, step, room + (data.windows - 1) * step
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -29,9 +29,11 @@ def peft(folder: str, tokens: Any) -> Any:
 
 
 def merged(folder: str, tokens: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-    return AutoModelForCausalLM.from_pretrained(folder)(**tokens).logits
+    tags = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForTokenClassification")
+    auto = AutoModelForTokenClassification if tags else AutoModelForCausalLM
+    return auto.from_pretrained(folder)(**tokens).logits
 
 
 def sentence_transformers(folder: str, tokens: Any, texts: list[str]) -> Any:

