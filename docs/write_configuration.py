@@ -15,6 +15,7 @@ from pathlib import Path
 from fedtune import config
 from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
+from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
 from fedtune.privacy.about import AboutSpec
 
@@ -61,6 +62,8 @@ def page() -> str:
             parts += [_table("data.partition.", PartitionSpec, default.data.partition)]
             for key, spec in (("pairs", PairsSpec), ("preferences", PreferenceSpec)):
                 parts += [_summary(spec), _table(f"data.{key}.", spec, getattr(default.data, key))]
+            example = FeatureSpec(columns=("NAME",), range=(0.0, 1.0))
+            parts += [_summary(FeatureSpec), _table("data.features[].", FeatureSpec, example)]
         if group == "report":
             parts += [_summary(AboutSpec), _table("report.about.", AboutSpec, default.report.about)]
     return "\n".join(parts)

@@ -39,7 +39,6 @@ MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
 the process that writes them, and no file system takes more than 255."""
 
-
 MOST_SEED = 2**63 - 1
 """Generators take no more bits."""
 PATHS = frozenset(
@@ -156,7 +155,7 @@ class RunConfig:
         if self.privacy.metrics != "none" and self.data.heldout_fraction == 0:
             bound = f"must be above 0 for privacy.metrics = {self.privacy.metrics}"
             raise ConfigError("data.heldout_fraction", 0, bound)
-        task.check_model(self.task_model())
+        task.check_spec(self.task_model())
 
     def task_model(self) -> TaskModelSpec:
         """The specs that define the model."""
@@ -172,6 +171,8 @@ class RunConfig:
             texts=task_named(self.task).texts(self.data),
             beta=self.data.preferences.beta,
             per_token=self.data.preferences.per_token,
+            input=self.data.input,
+            values=tuple(value for one in self.data.features for value in one.values()),
         )
 
     def plan(self) -> Plan:
@@ -186,14 +187,14 @@ class RunConfig:
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
         """What the lead with public key `lead` proposes to the sites, and what a site makes of this configuration."""
-        targets, has_head = self.lora.target_modules, task_named(self.task).has_head
+        has_head = task_named(self.task).has_head
         return Proposal(
             run=self.run_id(),
             lead=lead,
             dataset=self.data.dataset,
             task=self.task,
             base_model=self.model.sha256 or UNVERIFIED,
-            target_modules=(targets,) if isinstance(targets, str) else targets,
+            target_modules=self.lora.modules,
             adapter=self.lora.kind,
             rank=self.lora.matrices,
             train_head=has_head and self.head.train,

@@ -23,6 +23,7 @@ OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CON
 _OWN = ["data.train_file=mine.csv", "data.declared_sizes=500"]
 _PREFERENCES = [*_OWN, "data.columns={prompt: a, chosen: b, rejected: c}"]
 _PAIRS = [*_OWN, "data.columns={text: a, other: b, target: c}", "data.target_range=[0,5]"]
+_FEATURES = [*_OWN, "data.labels=[yes,no]", "data.features=[{columns: [age], range: [0, 120]}]"]
 # What an option needs beside it, in order to be a whole run.
 _BESIDE = {
     ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
@@ -48,6 +49,10 @@ _BESIDE = {
     ("experiment", "own_order"): [*_OWN, "data.labels=[low,high]"],
     ("data", "own_numbers"): ["experiment=own_numbers", *_OWN, "data.target_range=[0,5]"],
     ("experiment", "own_numbers"): [*_OWN, "data.target_range=[0,5]"],
+    ("data", "own_features"): ["experiment=own_features", *_FEATURES],
+    ("experiment", "own_features"): _FEATURES,
+    ("model", "none"): ["experiment=own_features", *_FEATURES],
+    ("lora", "none"): ["experiment=own_features", *_FEATURES],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
 }
 _LISTS_AND_MAPS = {"data.columns", "data.partition.sites"}

@@ -152,7 +152,7 @@ def test_every_command_is_on_a_page() -> None:
     assert lacking == ["fedtune report build"], "which `fedtune report` does where nothing else is asked for"
 
 
-MOST_FILES = {"A strategy": 2, "A task": 3, "A release": 7, "A section of the report": 5}
+MOST_FILES = {"A strategy": 2, "A task": 3, "An input": 3, "A release": 7, "A section of the report": 5}
 """How many files a change of each kind touches at most.  These numbers only fall."""
 
 

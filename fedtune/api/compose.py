@@ -422,7 +422,8 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
         bound = "is several values: add -m to run each of them, or write [a,b] for a list"
         return ConfigError(found[1], found[2], bound)
     if found := re.search(r"Missing mandatory value.*full_key: (\S+)", text):
-        return ConfigError(found[1], "", f"is required: give it as {found[1]}=VALUE")
+        how = "is for you to say where the file has ???" if "[" in found[1] else f"give it as {found[1]}=VALUE"
+        return ConfigError(found[1], "", f"is required: {how}")
     text = text.split(" See https")[0]
     if found := re.search(r"(Interpolation .*?) full_key: (\S+)", text):
         return ConfigError(found[2], given.get(found[2], ""), f"must be a value ({found[1]})")

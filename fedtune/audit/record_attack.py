@@ -27,6 +27,7 @@ from fedtune.report.audit_findings import AuditHitRate, AuditMembership
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.tasks import task_named
+from fedtune.tasks.inputs import input_of
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8
@@ -105,7 +106,7 @@ class RecordAttack:
             return int(draw % np.uint64(count))
 
         def text(role: str) -> str:
-            chosen = task.made_up(role, data, draw=one_of)
+            chosen = task.made_up(role, data, draw=one_of) or input_of(data).made_up_field(role, data, draw=one_of)
             return " ".join(self._words[one_of(len(self._words))] for _ in range(_WORDS)) if chosen is None else chosen
 
         return Record({role: text(role) for role in task.columns(data)})

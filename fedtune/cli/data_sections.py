@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.load import FAR
-from fedtune.preparation import starter
+from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
@@ -53,6 +53,11 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
     ),
     "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
     "near_overlap": ("almost the same in", "Scores on records almost like those trained on are too good, as well."),
+    "declared": (
+        "",
+        "A number beyond its range counts as the nearer end, a name that is not declared as other. If there are many, "
+        "the unit or the spelling may be another one than you know.",
+    ),
     "personal": ("likely", CAVEAT),
     "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
 }
@@ -127,6 +132,17 @@ def lengths(plan: starter.Plan, model: str) -> Section:
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {model}"
     return Section(title=title, headings=headings, rows=(row,), words=())
+
+
+def feature_sections(found: Found) -> Iterator[Section]:
+    """A table's columns with what the file holds, which stands in no file that is written."""
+    yield Section(
+        title="Features, and the file's own values: shown here alone",
+        headings=("column", "seems to be", "in the file", "rows without"),
+        rows=tuple(feature_columns.rows(found)),
+        words={0, 1, 2},
+        notes=feature_columns.ABOUT,
+    )
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:

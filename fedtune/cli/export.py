@@ -13,6 +13,7 @@ from fedtune.cli.finished_run import Run, finished_run
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
+from fedtune.tasks.inputs import input_of
 from fedtune.words import size
 
 
@@ -21,7 +22,8 @@ def export(
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
     merge: Annotated[bool, Option(names=("--merge",), help="the whole model, with the adapter merged into it")] = False,
     format: Annotated[
-        Literal["peft", "merged", "sentence-transformers", "onnx"] | None, Option(help="(default: peft)")
+        Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
+        Option(help="(default: peft; of features safetensors)"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +40,7 @@ def export(
     config, adapter = finished_run(run)
     if merge and format is not None:
         raise ConfigError("--merge", format, "and --format exclude each other: --merge is a format of its own")
-    formats = task_named(config.task).formats
+    formats = input_of(config.data).formats(task_named(config.task).formats)
     if merge and len(formats) == 1:
         raise ConfigError("--merge", NOT_GIVEN, f"is not possible for task {config.task}, which has adapters alone")
     chosen = format or formats[int(merge)]

@@ -33,12 +33,10 @@ def model_hash(
     from fedtune.model.base_model import model_sha256
     from fedtune.model.manifest import manifest_of
     from fedtune.model.source import locate, model_folder
-    from fedtune.model.spec import RANDOM
     from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 
     spec = locate(model)
-    random = spec.path.startswith(RANDOM)  # made from its settings, not read from files
-    manifest = None if random else manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
+    manifest = None if spec.built_in else manifest_of(model_folder(spec), gguf_file=spec.gguf_file)
     digest = model_sha256(spec) if manifest is None else manifest.sha256
     covered = () if manifest is None else manifest.files
     if as_json:

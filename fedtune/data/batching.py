@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ class Batch:
     missing example leaves as many rows empty.
 
     Attributes:
-        input_ids: (n, t) int64.
+        input_ids: (n, t) int64; or (n, 1, w) float32 where an example is a vector, which takes one place.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
         targets: (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token,
             `UNSUPERVISED` for padding.
@@ -89,8 +89,10 @@ def collate(
     # An empty row attends to one token, since attention over none would divide zero by zero.
     attended = np.arange(num_tokens) < filled[:, None]  # (n, t)
 
-    def padded(rows: Sequence[NDArray[np.integer]], fill: int) -> torch.Tensor:
-        out = np.full(attended.shape, fill, dtype=np.int64)
+    def padded(rows: Sequence[NDArray[Any]], fill: int) -> torch.Tensor:
+        one = rows[0] if rows else np.zeros(1, dtype=np.int64)
+        kind = np.float32 if one.dtype == np.float32 else np.int64
+        out = np.full((*attended.shape, *one.shape[1:]), fill, dtype=kind)
         for row, text in enumerate(dataset.texts_of(chosen)):
             out[row, : lengths[row]] = rows[text]
         return torch.from_numpy(out)

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line
-from fedtune.data.values import NO_TEXT, OPTIONAL_ROLES, SAID, is_missing, is_whole, read_value, turns_said
+from fedtune.data.values import FEATURE, NO_TEXT, OPTIONAL_ROLES, SAID, is_missing, is_whole, read_value, turns_said
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
@@ -50,8 +50,15 @@ class Record:
                 yield from ((role, turn["content"]) for turn in json.loads(text))
             elif role in SAID and (turns := turns_said(text)) is not None:
                 yield from ((role, turn["content"]) for turn in turns)
-            elif role not in NO_TEXT:
+            elif role not in NO_TEXT and not role.startswith(FEATURE):
                 yield role, text
+
+    @property
+    def said(self) -> str:
+        """All its texts as one, or, where it has none, its features."""
+        found = [text for _, text in self.texts()]
+        found = found or [text for role, text in self.fields.items() if role.startswith(FEATURE)]
+        return " ".join(" ".join(found).split())
 
     @property
     def answer(self) -> str:

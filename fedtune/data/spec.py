@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from string import Formatter
 from typing import Literal
 
+from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_name, check_one_of, check_positive, spec
+from fedtune.spec import (
+    ConfigError,
+    check_at_least,
+    check_at_most,
+    check_fraction,
+    check_name,
+    check_one_of,
+    check_positive,
+    spec,
+)
 
-_MOST_TEMPLATE, _MOST_LABELS = 4096, 10_000
-"""Of characters and of labels: both are worked through for each record, or at each site, before it has answered."""
+_MOST_TEMPLATE = 4096
+"""Of characters, which are worked through for each record, or at each site, before it has answered."""
 
 _MOST_WINDOWS = 8
 _LARGEST_BETA = 1000.0
-_LARGEST_TARGET, _LEAST_WIDTH = 1e12, 1e-6
-"""Of a range, the width beside its largest number: predictions are float32, which have seven digits."""
 
 SITE = "{site}"
 """Stands in `train_file` for a site's name."""
@@ -46,7 +53,7 @@ class PairsSpec:
         if self.negatives == "batch":
             raise ConfigError("negatives", "batch", _COUPLED)
         if not isinstance(self.negatives, str):
-            _check_names("negatives", self.negatives)
+            check_names("negatives", self.negatives)
             if not self.negatives:
                 raise ConfigError("negatives", self.negatives, "must hold at least one text, or be record")
         check_positive("margin", self.margin)
@@ -101,7 +108,10 @@ class DataSpec:
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        max_length: the most tokens of an example, or of each of its texts or windows where it has several.
+        input: what a record is to the model: "text", or "features", the columns that `features` declares.
+        features: the columns of numbers and categories that are a record's vector, with their declared ranges.
+        max_length: the most tokens of an example, or of each of its texts or windows where it has several; 1 for
+            features.
         windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
             by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
         stride: how many tokens two windows share, each of which is learnt in one of them.
@@ -129,6 +139,8 @@ class DataSpec:
     stride: int = 0
     validation_file: str | None = None
     test_file: str | None = None
+    input: Literal["text", "features"] = "text"
+    features: tuple[FeatureSpec, ...] = ()
     labels: tuple[str, ...] = ()
     label_separator: str = ";"
     target_range: tuple[float, float] | None = None
@@ -154,7 +166,8 @@ class DataSpec:
         for key in ("validation_rows", "test_rows"):
             if getattr(self, key) is not None:
                 check_at_least(key, getattr(self, key), 1)
-        check_at_least("max_length", self.max_length, 3)  # room for one token between [CLS] and [SEP]
+        if self.max_length != 1:  # a vector's place; of a text room for one token between [CLS] and [SEP]
+            check_at_least("max_length", self.max_length, 3)
         check_one_of("windows", self.windows, range(1, _MOST_WINDOWS + 1))
         check_at_least("stride", self.stride, 0)
         if self.windows > 1 and self.stride > (self.max_length - 2) // 2:
@@ -168,19 +181,14 @@ class DataSpec:
                 raise ConfigError(f"{name}_fraction", fraction, f"must be 0 where data.{name}_file is given")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError("test_fraction", self.test_fraction, "must leave the sites something of data.train_file")
-        _check_names("labels", self.labels)
+        check_names("labels", self.labels)
         if len(self.label_separator) != 1 or self.label_separator in '[]"\\':
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
-            # With a width: to divide by one of 0, in floats, would fail for the records that lie in it.
-            low, high = self.target_range
-            largest = max(abs(low), abs(high))
-            wide = math.isfinite(largest) and high - low >= _LEAST_WIDTH * max(1.0, largest)
-            if not wide or largest > _LARGEST_TARGET:
-                bound = (
-                    f"must be two numbers of at most {_LARGEST_TARGET:g}, the lower one first, and not all but equal"
-                )
-                raise ConfigError("target_range", list(self.target_range), bound)
+            check_range("target_range", self.target_range)
+        columns = [column for one in self.features for column in one.columns]
+        check_names("features", columns)
+        check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
         _template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
@@ -239,11 +247,12 @@ class DataSpec:
     def needed_columns(
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
-        """Role to column of what a file must have: of `roles`, the unit, and what the partition goes by."""
+        """Role to column of what a file must have: `roles`, the unit, what the partition goes by, and all features."""
         needed = {*roles, *(("user",) if unit == "user" else ())}
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
-        return {role: column for role, column in self.columns.items() if role in needed}
+        own = {role: column for role, column in self.columns.items() if role in needed}
+        return own | columns_of(self.features, self.columns)
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:
         """The declared size of each site.
@@ -262,18 +271,6 @@ class DataSpec:
             bound = f"must be one number, or one for each of {num_sites} sites"
             raise ConfigError("declared_sizes", self.declared_sizes, bound)
         return self.declared_sizes
-
-
-def _check_names(key: str, names: tuple[str, ...]) -> None:
-    if len(names) > _MOST_LABELS:
-        raise ConfigError(key, f"{len(names)} {key}", f"must be at most {_MOST_LABELS}")
-    seen: set[str] = set()
-    for name in names:
-        if not name or name != name.strip():
-            raise ConfigError(key, name, "must not be blank, nor have spaces around it")
-        if name in seen:
-            raise ConfigError(key, name, "must be declared once")
-        seen.add(name)
 
 
 def _template_roles(template: str) -> tuple[str, ...]:

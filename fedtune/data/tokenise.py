@@ -60,7 +60,8 @@ class TextDataset:
     """Tokenised examples, unpadded, in the order of their records.
 
     Attributes:
-        input_ids: (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.
+        input_ids: (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
+            vector (1, w), its values in float32.
         targets: one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each:
             the token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
         texts: of each example.
@@ -68,7 +69,7 @@ class TextDataset:
         lengths: (n,) of each example's longest text.
     """
 
-    input_ids: tuple[NDArray[np.int32], ...]
+    input_ids: tuple[NDArray[np.int32] | NDArray[np.float32], ...]
     targets: Targets
     texts: int = 1
     text_lengths: NDArray[np.int32] = field(init=False)

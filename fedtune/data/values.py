@@ -23,6 +23,8 @@ NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans"}
 """Roles whose values are no texts that somebody wrote."""
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
+FEATURE = "feature:"
+"""Before the name of a column that is a value of a record's vector, as its role (`fedtune.data.features`)."""
 OPTIONAL_ROLES = frozenset({"input", "system"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
@@ -77,9 +79,11 @@ def read_value(value: object, role: str, *, at: str) -> str:
     Raises:
         DataError: it is not what the role needs.
     """
-    if is_null(value):
+    if role.startswith(FEATURE):
+        text = feature_of(value, at)
+    elif is_null(value):
         raise DataError(at, "null", f"must not be null (role {role})")
-    if role in _READ_ALONE:
+    elif role in _READ_ALONE:
         text = _READ_ALONE[role](value, at)
     elif role in CATEGORY_ROLES:
         text = _name(value, role, at=at)
@@ -434,8 +438,8 @@ def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
-def number_of(value: object, at: str) -> str:
-    """The number in the role `target`, as Python writes it.
+def number_of(value: object, at: str, *, role: str = "target") -> str:
+    """The number in a role, as Python writes it.
 
     Raises:
         DataError: it is none.
@@ -446,8 +450,29 @@ def number_of(value: object, at: str) -> str:
             number = float(cast(float | str, value))
     if not math.isfinite(number):
         kind = "text that is no number" if isinstance(value, str) else json_type(value)
-        raise DataError(at, kind, "must be a finite number, with a point before decimals (role target)")
+        raise DataError(at, kind, f"must be a finite number, with a point before decimals (role {role})")
     return repr(number)
+
+
+def feature_of(value: object, at: str) -> str:
+    """A column that is a value of a record's vector: a number, a name, a list of numbers as JSON, or "" for nothing."""
+    if is_missing(value):
+        return ""
+    if isinstance(value, list):
+        return json.dumps([float(number_of(one, at, role="feature")) for one in value])
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(int(value)) if type(value) is int or is_whole(value) else number_of(value, at, role="feature")
+    return _text(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip()
+
+
+def numbers_of(text: str, at: str) -> list[float]:
+    """The numbers of a column of lists, by its field in a record; a DataError where it is no JSON list of such."""
+    listed = _listed_in(text)
+    if listed is None:
+        raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
+    return [float(number_of(one, at, role="feature")) for one in listed]
 
 
 def _is_number(text: str) -> bool:

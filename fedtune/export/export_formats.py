@@ -7,12 +7,13 @@ model on made-up tokens; only then the folder appears.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,19 +27,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
+from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.records import Record
+from fedtune.data.values import FEATURE
 from fedtune.model import load_tokenizer
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import Form, card_files
 from fedtune.report.record.run_record import read_run
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import Task, TaskModel, load_task_model, task_named
 from fedtune.tasks.base import Readout
+from fedtune.tasks.inputs import input_of
 from fedtune.tasks.saved import write_task_model
 
 _ONNX = "model.onnx"
+_ROWS = 64
+"""Of made-up features."""
 _MOST_APART = 1e-3
 """The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
 
@@ -167,9 +175,12 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
     run = adapter.absolute().parent
     card = card_files(read_run(run), from_run.build(run), _form(format, config))
     with _new(target) as folder:
-        source, reference = Source.of(config, adapter)
-        source.tokenizer.save_pretrained(folder)
-        _WRITERS[format](source, reference, folder)
+        if config.lora.kind == NO_ADAPTER:
+            _write_features(adapter, config, folder, format=format)
+        else:
+            source, reference = Source.of(config, adapter)
+            source.tokenizer.save_pretrained(folder)
+            _WRITERS[format](source, reference, folder)
         if config.data.labels:
             lines = (" ".join(label.split()) for label in source.task.outputs_of(config.data.labels))
             (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -246,8 +257,7 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
-    _needed("onnxscript", format="onnx")
-    runtime = _needed("onnxruntime", format="onnx")
+    runtime = _graph_tools()
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
@@ -269,6 +279,120 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
     session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
     given = {"input_ids": reference.input_ids.numpy(), "attention_mask": reference.attention_mask.numpy()}
     reference.require(torch.from_numpy(session.run(None, given)[0]), form="onnx")
+
+
+class RawScores(nn.Module):
+    """A run's scores of raw values, (rows, columns) to (rows, outputs).
+
+    Of each column in its declared order these are a number, the numbers of a list, or the place of a category in its
+    declared list (behind the last one: another); NaN where there is nothing.
+    """
+
+    def __init__(self, model: TaskModel, features: Sequence[FeatureSpec]) -> None:
+        super().__init__()
+        assert model.head is not None
+        self.head, self.features = model.head, features
+        self.read_out, self.spec = model.task.read_out, model.spec
+        self.norm = sum(one.numbers for one in features) ** 0.5
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Logits, or of a regression the number."""
+        parts, first = [], 0
+        for one in self.features:
+            for _ in one.columns:
+                size = one.size or 1
+                raw, first = values[:, first : first + size], first + size
+                nothing = torch.isnan(raw)
+                raw = torch.where(nothing, torch.zeros_like(raw), raw)
+                if one.range is None:
+                    found = (raw == torch.arange(len(one.categories) + 1)).to(torch.float32)
+                else:
+                    low, high = one.range
+                    found = (raw.clamp(low, high) - (low + high) / 2) / ((high - low) / 2)
+                parts.append(torch.where(nothing[:, :1], torch.zeros_like(found), found))
+                if one.missing == "indicator":
+                    parts.append(nothing[:, :1].to(torch.float32))
+        logits = self.spec.head.scale * self.head(torch.cat(parts, dim=1) / self.norm)
+        return self.read_out(logits, spec=self.spec)
+
+
+def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str) -> None:
+    """Write the layers of a model of features, or a graph of it, and check what was written on made-up rows.
+
+    Raises:
+        ConfigError: the adapter cannot be loaded.
+        RunError: what was written computes something else than the run's model.
+    """
+    runtime = _graph_tools() if format == "onnx" else None
+    model = load_task_model(adapter, model=config.model)
+    draws, features = np.random.default_rng(0), config.data.features
+    records = [
+        Record({f"{FEATURE}{name}": _field(one, draws) for one in features for name in one.columns})
+        for _ in range(_ROWS)
+    ]
+    vectors = torch.from_numpy(np.stack([FeatureReader(features).vector(record) for record in records]))
+    batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
+    raw = torch.tensor([[value for one in features for value in _raw(one, record)] for record in records])
+    with torch.no_grad():
+        ours = model.task.read_out(model.logits(batch), spec=model.spec)
+        write_task_model(model, folder)
+        if runtime is not None:
+            _write_graph(RawScores(model, features).eval(), raw, folder / _ONNX)
+            session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
+            theirs = torch.from_numpy(session.run(None, {"values": raw.numpy()})[0])
+        else:
+            theirs = RawScores(load_task_model(folder), features)(raw)
+    Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
+    (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
+
+
+def _field(one: FeatureSpec, draws: np.random.Generator) -> str:
+    """A made-up field, now and then beyond what was declared, or nothing."""
+    kind = int(draws.integers(8))
+    if kind == 0 and one.missing == "indicator":
+        return ""
+    if kind == 1 and one.categories:
+        return "\N{REPLACEMENT CHARACTER}"
+    if kind == 2 and one.range is not None and one.size is None:
+        return repr(2 * one.range[1] - one.range[0])
+    return one.made_up(draws.integers)
+
+
+def _raw(one: FeatureSpec, record: Record) -> list[float]:
+    """The values that the graph takes for a record's columns."""
+    found: list[float] = []
+    for name in one.columns:
+        text = record.fields[FEATURE + name]
+        if not text:
+            found += [float("nan")] * (one.size or 1)
+        elif one.categories:
+            found.append(float(one.categories.index(text) if text in one.categories else len(one.categories)))
+        else:
+            found += json.loads(text) if one.size else [float(text)]
+    return found
+
+
+def _write_graph(scores: RawScores, raw: torch.Tensor, file: Path) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            scores,
+            (raw,),
+            dynamo=True,
+            input_names=["values"],
+            output_names=["scores"],
+            dynamic_shapes=({0: torch.export.Dim("rows")},),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(file)
+
+
+def _graph_tools() -> Any:
+    """What runs an ONNX graph, where what writes one is there, too."""
+    _needed("onnxscript", format="onnx")
+    return _needed("onnxruntime", format="onnx")
 
 
 def _needed(library: str, *, format: str) -> Any:
@@ -337,8 +461,11 @@ print(model.similarity(embeddings, embeddings))
 
 
 def _form(format: str, config: RunConfig) -> Form:
-    if format == "peft":
+    if format in ("peft", "safetensors"):
         return Form.adapter(config, folder="folder")
+    if lines := input_of(config.data).loading(config.data, folder="folder", graph=True):
+        lines += f"print({task_named(config.task).reads})\n"
+        return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
     task = task_named(config.task)
     labels = _LABELS if config.data.labels else ""

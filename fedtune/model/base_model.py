@@ -42,7 +42,7 @@ from fedtune.model.quantized import keep_in_four_bits
 from fedtune.model.quiet import first_line, quiet
 from fedtune.model.refusals import config_refusal
 from fedtune.model.source import cache_folder, model_folder
-from fedtune.model.spec import RANDOM, ModelSpec
+from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
@@ -124,12 +124,12 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
 def model_sha256(spec: ModelSpec) -> str:
     """The model's hash: of its manifest, see `fedtune.model.manifest`, or for a GGUF file the one `sha256sum` prints.
 
-    For a random model it is that of its tensors' bytes in the order of their names.
+    For a random model it is that of its tensors' bytes in the order of their names; where there is no base, of none.
     """
-    if not spec.path.startswith(RANDOM):
+    if not spec.built_in:
         return manifest_of(model_folder(spec), gguf_file=spec.gguf_file).sha256
     digest = hashlib.sha256()
-    for _, tensor in sorted(tiny_base(spec.path).state_dict().items()):
+    for _, tensor in sorted(tiny_base(spec.path).state_dict().items()) if spec.path != NO_BASE else ():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from fedtune.model.manifest import SETTINGS_FILES, SHARD_INDEX, WEIGHTS
 from fedtune.model.quiet import first_line
-from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
+from fedtune.model.spec import NO_BASE, PACKAGE, RANDOM, ModelSpec
 from fedtune.spec import ConfigError
 
 _HUB_FILES = ["*.safetensors", SHARD_INDEX, *sorted(SETTINGS_FILES)]
@@ -53,7 +53,7 @@ def locate(path: str) -> ModelSpec:
     Raises:
         ConfigError: for `model.path` or `model.gguf_file`: there is no such model.
     """
-    if path.startswith(RANDOM):
+    if path == NO_BASE or path.startswith(RANDOM):
         return ModelSpec(path=path)
     place = Path(path).expanduser()
     if path.endswith(".gguf") and (path.startswith(PACKAGE) or place.is_file()):

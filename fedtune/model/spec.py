@@ -11,14 +11,17 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from fedtune.spec import ConfigError, check_at_least, check_one_of, check_positive, spec
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
 
 _CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
-ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter"}
+NO_BASE, NO_ADAPTER = "none", "none"
+"""A model of its head alone, and its `lora.kind`."""
+ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter", NO_ADAPTER: "A model"}
 """The kinds of adapters, in words."""
+_WIDEST, _MOST_LAYERS = 4096, 8
 _NOT_PROVEN = {
     "prompt": "virtual tokens change what every layer makes of a record, and take places of its own tokens",
     "prefix": "virtual keys and values reach a layer through its cache, which training is without",
@@ -50,7 +53,8 @@ class ModelSpec:
 
     Attributes:
         path: a Hugging Face id, a local folder, `package:<module>/<folder>` for weights inside an
-            installed Python package, or `random:bert` / `random:llama` for a tiny untrained model.
+            installed Python package, `random:bert` / `random:llama` for a tiny untrained model, or `none`: the head is
+            all of the model (data.input=features).
         sha256: the hash that the model must have, as `fedtune model-hash` prints it; null accepts any model.
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
@@ -98,6 +102,11 @@ class ModelSpec:
             raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
 
     @property
+    def built_in(self) -> bool:
+        """Whether it is made from these settings alone: no file of it is read, and nobody chose its weights."""
+        return self.path == NO_BASE or self.path.startswith(RANDOM)
+
+    @property
     def shown_path(self) -> str:
         """The path as others may see it: of a folder its last name, not where it lies on this machine."""
         return Path(self.path).name if self.path.startswith(("/", "~", ".")) else self.path
@@ -110,7 +119,8 @@ class LoraSpec:
     Attributes:
         kind: "lora"; "dora", which trains a length for each row of the sum as well (Liu et al. 2024, arXiv
             2402.09353); or "ia3", which trains one factor for each output of a module and nothing else (Liu et al.
-            2022, arXiv 2205.05638): rank, alpha, rslora and train_a are then of no effect.
+            2022, arXiv 2205.05638): rank, alpha, rslora and train_a are then of no effect; or "none", where there is
+            no base to adapt.
         rank: the number of rows of A and of columns of B.
         alpha: the numerator of the scale.
         target_modules: last names of the linear modules to adapt ("q_proj"), or "all-linear".
@@ -143,12 +153,19 @@ class LoraSpec:
     @property
     def scale(self) -> float:
         """The factor of the product of the two matrices; 1 where there are none."""
-        return 1.0 if self.kind == "ia3" else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        without = self.kind in ("ia3", NO_ADAPTER)
+        return 1.0 if without else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def matrices(self) -> int:
         """The rank as a site sees it: 1 where there are no matrices."""
-        return 1 if self.kind == "ia3" else self.rank
+        return 1 if self.kind in ("ia3", NO_ADAPTER) else self.rank
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that get an adapter, as a site is asked to allow them."""
+        named = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+        return () if self.kind == NO_ADAPTER else named
 
     def __post_init__(self) -> None:
         if self.kind in _NOT_PROVEN:
@@ -171,6 +188,8 @@ class LoraSpec:
 class HeadSpec:
     """The bias-free head of tasks that answer by labels or a number: scale * W x, with x mean pooled and of norm 1.
 
+    Of features, x is a record's vector, and each layer has a bias.
+
     Attributes:
         scale: the scale of the logits (an inverse temperature).
         centre: true subtracts from x the mean embedding of the labels' texts and scales it back to norm 1.  Sentence
@@ -180,6 +199,8 @@ class HeadSpec:
         train: false leaves the head as it starts.
         label_texts: a description for each label, in the order of the labels, that "label_names"
             embeds in place of the label's name.
+        hidden: of features, the widths of layers before the last one, each with a ReLU behind it; they start at random,
+            by the run's seed.
     """
 
     scale: float = 20.0
@@ -187,9 +208,14 @@ class HeadSpec:
     init: Literal["zero", "label_names"] = "zero"
     train: bool = True
     label_texts: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
+        for width in self.hidden:
+            check_at_least("hidden", width, 1)
+            check_at_most("hidden", width, _WIDEST)
+        check_at_most("hidden", len(self.hidden), _MOST_LAYERS)
 
 
 @spec
@@ -208,6 +234,8 @@ class TaskModelSpec:
             a long one.
         beta: of preferences, see `PreferenceSpec`.
         per_token: likewise.
+        input: what a record is, "text" or "features".
+        values: what each value of a record's vector stands for, with its range; empty for a text.
     """
 
     model: ModelSpec
@@ -220,6 +248,8 @@ class TaskModelSpec:
     texts: int = 1
     beta: float = 0.1
     per_token: bool = False
+    input: str = "text"
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least("seed", self.seed, 0)

@@ -32,6 +32,7 @@ from fedtune.preparation.patterns import OddTexts, damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
+from fedtune.tasks.inputs import input_of
 
 SHOWN = 20
 """Errors that are kept of a file, and lines of a finding."""
@@ -51,6 +52,7 @@ Kind = Literal[
     "same",
     "alike",
     "shared",
+    "declared",
     "personal",
     "damage",
 ]
@@ -280,6 +282,8 @@ class _Look:
                     found.note(record.line, "scheme")
                 if self.task.texts(data) > data.windows:
                     _note_shared_texts(record, texts, found)
+                for what, column in input_of(data).odd(record, data):
+                    found.note(record.line, "declared", what, column)
                 odd: dict[tuple[Kind, str, str], None] = {}
                 for role, text in record.texts():
                     odd |= dict.fromkeys(("personal", one.kind, role) for one in identifiers(text))
@@ -305,7 +309,7 @@ class _Look:
             findings=found.told(shared=most),
             labels=dict(labels),
             spelt_otherwise=dict(spelt_otherwise.most_common()),
-            lengths=_lengths(np.sort(lengths)) if lengths else None,
+            lengths=_lengths(np.sort(lengths)) if lengths and data.max_length > 1 else None,
         )
 
     def _labels(self, record: Record) -> tuple[str, ...]:

@@ -16,10 +16,12 @@ from fedtune.data.values import (
     READ_OF_TURNS,
     TAG,
     entity_types,
+    feature_of,
     is_missing,
     is_number_in_another_form,
     labels_of,
     number_of,
+    numbers_of,
     read_value,
     spans_of,
     speaker_of,
@@ -148,6 +150,7 @@ class Column:
         odd: by type, the first values with the numbers of their rows.
         entities: how often each type of entities came, in spans or in tags of a scheme.
         beside: what turns have beside what a run reads of them, such as "name", and how often.
+        sizes: how many numbers lists hold that hold nothing else, and how often; a list may be JSON text.
     """
 
     name: str
@@ -162,6 +165,7 @@ class Column:
     odd: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
     entities: Counter[str] = field(default_factory=Counter)
     beside: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[int] = field(default_factory=Counter)
     _open: bool = True
 
     def note(self, value: object, row: int) -> None:
@@ -195,6 +199,8 @@ class Column:
             self.reads["code"] += _CODE.fullmatch(value.strip()) is not None
             self.reads["few words"] += len(value.split()) <= _WORDS_OF_A_NAME
         self._note_parts(value)
+        with suppress(DataError):
+            self.sizes[len(numbers_of(feature_of(value, self.name), self.name))] += 1
         name = ""
         for role in ("user", "label"):
             name = ""
@@ -257,6 +263,17 @@ class Column:
         """Values of types that are odd in this column: type, how many, the first with their rows."""
         odd = [kind for kind, count in self.types.items() if count < (1 - NEARLY) * self.filled]
         return [(kind, self.types[kind], self.odd[kind]) for kind in odd]
+
+    @property
+    def size(self) -> int | None:
+        """How many numbers nearly every value is a list of; None: it is no such column."""
+        size, count = (self.sizes.most_common(1) or [(0, 0)])[0]
+        return size if size > 1 and count >= NEARLY * self.filled else None
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether it can be a value of a table's vector: numbers, lists of as many, or few names."""
+        return self.filled > 0 and (self.size is not None or self.nearly("target") or self.is_label or self.is_flag)
 
     @property
     def separator(self) -> str | None:

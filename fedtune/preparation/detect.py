@@ -33,19 +33,11 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
 Kind = Literal[
-    "labelled",
-    "tagged",
-    "rated",
-    "entities",
-    "pairs",
-    "instructions",
-    "chat",
-    "preferences",
-    "scored",
-    "triplets",
-    "text",
-]
+    "table", "labelled", "tagged", "rated", "entities", "pairs", "instructions", "chat", "preferences", "scored",
+    "triplets", "text",
+]  # fmt: skip
 KINDS: Mapping[Kind, str] = {
+    "table": "a table of numbers and categories, with an answer",
     "labelled": "texts with a label",
     "tagged": "texts with several labels",
     "rated": "texts with a number",
@@ -59,7 +51,6 @@ KINDS: Mapping[Kind, str] = {
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
-
 _LABEL_BOUND = (
     f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on average "
     f"in {RECORDS_A_LABEL} rows or more"
@@ -162,6 +153,7 @@ class Found:
         roles: role to column; `user` where a column says whose each record is.
         why: by role, why this column has it.
         notes: what else the person should know of the columns.
+        features: columns of a table that are a record's vector.
     """
 
     path: Path
@@ -174,6 +166,7 @@ class Found:
     roles: Mapping[str, str]
     why: Mapping[str, str]
     notes: tuple[str, ...]
+    features: tuple[str, ...] = ()
 
     @property
     def labels(self) -> dict[str, int]:
@@ -190,7 +183,7 @@ class Found:
         """Settings of `data` about the answers, beside their labels."""
         if "target" in self.roles:
             return {"target_range": self.columns[self.roles["target"]].scale}
-        separator = self.columns[self.roles["labels"]].separator if self.kind == "tagged" else None
+        separator = self.columns[self.roles["labels"]].separator if "labels" in self.roles else None
         return {"label_separator": separator} if separator not in (None, "[") else {}
 
     @property
@@ -203,7 +196,7 @@ class Found:
     def unread(self) -> Iterator[tuple[str, str]]:
         """(column, why) of each that no run reads."""
         for one in self.columns.values():
-            if one.name not in self.roles.values():
+            if one.name not in (*self.roles.values(), *self.features):
                 yield one.name, why_unread(one, teaches=bool({"prompt", "messages"} & set(self.roles)))
             elif one.nearly("messages"):
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
@@ -267,6 +260,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         roles=roles,
         why=why,
         notes=(*guess.notes, *odd.notes()),
+        features=tuple(name for name in guess.features if name not in roles.values()),
     )
 
 
@@ -293,6 +287,7 @@ class _Made(NamedTuple):
     roles: Mapping[str, str]
     why: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +344,11 @@ class _Guess:
         if answer is None:
             return None
         text, of_text = self._text(but=answer.name)
+        if text is None or ("text" not in self.chosen and self.columns[text].is_feature):
+            features = self._features(but=answer.name)
+            if any(not self.columns[name].is_label or self.columns[name].is_number for name in features):
+                role = "labels" if answer.separator else "label" if answer.is_label else "target"
+                return _Made("table", {role: answer.name}, {role: why}, features=features)
         if text is None and self.chosen:
             raise ConfigError("--label", answer.name, "needs a column of text beside it")
         if text is None:
@@ -426,6 +426,11 @@ class _Guess:
         if name := next((by_key[name] for name in called.TEXTS if name in by_key), None):
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
+
+    def _features(self, but: str) -> tuple[str, ...]:
+        """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
+        kept = [one for one in self.columns.values() if one.is_feature and one.name != but]
+        return tuple(one.name for one in kept if not (is_person(one) or is_of_records(one.name) or is_place(one.name)))
 
     def _named(self, names: Sequence[str], fits: Callable[[Column], bool], *, but: Iterable[str] = ()) -> str | None:
         """The column with the first of these names whose values suit."""

@@ -63,7 +63,7 @@ class Earlier:
             record: of any file.
             use: what its file is used for.
         """
-        text = " ".join(" ".join(text for _, text in record.texts()).split())
+        text = record.said
         twin = Twin((use, record.answer), record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())

@@ -17,9 +17,11 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
+from fedtune.data.features import columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, entity_types, split_labels
+from fedtune.preparation import feature_columns
 from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
@@ -53,6 +55,7 @@ _ABOUT_ANSWERS = {
     "target_range": "numbers of the file lie within: it becomes PUBLIC, and records outside are left out",
 }
 _BASES: Mapping[Kind, str] = {
+    "table": "own_features",
     "labelled": "own_data",
     "tagged": "own_labels",
     "rated": "own_numbers",
@@ -66,6 +69,7 @@ _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
     "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
     "own_numbers": ("data.target_range=[0, 1]",),
+    "own_features": ("data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"),
     "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
 }
 
@@ -169,12 +173,14 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         base: the settings to begin with.
         within: token ids are below this number.
     """
-    task = task_named(base.task)
+    task = task_named(feature_columns.task_of(found) if found.features else base.task)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]
     labels = tuple(shared if len(shared) > 1 else found.labels)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
+    own |= {"features": feature_columns.own_features(found), "max_length": 1} if found.features else {}
     data = replace(base.data, **own | found.settings | _templates(found), chat_template="none")
+    roles = {**found.roles, **columns_of(data.features, {})}
     if found.kind in ("instructions", "chat", "pairs", "preferences"):
         try:  # the model's own template, if it has one that can be taken
             data = replace(data, chat_template="model")
@@ -182,7 +188,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         except ConfigError:
             data = replace(data, chat_template="plain")
     faults, fault, places = Faults(), task.fault(data), _places(found)
-    records = usable_records(found.path, found.roles, fault=fault, faults=faults, lenient=False)
+    records = usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)
     counts: list[int] = []
     num_of: Counter[str] = Counter()
     usable, users = 0, set[str]()
@@ -198,7 +204,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
     at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
     if places is not None:  # read again, since a record without a place is one to a run that does not ask for it
-        columns = {**found.roles, "site": places.name}
+        columns = {**roles, "site": places.name}
         for record in usable_records(found.path, columns, fault=fault, lenient=False):
             at[record.fields["site"]][record.fields.get("user", "")] += 1
     places_of = Counter(user for of_place in at.values() for user in of_place)
@@ -282,9 +288,14 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if plan.model_path is not None or plan.model is not None:
         adapted = {"target_modules": "all-linear", "layers": None}
         yield _line("lora", adapted, "adapters on every linear layer, whatever the model calls them")
+    if found.features:
+        yield _line("task", feature_columns.task_of(found), "what is learnt of each row; ordinal: labels in order")
     yield "data:"
     for key, value, why in _data(found, plan, file):
         yield f"  {_line(key, value, why)}"
+    yield from (f"  {line}" for line in (feature_columns.lines(found) if found.features else ()))
+    if found.features and not found.labels:
+        yield "  labels: []"
     if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
         yield "  labels:"
@@ -324,7 +335,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
     most, cut = "the most tokens of a record", int((plan.measured.lengths > plan.room).sum())
     if cut:
         most += f"; {cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
-    yield "max_length", plan.max_length, most if plan.windows == 1 else "the most tokens of a window"
+    if not found.features:
+        yield "max_length", plan.max_length, most if plan.windows == 1 else "the most tokens of a window"
     if plan.windows > 1:
         yield "windows", plan.windows, f"of a record; each takes its time, also in short ones{most.partition(';')[2]}"
     if plan.base == "own_entities":

@@ -94,7 +94,9 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
     proposals = [run.proposal for run in history.runs.values()]
     settings = {
         "rank": ", ".join(dict.fromkeys(rank_text(proposal.adapter, proposal.rank) for proposal in proposals)),
-        "target_modules": ", ".join(dict.fromkeys(name for one in proposals for name in one.target_modules)),
+        "target_modules": ", ".join(
+            dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",))
+        ),
     }
     return LedgerFacts(
         kind="ledger",

@@ -19,7 +19,7 @@ from jinja2 import StrictUndefined
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.source import public_place
-from fedtune.model.spec import ADAPTERS, RANDOM
+from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
@@ -28,6 +28,7 @@ from fedtune.report.page.render import TEMPLATES
 from fedtune.report.page.tables import Words
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.tasks import task_named
+from fedtune.tasks.inputs import input_of
 from fedtune.words import score_text, score_words
 
 CARD = "README.md"
@@ -62,10 +63,11 @@ class Form:
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """An adapter that is loaded on top of its base; `folder` is its path in the loading lines."""
-        loading = task_named(config.task).loading(base=public_place(config.model), folder=folder)
-        return cls(
-            what=ADAPTERS[config.lora.kind], library="peft", relation="adapter", loading=loading, needs_base=True
-        )
+        task, lines = task_named(config.task), input_of(config.data).loading(config.data, folder=folder)
+        loading = task.loading(base=public_place(config.model), folder=folder, lines=lines)
+        library = "peft" if lines is None else "safetensors"
+        what, needs_base = ADAPTERS[config.lora.kind], lines is None
+        return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 
 
 def write_card(run: Path, report: Report) -> None:
@@ -111,11 +113,12 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     known: dict[str, Any] = {}
     if model.public_id is not None:
         known = {"base_model": model.public_id, "base_model_relation": form.relation}
-    if task.hub_name:
+    if task.hub_name and model.path != NO_BASE:
         known["pipeline_tag"] = task.hub_name
+    tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
     return ModelCardData(
         library_name=form.library,
-        tags=["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])],
+        tags=[tag for tag in tags if tag != NO_ADAPTER],
         datasets=[dataset],
         metrics=sorted(scores),
         model_name=config.name,
@@ -151,13 +154,13 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
     )
     report, config, made = words.report, record.config, record.result.provenance if record.result else None
     data, model, template = config.data, config.model, made.template if made else None
-    without_base, utility = form.needs_base and model.path.startswith(RANDOM), report.utility
+    without_base, utility = form.needs_base and model.built_in, report.utility
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     return templates.get_template(_TEMPLATE).render(
         name=config.name,
         label=SVG,
         form=form,
-        base=model.public_id or model.shown_path,
+        base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
         public_id=model.public_id,
         gguf_file=model.gguf_file,
         dtype=model.dtype,

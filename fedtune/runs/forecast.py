@@ -134,10 +134,9 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
 
 
 def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:
-    """Examples of full length, of token ids that every vocabulary has, each token of them supervised."""
-    num_texts = count * model.spec.texts
-    token_ids = (1 + np.arange(num_texts * max_length, dtype=np.int32) % 3).reshape(num_texts, max_length)
+    """Examples of full length, each token of them supervised."""
     draws = np.random.default_rng(0)
-    targets = model.task.made_up_targets(list(token_ids), spec=model.spec, draws=draws, first=lambda _: 0)
-    made_up = TextDataset(tuple(token_ids), targets, model.spec.texts)
+    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
+    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
+    made_up = TextDataset(rows, targets, model.spec.texts)
     return collate(made_up, range(count), pad_id=0).to(model.device)

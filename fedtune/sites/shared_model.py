@@ -23,13 +23,12 @@ from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.scoring import KeptBatches, figures_of
-from fedtune.model import Adapter, load_tokenizer
-from fedtune.model.fits import check_tokenizer_fits
-from fedtune.model.spec import RANDOM
+from fedtune.model import Adapter
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.tasks.inputs import input_of
 from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.training.accelerators import attend_by_products, attends_by_products
@@ -255,7 +254,7 @@ class SharedModel:
             keeps_states=self.keeps_states,
             max_grad_norm=self.config.privacy.max_grad_norm,
             pad_id=self.tokenizer.pad_token_id,
-            weights_chosen=not self.config.model.path.startswith(RANDOM),
+            weights_chosen=not self.config.model.built_in,
             attend_by_products=attends_by_products(),
         )
 
@@ -380,8 +379,7 @@ def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrained
         ConfigError: they cannot be loaded, or do not fit each other or the settings.
     """
     model = ready_model(build, config.runtime, max_length=config.data.max_length)
-    tokenizer = load_tokenizer(model.spec.model)
-    check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=config.model.path)
+    tokenizer = input_of(config.data).reader(config.data, model.spec.model, base=model.base)
     model.task.check_tokenizer(tokenizer, data=config.data)
     return tokenizer, model
 

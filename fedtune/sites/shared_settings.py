@@ -17,7 +17,7 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.spec import MOST_SITES, FederationSpec
 from fedtune.model.base_model import model_sha256
-from fedtune.model.spec import PACKAGE, RANDOM, ModelSpec
+from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, Refused
@@ -146,7 +146,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
 def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
     sha256 = model.sha256 or model_sha256(model)
-    path = model.path if model.path.startswith((RANDOM, PACKAGE)) else _AT_SITE
+    path = model.path if model.built_in or model.path.startswith(PACKAGE) else _AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 
@@ -155,7 +155,7 @@ def _local_model(model: ModelSpec, installed: Callable[[str], Path]) -> ModelSpe
     model = replace(model, adapter=None)  # no path that a lead sent is opened: its first adapter comes with round 1
     if model.sha256 is None:
         raise Refused(Reason.BASE_MODELS, asked=UNVERIFIED, allowed="a SHA-256 of the model")
-    if model.path.startswith(RANDOM):
+    if model.built_in:
         return model
     try:
         return replace(model, path=str(installed(model.sha256)), revision=None, cache_dir=None)

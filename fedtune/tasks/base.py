@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.features import columns_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
@@ -23,6 +24,7 @@ from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.inputs import Row, input_of
 from fedtune.words import counted
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
     from fedtune.tasks.measures import Detail
 
 
-Ids: TypeAlias = Sequence[npt.NDArray[np.int32]]
-"""Token ids, (t_i,) of each example."""
+Ids: TypeAlias = Sequence[Row]
+"""Token ids, (t_i,) of each example; or (1, w), its vector."""
 _ROLES_OF_ALL = ("label", "site", "user")
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = {
@@ -84,6 +86,7 @@ class Task(ABC):
         roles: that every record must have, in the first of the task's layouts.
         answers: roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores.
         own_settings: keys of `data` that not every task uses, and this one does.
+        inputs: what a record may be to the model (`fedtune.tasks.inputs`).
         has_labels: whether `data.labels` declares the classes.
         fewest_labels: that must be declared then.
         has_head: whether a head is trained beside the adapters, by the settings under `head`.
@@ -103,6 +106,7 @@ class Task(ABC):
     roles: ClassVar[tuple[str, ...]]
     answers: ClassVar[frozenset[str]] = frozenset()
     own_settings: ClassVar[frozenset[str]] = frozenset()
+    inputs: ClassVar[frozenset[str]] = frozenset({"text"})
     has_labels: ClassVar[bool] = False
     fewest_labels: ClassVar[int] = 2
     has_head: ClassVar[bool] = False
@@ -180,6 +184,7 @@ class Task(ABC):
             ConfigError: a role has no column, or a column a role that nothing reads; labels are missing, or declared
                 where none are used; or another setting has no effect.
         """
+        self.check_input(data)
         for role in self.roles_in(data):
             if role not in data.columns:
                 raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
@@ -188,7 +193,7 @@ class Task(ABC):
             raise ConfigError("labels", data.labels, f"must declare at least {least}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
-        known = {*self.roles_in(data), *_ROLES_OF_ALL}
+        known = {*self.roles_in(data), *_ROLES_OF_ALL, *columns_of(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
@@ -196,6 +201,22 @@ class Task(ABC):
             if key not in self.own_settings and getattr(data, key) != nothing:
                 shown = "null" if nothing is None else nothing
                 raise ConfigError(key, getattr(data, key), f"must stay {shown}: task {self.name} does not use it")
+
+    def check_input(self, data: DataSpec) -> None:
+        """Check that the task reads such records, and that their settings are whole; errors name keys of `data`.
+
+        Raises:
+            ConfigError: it does not, or they are not.
+        """
+        if data.input not in self.inputs:
+            bound = f"must be {' or '.join(sorted(self.inputs))} for task {self.name}"
+            raise ConfigError("input", data.input, bound)
+        input_of(data).check_data(data)
+
+    def check_spec(self, spec: TaskModelSpec) -> None:
+        """`check_model`, after what the input says of the model."""
+        input_of(spec).check_model(spec)
+        self.check_model(spec)
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
         """Check the settings of a model, also of a saved one; errors name keys of the run.
@@ -384,12 +405,13 @@ class Task(ABC):
         """What an exported base becomes, for `auto` to load: by itself, or with a head of transformers' own."""
         return base
 
-    def loading(self, *, base: str, folder: str) -> str:
+    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
         """Lines of Python that load a saved adapter where fedtune is not installed.
 
         Args:
             base: where transformers finds the base.
             folder: of the adapter, as the lines call it.
+            lines: that lead to `scores` and `labels`, of an input that is no text; None: those of this task.
         """
         auto = self.auto if self.predicts_tokens else "AutoModel"
         return _LOADING.format(auto=auto, base=base, folder=folder)

@@ -23,8 +23,8 @@ from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of, made_up_number, number_in, target_range_of
+from fedtune.tasks.inputs import mean_pooled, whole_texts
 from fedtune.tasks.measures import rank_correlation
-from fedtune.tasks.pooled import mean_pooled, whole_texts
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,7 @@ class Embedding(Task):
         return "ndcg_at_10" if "anchor" in data.columns else self.judged_by
 
     def check_data(self, data: DataSpec) -> None:
+        self.check_input(data)
         if ("anchor" in data.columns) == ("text" in data.columns):
             bound = "must name either text, other and target, or anchor and positive with what does not belong to them"
             raise ConfigError("columns", dict(data.columns), bound)
@@ -172,7 +173,7 @@ class Embedding(Task):
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 
-    def loading(self, *, base: str, folder: str) -> str:
+    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
         return super().loading(base=base, folder=folder) + _LINES
 
 

@@ -1,4 +1,4 @@
-"""The base of tasks that read one text and answer by a linear head on the mean of its hidden states."""
+"""The base of tasks that read one text, or the features of a table, and answer by a head on what a base makes of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.inputs import input_named, input_of
 from fedtune.tasks.measures import Detail, Floats, Marks
 
 if TYPE_CHECKING:
@@ -52,13 +53,15 @@ labels, scores = settings["labels"], settings["head"]["scale"] * (centred @ head
 class PooledTask(Task):
     """Mean-pooled, normalised hidden states x; scores = scale * W x, from which a task makes its loss and its answer.
 
-    A model's `head` is W, without a bias, and its buffer `centre` the public constant that `head.centre` subtracts.
+    Of features, x is the vector, and the head has layers of its own.  A model's `head` is W, and its buffer `centre`
+    the public constant that `head.centre` subtracts.
 
     Attributes:
         target_type: of one value of a target.
     """
 
     has_head = True
+    inputs = frozenset({"text", "features"})
     hub_name = "text-classification"
     formats = ("peft", "sentence-transformers", "onnx")
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
@@ -90,16 +93,23 @@ class PooledTask(Task):
         """The truth beside them, from the targets."""
         return targets
 
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(input_named(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
+
+    def roles_in(self, data: DataSpec) -> tuple[str, ...]:
+        return input_of(data).roles(self.roles)
+
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
-        return error_of(self.target(data))
+        target, readable = self.target(data), input_of(data).check_record(data)
+        return error_of(lambda record: (target(record), readable(record)))
 
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """The role `text`, with the tokenizer's own special tokens, and each record's target."""
+        """The role `text`, with the tokenizer's own special tokens, or the features; and each record's target."""
         self.require_usable(records, data=data)
-        fields = [(record, "text") for record in records]
-        ids, found = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
+        ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.target_shape(len(data.labels))
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
         for place, is_encoded in enumerate(found):
@@ -110,13 +120,12 @@ class PooledTask(Task):
     def add_head(self, model: Model) -> None:
         import torch
 
-        hidden_size, device = model.base.config.get_text_config().hidden_size, model.device
-        head = torch.nn.Linear(hidden_size, self.outputs(model.spec), bias=False, device="meta")
-        head = head.to_empty(device=device)
-        torch.nn.init.zeros_(head.weight)
-        model.head = head.requires_grad_(model.spec.head.train)
-        # A public constant, not trained and never part of an update.
-        model.register_buffer("centre", torch.zeros(hidden_size, device=device), persistent=False)
+        hidden_size, device, spec = model.base.config.get_text_config().hidden_size, model.device, model.spec
+        head = input_of(spec).head(hidden_size, self.outputs(spec), spec=spec.head, seed=spec.seed, device=device)
+        model.head = head.requires_grad_(spec.head.train)
+        if input_of(spec).embeds_labels:
+            # A public constant, not trained and never part of an update.
+            model.register_buffer("centre", torch.zeros(hidden_size, device=device), persistent=False)
 
     def start_head(self, model: Model) -> None:
         """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
@@ -138,11 +147,10 @@ class PooledTask(Task):
         return embeddings
 
     def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Token ids and attention mask, both (n, t), to embeddings (n, h) of norm 1 in float32."""
+        """A batch's inputs and attention mask (n, t) to embeddings (n, h) in float32, of a text of norm 1."""
         from torch.nn import functional
 
-        hidden = model.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        pooled = mean_pooled(hidden, attention_mask)
+        pooled = input_of(model.spec).pooled(model.base, input_ids, attention_mask)
         centred = model.spec.head.centre
         return functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
 
@@ -175,8 +183,8 @@ class PooledTask(Task):
         centre = model.get_buffer("centre")
         return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
 
-    def loading(self, *, base: str, folder: str) -> str:
-        lines = super().loading(base=base, folder=folder) + _HEAD_LINES.replace("FOLDER", folder)
+    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
+        lines = lines or super().loading(base=base, folder=folder) + _HEAD_LINES.replace("FOLDER", folder)
         return f"{lines}print({self.reads})\n"
 
 
@@ -270,49 +278,6 @@ def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
     each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
     return each.reshape(logits.shape).mean(dim=1)
-
-
-def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean over real tokens, scaled to norm 1.
-
-    Args:
-        hidden: (n, t, h), in any float type.
-        attention_mask: (n, t), 1 for real tokens.
-
-    Returns:
-        (n, h) in float32.  An example without tokens gives zeros.
-    """
-    import torch
-
-    mask = attention_mask.unsqueeze(-1).to(torch.float32)
-    total = (hidden.to(torch.float32) * mask).sum(dim=1)
-    return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)
-
-
-def whole_texts(
-    fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
-) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
-    """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
-
-    Args:
-        fields: records and which of their roles.
-        tokenizer: the base's.
-        max_length: the most tokens of a text.
-        lenient_within: as `Task.tokenise` has it; what cannot be encoded is then one token, 0.
-
-    Raises:
-        DataError: a text gives no token.
-    """
-    texts = [cut(record.fields[role], max_length) for record, role in fields]
-    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
-    input_ids, found = [], []
-    for (record, role), ids in zip(fields, encoded, strict=True):
-        if not ids and lenient_within is None:
-            raise DataError(record.at(role), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
-        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
-        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
-        found.append(bool(ids))
-    return input_ids, found
 
 
 def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -109,8 +109,8 @@ class Regression(PooledTask):
     def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _numbers(logits, spec)
 
-    def loading(self, *, base: str, folder: str) -> str:
-        lines, last = super().loading(base=base, folder=folder).rsplit("print", 1)
+    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
+        lines, last = super().loading(base=base, folder=folder, lines=lines).rsplit("print", 1)
         return f"{lines}{_SCALED}print{last}"
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:

@@ -3,6 +3,7 @@
 adapter_config.json  adapter_model.safetensors   what `peft.PeftModel.from_pretrained(base, folder)` reads
 offsets.safetensors                              of DoRA and IA3: their scales as they were trained, of which PEFT's
                                                  tensors are made (`fedtune.model.ia3_and_dora`)
+                                                 (these two where a base is adapted: not of features)
 head.safetensors                                 the task's own tensors; of classification "weight" (labels, h) and
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
@@ -33,7 +34,7 @@ from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.ia3_and_dora import PEFT_SCALES, as_peft
 from fedtune.model.source import public_place
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import NO_ADAPTER, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, shown
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
@@ -117,7 +118,8 @@ class SavedAdapter:
             ConfigError: a file is missing or damaged, or of another rank than the settings say.
         """
         lora = self.spec.lora
-        wanted = {"adapter_model": True, "offsets": lora.kind != "lora", "head": task_named(self.spec.task).has_head}
+        adapted, has_head = lora.kind != NO_ADAPTER, task_named(self.spec.task).has_head
+        wanted = {"adapter_model": adapted, "offsets": adapted and lora.kind != "lora", "head": has_head}
         read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
@@ -181,7 +183,13 @@ class SavedAdapter:
         Raises:
             ConfigError: for `model.adapter`; names all that differs.
         """
-        keys = ["task", *(f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale"))]
+        keys = [
+            "task",
+            "input",
+            "values",
+            "head.hidden",
+            *(f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")),
+        ]
         keys += [f"head.{key}" for key in ("scale", "centre", "label_texts") if self.has_head_for(spec)]
         differing = []
         for key in keys:
@@ -262,6 +270,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
         "model.sha256": spec.model.sha256,
         "data.labels": spec.labels,
         "data.target_range": spec.target_range,
+        "data.features": spec.values,
         "lora.kind": spec.lora.kind,
         "the scale of LoRA": spec.lora.scale,
         "head.scale": spec.head.scale,
@@ -275,23 +284,28 @@ def write_task_model(model: TaskModel, folder: Path) -> None:
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
     head |= {name: constant.cpu().numpy() for name, constant in model.named_buffers(recurse=False)}
     offsets = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales.offset")}
-    scales = {name: values.cpu().numpy() for name, _, values in as_peft(model.base)}
-    # safetensors' own "format" entry tells PEFT that these are for torch.
-    save_file(tensors | scales, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapted = model.spec.lora.kind != NO_ADAPTER
+    if adapted:
+        scales = {name: values.cpu().numpy() for name, _, values in as_peft(model.base)}
+        # safetensors' own "format" entry tells PEFT that these are for torch.
+        save_file(tensors | scales, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if offsets:
         save_file(offsets, folder / "offsets.safetensors", metadata={"format": "pt"})
     if model.task.has_head:
         save_file(head, folder / "head.safetensors", metadata={"format": "pt"})
 
-    base, peft = model.spec.model, dict(model.base.peft_config["default"].to_dict())
-    # A base that others can load, where there is one: its public id, else as the user named it.
-    peft |= {"base_model_name_or_path": public_place(base), "revision": base.revision, "inference_mode": True}
-    peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
+    base, files = model.spec.model, {}
+    if adapted:
+        peft = dict(model.base.peft_config["default"].to_dict())
+        # A base that others can load, where there is one: its public id, else as the user named it.
+        peft |= {"base_model_name_or_path": public_place(base), "revision": base.revision, "inference_mode": True}
+        peft |= {key: sorted(value) for key, value in peft.items() if isinstance(value, set)}
+        files["adapter_config.json"] = peft
     # Its start's digest stays; the folder where that lay is nobody else's.
     pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
-    own = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
-    for name, settings in (("adapter_config.json", peft), (_SETTINGS, own)):
+    files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
+    for name, settings in files.items():
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -307,6 +321,8 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         texts=settings["texts"],
         beta=settings["beta"],
         per_token=settings["per_token"],
+        input=settings.get("input", "text"),
+        values=tuple(settings.get("values", ())),
     )
 
 

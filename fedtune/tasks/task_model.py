@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batching import Batch
-from fedtune.model.base_model import load_base
-from fedtune.model.fits import check_examples_apart
 from fedtune.model.layers import (
     FrozenPrefix,
     OutputLayer,
-    attach_adapters,
     checkpoint_layers,
     layer_stack,
     without_adapters,
 )
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
+from fedtune.tasks.inputs import Row, input_of
 from fedtune.tasks.registry import task_named
 
 
@@ -119,12 +120,16 @@ class TaskModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device that holds the model."""
-        return next(self.parameters()).device
+        return next(chain(self.parameters(), self.buffers())).device
 
     @property
     def num_ids(self) -> int:
         """Token ids that the base has an embedding for, from 0."""
-        return int(self.base.get_base_model().get_input_embeddings().weight.shape[0])
+        return input_of(self.spec).num_ids(self.base)
+
+    def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+        """Invented inputs of these lengths, on which the model is tried."""
+        return input_of(self.spec).made_up(self.base, lengths, draws)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All adapter and head tensors by their public name, in the order of the names; frozen ones too.
@@ -191,9 +196,7 @@ def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu")
 def assemble(spec: TaskModelSpec, *, device: torch.device | str) -> TaskModel:
     """The model with a head that is yet to be started, checked to keep examples apart."""
     task = task_named(spec.task)
-    task.check_model(spec)
-    frozen = load_base(spec.model, predicts_tokens=task.predicts_tokens, device=device)
-    task.check_base(frozen, path=spec.model.path)
-    base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=task.predicts_tokens, seed=spec.seed)
-    check_examples_apart(base)
+    task.check_spec(spec)
+    check = partial(task.check_base, path=spec.model.path)
+    base = input_of(spec).base(spec, predicts_tokens=task.predicts_tokens, check=check, device=device)
     return TaskModel(spec, task, base)

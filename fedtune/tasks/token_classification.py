@@ -276,7 +276,7 @@ class TokenClassification(Task):
                 head.bias.zero_()
         return model.eval()
 
-    def loading(self, *, base: str, folder: str) -> str:
+    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
         return super().loading(base=base, folder=folder) + _LINES.replace("FOLDER", folder)
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:

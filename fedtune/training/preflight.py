@@ -343,10 +343,7 @@ def _made_up(
     *,
     first: Callable[[int], int] = lambda length: length // 2,
 ) -> TextDataset:
-    num_ids = model.num_ids
-    input_ids = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
-    for ids in input_ids[::2]:  # not all, or every example would begin with the same token
-        ids[0], ids[-1] = num_ids - 1, 0
+    input_ids = model.made_up(lengths, draws)
     targets = model.task.made_up_targets(input_ids, spec=model.spec, draws=draws, first=first)
     return TextDataset(input_ids, targets, model.spec.texts)
 

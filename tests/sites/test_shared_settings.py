@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config import RunConfig, parse
+from fedtune.data.features import FeatureSpec
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import PairsSpec, PreferenceSpec
 from fedtune.model.base_model import model_sha256
@@ -45,6 +46,8 @@ DECISIVE: dict[str, Any] = {
     "data.windows": 3,
     "data.stride": 4,
     "data.target_range": (0.0, 9.0),
+    "data.input": "features",
+    "data.features": (FeatureSpec(columns=("age",), range=(0.0, 90.0)),),
     "data.pairs": PairsSpec(margin=0.4),
     "data.preferences": PreferenceSpec(beta=0.3),
     "lora.kind": "ia3",
@@ -60,6 +63,7 @@ DECISIVE: dict[str, Any] = {
     "head.init": "label_names",
     "head.train": False,
     "head.label_texts": ("one", "two", "three"),
+    "head.hidden": (3,),
     "privacy.mechanism": "none",
     "privacy.unit": "user",
     "privacy.records_per_user": 5,
@@ -155,7 +159,20 @@ SUMS: dict[str, Any] = {
     "data": {"declared_sizes": (40, 40, 40)},
     "training": {"local_steps": 1},
 }
+TABLE: dict[str, Any] = {
+    "model": {"path": "none", "sha256": None},
+    "lora": {"kind": "none"},
+    "data": {
+        "input": "features",
+        "columns": {"label": "b"},
+        "max_length": 1,
+        "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),),
+    },
+}
 WITH: dict[str, Any] = {
+    "data.input": TABLE,
+    "data.features": TABLE,
+    "head.hidden": TABLE,
     "task": {"data": LANGUAGE},
     "privacy.unit": {"data": {"columns": {"text": "text", "label": "label", "user": "who"}}},
     "privacy.records_per_user": {
@@ -223,7 +240,7 @@ def test_every_setting_is_in_one_of_the_tables(letters: Letters) -> None:
 
 @pytest.mark.parametrize("key", DECISIVE)
 def test_whatever_decides_a_result_makes_another_run(letters: Letters, key: str) -> None:
-    without = letters() if key == "task" else letters(**WITH.get(key, {}))
+    without = letters() if key in ("task", "data.input") else letters(**WITH.get(key, {}))
     assert for_sites(with_change(letters, key, DECISIVE[key])).run_id() != for_sites(without).run_id()
 
 

@@ -19,7 +19,7 @@ from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, 
 from fedtune.model.source import public_place
 from fedtune.spec import ConfigError
 from fedtune.tasks import build_task_model, load_task_model, save_task_model
-from fedtune.tasks.pooled import mean_pooled
+from fedtune.tasks.inputs import mean_pooled
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
 KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]

@@ -19,7 +19,7 @@ from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks import TASKS, Task
 from fedtune.tasks.base import FirstTarget, Ids, Model
-from fedtune.tasks.pooled import mean_pooled
+from fedtune.tasks.inputs import mean_pooled
 
 LONGEST = 16
 HEADS = ("length", "room")

@@ -17,7 +17,6 @@ from fedtune.data.records import iter_records
 from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import verdict
 from fedtune.federation.verdict import BrokenRule, Verdict
-from fedtune.model.spec import RANDOM
 from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit
@@ -336,7 +335,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     Raises:
         ConfigError: no noise makes the run's plan.
     """
-    if config.model.sha256 is None and config.model.path.startswith(RANDOM):
+    if config.model.sha256 is None and config.model.built_in:
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
         # The lead adds the hash before it asks; of such a model it is known without the lead.

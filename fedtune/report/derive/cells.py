@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedtune.federation.lead import Scores
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
@@ -24,6 +25,7 @@ from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Cell, Report, SiteReport
 from fedtune.tasks import task_named
+from fedtune.tasks.inputs import input_of
 from fedtune.words import score_text
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
@@ -78,8 +80,8 @@ def of_report(report: Report) -> tuple[Cell, ...]:
     version = provenance.libraries.get("dp-accounting")
     sizes = {site.site: site.declared_size or 0 for site in report.sites}
     known: dict[str, str | None] = {
-        **facts.settings,
         **BY_DESIGN,
+        **facts.settings,
         **figures(report.sites, delta=report.delta),
         "unit": report.unit,
         "released": _listed(report.released),
@@ -130,7 +132,7 @@ def of_report(report: Report) -> tuple[Cell, ...]:
 
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
     """What cells say of a run's settings."""
-    data, targets, federation = config.data, config.lora.target_modules, config.federation
+    data, targets, federation = config.data, config.lora.modules, config.federation
     columns = task_named(config.task).columns(data, unit=plan.unit)
     # How much of a file a simulation uses says nothing of real sites' files.
     used = None if config.runtime.kind == "deployment" else data.train_fraction
@@ -138,8 +140,9 @@ def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
         "columns_used": _listed(columns),
         "runtime": config.runtime.kind,
         "most_tokens": str(data.max_length),
+        "modality": input_of(data).modality,
         "rank": rank_text(config.lora.kind, config.lora.matrices),
-        "target_modules": targets if isinstance(targets, str) else _listed(targets),
+        "target_modules": _listed(targets) or "none",
         "update_checks": federation.strategy,
         "labels": str(len(data.labels)) if data.labels else None,
         "heldout_fraction": _number(data.heldout_fraction),
@@ -150,6 +153,7 @@ def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
 
 def rank_text(adapter: str, rank: int) -> str:
     """An adapter's rank, with its kind where it isn't LoRA."""
+    rank = 0 if adapter == NO_ADAPTER else rank
     return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
 
 

@@ -1,0 +1,50 @@
+"""What stands in a base's place where there is none: it gives a record's vector to the head as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is asked of a base's configuration."""
+
+    hidden_size: int
+    num_hidden_layers = 0
+    max_position_embeddings = 1
+
+    def get_text_config(self) -> _Shape:
+        return self
+
+
+@dataclass(frozen=True)
+class _Output:
+    last_hidden_state: torch.Tensor
+
+
+class NoBase(nn.Module):
+    """A base without layers: the hidden state of a vector's one place is the vector.
+
+    Args:
+        width: values of a vector.
+        device: where the head goes.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, width: int, *, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = _Shape(width)
+        self.layers = nn.ModuleList()
+        self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # says where it is
+
+    def get_base_model(self) -> NoBase:
+        """Itself, which nothing wraps."""
+        return self
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Output:
+        """(n, 1, width) as they came."""
+        return _Output(input_ids)

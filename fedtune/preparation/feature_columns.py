@@ -1,0 +1,77 @@
+"""A table as `fedtune data init` shows it: what its columns seem to be, and what only its owner can say of them.
+
+A range or a list of categories that was taken from the records would publish something of them: the largest value is
+somebody's.  So the experiment has places for both, to be filled in from what is known of each quantity, and what the
+file itself holds is shown on the terminal alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from fedtune.data.features import FeatureSpec
+from fedtune.preparation.columns import Column
+from fedtune.preparation.detect import Found
+from fedtune.tasks import TASKS
+
+FILLED = "data.features=[{columns: [x], range: [0, 1]}]"
+"""In place of what a person has yet to fill in."""
+_MOST_NAMES = 12
+ABOUT = (
+    "Ranges and categories become PUBLIC. Take them from what is known of each quantity (what a machine can measure, "
+    "what a form lets people choose), never from the file: its largest value is somebody's. The experiment has ??? "
+    "where you type them; the file's own are shown here alone, to find units and misspellings.",
+    "A number beyond its range counts as the nearer end, and a name that is not declared as other. A wrong range costs "
+    "accuracy, and no privacy.",
+)
+
+
+def task_of(found: Found) -> str:
+    """The first task that learns such an answer from a table alone."""
+    return next(name for name, task in TASKS.items() for role in found.roles if (role,) in task.layouts)
+
+
+def is_name(column: Column) -> bool:
+    """Whether a column of a table holds names of categories rather than numbers."""
+    return column.size is None and not (column.is_number or column.nearly("target"))
+
+
+def own_features(found: Found) -> tuple[FeatureSpec, ...]:
+    """What the columns would be by the file's own values: to look at its rows with, and for nothing that is written."""
+    made = []
+    for name in found.features:
+        column = found.columns[name]
+        own = {"columns": (name,), "size": column.size, "missing": "indicator"}
+        if is_name(column):
+            made.append(FeatureSpec(**own, categories=tuple(column.labels)[:1] or ("x",)))  # type: ignore[arg-type]
+        else:
+            made.append(FeatureSpec(**own, range=(-1.0, 1.0)))  # type: ignore[arg-type]
+    return tuple(made)
+
+
+def lines(found: Found) -> Iterator[str]:
+    """`data.features` as YAML, with ??? where only a person knows."""
+    yield "# ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
+    yield "features:"
+    for name in found.features:
+        column = found.columns[name]
+        what = ['categories: "???"' if is_name(column) else 'range: "???"']
+        what += [f"size: {column.size}"] if column.size else []
+        what += ["missing: indicator"] if column.filled < found.rows else []
+        yield f"  - {{columns: [{json.dumps(name, ensure_ascii=False)}], {', '.join(what)}}}"
+
+
+def rows(found: Found) -> Iterator[tuple[str, str, str, str]]:
+    """(column, what it seems to be, what the file holds, rows without a value) of each feature; for the terminal."""
+    for name in found.features:
+        column = found.columns[name]
+        lacking = f"{found.rows - column.filled:,}" if column.filled < found.rows else ""
+        if is_name(column):
+            names = [label for label, _ in column.labels.most_common()]
+            more = f", and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+            yield name, "categories", f"{', '.join(names[:_MOST_NAMES])}{more}", lacking
+        elif column.size is not None:
+            yield name, f"a list of {column.size} numbers", "", lacking
+        else:
+            yield name, "a number", f"{min(column.numbers):g} to {max(column.numbers):g}", lacking

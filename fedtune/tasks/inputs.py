@@ -1,0 +1,407 @@
+"""What a record is to a model: a text, or the features of a table.  Nothing else asks which.
+
+An input says which roles its records have, how a record is read, which base its model has and which head, and what is
+made up where a model is tried.  To add one: write its class here or in a file of its own, and put it into `_INPUTS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.features import FeatureReader
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import Tokenizer, cut, encode
+from fedtune.data.values import FEATURE
+from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, shown
+
+if TYPE_CHECKING:
+    import torch
+
+Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
+"""(t,) token ids, or (1, w) the values of a vector."""
+
+
+class Named(Protocol):
+    """Settings that say what the input is."""
+
+    @property
+    def input(self) -> str: ...
+
+
+class Input(ABC):
+    """One kind of record.
+
+    Attributes:
+        embeds_labels: whether a label's text can be read as a record is, for `head.centre` and `head.init`.
+        modality: the code by which a report says what the records are, where it is not text.
+    """
+
+    embeds_labels: ClassVar[bool] = False
+    modality: ClassVar[str | None] = None
+
+    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        """A task's roles as columns name them; other columns are named by the input's own settings."""
+        return of_task
+
+    @abstractmethod
+    def check_data(self, data: DataSpec) -> None:
+        """Check the settings of the records; errors name keys of `data`."""
+
+    @abstractmethod
+    def check_model(self, spec: TaskModelSpec) -> None:
+        """Check the settings of the model; errors name keys of the run."""
+
+    @abstractmethod
+    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+        """What makes the model's input of a record, as a tokenizer does, checked to fit `base` where there is one."""
+
+    def check_record(self, data: DataSpec) -> Callable[[Record], object]:
+        """A function that raises DataError about a record of which no input can be made."""
+        return lambda record: None
+
+    def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+        """(what, column) of each value of a usable record that is not as it was declared."""
+        yield from ()
+
+    @abstractmethod
+    def rows(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> tuple[Sequence[Row], list[bool]]:
+        """Each record's input and whether it could be made; what could not is a harmless one (`Task.tokenise`)."""
+
+    @abstractmethod
+    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+        """The frozen base with its adapters, on a device; `check` looks at it before they are attached."""
+
+    @abstractmethod
+    def num_ids(self, base: Any) -> int:
+        """Ids that a place of the input may hold, from 0."""
+
+    @abstractmethod
+    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(rows, h) float32: what the base makes of each row, of norm 1 at most."""
+
+    @abstractmethod
+    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+        """The layers from (rows, width) to (rows, outputs), of which the last one is zero; public settings alone."""
+
+    @abstractmethod
+    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+        """Invented inputs of these lengths, over all that a place may hold, its ends included."""
+
+    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        """A value of an invented record in a role of the input's own; None: any text."""
+        return None
+
+    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that a tuned model can be exported in, of a task with these for texts."""
+        return of_task
+
+    def loading(self, data: DataSpec, *, folder: str, graph: bool = False) -> str | None:
+        """Lines of Python from a record to `scores` and `labels` without fedtune; None: those of the task."""
+        return None
+
+
+class Text(Input):
+    """Texts as a tokenizer and a transformer read them."""
+
+    embeds_labels = True
+
+    def check_data(self, data: DataSpec) -> None:
+        if data.features:
+            raise ConfigError("features", f"{len(data.features)} entries", "must be empty for data.input = text")
+        check_at_least("max_length", data.max_length, 3)
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        for key, value, nothing in (
+            ("model.path", spec.model.path, NO_BASE),
+            ("lora.kind", spec.lora.kind, NO_ADAPTER),
+        ):
+            if value == nothing:
+                raise ConfigError(key, value, "must be another one: a text needs a base model with an adapter")
+        if spec.head.hidden:
+            raise ConfigError("head.hidden", spec.head.hidden, "must be empty for data.input = text")
+
+    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+        from fedtune.model.base_model import load_tokenizer
+        from fedtune.model.fits import check_tokenizer_fits
+
+        tokenizer = load_tokenizer(model)
+        if base is not None:
+            check_tokenizer_fits(tokenizer, base.get_base_model(), path=model.path)
+        return tokenizer
+
+    def rows(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> tuple[Sequence[Row], list[bool]]:
+        fields = [(record, "text") for record in records]
+        return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
+
+    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+        from fedtune.model.base_model import load_base
+        from fedtune.model.fits import check_examples_apart
+        from fedtune.model.layers import attach_adapters
+
+        frozen = load_base(spec.model, predicts_tokens=predicts_tokens, device=device)
+        check(frozen)
+        base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=predicts_tokens, seed=spec.seed)
+        check_examples_apart(base)
+        return base
+
+    def num_ids(self, base: Any) -> int:
+        return int(base.get_base_model().get_input_embeddings().weight.shape[0])
+
+    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return mean_pooled(hidden, attention_mask)
+
+    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+        import torch
+
+        head = torch.nn.Linear(width, outputs, bias=False, device="meta").to_empty(device=device)
+        torch.nn.init.zeros_(head.weight)
+        return head
+
+    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+        num_ids = self.num_ids(base)
+        found = tuple(draws.integers(0, num_ids, size=length).astype(np.int32) for length in lengths)
+        for ids in found[::2]:  # not all, or every example would begin with the same token
+            ids[0], ids[-1] = num_ids - 1, 0
+        return found
+
+
+class Features(Input):
+    """Columns of a table as one vector, and a head that is all of the model."""
+
+    modality = "table"
+
+    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(role for role in of_task if role != "text")
+
+    def check_data(self, data: DataSpec) -> None:
+        if not data.features:
+            raise ConfigError("features", [], "must declare the columns that are the record's vector")
+        if data.max_length != 1:
+            raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features: a vector is not cut")
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        for key, value, wanted in (
+            ("model.path", spec.model.path, NO_BASE),
+            ("model.dtype", spec.model.dtype, "float32"),
+            ("lora.kind", spec.lora.kind, NO_ADAPTER),
+            ("head.train", spec.head.train, True),
+            ("head.centre", spec.head.centre, False),
+            ("head.init", spec.head.init, "zero"),
+            ("head.label_texts", spec.head.label_texts, ()),
+        ):
+            if value != wanted:
+                bound = f"must be {shown(wanted)} for data.input = features, whose model is its head alone"
+                raise ConfigError(key, value, bound)
+
+    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+        return FeatureReader(data.features)
+
+    def check_record(self, data: DataSpec) -> Callable[[Record], object]:
+        return FeatureReader(data.features).vector
+
+    def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
+        for feature in data.features:
+            for column in feature.columns:
+                if what := feature.odd(record.fields[FEATURE + column]):
+                    yield what, column
+
+    def rows(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> tuple[Sequence[Row], list[bool]]:
+        rows: list[Row] = []
+        found = []
+        own = FeatureReader(data.features)
+        for record in records:
+            try:
+                vector, known = own.vector(record), True
+            except DataError:
+                if lenient_within is None:
+                    raise
+                vector, known = np.zeros(own.width, dtype=np.float32), False
+            rows.append(vector[None])
+            found.append(known)
+        return rows, found
+
+    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+        from fedtune.model.no_base import NoBase
+
+        return NoBase(len(spec.values), device=device)
+
+    def num_ids(self, base: Any) -> int:
+        return 1
+
+    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden[:, 0]
+
+    def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
+        """Linear, or linear layers with a ReLU between them: it rounds nothing, wherever in a batch a record stands."""
+        import torch
+
+        layers: list[torch.nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # drawn on the CPU, so that it is the same for every device
+            for size in spec.hidden:
+                layer = torch.nn.Linear(width, size)
+                torch.nn.init.zeros_(layer.bias)
+                torch.nn.init.uniform_(layer.weight, -((6 / size) ** 0.5), (6 / size) ** 0.5)  # norms stay as they are
+                layers += [layer, torch.nn.ReLU()]
+                width = size
+            last = torch.nn.Linear(width, outputs)
+        for parameter in last.parameters():
+            torch.nn.init.zeros_(parameter)
+        return (torch.nn.Sequential(*layers, last) if layers else last).to(device)
+
+    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+        width = base.config.hidden_size
+        found = [draws.uniform(-1, 1, size=(1, width)).astype(np.float32) for _ in lengths]
+        for place, vector in enumerate(found[::2]):
+            vector[:] = (0, 1, -1)[place % 3]
+        return tuple(vector / np.float32(width**0.5) for vector in found)
+
+    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        column = role.removeprefix(FEATURE)
+        return next((one.made_up(draw) for one in data.features if column in one.columns and role != column), None)
+
+    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        return ("safetensors", "onnx")
+
+    def loading(self, data: DataSpec, *, folder: str, graph: bool = False) -> str | None:
+        row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
+        shown = {
+            name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])
+            for one in data.features
+            for name in one.columns
+        }
+        own = {
+            "IMPORT": "import onnxruntime" if graph else "from safetensors.numpy import load_file",
+            "FEATURES": repr(json.dumps([asdict(one) for one in data.features])),
+            "LABELS": repr(list(data.labels)),
+            "ROW": repr(shown),
+            "FOLDER": folder,
+        }
+        lines = _ROW_LINES + (_GRAPH_LINES if graph else _SCALED_LINES)
+        return re.sub("|".join(own), lambda found: own[found[0]], lines)  # once: a column may be called so
+
+
+_ROW_LINES = """\
+import json
+import numpy as np
+IMPORT
+features = json.loads(FEATURES)
+labels = LABELS
+
+
+def values_of(row):  # by the names of its columns, with None where it has no value
+    found = []
+    for one in features:
+        for column in one["columns"]:
+            value, names = row[column], one["categories"]
+            if value is None:
+                raw = [float("nan")] * (one["size"] or 1)
+            else:
+                raw = [names.index(value) if value in names else len(names)] if names else value
+            found.append((one, np.atleast_1d(np.array(raw, dtype=np.float64))))
+    return found
+
+
+row = ROW
+"""
+_SCALED_LINES = """\
+vector = []
+for one, raw in values_of(row):
+    nothing = np.isnan(raw[0])
+    if one["categories"]:
+        part = np.arange(len(one["categories"]) + 1) == raw[0]
+    else:
+        low, high = one["range"]
+        part = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
+    vector += [*np.where(nothing, 0.0, part), *([float(nothing)] if one["missing"] == "indicator" else [])]
+count = sum(len(one["columns"]) * (one["size"] or 1) for one in features)
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+layers, hidden = load_file("FOLDER/head.safetensors"), np.array(vector) / np.sqrt(count)
+names = {name.rpartition("weight")[0] for name in layers if "weight" in name}
+names = sorted(names, key=lambda name: (len(name), name))
+for place, name in enumerate(names):
+    hidden = np.maximum(hidden, 0) if place else hidden
+    hidden = layers[f"{name}weight"] @ hidden + layers[f"{name}bias"]
+scores = settings["head"]["scale"] * hidden
+"""
+_GRAPH_LINES = """\
+values = np.concatenate([raw for _, raw in values_of(row)])[None].astype(np.float32)
+scores = onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"values": values})[0][0]
+"""
+_INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
+
+
+def input_of(settings: Named) -> Input:
+    """The input that settings of data or of a model name."""
+    return input_named(settings.input)
+
+
+def input_named(name: str) -> Input:
+    """The input of this name.
+
+    Raises:
+        ConfigError: for `input`, when there is no such input.
+    """
+    check_one_of("input", name, _INPUTS)
+    return _INPUTS[name]
+
+
+def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mean over real tokens, scaled to norm 1.
+
+    Args:
+        hidden: (n, t, h), in any float type.
+        attention_mask: (n, t), 1 for real tokens.
+
+    Returns:
+        (n, h) in float32.  An example without tokens gives zeros.
+    """
+    import torch
+
+    mask = attention_mask.unsqueeze(-1).to(torch.float32)
+    total = (hidden.to(torch.float32) * mask).sum(dim=1)
+    return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)
+
+
+def whole_texts(
+    fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
+) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
+    """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
+
+    Args:
+        fields: records and which of their roles.
+        tokenizer: the base's.
+        max_length: the most tokens of a text.
+        lenient_within: as `Task.tokenise` has it; what cannot be encoded is then one token, 0.
+
+    Raises:
+        DataError: a text gives no token.
+    """
+    texts = [cut(record.fields[role], max_length) for record, role in fields]
+    encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
+    input_ids, found = [], []
+    for (record, role), ids in zip(fields, encoded, strict=True):
+        if not ids and lenient_within is None:
+            raise DataError(record.at(role), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+        # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
+        input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
+        found.append(bool(ids))
+    return input_ids, found

@@ -1,0 +1,148 @@
+"""A table's row as a vector: by declared ranges and categories alone, each row by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.records import Record, iter_records, usable_records
+from fedtune.data.spec import DataSpec
+from fedtune.spec import ConfigError, DataError
+
+AGE = FeatureSpec(columns=("age",), range=(0.0, 100.0))
+LAB = FeatureSpec(columns=("crp", "ldh"), range=(-1.0, 1.0), missing="indicator")
+SEX = FeatureSpec(columns=("sex",), categories=("female", "male"), missing="indicator")
+STATES = FeatureSpec(columns=("states",), range=(-2.0, 2.0), size=3)
+ALL = (AGE, LAB, SEX, STATES)
+ROW = {"age": 25, "crp": 0.5, "ldh": None, "sex": "male", "states": [2, 0.5, -9]}
+
+
+def data(*features: FeatureSpec, **changes: Any) -> DataSpec:
+    values: dict[str, Any] = {"dataset": "d", "train_file": "f", "columns": {"label": "y"}, "declared_sizes": 5}
+    return DataSpec(**values | {"max_length": 1, "input": "features", "features": features} | changes)
+
+
+def read(tmp_path: Path, *rows: dict[str, Any], features: tuple[FeatureSpec, ...] = ALL) -> Iterator[Record]:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return iter_records(file, data(*features).needed_columns(()))
+
+
+def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
+    """A row's vector times the root that all are divided by."""
+    (record,) = read(tmp_path, row, features=features)
+    found = FeatureReader(features).vector(record)
+    assert found.dtype == np.float32
+    return [round(float(one), 5) for one in found * math.sqrt(sum(one.numbers for one in features))]
+
+
+def test_each_value_stands_where_it_was_declared_by_its_declared_scale(tmp_path: Path) -> None:
+    values = [value for one in ALL for value in one.values()]
+    assert values == [
+        "age in 0.0 to 100.0",
+        *("crp in -1.0 to 1.0", "crp: missing", "ldh in -1.0 to 1.0", "ldh: missing"),
+        *("sex = female", "sex = male", "sex: other", "sex: missing"),
+        *("states[0] in -2.0 to 2.0", "states[1] in -2.0 to 2.0", "states[2] in -2.0 to 2.0"),
+    ]
+    assert FeatureReader(ALL).width == len(values) == 12
+    assert vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(0, -1), (100, 1), ("50", 0), (" 1e2 ", 1), (-5, -1), (1e300, 1), (True, None), ("x", None), (math.inf, None)],
+)
+def test_a_number_is_cut_at_its_range_and_what_is_none_is_a_fault(tmp_path: Path, value: Any, found: Any) -> None:
+    if found is not None:
+        assert vector(tmp_path, {"age": value}, AGE) == [found]
+        return
+    with pytest.raises(DataError, match=r"age.*must be a finite number"):
+        vector(tmp_path, {"age": value}, AGE)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", "NA", "nan", math.nan, "?"])
+def test_what_is_missing_is_a_fault_or_its_own_indicator(tmp_path: Path, value: Any) -> None:
+    assert vector(tmp_path, {"crp": value, "ldh": 1}, LAB) == [0, 1, 1, 0]
+    assert vector(tmp_path, {"sex": value}, SEX) == [0, 0, 0, 1]
+    with pytest.raises(DataError, match="must have a value, or missing = indicator"):
+        vector(tmp_path, {"age": value}, AGE)
+
+
+@pytest.mark.parametrize(("value", "found"), [("female", [1, 0, 0, 0]), (" male ", [0, 1, 0, 0]), ("x", [0, 0, 1, 0])])
+def test_a_category_is_one_of_those_declared_or_other(tmp_path: Path, value: str, found: list[float]) -> None:
+    assert vector(tmp_path, {"sex": value}, SEX) == found
+    whole = FeatureSpec(columns=("sex",), categories=("1", "true", "?"))
+    assert vector(tmp_path, {"sex": 1.0}, whole) == [1, 0, 0, 0]
+    assert vector(tmp_path, {"sex": True}, whole) == [0, 1, 0, 0]
+    assert vector(tmp_path, {"sex": "?"}, whole) == [0, 0, 1, 0], "declared, and so no mark of nothing"
+
+
+@pytest.mark.parametrize(
+    "value", ["[1, 2]", [1, 2, 3, 4], [[1, 2, 3]], [1, None, 2], "1 2 3", [1, "x", 2], {"a": 1}, 3]
+)
+def test_a_list_of_another_form_is_a_fault(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(DataError, match="states"):
+        vector(tmp_path, {"states": value}, STATES)
+
+
+def test_a_list_may_be_text(tmp_path: Path) -> None:
+    assert vector(tmp_path, {"states": "[1, -1, 0]"}, STATES) == vector(tmp_path, {"states": [1, -1, 0]}, STATES)
+
+
+def test_no_vector_is_longer_than_one(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
+        assert np.linalg.norm(FeatureReader(ALL).vector(Record(fields))) <= 1 + 1e-6
+
+
+def test_a_column_of_another_name_is_named_by_its_role(tmp_path: Path) -> None:
+    named = data(AGE, columns={"label": "y", "feature:age": "AGE"})
+    assert named.needed_columns({"label"}) == {"label": "y", "feature:age": "AGE"}
+
+
+def test_a_row_that_cannot_be_read_is_left_out_and_the_others_stay_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"age": 1}, {"age": [1, "x"]}, {"age": 3}, {}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = list(usable_records(file, data(AGE).needed_columns(())))
+    assert [record.fields["feature:age"] for record in kept] == ["1", "3"]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"columns": ()}, "columns"),
+    ({"columns": ("a", "a")}, "columns"),
+    ({"range": None}, "range"),
+    ({"categories": ("x",)}, "range"),
+    ({"range": (1.0, 1.0)}, "range"),
+    ({"range": (1.0, 0.0)}, "range"),
+    ({"range": (0.0, math.inf)}, "range"),
+    ({"range": (0.0, 1e13)}, "range"),
+    ({"size": 0}, "size"),
+    ({"size": 100_000}, "size"),
+    ({"range": None, "categories": ("x",), "size": 2}, "size"),
+    ({"range": None, "categories": ("x", "x")}, "categories"),
+    ({"missing": "mean"}, "missing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), WRONG)
+def test_a_declaration_that_says_nothing_sound_is_refused(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        FeatureSpec(**{"columns": ("a",), "range": (0.0, 1.0)} | changes)
+    assert caught.value.key == key
+
+
+def test_a_column_is_declared_once_and_a_vector_is_bounded() -> None:
+    with pytest.raises(ConfigError, match="must be declared once"):
+        data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
+    wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
+    with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
+        data(wide)

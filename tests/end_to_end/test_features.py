@@ -1,0 +1,260 @@
+"""A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure sums."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+COLUMNS = {
+    "classification": "label",
+    "multi_label": "labels",
+    "ordinal": "label",
+    "regression": "target",
+}
+FEATURES = (
+    "[{columns: [age, crp], range: [0, 100], missing: indicator}, {columns: [ward], categories: [a, b]},"
+    " {columns: [states], range: [-1, 1], size: 2}]"
+)
+SCORES = {
+    "classification": "accuracy",
+    "multi_label": "micro_f1",
+    "ordinal": "quadratic_kappa",
+    "regression": "spearman",
+}
+
+
+def rows(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Patients whose answer follows from their age, their ward and one of their states."""
+    draws = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        age, crp = float(draws.uniform(10, 95)), float(draws.uniform(0, 100))
+        ward, state = str(draws.choice(["a", "b", "c"])), float(draws.uniform(-1, 1))
+        sick = (age - 50) / 40 + state + (ward == "b")
+        found.append(
+            {
+                "age": age,
+                "crp": "" if draws.random() < 0.2 else crp,
+                "ward": ward,
+                "states": json.dumps([state, float(draws.uniform(-1, 1))]),
+                "classification": "sick" if sick > 0.3 else "well",
+                "multi_label": ";".join(name for name, is_so in (("old", age > 60), ("b", ward == "b")) if is_so),
+                "ordinal": ("low", "mid", "high")[int(np.digitize(sick, [-0.2, 0.6]))],
+                "regression": round(float(np.clip(sick, -2, 3)), 3),
+            }
+        )
+    return found
+
+
+LABELS = {"classification": "[sick,well]", "multi_label": "[old,b]", "ordinal": "[low,mid,high]", "regression": "[]"}
+
+
+def write(file: Path, found: list[dict[str, Any]]) -> Path:
+    with file.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, list(found[0]))
+        table.writeheader()
+        table.writerows(found)
+    return file
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    into = tmp_path_factory.mktemp("runs")
+    files = {name: write(into / f"{name}.csv", rows(count, seed=count)) for name, count in (("in", 400), ("out", 200))}
+
+    def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
+        return [
+            *tiny("experiment=own_features", into=into, name=name),
+            *(f"task={task}", f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"),
+            f"data.columns={{{COLUMNS[task]}: {task}}}",
+            *(f"data.features={FEATURES}", f"data.labels={LABELS[task]}", "data.max_length=1"),
+            *("data.train_fraction=1", "data.declared_sizes=100", "data.test_rows=null", "data.validation_rows=null"),
+            *(("data.target_range=[-2,3]", "head.scale=3") if task == "regression" else ()),
+            *overrides,
+        ]
+
+    return make
+
+
+def folder_of(given: list[str]) -> Path:
+    """Of the run of these overrides."""
+    said = dict(one.partition("=")[::2] for one in given)
+    return Path(said["tracking.output_dir"].strip("'"), said["name"])
+
+
+@pytest.fixture(scope="module")
+def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+    """A finished run; each is made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(*overrides: str, task: str = "classification") -> Path:
+        key = (*overrides, task)
+        if key not in made:
+            given = settings(*overrides, task=task, name=f"run-{len(made)}")
+            outcome = command("simulate", *given)
+            assert outcome.code == 0, outcome.err
+            made[key] = folder_of(given)
+        return made[key]
+
+    return make
+
+
+PLAIN = (
+    *("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=4", "training.local_steps=10"),
+    *("training=adamw", "training.learning_rate=0.1", "runtime.seeded_noise=true"),
+)
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> None:
+    final = result_of(run(*PLAIN, task=task))["final"]
+    assert final["metrics"][SCORES[task]] > 0.8
+    assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
+
+
+def test_a_small_network_learns_it_too(run: Any, result_of: Any) -> None:
+    folder = run(*PLAIN, "head.hidden=[8]")
+    assert result_of(folder)["final"]["metrics"]["accuracy"] > 0.8
+    tensors = load_file(folder / "adapter" / "head.safetensors")
+    shapes = {name: one.shape for name, one in tensors.items()}
+    assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
+
+
+def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, result_of: Any) -> None:
+    folder = run("data.heldout_fraction=0.2", "privacy.metrics=noised", "federation.num_rounds=2")
+    result = result_of(folder)
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert result["provenance"]["base_model"]["path"] == "none"
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        *("README.md", "fedtune.json", "head.safetensors", "label.svg")
+    }
+
+
+def test_it_is_evaluated_compared_and_used(run: Any, command: Any, tmp_path: Path) -> None:
+    folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
+    new = write(tmp_path / "new.csv", rows(120, seed=7))
+    told = command("evaluate", str(folder), "--data", str(new), "--json")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["beside_base"]["accuracy"]["verdict"] == "better"
+    told = command("compare", str(folder), str(other), "--data", str(new), "--json")
+    assert told.code == 0, told.err
+    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(120, seed=7)]
+    told = command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
+    assert told.code == 0, told.err
+    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.out.splitlines()]
+    truth = [one["classification"] for one in rows(120, seed=7)]
+    assert np.mean([one == other for one, other in zip(said, truth, strict=True)]) > 0.8
+
+
+@pytest.mark.nightly
+def test_by_secure_sums(run: Any, result_of: Any) -> None:
+    result = result_of(run("federation.aggregation=secure", "federation.num_rounds=3", "training.local_steps=1"))
+    assert len(result["rounds"]) == 3
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("unit", ["record", "user"])
+def test_no_unit_moves_a_step_by_more_than_the_clip_norm(
+    settings: Any, command: Any, tmp_path: Path, unit: str
+) -> None:
+    of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
+    search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
+    told = command("audit", *settings(*search, name=f"searched-{unit}"), "--json")
+    assert told.code == 0, told.err
+    found = json.loads(told.out)["result"]
+    assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
+    assert 0.9 < found["moved"] <= 1.0
+
+
+WRONG = [
+    (["data.features=[]"], "data.features = []: must declare the columns"),
+    (["data.max_length=3"], "data.max_length = 3: must be 1 for data.input = features"),
+    (["model=random_bert"], "model.path = 'random:bert': must be 'none' for data.input = features"),
+    (["lora=all_linear"], "lora.kind = 'lora': must be 'none' for data.input = features"),
+    (["head.centre=true"], "head.centre = true: must be false for data.input = features"),
+    (["model.dtype=int8"], "model.dtype = 'int8': must be 'float32' for data.input = features"),
+    (["data.input=text"], "data.features"),
+    (["data.input=text", "data.features=[]", "data.max_length=9"], "data.columns"),
+    (["data.columns={label: classification, text: ward}"], "data.columns.text = 'ward': is no role of this run"),
+    (["task=embedding", "data.labels=[]"], "data.input = 'features': must be text for task embedding"),
+    (["data.features=[{columns: [nothing], range: [0, 1]}]"], "nothing"),
+    (["data.features=[{columns: [ward], range: [0, 1]}]"], "must be a finite number"),
+    (["data.features=[{columns: [crp], range: [0, 1]}]"], "must have a value, or missing = indicator"),
+    (["data.features=[{columns: [age], range: [1, 0]}]"], "data.features.0.range = [1.0, 0.0]: must be two numbers"),
+    (["training.learning_rate=auto", "training.optimizer=adamw"], "training.learning_rate = 'auto'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_what_is_wrong_is_said_in_one_line(settings: Any, command: Any, overrides: list[str], message: str) -> None:
+    given = settings(*overrides, name="wrong")
+    told = command("simulate", *given)
+    assert told.code == 2
+    assert message in told.message
+    assert not folder_of(given).exists()
+
+
+ELSEWHERE = """\
+import importlib.abc, sys
+
+
+class NoFedtune(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fedtune", "torch", "transformers"):
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, NoFedtune())
+"""
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+@pytest.mark.parametrize(("task", "hidden"), [("classification", "[8]"), ("regression", "[]")])
+def test_an_export_computes_the_same_where_fedtune_is_not(
+    run: Any, command: Any, tmp_path: Path, task: str, hidden: str, format: str
+) -> None:
+    folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
+    told = command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format)
+    assert told.code == 0, told.err
+    assert (tmp_path / "folder" / "features.json").is_file()
+    asked = rows(12, seed=9)
+    given = {key: [one[key] for one in asked] for key in ("age", "crp", "ward", "states")}
+    write(tmp_path / "asked.csv", [dict(zip(given, each, strict=True)) for each in zip(*given.values(), strict=True)])
+    told = command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
+    said = [next(iter(json.loads(line)["answers"].values())) for line in told.out.splitlines()]
+
+    card = (tmp_path / "folder" / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    before, row, behind = re.fullmatch(r"(.*\n)(row = .*?\n)(.*)", lines, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+    assert row.startswith("row = {")
+    read = [
+        {**one, "crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])}
+        for one in ({key: one[key] for key in given} for one in asked)
+    ]
+    loop = "".join(f"    {line}\n" for line in behind.splitlines())
+    script = f"{ELSEWHERE}{before}for row in {read!r}:\n{loop}"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.split()
+    if task == "regression":
+        numbers = [one["number"] for one in said]
+        np.testing.assert_allclose(np.clip([float(one) for one in printed], -2, 3), numbers, atol=1e-4)
+    else:
+        assert printed == [one[0]["label"] for one in said]
+
+
+def test_formats_of_texts_are_refused(run: Any, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(run(*PLAIN)), "--to", str(tmp_path / "folder"), "--format", "peft")
+    assert (told.code, told.message.split(":")[0]) == (2, "--format = 'peft'")
+    assert not (tmp_path / "folder").exists()

@@ -1,0 +1,98 @@
+"""A table: `data init` proposes types and leaves what becomes public to a person; `data check` counts what is odd."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import own, rows, seen, summary
+
+SICK = ("sick", "well")
+TABLE: dict[str, Any] = {
+    "patient_id": lambda number: f"p{number}",
+    "age": lambda number: 20 + number % 60 + 0.5,
+    "crp": lambda number: None if number % 7 == 0 else 900.25 + number,
+    "sex": ("zqf", "zqm"),
+    "states": lambda number: [number / 7, -0.5, 2],
+    "diagnosis": SICK,
+}
+
+
+def test_numbers_names_and_lists_are_told_apart(tmp_path: Path) -> None:
+    found = seen(tmp_path, TABLE, label="diagnosis")
+    assert summary(found) == "table: label=diagnosis user=patient_id"
+    assert found.features == ("age", "crp", "sex", "states")
+    assert found.columns["states"].size == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen", "kind"),
+    [
+        ({"text": own, "age": lambda number: number + 0.5, "label": SICK}, {}, "labelled"),
+        ({"age": lambda number: number + 0.5, "label": SICK}, {}, "table"),
+        ({"sex": ("f", "m"), "label": SICK}, {"text": "sex"}, "text"),
+        ({"age": lambda number: number + 0.5, "dose": lambda number: number * 1.5}, {"score": "dose"}, "table"),
+    ],
+)
+def test_a_column_of_texts_makes_no_table(tmp_path: Path, columns: Any, chosen: dict[str, str], kind: str) -> None:
+    assert seen(tmp_path, columns, **chosen).kind == kind
+
+
+@pytest.fixture
+def labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    random.seed(3)
+    given = rows(TABLE, 120)
+    random.shuffle(given)
+    (tmp_path / "labs.json").write_text(json.dumps(given))
+    return tmp_path / "labs.yaml"
+
+
+def test_the_file_s_own_values_are_on_the_terminal_alone(labs: Path, command: Any) -> None:
+    told = command("data", "init", "labs.json", "--label", "diagnosis")
+    assert told.code == 0, told.err
+    for shown in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
+        assert shown in told.out
+    page = labs.read_text()
+    assert '{columns: ["age"], range: "???"}' in page
+    assert '{columns: ["crp"], range: "???", missing: indicator}' in page
+    assert '{columns: ["sex"], categories: "???"}' in page
+    assert '{columns: ["states"], range: "???", size: 3}' in page
+    for own_value in ("79.5", "20.5", "1018", "zqf", "zqm"):
+        assert own_value not in page, "the experiment file travels"
+
+
+def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
+    assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
+    told = command("simulate", "experiment=./labs.yaml")
+    assert told.code == 2
+    assert told.message.startswith("data.features[0].range = '': is required: is for you to say where the file has ???")
+    page = labs.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
+    page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
+    page = page.replace('categories: "???"', "categories: [zqf]").replace('range: "???"', "range: [-20, 20]")
+    labs.write_text(page)
+    told = command("data", "check", "labs.yaml", "--json")
+    assert told.code == 0, told.err
+    (file,) = json.loads(told.out)["checked"]["files"]
+    assert file["lengths"] is None
+    found = {(one["what"], one["column"]): one["count"] for one in file["findings"] if one["kind"] == "declared"}
+    assert found == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
+    told = command("data", "check", "labs.yaml")
+    assert "a name that is not declared as other" in told.out
+    told = command("plan", "experiment=./labs.yaml", "--json")
+    assert told.code == 0, told.err
+
+
+def test_rows_are_twins_by_their_features(tmp_path: Path, labs: Path, command: Any) -> None:
+    given = [{"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "well"}]
+    (tmp_path / "labs.json").write_text(json.dumps([*given, {"age": 2.5, "label": "well"}]))
+    settings = ("experiment=own_features", "data.train_file=labs.json", "data.declared_sizes=1")
+    features = "data.features=[{columns: [age], range: [0, 9]}]"
+    told = command("data", "check", *settings[1:], "own_features", "data.labels=[sick,well]", features, "--json")
+    assert told.code == 0, told.err
+    (file,) = json.loads(told.out)["checked"]["files"]
+    assert [(one["kind"], one["count"]) for one in file["findings"]] == [("contradiction", 1), ("same", 1)]

@@ -1,0 +1,161 @@
+"""A model of features: its per-example gradients, the same in any company, and what a bad record adds to a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import Shapes, TextDataset, collate
+from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.records import Record
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.training.dp_step import contributions
+from fedtune.training.examples import SiteExamples
+from fedtune.training.machine import ready_model, shapes_for
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import moved_by_others
+from fedtune.training.spec import RuntimeSpec
+
+from ..builders import DEVICE
+from ..data.test_feature_vectors import data
+
+FEATURES = (
+    FeatureSpec(columns=tuple("abcdefg"), range=(-1.0, 3.0), missing="indicator"),
+    FeatureSpec(columns=("kind",), categories=("x", "y")),
+    FeatureSpec(columns=("states",), range=(0.0, 1.0), size=5),
+)
+TASKS = ("classification", "multi_label", "ordinal", "regression")
+tasks = pytest.mark.parametrize("task", TASKS)
+layers = pytest.mark.parametrize("hidden", [(), (16,), (9, 5)])
+
+
+def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3) -> TaskModelSpec:
+    return TaskModelSpec(
+        model=ModelSpec(path="none"),
+        lora=LoraSpec(kind="none"),
+        head=HeadSpec(scale=5.0, hidden=hidden),
+        task=task,
+        labels=() if task == "regression" else ("one", "two", "three"),
+        target_range=(0.0, 4.0) if task == "regression" else None,
+        input="features",
+        values=tuple(value for one in FEATURES for value in one.values()),
+        seed=seed,
+    )
+
+
+def made(task: str, hidden: tuple[int, ...] = (), *, onednn: bool = True) -> TaskModel:
+    """As after some training, so that every layer has a gradient."""
+    runtime = RuntimeSpec(onednn=onednn, num_threads=1)
+    model = ready_model(lambda: build_task_model(spec_of(task, hidden), device=DEVICE), runtime, max_length=1)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def records(model: TaskModel, count: int) -> TextDataset:
+    draws = np.random.default_rng(5)
+    rows = model.made_up([1] * count, draws)
+    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
+    return TextDataset(rows, targets)
+
+
+@tasks
+@layers
+def test_gradients_of_examples_are_those_of_a_loop(task: str, hidden: tuple[int, ...]) -> None:
+    model = made(task, hidden)
+    dataset = records(model, 7)
+    with attached(model) as gradients:
+        found = gradients.of(collate(dataset, range(7), pad_id=0).to(DEVICE))
+    assert list(found) == list(model.trainable())
+    assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
+    assert all(one.any() for one in found.values())
+    for place in range(7):
+        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
+        each = torch.autograd.grad(alone, list(model.trainable().values()))
+        for (name, _), one in zip(model.trainable().items(), each, strict=True):
+            torch.testing.assert_close(found[name][place], one, rtol=1e-5, atol=1e-6)
+
+
+@layers
+def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...]) -> None:
+    model = made("classification", hidden)
+    dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=64, positions=1)
+    assert (shapes.lengths, shapes.rows(1)) == ((1,), (64, 32, 16, 8))
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
+    draws = np.random.default_rng(0)
+
+    def each(chosen: Any) -> dict[int, torch.Tensor]:
+        with attached(model) as gradients:
+            return {
+                place: torch.cat([one[row].ravel() for one in found.values()])
+                for part in examples.parts(np.array(chosen, dtype=np.int64))
+                for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
+                for row, place in enumerate(part.places.tolist())
+            }
+
+    everyone = each(range(90))
+    for _ in range(8):
+        for place, one in each(draws.permutation(90)[: draws.integers(1, 90)]).items():
+            assert torch.equal(one, everyone[place]), place
+
+
+@tasks
+@layers
+def test_the_trial_finds_that_no_record_moves_another(task: str, hidden: tuple[int, ...]) -> None:
+    model = made(task, hidden)
+    before = Adapter.of(model).digest()
+    shapes = replace(shapes_for(model, RuntimeSpec(num_threads=1), max_length=1), max_tokens=128)
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) == 0.0
+    assert Adapter.of(model).digest() == before
+
+
+def test_the_trial_finds_a_head_that_looks_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("classification", (16,))
+    shapes = Shapes.of(max_length=1, max_tokens=64, positions=1)
+    rows = type(model.base).forward
+
+    def mixed(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return rows(base, input_ids + input_ids.sum(dim=0) * 1e-3, attention_mask)
+
+    monkeypatch.setattr(type(model.base), "forward", mixed)
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
+
+
+def test_a_new_model_predicts_nothing_and_its_start_follows_from_the_seed() -> None:
+    first, again, other = (Adapter.of(build_task_model(spec_of("ordinal", (8,), seed=seed))) for seed in (1, 1, 2))
+    assert first.digest() == again.digest() != other.digest()
+    model = build_task_model(spec_of("ordinal", (8,)))
+    assert not model.logits(collate(records(model, 4), range(4), pad_id=0)).any()
+
+
+def test_a_bad_record_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, task = made("classification"), task_named("classification")
+    spec, reader = data(*FEATURES, labels=("one", "two", "three")), FeatureReader(FEATURES)
+    draws = np.random.default_rng(1)
+    rows = [
+        Record({f"feature:{name}": one.made_up(draws.integers) for one in FEATURES for name in one.columns})
+        for _ in range(4)
+    ]
+    good = [Record({**row.fields, "label": "two"}) for row in rows]
+    bad = Record({**good[1].fields, "feature:states": "[1, 2]"})
+    assert task.fault(spec)(bad) is not None
+    assert [task.fault(spec)(one) for one in good] == [None] * 4
+    with monkeypatch.context() as patched:  # as if the reading had let it by
+        patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
+        mixed = task.tokenise([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
+    with attached(model) as gradients:
+        found = gradients.of(collate(mixed, range(4), pad_id=0).to(DEVICE))
+        without = gradients.of(collate(task.tokenise(good, reader, data=spec), range(4), pad_id=0).to(DEVICE))
+    for name, one in found.items():
+        assert not one[1].any(), name
+        for place in (0, 2, 3):
+            assert torch.equal(one[place], without[name][place])
