@@ -1,0 +1,91 @@
+"""A real site's table: its own names of the columns, its policy, and rows that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data.features import FeatureSpec
+from fedtune.model.base_model import model_sha256
+from fedtune.model.spec import ModelSpec
+from fedtune.privacy.release import Reason
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import for_sites
+
+from .conftest import LABELS
+
+TABLE: dict[str, Any] = {
+    "model": {"path": "none", "sha256": None},
+    "lora": {"kind": "none"},
+    "data": {
+        "input": "features",
+        "columns": {"label": "lead's label"},
+        "max_length": 1,
+        "features": (
+            FeatureSpec(columns=("age",), range=(0.0, 110.0)),
+            FeatureSpec(columns=("ward",), categories=("a", "b"), missing="indicator"),
+        ),
+    },
+}
+GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
+
+
+@pytest.fixture
+def site(station: Callable[..., Any], letters: Callable[..., RunConfig]) -> Any:
+    """The site north, whose file calls age otherwise."""
+    made = station(**TABLE)
+    made.first = SharedModel(letters(**TABLE)).initial_adapter
+    made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
+    return made
+
+
+def write(site: Any, rows: list[tuple[str, ...]]) -> None:
+    lines = ["AGE_YEARS,ward,KIND", *(",".join(row) for row in rows)]
+    site.data.write_text("\n".join(lines) + "\n")
+    site.restart()
+
+
+def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
+    write(site, GOOD)
+    update = site.update()
+    assert {name: one.shape for name, one in update.tensors.items()} == {
+        "head.weight": (len(LABELS), 5),
+        "head.bias": (len(LABELS),),
+    }
+    sent = for_sites(site.config)
+    assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
+    assert sent.proposal(lead="x", plan=sent.plan()).target_modules == ()
+
+
+def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
+    write(site, GOOD)
+    without = site.update().tensors
+    bad = [("old", "a"), ("1e999", "a"), ("", "b"), ("nan", "a"), ("[1]", "b")]
+    site.edit(limits={"max_rounds": 99})
+    write(site, [*GOOD, *((*one, LABELS[0]) for one in bad), ("30", "a", "no label")])
+    found = site.update(replace(site.config, name="second"), round=1).tensors
+    again = replace(site.config, name="third")
+    write(site, GOOD)
+    expected = site.update(again, round=1).tensors
+    for name, one in found.items():
+        np.testing.assert_array_equal(one, without[name])
+        np.testing.assert_array_equal(one, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("allow", "reason"),
+    [
+        ({"adapters": ("lora",)}, Reason.ADAPTERS),
+        ({"base_models": ("ab" * 32,)}, Reason.BASE_MODELS),
+        ({"train_head": False}, Reason.TRAIN_HEAD),
+    ],
+)
+def test_a_policy_allows_a_model_without_a_base_by_name(site: Any, allow: dict[str, Any], reason: Reason) -> None:
+    write(site, GOOD)
+    site.edit(allow=allow)
+    assert site.refusal() == reason
