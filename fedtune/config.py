@@ -105,8 +105,7 @@ class RunConfig:
 
     Attributes:
         name: the name of the run and of its folder.
-        task: what the model learns: "classification", "multi_label", "ordinal", "regression", "token_classification",
-            "causal_lm", "preference" or "embedding".
+        task: what the model learns, as the README names it.
         seed: the seed of the adapter's random start and of the split into sites; the seed of the noise only in a
             marked study.
         resume: the run folder to continue, or null.
@@ -167,6 +166,7 @@ class RunConfig:
             task=self.task,
             labels=self.data.labels,
             target_range=self.data.target_range,
+            intervals=self.data.intervals,
             seed=self.seed,
             texts=task_named(self.task).texts(self.data),
             beta=self.data.preferences.beta,

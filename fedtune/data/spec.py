@@ -20,6 +20,7 @@ from fedtune.spec import (
     spec,
 )
 
+_MOST_INTERVALS = 100
 _MOST_TEMPLATE = 4096
 """Of characters, which are worked through for each record, or at each site, before it has answered."""
 
@@ -105,6 +106,7 @@ class DataSpec:
         target_range: the least and the largest number that a target may be, where the task learns one; declared, and
             never taken from records.  A record outside it cannot be used.  Of two texts with a score, an embedding
             learns the cosine 0 for the one and 1 for the other.
+        intervals: the end of each interval in which an event may come, ascending, where the task learns when it does.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
@@ -144,6 +146,7 @@ class DataSpec:
     labels: tuple[str, ...] = ()
     label_separator: str = ";"
     target_range: tuple[float, float] | None = None
+    intervals: tuple[float, ...] = ()
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
     pairs: PairsSpec = PairsSpec()
@@ -186,6 +189,11 @@ class DataSpec:
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
             check_range("target_range", self.target_range)
+        if len(self.intervals) > _MOST_INTERVALS or list(self.intervals) != sorted({*self.intervals, 0.0} - {0.0}):
+            bound = f"must be at most {_MOST_INTERVALS} numbers above 0, each larger than the one before"
+            raise ConfigError("intervals", list(self.intervals), bound)
+        if self.intervals:
+            check_range("intervals", (0.0, self.intervals[-1]))
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)

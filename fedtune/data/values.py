@@ -18,8 +18,8 @@ from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
-CATEGORY_ROLES = frozenset({"label", "site", "user"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans"}
+CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
+NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans", "time"}
 """Roles whose values are no texts that somebody wrote."""
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
@@ -142,7 +142,7 @@ def _name(value: object, role: str, *, at: str) -> str:
         raise DataError(at, SEVERAL_USERS, f"{bound} several has no place in training by user (docs/user_level.md)")
     if type(value) is int or is_whole(value):
         value = str(int(value))
-    elif role == "label" and isinstance(value, bool):
+    elif role in ("label", "event") and isinstance(value, bool):
         value = str(value).lower()
     text = _text(value, role, accepted="text or an integer", at=at).strip()
     if role != "user":
@@ -488,6 +488,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "messages": lambda value, at: messages_of(value, at=at),
     "labels": labels_of,
     "target": number_of,
+    "time": lambda value, at: number_of(value, at, role="time"),
     "tokens": words_of,
     "tags": lambda value, at: words_of(value, at, "tags"),
     "spans": spans_of,

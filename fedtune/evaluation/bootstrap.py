@@ -35,7 +35,7 @@ FEWEST_UNITS = 10
 """With fewer, an interval is far too narrow (of one unit it has no width), and nothing is called better or worse."""
 _TOO_LOW = frozenset({"macro_f1"})
 """Scores of samples that lie below the truth by about as much as draws lie below the sample."""
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse"})
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "ece", "mae", "rmse", "integrated_brier"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,7 @@ class TaskModelSpec:
         task: what is learnt, see `fedtune.tasks`.
         labels: the declared label set, in its order; empty where the task has none.
         target_range: the declared range of a number to learn; null where the task has none.
+        intervals: the declared ends of intervals; empty where the task has none.
         seed: of the adapters' random start, which is public.
         texts: of a record, which go through the base each by itself: 1, those that a record compares, or the windows of
             a long one.
@@ -244,6 +245,7 @@ class TaskModelSpec:
     head: HeadSpec = HeadSpec()
     labels: tuple[str, ...] = ()
     target_range: tuple[float, float] | None = None
+    intervals: tuple[float, ...] = ()
     seed: int = 0
     texts: int = 1
     beta: float = 0.1

@@ -46,6 +46,7 @@ _OF_SOME_TASKS = {
     "chat_template": "none",
     "label_separator": ";",
     "target_range": None,
+    "intervals": (),
     "pairs": PairsSpec(),
     "preferences": PreferenceSpec(),
     "windows": 1,

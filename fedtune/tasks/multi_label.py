@@ -64,8 +64,8 @@ class MultiLabel(LabelTask):
 
         return marks
 
-    def target_shape(self, num_labels: int) -> tuple[int, ...]:
-        return (num_labels,)
+    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
+        return (len(data.labels),)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return binary_losses(logits, targets)

@@ -73,7 +73,7 @@ class PooledTask(Task):
     def target(self, data: DataSpec) -> TargetOf:
         """How a record's target is read under these settings."""
 
-    def target_shape(self, num_labels: int) -> tuple[int, ...]:
+    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         """Of one record's target."""
         return ()
 
@@ -110,7 +110,7 @@ class PooledTask(Task):
         """The role `text`, with the tokenizer's own special tokens, or the features; and each record's target."""
         self.require_usable(records, data=data)
         ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
-        target, shape = self.target(data), self.target_shape(len(data.labels))
+        target, shape = self.target(data), self.target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)
         for place, is_encoded in enumerate(found):
             if is_encoded:

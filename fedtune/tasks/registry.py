@@ -5,7 +5,7 @@ It imports at once: models are built elsewhere, since importing torch and its ki
 
 from __future__ import annotations
 
-from fedtune.spec import check_one_of
+from fedtune.spec import ConfigError, check_one_of
 from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
@@ -14,12 +14,13 @@ from fedtune.tasks.multi_label import MultiLabel
 from fedtune.tasks.ordinal import Ordinal
 from fedtune.tasks.preference import Preference
 from fedtune.tasks.regression import Regression
+from fedtune.tasks.survival import Survival
 from fedtune.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(Classification(), MultiLabel(), Ordinal(), Regression(), TokenClassification()),
+        *(Classification(), MultiLabel(), Ordinal(), Regression(), Survival(), TokenClassification()),
         *(CausalLM(), Preference(), Embedding()),
     )
 }
@@ -31,5 +32,10 @@ def task_named(name: str) -> Task:
     Raises:
         ConfigError: for `task`, when there is no such task.
     """
+    if name == "cox":
+        bound = (
+            "couples records: each one's part of the partial likelihood has all that were still followed in it, and "
+        )
+        raise ConfigError("task", name, f"{bound}clipping would not bound what one record does; use task=survival")
     check_one_of("task", name, TASKS)
     return TASKS[name]

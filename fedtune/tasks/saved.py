@@ -174,7 +174,7 @@ class SavedAdapter:
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model takes the head, too; else its own head starts as it would without the adapter."""
-        same = self.spec.labels == spec.labels and self.spec.target_range == spec.target_range
+        same = all(getattr(self.spec, key) == getattr(spec, key) for key in ("labels", "target_range", "intervals"))
         return task_named(spec.task).has_head and same
 
     def require_fits(self, spec: TaskModelSpec) -> None:
@@ -271,6 +271,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
         "data.labels": spec.labels,
         "data.target_range": spec.target_range,
         "data.features": spec.values,
+        "data.intervals": spec.intervals,
         "lora.kind": spec.lora.kind,
         "the scale of LoRA": spec.lora.scale,
         "head.scale": spec.head.scale,
@@ -323,6 +324,7 @@ def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
         per_token=settings["per_token"],
         input=settings.get("input", "text"),
         values=tuple(settings.get("values", ())),
+        intervals=tuple(settings.get("intervals", ())),
     )
 
 

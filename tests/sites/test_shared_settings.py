@@ -46,6 +46,7 @@ DECISIVE: dict[str, Any] = {
     "data.windows": 3,
     "data.stride": 4,
     "data.target_range": (0.0, 9.0),
+    "data.intervals": (1.0, 3.0),
     "data.input": "features",
     "data.features": (FeatureSpec(columns=("age",), range=(0.0, 90.0)),),
     "data.pairs": PairsSpec(margin=0.4),
@@ -198,6 +199,10 @@ WITH: dict[str, Any] = {
         "task": "regression",
         "data": {"labels": (), "columns": {"text": "a", "target": "b"}, "target_range": (0.0, 5.0)},
         "head": {"scale": 1.0},
+    },
+    "data.intervals": {
+        "task": "survival",
+        "data": {"labels": (), "columns": {"text": "a", "time": "b", "event": "c"}, "intervals": (1.0, 2.0)},
     },
     "data.windows": {"task": "token_classification", "data": {"columns": {"tokens": "a", "tags": "b"}}},
     "data.stride": {"task": "token_classification", "data": {"columns": {"tokens": "a", "tags": "b"}}},

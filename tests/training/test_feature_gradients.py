@@ -29,7 +29,7 @@ FEATURES = (
     FeatureSpec(columns=("kind",), categories=("x", "y")),
     FeatureSpec(columns=("states",), range=(0.0, 1.0), size=5),
 )
-TASKS = ("classification", "multi_label", "ordinal", "regression")
+TASKS = ("classification", "multi_label", "ordinal", "regression", "survival")
 tasks = pytest.mark.parametrize("task", TASKS)
 layers = pytest.mark.parametrize("hidden", [(), (16,), (9, 5)])
 
@@ -40,7 +40,8 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3) -> TaskMo
         lora=LoraSpec(kind="none"),
         head=HeadSpec(scale=5.0, hidden=hidden),
         task=task,
-        labels=() if task == "regression" else ("one", "two", "three"),
+        intervals=(1.0, 2.0, 5.0) if task == "survival" else (),
+        labels=() if task in ("regression", "survival") else ("one", "two", "three"),
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
         values=tuple(value for one in FEATURES for value in one.values()),

@@ -1,0 +1,162 @@
+"""Survival in discrete time: the hazard of each declared interval, for records that were followed for a time.
+
+The head answers one question for each interval: given that the event has not come before, does it come in this one?
+The loss is the mean cross-entropy over the intervals, of which those count that are known: all up to the event, or all
+that a record without one was followed through (Gensheimer and Narasimhan 2019, arXiv 1805.00917).  It belongs to its
+record alone.  Cox's partial likelihood compares each record with all that were still followed, and so couples them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
+from fedtune.model.spec import TaskModelSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.base import FirstTarget, Ids, Model
+from fedtune.tasks.measures import Floats
+from fedtune.tasks.pooled import PooledTask, TargetOf, binary_losses
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.data.batching import Batch
+
+
+_EVENTS = {"1": True, "true": True, "0": False, "false": False}
+
+
+class Survival(PooledTask):
+    """The head has a row for each of `data.intervals`; a target is 1 where the event came, 0 where it did not."""
+
+    name = "survival"
+    roles = ("text", "time", "event")
+    answers = frozenset({"time", "event"})
+    own_settings = frozenset({"intervals"})
+    hub_name = ""
+    judged_by = "concordance"
+    reads = "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]"
+    target_type = np.int8
+
+    def check_data(self, data: DataSpec) -> None:
+        super().check_data(data)
+        if not data.intervals:
+            raise ConfigError("intervals", [], "must hold the end of each interval, in the unit of the role time")
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        for key, nothing in (("centre", False), ("init", "zero"), ("label_texts", ())):
+            if getattr(spec.head, key) != nothing:
+                raise ConfigError(f"head.{key}", getattr(spec.head, key), f"must be {nothing} for task {self.name}")
+
+    def target(self, data: DataSpec) -> TargetOf:
+        ends = np.array(data.intervals)
+
+        def known(record: Record) -> npt.NDArray[np.int8]:
+            time, event = float(record.fields["time"]), _EVENTS.get(record.fields["event"].lower())
+            if event is None:
+                raise DataError(record.at("event"), "another value", "must be 1 or true where it came, else 0 or false")
+            if time < 0:
+                raise DataError(record.at("time"), "a number below 0", "must be the time since a record's beginning")
+            found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
+            found[: int((ends < time).sum() if event else (ends <= time).sum())] = 0
+            if event and time <= ends[-1]:
+                found[(ends < time).sum()] = 1
+            return found
+
+        return known
+
+    def target_shape(self, data: DataSpec) -> tuple[int, ...]:
+        return (len(data.intervals),)
+
+    def outputs(self, spec: TaskModelSpec) -> int:
+        return len(spec.intervals)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        return binary_losses(logits, targets)
+
+    def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
+        return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
+
+    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`concordance` (Harrell's) and `integrated_brier`, both in [0, 1] and by intervals, and `loss`."""
+        followed, event = followed_through(figures["truth"])
+        return {
+            "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
+            "integrated_brier": integrated_brier(figures["survival"], followed, event),
+            "loss": float(np.mean(figures["loss"])),
+        }
+
+    def guess(self, dataset: TextDataset) -> float:
+        """A constant answer orders nobody."""
+        return 0.5
+
+    def unit_score(self, model: Model, batch: Batch) -> float:
+        """The probability that the model gave to what is known, by interval in geometric mean."""
+        return float((-model.losses(batch)[0]).exp())
+
+    def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
+        """The probability that the event has not come by the end of each interval."""
+        chances = self.said(logits[None], spec=spec)["survival"][0].tolist()
+        found = [{"until": end, "survival": chance} for end, chance in zip(spec.intervals, chances, strict=True)]
+        return ", ".join(
+            f"{chance:.3f} until {end:g}" for end, chance in zip(spec.intervals, chances, strict=True)
+        ), found
+
+    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: str(draw(2))}
+        return made[role]() if role in made else None
+
+    def made_up_targets(
+        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
+    ) -> Targets:
+        count = len(spec.intervals)
+        places, last = np.arange(count), draws.integers(0, count, size=(len(input_ids), 1))
+        event = draws.integers(0, 2, size=(len(input_ids), 1))
+        return np.where(places < last, 0, np.where(places == last, event, UNSUPERVISED)).astype(np.int8)
+
+
+def followed_through(truth: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Of (records, intervals) targets: how many intervals passed without the event, and whether it came then."""
+    return (truth == 0).sum(axis=1), np.asarray((truth == 1).any(axis=1))
+
+
+def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArray[np.bool_]) -> float:
+    """The share of pairs, of which one is known to have the event earlier, in which that one has the higher risk.
+
+    A tie of risks counts half; 0.5 where there is no such pair.
+    """
+    right = pairs = 0.0
+    for one in np.flatnonzero(event):
+        later = followed > followed[one]  # through the interval in which it came
+        pairs += int(later.sum())
+        right += float((risk[later] < risk[one]).sum() + (risk[later] == risk[one]).sum() / 2)
+    return right / pairs if pairs else 0.5
+
+
+def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: npt.NDArray[np.bool_]) -> float:
+    """The squared error of (records, intervals) chances at each interval's end, weighted for those who were lost.
+
+    Who is known to have the event, or to be without it, stands for those who left before (Graf et al. 1999): divided by
+    the Kaplan-Meier estimate of staying that long.  In an interval events come before losses.
+    """
+    count = survival.shape[1]
+    stays = np.ones(count + 1)
+    for place in range(count):
+        here = followed == place
+        at_risk = int((followed >= place).sum() - (here & event).sum())
+        lost = int((here & ~event).sum())
+        stays[place + 1] = stays[place] * (1 - lost / at_risk if at_risk else 1.0)
+    total = 0.0
+    for place in range(count):
+        came, still = event & (followed <= place), followed > place
+        weights = stays[followed[came]]
+        total += float((survival[came, place] ** 2 / np.where(weights > 0, weights, np.inf)).sum())
+        if stays[place + 1] > 0:
+            total += float(((1 - survival[still, place]) ** 2).sum() / stays[place + 1])
+    return float(total / (count * len(survival)))

@@ -1,0 +1,137 @@
+"""Survival: what is known of a record by its time, scores worked by hand, and a run that learns."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError
+from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.survival import concordance, followed_through, integrated_brier
+
+SURVIVAL = TASKS["survival"]
+ENDS = (1.0, 2.0, 4.0)
+DATA = DataSpec(
+    dataset="d",
+    train_file="f",
+    declared_sizes=5,
+    max_length=9,
+    columns={"text": "t", "time": "months", "event": "died"},
+    intervals=ENDS,
+)
+SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival", intervals=ENDS)
+
+
+@pytest.mark.parametrize(
+    ("time", "event", "known"),
+    [
+        ("0.5", "1", [1, -100, -100]),
+        ("1.0", "true", [1, -100, -100]),
+        ("1.5", "1", [0, 1, -100]),
+        ("4", "1", [0, 0, 1]),
+        ("9", "1", [0, 0, 0]),
+        ("0.5", "0", [-100, -100, -100]),
+        ("1", "0", [0, -100, -100]),
+        ("3.9", "false", [0, 0, -100]),
+        ("4", "0", [0, 0, 0]),
+    ],
+)
+def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: list[int]) -> None:
+    record = Record({"text": "a", "time": time, "event": event})
+    assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("time", "event"), [("-1", "1"), ("1", "maybe"), ("1", "2")])
+def test_what_says_nothing_is_a_fault(time: str, event: str) -> None:
+    assert SURVIVAL.fault(DATA)(Record({"text": "a", "time": time, "event": event})) is not None
+
+
+def test_the_loss_is_that_of_the_known_intervals() -> None:
+    logits, targets = torch.tensor([[0.3, -1.2, 2.0]] * 2), torch.tensor([[0, 1, -100], [-100] * 3], dtype=torch.int8)
+    chance = torch.sigmoid(logits[0])
+    by_hand = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
+    found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
+    torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
+
+
+def test_concordance_by_hand() -> None:
+    # Events in intervals 1 and 2; one lost after interval 1, one followed to the end.
+    followed, event = np.array([0, 1, 1, 3]), np.array([True, True, False, False])
+    # Pairs: the first before all three; the second before the last (the lost one left in the second's interval).
+    assert concordance(np.array([4.0, 3.0, 2.0, 1.0]), followed, event) == 1.0
+    assert concordance(np.array([1.0, 3.0, 2.0, 0.0]), followed, event) == 2 / 4
+    assert concordance(np.array([2.0, 3.0, 2.0, 2.0]), followed, event) == (0.0 + 0.5 + 0.5 + 1.0) / 4
+    assert concordance(np.ones(2), np.array([3, 3]), np.array([False, False])) == 0.5
+
+
+def test_the_brier_score_by_hand() -> None:
+    survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2], [0.7, 0.6]])
+    followed, event = np.array([0, 1, 1, 2]), np.array([True, False, True, False])
+    # One of the two at risk of being lost in interval 2 (events come first) is lost: half stay.
+    first = (0.8**2 + 0.1**2 + 0.4**2 + 0.3**2) / 4
+    second = (0.4**2 / 1.0 + 0.2**2 / 1.0 + 0.4**2 / 0.5) / 4
+    assert integrated_brier(survival, followed, event) == pytest.approx((first + second) / 2)
+    nobody_lost = np.array([True, True, True, False])
+    assert integrated_brier(survival, followed, nobody_lost) == pytest.approx(
+        np.mean([first, (0.4**2 + 0.5**2 + 0.2**2 + 0.4**2) / 4])
+    )
+
+
+def test_targets_tell_how_long_each_was_followed() -> None:
+    followed, event = followed_through(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
+    assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
+
+
+def test_cox_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
+        task_named("cox")
+
+
+@pytest.mark.parametrize("intervals", [(2.0, 1.0), (0.0, 1.0), (1.0, 1.0), tuple(map(float, range(1, 102)))])
+def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="intervals"):
+        DataSpec(dataset="d", train_file="f", declared_sizes=5, max_length=9, columns={}, intervals=intervals)
+
+
+def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path, tiny: Any, command: Any, result_of: Any) -> None:
+    draws, file = np.random.default_rng(2), tmp_path / "followed.csv"
+    with file.open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["age", "months", "died"])
+        for age in draws.uniform(20, 90, size=500):
+            time, lost = draws.exponential(200 / (age - 10) ** 0.9 * 3), draws.exponential(30)
+            table.writerow([f"{age:.1f}", f"{min(time, lost):.2f}", int(time <= lost)])
+    given = [
+        *tiny("experiment=own_features", into=tmp_path, name="followed"),
+        *("task=survival", f"data.train_file='{file}'", "data.columns={time: months, event: died}", "data.labels=[]"),
+        *("data.features=[{columns: [age], range: [0, 110]}]", "data.intervals=[5,10,20,40]", "data.max_length=1"),
+        *("data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75", "data.test_rows=null"),
+        *("privacy=none", "privacy.noise_multiplier=null", "training=adamw", "training.learning_rate=0.1"),
+        *(
+            "federation.num_rounds=3",
+            "training.local_steps=10",
+            "runtime.seeded_noise=true",
+            "data.validation_rows=null",
+        ),
+    ]
+    told = command("simulate", *given)
+    assert told.code == 0, told.err
+    final = result_of(tmp_path / "followed")["final"]
+    assert list(final["metrics"]) == ["concordance", "integrated_brier", "loss"]
+    assert final["metrics"]["concordance"] > 0.6 > 0.5 == final["metrics_before"]["concordance"]
+    assert final["metrics"]["integrated_brier"] < final["metrics_before"]["integrated_brier"]
+    (tmp_path / "asked.csv").write_text("age\n25\n85\n")
+    told = command("generate", str(tmp_path / "followed"), "--file", str(tmp_path / "asked.csv"), "--json")
+    assert told.code == 0, told.err
+    young, old = (next(iter(json.loads(line)["answers"].values())) for line in told.out.splitlines())
+    assert [one["until"] for one in old] == [5, 10, 20, 40]
+    assert all(one["survival"] > other["survival"] for one, other in zip(young, old, strict=True))
