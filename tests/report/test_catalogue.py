@@ -16,6 +16,7 @@ from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.tables import Column, data
 from fedtune.runs import results
+from fedtune.tasks.inputs import input_named
 
 from .masking import GOLDEN, read_golden
 
@@ -47,6 +48,7 @@ CODES: dict[str, set[str]] = {
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
     "banner": {"simulation", "seeded"},
+    "value": {str(input_named("features").modality)},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
 }
 """Codes that types and rules list, by the section that has words for them."""
