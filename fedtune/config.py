@@ -1,7 +1,4 @@
-"""`RunConfig`: one run's settings, composed of the layers' specs, validated, and hashed.
-
-The specs themselves are plain dataclasses; it is pydantic that reads them from plain data here.
-"""
+"""`RunConfig`: one run's settings, composed of the layers' specs, which pydantic reads from plain data, and hashed."""
 
 from __future__ import annotations
 
@@ -381,10 +378,10 @@ def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in settings.items()}
 
 
-def parse(settings: Mapping[str, Any]) -> RunConfig:
+def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
     """Validate plain data into a `RunConfig`, with numbers for what is left to fedtune.
 
-    Labels that are whole numbers are taken as text, as in records.
+    Labels that are whole numbers are taken as text, as in records.  `for_real_sites`: not for this machine.
 
     Raises:
         ConfigError: names the first wrong key, its value and what would be accepted.
@@ -394,9 +391,10 @@ def parse(settings: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise _first_error(error) from None
     _check_switches(settings, config.to_json())
-    if config.model.dtype == "auto":  # real sites have machines of their own
-        dtype = fastest_dtype(config.runtime.device) if config.runtime.kind == "simulation" else "float32"
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    if config.model.dtype == "auto":
+        here = not for_real_sites and config.runtime.kind == "simulation"  # real sites have machines of their own
+        model = dataclasses.replace(config.model, dtype=fastest_dtype(config.runtime.device) if here else "float32")
+        config = dataclasses.replace(config, model=model)
     return config.with_rates()
 
 

@@ -61,12 +61,15 @@ MOST_RUNS = 1000
 """Of a sweep or a search: more than anybody means."""
 
 
-def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None) -> RunConfig:
+def compose_run(
+    overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None, for_real_sites: bool = False
+) -> RunConfig:
     """Compose and validate one run.
 
     Args:
         overrides: as they were typed.
         changed: settings by dotted key that take the place of what was composed.
+        for_real_sites: as `fedtune.config.parse` has it.
 
     Raises:
         ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
@@ -101,7 +104,7 @@ def compose_run(overrides: Sequence[str], *, changed: Mapping[str, Any] | None =
         *parents, last = dotted.split(".")
         reduce(dict.__getitem__, parents, settings)[last] = value
     try:
-        return _with_start(parse(settings))
+        return _with_start(parse(settings, for_real_sites=for_real_sites))
     except ConfigError as error:
         unknown = error.bound == "is not a setting of fedtune"
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if unknown else error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fedtune.runs.forecast import Forecast
 
 Target = Literal["noise", "rounds", "sampling_rate"]
+Compose = Callable[[Sequence[str]], RunConfig]
 
 
 def plan(
@@ -64,7 +66,8 @@ def plan(
     # Without --lead, each policy is asked on behalf of the first lead that it allows.
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
-        known = _price_of(overrides, target, with_model=time)
+        compose = partial(compose_run, for_real_sites=bool(policy))
+        known = _price_of(compose, overrides, target, with_model=time)
         sizes = known.config.declared_sizes()
         verdicts = tuple(
             verdict.ask(path, known.config.proposal(lead=asks, plan=known.plan), declared_sizes=sizes)
@@ -81,9 +84,9 @@ def plan(
         show(Console(), [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
 
 
-def _price_of(overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
+def _price_of(compose: Compose, overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
     """Everything but the policies' verdicts."""
-    config, planned = _planned(overrides, target)
+    config, planned = _planned(compose, overrides, target)
     # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
     epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
@@ -124,12 +127,12 @@ def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.Se
     return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
 
 
-def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
+def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
     """The run's settings, and its plan with what was solved for."""
     if target is None:
-        config = compose_run(overrides)
+        config = compose(overrides)
         return config, config.plan()
-    config = compose_run([*overrides, "privacy.noise_multiplier=null"])
+    config = compose([*overrides, "privacy.noise_multiplier=null"])
     epsilon = config.privacy.epsilon
     if not config.privacy.private:
         raise ConfigError("--target", target, "needs a run with privacy")
@@ -138,7 +141,7 @@ def _planned(overrides: Sequence[str], target: Target | None) -> tuple[RunConfig
     # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is
     # refused if no noise is given, which the message below then says.
     try:
-        noise = compose_run([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
+        noise = compose([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
     except ConfigError as error:
         if error.key != "privacy.epsilon":
             raise
