@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 500
-LONG_FILES = {"config.py": 542}
+LONG_FILES = {"config.py": 540}
 """Those that are longer yet; none is added, and none grows."""
 
 
