@@ -182,7 +182,7 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
             source.tokenizer.save_pretrained(folder)
             _WRITERS[format](source, reference, folder)
         if config.data.labels:
-            lines = (" ".join(label.split()) for label in source.task.outputs_of(config.data.labels))
+            lines = (" ".join(label.split()) for label in task_named(config.task).outputs_of(config.data.labels))
             (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for name, data in card.items():
             (folder / name).write_bytes(data)

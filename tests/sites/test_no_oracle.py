@@ -15,7 +15,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
-from fedtune.tasks import pooled
+from fedtune.tasks import inputs
 
 
 def put(path: Path, *rows: tuple[str, str]) -> None:
@@ -122,13 +122,13 @@ def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station
 def test_a_record_without_a_token_stops_no_round(
     station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pooled.encode
+    original = inputs.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
         for text, ids in zip(texts, original(texts, *args, **options), strict=True):
             yield [] if text == "\u200b" else ids
 
-    monkeypatch.setattr(pooled, "encode", encode)
+    monkeypatch.setattr(inputs, "encode", encode)
     site = station()
     put(site.data, ("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice"))
     reply = site.ask(adapter=first_adapter)
