@@ -162,9 +162,9 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         return failed(name, found, fix=fix)
     lacking = _roles_lacking(dataset.columns, tasks)
     if lacking is None:
-        # Each task's longest: a table's features have names of their own.
-        longest = {task: max(TASKS[task].layouts, key=len) for task in tasks if task in TASKS}
-        asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in longest.items())
+        every = [(task, roles) for task in tasks if task in TASKS for roles in TASKS[task].layouts]
+        texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
+        asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
     try:
