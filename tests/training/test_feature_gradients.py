@@ -34,7 +34,7 @@ tasks = pytest.mark.parametrize("task", TASKS)
 layers = pytest.mark.parametrize("hidden", [(), (16,), (9, 5)])
 
 
-def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3) -> TaskModelSpec:
+def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: int = 0) -> TaskModelSpec:
     return TaskModelSpec(
         model=ModelSpec(path="none"),
         lora=LoraSpec(kind="none"),
@@ -44,15 +44,15 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3) -> TaskMo
         labels=() if task in ("regression", "survival") else ("one", "two", "three"),
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
-        values=tuple(value for one in FEATURES for value in one.values()),
+        values=(*(value for one in FEATURES for value in one.values()), *map(str, range(wider))),
         seed=seed,
     )
 
 
-def made(task: str, hidden: tuple[int, ...] = (), *, onednn: bool = True) -> TaskModel:
+def made(task: str, hidden: tuple[int, ...] = (), *, wider: int = 0) -> TaskModel:
     """As after some training, so that every layer has a gradient."""
-    runtime = RuntimeSpec(onednn=onednn, num_threads=1)
-    model = ready_model(lambda: build_task_model(spec_of(task, hidden), device=DEVICE), runtime, max_length=1)
+    runtime, spec = RuntimeSpec(num_threads=1), spec_of(task, hidden, wider=wider)
+    model = ready_model(lambda: build_task_model(spec, device=DEVICE), runtime, max_length=1)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.trainable().values():
@@ -84,11 +84,12 @@ def test_gradients_of_examples_are_those_of_a_loop(task: str, hidden: tuple[int,
             torch.testing.assert_close(found[name][place], one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wider", [0, 400])
 @layers
-def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...]) -> None:
-    model = made("classification", hidden)
-    dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=64, positions=1)
-    assert (shapes.lengths, shapes.rows(1)) == ((1,), (64, 32, 16, 8))
+def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...], wider: int) -> None:
+    model = made("classification", hidden, wider=wider)
+    dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=24, positions=1)
+    assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     draws = np.random.default_rng(0)
 
