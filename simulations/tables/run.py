@@ -3,8 +3,7 @@
     python simulations/tables/run.py                     five times five-fold, into results.json and README.md
     python simulations/tables/run.py --times 1           once; what results.json has already is kept
 
-It needs scikit-learn (pip install 'fedtune[export]', or scikit-learn itself).  Stop it when you like: a fold that is
-done is not run again.
+It needs scikit-learn (the extra export brings it along).  Stop it when you like: a fold that is done is not run again.
 """
 
 from __future__ import annotations
@@ -138,10 +137,10 @@ def page(results: dict[str, dict[str, float]]) -> str:
     lines = [heads, ["---", "---", *["---:"] * 6]]
     for name, (_, score) in TABLES.items():
         found = [one for key, one in results.items() if key.startswith(f"{name} ")]
-        if len(found) < 2:
+        if not found:
             continue
         apart = [one["federated"] - one["pooled"] for one in found]
-        half = 1.96 * statistics.stdev(apart) / len(apart) ** 0.5
+        half = 1.96 * statistics.stdev(apart) / len(apart) ** 0.5 if found[1:] else float("nan")
         means = {line: statistics.fmean(one[line] for one in found) for line in found[0]}
         difference = f"{statistics.fmean(apart):+.4f} ± {half:.4f}"
         shown = [f"{means[line]:.4f}" for line in ("federated", "pooled", "alone", "library")]
