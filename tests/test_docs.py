@@ -75,6 +75,29 @@ def test_the_lines_about_entities_run(command: Any, tmp_path: Path, monkeypatch:
     assert "- disease" in settings
 
 
+def test_the_lines_about_tables_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ages = [20 + 31 * number % 70 for number in range(120)]
+    rows = [f"{age},{age}.5,{('surgery', 'medicine')[age % 2]},{('sepsis', 'none')[age > 55]}" for age in ages]
+    for name, some in (("labs", rows), ("more", rows[:40]), ("new", [row.rpartition(",")[0] for row in rows[:5]])):
+        heads = "age,crp,ward" + ("" if name == "new" else ",diagnosis")
+        (tmp_path / f"{name}.csv").write_text("\n".join([heads, *some]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / "features.md").read_text(), re.S)
+    known = {"age": "range: [0, 110]", "crp": "range: [0, 400]", "ward": "categories: [surgery, medicine]"}
+    for line in block.splitlines():
+        words = shlex.split(line.partition(" #")[0])[1:]
+        more = ["training.go_on_without_signal=true", "runtime.num_threads=1"] if words[0] == "simulate" else []
+        outcome = command(*words, *more)
+        assert outcome.code == 0, (line, outcome.err)
+        if words[:2] == ["data", "init"]:
+            assert command("data", "check", "labs.yaml").code == 2, "nobody typed what is known yet"
+            text = Path("labs.yaml").read_text()
+            for column, said in known.items():
+                text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {said}", text)
+            Path("labs.yaml").write_text(text)
+    assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
+
+
 def places(page: Path) -> set[str]:
     """What a link to a heading of this page may say after the #."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
