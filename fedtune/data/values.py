@@ -54,6 +54,8 @@ _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
 TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
 """A token's tag: the letter of a scheme, and the type."""
+BEGINS, ENDS = frozenset("BSU"), frozenset("ELSU")
+"""Letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
@@ -426,7 +428,7 @@ def breaks_scheme(tags: str) -> bool:
         part = TAG.fullmatch(tag) if tag != "O" else None
         if part and part[1] and part[1] in "ILEM" and part[2] != begun:
             return True
-        begun = part[2] if part and (part[1] or "B") not in "LESU" else None
+        begun = part[2] if part and (part[1] or "B") not in ENDS else None
     return False
 
 
@@ -434,7 +436,7 @@ def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
     """The types that a record's tags or spans name, in their order, with how many of them do."""
     if "tags" in fields:
         parts = (TAG.fullmatch(tag) for tag in fields["tags"].split("\n") if tag != "O")
-        return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in "BSU"))
+        return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in BEGINS))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 

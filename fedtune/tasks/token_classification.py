@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
-from fedtune.data.values import TAG
+from fedtune.data.values import BEGINS, ENDS, TAG
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from fedtune.data.batching import Batch
 
-_BEGINS, _ENDS = frozenset("BSU"), frozenset("ELSU")
-"""First letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
 _NO_WORD = (0, 0)
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
@@ -374,10 +372,10 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
                 is_open = False
             else:
                 label = label_of(record, "tags", tag if kind is None and tag in places else name)
-                goes_on = is_open and kind not in _BEGINS and entities[-1][2] == label
+                goes_on = is_open and kind not in BEGINS and entities[-1][2] == label
                 first = entities.pop()[0] if goes_on else start
                 entities.append((first, start + len(token), label))
-                is_open = kind not in _ENDS
+                is_open = kind not in ENDS
             start += len(token) + 1
         return Marked(" ".join(tokens), tuple(entities))
 
