@@ -28,6 +28,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.inputs import input_of
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
 
@@ -166,13 +167,10 @@ class TokenClassification(Task):
         return TextDataset(tuple(input_ids), tuple(targets), data.windows)
 
     def add_head(self, model: Model) -> None:
-        import torch
-
-        hidden_size = model.base.config.get_text_config().hidden_size
-        head = torch.nn.Linear(hidden_size, 1 + 2 * len(model.spec.labels), bias=False, device="meta")
-        head = head.to_empty(device=model.device)
-        torch.nn.init.zeros_(head.weight)
-        model.head = head.requires_grad_(model.spec.head.train)
+        width, device, spec = model.base.config.get_text_config().hidden_size, model.device, model.spec
+        tags = 1 + 2 * len(spec.labels)
+        head = input_of(spec).head(width, tags, spec=spec.head, seed=spec.seed, device=device)
+        model.head = head.requires_grad_(spec.head.train)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, t, 1 + 2 labels): O, then B- and I- of each label."""
