@@ -14,11 +14,13 @@ from fedtune.cli.plain_words import reason_text
 from fedtune.config import RunConfig
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.run_plan import Plan
 from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, say, show
+from fedtune.tasks.inputs import input_of
 from fedtune.version import __version__
 from fedtune.words import counted, duration, jsonable, size, spoken_start
 
@@ -314,6 +316,8 @@ def _bytes_and_time(outlook: Outlook) -> Section:
     ways = f"{down} each way" if down == up else f"{down} down and {up} up"
     at = f" at {slowest}" if num_sites > 1 else ""
     users = f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
+    data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
+    full = f"at its full {data.max_length} tokens" if input_of(data).modality is None else "of this size"
     whole = f"{counted(num_sites, 'site')} and {counted(plan.num_rounds, 'round')}"
     alone = duration(found.seconds_one_after_another)
     return Section(
@@ -321,7 +325,7 @@ def _bytes_and_time(outlook: Outlook) -> Section:
         headings=("what", "how much"),
         words={0, 1},
         rows=(
-            ("adapter", f"{found.values:,} trained parameters, {ways} for each site and round"),
+            (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
             ("the model", f"{size(found.model_bytes)} of memory"),
             ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
             ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
@@ -329,8 +333,8 @@ def _bytes_and_time(outlook: Outlook) -> Section:
             ("all training", f"at most about {alone} where one machine is all sites"),
         ),
         notes=(
-            f"Times are for this machine ({outlook.device}) with every example at its full "
-            f"{outlook.config.data.max_length} tokens{users}; evaluation and start-up come on top.",
+            f"Times are for this machine ({outlook.device}) with every example {full}{users}; "
+            "evaluation and start-up come on top.",
         ),
     )
 

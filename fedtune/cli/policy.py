@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fedtune.cli.plain_words import promise_text
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
@@ -145,10 +146,11 @@ def _who(policy: Policy) -> Iterator[str]:
 def _for_what(policy: Policy) -> Iterator[str]:
     allow = policy.allow
     yield f"Tasks: {_listed(allow.tasks)}."
-    yield (
-        f"Adapters ({_listed(allow.adapters)}) up to rank {allow.max_rank} on the model's parts "
-        f"{_listed(allow.target_modules)}."
-    )
+    if adapters := [one for one in allow.adapters if one != NO_ADAPTER]:
+        parts = _listed(allow.target_modules)
+        yield f"Adapters ({_listed(adapters)}) up to rank {allow.max_rank} on the model's parts {parts}."
+    if NO_ADAPTER in allow.adapters:
+        yield "A model without a base, which is its head alone."
     yield "The task head may be trained, too." if allow.train_head else "No task head."
     models = [model if len(model) <= 16 else f"{model[:16]}..." for model in allow.base_models]
     yield f"Base models, by the SHA-256 of their weights: {_listed(models)}"

@@ -22,6 +22,7 @@ from fedtune.cli.plain_words import reason_text
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import Verdict, ask
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.ops.doctor.examination import Visit, examine
 from fedtune.ops.kits.kit_file import Kit
@@ -228,6 +229,12 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
     elif asked.seeded_noise:
         price = "NO GUARANTEE: its noise comes from a seed, and can be taken away again; it marks the ledger for ever"
     head = f", and a head scaled by {asked.head_scale:g}" if asked.train_head else ""
+    adapter = (
+        f"none: the head is the whole model, scaled by {asked.head_scale:g}"
+        if asked.adapter == NO_ADAPTER
+        else f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
+        f"{printable(', '.join(asked.target_modules))}{head}"
+    )
     step = "noisy step" if plan.private else "step"
     rows = {
         "price": price,
@@ -237,8 +244,7 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
         "asked by": f"{spoken(asked.lead)}, for {counted(asked.num_sites, 'site')} as it says",
         "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
         "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
-        "adapter": f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
-        f"{printable(', '.join(asked.target_modules))}{head}",
+        "adapter": adapter,
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, step)} each",
         "mechanism": f"noise {noise_words(plan)}, clip norm {plan.max_grad_norm:g}, "

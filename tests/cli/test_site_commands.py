@@ -102,6 +102,15 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
     assert north.state.waiting() == []
 
 
+def test_a_run_without_a_base_trains_its_head(command: Any, north: Here, run_proposal: Propose) -> None:
+    north.edit(allow={"adapters": ("none",), "target_modules": ()})
+    told = command("site", "check-policy", str(north.toml)).out
+    assert "A model without a base, which is its head alone." in told
+    assert "Adapters" not in told
+    north.state.wait_for_approval(run_proposal(run="labs", adapter="none", target_modules=()), SETTINGS)
+    assert "none: the head is the whole model, scaled by 10" in approve(command, north, "labs", "--yes").out
+
+
 @pytest.mark.parametrize(
     ("typed", "approved"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)]
 )

@@ -60,7 +60,7 @@ def test_report_and_card_say_what_was_kept_and_both_epsilons(stopped: Path) -> N
     assert "So the promise is the epsilon that was planned" in page
     assert "later rounds brought no better score" in page
     card = (stopped / "adapter" / "README.md").read_text()
-    assert "The adapter is that of round 1 of 3, kept by accuracy on the lead's own validation file" in card
+    assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
 
 
 @pytest.mark.parametrize("what", ["ended_by_scores", "kept", "epsilon", "score", "planned"])

@@ -122,6 +122,13 @@ def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> No
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
+def test_a_plan_speaks_of_the_head(settings: Any, command: Any) -> None:
+    told = command("plan", *settings(), "--time")
+    assert told.code == 0, told.err
+    assert "the head 20 trained parameters" in (words := " ".join(told.out.split()))
+    assert "with every example of this size" in words
+
+
 def test_a_small_network_learns_it_too(run: Any, result_of: Any) -> None:
     folder = run(*PLAIN, "head.hidden=[8]")
     assert result_of(folder)["final"]["metrics"]["accuracy"] > 0.8
@@ -136,6 +143,9 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, re
     assert 0 < result["privacy"]["epsilon"] < 8
     assert result["provenance"]["base_model"]["path"] == "none"
     assert command("report", "verify", str(folder / "report.json")).code == 0
+    page = (folder / "report.html").read_text()
+    assert "training of a head, which is the whole model, without a base: each site" in page
+    assert "LoRA" not in page
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         *("README.md", "fedtune.json", "head.safetensors", "label.svg")
     }

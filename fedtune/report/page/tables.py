@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 from markupsafe import Markup
 
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
+from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.profile import band_limits, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.model import Report
@@ -129,6 +131,12 @@ class Words:
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
         return "seeded" if self.report.seeded_noise else "noised"
+
+    @property
+    def without_base(self) -> bool:
+        """Whether every run trained a head that is the whole model."""
+        ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
+        return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     @property
     def shared(self) -> bool:
