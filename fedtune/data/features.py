@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.data.values import FEATURE, NO_NAME, number_of, numbers_of
+from fedtune.data.values import FEATURE, NO_NAME, category_of, number_of, numbers_of
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
+from fedtune.words import counted
 
 if TYPE_CHECKING:
     from fedtune.data.records import Record
@@ -54,6 +55,9 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         check_names("columns", self.columns)
         check_names("categories", self.categories)
+        for name in self.categories:
+            if name != category_of(name):  # no value would be it
+                raise ConfigError("categories", name, f"must be written as {category_of(name)}")
         if not self.columns:
             raise ConfigError("columns", self.columns, "must name at least one column")
         if (self.range is None) == (not self.categories):
@@ -109,7 +113,7 @@ class FeatureSpec:
         else:
             numbers = [float(number_of(text, at, role="feature"))] if self.size is None else numbers_of(text, at)
             if len(numbers) != (self.size or 1):
-                raise DataError(at, f"{len(numbers)} numbers", f"must be {self.size or 1}, as data.features says")
+                raise DataError(at, counted(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
             assert self.range is not None, "as in the settings"
             low, high = self.range
             middle, half = (low + high) / 2, (high - low) / 2

@@ -466,7 +466,14 @@ def feature_of(value: object, at: str) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(int(value)) if type(value) is int or is_whole(value) else number_of(value, at, role="feature")
-    return _text(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip()
+    return category_of(_text(value, "feature", accepted="a number, a text or a list of numbers", at=at).strip())
+
+
+def category_of(text: str) -> str:
+    """A category's name as JSON writes its value: a program may have written 1 as 1.0, and true as True or TRUE."""
+    if whole := _WHOLE_DECIMAL.fullmatch(text):
+        return whole[1]
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def numbers_of(text: str, at: str) -> list[float]:

@@ -17,7 +17,7 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.features import columns_of
+from fedtune.data.features import FeatureReader, columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, entity_types, split_labels
@@ -169,7 +169,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
 
     Args:
         found: what the file is.
-        tokenizer: the model's.
+        tokenizer: the model's; a table has its own reader.
         base: the settings to begin with.
         within: token ids are below this number.
     """
@@ -180,6 +180,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
     own |= {"features": feature_columns.own_features(found), "max_length": 1} if found.features else {}
     data = replace(base.data, **own | found.settings | _templates(found), chat_template="none")
+    reader: Any = FeatureReader(data.features) if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}
     if found.kind in ("instructions", "chat", "pairs", "preferences"):
         try:  # the model's own template, if it has one that can be taken
@@ -201,7 +202,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
             num_of.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:
             continue
-        counts += task.tokenise(chunk, tokenizer, data=data, lenient_within=within).lengths.tolist()
+        counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
     at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
     if places is not None:  # read again, since a record without a place is one to a run that does not ask for it
         columns = {**roles, "site": places.name}

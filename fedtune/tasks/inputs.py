@@ -225,14 +225,13 @@ class Features(Input):
     ) -> tuple[Sequence[Row], list[bool]]:
         rows: list[Row] = []
         found = []
-        own = FeatureReader(data.features)
         for record in records:
             try:
-                vector, known = own.vector(record), True
+                vector, known = reader.vector(record), True
             except DataError:
                 if lenient_within is None:
                     raise
-                vector, known = np.zeros(own.width, dtype=np.float32), False
+                vector, known = np.zeros(reader.width, dtype=np.float32), False
             rows.append(vector[None])
             found.append(known)
         return rows, found

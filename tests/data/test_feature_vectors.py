@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record, iter_records, usable_records
@@ -85,6 +87,28 @@ def test_a_category_is_one_of_those_declared_or_other(tmp_path: Path, value: str
 
 
 @pytest.mark.parametrize(
+    ("kind", "value", "name"),
+    [
+        *((".csv", text, "1") for text in ("1", "1.0", " 1.00 ")),
+        *((".csv", text, "true") for text in ("true", "True", "TRUE")),
+        *((kind, value, "1") for kind in (".jsonl", ".parquet") for value in (1, 1.0, "1.0")),
+        *((kind, value, "true") for kind in (".jsonl", ".parquet") for value in (True, "True")),
+        *((kind, value, "2.5") for kind in (".jsonl", ".parquet") for value in (2.5, "2.5")),
+    ],
+)
+def test_a_category_is_named_as_json_writes_its_value(tmp_path: Path, kind: str, value: Any, name: str) -> None:
+    file = tmp_path / f"rows{kind}"
+    if kind == ".parquet":
+        parquet.write_table(pa.table({"grade": [value, value]}), file)
+    else:
+        file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
+    grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
+    for record in usable_records(file, data(grade).needed_columns(())):
+        found = FeatureReader((grade,)).vector(record)
+        assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
+
+
+@pytest.mark.parametrize(
     "value", ["[1, 2]", [1, 2, 3, 4], [[1, 2, 3]], [1, None, 2], "1 2 3", [1, "x", 2], {"a": 1}, 3]
 )
 def test_a_list_of_another_form_is_a_fault(tmp_path: Path, value: Any) -> None:
@@ -129,6 +153,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"size": 100_000}, "size"),
     ({"range": None, "categories": ("x",), "size": 2}, "size"),
     ({"range": None, "categories": ("x", "x")}, "categories"),
+    ({"range": None, "categories": ("1", "2.0")}, "categories"),
+    ({"range": None, "categories": ("True",)}, "categories"),
     ({"missing": "mean"}, "missing"),
 ]
 

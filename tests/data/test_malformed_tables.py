@@ -1,0 +1,139 @@
+"""Malformed files of a table: one message with file, row and column, exit 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+FEATURES = (
+    "[{columns: [age], range: [0, 110]}, {columns: [ward], categories: [a, b]},"
+    " {columns: [states], range: [-1, 1], size: 2}]"
+)
+GOOD: dict[str, Any] = {"age": 50.5, "ward": "a", "states": [0.5, 1.0], "label": "sick"}
+HEADER, ROW = "age,ward,states,label\n", '50.5,a,"[0.5, 1]",sick\n'
+NUMBER = "must be a finite number, with a point before decimals (role feature)"
+LIST = "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)"
+VALUE = "must have a value, or missing = indicator in data.features"
+KIND = "must be a number, a text or a list of numbers (role feature)"
+
+
+def csv(row: str, header: str = HEADER) -> bytes:
+    """A row in line 3, among whole ones."""
+    return f"{header}{ROW}{row}\n{ROW}".encode(errors="surrogateescape")
+
+
+def jsonl(**other: object) -> bytes:
+    """A record in line 2 with other values, among whole ones."""
+    return "".join(json.dumps(one) + "\n" for one in (GOOD, GOOD | other, GOOD)).encode()
+
+
+def table(names: tuple[str, ...] = tuple(GOOD), **columns: list[Any]) -> bytes:
+    """Two rows as Parquet, with other columns."""
+    sink = pa.BufferOutputStream()
+    whole = pa.table({name: [value, value] for name, value in GOOD.items()} | columns)
+    parquet.write_table(whole.rename_columns(names), sink)
+    return bytes(sink.getvalue())
+
+
+ROWS: dict[str, tuple[str, bytes, str, str]] = {
+    "text in a number": ("a.csv", csv('zq,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "a comma before decimals": ("a.csv", csv('"50,5",a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "beyond every float": ("a.csv", csv('1e999,a,"[0.5, 1]",sick'), "3, feature:age", NUMBER),
+    "nothing": ("a.csv", csv(',a,"[0.5, 1]",sick'), "3, feature:age", VALUE),
+    "no category": ("a.csv", csv('50,NA,"[0.5, 1]",sick'), "3, feature:ward", VALUE),
+    "a list of another form": ("a.csv", csv("50,a,0.5 1,sick"), "3, feature:states", LIST),
+    "a short row": ("a.csv", csv("50,a"), "3", "must have 4 cells, as the header"),
+    "a long row": ("a.csv", csv('50,a,"[0.5, 1]",sick,9'), "3", "must have 4 cells, as the header"),
+    "another encoding": ("a.csv", csv('50,zq\udce9,"[0.5, 1]",sick'), "3", "must be UTF-8 text"),
+    "a label that nobody declared": ("a.csv", csv('50,a,"[0.5, 1]",zq'), "3, label", "must be one of the 2"),
+    "no number": ("a.jsonl", jsonl(age=float("nan")), "2, feature:age", VALUE),
+    "infinity": ("a.jsonl", jsonl(age=float("inf")), "2, column 'age'", NUMBER),
+    "a boolean for a number": ("a.jsonl", jsonl(age=True), "2, feature:age", NUMBER),
+    "an object": ("a.jsonl", jsonl(age={"value": 3}), "2, column 'age'", KIND),
+    "a list for a number": ("a.jsonl", jsonl(age=[50]), "2, feature:age", NUMBER),
+    "a list of names": ("a.jsonl", jsonl(ward=["a"]), "2, column 'ward'", NUMBER),
+    "a number for a list": ("a.jsonl", jsonl(states=0.5), "2, feature:states", LIST),
+    "a short list": ("a.jsonl", jsonl(states=[0.5]), "2, feature:states", "'1 number': must be 2"),
+    "lists in a list": ("a.jsonl", jsonl(states=[[0.5, 1]]), "2, column 'states'", NUMBER),
+    "a text in a list": ("a.jsonl", jsonl(states=[0.5, "zq"]), "2, column 'states'", NUMBER),
+    "null in a list": ("a.jsonl", jsonl(states=[0.5, None]), "2, column 'states'", NUMBER),
+    "half a record": ("a.jsonl", jsonl().replace(b"}\n", b"\n", 1), "1", "must be one whole JSON object on a line"),
+    "a long list in Parquet": ("a.parquet", table(states=[[0.5] * 2, [0.5] * 3]), "2, feature:states", "must be 2"),
+    "null in Parquet": ("a.parquet", table(age=[1.0, None]), "2, feature:age", VALUE),
+    "booleans in Parquet": ("a.parquet", table(age=[True, False]), "1, feature:age", NUMBER),
+    "days in Parquet": ("a.parquet", table(age=[datetime.date(2020, 1, 1)] * 2), "1, column 'age'", KIND),
+    "structs in Parquet": ("a.parquet", table(states=[{"x": 1.0}] * 2), "1, column 'states'", KIND),
+}
+FILES: dict[str, tuple[str, bytes, str, str]] = {
+    "no such column": ("a.csv", b"age,ward,label\n50,a,sick\n", ":1, column 'states'", "must be there"),
+    "a column twice": ("a.csv", csv("", "age,ward,age,label\n"), ":1, column 'age'", "must appear once"),
+    "UTF-16": ("a.csv", csv("").decode().encode("utf-16"), ":1", "must be UTF-8 text"),
+    "no Parquet": ("a.parquet", b"PAR1 zq PAR1", "", "must be a whole Parquet file"),
+    "half of a Parquet file": ("a.parquet", table()[:-9], "", "must be a whole Parquet file"),
+    "a column twice in Parquet": (
+        "a.parquet",
+        table(("age", "age", "states", "label")),
+        ", column 'age'",
+        "must appear once",
+    ),
+}
+EMPTY = {"an empty file": ("a.csv", b""), "a header alone": ("a.csv", HEADER.encode()), "no line": ("a.jsonl", b"")}
+
+
+@pytest.fixture
+def told(command: Any, tmp_path: Path) -> Callable[..., Any]:
+    """What `data check` or `simulate` says of a file; neither writes anything."""
+
+    def run(file: str, content: bytes, *words: str) -> Any:
+        (tmp_path / file).write_bytes(content)
+        given = (f"data.train_file='{tmp_path / file}'", "data.declared_sizes=1", "data.labels=[sick,well]")
+        where = () if words[0] == "data" else (f"tracking.output_dir='{tmp_path}'", "runtime.device=cpu", "name=run")
+        outcome = command(*words, *given, f"data.features={FEATURES}", *where)
+        assert [one.name for one in tmp_path.iterdir()] == [file]
+        assert "Traceback" not in outcome.err
+        assert "zq" not in outcome.out + outcome.err
+        return outcome
+
+    return run
+
+
+SIMULATE, CHECK = ("simulate", "experiment=own_features"), ("data", "check", "own_features")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_that_is_wrong_is_named(told: Any, tmp_path: Path, name: str) -> None:
+    file, content, place, bound = ROWS[name]
+    outcome = told(file, content, *SIMULATE)
+    assert outcome.code == 2
+    assert outcome.message.startswith(f"{tmp_path / file}:{place} = ")
+    assert bound in outcome.message
+    checked = told(file, content, *CHECK, "--json")  # which looks at every row
+    assert checked.code == 0
+    (about,) = json.loads(checked.out)["checked"]["files"]
+    assert any(f"{file}:{place}" in json.dumps(one, ensure_ascii=False) for one in about["errors"]), about
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_wrong_is_refused(told: Any, tmp_path: Path, name: str) -> None:
+    file, content, place, bound = FILES[name]
+    for words in (SIMULATE, CHECK):
+        outcome = told(file, content, *words)
+        assert outcome.code == 2
+        assert outcome.message.startswith(f"{tmp_path / file}{place} = ")
+        assert bound in outcome.message
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_file_without_records_is_refused(told: Any, name: str) -> None:
+    outcome = told(*EMPTY[name], *SIMULATE)
+    assert outcome.code == 2
+    assert "must hold at least one record" in outcome.message
+    (about,) = json.loads(told(*EMPTY[name], *CHECK, "--json").out)["checked"]["files"]
+    assert about["rows"] == 0
