@@ -25,6 +25,9 @@ def export(
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
         Option(help="(default: peft; of features safetensors)"),
     ] = None,
+    private: Annotated[
+        bool, Option(names=("--private",), help="also a site's own adapter, of which no guarantee protects the records")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model for others to load, with its model card and tokenizer.
@@ -52,7 +55,7 @@ def export(
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import
 
-    files = write(adapter, config, to, format=chosen)
+    files = write(adapter, config, to, format=chosen, private=private)
     if as_json:
         names = [str(path.relative_to(to)) for path in files]
         print_json(

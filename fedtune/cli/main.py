@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "talk with a finished run's model",
     "evaluate": "score a finished run's model beside its base",
     "compare": "base, each site alone, federated, pooled: side by side",
+    "personalise": "a site's own model, which stays at the site",
     "search": "try settings, at a price that is known before",
     "export": "write a run's model for others to load",
     "model-hash": "the hash that names a base model",

@@ -31,6 +31,7 @@ A site of a federation: its policy, its keys, and the process that answers for i
   fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
   fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
+  fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
   fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
   fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
 docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
@@ -225,6 +226,24 @@ def score(
     from fedtune.cli import site_actions as work
 
     work.score(own, run, files=own.site_files(site), by=by, smallest=smallest, as_json=as_json)
+
+
+@command(app, "the site's own model, which stays here")
+def personalise(
+    run: Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")],
+    kit: KitFolder,
+    site: PolicyFile,
+    as_json: AsJson = False,
+) -> None:
+    """Begin in a run's final adapter and train on with this site's records, without noise, for this site alone.
+
+    For a site with final_adapter = "keep". Nothing leaves the site and nothing is charged. What comes out has no
+    guarantee for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run begins in it.
+    """
+    own = _own_kit(kit)
+    from fedtune.cli import site_actions as work
+
+    work.personalise(own, run, files=own.site_files(site), as_json=as_json)
 
 
 @command(app, "pause")

@@ -29,6 +29,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import Pending, SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.site_files import SiteFiles
@@ -37,6 +38,7 @@ from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.studies.comparison import Line, score_side_by_side
+from fedtune.studies.personalised import make, sections, to_json
 from fedtune.studies.trials import Trial
 from fedtune.words import counted, dotted, spoken, spoken_start
 
@@ -160,12 +162,9 @@ def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int
         ConfigError: the site keeps no such adapter, or held nothing out.
     """
     check_at_least("--smallest", smallest, FEWEST_UNITS)
+    folder = _kept(kit, run)
     from fedtune.sites.real_site import site_records  # torch takes seconds to import
 
-    folder = next((one for one in (kit.folder / "adapters" / run, Path(run)) if RunFolder(one).config.is_file()), None)
-    if folder is None:
-        kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
-        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
     config, adapter = finished_run(folder)
     if config.data.heldout_fraction == 0:
         bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
@@ -179,6 +178,45 @@ def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int
         print_json(compared.to_json())
         return
     show(Console(), compared.sections())
+
+
+def personalise(kit: Kit, run: str, *, files: SiteFiles, as_json: bool) -> None:
+    """Make the site's own adapter of a run whose final one it keeps, and score it on records that it holds out.
+
+    Raises:
+        ConfigError: the site keeps no such adapter, or it cannot be loaded.
+        DataError: the site has too few records.
+    """
+    folder = _kept(kit, run)
+    config, adapter = finished_run(folder)
+    from fedtune.sites.personal import Parts
+    from fedtune.sites.real_site import site_records
+
+    key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
+    with Console(stderr=True).status("Loading ...") as status:
+        made = make(
+            config,
+            adapter,
+            Parts.of(site_records(config, files), key=key, unit=config.privacy.unit),
+            site=site,
+            into=kit.folder / f"private_to_{site}" / folder.name,
+            beside_ledger=files.ledger.parent,
+            progress=lambda what, done, total: status.update(f"{what} ({done} of {total})" if total else what),
+            lenient=True,
+        )
+    if as_json:
+        print_json(to_json({site: made}))
+    else:
+        show(Console(), sections({site: made}))
+
+
+def _kept(kit: Kit, run: str) -> Path:
+    """The folder of a run whose final adapter the site keeps, by its name or as a path."""
+    folder = next((one for one in (kit.folder / "adapters" / run, Path(run)) if RunFolder(one).config.is_file()), None)
+    if folder is None:
+        kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
+        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
+    return folder
 
 
 def _chosen(waiting: list[Pending], run: str) -> Pending:

@@ -36,13 +36,13 @@ from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.model_card import Form, card_files
+from fedtune.report.model_card import CARD, Form, card_files
 from fedtune.report.record.run_record import read_run
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import Task, TaskModel, load_task_model, task_named
 from fedtune.tasks.base import Readout
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.saved import write_task_model
+from fedtune.tasks.saved import SavedAdapter, write_task_model
 
 _ONNX = "model.onnx"
 _ROWS = 64
@@ -60,6 +60,7 @@ class Source:
         adapter: the folder of the run's adapter.
         base: a fresh model of the base's plain class with the adapter merged into its weights.
         readout: the task's, of the mean hidden state.
+        private_to: the site to which the adapter is private; None: nobody's.
     """
 
     config: RunConfig
@@ -68,16 +69,17 @@ class Source:
     base: PreTrainedModel
     readout: Readout
     tokenizer: PreTrainedTokenizerBase
+    private_to: str | None
 
     @classmethod
-    def of(cls, config: RunConfig, adapter: Path) -> tuple[Source, Reference]:
+    def of(cls, config: RunConfig, adapter: Path, *, private_to: str | None) -> tuple[Source, Reference]:
         """Load a run's model, and note what it makes of made-up tokens before it is merged.
 
         Raises:
             ConfigError: the base or the adapter cannot be loaded.
             AdapterError: the adapter's tensors are not those of its settings.
         """
-        model = load_task_model(adapter, model=replace(config.model, dtype="float32"))
+        model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=private_to is not None)
         reference = Reference.of(model)
         readout = model.task.readout(model)
         with quiet():
@@ -88,7 +90,15 @@ class Source:
         tokenizer = load_tokenizer(model.spec.model)
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
-        source = cls(config=config, adapter=adapter, task=model.task, base=base, readout=readout, tokenizer=tokenizer)
+        source = cls(
+            config=config,
+            adapter=adapter,
+            task=model.task,
+            base=base,
+            readout=readout,
+            tokenizer=tokenizer,
+            private_to=private_to,
+        )
         return source, reference
 
     def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
@@ -156,7 +166,7 @@ class Scores(nn.Module):
         return values if self.depth else nn.functional.normalize(values, dim=-1)
 
 
-def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> list[Path]:
+def export(adapter: Path, config: RunConfig, target: Path, *, format: str, private: bool = False) -> list[Path]:
     """Write a finished run's model into a new folder, with its card and tokenizer.
 
     Args:
@@ -164,6 +174,7 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
         config: of the run.
         target: the new folder.
         format: one of the task's.
+        private: also an adapter that is private to a site, with its own card.
 
     Returns:
         The files.
@@ -172,13 +183,16 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str) -> li
         ConfigError: a library is missing, the model cannot be loaded, or the folder cannot be written.
         RunError: what was written computes something else than the run's model.
     """
-    run = adapter.absolute().parent
-    card = card_files(read_run(run), from_run.build(run), _form(format, config))
+    run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
+    if private_to is None:
+        card = card_files(read_run(run), from_run.build(run), _form(format, config))
+    else:
+        card = {CARD: (adapter / CARD).read_bytes()}
     with _new(target) as folder:
         if config.lora.kind == NO_ADAPTER:
-            _write_features(adapter, config, folder, format=format)
+            _write_features(adapter, config, folder, format=format, private_to=private_to)
         else:
-            source, reference = Source.of(config, adapter)
+            source, reference = Source.of(config, adapter, private_to=private_to)
             source.tokenizer.save_pretrained(folder)
             _WRITERS[format](source, reference, folder)
         if config.data.labels:
@@ -207,8 +221,9 @@ def _new(target: Path) -> Iterator[Path]:
 def _write_adapter(source: Source, reference: Reference, folder: Path) -> None:
     # Written anew from what was loaded: a run's folder may come from anybody, and its files be links to others.
     # Beside the base as others load it: where DoRA starts follows from the weights.
-    model = load_task_model(source.adapter, model=replace(source.config.model, dtype="float32"))
-    write_task_model(model, folder)
+    private = source.private_to is not None
+    model = load_task_model(source.adapter, model=replace(source.config.model, dtype="float32"), private=private)
+    write_task_model(model, folder, private_to=source.private_to)
     if not (source.readout or source.task.predicts_tokens):
         return  # a head of the task's own, which no other library has
     with quiet(), torch.no_grad():
@@ -316,7 +331,7 @@ class RawScores(nn.Module):
         return self.read_out(logits, spec=self.spec)
 
 
-def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str) -> None:
+def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str, private_to: str | None) -> None:
     """Write the layers of a model of features, or a graph of it, and check what was written on made-up rows.
 
     Raises:
@@ -324,7 +339,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         RunError: what was written computes something else than the run's model.
     """
     runtime = _graph_tools() if format == "onnx" else None
-    model = load_task_model(adapter, model=config.model)
+    model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     records = [
         Record({f"{FEATURE}{name}": _field(one, draws) for one in features for name in one.columns})
@@ -335,13 +350,13 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     raw = torch.tensor([[value for one in features for value in _raw(one, record)] for record in records])
     with torch.no_grad():
         ours = model.task.read_out(model.logits(batch), spec=model.spec)
-        write_task_model(model, folder)
+        write_task_model(model, folder, private_to=private_to)
         if runtime is not None:
             _write_graph(RawScores(model, features).eval(), raw, folder / _ONNX)
             session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
             theirs = torch.from_numpy(session.run(None, {"values": raw.numpy()})[0])
         else:
-            theirs = RawScores(load_task_model(folder), features)(raw)
+            theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
 

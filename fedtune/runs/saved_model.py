@@ -49,7 +49,7 @@ class SavedModel:
 
     def __init__(self, config: RunConfig, adapters: Mapping[str, Path]) -> None:
         self.config = config
-        saved = {name: SavedAdapter.read(folder, model=config.model) for name, folder in adapters.items()}
+        saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
         own = next(iter(saved.values()))
         device = device_for(config.runtime.device)
         self.tokenizer, self.model = ready(config, lambda: own.build(device=device))

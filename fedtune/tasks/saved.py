@@ -40,23 +40,37 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
+_PRIVATE_TO = "private_to"
+"""In the settings of an adapter that was trained without noise on one site's records (`fedtune.sites.personal`)."""
 _SAME = 1e-4
 """Two machines' values from the same seed, or the same labels, differ by less."""
 _HEAD = "head."
 """Prefix of the task's own tensors; its public constants are buffers of the model itself."""
 
 
-def save_task_model(model: TaskModel, folder: Path) -> None:
-    """Write the adapter folder; a crash leaves the old folder, or none, but never half of a new one.
+def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
+    """Write the adapter folder, whole or not at all.
 
     Matrices that were frozen at a random start (FFA-LoRA) are saved too, so that the folder is complete.
+
+    Args:
+        model: with the values to save.
+        folder: what is there is replaced.
+        private_to: the site whose records trained it without noise; None: a run's own.
     """
+    with whole_folder(folder) as complete:
+        write_task_model(model, complete, private_to=private_to)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` at the end; a crash leaves the old one, or none."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
         complete.mkdir()
-        write_task_model(model, complete)
+        yield complete
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(complete, folder)
@@ -70,29 +84,35 @@ class SavedAdapter:
         folder: where it lies.
         spec: of the model that it was saved from, with the base pinned.
         digest: of the trained tensors, as the folder states it.
+        private_to: the site whose records trained it without noise; None: a run's own.
     """
 
     folder: Path
     spec: TaskModelSpec
     digest: str
+    private_to: str | None = None
 
     @classmethod
-    def read(cls, folder: Path, *, model: ModelSpec | None = None) -> SavedAdapter:
+    def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:
         """Read a folder.
 
         Args:
             folder: what `save_task_model` wrote.
             model: where the base lies here, when that is not where it was; it must be the same model.
+            private: also one that is private to a site: only where nothing that is made from it leaves the site.
 
         Raises:
-            ConfigError: when the settings are missing or malformed.
+            ConfigError: the settings are missing or malformed, or the adapter is private to a site.
         """
         settings = _read_json(folder / _SETTINGS)
+        if (site := settings.get(_PRIVATE_TO)) is not None and not private:
+            bound = f"is private to {shown(site)}, without a guarantee: what is made from it may not leave that site"
+            raise ConfigError("adapter", str(folder), bound)
         with _malformed(folder):
             spec, digest = _spec_of(settings), str(settings["adapter_digest"])
             if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
                 spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
-        return cls(folder, spec, digest)
+        return cls(folder, spec, digest, site)
 
     @classmethod
     def to_begin_in(cls, name: str) -> SavedAdapter:
@@ -246,9 +266,9 @@ class SavedAdapter:
         return Adapter({name: start.tensors[name] for name in model.trainable()})
 
 
-def load_task_model(folder: Path, *, model: ModelSpec | None = None) -> TaskModel:
+def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> TaskModel:
     """Build on the CPU the model that a folder was saved from; `SavedAdapter` says how, and what is raised."""
-    saved = SavedAdapter.read(folder, model=model)
+    saved = SavedAdapter.read(folder, model=model, private=private)
     loaded = saved.build(device="cpu")
     saved.load_into(loaded)
     return loaded
@@ -279,7 +299,7 @@ def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
     }
 
 
-def write_task_model(model: TaskModel, folder: Path) -> None:
+def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the files of the adapter into a folder that is there."""
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
     head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
@@ -306,6 +326,8 @@ def write_task_model(model: TaskModel, folder: Path) -> None:
     pinned = replace(base, sha256=base.sha256 or model_sha256(base), cache_dir=None, adapter=None)
     spec = asdict(replace(model.spec, model=pinned))
     files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
+    if private_to is not None:
+        files[_SETTINGS][_PRIVATE_TO] = private_to
     for name, settings in files.items():
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -76,3 +76,19 @@ def test_what_cannot_be_scored_is_said(here: Any, command: Any) -> None:
     assert (nothing.code, nothing.message.split(":")[0]) == (2, "data.heldout_fraction = 0")
     column = command("site", "score", "first", *here.words, "--smallest", "3")
     assert column.code == 2
+
+
+def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any, command: Any) -> None:
+    before = contents(here.folder)
+    outcome = command("site", "personalise", "first", *here.words, "--json")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)["sites"]["north"]
+    folder = here.folder / "kit" / "private_to_north" / "first"
+    assert (told["folder"], set(told["values"])) == (str(folder), {"base", "alone", "shared", "own"})
+    assert told["scored_records_were_trained_on"] is False
+    noted = json.loads((here.folder / "own_adapters.json").read_text())
+    assert [set(one) for one in noted] == [{"run", "made"}], "no digest, no score"
+    after = contents(here.folder)
+    assert {name: after[name] for name in before} == before, "the ledger and the kept adapter stay as they are"
+    again = command("site", "personalise", "first", *here.words, "--json")
+    assert json.loads(again.out) == {**json.loads(outcome.out)}, "the same records give the same adapter"

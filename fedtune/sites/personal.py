@@ -1,0 +1,241 @@
+"""A site's own adapter: it begins in a run's final one and goes on with the site's records, without noise.
+
+What never leaves a site needs no noise and is charged to nobody.  So nothing that is made from it may leave, either:
+its folder says whose it is, and `SavedAdapter.read` refuses it wherever a run would begin in it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.config import RunConfig, settings_to_save
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
+from fedtune.data.partition import split_heldout
+from fedtune.evaluation.scoring import scoring
+from fedtune.federation.run_folder import RunFolder
+from fedtune.model import Adapter
+from fedtune.privacy.durable import write_durably
+from fedtune.privacy.mechanism import Unit
+from fedtune.sites.shared_model import Progress, SharedModel, silent
+from fedtune.spec import DataError
+from fedtune.tasks.saved import SavedAdapter, save_task_model, whole_folder
+from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.optimizer import make_optimizer, set_learning_rate
+
+FEWEST_RECORDS = 10
+"""For each of its parts."""
+NOTE = "own_adapters.json"
+"""Beside the ledger: which runs an own adapter was made from, and when.  No digest, no score, and not in the chain."""
+_HELD_OUT = 0.3
+_BATCH = 32
+_RATES = (1.0, 0.3, 0.1)
+"""Of the run's own learning rates without noise; one pass each shows which to go on with."""
+_MOST_PASSES, _PATIENCE = 8, 2
+_CARD = """\
+# Private to {site}: no guarantee
+
+This adapter was trained on the records of {site} **without noise**, from the final adapter of the run {run}.
+No differential privacy protects those records here: whoever holds this folder may learn about them.
+
+- Keep it at {site}. Do not send it to the federation's lead or to anybody else.
+- fedtune begins no run in it. `fedtune export` writes it only with `--private`.
+- When a record is deleted at {site}, make the adapter again: the new one takes this one's place.
+
+Made by `fedtune personalise` or `fedtune site personalise` on {day}.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A site's records, by what each is for.
+
+    Attributes:
+        training: the own adapter trains on them.
+        choosing: they choose the learning rate and when to stop.
+        scored: nothing was trained on them or chosen by them here.
+        seen: whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out.
+    """
+
+    training: list[Record]
+    choosing: list[Record]
+    scored: list[Record]
+    seen: bool
+
+    @classmethod
+    def of(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
+        """Part what the run held out in two; or, where it held nothing out, 30 % of all records.
+
+        Args:
+            records: the site's.
+            key: the site's own secret: a record's hash under it (its user's, with unit "user") says where it goes.
+            unit: that is not parted.
+
+        Raises:
+            DataError: a part has fewer than `FEWEST_RECORDS` records.
+        """
+        training, held, seen = records.training, records.heldout, not records.heldout
+        if seen:
+            training, held = split_heldout(training, fraction=_HELD_OUT, key=key + b" held out", unit=unit)
+        choosing, scored = split_heldout(held, fraction=0.5, key=key + b" scored", unit=unit)
+        for name, part in {"training": training, "choosing": choosing, "scored": scored}.items():
+            if len(part) < FEWEST_RECORDS:
+                bound = f"must be at least {FEWEST_RECORDS}: the site has too few for an own adapter"
+                raise DataError(f"records for {name}", str(len(part)), bound)
+        return cls(training=training, choosing=choosing, scored=scored, seen=seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What training without noise came to.
+
+    Attributes:
+        adapter: of the lowest mean loss on the records that choose; the start itself, where nothing was lower.
+        rate: times the run's own learning rates; 0 where the start was the best.
+        passes: over the training records.
+    """
+
+    adapter: Adapter
+    rate: float = 0.0
+    passes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAdapter:
+    """A site's own adapter on disk.
+
+    Attributes:
+        folder: that holds it, with its settings and its card.
+        fitted: how it was chosen.
+        parts: the records that it was made with.
+    """
+
+    folder: Path
+    fitted: Fitted
+    parts: Parts
+
+
+def personalise(
+    config: RunConfig,
+    adapter: Path,
+    parts: Parts,
+    *,
+    site: str,
+    into: Path,
+    alone: Path,
+    beside_ledger: Path,
+    lenient: bool = False,
+    progress: Progress = silent,
+) -> OwnAdapter:
+    """Make a site's own adapter, and write it into a folder that says so.
+
+    Guarantee: none, to whoever sees the result, for the site's records.  Those of other sites have the guarantee of
+    the run, since this is post-processing of its adapter.  Nothing is charged, and the ledger is not touched.
+
+    Args:
+        config: of the run, with the site's files in it.
+        adapter: the folder of the run's final adapter.
+        parts: the site's records.
+        site: its name.
+        into: the folder to write; what was there is replaced as a whole.
+        alone: a folder for the same without the federation: it begins where the run began.
+        beside_ledger: the folder of the site's ledger, in which `NOTE` says that this was made.
+        lenient: no record may end the training, as at a real site.
+        progress: told how far it is.
+
+    Raises:
+        ConfigError: the model or the adapter cannot be loaded.
+    """
+    shared = SharedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
+    saved = SavedAdapter.read(adapter, model=config.model)
+    examples = shared.examples_of(shared.tokenised([*parts.training, *parts.choosing], lenient=lenient))
+    if shared.keeps_states:
+        examples.keep_frozen_states(shared.model, folder=shared.states_folder)
+    examples.keep_reference(shared.model)
+    training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
+    fit = _Fit(shared, examples, training, choosing)
+    fit.best(shared.first_adapter(), what=f"{site}: training alone").adapter.load_into(shared.model)
+    save_task_model(shared.model, alone, private_to=site)
+    saved.load_into(shared.model)
+    fitted = fit.best(Adapter.of(shared.model), what=f"{site}: training its own adapter")
+    fitted.adapter.load_into(shared.model)
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    note_made(beside_ledger, run=config.run_id(), day=day)  # before there is a folder of which nothing is known
+    with whole_folder(into) as made:
+        folder = RunFolder(made)
+        save_task_model(shared.model, folder.adapter, private_to=site)
+        folder.config.write_text(json.dumps(settings_to_save(config), indent=1) + "\n", encoding="utf-8")
+        card = _CARD.format(site=site, run=config.name, day=day)
+        for place in (folder.path, folder.adapter):
+            (place / "README.md").write_text(card, encoding="utf-8")
+    return OwnAdapter(folder=into, fitted=fitted, parts=parts)
+
+
+def note_made(folder: Path, *, run: str, day: str) -> None:
+    """Add to `NOTE` that an own adapter was made."""
+    path = folder / NOTE
+    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_durably(path, json.dumps([*made, {"run": run, "made": day}], indent=1).encode() + b"\n")
+
+
+class _Fit:
+    """Training without noise on some of `examples`; the loss on others chooses the rate and when to stop."""
+
+    def __init__(self, shared: SharedModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
+        self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
+
+    def best(self, start: Adapter, *, what: str) -> Fitted:
+        """The best of all rates and ends; records come in the same order for every start and rate."""
+        start.load_into(self._shared.model)
+        found, lowest = Fitted(adapter=start), self._loss()
+        tried: dict[float, float] = {}
+        for number, rate in enumerate((*_RATES, None)):
+            self._shared.progress(what, number, len(_RATES) + 1)
+            start.load_into(self._shared.model)
+            most = 1 if rate else _MOST_PASSES
+            rate = rate or min(tried, key=tried.__getitem__)
+            for passes, loss in self._passes(rate, most=most):
+                tried.setdefault(rate, loss)
+                if loss < lowest:
+                    found, lowest = Fitted(adapter=Adapter.of(self._shared.model), rate=rate, passes=passes), loss
+        return found
+
+    def _passes(self, rate: float, *, most: int) -> Iterator[tuple[int, float]]:
+        """The number and the loss of each of at most so many passes, until `_PATIENCE` of them brought nothing."""
+        shared, lowest, worse = self._shared, math.inf, 0
+        parameters = shared.model.trained_now()
+        optimizer = make_optimizer(parameters, shared.config.training, clipped=False)
+        set_learning_rate(optimizer, rate)
+        order = np.random.default_rng(shared.config.seed)
+        for passes in range(1, most + 1):
+            for batch in np.array_split(order.permutation(self._training), max(1, len(self._training) // _BATCH)):
+                optimizer.zero_grad(set_to_none=True)
+                for part in self._examples.cut(batch):
+                    self._examples.add_plain_gradient(shared.model, part)
+                for parameter in parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad /= len(batch)
+                        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
+                optimizer.step()
+            loss = self._loss()
+            worse = 0 if loss < lowest else worse + 1
+            lowest = min(lowest, loss)
+            yield passes, loss
+            if worse == _PATIENCE:
+                return
+
+    def _loss(self) -> float:
+        """The mean of the losses that are numbers; infinite where none is."""
+        with scoring(self._shared.model):
+            losses = [self._shared.model.losses(batch) for batch in self._examples.cut(self._choosing)]
+        found = torch.cat(losses).double()
+        finite = found[torch.isfinite(found)]
+        return float(finite.mean()) if len(finite) else math.inf

@@ -1,0 +1,71 @@
+"""`fedtune personalise`: a site's own adapter, which never feeds back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def made(finished: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished run with an own adapter of each site, and what the command said; not to be changed."""
+    run = tmp_path_factory.mktemp("own") / "one"
+    shutil.copytree(finished, run)
+    outcome = command("personalise", str(run), "--json")
+    assert outcome.code == 0, outcome.err
+    return run, json.loads(outcome.out)["sites"]
+
+
+def own_of(run: Path) -> Path:
+    return next(iter(sorted(run.glob("private_to_*"))))
+
+
+def test_each_site_has_one_that_says_whose_it_is(made: tuple[Path, dict[str, Any]], finished: Path) -> None:
+    run, told = made
+    assert {Path(one["folder"]).name for one in told.values()} == {f"private_to_{site}" for site in told}
+    for site, one in told.items():
+        assert set(one["values"]) == {"base", "alone", "shared", "own"}
+        for card in (Path(one["folder"], "README.md"), Path(one["folder"], "adapter", "README.md")):
+            assert card.read_text().startswith(f"# Private to {site}: no guarantee")
+        (noted,) = json.loads((run / "sites" / site / "own_adapters.json").read_text())
+        assert set(noted) == {"run", "made"}, "no digest, no score"
+        ledger = Path("sites", site, "ledger.db")
+        assert (run / ledger).read_bytes() == (finished / ledger).read_bytes(), "nothing is charged or noted in it"
+
+
+def test_no_run_begins_in_it(made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path) -> None:
+    for folder in (own_of(made[0]), own_of(made[0]) / "adapter"):
+        told = command("simulate", *tiny(into=tmp_path, name="two"), f"model.adapter={folder}")
+        assert told.code == 2
+        assert "is private to 'site-1', without a guarantee" in told.message
+        assert not any(tmp_path.iterdir()), "nothing is half begun"
+
+
+def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any, tmp_path: Path) -> None:
+    own = own_of(made[0])
+    assert command("generate", str(own), "--prompt", "my card is late").code == 0
+    rows = [{"text": f"my card {number} is late", "label": "card_arrival"} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = command("evaluate", str(own), "--data", str(tmp_path / "rows.jsonl"), "--json")
+    assert told.code == 0, told.err
+
+
+def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]], command: Any, tmp_path: Path) -> None:
+    own = own_of(made[0])
+    told = command("export", str(own), "--to", str(tmp_path / "out"))
+    assert (told.code, "is private to 'site-1'" in told.message) == (2, True)
+    assert not (tmp_path / "out").exists()
+    told = command("export", str(own), "--to", str(tmp_path / "out"), "--private")
+    assert told.code == 0, told.err
+    assert (tmp_path / "out" / "README.md").read_text().startswith("# Private to site-1: no guarantee")
+    assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
+
+
+def test_a_site_that_is_not_there_is_said(finished: Path, command: Any) -> None:
+    told = command("personalise", str(finished), "nowhere")
+    assert (told.code, told.message) == (2, "SITE = 'nowhere': must be one of site-1, site-2")
+    assert not list(finished.glob("private_to_*"))

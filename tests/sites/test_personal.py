@@ -1,0 +1,86 @@
+"""A site's own adapter: which records it is made with, and that it is never worse than the shared one by its choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.config import RunConfig
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
+from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
+from fedtune.sites.shared_model import SharedModel
+from fedtune.spec import DataError
+
+
+def records_of(count: int, **fields: Any) -> list[Record]:
+    return [
+        Record({"text": f"a letter, number {n}", "label": ("invoice", "praise")[n % 2], **fields}) for n in range(count)
+    ]
+
+
+def lines(records: list[Record]) -> set[str]:
+    return {record.fields["text"] for record in records}
+
+
+def test_what_was_held_out_chooses_and_is_scored() -> None:
+    everything = records_of(200)
+    of_site = SiteRecords(everything[:120], everything[120:])
+    parts = Parts.of(of_site, key=b"key", unit="record")
+    assert parts.training == of_site.training
+    assert not parts.seen
+    assert lines(parts.choosing) | lines(parts.scored) == lines(of_site.heldout)
+    assert not lines(parts.choosing) & lines(parts.scored)
+
+
+def test_a_site_that_held_nothing_out_parts_its_records_and_says_so() -> None:
+    parts = Parts.of(SiteRecords(records_of(300), []), key=b"key", unit="record")
+    assert parts.seen
+    assert sum(map(len, (parts.training, parts.choosing, parts.scored))) == 300
+    assert not lines(parts.training) & (lines(parts.choosing) | lines(parts.scored))
+
+
+def test_no_user_is_parted() -> None:
+    records = [record for user in range(60) for record in records_of(5, user=f"u{user}")]
+    parts = Parts.of(SiteRecords(records, []), key=b"key", unit="user")
+    users = [{one.fields["user"] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
+    assert sum(map(len, users)) == len(set.union(*users)) == 60
+
+
+def test_a_site_with_too_few_records_is_told() -> None:
+    with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
+        Parts.of(SiteRecords(records_of(30), []), key=b"key", unit="record")
+
+
+def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
+    records = [Record({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    shared = SharedModel(config, declared_size=len(records), trains=False)
+    examples = shared.examples_of(shared.tokenised(records))
+    training, choosing = np.split(np.arange(len(records)), [len(records) * 3 // 4])
+    return _Fit(shared, examples, training, choosing)
+
+
+def test_training_stops_where_the_records_that_choose_say(letters: Callable[..., RunConfig]) -> None:
+    fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
+    learnt = fit.best(fit._shared.initial_adapter, what="")
+    again = fit.best(fit._shared.initial_adapter, what="")
+    assert learnt.adapter.digest() == again.adapter.digest(), "nothing is drawn anew"
+    assert learnt.passes > 0, "two of three labels occur, which is worth learning"
+    contrary = fit_of(letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
+    start = contrary._shared.initial_adapter
+    kept = contrary.best(start, what="")
+    assert (kept.passes, kept.adapter.digest()) == (0, start.digest()), "what is learnt does not hold elsewhere"
+
+
+def test_the_note_beside_the_ledger_holds_run_and_day_alone(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        note_made(tmp_path, run=run, day="2026-11-26")
+    assert json.loads((tmp_path / "own_adapters.json").read_text()) == [
+        {"run": "first", "made": "2026-11-26"},
+        {"run": "second", "made": "2026-11-26"},
+    ]
