@@ -77,6 +77,8 @@ def init(
     tokens: Column = None,
     tags: Column = None,
     spans: Column = None,
+    time: Column = None,
+    event: Column = None,
     prompt: Column = None,
     context: Column = None,
     system: Column = None,
@@ -103,6 +105,7 @@ def init(
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     fedtune data init visits.csv --user patient          all records of one patient are protected together
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
+    fedtune data init trial.csv --time months --event died  when an event comes, by such a table
 
     Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """
@@ -122,7 +125,7 @@ def init(
     spec, plan = _planned(found, model=model, sites=sites)
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={target.absolute()}", *([feature_columns.FILLED] if found.features else [])])
+        compose_run([f"experiment={target.absolute()}", *feature_columns.filled(found)])
     except ConfigError:
         target.unlink()
         raise

@@ -69,6 +69,14 @@ LABELS = (
     *("sentiment", "target", "type", "tag", "tags", "answer"),
 )
 NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
+TIMES = (
+    *("time", "survivaltime", "timetoevent", "tte", "followup", "followuptime", "futime", "duration", "tenure"),
+    *("os", "ostime", "osmonths", "osdays", "pfs", "pfsmonths", "survivalmonths", "survivaldays", "months", "days"),
+)
+EVENTS = (
+    *("event", "eventobserved", "observed", "died", "dead", "death", "deceased", "deathevent", "status", "fustat"),
+    *("osevent", "osstatus", "pfsevent", "relapse", "recurrence", "progression", "churn"),
+)
 NAMES_OF = ("text", "name", "names", "str", "string")
 """Behind the name of a column of numbers: what its labels are called."""
 PROMPTS = (

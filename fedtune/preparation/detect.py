@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.data.values import speaker_of
+from fedtune.data.values import category_of, speaker_of
 from fedtune.preparation import columns as called
 from fedtune.preparation.columns import (
     LONGEST_LABEL,
@@ -97,6 +97,14 @@ _SCORE = _Part(
 )
 
 
+_EVENT = _Part(
+    "event",
+    called.EVENTS,
+    lambda one: {category_of(name) for name in one.labels} in ({"0", "1"}, {"false", "true"}),
+    "must hold 1 or true where the event came, else 0 or false",
+)
+
+
 def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
     return tuple(_Part(role, (role, f"{role}response"), fits, bound) for role in ("chosen", "rejected"))
 
@@ -126,11 +134,12 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     # What is asked of a text is answered in words, however few the answers are.
     ("pairs", (_PROMPT, _CONTEXT._replace(fits=_is_text, optional=False), _SYSTEM, _COMPLETION)),
     ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=_is_completion))),
+    ("table", (_Part("time", called.TIMES, lambda one: one.is_number, "must hold numbers"), _EVENT)),
 )
 """Files that are known by the names of their columns; the first that fits counts."""
 OPTIONS: Mapping[str, str] = {
     **{role: role for role in ("text", "label", "prompt", "completion", "system", "messages", "chosen", "rejected")},
-    **{role: role for role in ("tokens", "tags", "spans")},
+    **{role: role for role in ("tokens", "tags", "spans", "time", "event")},
     **{role: role for role in ("anchor", "positive", "negative", "other", "user")},
     "context": "input",
     "score": "target",
@@ -330,6 +339,9 @@ class _Guess:
         if kind == "pairs" and key_of(roles["prompt"]) == "instruction":
             kind = "instructions"
         why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
+        if kind == "table":
+            features = [name for name in self._features() if name not in ordered.values()]
+            return _Made(kind, ordered, why, features=tuple(features)) if features else None
         few = self.columns[roles["completion"]] if "completion" in roles else None
         if few is None or not few.is_label:
             return _Made(kind, ordered, why)
@@ -427,7 +439,7 @@ class _Guess:
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
 
-    def _features(self, but: str) -> tuple[str, ...]:
+    def _features(self, but: str = "") -> tuple[str, ...]:
         """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
         kept = [one for one in self.columns.values() if one.is_feature and one.name != but]
         return tuple(one.name for one in kept if not (is_person(one) or is_of_records(one.name) or is_place(one.name)))

@@ -178,7 +178,11 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     shared = [label for label, count in found.labels.items() if count > 1]
     labels = tuple(shared if len(shared) > 1 else found.labels)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
-    own |= {"features": feature_columns.own_features(found), "max_length": 1} if found.features else {}
+    own |= (
+        {"features": feature_columns.own_features(found), "max_length": 1, "intervals": (1.0,)}
+        if found.features
+        else {}
+    )
     data = replace(base.data, **own | found.settings | _templates(found), chat_template="none")
     reader: Any = FeatureReader(data.features) if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}

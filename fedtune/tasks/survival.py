@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
+from fedtune.data.values import category_of
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import FirstTarget, Ids, Model
@@ -58,7 +59,7 @@ class Survival(PooledTask):
         ends = np.array(data.intervals)
 
         def known(record: Record) -> npt.NDArray[np.int8]:
-            time, event = float(record.fields["time"]), _EVENTS.get(record.fields["event"].lower())
+            time, event = float(record.fields["time"]), _EVENTS.get(category_of(record.fields["event"]))
             if event is None:
                 raise DataError(record.at("event"), "another value", "must be 1 or true where it came, else 0 or false")
             if time < 0:

@@ -87,6 +87,47 @@ def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: An
     assert told.code == 0, told.err
 
 
+@pytest.mark.parametrize("events", [("1", "0"), ("1.0", "0.0"), ("True", "False"), (True, False), (1, 0)])
+def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, events: tuple[Any, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}
+    (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
+    told = command("data", "init", "trial.json")
+    assert told.code == 0, told.err
+    assert "0.25 to 49.25" in told.out, "on the terminal alone"
+    page = (tmp_path / "trial.yaml").read_text()
+    assert "task: survival " in page
+    assert "columns: {time: os_months, event: died} " in page
+    assert 'intervals: "???"' in page
+    assert "49.25" not in page
+    page = page.replace('range: "???"', "range: [0, 110]")
+    (tmp_path / "trial.yaml").write_text(page)
+    told = command("plan", "experiment=./trial.yaml")
+    assert (
+        told.message
+        == "trial.yaml: data.intervals = []: must hold the end of each interval, in the unit of the role time"
+    )
+    (tmp_path / "trial.yaml").write_text(page.replace('intervals: "???"', "intervals: [12, 24]"))
+    told = command("data", "check", "trial.yaml", "--json")
+    assert told.code == 0, told.err
+    (file,) = json.loads(told.out)["checked"]["files"]
+    assert (file["rows"], file["errors"]) == (60, [])
+
+
+def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = {"age": TABLE["age"], "weeks": lambda number: number % 50 + 0.25, "went": (1, 0), "diagnosis": SICK}
+    (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
+    told = command("data", "init", "trial.json", "--time", "weeks", "--event", "went", "--out", "a.yaml")
+    assert told.code == 0, told.err
+    assert "columns: {time: weeks, event: went} " in (tmp_path / "a.yaml").read_text()
+    told = command("data", "init", "trial.json", "--time", "weeks", "--event", "diagnosis", "--out", "b.yaml")
+    assert (told.code, told.message.partition(":")[0]) == (2, "--event = 'diagnosis'")
+    assert "must hold 1 or true where the event came, else 0 or false" in told.message
+
+
 def test_rows_are_twins_by_their_features(tmp_path: Path, labs: Path, command: Any) -> None:
     given = [{"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "well"}]
     (tmp_path / "labs.json").write_text(json.dumps([*given, {"age": 2.5, "label": "well"}]))
