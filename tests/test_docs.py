@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 
 from fedtune.cli.main import fedtune
+from fedtune.data.formats import raw_rows
+from fedtune.data.records import iter_records
 from fedtune.privacy.accountant import factor_text
+from fedtune.spec import DataError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -96,6 +100,23 @@ def test_the_lines_about_tables_run(command: Any, tmp_path: Path, monkeypatch: p
                 text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {said}", text)
             Path("labs.yaml").write_text(text)
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
+
+
+def test_vectors_of_a_npy_file_become_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vectors = np.array([[0.5, -1.0], [0.25, 1.0]], dtype=np.float32)
+    np.save("vectors.npy", vectors)
+    Path("labels.csv").write_text("label\na\nb\n")
+    (block,) = re.findall(r"```python\n(import numpy.*?)\n```", (ROOT / "docs" / "features.md").read_text(), re.S)
+    exec(block, {})
+    roles = {"label": "label", "feature:states": "states"}
+    read = [json.loads(one.fields["feature:states"]) for one in iter_records(Path("slides.parquet"), roles)]
+    assert read == vectors.tolist()
+    with pytest.raises(DataError, match=r"\.npy.*must be a column of lists in a Parquet file"):
+        raw_rows(Path("vectors.npy"))
+    Path("labels.csv").write_text("label\na\n")
+    with pytest.raises(ValueError, match="length"):
+        exec(block, {})
 
 
 def places(page: Path) -> set[str]:

@@ -66,7 +66,8 @@ def init(
     file: Annotated[
         Path,
         Argument(
-            "FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator, a saved Hugging Face set, brat's folder"
+            "FILE",
+            help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, a saved Hugging Face set, brat's folder",
         ),
     ],
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,

@@ -32,12 +32,14 @@ from fedtune.data.text_rows import (
 from fedtune.spec import DataError, check_name
 from fedtune.words import counted
 
-SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll or .pubtator, plain or with .gz behind, or in .parquet"
+SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_CONLL, _PUBTATOR, _BRAT = (".conll", ".bio", ".iob"), ".pubtator", "brat"
+_CONLL, _PUBTATOR, _BIOC, _BRAT = (".conll", ".bio", ".iob"), ".pubtator", (".bioc", ".biocjson"), "brat"
+_DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
+"""Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
 _TAG = re.compile(r"O|[BIESLUM][-_].+")
 _BEGINS_DOCUMENT, _BLANK = "-DOCSTART-", b" \t\r\n"
 _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
@@ -54,8 +56,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
     A label that a Hugging Face set stores as a number is given by its name.
 
     Args:
-        path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll` or `.pubtator`, each also with `.gz` behind; `.parquet`; a
-            folder that `save_to_disk` of Hugging Face `datasets` wrote; or one of brat's.
+        path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll`, `.pubtator` or `.bioc`, each also with `.gz` behind;
+            `.parquet`; a folder that `save_to_disk` of Hugging Face `datasets` wrote; or one of brat's.
         columns: role to column: what the header of a table must have, and all that is read of one.  None: everything.
         lenient: the end of a JSON array that breaks off is the fault of a row and not of the file, as at a real site.
 
@@ -80,12 +82,16 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
             raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is packed in itself")
         case ".parquet":
             return _arrow_rows(path, _parquet_batches(path, columns))
+        case ".npy":  # in whose order rows would have their vectors: one row more or less would move all others
+            raise DataError(str(path), ".npy", "must be a column of lists in a Parquet file (docs/features.md)")
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
         case suffix if suffix in _CONLL:
             return _conll_rows(path)
         case suffix if suffix == _PUBTATOR:
             return _pubtator_rows(path)
+        case suffix if suffix in _BIOC:
+            return _bioc_rows(path, lenient=lenient)
         case suffix if suffix == _BRAT:
             return _brat_rows(path)
         case suffix:
@@ -391,6 +397,35 @@ def _document(lines: list[str], *, at: str) -> Row | DataError:
     if "t" not in parts:
         return DataError(at, "no title", "must have a line id|t| (PubTator)")
     return _marked(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
+
+
+def _bioc_rows(path: Path, *, lenient: bool) -> RawRows:
+    """Documents of BioC as JSON, whose passages, or their sentences, have texts and marks."""
+    for line, row in array_rows(path, lenient=lenient, opens=_DOCUMENTS):
+        at = at_line(path, line)
+        try:
+            yield line, row if isinstance(row, DataError) else _of_passages(row["passages"], at=at)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
+            yield line, DataError(at, "a document of another form", bound)
+
+
+def _of_passages(passages: Any, *, at: str) -> Row | DataError:
+    """A row of spans; the offsets of BioC count from the document's beginning, with any number of spaces between."""
+    text, spans, begins = "", [], []
+    for passage in passages:
+        for part in [passage] if passage.get("text") else passage.get("sentences", ()):
+            text += " " * bool(text)
+            begins.append((part["offset"], len(text)))
+            text += part["text"]
+    for passage in passages:
+        for part in (passage, *passage.get("sentences", ())):
+            for mark in part.get("annotations", ()):
+                (place,) = mark["locations"]
+                offset, begin = max(one for one in begins if one[0] <= place["offset"])
+                first = begin + place["offset"] - offset
+                spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
+    return _marked(text, spans, at=at)
 
 
 def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row | DataError:

@@ -276,8 +276,10 @@ _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 """The rest of a string, up to its quote, or to the end of the block or a backslash there."""
 
 
-def cut_elements(path: Path) -> Iterator[tuple[int, bytes | None, bytes]]:
+def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator[tuple[int, bytes | None, bytes]]:
     """(first line, bytes, what ended it) of each element of a JSON array: `,` or `]`, and nothing for what is left.
+
+    The array is all of the file, or begins behind what `opens` finds.
 
     Strings are told from marks, and opening brackets from closing ones, without a look at what else is there.  Only a
     string or bracket that is never closed takes other elements along, which no writer of JSON makes of a record's text.
@@ -286,7 +288,7 @@ def cut_elements(path: Path) -> Iterator[tuple[int, bytes | None, bytes]]:
         DataError: the file cannot be opened, is no whole gzip file, or holds no array.
     """
     row, depth, in_string, escaped = _Growing(), 1, False, False
-    for block in _in_array(path, row):
+    for block in _in_array(path, row) if opens is None else _in_object(path, row, opens):
         begin = place = 0
         while place < len(block) and depth:
             if escaped:
@@ -324,10 +326,35 @@ def _in_array(path: Path, row: _Growing) -> Iterator[bytes]:
         opened = opened or bool(text)
 
 
-def array_rows(path: Path, *, lenient: bool) -> RawRows:
-    """The elements of a JSON array; of one that breaks off, `lenient`: those that are whole."""
+def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[bytes]:
+    """The blocks of a file behind what opens an array within an object, near its beginning; none of an empty file."""
+    before, found = b"", None
+    for block in _blocks(path):
+        if found is None:
+            before += block
+            if (found := opens.search(before)) is None:
+                if len(before) > _BLOCK_BYTES:
+                    break
+                continue
+            row.first = row.line = 1 + before.count(b"\n", 0, found.end())
+            block = before[found.end() :]
+        yield block
+    if found is None and before.strip():
+        bound = "must be an object with an array of documents (BioC as JSON)"
+        raise DataError(at_line(path, 1), "another form", bound)
+
+
+def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = None) -> RawRows:
+    """The elements of a JSON array; of one that breaks off, `lenient`: those that are whole.
+
+    What is behind the array is no element where it is a part of an object (`opens`).
+    """
     before = b""
-    for line, raw, mark in cut_elements(path):
+    for line, raw, mark in cut_elements(path, opens):
+        if opens is not None and before == b"]":
+            if raw is None or opens.search(raw):
+                yield line, DataError(at_line(path, line), "a second array", "must be one array of objects")
+            return
         text = (raw or b"").lstrip()
         line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
         try:

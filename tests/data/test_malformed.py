@@ -95,7 +95,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (parquet_bytes(body=["caf"], intent=["b"]), ", column 'question'", OTHERS),
         (parquet_bytes(question=["a"] * 2, intent=[1.5] * 2), ":1, column 'intent'", "(2 rows cannot be used"),
     ],
-    "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll or .pubtator, plain or")],
+    "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or")],
     "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is packed")],
 }
 CASES = [(name, number) for name, cases in FILES.items() for number in range(len(cases))]

@@ -40,6 +40,32 @@ RESULT = [{"type": "labels", "value": one} for one in STUDIO] + [{"type": "choic
 PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
     f"7\t{first}\t{end}\t{TEXT[first:end]}\t{label}\tD1\n" for first, end, label in PLACES
 )
+
+
+def bioc(*marks: tuple[int, int, str], sentences: bool = False, **other: Any) -> dict[str, Any]:
+    """A document of two passages, between which two characters are no part of any."""
+    noted = [
+        {
+            "id": str(first),
+            "infons": {"type": label, "identifier": "D1"},
+            "text": TEXT[first:end],
+            "locations": [{"offset": first + 2 * (first > 15) + 100, "length": end - first}],
+        }
+        for first, end, label in marks
+    ]
+    parts = [
+        {"offset": 100, "text": TEXT[:15], "annotations": noted[:1]},
+        {"offset": 118, "text": TEXT[16:], "annotations": noted[1:]},
+    ]
+    if sentences:
+        parts = [{"offset": 100, "infons": {}, "text": "", "annotations": [], "sentences": parts}]
+    return {"id": "7", "infons": {}, "passages": parts, "relations": []} | other
+
+
+def collection(*documents: dict[str, Any], name: str = "documents") -> str:
+    return json.dumps({"source": "s", "infons": {"a": "[x"}, name: documents, "version": "1"}, indent=1)
+
+
 FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "Prodigy": ("a.jsonl", json.dumps({"text": TEXT, "spans": as_objects("start", "end", "label")}), SPANNED),
     "doccano": ("a.jsonl", json.dumps({"text": TEXT, "label": PLACES}), {"text": "text", "spans": "label"}),
@@ -68,6 +94,9 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "CoNLL": ("a.conll", "\n\n" + conll(*BIO) + "\n", TAGGED),
     "CoNLL of four columns": ("a.bio", f"-DOCSTART- -X- O O\n\n# a note\n{conll(*BIO, columns='NN B-NP ')}", TAGGED),
     "CoNLL in tabs": ("a.iob", conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
+    "BioC": ("a.bioc", collection(bioc(*PLACES)), SPANNED),
+    "BioC of PubTator's server": ("a.biocjson", collection(bioc(*PLACES), name="PubTator3"), SPANNED),
+    "BioC by sentences": ("a.bioc", collection(bioc(*PLACES, sentences=True)), SPANNED),
     "PubTator": ("a.pubtator", PUBTATOR + "7\tCID\tD1\tD2\n\n", SPANNED),
 }
 
@@ -128,6 +157,16 @@ def test_a_sentence_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: 
     assert faults == ["a line of one column", "bytes of another encoding", f"more than {MOST_BYTES} bytes"]
 
 
+def test_a_document_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
+    whole, other = bioc(*PLACES), [bioc(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)]
+    (tmp_path / "a.bioc").write_text(collection(whole, *other, whole))
+    rows = [row for _, row in raw_rows(tmp_path / "a.bioc")]
+    assert [type(row) for row in rows] == [dict, *[DataError] * 4, dict]
+    (tmp_path / "b.bioc").write_text(collection(whole, whole)[:-80])
+    rows = [row for _, row in raw_rows(tmp_path / "b.bioc", lenient=True)]
+    assert [type(row) for row in rows] == [dict, DataError], "at a real site, what is whole stays"
+
+
 SPAN = {"text": "my card", "spans": [{"start": 0, "end": 2, "label": "drug"}]}
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "fewer tags": ("a.jsonl", json.dumps({"tokens": ["my", "card"], "tags": ["O"]}), TAGGED, "must be one for each of"),
@@ -164,6 +203,22 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
         SPANNED,
         "and label, a text",
     ),
+    "no passages": ("a.bioc", collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
+    "a mark in several parts": (
+        "a.bioc",
+        collection(bioc(*PLACES)).replace('"locations": [', '"locations": [{"offset": 0, "length": 1}, '),
+        SPANNED,
+        "annotations of one part",
+    ),
+    "another offset": (
+        "a.bioc",
+        collection(bioc((1, 8, "drug"))).replace("101", "102"),
+        SPANNED,
+        "must count characters",
+    ),
+    "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
+    "documents that break off": ("a.bioc", collection(bioc(*PLACES))[:900], SPANNED, "it breaks off"),
+    "two collections": ("a.bioc", 2 * collection(bioc(*PLACES)), SPANNED, "must be one array of objects"),
     "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must be id|t|, id|a|, or a span"),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
     "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must count characters"),
