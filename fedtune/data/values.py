@@ -9,11 +9,12 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard, cast
 
+from fedtune.data.lists import as_json, json_list, listed_in, rows_of
+from fedtune.data.marked import spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
@@ -52,22 +53,12 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
-TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
-"""A token's tag: the letter of a scheme, and the type."""
-BEGINS, ENDS = frozenset("BSU"), frozenset("ELSU")
-"""Letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
 """How Python and pandas print turns, which nothing reads safely."""
 _WRITTEN_TURNS = '[{"role":"'
 """The same as this file writes them."""
-_PRINTED = re.compile(r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?\d+)(?:\.0*)?""", re.ASCII)
-_ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
-_PRINTED_LIST = re.compile(
-    rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
-)
-"""A list, tuple, set or array as Python and numpy print it, with or without commas, and as pandas writes it."""
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
@@ -182,7 +173,7 @@ def messages_of(value: object, *, at: str) -> str:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise DataError(at, "text that is no JSON", f"{_JSON_TURNS} (role messages)") from None
-    value = _rows_of(value)
+    value = rows_of(value)
     if not isinstance(value, list):
         raise DataError(at, json_type(value), "must be a list of turns (role messages)")
     turns = _turns(value, at=at)
@@ -193,7 +184,7 @@ def messages_of(value: object, *, at: str) -> str:
         if roles[place] != wanted:
             bound = f"must be {wanted}: user and assistant take turns, after at most one turn of the system"
             raise DataError(f"{at}, turn {place + 1}", roles[place], bound)
-    return _as_json(turns)
+    return as_json(turns)
 
 
 def said_of(value: object, at: str) -> str:
@@ -204,11 +195,11 @@ def said_of(value: object, at: str) -> str:
     Raises:
         DataError: it is neither.
     """
-    value = _rows_of(value)
+    value = rows_of(value)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list) and value:
-        return _as_json(_turns(value, at=at))
+        return as_json(_turns(value, at=at))
     if not isinstance(value, str):
         raise DataError(at, json_type(value), "must be text, or a list of at least one turn")
     if not value.strip():
@@ -219,7 +210,7 @@ def said_of(value: object, at: str) -> str:
         raise DataError(at, "brackets in brackets", "must be text, or a list of turns") from None
     if turns is None and _PRINTED_TURNS.match(value):
         raise DataError(at, "text that is no JSON", _JSON_TURNS)
-    return value if turns is None else _as_json(turns)
+    return value if turns is None else as_json(turns)
 
 
 def turns_said(text: str) -> list[dict[str, Any]] | None:
@@ -238,7 +229,7 @@ def turns_like(value: object) -> list[dict[str, Any]]:
     if isinstance(value, str) and _LIKE_TURNS.match(value):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    value = _rows_of(value)
+    value = rows_of(value)
     listed = value if isinstance(value, list) else [value]
     turns = [turn for turn in listed if isinstance(turn, dict) and {"role", "from"} & set(turn)]
     return turns if len(turns) == len(listed) else []
@@ -250,29 +241,16 @@ def speaker_of(name: object) -> str:
     return _SPEAKERS.get(said, said)
 
 
-def _rows_of(value: object) -> object:
-    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay."""
-    if not isinstance(value, dict) or not value or not all(isinstance(one, list) for one in value.values()):
-        return value
-    if len(set(map(len, value.values()))) > 1:
-        return value
-    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-
-
 def _turns_in(text: str) -> list[dict[str, Any]] | None:
     if not _LIKE_TURNS.match(text):
         return None
     with suppress(DataError):
-        return _turns(_json_list(text.lstrip()) or [None], at="")
+        return _turns(json_list(text.lstrip()) or [None], at="")
     return None
 
 
 def _turns(values: Sequence[object], *, at: str) -> list[dict[str, Any]]:
     return [_turn(turn, at=f"{at}, turn {number}") for number, turn in enumerate(values, 1)]
-
-
-def _as_json(values: Sequence[object]) -> str:
-    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
 
 
 def _turn(turn: object, *, at: str) -> dict[str, Any]:
@@ -326,7 +304,7 @@ def labels_of(value: object, at: str) -> str:
     Raises:
         DataError: it is no text, number or list of these.
     """
-    listed = _listed_in(value)
+    listed = listed_in(value)
     if listed is None:
         return str(value).strip()
     if not all(type(one) is int or is_whole(one) or (isinstance(one, str) and one.strip()) for one in listed):
@@ -335,34 +313,7 @@ def labels_of(value: object, at: str) -> str:
     if len(set(labels)) < len(labels):
         bound = "must name each label once (role labels); a vector of 0 and 1 is no list of labels: write their names"
         raise DataError(at, "a label twice", bound)
-    return _as_json(labels)
-
-
-def _listed_in(value: object) -> list[Any] | None:
-    """A value as the list that it is, or stands for; None: it is a text that is none, and not blank."""
-    try:
-        listed = _json_list(value.strip() or "[]") if isinstance(value, str) else value
-    except RecursionError:
-        listed = [None]
-    if isinstance(value, str) and listed is None:
-        text = value.strip()
-        if not _PRINTED_LIST.fullmatch(text):
-            return None
-        inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
-        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
-        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
-    return listed if isinstance(listed, list) else [listed]
-
-
-def _json_list(text: str) -> list[Any] | None:
-    """A text as the JSON list that it is; None: it is none."""
-    if not text.startswith("["):
-        return None
-    try:
-        found: list[Any] = json.loads(text)
-    except ValueError:
-        return None
-    return found
+    return as_json(labels)
 
 
 def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
@@ -373,71 +324,8 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
     >>> split_labels('["late","damaged"]', separator=";")
     ('late', 'damaged')
     """
-    listed = _json_list(text)
+    listed = json_list(text)
     return tuple(one for label in (text.split(separator) if listed is None else listed) if (one := label.strip()))
-
-
-def words_of(value: object, at: str, role: str = "tokens") -> str:
-    """The tokens of a record, or their tags, one a line; they are a list, which may also be text, as for `labels_of`.
-
-    Raises:
-        DataError: it is no list of at least one text or whole number.
-    """
-    listed = _listed_in(value)
-    if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
-        found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"
-        raise DataError(at, found, f"must be a list of texts (role {role})")
-    return "\n".join(" ".join(str(one).split()) for one in listed)
-
-
-def spans_of(value: object, at: str) -> str:
-    """The marked parts of a text as a JSON list of [first, end, label], `end` exclusive; none is fine.
-
-    They are such lists (doccano), or objects with `start` and `end` (Prodigy), `start_offset` and `end_offset`
-    (doccano), and `label`; or what Label Studio exports, whole or as its JSON_MIN: with a list `labels`.  Its offsets
-    count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts.
-
-    Raises:
-        DataError: it is no list, or one in it has no first, end or label.
-    """
-    listed = _listed_in(_rows_of(value))
-    if listed is None:
-        raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
-    results = [one["result"] for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
-    if results:
-        parts = [one["value"] for one in results[0] if isinstance(one, dict) and isinstance(one.get("value"), dict)]
-        listed = [one for one in parts if "labels" in one]  # others are choices and relations
-    found = []
-    for number, one in enumerate(listed, 1):
-        given = one
-        if isinstance(one, dict):
-            given = [one.get(key, one.get(f"{key}_offset")) for key in ("start", "end")]
-            labels = one.get("labels")
-            given += labels if isinstance(labels, list) and len(labels) == 1 else [one.get("label")]
-        if not isinstance(given, list) or [type(part) for part in given] != [int, int, str]:
-            bound = "must have start and end, whole numbers, and label, a text (role spans)"
-            raise DataError(f"{at}, span {number}", json_type(one), bound)
-        found.append([*given, "utf-16"] if isinstance(one, dict) and "labels" in one else given)
-    return _as_json(found)
-
-
-def breaks_scheme(tags: str) -> bool:
-    """Whether a record's tags go on with an entity that none before them began."""
-    begun = None
-    for tag in tags.split("\n"):
-        part = TAG.fullmatch(tag) if tag != "O" else None
-        if part and part[1] and part[1] in "ILEM" and part[2] != begun:
-            return True
-        begun = part[2] if part and (part[1] or "B") not in ENDS else None
-    return False
-
-
-def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
-    """The types that a record's tags or spans name, in their order, with how many of them do."""
-    if "tags" in fields:
-        parts = (TAG.fullmatch(tag) for tag in fields["tags"].split("\n") if tag != "O")
-        return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in BEGINS))
-    return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
 def number_of(value: object, at: str, *, role: str = "target") -> str:
@@ -478,7 +366,7 @@ def category_of(text: str) -> str:
 
 def numbers_of(text: str, at: str) -> list[float]:
     """The numbers of a column of lists, by its field in a record; a DataError where it is no JSON list of such."""
-    listed = _listed_in(text)
+    listed = listed_in(text)
     if listed is None:
         raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
     return [float(number_of(one, at, role="feature")) for one in listed]

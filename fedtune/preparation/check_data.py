@@ -20,11 +20,12 @@ from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import lead_side, shipped_folders, split_key
+from fedtune.data.marked import breaks_scheme, entity_types
 from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
-from fedtune.data.values import breaks_scheme, entity_types, split_labels
+from fedtune.data.values import split_labels
 from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, spelling

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedtune.data.marked import TAG, entity_types, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
     READ_OF_TURNS,
-    TAG,
-    entity_types,
     feature_of,
     is_missing,
     is_number_in_another_form,
@@ -23,11 +22,9 @@ from fedtune.data.values import (
     number_of,
     numbers_of,
     read_value,
-    spans_of,
     speaker_of,
     split_labels,
     turns_like,
-    words_of,
 )
 from fedtune.spec import DataError, shown
 

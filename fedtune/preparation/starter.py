@@ -18,9 +18,10 @@ import yaml
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.features import FeatureReader, columns_of
+from fedtune.data.marked import entity_types
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME, entity_types, split_labels
+from fedtune.data.values import NO_NAME, split_labels
 from fedtune.preparation import feature_columns
 from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.marked import BEGINS, ENDS, TAG
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
-from fedtune.data.values import BEGINS, ENDS, TAG
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures

@@ -1,0 +1,56 @@
+"""Lists in cells of data files: as JSON, as Python prints them, and as objects that hold a list under each name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_PRINTED = re.compile(r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?\d+)(?:\.0*)?""", re.ASCII)
+_ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
+_PRINTED_LIST = re.compile(
+    rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
+)
+"""A list, tuple, set or array as Python and numpy print it, with or without commas, and as pandas writes it."""
+
+
+def listed_in(value: object) -> list[Any] | None:
+    """A value as the list that it is, or stands for; None: it is a text that is none, and not blank."""
+    try:
+        listed = json_list(value.strip() or "[]") if isinstance(value, str) else value
+    except RecursionError:
+        listed = [None]
+    if isinstance(value, str) and listed is None:
+        text = value.strip()
+        if not _PRINTED_LIST.fullmatch(text):
+            return None
+        inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
+        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
+        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
+    return listed if isinstance(listed, list) else [listed]
+
+
+def json_list(text: str) -> list[Any] | None:
+    """A text as the JSON list that it is; None: it is none."""
+    if not text.startswith("["):
+        return None
+    try:
+        found: list[Any] = json.loads(text)
+    except ValueError:
+        return None
+    return found
+
+
+def rows_of(value: object) -> object:
+    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay."""
+    if not isinstance(value, dict) or not value or not all(isinstance(one, list) for one in value.values()):
+        return value
+    if len(set(map(len, value.values()))) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
+def as_json(values: Sequence[object]) -> str:
+    """A list as the text of a record's field: JSON without spaces."""
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
