@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +37,8 @@ NOTE = "own_adapters.json"
 _HELD_OUT = 0.3
 _BATCH = 32
 _RATES = (1.0, 0.3, 0.1)
-"""Of the run's own learning rates without noise; one pass each shows which to go on with."""
-_MOST_PASSES, _PATIENCE = 8, 2
+"""Of the run's own learning rates without noise, one after the other."""
+_MOST_PASSES = 10
 _CARD = """\
 # Private to {site}: no guarantee
 
@@ -99,12 +98,10 @@ class Fitted:
 
     Attributes:
         adapter: of the lowest mean loss on the records that choose; the start itself, where nothing was lower.
-        rate: times the run's own learning rates; 0 where the start was the best.
-        passes: over the training records.
+        passes: over the training records; 0 where the start was the best.
     """
 
     adapter: Adapter
-    rate: float = 0.0
     passes: int = 0
 
 
@@ -193,44 +190,37 @@ class _Fit:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
     def best(self, start: Adapter, *, what: str) -> Fitted:
-        """The best of all rates and ends; records come in the same order for every start and rate."""
-        start.load_into(self._shared.model)
+        """Passes at the highest rate as long as each lowers the loss, then from the best so far at the next one.
+
+        Records come in the same order for every start.
+        """
+        shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
+        start.load_into(shared.model)
         found, lowest = Fitted(adapter=start), self._loss()
-        tried: dict[float, float] = {}
-        for number, rate in enumerate((*_RATES, None)):
-            self._shared.progress(what, number, len(_RATES) + 1)
-            start.load_into(self._shared.model)
-            most = 1 if rate else _MOST_PASSES
-            rate = rate or min(tried, key=tried.__getitem__)
-            for passes, loss in self._passes(rate, most=most):
-                tried.setdefault(rate, loss)
-                if loss < lowest:
-                    found, lowest = Fitted(adapter=Adapter.of(self._shared.model), rate=rate, passes=passes), loss
+        for rate in _RATES:
+            found.adapter.load_into(shared.model)
+            optimizer = make_optimizer(shared.model.trained_now(), shared.config.training, clipped=False)
+            set_learning_rate(optimizer, rate)
+            while found.passes < _MOST_PASSES:
+                shared.progress(what, found.passes, _MOST_PASSES)
+                self._pass(optimizer, order.permutation(self._training))
+                if not (loss := self._loss()) < lowest:
+                    break
+                found, lowest = Fitted(adapter=Adapter.of(shared.model), passes=found.passes + 1), loss
         return found
 
-    def _passes(self, rate: float, *, most: int) -> Iterator[tuple[int, float]]:
-        """The number and the loss of each of at most so many passes, until `_PATIENCE` of them brought nothing."""
-        shared, lowest, worse = self._shared, math.inf, 0
-        parameters = shared.model.trained_now()
-        optimizer = make_optimizer(parameters, shared.config.training, clipped=False)
-        set_learning_rate(optimizer, rate)
-        order = np.random.default_rng(shared.config.seed)
-        for passes in range(1, most + 1):
-            for batch in np.array_split(order.permutation(self._training), max(1, len(self._training) // _BATCH)):
-                optimizer.zero_grad(set_to_none=True)
-                for part in self._examples.cut(batch):
-                    self._examples.add_plain_gradient(shared.model, part)
-                for parameter in parameters.values():
-                    if parameter.grad is not None:
-                        parameter.grad /= len(batch)
-                        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
-                optimizer.step()
-            loss = self._loss()
-            worse = 0 if loss < lowest else worse + 1
-            lowest = min(lowest, loss)
-            yield passes, loss
-            if worse == _PATIENCE:
-                return
+    def _pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
+        """One step for each `_BATCH` records."""
+        model = self._shared.model
+        for batch in np.array_split(records, max(1, len(records) // _BATCH)):
+            optimizer.zero_grad(set_to_none=True)
+            for part in self._examples.cut(batch):
+                self._examples.add_plain_gradient(model, part)
+            for parameter in model.trained_now().values():
+                if parameter.grad is not None:
+                    parameter.grad /= len(batch)
+                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
+            optimizer.step()
 
     def _loss(self) -> float:
         """The mean of the losses that are numbers; infinite where none is."""

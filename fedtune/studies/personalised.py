@@ -109,6 +109,5 @@ def _to_json(one: Personalised) -> dict[str, Any]:
         "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
         "units": sides.num_units,
         "passes": fitted.passes,
-        "rate": fitted.rate,
         "scored_records_were_trained_on": one.own.parts.seen,
     }
