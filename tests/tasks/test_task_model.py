@@ -70,6 +70,18 @@ def test_per_example_gradients_equal_a_loop(trained: Any, examples: Any, path: s
     assert_same(hooked, looped_gradients(model, batch))
 
 
+@pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
+def test_a_head_never_multiplies_a_few_rows(trained: Any, examples: Any, task: str) -> None:
+    """Where few rows take another kernel, it rounds otherwise; this machine's may be the same, so rows are counted."""
+    model, batch, seen = trained("random:bert", task), examples(task), set()
+    hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
+    for some in (batch, *map(batch.one, range(len(batch)))):
+        model.losses(some)
+    hook.remove()
+    assert seen
+    assert {rows % (4 if task == "token_classification" else 32) for rows in seen} == {0}
+
+
 @pytest.mark.parametrize(
     ("path", "task", "lora"),
     [
