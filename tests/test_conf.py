@@ -24,6 +24,7 @@ _OWN = ["data.train_file=mine.csv", "data.declared_sizes=500"]
 _PREFERENCES = [*_OWN, "data.columns={prompt: a, chosen: b, rejected: c}"]
 _PAIRS = [*_OWN, "data.columns={text: a, other: b, target: c}", "data.target_range=[0,5]"]
 _FEATURES = [*_OWN, "data.labels=[yes,no]", "data.features=[{columns: [age], range: [0, 120]}]"]
+_IMAGES = [*_OWN, "data.labels=[yes,no]", "model.path=folder"]
 # What an option needs beside it, in order to be a whole run.
 _BESIDE = {
     ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
@@ -51,6 +52,9 @@ _BESIDE = {
     ("experiment", "own_numbers"): [*_OWN, "data.target_range=[0,5]"],
     ("data", "own_features"): ["experiment=own_features", *_FEATURES],
     ("experiment", "own_features"): _FEATURES,
+    ("data", "own_images"): ["experiment=own_images", *_IMAGES],
+    ("experiment", "own_images"): _IMAGES,
+    ("model", "vision"): ["experiment=own_images", *_IMAGES],
     ("model", "none"): ["experiment=own_features", *_FEATURES],
     ("lora", "none"): ["experiment=own_features", *_FEATURES],
     ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
@@ -143,7 +147,7 @@ def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: s
         return
     settings = load(CONF / group / f"{option}.yaml")
     for key in ("path", "target_modules", "mechanism", "optimizer", "kind", "progress"):
-        if key in settings:
+        if settings.get(key, "???") != "???":
             assert getattr(getattr(config, group), key) == _tuples(settings[key])
 
 

@@ -30,7 +30,7 @@ class Batch:
     missing example leaves as many rows empty.
 
     Attributes:
-        input_ids: (n, t) int64; or (n, 1, w) float32 where an example is a vector, which takes one place.
+        input_ids: (n, t) int64; or (n, t, w) float32: of a vector, which takes one place, or of an image's patches.
         attention_mask: (n, t) int64, 1 for a token and 0 for padding.
         targets: (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token,
             `UNSUPERVISED` for padding.

@@ -55,9 +55,9 @@ class Record:
 
     @property
     def said(self) -> str:
-        """All its texts as one, or, where it has none, its features."""
+        """All its texts as one, or, where it has none, its features or its image."""
         found = [text for _, text in self.texts()]
-        found = found or [text for role, text in self.fields.items() if role.startswith(FEATURE)]
+        found = found or [text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))]
         return " ".join(" ".join(found).split())
 
     @property

@@ -52,6 +52,7 @@ class Shapes:
             micro-batch of that length always has an empty row.
         most_rows: rows that memory has room for, by length; empty: `max_tokens` alone decides.
         row_shares: a micro-batch has the rows that `max_tokens` allows or, for the remainder, one of these fractions.
+        fixed: every record is as long as any: there is no padding, no mask, and so one code path.
     """
 
     lengths: tuple[int, ...]
@@ -59,10 +60,16 @@ class Shapes:
     full: int = 0
     most_rows: tuple[int, ...] = ()
     row_shares: tuple[int, ...] = (1, 2, 4, 8)
+    fixed: bool = False
 
     @classmethod
-    def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None) -> Shapes:
-        """The shapes for records of at most `max_length` tokens, on a model that has `positions`."""
+    def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False) -> Shapes:
+        """The shapes for records of at most `max_length` tokens, on a model that has `positions`.
+
+        `fixed`: each record has just as many.
+        """
+        if fixed:
+            return cls(lengths=(max_length,), max_tokens=max_tokens, full=max_length, fixed=True)
         roomy = 8 * (max_length // 8 + 1)  # room for at least one token of padding
         if positions is not None:
             roomy = max(max_length, min(roomy, positions))
@@ -84,11 +91,15 @@ class Shapes:
 
     def fewest_rows(self, length: int) -> int:
         """The rows of the smallest micro-batch of this length."""
-        return 1 + (length == self.full)
+        return 1 + self._spare(length)
 
     def room(self, length: int, rows: int) -> int:
         """How many records fit a micro-batch of this shape."""
-        return rows - (length == self.full)
+        return rows - self._spare(length)
+
+    def _spare(self, length: int) -> int:
+        """Rows of a micro-batch that stay empty, for their padding."""
+        return int(length == self.full and not self.fixed)
 
     def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[Part]:
         """Cut a logical batch into micro-batches; every place comes back exactly once.

@@ -93,11 +93,10 @@ class DataSpec:
             one for each site.
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
-        columns: the column name in the files for each role.  Roles: those of the task (`text` and `label`, `labels` or
-            `target`; `tokens` and `tags`, or `text` and `spans`; or `prompt`, `completion` and all other names in
-            `prompt_template`); `label` (partition
-            "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
-            for each record.
+        columns: the column name in the files for each role.  Roles: those of the task (`text`, or `image`, and `label`,
+            `labels` or `target`; `tokens` and `tags`, or `text` and `spans`; or `prompt`, `completion` and all other
+            names in `prompt_template`); `label` (partition "dirichlet"); `site` (partition "column"); `user`
+            (privacy.unit "user"), whose values are opaque ids, one for each record.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
@@ -110,10 +109,11 @@ class DataSpec:
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
-        input: what a record is to the model: "text", or "features", the columns that `features` declares.
+        input: what a record is to the model: "text"; "features", the columns that `features` declares; or "image", in a
+            file beside the records' own, or in that.
         features: the columns of numbers and categories that are a record's vector, with their declared ranges.
         max_length: the most tokens of an example, or of each of its texts or windows where it has several; 1 for
-            features.
+            features; for an image just as many as its model has places: its patches and the model's own.
         windows: how many windows of `max_length` tokens a record has room for, where the task reads long texts piece
             by piece; what is behind the last is not read.  Each costs its time, also where a record is short.
         stride: how many tokens two windows share, each of which is learnt in one of them.
@@ -141,7 +141,7 @@ class DataSpec:
     stride: int = 0
     validation_file: str | None = None
     test_file: str | None = None
-    input: Literal["text", "features"] = "text"
+    input: Literal["text", "features", "image"] = "text"
     features: tuple[FeatureSpec, ...] = ()
     labels: tuple[str, ...] = ()
     label_separator: str = ";"

@@ -61,7 +61,7 @@ class TextDataset:
 
     Attributes:
         input_ids: (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
-            vector (1, w), its values in float32.
+            vector (1, w) its values in float32, of an image (t_i, w) the pixels of its patches.
         targets: one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each:
             the token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
         texts: of each example.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard, cast
 
+from fedtune.data.images import image_of
 from fedtune.data.lists import as_json, json_list, listed_in, rows_of
 from fedtune.data.marked import spans_of, words_of
 from fedtune.data.text_rows import json_type
@@ -20,7 +21,7 @@ from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans", "time"}
+NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans", "time", "image"}
 """Roles whose values are no texts that somebody wrote."""
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
@@ -386,6 +387,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "labels": labels_of,
     "target": number_of,
     "time": lambda value, at: number_of(value, at, role="time"),
+    "image": image_of,
     "tokens": words_of,
     "tags": lambda value, at: words_of(value, at, "tags"),
     "spans": spans_of,

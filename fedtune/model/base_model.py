@@ -13,10 +13,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -33,14 +36,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder
+from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_kind
 from fedtune.model.int8 import keep_in_int8
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
 from fedtune.model.quantized import keep_in_four_bits
 from fedtune.model.quiet import first_line, quiet
-from fedtune.model.refusals import config_refusal
+from fedtune.model.refusals import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
 from fedtune.model.source import cache_folder, model_folder
 from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
@@ -89,12 +92,74 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.device | str = "cpu") -> PreTrainedModel:
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What makes a model's input of an image: transformers' own processor, of its kind for PIL.
+
+    Attributes:
+        process: the processor.
+        side: of the square images that it makes.
+        patch: the side of a patch.
+        before: places of the model's own before those of the patches.
+    """
+
+    process: Any
+    side: int
+    patch: int
+    before: int
+
+    def pixels(self, image: Any) -> np.ndarray:
+        """(3, side, side) float32."""
+        found: np.ndarray = self.process(images=image, return_tensors="np")["pixel_values"][0]
+        return found.astype(np.float32)
+
+
+def load_processor(spec: ModelSpec) -> ImageProcessor:
+    """The image processor that lies beside the base.
+
+    Args:
+        spec: which model; its `sha256` is checked first.
+
+    Raises:
+        ConfigError: for `model.path` when there is none that makes square images of three colours and whole patches, or
+            `model.sha256`.
+    """
+    with _pinned_files(spec, with_weights=False) as folder:
+        try:
+            with quiet():
+                config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                require_kind(config, images=True, path=spec.path)
+                if not (folder / PROCESSOR).is_file():
+                    raise ConfigError("model.path", spec.path, f"must hold {PROCESSOR}, which says how images are read")
+                fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+                kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
+                assert kind is not None, "as it was staged"
+                made = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(
+                    folder, local_files_only=True
+                )
+                # Higher than wide, which a processor that keeps the form would show.
+                (found,) = made(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
+        except ConfigError:
+            raise
+        except Exception as error:  # as above
+            raise _unreadable(spec, error) from error
+    side, patch = found.shape[-1], config.patch_size
+    if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
+        shape = " x ".join(map(str, found.shape))
+        bound = f"its {PROCESSOR} must make square images of three colours and of patches of {patch}; it makes {shape}"
+        raise ConfigError("model.path", spec.path, bound)
+    return ImageProcessor(made, side, patch, VISION[config.model_type])
+
+
+def load_base(
+    spec: ModelSpec, *, predicts_tokens: bool = False, images: bool = False, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """The base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
 
     Args:
         spec: which model; its `sha256` is checked first.
         predicts_tokens: with the output layer; otherwise the bare encoder or decoder.
+        images: a model of images; otherwise one of texts.
         device: where it goes before any adapter is attached (opacus#820).
 
     Raises:
@@ -106,7 +171,7 @@ def load_base(spec: ModelSpec, *, predicts_tokens: bool = False, device: torch.d
         model = tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
     else:
         with _pinned_files(spec) as folder:
-            model = _pretrained(spec, folder, predicts_tokens=predicts_tokens)
+            model = _pretrained(spec, folder, predicts_tokens=predicts_tokens, images=images)
     check_ignores_batch_length(model, path=spec.path)
     compute_by_row(model)
     # Training never reads the key-value cache; a generator asks for it by argument.
@@ -149,11 +214,12 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
             yield derived.folder
 
 
-def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool) -> PreTrainedModel:
+def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool) -> PreTrainedModel:
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            require_kind(config, images=images, path=spec.path)
             check_size(config, auto, folder=folder, path=spec.path)
             if predicts_tokens:
                 require_decoder(config, path=spec.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.model.quiet import first_line
-from fedtune.model.refusals import ENCODERS, rotary_refusal
+from fedtune.model.refusals import ENCODERS, VISION, rotary_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
 _BYTES_FOR_ONE = 8
@@ -111,12 +112,17 @@ _TOKEN_IDS = ((1, 2, 3), (3, 2, 1))
 """Two examples of three tokens, which every vocabulary has."""
 
 
-def check_examples_apart(base: nn.Module) -> None:
+def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:
     """Require each trainable module to run, on inputs whose first axis is the example.
 
     A module that flattens (examples x tokens), as some feed-forward blocks and all routed experts do, hides
     whose token is whose: hooks would clip tokens, not examples, and the guarantee would be void.
     A trainable module that never runs has no gradient to clip.
+
+    Args:
+        base: with its adapters.
+        run: runs it on two examples; None: on two of three tokens.
+        places: that each of these has.
 
     Raises:
         ConfigError: for `lora.target_modules`.
@@ -133,13 +139,13 @@ def check_examples_apart(base: nn.Module) -> None:
             handles.append(module.register_forward_pre_hook(record))
     try:
         with torch.no_grad():
-            _run(base, torch.tensor(_TOKEN_IDS))
+            _run(base, torch.tensor(_TOKEN_IDS)) if run is None else run()
     finally:
         for handle in handles:
             handle.remove()
     for name, seen in shapes.items():
         bound = "" if seen else "is never used by the base's forward pass; leave it out"
-        if any(shape[:2] != (2, 3) for shape in seen):
+        if any(shape[:2] != (2, places) for shape in seen):
             bound = "mixes the tokens of several examples, so one example's share cannot be clipped"
         if bound:
             raise ConfigError("lora.target_modules", name.replace(".default", ""), bound)
@@ -162,6 +168,20 @@ def check_causal(base: PreTrainedModel, *, path: str) -> None:
         logits, changed = (_run(base, ids).logits[:, 0].float() for ids in (token_ids, later_changed))
     if not torch.allclose(logits, changed, rtol=1e-3, atol=1e-3):
         raise ConfigError("model.path", path, f"{_NEEDED}: its tokens see later ones")
+
+
+def require_kind(config: PreTrainedConfig, *, images: bool, path: str) -> None:
+    """Refuse a model of texts where records are images, and the other way round.
+
+    Raises:
+        ConfigError: for `model.path`.
+    """
+    kind = type(config).model_type
+    if images and (kind not in VISION or config.num_channels != 3 or type(config.patch_size) is not int):
+        bound = f"must be a model of images in three colours ({', '.join(VISION)}) for data.input = image"
+        raise ConfigError("model.path", path, f"{bound}; it is {kind}")
+    if kind in VISION and not images:
+        raise ConfigError("model.path", path, f"must be a model of texts: {kind} is one of images (data.input = image)")
 
 
 def require_decoder(config: PreTrainedConfig, *, path: str) -> None:

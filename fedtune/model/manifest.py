@@ -1,7 +1,8 @@
 """A model is pinned whole: the files that loading may read, one hash over all of them, and nothing else beside them.
 
 The hash of a GGUF file is the one that `sha256sum` prints.  Of a folder with safetensors it is the SHA-256 of a text:
-a first line that says what it is, then `sha256sum`'s line for each file, in the order of the names.
+a first line that says what it is, with an image processor a second one that says which kind is used, then `sha256sum`'s
+line for each file, in the order of the names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtune.model.refusals import check_content, most_bytes
+from fedtune.model.refusals import PROCESSOR, VISION, check_content, most_bytes
 from fedtune.spec import ConfigError, RunError
 
 WEIGHTS, SHARD_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,18 +25,21 @@ SETTINGS_FILES = frozenset(
     {
         "config.json", "generation_config.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "chat_template.jinja",
+        "chat_template.jinja", PROCESSOR,
         "vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
         "entity_vocab.json", "tokenizer.model", "tiktoken.model", "spiece.model", "spm.model", "spm_char.model",
         "sentencepiece.model", "sentencepiece.bpe.model",
     }
 )  # fmt: skip
 """Every file beside the weights that AutoConfig, AutoTokenizer, AutoModel and AutoModelForCausalLM of transformers 5.23
-may read from a folder, for a model of text.  Read there and left out on purpose: `adapter_config.json` (it redirects),
-`tekken.json` (a package that is not pinned reads it), `additional_chat_templates/`, `*.py` and pickles."""
+may read from a folder, for a model of text, and what an image processor reads.  Read there and left out on
+purpose: `adapter_config.json` (it redirects), `tekken.json` (a package that is not pinned reads it),
+`additional_chat_templates/`, `processor_config.json` (of several processors at once), `*.py` and pickles."""
 
 _FIRST_LINE = "fedtune model manifest 1\n"
 """So that no other list of hashes can be taken for a manifest."""
+_PROCESSOR_LINE = "images are processed by transformers' classes for PIL\n"
+"""The second line of a model with an image processor: those for torchvision make other pixels of the same image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +56,8 @@ class Manifest:
     def text(self) -> str:
         """The text that is hashed; for a GGUF file just its own line."""
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files)
-        return lines if self._gguf else _FIRST_LINE + lines
+        second = _PROCESSOR_LINE if PROCESSOR in dict(self.files) else ""
+        return lines if self._gguf else _FIRST_LINE + second + lines
 
     @property
     def sha256(self) -> str:
@@ -112,6 +117,8 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
         place.mkdir()
         hashes, weights = {}, {}
         for name in () if gguf_file else _settings_names(folder):
+            if name == PROCESSOR and not _reads_images(place):
+                continue  # beside a model of texts nothing reads it
             content = _read(folder, name)
             try:
                 (place / name).write_bytes(content)
@@ -167,6 +174,10 @@ def _settings_names(folder: Path) -> list[str]:
         raise ConfigError("model.path", str(folder), "must hold config.json")
     # Of a model with both, the single file is the one that is loaded.
     return names if WEIGHTS in listed else [*names, SHARD_INDEX]
+
+
+def _reads_images(place: Path) -> bool:
+    return json.loads((place / "config.json").read_bytes()).get("model_type") in VISION
 
 
 def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:

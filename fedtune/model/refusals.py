@@ -37,6 +37,8 @@ OF_ANY_CONFIG = frozenset(
     | {"directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"}
     | {"pooler_size_per_head", "pooler_type", "n_ctx", "is_llama_config", "use_mrope", "tie_weights_"}
     | {"pretraining_tp", "feed_forward_length"}
+    # Of a backbone, which is another class than the one that is loaded.
+    | {"out_features", "out_indices", "stage_names"}
 )
 """Keys of config.json that are taken beside those that an architecture's own config declares.  A list, since
 transformers makes an attribute of any other: with `attribute_map` an innocent key is read as `transformers_weights`,
@@ -67,7 +69,25 @@ OF_SPECIAL_TOKENS_MAP = frozenset(
 own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
 
 
+PROCESSOR = "preprocessor_config.json"
+"""The settings of an image processor."""
+PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
+"""What settings call a processor that is taken, whose class for PIL is that of the first part."""
+OF_PROCESSOR = frozenset(
+    {"crop_size", "data_format", "default_to_square", "device", "disable_grouping", "do_center_crop", "do_convert_rgb"}
+    | {"do_normalize", "do_pad", "do_rescale", "do_resize", "feature_extractor_type", "image_mean"}
+    | {"image_processor_type", "image_std", "input_data_format", "pad_size", "processor_class", "resample"}
+    | {"rescale_factor", "return_tensors", "size", "_valid_processor_keys"}
+)
+"""Keys of preprocessor_config.json: transformers makes an attribute of any other, a method's name among them."""
+_OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
+    ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
+)
+_MOST_SIDE = 1024
+"""Of an image before its middle is cut out: how large it becomes decides about memory and time."""
+
 _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
+_MOST_BYTES |= {PROCESSOR: 1 << 20}
 _MOST_BYTES_ELSE = 256 << 20
 _MOST_DEPTH = 32
 _LARGEST_INTEGER = 1 << 24
@@ -95,6 +115,10 @@ batch to the next (RecurrentGemma).  Who adds one reads its `modeling_*.py` for 
 _ATTENTION = (None, "eager", "sdpa")
 """Implementations of attention.  Others are fetched from a hub as compiled code ("kernels-community/..."), or need
 packages that sites may lack."""
+VISION = {"deit": 2, "dinov2": 1, "siglip_vision_model": 0, "vit": 1}
+"""`model_type` of the models of images that are taken, for the same reason, and how many places of their own stand
+before those of an image's patches."""
+_BATCH_NORM = frozenset({"efficientnet", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "regnet", "resnet"})
 
 STATIC_ROTARY = frozenset({"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"})
 """Rope types whose frequencies follow from the config alone; transformers 5.23 has two more: "dynamic", "longrope"."""
@@ -131,7 +155,7 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
     elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         reason = _tokenizer_refusal(fields, name)
     else:
-        reason = tokenizer_refusal(fields) if name == "tokenizer.json" else None
+        reason = {"tokenizer.json": tokenizer_refusal, PROCESSOR: _processor_refusal}.get(name, lambda _: None)(fields)
     if reason is not None:
         raise _refused(folder, name, reason)
 
@@ -160,11 +184,13 @@ def config_refusal(fields: Any) -> str | None:
 def _architecture_refusal(fields: dict[str, Any]) -> str | None:
     inner = next((key for key, value in fields.items() if key.endswith("_config") and isinstance(value, dict)), None)
     if inner is not None:
-        return f"has {short(inner)}, a model within the model; a text model alone can be taken"
+        return f"has {short(inner)}, a model within the model; a model of texts alone, or of images, can be taken"
     model_type = fields.get("model_type")
-    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES | VISION.keys():
         return None
-    known = ", ".join(sorted(ARCHITECTURES))
+    if isinstance(model_type, str) and model_type in _BATCH_NORM:
+        return f"has model_type {model_type}, which has BatchNorm: it mixes the examples of a batch by their mean"
+    known = ", ".join((*sorted(ARCHITECTURES), *VISION))
     return (
         f"has model_type {short(model_type)}, of which fedtune does not know that it computes each example of a batch "
         f"by itself; it knows {known}"
@@ -225,6 +251,24 @@ def _tokenizer_refusal(fields: Any, name: str) -> str | None:
         by_name = isinstance(value, dict) and "content" not in value
         if not all(map(_is_token, value.values() if by_name else value if isinstance(value, list) else [value])):
             return f"has {key} = {short(value)}, which is no token"
+    return None
+
+
+def _processor_refusal(fields: Any) -> str | None:
+    if not isinstance(fields, dict):
+        return "must be a JSON object"
+    named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
+    if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
+        return f"has image_processor_type {short(named)}; fedtune knows those of ViT, DeiT, Bit (DINOv2) and Siglip"
+    for key, value in fields.items():
+        if key not in OF_PROCESSOR or value not in _OF_EVERY_PROCESSOR.get(key, (value,)):
+            return f"has {short(key)} = {short(value)}, which fedtune does not know of an image processor; leave it out"
+        sides = (value.values() if isinstance(value, dict) else [value]) if key in ("size", "crop_size") else ()
+        if not all(one is None or (type(one) is int and 0 < one <= _MOST_SIDE) for one in sides):
+            return f"has {key} = {short(value)}; each side must be a whole number of at most {_MOST_SIDE}"
+        three = isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) for one in value)
+        if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
+            return f"has {key} = {short(value)}; it must be three numbers, for an image in colour, and no spread 0"
     return None
 
 

@@ -235,7 +235,7 @@ class TaskModelSpec:
             a long one.
         beta: of preferences, see `PreferenceSpec`.
         per_token: likewise.
-        input: what a record is, "text" or "features".
+        input: what a record is, as `data.input`.
         values: what each value of a record's vector stands for, with its range; empty for a text.
     """
 

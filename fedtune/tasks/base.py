@@ -171,10 +171,10 @@ class Task(ABC):
             return {
                 "messages": json.dumps([{"role": "user", "content": text}], separators=(",", ":"), ensure_ascii=False)
             }
-        main = next((role for role in ("text", "prompt") if role in roles), None)
+        main = next((role for role in ("text", "prompt", "image") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
-            bound = f"is one text, and a prompt of this run has {wanted}: give them in a file (--file)"
+            bound = f"is one text, or one path, and a prompt of this run has {wanted}: give them in a file (--file)"
             raise ConfigError(at, text, bound)
         return {role: text if role == main else "" for role in roles}
 

@@ -1,7 +1,8 @@
-"""What a record is to a model: a text, or the features of a table.  Nothing else asks which.
+"""What a record is to a model: a text, the features of a table, or an image.  Nothing else asks which.
 
 An input says which roles its records have, how a record is read, which base its model has and which head, and what is
-made up where a model is tried.  To add one: write its class here or in a file of its own, and put it into `_INPUTS`.
+made up where a model is tried.  To add one: write its class in a file of its own, and name it in
+`fedtune.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
-"""(t,) token ids, or (1, w) the values of a vector."""
+"""(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
 
 
 class Named(Protocol):
@@ -44,10 +45,12 @@ class Input(ABC):
     Attributes:
         embeds_labels: whether a label's text can be read as a record is, for `head.centre` and `head.init`.
         modality: the code by which a report says what the records are, where it is not text.
+        is_fixed: whether every record has just `data.max_length` places in the model, so that nothing is padded.
     """
 
     embeds_labels: ClassVar[bool] = False
     modality: ClassVar[str | None] = None
+    is_fixed: ClassVar[bool] = False
 
     def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         """A task's roles as columns name them; other columns are named by the input's own settings."""
@@ -119,7 +122,9 @@ class Text(Input):
 
     def check_data(self, data: DataSpec) -> None:
         if data.features:
-            raise ConfigError("features", f"{len(data.features)} entries", "must be empty for data.input = text")
+            raise ConfigError(
+                "features", f"{len(data.features)} entries", f"must be empty for data.input = {data.input}"
+            )
         check_at_least("max_length", data.max_length, 3)
 
     def check_model(self, spec: TaskModelSpec) -> None:
@@ -128,9 +133,10 @@ class Text(Input):
             ("lora.kind", spec.lora.kind, NO_ADAPTER),
         ):
             if value == nothing:
-                raise ConfigError(key, value, "must be another one: a text needs a base model with an adapter")
+                bound = f"must be another one: data.input = {spec.input} needs a base model with an adapter"
+                raise ConfigError(key, value, bound)
         if spec.head.hidden:
-            raise ConfigError("head.hidden", spec.head.hidden, "must be empty for data.input = text")
+            raise ConfigError("head.hidden", spec.head.hidden, f"must be empty for data.input = {spec.input}")
 
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         from fedtune.model.base_model import load_tokenizer
@@ -345,7 +351,8 @@ _GRAPH_LINES = """\
 values = np.concatenate([raw for _, raw in values_of(row)])[None].astype(np.float32)
 scores = onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"values": values})[0][0]
 """
-_INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
+INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
+"""Those of this file; `fedtune.tasks.registry` adds what has a file of its own."""
 
 
 def input_of(settings: Named) -> Input:
@@ -359,8 +366,8 @@ def input_named(name: str) -> Input:
     Raises:
         ConfigError: for `input`, when there is no such input.
     """
-    check_one_of("input", name, _INPUTS)
-    return _INPUTS[name]
+    check_one_of("input", name, INPUTS)
+    return INPUTS[name]
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

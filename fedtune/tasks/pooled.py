@@ -1,4 +1,4 @@
-"""The base of tasks that read one text, or the features of a table, and answer by a head on what a base makes of it."""
+"""The base of tasks that read a text, a row of a table or an image, and answer by a head on what a base makes of it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PooledTask(Task):
     """
 
     has_head = True
-    inputs = frozenset({"text", "features"})
+    inputs = frozenset({"text", "features", "image"})
     hub_name = "text-classification"
     formats = ("peft", "sentence-transformers", "onnx")
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it

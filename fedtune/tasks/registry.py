@@ -1,4 +1,4 @@
-"""The list of tasks; `fedtune/tasks/base.py` says how to add one.
+"""The list of tasks, and of inputs; `fedtune/tasks/base.py` and `inputs.py` say how to add one.
 
 It imports at once: models are built elsewhere, since importing torch and its kin takes time.
 """
@@ -10,6 +10,8 @@ from fedtune.tasks.base import Task
 from fedtune.tasks.causal_lm import CausalLM
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.embedding import Embedding
+from fedtune.tasks.image_input import Image
+from fedtune.tasks.inputs import INPUTS
 from fedtune.tasks.multi_label import MultiLabel
 from fedtune.tasks.ordinal import Ordinal
 from fedtune.tasks.preference import Preference
@@ -24,6 +26,7 @@ TASKS: dict[str, Task] = {
         *(CausalLM(), Preference(), Embedding()),
     )
 }
+INPUTS["image"] = Image()
 
 
 def task_named(name: str) -> Task:

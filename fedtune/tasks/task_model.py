@@ -98,7 +98,8 @@ class TaskModel(nn.Module):
 
         A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
         """
-        return self._prefix.states(lambda: self.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
+        run = input_of(self.spec).pooled
+        return self._prefix.states(lambda: run(self.base, batch.input_ids, batch.attention_mask))
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The losses."""
@@ -126,6 +127,11 @@ class TaskModel(nn.Module):
     def num_ids(self) -> int:
         """Token ids that the base has an embedding for, from 0."""
         return input_of(self.spec).num_ids(self.base)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all its inputs are of one length."""
+        return input_of(self.spec).is_fixed
 
     def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         """Invented inputs of these lengths, on which the model is tried."""

@@ -116,7 +116,7 @@ class SiteExamples(Units):
         batch = collate(self._dataset, part.places, pad_id=self._pad_id, shape=(part.rows, part.length))
         if self._states is not None:
             rows, columns, places = self._tokens(part, batch)
-            states = self._states.new_zeros(*batch.input_ids.shape, self._states.shape[1])  # zero where padding is
+            states = self._states.new_zeros(*batch.attention_mask.shape, self._states.shape[1])  # zero where padding is
             states[rows, columns] = self._states[places]
             batch = replace(batch, prefix=states)
         if self._reference is not None:

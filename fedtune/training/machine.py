@@ -122,7 +122,7 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
     """The shapes of a run's micro-batches on this machine, from public settings alone."""
     positions = usable_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
-    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions)
+    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions, fixed=model.is_fixed)
 
 
 def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:

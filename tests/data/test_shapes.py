@@ -120,7 +120,7 @@ def test_shapes_follow_from_public_settings() -> None:
     assert (tight.lengths, tight.full) == ((12, 16, 20, 24, 40), 40)
     assert tight.rows(40) == (12, 6, 3, 2)
     assert [tight.room(40, rows) for rows in tight.rows(40)] == [11, 5, 2, 1]
-    public = {"lengths", "max_tokens", "full", "most_rows", "row_shares"}
+    public = {"lengths", "max_tokens", "full", "most_rows", "row_shares", "fixed"}
     assert {field.name for field in dataclasses.fields(Shapes)} == public
     limited = dataclasses.replace(shapes, most_rows=(17, 99, 20, 16, 15, 3))
     assert [limited.rows(length) for length in (12, 16, 48)] == [(17, 8, 4, 2), (30, 15, 7, 3), (3, 1)]

@@ -1,0 +1,174 @@
+"""Images as patches of pixels: in a file beside their record's, or within it; decoded within bounds, each by itself.
+
+What a decoder makes of a file decides about memory and time before anybody has looked at it.  So a file's size, its
+format, its number of pixels and its form are bounded, by what its header says, and only then it is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.data.text_rows import MOST_BYTES, json_type
+from fedtune.spec import ConfigError, DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MOST_PIXELS = 50_000_000
+"""Of an image: more than a camera's, and 150 MB when it is decoded."""
+MOST_TIMES = 20
+"""That one side may be as long as the other: a processor brings the shorter one to its size."""
+WITHIN = "data:;base64,"
+"""Begins the field of an image that its record holds, as an address does that holds what it names (RFC 2397)."""
+_BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
+
+
+def image_of(value: object, at: str) -> str:
+    """The field of an image: a path as it is, or what the image's bytes are as text.
+
+    Args:
+        value: a path; bytes; or {bytes, path} as Hugging Face `datasets` writes it, of which the bytes count first.
+        at: where it was read, for messages.
+
+    Raises:
+        DataError: it is nothing of this.
+    """
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
+    if isinstance(value, bytes):
+        return WITHIN + base64.b64encode(value).decode()
+    if not isinstance(value, str) or not value.strip():
+        found = "blank" if isinstance(value, str) else json_type(value)
+        raise DataError(at, found, "must be the path of an image, or its bytes (role image)")
+    return value
+
+
+def decoded(field: str, *, file: str, at: str) -> Any:
+    """A record's image, in three colours (`PIL.Image.Image`).
+
+    It is turned as its EXIF orientation says.  Of 16 bits for each grey pixel the upper 8 are taken; transparency is
+    dropped, as transformers does it; of several frames the first counts.
+
+    Args:
+        field: as `image_of` makes it.
+        file: the record's, in whose folder or below the image lies; empty: it may lie anywhere.
+        at: names the field in messages.
+
+    Raises:
+        DataError: there is none, it lies outside the folder of its record's file, or it cannot be decoded.
+    """
+    require_pillow()
+    from PIL import Image, ImageOps
+
+    content = _content(field, file, at=at)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below, and of odd marks beside the pixels
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                width, height = opened.size
+                if width * height > MOST_PIXELS:
+                    raise DataError(at, f"{width * height:,} pixels", _BOUND)
+                if max(width, height) > MOST_TIMES * min(width, height):
+                    bound = f"must have sides of which one is at most {MOST_TIMES} times as long as the other"
+                    raise DataError(at, f"{width} by {height} pixels", bound)
+                turned = ImageOps.exif_transpose(opened)
+                if turned.mode.startswith("I"):
+                    turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+                return turned.convert("RGB")
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise DataError(at, "far too many pixels", _BOUND) from None
+    except Exception:  # whatever a decoder raises; its own words may quote the file
+        raise DataError(at, "no image that can be decoded", _BOUND) from None
+
+
+def _content(field: str, file: str, *, at: str) -> bytes:
+    """The bytes of an image file.  Of a record in a file it lies in that file's folder or below."""
+    if field.startswith(WITHIN):
+        try:
+            found = base64.b64decode(field.removeprefix(WITHIN), validate=True)
+        except (binascii.Error, ValueError):
+            raise DataError(at, "text that is no base64", _BOUND) from None
+    else:
+        try:
+            folder = Path(file).parent.resolve()
+            path = (folder / field).resolve()
+            if file and not path.is_relative_to(folder):
+                raise DataError(at, "a path out of the folder", "must be a path below the folder of the record's file")
+            if not path.is_file():
+                raise DataError(
+                    at, "no such file", "must be the path of an image, from the folder of the record's file"
+                )
+            with path.open("rb") as stream:
+                found = stream.read(MOST_BYTES + 1)
+        except DataError:
+            raise
+        except (OSError, ValueError, RuntimeError):  # no permission; a null byte; links in a circle
+            raise DataError(at, "a file that cannot be read", _BOUND) from None
+    if len(found) > MOST_BYTES:
+        raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes an image")
+    return found
+
+
+def noise(draw: Callable[[int], int]) -> str:
+    """The field of an invented image; `draw(n)` takes one of n."""
+    from PIL import Image
+
+    stream, pixels = io.BytesIO(), bytes(int(draw(256)) for _ in range(3 * 8 * 8))
+    Image.frombytes("RGB", (8, 8), pixels).save(stream, "PNG")
+    return image_of(stream.getvalue(), "image")
+
+
+def require_pillow() -> None:
+    """Check that images can be decoded here.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise ConfigError("data.input", "image", "needs Pillow: pip install 'fedtune[images]'")
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Makes patches of records; stands where a tokenizer stands for texts.
+
+    Attributes:
+        processor: the model's (`fedtune.model.base_model.ImageProcessor`).
+    """
+
+    processor: Any
+    name_or_path = "image"
+    pad_token_id = 0
+    chat_template = None
+
+    @property
+    def places(self) -> int:
+        """How many places an image has in the model."""
+        return int(self.processor.before + (self.processor.side // self.processor.patch) ** 2)
+
+    def nothing(self) -> NDArray[np.float32]:
+        """(places, 3 * patch * patch) zeros."""
+        return np.zeros((self.places, 3 * self.processor.patch**2), dtype=np.float32)
+
+    def patches(self, image: Any) -> NDArray[np.float32]:
+        """The same of an image: of each patch the red, the green and the blue pixels, row by row."""
+        pixels, patch, found = self.processor.pixels(image), self.processor.patch, self.nothing()
+        count = self.processor.side // patch
+        cut = pixels.reshape(3, count, patch, count, patch)
+        found[self.processor.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
+        return found
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """No words: canaries are made of them."""
+        return {}

@@ -1,0 +1,137 @@
+"""An image as a record: a vision transformer with adapters, and what lies between its pixels and its patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.data.images import ImageReader, decoded, noise, require_pillow
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
+from fedtune.spec import ConfigError, DataError, shown
+from fedtune.tasks.inputs import Row, Text, mean_pooled
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Image(Text):
+    """Images as a vision transformer reads them; what it makes of one is the mean over its patches."""
+
+    embeds_labels = False
+    modality = "image"
+    is_fixed = True
+
+    def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("image" if role == "text" else role for role in of_task)
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        super().check_model(spec)
+        if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
+            raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
+        for key, value, nothing in (
+            ("head.centre", spec.head.centre, False),
+            ("head.init", spec.head.init, "zero"),
+            ("head.label_texts", spec.head.label_texts, ()),
+        ):
+            if value != nothing:
+                bound = f"must be {shown(nothing)} for data.input = image, whose model cannot read a label's text"
+                raise ConfigError(key, value, bound)
+        if spec.model.dtype == "int8":
+            bound = "is for models of texts: for data.input = image it must be float32, mixed, bfloat16 or nf4"
+            raise ConfigError("model.dtype", spec.model.dtype, bound)
+
+    def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
+        from fedtune.model.base_model import load_processor
+
+        require_pillow()
+        reader = ImageReader(load_processor(model))
+        if base is not None and data.max_length != reader.places:
+            bound = f"must be {reader.places}: so many places an image has in this model"
+            raise ConfigError("data.max_length", data.max_length, bound)
+        return reader
+
+    def check_record(self, data: DataSpec) -> Callable[[Record], object]:
+        require_pillow()
+        return _decoded
+
+    def rows(
+        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
+    ) -> tuple[Sequence[Row], list[bool]]:
+        rows: list[Row] = []
+        found = []
+        for record in records:
+            try:
+                patches, known = reader.patches(_decoded(record)), True
+            except DataError:
+                if lenient_within is None:
+                    raise
+                patches, known = reader.nothing(), False
+            rows.append(patches)
+            found.append(known)
+        return rows, found
+
+    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
+        import torch
+
+        from fedtune.model.base_model import load_base, load_processor
+        from fedtune.model.fits import check_examples_apart
+        from fedtune.model.layers import attach_adapters
+        from fedtune.model.quiet import first_line
+
+        processor = load_processor(spec.model)
+        frozen = load_base(spec.model, images=True, device=device)
+        check(frozen)
+        blank = torch.from_numpy(np.stack(2 * [ImageReader(processor).nothing()])).to(frozen.device)
+        frozen.places = blank.shape[1]  # for what is made up
+        base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=False, seed=spec.seed)
+
+        def run() -> None:
+            try:
+                self.pooled(base, blank, torch.ones(blank.shape[:2]).to(blank))
+            except Exception as error:
+                bound = f"cannot read images of {processor.side} x {processor.side} pixels, which its processor makes"
+                raise ConfigError("model.path", spec.model.path, f"{bound}: {first_line(error)}") from error
+
+        check_examples_apart(base, run, places=blank.shape[1])
+        return base
+
+    def num_ids(self, base: Any) -> int:
+        return 1
+
+    def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        from fedtune.model.refusals import VISION
+
+        frozen = base.get_base_model()
+        before = VISION[frozen.config.model_type]
+        # Without a mask: every row is a whole image, an empty one a grey one.
+        hidden = frozen(pixel_values=_joined(input_ids[:, before:])).last_hidden_state
+        return mean_pooled(hidden[:, before:], attention_mask[:, before:])
+
+    def made_up(self, base: Any, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
+        frozen = base.get_base_model()
+        width = 3 * frozen.config.patch_size**2
+        found = [draws.normal(size=(frozen.places, width)).astype(np.float32) for _ in lengths]
+        for place, patches in enumerate(found[::2]):
+            patches[:] = (0, 3, -3)[place % 3] if place % 2 else patches * 3
+        return tuple(found)
+
+    def made_up_field(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
+        return noise(draw) if role == "image" else None
+
+    def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
+        return ("peft",)
+
+
+def _decoded(record: Record) -> Any:
+    return decoded(record.fields["image"], file=record.file, at=record.at("image"))
+
+
+def _joined(patches: torch.Tensor) -> torch.Tensor:
+    """(n, 3, side, side) pixels of (n, count * count, 3 * patch * patch), as `ImageReader.patches` cuts them."""
+    count, patch = int(patches.shape[1] ** 0.5), int((patches.shape[2] // 3) ** 0.5)
+    cut = patches.reshape(-1, count, count, 3, patch, patch)
+    return cut.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, count * patch, count * patch)

@@ -1,0 +1,217 @@
+"""Images out of files and rows: found below their table's folder alone, decoded within bounds, each by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from fedtune.data import images
+from fedtune.data.images import ImageReader, image_of
+from fedtune.data.records import Record, iter_records, usable_records
+from fedtune.model.base_model import ImageProcessor
+from fedtune.spec import ConfigError, DataError
+
+from ..pictures import encoded, picture
+
+COLUMNS = {"image": "picture", "label": "y"}
+
+
+def decoded(record: Record) -> Any:
+    return images.decoded(record.fields["image"], file=record.file, at=record.at("image"))
+
+
+def decode(content: bytes) -> Image.Image:
+    found = decoded(Record({"image": image_of(content, "image")}))
+    assert found.mode == "RGB"
+    return found
+
+
+def pixels(image: Image.Image) -> list[Any]:
+    return np.asarray(image).tolist()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_formats_that_are_taken(format: str) -> None:
+    image = picture()
+    found = decode(encoded(image, format))
+    assert found.size == image.size
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_refused(format: str) -> None:
+    with pytest.raises(DataError, match="must be a whole JPEG, PNG or WEBP image of at most 50,000,000 pixels"):
+        decode(encoded(picture(), format))
+
+
+def test_an_image_is_turned_as_its_camera_says() -> None:
+    image, exif = picture(size=(4, 2)), Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    assert pixels(decode(encoded(image, exif=exif))) == pixels(image.rotate(-90, expand=True))
+
+
+def test_palettes_greys_and_transparency_become_three_colours() -> None:
+    image = picture()
+    grey = image.convert("L")
+    assert pixels(decode(encoded(grey))) == pixels(grey.convert("RGB"))
+    few = image.quantize(8)
+    assert pixels(decode(encoded(few))) == pixels(few.convert("RGB"))
+    assert pixels(decode(encoded(few, transparency=bytes(range(8))))) == pixels(few.convert("RGB"))
+    image.putalpha(0)  # what lies below is seen, as transformers has it
+    assert pixels(decode(encoded(image))) == pixels(image.convert("RGB"))
+    assert decode(encoded(picture().convert("CMYK"), "JPEG")).size == picture().size
+    assert pixels(decode(encoded(image.convert("1")))) == pixels(image.convert("1").convert("RGB"))
+
+
+def test_of_sixteen_bits_the_upper_eight_are_taken() -> None:
+    deep = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], dtype=np.uint16)
+    found = pixels(decode(encoded(Image.fromarray(deep))))
+    assert [[each[0] for each in row] for row in found] == [[0, 0, 1], [0x12, 0xFF, 0xFF]]
+    assert all(len(set(each)) == 1 for row in found for each in row)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of so many pixels, by its header; there are few bytes behind it."""
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packed = zlib.compress(bytes(10_000))
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", packed) + part(b"IEND", b"")
+
+
+WHOLE = encoded(picture())
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "no image that can be decoded"),
+    "text": (b"\xffno image", "no image that can be decoded"),
+    "cut off": (WHOLE[:-60], "no image that can be decoded"),
+    "a header alone": (WHOLE[:33], "no image that can be decoded"),
+    "a bit flipped": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "no image that can be decoded"),
+    "a cut JPEG": (encoded(picture(size=(90, 90)), "JPEG")[:-900], "no image that can be decoded"),
+    "another format": (encoded(picture(), "GIF"), "no image that can be decoded"),
+    "too many pixels": (png(10_000, 5_001), "50,010,000 pixels"),
+    "a bomb": (png(60_000, 60_000), "far too many pixels"),
+    "a line": (png(2_000, 99), "2000 by 99 pixels"),
+    "an archive": (b"PK\x03\x04" + bytes(100), "no image that can be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_used_is_one_fault_that_quotes_nothing(name: str, tmp_path: Path) -> None:
+    content, found = BROKEN[name]
+    file = tmp_path / "rows.jsonl"
+    (tmp_path / "secret.png").write_bytes(content)
+    (tmp_path / "good.png").write_bytes(WHOLE)
+    rows = [{"picture": name, "y": "a"} for name in ("good.png", "secret.png", "good.png")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, record, _ = iter_records(file, COLUMNS)
+    with pytest.raises(DataError) as caught:
+        decoded(record)
+    assert str(caught.value).startswith(f"{file}:2, image = '{found}': must ")
+    assert "secret" not in str(caught.value)
+
+    def fault(record: Record) -> DataError | None:
+        try:
+            decoded(record)
+        except DataError as error:
+            return error
+        return None
+
+    assert [one.line for one in usable_records(file, COLUMNS, fault=fault)] == [1, 3]
+
+
+def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
+    (tmp_path / "a.png").write_bytes(WHOLE)
+    with pytest.raises(DataError, match=r"must have at most .* bytes an image"):
+        decoded(Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1))
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("../out.png", "a path out of the folder"),
+        ("/dev/zero", "a path out of the folder"),
+        ("sub/../../out.png", "a path out of the folder"),
+        ("link.png", "a path out of the folder"),
+        ("nothing.png", "no such file"),
+        (".", "no such file"),
+        ("pipe.png", "no such file"),
+        ("nu\0ll.png", "a file that cannot be read"),
+        ("x" * 5000, "a file that cannot be read"),
+        ("loop.png", "a file that cannot be read"),
+        ("data:;base64,@@", "text that is no base64"),
+        ("https://example.org/a.png", "no such file"),
+    ],
+)
+def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, tmp_path: Path) -> None:
+    import os
+
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "out.png").write_bytes(WHOLE)
+    (folder / "sub" / "in.png").write_bytes(WHOLE)
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.png")
+    file = str(folder / "rows.csv")
+    assert decoded(Record({"image": "sub/in.png"}, file=file, line=1)).size == picture().size
+    assert decoded(Record({"image": str(folder / "sub" / "in.png")}, file=file, line=1)).size == picture().size
+    with pytest.raises(DataError) as caught:
+        decoded(Record({"image": path}, file=file, line=7))
+    assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
+
+
+def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_bytes(encoded(picture(seed=2)))
+    given = [
+        {"bytes": encoded(picture(seed=1)), "path": "/somewhere/else.png"},  # as Hugging Face datasets writes it
+        {"bytes": None, "path": "b.png"},
+        None,
+        {"bytes": None, "path": None},
+    ]
+    parquet.write_table(pyarrow.table({"picture": given, "y": ["a"] * 4}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"picture": [WHOLE, b"x"], "y": ["a"] * 2}), tmp_path / "plain.parquet")
+    found = list(usable_records(tmp_path / "rows.parquet", COLUMNS))
+    assert [pixels(decoded(one)) for one in found] == [pixels(picture(seed=seed)) for seed in (1, 2)]
+    first, second = iter_records(tmp_path / "plain.parquet", COLUMNS)
+    assert pixels(decoded(first)) == pixels(picture())
+    with pytest.raises(DataError, match=r"plain\.parquet:2, image"):
+        decoded(second)
+
+
+def test_patches_are_the_processor_s_pixels_in_the_order_of_reading() -> None:
+    made = np.arange(3 * 8 * 8, dtype=np.float32).reshape(3, 8, 8)
+    process = {"pixel_values": [made]}
+    reader = ImageReader(ImageProcessor(lambda **given: process, side=8, patch=4, before=1))
+    found = reader.patches(picture())
+    assert found.shape == (5, 48)
+    assert not found[0].any(), "the place of the model's own"
+    for place in range(4):
+        top, left = 4 * (place // 2), 4 * (place % 2)
+        np.testing.assert_array_equal(found[1 + place], made[:, top : top + 4, left : left + 4].ravel())
+
+
+def test_pillow_is_asked_for_by_the_name_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs Pillow: pip install 'fedtune\[images\]'"):
+        decoded(Record({"image": image_of(WHOLE, "image")}))
+
+
+def test_made_up_images_can_be_decoded() -> None:
+    draws = np.random.default_rng(0)
+    found = decoded(Record({"image": images.noise(draws.integers)}))
+    assert found.size == (8, 8)
+    assert io.BytesIO(WHOLE).read(4) == b"\x89PNG"

