@@ -370,6 +370,8 @@ def numbers_of(text: str, at: str) -> list[float]:
     listed = listed_in(text)
     if listed is None:
         raise DataError(at, "no list", "must be a list of numbers, as JSON writes it: [0.5, 1] (role feature)")
+    if all(type(one) is float and math.isfinite(one) for one in listed):  # as `feature_of` wrote it: thousands of them
+        return listed
     return [float(number_of(one, at, role="feature")) for one in listed]
 
 
