@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from string import Formatter
 from typing import Literal
 
 from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
 from fedtune.data.partition import PartitionSpec
+from fedtune.data.values import FEATURE
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import (
     ConfigError,
@@ -189,13 +192,19 @@ class DataSpec:
             raise ConfigError("label_separator", self.label_separator, 'must be one character, and none of []"\\')
         if self.target_range is not None:
             check_range("target_range", self.target_range)
-        if len(self.intervals) > _MOST_INTERVALS or list(self.intervals) != sorted({*self.intervals, 0.0} - {0.0}):
+        ascend = all(start < end for start, end in pairwise((0.0, *self.intervals)))
+        if len(self.intervals) > _MOST_INTERVALS or not ascend:
             bound = f"must be at most {_MOST_INTERVALS} numbers above 0, each larger than the one before"
             raise ConfigError("intervals", list(self.intervals), bound)
         if self.intervals:
             check_range("intervals", (0.0, self.intervals[-1]))
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
+        read_as = {**self.columns, **columns_of(self.features, self.columns)}
+        times = Counter(read_as.values())
+        if twice := [column for role, column in read_as.items() if role.startswith(FEATURE) and times[column] > 1]:
+            bound = "must be the column of one feature, and of no other role: an answer would be learnt from itself"
+            raise ConfigError("features", twice[0], bound)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
         _template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind

@@ -144,7 +144,11 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
     """The squared error of (records, intervals) chances at each interval's end, weighted for those who were lost.
 
     Who is known to have the event, or to be without it, stands for those who left before (Graf et al. 1999): divided by
-    the Kaplan-Meier estimate of staying that long.  In an interval events come before losses.
+    the Kaplan-Meier estimate of staying that long.  In an interval events come before losses.  The mean is over the
+    intervals through which anybody stayed: of the others nobody could tell who has had no event.
+
+    Raises:
+        DataError: there is no such interval.
     """
     count = survival.shape[1]
     stays = np.ones(count + 1)
@@ -153,11 +157,13 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
         at_risk = int((followed >= place).sum() - (here & event).sum())
         lost = int((here & ~event).sum())
         stays[place + 1] = stays[place] * (1 - lost / at_risk if at_risk else 1.0)
+    known = np.flatnonzero(stays[1:] > 0)
+    if not len(known):
+        bound = "needs records that were followed through the first of data.intervals, or had their events in it"
+        raise DataError("evaluation data", "no interval after which anybody's state is known", bound)
     total = 0.0
-    for place in range(count):
+    for place in known:
         came, still = event & (followed <= place), followed > place
-        weights = stays[followed[came]]
-        total += float((survival[came, place] ** 2 / np.where(weights > 0, weights, np.inf)).sum())
-        if stays[place + 1] > 0:
-            total += float(((1 - survival[still, place]) ** 2).sum() / stays[place + 1])
-    return float(total / (count * len(survival)))
+        total += float((survival[came, place] ** 2 / stays[followed[came]]).sum())
+        total += float(((1 - survival[still, place]) ** 2).sum() / stays[place + 1])
+    return float(total / (len(known) * len(survival)))

@@ -169,6 +169,9 @@ def test_a_declaration_that_says_nothing_sound_is_refused(changes: dict[str, Any
 def test_a_column_is_declared_once_and_a_vector_is_bounded() -> None:
     with pytest.raises(ConfigError, match="must be declared once"):
         data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
+    for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
+        with pytest.raises(ConfigError, match="must be the column of one feature, and of no other role"):
+            data(AGE, LAB, columns=columns)
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
         data(wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 from fedtune.tasks.survival import concordance, followed_through, integrated_brier
 
@@ -86,6 +87,16 @@ def test_the_brier_score_by_hand() -> None:
     )
 
 
+def test_an_interval_through_which_nobody_stayed_has_no_brier_score() -> None:
+    survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2]])
+    followed, event = np.array([0, 1, 1]), np.array([True, False, False])
+    first = (0.8**2 + 0.1**2 + 0.4**2) / 3
+    assert integrated_brier(survival, followed, event) == pytest.approx(first)
+    assert integrated_brier(1 - survival, np.zeros(3, int), np.ones(3, bool)) > 0, "all had it, and are known"
+    with pytest.raises(DataError, match="no interval after which anybody's state is known"):
+        integrated_brier(survival, np.zeros(3, int), np.zeros(3, bool))
+
+
 def test_targets_tell_how_long_each_was_followed() -> None:
     followed, event = followed_through(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
     assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
@@ -96,7 +107,13 @@ def test_cox_is_refused_with_the_reason() -> None:
         task_named("cox")
 
 
-@pytest.mark.parametrize("intervals", [(2.0, 1.0), (0.0, 1.0), (1.0, 1.0), tuple(map(float, range(1, 102)))])
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        *((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (-1.0, 5.0), (math.nan, 5.0), (5.0, math.nan), (1.0, math.inf)),
+        tuple(map(float, range(1, 102))),
+    ],
+)
 def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
         DataSpec(dataset="d", train_file="f", declared_sizes=5, max_length=9, columns={}, intervals=intervals)
