@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from string import Formatter
 from typing import Literal
 
@@ -12,6 +14,7 @@ from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_r
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.values import FEATURE
 from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import (
     ConfigError,
     check_at_least,
@@ -30,6 +33,8 @@ _MOST_TEMPLATE = 4096
 _MOST_WINDOWS = 8
 _LARGEST_BETA = 1000.0
 
+AT_SITE = "at-site"
+"""Stands in what is sent to sites for every file and folder."""
 SITE = "{site}"
 """Stands in `train_file` for a site's name."""
 _COUPLED = (
@@ -270,6 +275,33 @@ class DataSpec:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
         own = {role: column for role, column in self.columns.items() if role in needed}
         return own | columns_of(self.features, self.columns)
+
+    def for_sites(self, roles: Collection[str]) -> DataSpec:
+        """What sites are sent: columns by their `roles`, all of the sites' records, and nothing of the lead's files."""
+        return replace(
+            self,
+            train_file=AT_SITE,
+            validation_file=None,
+            test_file=None,
+            validation_rows=None,
+            test_rows=None,
+            columns={role: role for role in roles},
+            partition=PartitionSpec(),
+            train_fraction=1.0,
+            validation_fraction=0.0,
+            test_fraction=0.0,
+            unusable="stop",
+        )
+
+    def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
+        """What was sent, over a site's own file; paths of its policy start in `folder`.
+
+        Raises:
+            ConfigError: the site's columns do not go together.
+        """
+        # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
+        columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
+        return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:
         """The declared size of each site.

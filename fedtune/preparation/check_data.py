@@ -21,7 +21,7 @@ from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.marked import breaks_scheme, entity_types
-from fedtune.data.partition import PartitionSpec, assign_site, is_heldout, is_selected
+from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
@@ -194,20 +194,11 @@ def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig
     if dataset is None:
         known = ", ".join(one.id for one in policy.dataset) or "none"
         raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
-    data = replace(
-        config.data,
-        train_file=str(folder / dataset.path),
-        columns={role: dataset.columns[role] for role in config.data.columns if role in dataset.columns},
-        declared_sizes=dataset.declared_size,
-        partition=PartitionSpec(),
-        train_fraction=1.0,
-        validation_file=None,
-        validation_fraction=0.0,
-        test_file=None,
-        test_fraction=0.0,
-    )
+    unit = policy.population.unit
+    sent = config.data.for_sites(task_named(config.task).columns(config.data, unit=unit))
+    data = replace(sent.at_site(dataset, folder=folder), declared_sizes=dataset.declared_size)
     federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
-    privacy = replace(config.privacy, unit=policy.population.unit)
+    privacy = replace(config.privacy, unit=unit)
     return replace(config, data=data, federation=federation, privacy=privacy)
 
 

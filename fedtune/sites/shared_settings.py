@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
-from fedtune.data.partition import PartitionSpec
+from fedtune.data.spec import AT_SITE
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.spec import MOST_SITES, FederationSpec
 from fedtune.model.base_model import model_sha256
@@ -28,8 +28,6 @@ from fedtune.tasks import task_named
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20
-_AT_SITE = "at-site"
-"""Stands in what is sent for every file and folder."""
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
@@ -40,30 +38,16 @@ def for_sites(config: RunConfig) -> RunConfig:
         ConfigError: the model cannot be had, so that it cannot be named by its hash.
     """
     columns = task_named(config.task).columns(config.data, unit=config.privacy.unit)
-    data = replace(
-        config.data,
-        train_file=_AT_SITE,
-        validation_file=None,
-        test_file=None,
-        validation_rows=None,
-        test_rows=None,
-        columns={role: role for role in columns},
-        partition=PartitionSpec(),
-        train_fraction=1.0,
-        validation_fraction=0.0,
-        test_fraction=0.0,
-        unusable="stop",
-    )
     noise = config.plan().noise_multiplier
     return replace(
         config,
         model=_named_model(config.model),
-        data=data,
+        data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
         federation=replace(config.federation, stop_after=None, keep_round="last"),
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
-        tracking=TrackingSpec(output_dir=_AT_SITE),
+        tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),
         cost=CostSpec(),
         resume=None,
@@ -134,10 +118,8 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         machine["kept_states_folder"] = str(folder / machine["kept_states_folder"])
     machine["kept_states_folder"] = machine["kept_states_folder"] or None
     runtime = RuntimeSpec(**machine, kind="deployment", seeded_noise=config.runtime.seeded_noise)
-    # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
-    columns = {role: dataset.columns[role] for role in config.data.columns if role in dataset.columns}
-    data = replace(config.data, train_file=str(folder / dataset.path), columns=columns)
     try:
+        data = config.data.at_site(dataset, folder=folder)
         return replace(config, model=_local_model(config.model, installed), data=data, runtime=runtime)
     except ConfigError as error:  # a column that the site's data has not got
         raise Refused(Reason.SETTINGS) from error
@@ -146,7 +128,7 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
 def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
     sha256 = model.sha256 or model_sha256(model)
-    path = model.path if model.built_in or model.path.startswith(PACKAGE) else _AT_SITE
+    path = model.path if model.built_in or model.path.startswith(PACKAGE) else AT_SITE
     return replace(model, path=path, sha256=sha256, revision=None, cache_dir=None, public_id=None, adapter=None)
 
 

@@ -157,8 +157,8 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
         at_risk = int((followed >= place).sum() - (here & event).sum())
         lost = int((here & ~event).sum())
         stays[place + 1] = stays[place] * (1 - lost / at_risk if at_risk else 1.0)
-    known = np.flatnonzero(stays[1:] > 0)
-    if not len(known):
+    known = [place for place in range(count) if stays[place + 1] > 0]
+    if not known:
         bound = "needs records that were followed through the first of data.intervals, or had their events in it"
         raise DataError("evaluation data", "no interval after which anybody's state is known", bound)
     total = 0.0

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.data.features import FeatureSpec
+from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
+from fedtune.preparation.check_data import at_own_site, check
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import for_sites
+from fedtune.sites.shared_settings import at_site, for_sites
 
 from .conftest import LABELS
 
@@ -60,6 +62,16 @@ def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
     sent = for_sites(site.config)
     assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
     assert sent.proposal(lead="x", plan=sent.plan()).target_modules == ()
+
+
+def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
+    write(site, [*GOOD, ("old", "a", LABELS[0])])
+    config = at_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
+    (file,) = check(config, FeatureReader(config.data.features), within=1).files
+    assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
+    sent = for_sites(site.config)
+    trained = at_site(sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder)
+    assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
 
 
 def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
