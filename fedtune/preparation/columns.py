@@ -15,6 +15,7 @@ from fedtune.data.marked import TAG, entity_types, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
     READ_OF_TURNS,
+    category_of,
     feature_of,
     is_missing,
     is_number_in_another_form,
@@ -314,6 +315,21 @@ class Column:
     def is_code(self) -> bool:
         """Whether its texts are links, paths or other marks without a space."""
         return self.is_text and self.nearly("code") and not self.is_label
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it holds what is learnt of a record: a label, several, or a number."""
+        return self.separator is not None or self.is_label or self.is_number
+
+    @property
+    def is_completion(self) -> bool:
+        """Whether it holds what is written behind a prompt, and no label that is called so."""
+        return self.is_text and not (self.is_label and key_of(self.name) in OFTEN_LABELS)
+
+    @property
+    def is_event(self) -> bool:
+        """Whether it says of each record that something came, or that it did not."""
+        return {category_of(name) for name in self.labels} in ({"0", "1"}, {"false", "true"})
 
     @property
     def is_flag(self) -> bool:

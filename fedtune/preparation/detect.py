@@ -6,14 +6,14 @@ anybody else does; no run and no site calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.data.values import category_of, speaker_of
+from fedtune.data.values import speaker_of
 from fedtune.preparation import columns as called
 from fedtune.preparation.columns import (
     LONGEST_LABEL,
@@ -95,14 +95,7 @@ _SCORE = _Part(
     lambda one: one.is_number and (key_of(one.name) in called.SCORES or not one.is_label),
     "must hold numbers, and not always the same",
 )
-
-
-_EVENT = _Part(
-    "event",
-    called.EVENTS,
-    lambda one: {category_of(name) for name in one.labels} in ({"0", "1"}, {"false", "true"}),
-    "must hold 1 or true where the event came, else 0 or false",
-)
+_EVENT = _Part("event", called.EVENTS, lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false")
 
 
 def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
@@ -111,10 +104,6 @@ def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
 
 def _texts(**names: str) -> tuple[_Part, ...]:
     return tuple(_Part(role, some.split(), _is_text) for role, some in names.items())
-
-
-def _is_completion(one: Column) -> bool:
-    return one.is_text and not (one.is_label and key_of(one.name) in called.OFTEN_LABELS)
 
 
 def _marked(role: str, names: Sequence[str]) -> _Part:
@@ -133,7 +122,7 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     ("pairs", (*_texts(prompt="user human prompt"), _SYSTEM, *_texts(completion="assistant gpt bot model"))),
     # What is asked of a text is answered in words, however few the answers are.
     ("pairs", (_PROMPT, _CONTEXT._replace(fits=_is_text, optional=False), _SYSTEM, _COMPLETION)),
-    ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=_is_completion))),
+    ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=lambda one: one.is_completion))),
     ("table", (_Part("time", called.TIMES, lambda one: one.is_number, "must hold numbers"), _EVENT)),
 )
 """Files that are known by the names of their columns; the first that fits counts."""
@@ -340,8 +329,8 @@ class _Guess:
             kind = "instructions"
         why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
         if kind == "table":
-            features = [name for name in self._features() if name not in ordered.values()]
-            return _Made(kind, ordered, why, features=tuple(features)) if features else None
+            features = self._features(but=ordered.values())
+            return _Made(kind, ordered, why, features=features) if features else None
         few = self.columns[roles["completion"]] if "completion" in roles else None
         if few is None or not few.is_label:
             return _Made(kind, ordered, why)
@@ -357,7 +346,7 @@ class _Guess:
             return None
         text, of_text = self._text(but=answer.name)
         if text is None or ("text" not in self.chosen and self.columns[text].is_feature):
-            features = self._features(but=answer.name)
+            features = self._features(but=(answer.name,))
             if any(not self.columns[name].is_label or self.columns[name].is_number for name in features):
                 role = "labels" if answer.separator else "label" if answer.is_label else "target"
                 return _Made("table", {role: answer.name}, {role: why}, features=features)
@@ -387,13 +376,13 @@ class _Guess:
     def _answer(self) -> tuple[Column | None, str]:
         name = self.chosen.get("label") or self.chosen.get("target")
         if name is not None:
-            if not _is_answer(self.columns[name]):
+            if not self.columns[name].is_answer:
                 option = "label" if "label" in self.chosen else "score"
                 raise ConfigError(f"--{option}", name, self._no_answer(self.columns[name]))
             return self.columns[name], "chosen"
         taken = tuple(self.chosen.values())
         name = self._named(
-            (*called.LABELS, *called.NUMBERS), lambda one: _is_answer(one) and not one.nearly("other number"), but=taken
+            (*called.LABELS, *called.NUMBERS), lambda one: one.is_answer and not one.nearly("other number"), but=taken
         )
         if name is not None:
             spelt_out = [f"{key_of(name)}{more}" for more in called.NAMES_OF]
@@ -439,9 +428,9 @@ class _Guess:
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
 
-    def _features(self, but: str = "") -> tuple[str, ...]:
+    def _features(self, *, but: Collection[str]) -> tuple[str, ...]:
         """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
-        kept = [one for one in self.columns.values() if one.is_feature and one.name != but]
+        kept = [one for one in self.columns.values() if one.is_feature and one.name not in but]
         return tuple(one.name for one in kept if not (is_person(one) or is_of_records(one.name) or is_place(one.name)))
 
     def _named(self, names: Sequence[str], fits: Callable[[Column], bool], *, but: Iterable[str] = ()) -> str | None:
@@ -500,10 +489,6 @@ class _Guess:
         if chat := self._named(called.CHATS, lambda one: True):
             bound += f", or in {chat} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
-
-
-def _is_answer(one: Column) -> bool:
-    return one.separator is not None or one.is_label or one.is_number
 
 
 def _listed(columns: Iterable[str]) -> str:

@@ -125,7 +125,7 @@ def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, monkeypatch: pytest.
     assert "columns: {time: weeks, event: went} " in (tmp_path / "a.yaml").read_text()
     told = command("data", "init", "trial.json", "--time", "weeks", "--event", "diagnosis", "--out", "b.yaml")
     assert (told.code, told.message.partition(":")[0]) == (2, "--event = 'diagnosis'")
-    assert "must hold 1 or true where the event came, else 0 or false" in told.message
+    assert "must hold 1 or true where it came, else 0 or false" in told.message
 
 
 def test_rows_are_twins_by_their_features(tmp_path: Path, labs: Path, command: Any) -> None:
