@@ -70,7 +70,7 @@ def diabetes() -> tuple[Any, list[str], Any, dict[str, Any]]:
     data = load_diabetes(scaled=False)
     names = list(map(str, data.feature_names))
     features: list[dict[str, Any]] = [{"columns": [name], "range": list(ends)} for name, ends in BLOOD.items()]
-    features.append({"columns": ["sex"], "categories": ["1.0", "2.0"]})
+    features.append({"columns": ["sex"], "categories": ["1", "2"]})
     settings = {"data.features": features, "data.labels": [], "task": "regression", "data.target_range": [25, 350]}
     return data.data, names, list(map(float, data.target)), settings | {"training.learning_rate": 0.3}
 

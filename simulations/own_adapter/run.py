@@ -1,0 +1,142 @@
+"""Is a site's own adapter better than the shared one and the site alone?  On test records weighted to the site's mix.
+
+    python simulations/own_adapter/run.py                  every line, into results.json and README.md
+    python simulations/own_adapter/run.py --seeds 0        fewer; what results.json has already is kept
+
+The site's mix is the share of each label among its records.  A test record counts by that share over the label's share
+of the test file.  Own is compared with the better one of shared and alone, chosen on these same records, so that the
+difference is a little lower than it is.  Run folders are in runs/own_adapter (--runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fedtune
+from fedtune.data.load import split_key
+from fedtune.privacy.durable import write_durably
+from fedtune.runs.model_comparison import Finished, side_by_side
+from fedtune.sites.personal import Parts, personalise
+from fedtune.sites.run_records import deal_out
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "four banks": ("banks_intents", {}),
+    "four banks, skewed labels": ("banks_intents", {"data.partition.kind": "dirichlet", "data.partition.alpha": 0.5}),
+    "three hospitals, skewed labels": ("hospitals_abstracts", {}),
+    "16 banks": (
+        "banks_intents",
+        {
+            "federation.num_sites": 16,
+            "federation.site_names": [f"bank-{number}" for number in range(1, 17)],
+            "data.declared_sizes": 540,
+        },
+    ),
+}
+DRAWS = 1000
+
+
+def sites(recipe: str, settings: dict[str, Any], *, seed: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each site's weighted accuracies, and own less the better one of the others with its interval."""
+    if not (folder / "run.json").exists():
+        into = {"name": folder.name, "tracking.output_dir": str(folder.parent), "tracking.progress": False}
+        resumed = {"resume": str(folder)} if (folder / "config.yaml").exists() else {}
+        fedtune.simulate(recipe, resumed or {"seed": seed, **settings, **into})
+    config, adapter = fedtune.load(folder).config, folder / "adapter"
+    for site, records in zip(config.federation.names, deal_out(config).sites, strict=True):
+        parts = Parts.of(records, key=split_key(config.seed), unit=config.privacy.unit)
+        with tempfile.TemporaryDirectory() as scratch:
+            into, alone = Path(scratch, "own"), Path(scratch, "alone")
+            beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch)}
+            own = personalise(config, adapter, parts, site=site, **beside)
+            folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
+            runs = {name: Finished(folder=into, config=config, adapter=one) for name, one in folders.items()}
+            sides = side_by_side(runs)
+        mix = Counter(record.fields["label"] for record in records.training)
+        test = Counter(record.fields["label"] for record in sides.records)
+        weights = np.array([mix[one.fields["label"]] / test[one.fields["label"]] for one in sides.records])
+        right = {name: one.examples["truth"] == one.examples["predicted"] for name, one in sides.measured.items()}
+        score = {name: float(np.average(one, weights=weights)) for name, one in right.items()}
+        best = max(("shared", "alone"), key=score.__getitem__)
+        draws = np.random.default_rng(0).integers(len(weights), size=(DRAWS, len(weights)))
+        gains = weights * (right["own"].astype(float) - right[best])
+        drawn = gains[draws].sum(axis=1) / weights[draws].sum(axis=1)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        yield (
+            site,
+            {
+                **score,
+                "gain": score["own"] - score[best],
+                "low": float(low),
+                "high": float(high),
+                "passes": own.fitted.passes,
+                "records": len(records.training),
+            },
+        )
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The Markdown table: a line for each recipe, means over its sites and seeds."""
+    heads = [
+        "run",
+        "seeds",
+        "sites",
+        "base",
+        "alone",
+        "shared",
+        "own",
+        "own - better one",
+        "lowest site",
+        "sites worse",
+    ]
+    lines = [heads, ["---", *["---:"] * 9]]
+    for name in RECIPES:
+        of_recipe = {key: one for key, one in results.items() if key.startswith(f"{name}, seed ")}
+        found = [site for one in of_recipe.values() for site in one.values()]
+        if not found:
+            continue
+        scores = [
+            f"{statistics.fmean(site[score] for site in found):.4f}" for score in ("base", "alone", "shared", "own")
+        ]
+        gains = [site["gain"] for site in found]
+        worse = sum(site["high"] < 0 for site in found)
+        ends = [f"{statistics.fmean(gains):+.4f}", f"{min(gains):+.4f}", f"{worse} of {len(found)}"]
+        lines.append([name, str(len(of_recipe)), str(len(found)), *scores, *ends])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lines", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--runs", type=Path, default=Path("runs/own_adapter"))
+    given = parser.parse_args()
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    for seed in given.seeds:
+        for name in given.lines:
+            key = f"{name}, seed {seed}"
+            if key in results:
+                continue
+            recipe, settings = RECIPES[name]
+            folder = given.runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+            results[key] = dict(sites(recipe, settings, seed=seed, folder=folder))
+            print(key, json.dumps(results[key]), flush=True)
+            write_durably(file, json.dumps(results, indent=1).encode() + b"\n")
+            text = (HERE / "README.md").read_text()
+            before, behind = text.split(BEGIN)[0], text.split(END)[1]
+            (HERE / "README.md").write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{behind}")
+
+
+if __name__ == "__main__":
+    main()
