@@ -10,7 +10,6 @@ import errno
 import importlib.util
 import io
 import json
-import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -18,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedtune.data import marked
 from fedtune.data.text_rows import (
     MOST_BYTES,
     RawRows,
@@ -25,8 +25,8 @@ from fedtune.data.text_rows import (
     array_rows,
     at_line,
     check_header,
-    cut_rows,
     line_rows,
+    or_fault,
     table_rows,
 )
 from fedtune.spec import DataError, check_name
@@ -35,14 +35,11 @@ from fedtune.words import counted
 SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
 _SAVED = "a folder that save_to_disk of Hugging Face datasets wrote"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
+"""Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_CONLL, _PUBTATOR, _BIOC, _BRAT = (".conll", ".bio", ".iob"), ".pubtator", (".bioc", ".biocjson"), "brat"
-_DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
-"""Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
-_TAG = re.compile(r"O|[BIESLUM][-_].+")
-_BEGINS_DOCUMENT, _BLANK = "-DOCSTART-", b" \t\r\n"
-_SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
+_CONLL, _BIOC, _BRAT = (".conll", ".bio", ".iob"), (".bioc", ".biocjson"), "brat"
 _BATCH_ROWS = 256
 """Of Parquet, in memory at once."""
 
@@ -68,7 +65,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         DataError: for what is a fault of the file and of no row: it cannot be opened, is no whole gzip, Parquet or
             Arrow file, holds no (whole) JSON array where it should, or its header cannot be read or lacks a column.
     """
-    require_file(path)
+    if format_of(path) != _BRAT:
+        require_file(path)
     match format_of(path):
         case ".jsonl":
             return line_rows(path)
@@ -87,21 +85,21 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
         case suffix if suffix in _CONLL:
-            return _conll_rows(path)
-        case suffix if suffix == _PUBTATOR:
-            return _pubtator_rows(path)
+            return marked.conll_rows(path)
+        case ".pubtator":
+            return marked.pubtator_rows(path)
         case suffix if suffix in _BIOC:
-            return _bioc_rows(path, lenient=lenient)
+            return marked.bioc_rows(path, lenient=lenient)
         case suffix if suffix == _BRAT:
-            return _brat_rows(path)
+            return marked.brat_rows(path)
         case suffix:
             raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or brat's folder")
 
 
 def format_of(path: Path) -> str:
     """The suffix that says the format, without `.gz`; or "folder" of a saved set, or "brat"."""
-    if path.is_dir():
-        return "folder" if (path / _STATE).is_file() or not _brat_files(path) else _BRAT
+    if path.is_dir():  # by what is no record: that there are none yet, or no more, changes nothing
+        return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else _BRAT
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
@@ -121,7 +119,7 @@ def what_is(path: Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        return None if (path / _STATE).is_file() or _brat_files(path) else "a folder"
+        return None if (path / _STATE).is_file() or marked.brat_files(path) else "a folder"
     return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
 
 
@@ -159,7 +157,7 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if format_of(path) == _BRAT:
-        return _brat_files(path)
+        return marked.brat_files(path)
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]
@@ -173,6 +171,20 @@ def files_of(path: Path) -> list[Path]:
         bound = "must be written with all its rows: call flatten_indices() before save_to_disk"
         raise DataError(str(path), "a selection of rows that are stored beside it", bound)
     return [path / name for name in names]
+
+
+def version_of(path: Path) -> list[object]:
+    """What is another list when the files of a data set change; that one cannot be looked at is a part of it.
+
+    Raises:
+        DataError: as `files_of`.
+    """
+    found: list[object] = []
+    for file in files_of(path):
+        about = or_fault("", file.stat)
+        told = () if isinstance(about, DataError) else (about.st_ino, about.st_size, about.st_mtime_ns)
+        found.append([str(file), *told])
+    return found
 
 
 # Parquet and Arrow.
@@ -278,12 +290,8 @@ def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
         names = _label_names(batch.schema) if names is None else names
         for place in range(batch.num_rows):
             number += 1
-            row: Row | DataError
-            try:
-                row = _arrow_row(batch, place, names, at=at_line(path, number))
-            except DataError as error:
-                row = error
-            yield number, row
+            at = at_line(path, number)
+            yield number, or_fault(at, _arrow_row, batch, place, names, at=at)
 
 
 @lru_cache(maxsize=4)
@@ -350,144 +358,3 @@ def _label_names(schema: Any) -> dict[str, Sequence[str]]:
         return found
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-# Texts whose parts are marked: rows of tokens with tags, or of a text with spans.
-
-
-def _conll_rows(path: Path) -> RawRows:
-    """Sentences, with a token and its tag on each line, first and last of its columns; a blank line ends one.
-
-    Columns are separated by tabs or by spaces.  Lines -DOCSTART- belong to no sentence, nor do those behind # that end
-    in no tag.
-    """
-    for at, lines in _lines_by_blank(path):
-        if not isinstance(lines, list):
-            yield at, lines
-            continue
-        cells = [line.split("\t") if "\t" in line else line.split() for line in lines]
-        cells = [
-            one
-            for one in cells
-            if one[0] != _BEGINS_DOCUMENT and not (one[0].startswith("#") and not _TAG.fullmatch(one[-1].strip()))
-        ]
-        if any(len(one) < 2 for one in cells):
-            yield at, DataError(at_line(path, at), "a line of one column", "must have a token and its tag on each line")
-        elif cells:
-            yield at, {"tokens": [one[0] for one in cells], "tags": [one[-1].strip() for one in cells]}
-
-
-def _pubtator_rows(path: Path) -> RawRows:
-    """Documents of a title and an abstract, with a line for each span behind them; a blank line ends one."""
-    for at, lines in _lines_by_blank(path):
-        yield at, _document(lines, at=at_line(path, at)) if isinstance(lines, list) else lines
-
-
-def _document(lines: list[str], *, at: str) -> Row | DataError:
-    parts, spans = {}, []
-    for line in lines:
-        _, mark, rest = line.partition("|")
-        cells = line.split("\t")
-        if mark and rest[:2] in ("t|", "a|") and "\t" not in line.partition("|")[0]:
-            parts[rest[0]] = rest[2:]
-        elif len(cells) >= 5 and cells[1].isdecimal() and cells[2].isdecimal():
-            spans.append((int(cells[1]), int(cells[2]), cells[4], cells[3]))
-        elif len(cells) < 4:  # else a relation between two spans
-            return DataError(at, "a line of another kind", "must be id|t|, id|a|, or a span in tabs (PubTator)")
-    if "t" not in parts:
-        return DataError(at, "no title", "must have a line id|t| (PubTator)")
-    return _marked(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
-
-
-def _bioc_rows(path: Path, *, lenient: bool) -> RawRows:
-    """Documents of BioC as JSON, whose passages, or their sentences, have texts and marks."""
-    for line, row in array_rows(path, lenient=lenient, opens=_DOCUMENTS):
-        at = at_line(path, line)
-        try:
-            yield line, row if isinstance(row, DataError) else _of_passages(row["passages"], at=at)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
-            yield line, DataError(at, "a document of another form", bound)
-
-
-def _of_passages(passages: Any, *, at: str) -> Row | DataError:
-    """A row of spans; the offsets of BioC count from the document's beginning, with any number of spaces between."""
-    text, spans, begins = "", [], []
-    for passage in passages:
-        for part in [passage] if passage.get("text") else passage.get("sentences", ()):
-            text += " " * bool(text)
-            begins.append((part["offset"], len(text)))
-            text += part["text"]
-    for passage in passages:
-        for part in (passage, *passage.get("sentences", ())):
-            for mark in part.get("annotations", ()):
-                (place,) = mark["locations"]
-                offset, begin = max(one for one in begins if one[0] <= place["offset"])
-                first = begin + place["offset"] - offset
-                spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
-    return _marked(text, spans, at=at)
-
-
-def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row | DataError:
-    """A row of spans, of which each names again what it marks."""
-    if wrong := sum(text[start:end] != said for start, end, _, said in spans):
-        bound = "must count characters, and name what stands there"
-        return DataError(at, f"{counted(wrong, 'span')} beside what they name", bound)
-    return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
-
-
-def _lines_by_blank(path: Path) -> Iterator[tuple[int, list[str] | DataError]]:
-    """(first line, lines) between blank lines, without their ends; an error for those that cannot be read."""
-    lines: list[str] = []
-    first = size = 0
-    fault: DataError | None = None
-    number = 0
-    for number, raw in cut_rows(path):
-        if raw is not None and not raw.strip(_BLANK):
-            if size:
-                yield first, fault or lines
-            lines, size, fault = [], 0, None
-            continue
-        first = first if size else number
-        size += MOST_BYTES + 1 if raw is None else len(raw)
-        at = at_line(path, first)
-        if size > MOST_BYTES:
-            lines.clear()
-            bound = f"must have at most {MOST_BYTES} bytes a record; a blank line ends one"
-            fault = DataError(at, f"more than {MOST_BYTES} bytes", bound)
-            continue
-        try:
-            lines.append((raw or b"").decode().rstrip("\r\n"))
-        except UnicodeDecodeError:
-            fault = fault or DataError(at, "bytes of another encoding", "must be UTF-8 text")
-    if size:
-        yield first, fault or lines
-
-
-def _brat_files(folder: Path) -> list[Path]:
-    """The texts of a folder, each with its spans behind it, in the order of their names; none: it is not brat's."""
-    found = sorted(folder.glob("*.ann"))
-    return [file for one in found for file in (one.with_suffix(".txt"), one)]
-
-
-def _brat_rows(folder: Path) -> RawRows:
-    """Documents, each of which is one text in a file of its own, with its spans in another beside it."""
-    for number, marks in enumerate(sorted(folder.glob("*.ann")), 1):
-        at, texts = str(marks), []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            for file in (marks.with_suffix(".txt"), marks):
-                if file.is_file() and file.stat().st_size <= MOST_BYTES:
-                    texts.append(file.read_bytes().decode("utf-8-sig"))
-        if len(texts) < 2:
-            bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text beside it in a file .txt"
-            yield number, DataError(at, "a file that cannot be read", bound)
-            continue
-        spans = [line for line in texts[1].splitlines() if line.startswith("T")]
-        found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
-        if len(found) < len(spans) or any(one[4] for one in found):
-            yield number, DataError(at, "a span in several parts, or of another form", "must be one part of the text")
-            continue
-        # What a span names has spaces where the text has ends of lines.
-        flat = re.sub(r"[\r\n]", " ", texts[0])
-        row = _marked(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at)
-        yield number, row if isinstance(row, DataError) else {**row, "text": texts[0]}

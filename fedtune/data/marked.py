@@ -1,4 +1,7 @@
-"""Texts whose parts are marked: tokens with a tag each, or a text with spans."""
+"""Texts whose parts are marked: tokens with a tag each, or a text with spans; the files that other programs write.
+
+Files are cut into pieces before any is read, so that a piece that cannot be read is one fault among whole records.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,35 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
 from fedtune.data.lists import as_json, listed_in, rows_of
-from fedtune.data.text_rows import json_type
+from fedtune.data.text_rows import (
+    MOST_BYTES,
+    Cut,
+    RawRows,
+    Row,
+    array_rows,
+    at_line,
+    cut_rows,
+    json_type,
+    parsed,
+    text_of,
+)
 from fedtune.spec import DataError
 
 TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
 """A token's tag: the letter of a scheme, and the type."""
 BEGINS, ENDS = frozenset("BSU"), frozenset("ELSU")
 """Letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
+_BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
+_DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
+"""Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
+_SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def words_of(value: object, at: str, role: str = "tokens") -> str:
@@ -78,3 +101,147 @@ def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
         parts = (TAG.fullmatch(tag) for tag in fields["tags"].split("\n") if tag != "O")
         return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in BEGINS))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
+
+
+# Files.
+
+
+def conll_rows(path: Path) -> RawRows:
+    """Sentences, with a token and its tag on each line, first and last of its columns; a blank line ends one.
+
+    Columns are separated by tabs, or by spaces.  Lines -DOCSTART- belong to no sentence, nor do comments: # and a
+    space, in another number of columns than the sentence's other lines have, or without a tag of a scheme where those
+    have one.
+    """
+    return parsed(path, _between_blank_lines(path), partial(_sentence, path))
+
+
+def _sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
+    lines = [one for one in _lines_of(raw, at=at_line(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
+    others = [one for one in lines if not one.startswith("# ")]
+    # A token may hold any other kind of space, and where there are tabs a plain one.
+    tabs = bool(others) and all("\t" in one for one in others)
+    cells = [one.strip(" ").split("\t") if tabs else re.split("[ \t]+", one.strip(" \t")) for one in lines]
+    of_others = [one for one, said in zip(cells, lines, strict=True) if not said.startswith("# ")]
+    columns, is_tagged = {len(one) for one in of_others}, all(_LIKE_TAG.fullmatch(one[-1].strip()) for one in of_others)
+
+    def is_comment(cells: list[str]) -> bool:
+        return (bool(columns) and len(cells) not in columns) or (
+            is_tagged and not _LIKE_TAG.fullmatch(cells[-1].strip())
+        )
+
+    cells = [one for one, said in zip(cells, lines, strict=True) if not (said.startswith("# ") and is_comment(one))]
+    if any(len(one) < 2 for one in cells):
+        raise DataError(at_line(path, line), "a line of one column", "must have a token and its tag on each line")
+    return {"tokens": [one[0] for one in cells], "tags": [one[-1].strip() for one in cells]} if cells else None
+
+
+def pubtator_rows(path: Path) -> RawRows:
+    """Documents of a title and an abstract, with a line for each span behind them; a blank line ends one."""
+    return parsed(path, _between_blank_lines(path), partial(_document, path))
+
+
+def _document(path: Path, line: int, raw: bytes | None) -> Row:
+    at, parts, spans = at_line(path, line), {}, []
+    for one in _lines_of(raw, at=at):
+        number, mark, rest = one.partition("|")
+        cells = one.split("\t")
+        if mark and rest[:2] in ("t|", "a|") and "\t" not in number:
+            parts[rest[0]] = rest[2:]
+        elif len(cells) >= 5 and cells[1].isdecimal() and cells[2].isdecimal():
+            spans.append((int(cells[1]), int(cells[2]), cells[4], cells[3]))
+        elif len(cells) < 4:  # else a relation between two spans
+            raise DataError(at, "a line of another kind", "must be id|t|, id|a|, or a span in tabs (PubTator)")
+    if "t" not in parts:
+        raise DataError(at, "no title", "must have a line id|t| (PubTator)")
+    return _marked(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
+
+
+def bioc_rows(path: Path, *, lenient: bool) -> RawRows:
+    """Documents of BioC as JSON, whose passages, or their sentences, have texts and marks."""
+    return parsed(path, array_rows(path, lenient=lenient, opens=_DOCUMENTS), partial(_of_passages, path))
+
+
+def _of_passages(path: Path, line: int, document: Row | DataError) -> Row:
+    """A row of spans; the offsets of BioC count from the document's beginning, with any number of spaces between."""
+    if isinstance(document, DataError):
+        raise document
+    at, text, spans, begins = at_line(path, line), "", [], []
+    try:
+        passages: Any = document["passages"]
+        for passage in passages:
+            for part in [passage] if passage.get("text") else passage.get("sentences", ()):
+                text += " " * bool(text)
+                begins.append((part["offset"], len(text)))
+                text += part["text"]
+        for passage in passages:
+            for part in (passage, *passage.get("sentences", ())):
+                for mark in part.get("annotations", ()):
+                    (place,) = mark["locations"]
+                    offset, begin = max(one for one in begins if one[0] <= place["offset"])
+                    first = begin + place["offset"] - offset
+                    spans.append((first, first + place["length"], mark["infons"]["type"], mark["text"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        bound = "must have passages with offset and text, and annotations of one part with infons.type (BioC)"
+        raise DataError(at, "a document of another form", bound) from None
+    return _marked(text, spans, at=at)
+
+
+def brat_files(folder: Path) -> list[Path]:
+    """The texts of a folder, each with its spans behind it, in the order of their names."""
+    found = sorted(folder.glob("*.ann"))
+    return [file for one in found for file in (one.with_suffix(".txt"), one)]
+
+
+def brat_rows(folder: Path) -> RawRows:
+    """Documents, each of which is one text in a file of its own, with its spans in another beside it."""
+    return parsed(folder, enumerate(sorted(folder.glob("*.ann")), 1), _of_two_files)
+
+
+def _of_two_files(_: int, marks: Path) -> Row:
+    at, texts = str(marks), []
+    with suppress(OSError, UnicodeDecodeError):
+        for file in (marks.with_suffix(".txt"), marks):
+            if file.is_file() and file.stat().st_size <= MOST_BYTES:
+                texts.append(file.read_bytes().decode("utf-8-sig"))
+    if len(texts) < 2:
+        bound = f"must be UTF-8 of at most {MOST_BYTES} bytes, with its text beside it in a file .txt"
+        raise DataError(at, "a file that cannot be read", bound)
+    spans = [line for line in texts[1].splitlines() if line.startswith("T")]
+    found = [match for match in map(_SPAN_OF_BRAT.fullmatch, spans) if match]
+    if len(found) < len(spans) or any(one[4] for one in found):
+        raise DataError(at, "a span in several parts, or of another form", "must be one part of the text")
+    # What a span names has spaces where the text has ends of lines.
+    flat = re.sub(r"[\r\n]", " ", texts[0])
+    return {**_marked(flat, [(int(one[2]), int(one[3]), one[1], one[5]) for one in found], at=at), "text": texts[0]}
+
+
+def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Row:
+    """A row of spans, of which each names again what it marks."""
+    if any(text[start:end] != said for start, end, _, said in spans):
+        raise DataError(at, "a span beside what it names", "must count characters, and name what stands there")
+    return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
+
+
+def _between_blank_lines(path: Path) -> Cut:
+    """(first line, bytes) of what stands between blank lines; None for the bytes of what is too long."""
+    kept: list[bytes] = []
+    first = size = 0
+    for number, raw in chain(cut_rows(path), [(0, b"")]):
+        if raw is None or raw.strip(b" \t\r\n"):
+            first = first if size else number
+            size += MOST_BYTES + 1 if raw is None else len(raw)
+            if raw is not None and size <= MOST_BYTES:
+                kept.append(raw)
+            else:
+                kept.clear()
+        elif size:
+            yield first, b"".join(kept) if size <= MOST_BYTES else None
+            kept, size = [], 0
+
+
+def _lines_of(raw: bytes | None, *, at: str) -> list[str]:
+    if raw is None:
+        bound = f"must have at most {MOST_BYTES} bytes a record; a blank line ends one"
+        raise DataError(at, f"more than {MOST_BYTES} bytes", bound)
+    return [line.rstrip("\r") for line in text_of(raw, at=at).removesuffix("\n").split("\n")]

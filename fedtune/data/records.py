@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
-from fedtune.data.text_rows import Row, absent, at_line
+from fedtune.data.text_rows import Row, absent, at_line, or_fault
 from fedtune.data.values import FEATURE, NO_TEXT, OPTIONAL_ROLES, SAID, is_missing, is_whole, read_value, turns_said
 from fedtune.spec import DataError
 
@@ -207,12 +207,8 @@ def judged(
         if isinstance(row, DataError):
             yield line, row
             continue
-        try:
-            record = record_of(row, columns, file=str(path), line=line)
-        except DataError as error:
-            yield line, error
-        else:
-            yield line, fault(record) or record
+        record = or_fault(at_line(path, line), record_of, row, columns, file=str(path), line=line)
+        yield line, record if isinstance(record, DataError) else fault(record) or record
 
 
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:

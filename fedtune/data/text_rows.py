@@ -17,7 +17,7 @@ from functools import partial
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import ParamSpec, TypeAlias, TypeVar, cast
 
 from fedtune.spec import DataError
 from fedtune.words import counted
@@ -25,6 +25,9 @@ from fedtune.words import counted
 Row: TypeAlias = Mapping[str, object]
 """Column to value, as a file has it."""
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
+Made = TypeVar("Made")
+Piece = TypeVar("Piece")
+Given = ParamSpec("Given")
 Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
 """(first line, bytes) of each row; None for the bytes of one that is too long, of which no more is kept."""
 MOST_BYTES = 1 << 24
@@ -56,18 +59,29 @@ def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataEr
     return DataError(f"{at}, column {column!r}", "absent", bound)
 
 
-def _parsed(rows: Cut, parse: Callable[[int, bytes | None], Row | None]) -> RawRows:
-    for line, raw in rows:
-        row: Row | DataError | None
-        try:
-            row = parse(line, raw)
-        except DataError as error:
-            row = error
+def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs) -> Made | DataError:
+    """What `read` makes of one row or record; whatever it raises is a fault of that one alone.
+
+    What is no DataError would be our own mistake.  Were it to end the reading, a site's answer would tell of a record.
+    """
+    try:
+        return read(*args, **options)
+    except DataError as error:
+        return error
+    except Exception as error:
+        return DataError(at, type(error).__name__, "must be a record that can be read")
+
+
+def parsed(path: Path, pieces: Iterable[tuple[int, Piece]], parse: Callable[[int, Piece], Row | None]) -> RawRows:
+    """The row of each piece of a file, or its fault; none for a piece that `parse` makes None of."""
+    for line, piece in pieces:
+        row = or_fault(at_line(path, line), parse, line, piece)
         if row is not None:
             yield line, row
 
 
-def _text(raw: bytes | None, *, at: str) -> str:
+def text_of(raw: bytes | None, *, at: str) -> str:
+    """The text of a row; a DataError for one that is too long, or not UTF-8."""
     if raw is None:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes a record")
     try:
@@ -82,12 +96,12 @@ def line_rows(path: Path) -> RawRows:
     """The rows of a file of JSON lines; blank lines are none."""
 
     def parse(line: int, raw: bytes | None) -> Row | None:
-        text, bound = _text(raw, at=at_line(path, line)).rstrip(), "must be one whole JSON object on a line"
+        text, bound = text_of(raw, at=at_line(path, line)).rstrip(), "must be one whole JSON object on a line"
         if text[:1] == "[":
             bound += "; a file that is an array of objects ends in .json"
         return _json_object(text, path, line, bound=bound) if text else None
 
-    return _parsed(cut_rows(path), parse)
+    return parsed(path, cut_rows(path), parse)
 
 
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
@@ -123,11 +137,11 @@ def table_rows(path: Path, columns: Mapping[str, str] | None, *, comma: str) -> 
         comma = ";" if first.count(b";") > max(map(first.count, (b",", b"\t", b"|"))) else ","
     rows = cut_rows(path, comma=comma.encode())
     header = _header(path, rows, columns or {}, comma=comma)
-    yield from _parsed(rows, partial(_table_row, path, header=header, comma=comma))
+    yield from parsed(path, rows, partial(_table_row, path, header=header, comma=comma))
 
 
 def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str], comma: str) -> Row | None:
-    at, text = at_line(path, line), _text(raw, at=at_line(path, line))
+    at, text = at_line(path, line), text_of(raw, at=at_line(path, line))
     try:
         cells = _cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
@@ -145,7 +159,7 @@ def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) ->
     """The names in the first row that is not blank; a fault of it is one of the whole file."""
     for line, raw in rows:
         at = at_line(path, line)
-        if cells := _cells(_text(raw, at=at), comma=comma, at=at):
+        if cells := _cells(text_of(raw, at=at), comma=comma, at=at):
             # A table may have columns without a name; each is one of its own.
             header = [name.strip() or (f"(column {place})" if place > 1 else "") for place, name in enumerate(cells, 1)]
             _require_separated(header, comma=comma, at=at)
@@ -357,14 +371,12 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
             return
         text = (raw or b"").lstrip()
         line += (raw or b"")[: len(raw or b"") - len(text)].count(b"\n")
-        try:
-            row = _element(path, line, text if raw is not None else None, between=(before, mark))
-            if row is not None:
-                yield line, row
-        except DataError as error:
-            if not mark and not lenient:
-                raise  # what is missing may be any number of records
-            yield line, error
+        piece = text if raw is not None else None
+        row = or_fault(at_line(path, line), _element, path, line, piece, between=(before, mark))
+        if isinstance(row, DataError) and not mark and not lenient:
+            raise row  # what is missing may be any number of records
+        if row is not None:
+            yield line, row
         before = before if before == b"]" else mark
 
 
@@ -381,7 +393,7 @@ def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, 
         missing = "a record behind the last comma, and ] at its end"
         if raw != b"":
             try:
-                _json_object(_text(raw, at=""), path, line, bound="")
+                _json_object(text_of(raw, at=""), path, line, bound="")
                 missing = "] at its end"
             except DataError:
                 missing = "the rest of this record, and ] at its end"
@@ -390,7 +402,7 @@ def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, 
         if before == b"" and behind == b"]":
             return None
         raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
-    return _json_object(_text(raw, at=at), path, line, bound="must be one whole JSON object")
+    return _json_object(text_of(raw, at=at), path, line, bound="must be one whole JSON object")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, settings_to_save
-from fedtune.data.formats import files_of
+from fedtune.data.formats import version_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
@@ -73,8 +73,7 @@ class SiteProcess:
 
     def work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
-        files_now = [file.stat() for file in files_of(Path(shared.config.data.train_file))]
-        version = [[file.st_ino, file.st_size, file.st_mtime_ns] for file in files_now]
+        version = version_of(Path(shared.config.data.train_file))
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fedtune.data.features import columns_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
@@ -419,20 +420,11 @@ class Task(ABC):
 
 
 def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:
-    """A function from a record to the error that `read` raises about it; None: nothing.
-
-    What it raises besides would be our own mistake, and is a fault of the record all the same: were it to end a site's
-    answer, the answer would tell of the record.
-    """
+    """A function from a record to the error that `read` raises about it; None: nothing."""
 
     def found(record: Record) -> DataError | None:
-        try:
-            read(record)
-        except DataError as error:
-            return error
-        except Exception as error:
-            return DataError(record.at("record"), type(error).__name__, "must be a record that the task can read")
-        return None
+        target = or_fault(record.at("record"), read, record)
+        return target if isinstance(target, DataError) else None
 
     return found
 

@@ -173,6 +173,9 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DataError, match=r"^data\.test_file = 'a\.jsonl': ") as error:
         resolve_file("a.jsonl", key="data.test_file")
     assert why.format(path=tmp_path / path) in str(error.value)
+    if case == "a folder":
+        assert list(iter_records(path, COLUMNS)) == [], "at a site it is brat's: whether it holds a text tells nothing"
+        return
     with pytest.raises(DataError, match=r"^a\.jsonl = '"):
         list(iter_records(path, COLUMNS))
 

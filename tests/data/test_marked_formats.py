@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedtune.data.formats import files_of, format_of, raw_rows
-from fedtune.data.records import Record, iter_records
+from fedtune.data.formats import files_of, format_of, raw_rows, version_of
+from fedtune.data.records import Record, iter_records, judged
 from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
@@ -123,11 +126,33 @@ def test_every_format_gives_the_same_record(tmp_path: Path, name: str) -> None:
     assert found_in(read(tmp_path / file, columns)) == [*FOUND]
 
 
-def brat(folder: Path, text: str = TEXT, marked: str | None = None) -> Path:
-    folder.mkdir()
-    (folder / "a.txt").write_text(text)
+PIECES = (
+    *(
+        b"a",
+        b" ",
+        b"\t",
+        b"\n",
+        b"O",
+        b"B-x",
+        b"#",
+        b"-DOCSTART-",
+        b"\xc2\xa0",
+        b"\x0c",
+        b"\xe2\x80\xa8",
+        b"\xff",
+        b"\r",
+    ),
+    *(b"1|t|", b"1|a|", b"1\t0\t1\ta\tx\n", b"1\t" + b"9" * 5000 + b"\t1\ta\tx", b"\xd9\xa1", b"\0", b"\xef\xbb\xbf"),
+    *(b"T1\tx 0 1\ta\n", b"T1\tx 0 1;2 3\ta\n", b"T1\tx 0 " + b"9" * 5000 + b"\ta\n", b"R1\t", b"\n\xc2\xa0\n"),
+)
+"""Of documents that are wrong."""
+
+
+def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str = "a") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text(text)
     lines = [f"T{n}\t{label} {first} {end}\t{TEXT[first:end]}\n" for n, (first, end, label) in enumerate(PLACES, 1)]
-    (folder / "a.ann").write_text("".join(lines) + "R1\tcures Arg1:T1 Arg2:T2\n" if marked is None else marked)
+    (folder / f"{name}.ann").write_text("".join(lines) + "R1\tcures Arg1:T1 Arg2:T2\n" if marked is None else marked)
     return folder
 
 
@@ -154,7 +179,7 @@ def test_a_sentence_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: 
     rows = [*raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
     faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
-    assert faults == ["a line of one column", "bytes of another encoding", f"more than {MOST_BYTES} bytes"]
+    assert faults == ["a line of one column", "byte 0xff at place 1 of the record", f"more than {MOST_BYTES} bytes"]
 
 
 def test_a_document_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
@@ -165,6 +190,56 @@ def test_a_document_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: 
     (tmp_path / "b.bioc").write_text(collection(whole, whole)[:-80])
     rows = [row for _, row in raw_rows(tmp_path / "b.bioc", lenient=True)]
     assert [type(row) for row in rows] == [dict, DataError], "at a real site, what is whole stays"
+
+
+@pytest.mark.parametrize("suffix", ["conll", "pubtator", "brat"])
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=14).map(b"".join))
+@settings(deadline=None, max_examples=150, derandomize=True)
+def test_whatever_a_document_holds_the_ones_beside_it_are_read(suffix: str, junk: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder)
+        if suffix == "brat":
+            for name in "ac":
+                brat(path, name=name)
+            (path / "b.ann").write_bytes(junk)
+            (path / "b.txt").write_bytes(junk[:5])
+        else:
+            path /= f"a.{suffix}"
+            whole = conll(*BIO) if suffix == "conll" else PUBTATOR
+            path.write_bytes(f"{whole}\n".encode() + junk + f"\n\n{whole}".encode())
+        columns = TAGGED if suffix == "conll" else SPANNED
+        first, *_, last = [row for _, row in judged(path, columns) if isinstance(row, Record)]
+    assert found_in(first) == found_in(last) == [*FOUND]
+
+
+def test_a_folder_of_brat_stays_one_whatever_is_taken_out(tmp_path: Path) -> None:
+    folder = brat(tmp_path / "notes")
+    before = version_of(folder)
+    (folder / "a.txt").unlink()
+    assert len(version_of(folder)) == 2
+    assert version_of(folder) != before
+    (folder / "a.txt").symlink_to(folder / "a.txt")
+    assert [type(row) for _, row in raw_rows(folder)] == [DataError]
+    assert len(version_of(folder)) == 2
+    for file in folder.iterdir():
+        file.unlink()
+    assert (format_of(folder), version_of(folder), [*raw_rows(folder)]) == ("brat", [], [])
+    (folder / "state.json").write_text("{}")
+    assert format_of(folder) == "folder"
+
+
+def test_a_sentence_keeps_tokens_with_marks_and_spaces_of_other_kinds(tmp_path: Path) -> None:
+    sentences = {
+        "#5 B-drug\nb O\n": ["#5", "b"],
+        "# newdoc\n# text = a b\na O\nb O\n": ["a", "b"],
+        "# text = blood group O\na X O\n": ["a"],
+        "# O\n": ["#"],
+        "10\u00a0mg B-dose\n": ["10\u00a0mg"],
+        "# sent\nNew York\tB-place\n#\tO\n": ["New York", "#"],
+    }
+    (tmp_path / "a.conll").write_text("\n".join([*sentences, "# newdoc\n"]))
+    rows = [dict(row) for _, row in raw_rows(tmp_path / "a.conll") if not isinstance(row, DataError)]
+    assert [row["tokens"] for row in rows] == [*sentences.values()]
 
 
 SPAN = {"text": "my card", "spans": [{"start": 0, "end": 2, "label": "drug"}]}

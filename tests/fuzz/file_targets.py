@@ -230,6 +230,9 @@ licence = "MIT"
 _JSONL = b'{"body": "a letter", "kind": "praise"}\n{"body": "another", "kind": 3, "x": [1, {"y": null}]}\n\n'
 _ARRAY = b"[" + b",\n".join(_JSONL.splitlines()) + b"]"
 _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
+_OF_BIOC = {"text": "my", "infons": {"type": "x"}, "locations": [{"offset": 3, "length": 2}]}
+_PASSAGE = {"offset": 3, "text": "my card", "annotations": [_OF_BIOC]}
+_BIOC = json.dumps({"documents": [{"passages": [_PASSAGE]}]}).encode()
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
 
 
@@ -343,6 +346,14 @@ TARGETS = (
             "tsv": lambda: _CSV.replace(b",", b"\t"),
             "parquet": _parquet,
         }.items()
+    ),
+    *(
+        Target(f"data.{kind}", bytes_like(lambda data=data: data), _rows(f"data.{kind}", columns), (DataError,))
+        for kind, data, columns in (
+            ("conll", b"# a\nmy B-drug\ncard O\n\n\xc2\xa0\n\nlost\tO\n", {"tokens": "tokens", "tags": "tags"}),
+            ("pubtator", b"1|t|my card\n1|a|lost\n1\t0\t2\tmy\tdrug\n\n2|t|x\n", {"text": "text", "spans": "spans"}),
+            ("bioc", _BIOC, {"text": "text", "spans": "spans"}),
+        )
     ),
     Target(
         "conversations",

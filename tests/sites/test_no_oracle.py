@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fedtune.sites.real_site as real_site
-from fedtune.model import Adapter
+from fedtune.model import Adapter, HeadSpec
 from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
@@ -134,3 +134,38 @@ def test_a_record_without_a_token_stops_no_round(
     reply = site.ask(adapter=first_adapter)
     assert isinstance(reply.body, Update), reply.body
     assert list(map(len, site.real._warm[1].examples._dataset.input_ids)).count(1) == 1, "the text had none"
+
+
+SPANNED, TAGGED = {"text": "text", "spans": "spans"}, {"tokens": "tokens", "tags": "tags"}
+MARKED: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
+    "a line of another space": (TAGGED, {"a.conll": "my B-drug\ncard O\n\n\u00a0\n\nlost O\n"}),
+    "an offset of 5,000 digits": (SPANNED, {"a.pubtator": "1|t|my card\n1\t0\t" + "9" * 5000 + "\tmy\tdrug\n"}),
+    "the same in brat": (SPANNED, {"a.txt": "my card", "a.ann": f"T1\tdrug 0 {'9' * 5000}\tmy\n"}),
+    "a mark without its text": (SPANNED, {"a.ann": "T1\tdrug 0 2\tmy\n"}),
+    "a text that is a link to itself": (SPANNED, {"a.txt": None, "a.ann": "T1\tdrug 0 2\tmy\n"}),
+    "no text at all": (SPANNED, {}),
+}
+
+
+@pytest.mark.parametrize("case", MARKED)
+def test_no_marked_text_ends_an_answer(
+    case: str, station: Callable[..., Any], letters: Callable[..., Any], tmp_path: Path
+) -> None:
+    columns, files = MARKED[case]
+    run: dict[str, Any] = {
+        "task": "token_classification",
+        "head": HeadSpec(scale=20.0, centre=False, init="zero"),
+        "data": {"columns": columns, "labels": ("drug", "dose")},
+    }
+    site = station(**run)
+    folder = site.folder / "notes"
+    folder.mkdir()
+    for name, text in files.items():
+        if text is None:
+            (folder / name).symlink_to(folder / name)
+        else:
+            (folder / name).write_text(text)
+    (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
+    site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
+    reply = site.ask(adapter=SharedModel(letters(**run)).initial_adapter)
+    assert isinstance(reply.body, Update), reply.body

@@ -238,7 +238,7 @@ def test_a_mistake_of_ours_in_reading_a_record_leaves_it_out() -> None:
     """Were it to end the answer of a site, the answer would tell of the record."""
     fault = error_of(lambda record: record.fields["nothing"])
     error = fault(Record({"text": "secret"}, "a.csv", 3))
-    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that the task can read"
+    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that can be read"
 
 
 def test_many_labels_take_a_byte_of_a_record_each_and_no_more_than_a_thousand(encoder_tokenizer: Any) -> None:
