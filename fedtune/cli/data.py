@@ -200,7 +200,9 @@ def clean(
         raise ConfigError("--drop", "near-duplicates", f"needs datasketch: {INSTALL}")
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
-    cleaning = Cleaning(columns, task.fault(config.data), drop=rules, mask=mask == "personal")
+    cleaning = Cleaning(
+        columns, task.fault(config.data), drop=rules, mask=mask == "personal", named=config.data.columns
+    )
     done = write_clean(source, out, cleaning)
     show(Console(), clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")

@@ -17,7 +17,17 @@ from typing import TypeAlias
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, or_fault
-from fedtune.data.values import FEATURE, NO_TEXT, OPTIONAL_ROLES, SAID, is_missing, is_whole, read_value, turns_said
+from fedtune.data.values import (
+    ANSWERS,
+    FEATURE,
+    OPTIONAL_ROLES,
+    SAID,
+    is_missing,
+    is_whole,
+    is_written,
+    read_value,
+    turns_said,
+)
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
@@ -50,21 +60,21 @@ class Record:
                 yield from ((role, turn["content"]) for turn in json.loads(text))
             elif role in SAID and (turns := turns_said(text)) is not None:
                 yield from ((role, turn["content"]) for turn in turns)
-            elif role not in NO_TEXT and not role.startswith(FEATURE):
+            elif is_written(role):
                 yield role, text
 
     @property
     def said(self) -> str:
         """All its texts as one, or, where it has none, its features or its image."""
         found = [text for _, text in self.texts()]
-        found = found or [text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))]
+        if not found:  # as JSON: which of two features has no value is told by its place
+            found = [json.dumps([text for role, text in self.fields.items() if role.startswith((FEATURE, "image"))])]
         return " ".join(" ".join(found).split())
 
     @property
     def answer(self) -> str:
-        """Its label, labels, number, tags or spans; "" where it has none."""
-        roles = ("label", "labels", "target", "tags", "spans")
-        return next((self.fields[role] for role in roles if role in self.fields), "")
+        """All that is learnt of it beside its texts, by role; two records that differ in it are not the same."""
+        return json.dumps({role: text for role, text in self.fields.items() if role in ANSWERS}, sort_keys=True)
 
 
 def record_key(record: Record) -> bytes:

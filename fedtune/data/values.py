@@ -21,8 +21,9 @@ from fedtune.spec import DataError
 
 # Roles whose values are names out of a small set: integers are taken as text, spaces around them dropped.
 CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
-NO_TEXT = CATEGORY_ROLES | {"labels", "target", "tags", "spans", "time", "image"}
-"""Roles whose values are no texts that somebody wrote."""
+ANSWERS = frozenset({"label", "labels", "target", "tags", "spans", "time", "event"})
+"""Roles that are learnt of a record, where they are no texts."""
+_NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image"}
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
 FEATURE = "feature:"
@@ -88,6 +89,11 @@ def read_value(value: object, role: str, *, at: str) -> str:
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which no tokenizer takes
         raise DataError(at, "half a surrogate pair", f"must be valid Unicode (role {role})") from None
     return text
+
+
+def is_written(role: str) -> bool:
+    """Whether a role's values are texts that somebody wrote: what may hold names, and may be masked."""
+    return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
 def is_null(value: object) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import Fault, record_of
 from fedtune.data.text_rows import Row
-from fedtune.data.values import NO_TEXT, OPTIONAL_ROLES
+from fedtune.data.values import OPTIONAL_ROLES, is_written
 from fedtune.preparation.duplicates import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
 from fedtune.spec import ConfigError, DataError
@@ -28,8 +28,8 @@ from fedtune.words import jsonable
 RULES: Mapping[str, str] = {
     "empty": "a value that a record must have is blank or absent",
     "unusable": "a run cannot use the row, for whatever reason",
-    "duplicates": "an earlier row says the same, and has the same label",
-    "near-duplicates": "an earlier row says almost the same, and has the same label",
+    "duplicates": "an earlier row says the same, and has the same answer",
+    "near-duplicates": "an earlier row says almost the same, and has the same answer",
     "personal": "something in it looks like a personal identifier",
     "damaged": "its encoding is damaged",
 }
@@ -45,11 +45,27 @@ class Cleaning:
         fault: what of a record a run cannot use.
         drop: names out of `RULES`.
         mask: whether to put the kind of a likely personal identifier in its place.
+        named: the columns of the settings, also those that this run does not read.
+
+    Raises:
+        ConfigError: for `--mask`, where parts of a text are marked: they would be parts of another text then.
     """
 
-    def __init__(self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool) -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, str],
+        fault: Fault,
+        *,
+        drop: Collection[str],
+        mask: bool,
+        named: Mapping[str, str],
+    ) -> None:
+        if mask and (marks := {"tags", "spans"} & {*columns, *named}):
+            bound = f"must be left out where words are marked (role {min(marks)}): the marks would stand on other words"
+            raise ConfigError("--mask", "personal", bound)
         self.drop, self.mask = drop, mask
         self._columns, self._fault = columns, fault
+        self._as_it_is = {column for role, column in {**named, **columns}.items() if not is_written(role)}
         self._earlier = Earlier(alike="near-duplicates" in drop)
 
     def reasons(self, row: Row | DataError, *, file: str, line: int) -> Iterator[str]:
@@ -81,8 +97,7 @@ class Cleaning:
                 yield rule
 
     def masked(self, row: Row, kinds: Counter[str]) -> Row:
-        """The row with its identifiers masked, but in labels, sites and users, by which records are told apart."""
-        names = {column for role, column in self._columns.items() if role in NO_TEXT}
+        """The row with its identifiers masked, but in what no role has for a text: answers, features, sites, users."""
 
         def text_of(value: str) -> str:
             text, found = masked(value)
@@ -109,7 +124,7 @@ class Cleaning:
                 return [inner(one) for one in value]
             return {key: inner(one) for key, one in value.items()} if isinstance(value, dict) else value
 
-        return {column: value if column in names else inner(value) for column, value in row.items()}
+        return {column: value if column in self._as_it_is else inner(value) for column, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

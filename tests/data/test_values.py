@@ -171,7 +171,10 @@ def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> No
 
 def test_what_somebody_wrote_and_what_is_an_answer() -> None:
     assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
-    assert [read(value, role).answer for value, role in ((3, "target"), ("a", "label"))] == ["3.0", "a"]
+    assert [read(value, role).answer for value, role in ((3, "target"), ("a", "label"))] == [
+        '{"target": "3.0"}',
+        '{"label": "a"}',
+    ]
     assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
     assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
     assert [text for _, text in read("lost ", "rejected").texts()] == ["lost "]

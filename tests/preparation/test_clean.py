@@ -17,12 +17,14 @@ COLUMNS = {"text": "body", "label": "team"}
 
 
 def cleaned(
-    path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS
+    path: Path, *drop: str, mask: bool = False, columns: Mapping[str, str] = COLUMNS, **named: str
 ) -> tuple[Cleaned, list[Any]]:
     out = path.with_name("kept.jsonl")
     other = DataError("label", "not declared", "must be another")
     fault = {"other": other}.get
-    cleaning = Cleaning(columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask)
+    cleaning = Cleaning(
+        columns, lambda record: fault(record.fields.get("label", "")), drop=drop, mask=mask, named=named
+    )
     done = clean(path, out, cleaning)
     assert not out.with_name("kept.jsonl.part").exists()
     return done, [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -77,6 +79,28 @@ def test_masks_leave_what_tells_records_apart(tmp_path: Path) -> None:
     )
     assert left == [row("to [e-mail]", who="c@d.de", note={"n": ["[e-mail]", 1]})]
     assert done.masked == {"e-mail": 2}
+
+
+def test_numbers_and_users_are_not_masked_though_they_look_like_a_person_s(tmp_path: Path) -> None:
+    columns = {"feature:age": "age", "feature:states": "states", "time": "months", "event": "died", "text": "note"}
+    card, mail = "4111111111111111", "a@b.de"
+    given = {"age": card, "states": f"[{card}]", "months": card, "died": "1", "who": mail, "note": f"by {mail}"}
+    _, left = cleaned(written(tmp_path, given), mask=True, columns=columns, user="who")
+    assert left == [given | {"note": "by [e-mail]"}]
+
+
+@pytest.mark.parametrize(("words", "marks"), [("text", "spans"), ("tokens", "tags")])
+def test_marked_words_are_not_masked_behind_their_marks(tmp_path: Path, words: str, marks: str) -> None:
+    with pytest.raises(ConfigError, match=f"--mask = 'personal': must be left out where .*role {marks}"):
+        cleaned(written(tmp_path, {}), mask=True, columns={words: words, marks: marks})
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
+def test_who_has_another_outcome_is_no_duplicate(tmp_path: Path) -> None:
+    rows = [{"age": 50, "months": months, "died": died} for months, died in [(3, 1), (3, 0), (5, 1), (3.0, 1)]]
+    columns = {"feature:age": "age", "time": "months", "event": "died"}
+    done, left = cleaned(written(tmp_path, *rows), "duplicates", columns=columns)
+    assert (left, done.dropped) == (rows[:3], {"duplicates": 1})
 
 
 def test_values_of_other_columns_stay_or_become_text(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ import pytest
 from fedtune.data.records import Record
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness
+from fedtune.tasks import TASKS
+
+TURNS = '[{"role":"user","content":"b"}]'
 
 
 class Reader:
@@ -34,6 +37,20 @@ def test_the_same_but_for_spaces_is_the_same_and_one_word_more_is_alike() -> Non
     assert read(f"  {text.replace(' ', '  ')}\n") == {"same": [1], "alike": [1]}
     assert read(f"{text} Indeed") == {"same": [], "alike": [1]}
     assert read(sentence(2)) == {"same": [], "alike": []}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_records_that_differ_in_any_role_of_a_task_are_not_the_same(name: str) -> None:
+    for layout in TASKS[name].layouts:
+        first = Record(dict.fromkeys(layout, TURNS))
+        for role in layout:
+            other = Record({**first.fields, role: TURNS.replace("b", "c")})
+            assert (other.said, other.answer) != (first.said, first.answer), role
+
+
+def test_records_that_differ_in_a_feature_are_not_the_same() -> None:
+    rows = [("", "1"), ("1", ""), ("a b", "c"), ("a", "b c")]
+    assert len({Record({"feature:a": a, "feature:b": b, "label": "x"}).said for a, b in rows}) == len(rows)
 
 
 def test_each_use_and_label_has_a_first_one() -> None:
