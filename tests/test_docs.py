@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedtune.data.formats import raw_rows
 from fedtune.data.records import iter_records
 from fedtune.privacy.accountant import factor_text
 from fedtune.spec import DataError
+
+from .pictures import vision_folder, write_pictures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -100,6 +103,29 @@ def test_the_lines_about_tables_run(command: Any, tmp_path: Path, monkeypatch: p
                 text = re.sub(rf'(\["{column}"\]), \w+: "\?\?\?"', rf"\1, {said}", text)
             Path("labs.yaml").write_text(text)
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
+
+
+def test_the_lines_about_images_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vision_folder(tmp_path / "vit")
+    for name, count in (("scans", 60), ("more", 20)):
+        text = write_pictures(tmp_path, f"{name}.csv", count, seed=count).read_text()
+        text = text.replace("image,label", "file,finding").replace("blue", "benign")
+        Path(f"{name}.csv").write_text(re.sub("red|green", "malignant", text))
+    shutil.copyfile("images/20-0.png", "images/new.png")
+    page = (ROOT / "docs" / "images.md").read_text()
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    assert "max_length: 197" in settings
+    Path("scans.yaml").write_text(settings.replace("max_length: 197", "max_length: 5"))  # of the tiny model
+    (block,) = re.findall(r"```\n(fedtune .*?)\n```", page, re.S)
+    for line in block.splitlines():
+        words = shlex.split(line.partition(" #")[0])[1:]
+        more = ["training.go_on_without_signal=true", "runtime.num_threads=1", "federation.num_rounds=1"]
+        outcome = command(*words, *(more if words[0] == "simulate" else []))
+        assert outcome.code == 0, (line, outcome.err)
+        if words[0] == "generate":
+            assert "malignant 0." in outcome.out
+    assert Path("scans-model/model.safetensors").is_file()
 
 
 def test_vectors_of_a_npy_file_become_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

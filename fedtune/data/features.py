@@ -139,6 +139,30 @@ class FeatureSpec:
         numbers = [low + (high - low) * int(draw(1001)) / 1000 for _ in range(self.size or 1)]
         return repr(numbers[0]) if self.size is None else json.dumps(numbers)
 
+    def made_up_anyhow(self, draw: Callable[[int], int]) -> str:
+        """The same, now and then beyond what was declared, or nothing."""
+        kind = int(draw(8))
+        if kind == 0 and self.missing == "indicator":
+            return ""
+        if kind == 1 and self.categories:
+            return "\N{REPLACEMENT CHARACTER}"
+        if kind == 2 and self.range is not None and self.size is None:
+            return repr(2 * self.range[1] - self.range[0])
+        return self.made_up(draw)
+
+    def raw(self, fields: Mapping[str, str]) -> list[float]:
+        """The values of a record's columns as they are, a name by its place; NaN for nothing."""
+        found: list[float] = []
+        for name in self.columns:
+            text = fields[FEATURE + name]
+            if not text:
+                found += [math.nan] * (self.size or 1)
+            elif self.categories:
+                found.append(float(self.categories.index(text) if text in self.categories else len(self.categories)))
+            else:
+                found += json.loads(text) if self.size else [float(text)]
+        return found
+
 
 @dataclass(frozen=True)
 class FeatureReader:

@@ -169,6 +169,10 @@ class ImageReader:
         found[self.processor.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
         return found
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the processor's settings as transformers reads them."""
+        self.processor.process.save_pretrained(folder)
+
     def get_vocab(self) -> Mapping[str, int]:
         """No words: canaries are made of them."""
         return {}

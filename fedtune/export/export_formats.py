@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
-from fedtune.model import load_tokenizer
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
@@ -87,7 +87,7 @@ class Source:
         if outputs := model.task.outputs_of(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
-        tokenizer = load_tokenizer(model.spec.model)
+        tokenizer = input_of(config.data).reader(config.data, model.spec.model)
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
         source = cls(
@@ -103,7 +103,9 @@ class Source:
 
     def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
         """The run's model around a base that was loaded anew."""
-        return Scores(base, self.readout, reads_tokens=self.task.reads_tokens)
+        own = input_of(self.config.data)
+        pooled = own.pooled if own.is_fixed else None
+        return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ class Reference:
     def of(cls, model: TaskModel) -> Reference:
         """With the same tokens for every model of one vocabulary."""
         draws = np.random.default_rng(0)
-        input_ids = torch.from_numpy(draws.integers(0, model.num_ids, size=(2, 9)))
-        mask = torch.ones_like(input_ids)
-        mask[1, 5:] = 0
+        rows = torch.from_numpy(np.stack(model.made_up([9, 9], draws)))
+        input_ids = rows if rows.is_floating_point() else rows.long()
+        mask = torch.ones(rows.shape[:2], dtype=torch.int64)
+        if not model.is_fixed:
+            mask[1, 5:] = 0
         with torch.no_grad():
             logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))
             logits = model.task.read_out(logits, spec=model.spec)
@@ -142,8 +146,11 @@ class Reference:
 class Scores(nn.Module):
     """A plain base with the task's readout behind it: token ids and attention mask, (n, t), to logits or embeddings."""
 
-    def __init__(self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool) -> None:
+    def __init__(
+        self, base: PreTrainedModel | PeftModel, readout: Readout, *, reads_tokens: bool, pooled: Any = None
+    ) -> None:
         super().__init__()
+        self.pooled = pooled  # by the input, where it is no mean over tokens
         self.base, self.depth, self.predicts_tokens = base, len(readout), base.can_generate()
         self.reads_tokens = reads_tokens
         for place, (weight, bias) in enumerate(readout):
@@ -152,6 +159,8 @@ class Scores(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits."""
+        if self.pooled is not None:
+            return self.read_out(self.pooled(self.base, input_ids, attention_mask))
         cache = {"use_cache": False} if self.predicts_tokens else {}
         output = self.base(input_ids=input_ids, attention_mask=attention_mask, **cache)
         if "logits" in output:  # a head of transformers' own
@@ -160,6 +169,10 @@ class Scores(nn.Module):
             return nn.functional.linear(output.last_hidden_state, self.get_buffer("weight_0"))
         mask = attention_mask.unsqueeze(-1).to(torch.float32)
         values: torch.Tensor = (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+        return self.read_out(values)
+
+    def read_out(self, values: torch.Tensor) -> torch.Tensor:
+        """Logits of (n, h) pooled states."""
         for place in range(self.depth):
             weight, bias = self.get_buffer(f"weight_{place}"), getattr(self, f"bias_{place}")
             values = nn.functional.linear(nn.functional.normalize(values, dim=-1), weight, bias)
@@ -342,12 +355,12 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     records = [
-        Record({f"{FEATURE}{name}": _field(one, draws) for one in features for name in one.columns})
+        Record({f"{FEATURE}{name}": one.made_up_anyhow(draws.integers) for one in features for name in one.columns})
         for _ in range(_ROWS)
     ]
     vectors = torch.from_numpy(np.stack([FeatureReader(features).vector(record) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
-    raw = torch.tensor([[value for one in features for value in _raw(one, record)] for record in records])
+    raw = torch.tensor([[value for one in features for value in one.raw(record.fields)] for record in records])
     with torch.no_grad():
         ours = model.task.read_out(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
@@ -359,32 +372,6 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
-
-
-def _field(one: FeatureSpec, draws: np.random.Generator) -> str:
-    """A made-up field, now and then beyond what was declared, or nothing."""
-    kind = int(draws.integers(8))
-    if kind == 0 and one.missing == "indicator":
-        return ""
-    if kind == 1 and one.categories:
-        return "\N{REPLACEMENT CHARACTER}"
-    if kind == 2 and one.range is not None and one.size is None:
-        return repr(2 * one.range[1] - one.range[0])
-    return one.made_up(draws.integers)
-
-
-def _raw(one: FeatureSpec, record: Record) -> list[float]:
-    """The values that the graph takes for a record's columns."""
-    found: list[float] = []
-    for name in one.columns:
-        text = record.fields[FEATURE + name]
-        if not text:
-            found += [float("nan")] * (one.size or 1)
-        elif one.categories:
-            found.append(float(one.categories.index(text) if text in one.categories else len(one.categories)))
-        else:
-            found += json.loads(text) if one.size else [float(text)]
-    return found
 
 
 def _write_graph(scores: RawScores, raw: torch.Tensor, file: Path) -> None:
@@ -418,9 +405,19 @@ def _needed(library: str, *, format: str) -> Any:
         raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
 
 
+def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
+    """The merged base as transformers has it, and the head and its settings beside it."""
+    _write_merged(source, reference, folder)
+    with TemporaryDirectory() as scratch:
+        _write_adapter(source, reference, Path(scratch))
+        for name in ("head.safetensors", "fedtune.json"):
+            shutil.copyfile(Path(scratch, name), folder / name)
+
+
 _WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
     "peft": _write_adapter,
     "merged": _write_merged,
+    "safetensors": _write_whole,
     "sentence-transformers": _write_sentence_transformers,
     "onnx": _write_onnx,
 }
@@ -476,9 +473,14 @@ print(model.similarity(embeddings, embeddings))
 
 
 def _form(format: str, config: RunConfig) -> Form:
+    own = input_of(config.data)
+    if format == "safetensors" and config.lora.kind != NO_ADAPTER:
+        lines = own.loading(config.data, base="folder", folder="folder")
+        loading = task_named(config.task).loading(base="folder", folder="folder", lines=lines)
+        return Form(what=_WHOLE, library="transformers", relation="finetune", loading=loading)
     if format in ("peft", "safetensors"):
         return Form.adapter(config, folder="folder")
-    if lines := input_of(config.data).loading(config.data, folder="folder", graph=True):
+    if lines := own.loading(config.data, base="", folder="folder", graph=True):
         lines += f"print({task_named(config.task).reads})\n"
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]

@@ -152,14 +152,14 @@ def load_processor(spec: ModelSpec) -> ImageProcessor:
 
 
 def load_base(
-    spec: ModelSpec, *, predicts_tokens: bool = False, images: bool = False, device: torch.device | str = "cpu"
+    spec: ModelSpec, *, predicts_tokens: bool = False, images: bool | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """The base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
 
     Args:
         spec: which model; its `sha256` is checked first.
         predicts_tokens: with the output layer; otherwise the bare encoder or decoder.
-        images: a model of images; otherwise one of texts.
+        images: whether it must be a model of images, or of texts; None: either.
         device: where it goes before any adapter is attached (opacus#820).
 
     Raises:
@@ -214,12 +214,13 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
             yield derived.folder
 
 
-def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool) -> PreTrainedModel:
+def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool | None) -> PreTrainedModel:
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            require_kind(config, images=images, path=spec.path)
+            if images is not None:
+                require_kind(config, images=images, path=spec.path)
             check_size(config, auto, folder=folder, path=spec.path)
             if predicts_tokens:
                 require_decoder(config, path=spec.path)

@@ -63,10 +63,11 @@ class Form:
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:
         """An adapter that is loaded on top of its base; `folder` is its path in the loading lines."""
-        task, lines = task_named(config.task), input_of(config.data).loading(config.data, folder=folder)
-        loading = task.loading(base=public_place(config.model), folder=folder, lines=lines)
-        library = "peft" if lines is None else "safetensors"
-        what, needs_base = ADAPTERS[config.lora.kind], lines is None
+        task, base, needs_base = task_named(config.task), public_place(config.model), config.lora.kind != NO_ADAPTER
+        lines = input_of(config.data).loading(config.data, base=base, folder=folder)
+        loading = task.loading(base=base, folder=folder, lines=lines)
+        library = "peft" if needs_base else "safetensors"
+        what = ADAPTERS[config.lora.kind]
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class Image(Text):
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         from fedtune.model.refusals import VISION
 
-        frozen = base.get_base_model()
+        frozen = getattr(base, "get_base_model", lambda: base)()  # an exported base is plain
         before = VISION[frozen.config.model_type]
         # Without a mask: every row is a whole image, an empty one a grey one.
         hidden = frozen(pixel_values=_joined(input_ids[:, before:])).last_hidden_state
@@ -123,7 +124,40 @@ class Image(Text):
         return noise(draw) if role == "image" else None
 
     def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        return ("peft",)
+        return ("peft", "safetensors")
+
+    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+        merged = base == folder
+        own = {
+            "IMPORT": "" if merged else "from peft import PeftModel\n",
+            "MODEL": "model.eval()"
+            if merged
+            else f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()',
+            "BASE": repr(base),
+            "FOLDER": folder,
+        }
+        return re.sub("|".join(own), lambda found: own[found[0]], _LINES)
+
+
+_LINES = """\
+import json
+import torch
+IMPORTfrom PIL import Image, ImageOps
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+
+processor, model = AutoImageProcessor.from_pretrained(BASE, backend="pil"), AutoModel.from_pretrained(BASE)
+model = MODEL
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+pixels = processor(images=ImageOps.exif_transpose(Image.open("image.png")).convert("RGB"), return_tensors="pt")
+count = (pixels["pixel_values"].shape[-1] // model.config.patch_size) ** 2
+with torch.no_grad():
+    patches = model(**pixels).last_hidden_state[:, -count:]
+pooled = torch.nn.functional.normalize(patches.mean(1), dim=-1)
+labels, scores = settings["labels"], settings["head"]["scale"] * (pooled @ head["weight"].T)[0]
+"""
+"""From an image to the head's scores."""
 
 
 def _decoded(record: Record) -> Any:

@@ -110,8 +110,15 @@ class Input(ABC):
         """Those that a tuned model can be exported in, of a task with these for texts."""
         return of_task
 
-    def loading(self, data: DataSpec, *, folder: str, graph: bool = False) -> str | None:
-        """Lines of Python from a record to `scores` and `labels` without fedtune; None: those of the task."""
+    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
+        """Lines of Python from a record to `scores` and `labels` without fedtune; None: those of the task.
+
+        Args:
+            data: of the run.
+            base: where transformers finds the base; `folder` itself where the adapter was merged into it.
+            folder: of what was written.
+            graph: whether that is an ONNX graph.
+        """
         return None
 
 
@@ -158,7 +165,7 @@ class Text(Input):
         from fedtune.model.fits import check_examples_apart
         from fedtune.model.layers import attach_adapters
 
-        frozen = load_base(spec.model, predicts_tokens=predicts_tokens, device=device)
+        frozen = load_base(spec.model, predicts_tokens=predicts_tokens, images=False, device=device)
         check(frozen)
         base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=predicts_tokens, seed=spec.seed)
         check_examples_apart(base)
@@ -286,7 +293,7 @@ class Features(Input):
     def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return ("safetensors", "onnx")
 
-    def loading(self, data: DataSpec, *, folder: str, graph: bool = False) -> str | None:
+    def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
         row = {name: one.made_up(lambda _: 0) for one in data.features for name in one.columns}
         shown = {
             name: None if one.missing == "indicator" else row[name] if one.categories else json.loads(row[name])

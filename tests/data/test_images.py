@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -97,14 +97,12 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no image that can be decoded"),
     "text": (b"\xffno image", "no image that can be decoded"),
     "cut off": (WHOLE[:-60], "no image that can be decoded"),
-    "a header alone": (WHOLE[:33], "no image that can be decoded"),
     "a bit flipped": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "no image that can be decoded"),
     "a cut JPEG": (encoded(picture(size=(90, 90)), "JPEG")[:-900], "no image that can be decoded"),
     "another format": (encoded(picture(), "GIF"), "no image that can be decoded"),
     "too many pixels": (png(10_000, 5_001), "50,010,000 pixels"),
     "a bomb": (png(60_000, 60_000), "far too many pixels"),
     "a line": (png(2_000, 99), "2000 by 99 pixels"),
-    "an archive": (b"PK\x03\x04" + bytes(100), "no image that can be decoded"),
 }
 
 
@@ -153,12 +151,9 @@ def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
         ("x" * 5000, "a file that cannot be read"),
         ("loop.png", "a file that cannot be read"),
         ("data:;base64,@@", "text that is no base64"),
-        ("https://example.org/a.png", "no such file"),
     ],
 )
 def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, tmp_path: Path) -> None:
-    import os
-
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "out.png").write_bytes(WHOLE)
@@ -208,10 +203,3 @@ def test_pillow_is_asked_for_by_the_name_of_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs Pillow: pip install 'fedtune\[images\]'"):
         decoded(Record({"image": image_of(WHOLE, "image")}))
-
-
-def test_made_up_images_can_be_decoded() -> None:
-    draws = np.random.default_rng(0)
-    found = decoded(Record({"image": images.noise(draws.integers)}))
-    assert found.size == (8, 8)
-    assert io.BytesIO(WHOLE).read(4) == b"\x89PNG"

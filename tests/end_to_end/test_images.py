@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..pictures import COLOURS, vision_folder, write_pictures
+from ..export.conftest import elsewhere
+from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
+from .test_features import folder_of
+
+NO_FEDTUNE = """\
+import sys
+
+sys.modules["fedtune"] = None
+"""
 
 ANSWERS = {
     "classification": ["data.columns={image: image, label: label}"],
@@ -43,12 +52,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[
         ]
 
     return make
-
-
-def folder_of(given: list[str]) -> Path:
-    """Of the run of these overrides."""
-    said = dict(one.partition("=")[::2] for one in given)
-    return Path(said["tracking.output_dir"].strip("'"), said["name"])
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,31 @@ def test_what_is_wrong_is_said_in_one_line(settings: Any, command: Any, override
     assert told.code == 2
     assert message in told.message
     assert not folder_of(given).exists()
+
+
+@pytest.mark.parametrize("format", ["peft", "safetensors"])
+def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, command: Any, tmp_path: Path, format: str) -> None:
+    folder = run(*PLAIN)
+    told = command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format)
+    assert told.code == 0, told.err
+    assert (tmp_path / "folder" / "preprocessor_config.json").is_file()
+    assert (tmp_path / "folder" / "model.safetensors").is_file() == (format == "safetensors")
+    image = picture(seed=3, size=(14, 9), tint=1)
+    (tmp_path / "image.png").write_bytes(encoded(image))
+    told = command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
+    said = {one["label"]: one["probability"] for one in next(iter(json.loads(told.out)["answers"].values()))}
+    (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
+    printed = elsewhere("-c", f"{NO_FEDTUNE}{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
+    best, chances = printed.splitlines()
+    assert COLOURS[1] in best
+    found = dict(zip(COLOURS, json.loads(chances), strict=True))
+    assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
+
+
+def test_forms_for_texts_are_refused(run: Any, command: Any, tmp_path: Path) -> None:
+    told = command("export", str(run(*PLAIN)), "--to", str(tmp_path / "folder"), "--format", "sentence-transformers")
+    assert told.code == 2
+    assert (
+        told.message == "--format = 'sentence-transformers': must be one of peft, safetensors for task classification"
+    )
+    assert not (tmp_path / "folder").exists()

@@ -127,9 +127,3 @@ def test_a_model_needs_its_processor_and_one_that_makes_its_own_size(folder: Pat
 def test_models_that_mix_the_images_of_a_batch_are_refused_with_the_reason(tmp_path: Path) -> None:
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
     assert "has model_type resnet, which has BatchNorm: it mixes the examples of a batch" in refused(tmp_path)
-
-
-def test_a_grey_model_is_refused(folder: Path) -> None:
-    fields = json.loads((folder / "config.json").read_text()) | {"num_channels": 1}
-    (folder / "config.json").write_text(json.dumps(fields))
-    assert "must be a model of images in three colours" in refused(folder)

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import Shapes, TextDataset, collate
+from fedtune.data import TextDataset, collate
 from fedtune.data.images import ImageReader, image_of
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.base_model import load_processor
-from fedtune.model.layers import FrozenPrefix
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
@@ -25,6 +23,7 @@ from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE
+from ..data.test_feature_vectors import data
 from ..pictures import MODELS, encoded, picture, vision_folder
 
 kinds = pytest.mark.parametrize("kind", MODELS)
@@ -111,6 +110,9 @@ def test_a_record_adds_the_same_bits_in_any_company(
     everyone = each(range(31))
     if layers:  # from the states that the frozen layers made of it
         examples.keep_frozen_states(model)
+        (batch, *_) = examples.cut(np.arange(3))
+        assert batch.prefix is not None
+        assert batch.prefix.shape == (len(batch.input_ids), places, 16)
     for _ in range(4):
         for place, one in each(draws.permutation(31)[: draws.integers(1, 31)]).items():
             assert torch.equal(one, everyone[place]), place
@@ -126,49 +128,11 @@ def test_the_trial_finds_that_no_record_moves_another(
     assert Adapter.of(model).digest() == before
 
 
-def test_the_trial_finds_a_model_that_looks_at_its_batch(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = made(folders["vit"])
-    frozen = model.base.get_base_model()
-    forward = type(frozen.embeddings).forward
-
-    def mixed(embeddings: Any, pixel_values: torch.Tensor, **given: Any) -> torch.Tensor:
-        return forward(embeddings, pixel_values + 1e-3 * pixel_values.mean(dim=0), **given)
-
-    monkeypatch.setattr(type(frozen.embeddings), "forward", mixed)
-    shapes = shapes_for(model, RUNTIME, max_length=5)
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) > 0
-
-
-def test_a_kept_state_spares_the_layers_before(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(folders["vit"], layers=(-1,))
-    assert model.skips_layers
-    examples = SiteExamples(
-        records(model, 3), pad_id=0, shapes=Shapes.of(max_length=5, max_tokens=40, fixed=True), device=DEVICE
-    )
-    examples.keep_frozen_states(model)
-    (batch,) = examples.cut(np.arange(3))
-    assert batch.prefix is not None
-    assert batch.prefix.shape == (len(batch.input_ids), 5, 16)
-    kept = model.losses(batch)
-    monkeypatch.setattr(FrozenPrefix, "given", FrozenPrefix(torch.nn.ModuleList()).given)
-    assert torch.equal(kept, model.losses(batch)), "with all its layers it loses the same"
-
-
 def test_a_broken_image_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, task = made(folders["vit"]), task_named("classification")
-    spec = DataSpec(
-        dataset="d",
-        train_file="f",
-        columns={"image": "i", "label": "y"},
-        declared_sizes=4,
-        max_length=5,
-        input="image",
-        labels=LABELS,
-    )
+    spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(load_processor(model.spec.model))
     good = [Record({"image": image_of(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)]
     bad = Record({**good[1].fields, "image": image_of(encoded(picture(seed=1))[:-40], "image")})
