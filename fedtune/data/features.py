@@ -26,8 +26,9 @@ MOST_VALUES = 65_536
 """Of a vector: a record keeps four bytes for each, and a step as many for each value that is trained on it."""
 _MOST_NAMES = 10_000
 """Worked through for each record, or at each site, before it has answered."""
-_LARGEST, _LEAST_WIDTH = 1e12, 1e-6
-"""Of a range, the width beside its largest number: what is made of it is float32, which has seven digits."""
+_LARGEST, _LEAST_WIDTH, _LEAST_SHARE = 1e12, 1e-6, 2.5e-4
+"""Of a range; the width is also a share of its largest number, so that a number in float32, which has seven digits, and
+as which an exported graph takes it, is scaled to within 0.001."""
 
 
 @spec
@@ -200,9 +201,11 @@ def check_range(key: str, bounds: tuple[float, float]) -> None:
     """Require two numbers, the lower one first, with a width: to divide by one of 0 would fail for records in it."""
     low, high = bounds
     largest = max(abs(low), abs(high))
-    wide = math.isfinite(largest) and high - low >= _LEAST_WIDTH * max(1.0, largest)
-    if not wide or largest > _LARGEST:
-        bound = f"must be two numbers of at most {_LARGEST:g}, the lower one first, and not all but equal"
+    if not (largest <= _LARGEST and high - low >= max(_LEAST_WIDTH, _LEAST_SHARE * largest)):
+        bound = (
+            f"must be two numbers of at most {_LARGEST:g}, the lower one first, apart by {_LEAST_WIDTH:g} and by a "
+            f"{1 / _LEAST_SHARE:.0f}th of the larger one at least: give it from a nearer zero, as seconds since a day"
+        )
         raise ConfigError(key, list(bounds), bound)
 
 

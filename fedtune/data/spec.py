@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
 from fedtune.data.partition import PartitionSpec
-from fedtune.data.values import FEATURE
+from fedtune.data.values import ANSWERS
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import (
@@ -205,12 +205,12 @@ class DataSpec:
             check_range("intervals", (0.0, self.intervals[-1]))
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
-        read_as = {**self.columns, **columns_of(self.features, self.columns)}
-        times = Counter(read_as.values())
-        if twice := [column for role, column in read_as.items() if role.startswith(FEATURE) and times[column] > 1]:
-            bound = "must be the column of one feature, and of no other role: an answer would be learnt from itself"
-            raise ConfigError("features", twice[0], bound)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
+        of_features = columns_of(self.features, self.columns).values()
+        times = Counter([*of_features, *(column for role, column in self.columns.items() if role in ANSWERS)])
+        if twice := [column for column in of_features if times[column] > 1]:
+            bound = "must be the column of one feature, and not of the answer, which would be learnt from itself"
+            raise ConfigError("features", twice[0], bound)
         _template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:

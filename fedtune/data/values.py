@@ -51,7 +51,7 @@ _PARTS_TRAINED = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
 READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PARTS_TRAINED, *_CALLS})
 """Fields of a turn that a run looks at."""
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
@@ -382,7 +382,7 @@ def numbers_of(text: str, at: str) -> list[float]:
 
 
 def _is_number(text: str) -> bool:
-    return len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None
+    return len(text) <= _LONGEST_NUMBER and NUMBER.fullmatch(text) is not None
 
 
 def is_number_in_another_form(value: object) -> bool:

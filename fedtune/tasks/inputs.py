@@ -21,7 +21,7 @@ from fedtune.data.features import FeatureReader
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Tokenizer, cut, encode
-from fedtune.data.values import FEATURE
+from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, shown
 
@@ -304,6 +304,8 @@ class Features(Input):
             "IMPORT": "import onnxruntime" if graph else "from safetensors.numpy import load_file",
             "FEATURES": repr(json.dumps([asdict(one) for one in data.features])),
             "LABELS": repr(list(data.labels)),
+            "NUMBER": repr(NUMBER.pattern),
+            "NOTHING": repr(sorted(NO_NAME)),
             "ROW": repr(shown),
             "FOLDER": folder,
         }
@@ -313,22 +315,50 @@ class Features(Input):
 
 _ROW_LINES = """\
 import json
+import re
 import numpy as np
 IMPORT
 features = json.loads(FEATURES)
 labels = LABELS
 
 
-def values_of(row):  # by the names of its columns, with None where it has no value
+def text_of(value):  # a cell as a run reads it; "" is nothing
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, (str, int, float, list)):
+        raise ValueError("a value must be a number, a text or a list")
+    if isinstance(value, list):
+        return json.dumps([number_of(one) for one in value])
+    text = value.strip() if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    whole = re.fullmatch(r"([+-]?[0-9]+)[.]0+", text)
+    return text.lower() if text.lower() in ("true", "false") else whole[1] if whole else text
+
+
+def number_of(value):
+    text = text_of(value)
+    if not re.fullmatch(NUMBER, text, re.ASCII) or not np.isfinite(float(text)):
+        raise ValueError("a number must be finite, with a point before decimals")
+    return float(text)
+
+
+def values_of(row):  # by the names of its columns; ValueError for a row that no run can use
     found = []
     for one in features:
         for column in one["columns"]:
-            value, names = row[column], one["categories"]
-            if value is None:
-                raw = [float("nan")] * (one["size"] or 1)
+            text, names, size = text_of(row[column]), one["categories"], one["size"]
+            if not text or (text in NOTHING and text not in names):
+                if one["missing"] == "unusable":
+                    raise ValueError(f"{column} must have a value")
+                raw = [float("nan")] * (size or 1)
+            elif names:
+                raw = [names.index(text) if text in names else len(names)]
             else:
-                raw = [names.index(value) if value in names else len(names)] if names else value
-            found.append((one, np.atleast_1d(np.array(raw, dtype=np.float64))))
+                held = json.loads(text) if size else [text]
+                if not isinstance(held, list) or len(held) != (size or 1):
+                    raise ValueError(f"{column} must be a list of {size} numbers")
+                raw = [number_of(part) for part in held]
+            found.append((one, np.array(raw, dtype=np.float64)))
     return found
 
 

@@ -149,6 +149,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"range": (1.0, 0.0)}, "range"),
     ({"range": (0.0, math.inf)}, "range"),
     ({"range": (0.0, 1e13)}, "range"),
+    ({"range": (1e9, 1e9 + 2000)}, "range"),
+    ({"range": (-1e11 - 1e5, -1e11)}, "range"),
     ({"size": 0}, "size"),
     ({"size": 100_000}, "size"),
     ({"range": None, "categories": ("x",), "size": 2}, "size"),
@@ -166,11 +168,21 @@ def test_a_declaration_that_says_nothing_sound_is_refused(changes: dict[str, Any
     assert caught.value.key == key
 
 
+@pytest.mark.parametrize("low", [0.0, 1.0, 1e9, -7e11])
+def test_a_range_that_is_accepted_is_one_in_float32_too(low: float) -> None:
+    high = low + max(1e-5, 2.6e-4 * abs(low))
+    feature = FeatureSpec(columns=("a",), range=(low, high))
+    middle, half = np.float32((low + high) / 2), np.float32((high - low) / 2)
+    for value in np.linspace(low, high, 99):
+        as_raw = (np.float32(value) - middle) / half
+        assert feature.read(repr(float(value)), at="") == pytest.approx([as_raw], abs=1e-3)
+
+
 def test_a_column_is_declared_once_and_a_vector_is_bounded() -> None:
     with pytest.raises(ConfigError, match="must be declared once"):
         data(AGE, FeatureSpec(columns=("age",), categories=("old",)))
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
-        with pytest.raises(ConfigError, match="must be the column of one feature, and of no other role"):
+        with pytest.raises(ConfigError, match="must be the column of one feature, and not of the answer"):
             data(AGE, LAB, columns=columns)
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):

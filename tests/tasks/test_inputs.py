@@ -1,0 +1,79 @@
+"""What the inputs say of themselves: the lines that read a row where fedtune is not installed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.records import record_of
+from fedtune.data.spec import DataSpec
+from fedtune.spec import DataError
+from fedtune.tasks.inputs import input_of
+
+FEATURES = (
+    FeatureSpec(columns=("age",), range=(0.0, 100.0)),
+    FeatureSpec(columns=("crp",), range=(0.0, 100.0), missing="indicator"),
+    FeatureSpec(columns=("ward",), categories=("surgery", "1", "true", "2.5", "none")),
+    FeatureSpec(columns=("grade",), categories=("surgery", "1"), missing="indicator"),
+    FeatureSpec(columns=("states",), range=(-5.0, 5.0), size=2),
+    FeatureSpec(columns=("levels",), range=(-5.0, 5.0), size=2, missing="indicator"),
+)
+DATA = DataSpec(
+    dataset="d",
+    train_file="f",
+    columns={"label": "y"},
+    declared_sizes=5,
+    max_length=1,
+    labels=("a", "b"),
+    input="features",
+    features=FEATURES,
+)
+GOOD = {"age": 5, "crp": 5, "ward": "surgery", "grade": "surgery", "states": [1, 2], "levels": [1, 2]}
+VALUES: tuple[Any, ...] = (
+    *(None, math.nan, math.inf, "", "  ", "NA", "nan", "none", "?", "x", " surgery ", "Surgery"),
+    *(0, 1, 1.0, "1", " 1.0 ", "1.00", "+1", 2.5, "2.5", "2.50", -3, 1e300, 1e16, 2.0**53, 10**400, 7e14),
+    *(True, False, "True", " TRUE", "false", "1e1", ".5", "5.", "1e999", "1_0", "0x1", "3,5", "\u0663"),
+    *([1, 2], "[1, 2]", [1.5, -2.0], ["1", " 2.0"], [1], [1, 2, 3], [1, None], [1, math.nan], [True, 1], [[1, 2]]),
+    *([1, math.inf], [], "[]", '"12"', "[1, 2", {"a": 1}, '{"1": 1, "2": 2}', (1, 2), "[1, true]"),
+)
+
+
+@pytest.fixture(scope="module")
+def exported() -> Callable[[dict[str, Any]], Any]:
+    """The lines of an export up to a row's vector."""
+    lines = input_of(DATA).loading(DATA, folder="folder")
+    assert lines is not None
+    reading, _, rest = lines.partition("row = ")
+    scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
+    space: dict[str, Any] = {}
+    exec(reading, space)
+
+    def vector(row: dict[str, Any]) -> Any:
+        exec(scaling, space | {"row": row}, found := dict[str, Any]())
+        return np.array(found["vector"]) / np.sqrt(found["count"])
+
+    return vector
+
+
+@pytest.mark.parametrize("column", GOOD)
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_exported_lines_read_a_row_as_training_does(exported: Any, column: str, value: Any) -> None:
+    row = GOOD | {column: value}
+    try:
+        record = record_of(row, DATA.needed_columns(()), file="", line=0)
+        expected = FeatureReader(FEATURES).vector(record)
+    except DataError:
+        with pytest.raises((ValueError, TypeError)):
+            exported(row)
+    else:
+        np.testing.assert_allclose(exported(row), expected, rtol=1e-6)
+
+
+def test_a_row_may_hold_numpy_s_values(exported: Any) -> None:
+    row = GOOD | {"age": np.float32(5), "grade": np.int64(1), "states": np.array([1.0, 2.0])}
+    np.testing.assert_array_equal(exported(row), exported(GOOD | {"grade": 1}))
