@@ -2,7 +2,7 @@
 
 A range or a list of categories that was taken from the records would publish something of them: the largest value is
 somebody's.  So the experiment has places for both, to be filled in from what is known of each quantity, and what the
-file itself holds is shown on the terminal alone.
+file itself holds is shown on the terminal alone.  Every column may lack values, whether one of the file does or not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ABOUT = (
     "where you type them; the file's own are shown here alone, to find units and misspellings.",
     "A number beyond its range counts as the nearer end, and a name that is not declared as other. A wrong range costs "
     "accuracy, and no privacy.",
+    "Rows without a value are taken (missing: indicator), also where the file has none. To leave them out, delete it.",
 )
 
 
@@ -65,7 +66,7 @@ def lines(found: Found) -> Iterator[str]:
         column = found.columns[name]
         what = ['categories: "???"' if is_name(column) else 'range: "???"']
         what += [f"size: {column.size}"] if column.size else []
-        what += ["missing: indicator"] if column.filled < found.rows else []
+        what.append("missing: indicator")  # for all: whether a row lacks a value would be told by the model's shape
         yield f"  - {{columns: [{json.dumps(name, ensure_ascii=False)}], {', '.join(what)}}}"
 
 

@@ -58,12 +58,21 @@ def test_the_file_s_own_values_are_on_the_terminal_alone(labs: Path, command: An
     for shown in ("20.5 to 79.5", "901.25 to 1018.25", "zqf", "zqm", "a list of 3 numbers", "become PUBLIC"):
         assert shown in told.out
     page = labs.read_text()
-    assert '{columns: ["age"], range: "???"}' in page
+    assert '{columns: ["age"], range: "???", missing: indicator}' in page
     assert '{columns: ["crp"], range: "???", missing: indicator}' in page
-    assert '{columns: ["sex"], categories: "???"}' in page
-    assert '{columns: ["states"], range: "???", size: 3}' in page
+    assert '{columns: ["sex"], categories: "???", missing: indicator}' in page
+    assert '{columns: ["states"], range: "???", size: 3, missing: indicator}' in page
     for own_value in ("79.5", "20.5", "1018", "zqf", "zqm"):
         assert own_value not in page, "the experiment file travels"
+
+
+def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path, labs: Path, command: Any) -> None:
+    assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
+    given = json.loads((tmp_path / "labs.json").read_text())
+    given[5] |= {"age": None, "sex": "", "states": None}
+    (tmp_path / "labs.json").write_text(json.dumps(given))
+    assert command("data", "init", "labs.json", "--label", "diagnosis", "--out", "again.yaml").code == 0
+    assert (tmp_path / "again.yaml").read_text().replace("again", "labs") == labs.read_text()
 
 
 def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
