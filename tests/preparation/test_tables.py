@@ -71,8 +71,8 @@ def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path,
     given = json.loads((tmp_path / "labs.json").read_text())
     given[5] |= {"age": None, "sex": "", "states": None}
     (tmp_path / "labs.json").write_text(json.dumps(given))
-    assert command("data", "init", "labs.json", "--label", "diagnosis", "--out", "again.yaml").code == 0
-    assert (tmp_path / "again.yaml").read_text().replace("again", "labs") == labs.read_text()
+    assert command("data", "init", "labs.json", "--label", "diagnosis", "--out", "more.yaml").code == 0
+    assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs.read_text()
 
 
 def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
