@@ -69,6 +69,8 @@ OF_SPECIAL_TOKENS_MAP = frozenset(
 own name in place: another one would name a folder or a repository to read, and say that a hub may be asked."""
 
 
+PRIVATE_TO = "private_to"
+"""In the settings of what was trained without noise on one site's records (`fedtune.sites.personal`): the site."""
 PROCESSOR = "preprocessor_config.json"
 """The settings of an image processor."""
 PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
@@ -164,6 +166,8 @@ def config_refusal(fields: Any) -> str | None:
     """Why a config is refused, as the end of a sentence about it; None for a good one."""
     if not isinstance(fields, dict):
         return "must be a JSON object"
+    if (site := fields.get(PRIVATE_TO)) is not None:
+        return f"is of a model that is private to {short(site)}, without a guarantee: no run begins in it"
     layers = 0
     for key, value in _entries(fields):
         if key in _REDIRECTING and value is not None:

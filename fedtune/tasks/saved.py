@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.ia3_and_dora import PEFT_SCALES, as_peft
+from fedtune.model.refusals import PRIVATE_TO
 from fedtune.model.source import public_place
 from fedtune.model.spec import NO_ADAPTER, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, shown
@@ -40,8 +41,6 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
-_PRIVATE_TO = "private_to"
-"""In the settings of an adapter that was trained without noise on one site's records (`fedtune.sites.personal`)."""
 _SAME = 1e-4
 """Two machines' values from the same seed, or the same labels, differ by less."""
 _HEAD = "head."
@@ -105,7 +104,7 @@ class SavedAdapter:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.
         """
         settings = _read_json(folder / _SETTINGS)
-        if (site := settings.get(_PRIVATE_TO)) is not None and not private:
+        if (site := settings.get(PRIVATE_TO)) is not None and not private:
             bound = f"is private to {shown(site)}, without a guarantee: what is made from it may not leave that site"
             raise ConfigError("adapter", str(folder), bound)
         with _malformed(folder):
@@ -327,7 +326,7 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
     spec = asdict(replace(model.spec, model=pinned))
     files[_SETTINGS] = {"schema_version": RUN_SCHEMA, **spec, "adapter_digest": Adapter.of(model).digest()}
     if private_to is not None:
-        files[_SETTINGS][_PRIVATE_TO] = private_to
+        files[_SETTINGS][PRIVATE_TO] = private_to
     for name, settings in files.items():
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -65,6 +65,21 @@ def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]]
     assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
 
 
+def test_no_run_begins_in_a_model_that_it_was_merged_into(
+    made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    told = command("export", str(own_of(made[0])), "--to", str(folder), "--private", "--merge")
+    assert told.code == 0, told.err
+    for asked in (
+        ("model-hash", str(folder)),
+        ("simulate", *tiny(into=tmp_path, name="three"), f"model.path={folder}"),
+    ):
+        told = command(*asked)
+        assert told.code == 2
+        assert "is private to 'site-1', without a guarantee: no run begins in it" in told.message
+
+
 def test_a_site_that_is_not_there_is_said(finished: Path, command: Any) -> None:
     told = command("personalise", str(finished), "nowhere")
     assert (told.code, told.message) == (2, "SITE = 'nowhere': must be one of site-1, site-2")
