@@ -109,6 +109,8 @@ def _run_folders(words: Sequence[str]) -> list[Path]:
 
 def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
     """Runs named after their folders; by the whole path where two names are equal."""
+    from fedtune.tasks import SavedAdapter  # torch takes seconds to import
+
     lines, names = [], [folder.absolute().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):
         if [other.absolute() for other in folders].count(folder.absolute()) > 1:
@@ -117,7 +119,8 @@ def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
         config, adapter = finished_run(folder)
         # A site's copy of a final adapter has no run.json beside it.
         trial = Trial(config=config, folder=folder, result=result_in(adapter.parent))
-        lines.append(Line(name=name, kind="run", run=trial))
+        own = SavedAdapter.read(adapter, private=True).private_to is not None
+        lines.append(Line(name=name, kind="own" if own else "run", run=trial))
     return lines
 
 

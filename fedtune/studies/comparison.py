@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
 
 _POOLED_SITE = "all"
-Kind = Literal["alone", "federated", "pooled", "run"]
+Kind = Literal["alone", "federated", "pooled", "run", "own"]
 NO_PRIVACY = ", no privacy"
 """Behind the name of a run without any."""
 AT_SITES = "by site"
@@ -43,7 +43,7 @@ class Line:
 
     Attributes:
         name: what tables call it.
-        kind: who took part; "run" for one that was there already.
+        kind: who took part; "run" for one that was there already, and "own" for a site's own adapter.
         site: the one that trained alone.
     """
 
@@ -55,7 +55,7 @@ class Line:
     @property
     def private(self) -> bool:
         """Whether noise was added."""
-        return self.run.config.privacy.private
+        return self.run.config.privacy.private and self.kind != "own"
 
     @property
     def moved(self) -> int:
@@ -209,6 +209,8 @@ class Compared:
             told.append(f"These records do not tell apart: {shown}{more}.")
         for title, groups in self.groups.items():
             told += self._fair(title, groups)
+        if own := [line.name for line in self.lines if line.kind == "own"]:
+            told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
         return told
 
     def _sentence(self, base: str) -> str:

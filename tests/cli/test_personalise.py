@@ -54,6 +54,18 @@ def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any,
     assert told.code == 0, told.err
 
 
+def test_a_comparison_says_that_nothing_protects_it(made: tuple[Path, dict[str, Any]], command: Any) -> None:
+    told = command("compare", str(made[0]), str(own_of(made[0])), "--json")
+    assert told.code == 0, told.err
+    found = json.loads(told.out)
+    assert {one["name"]: one.get("private") for one in found["models"]} == {
+        "base": None,
+        "one": True,
+        "private_to_site-1": False,
+    }
+    assert "No guarantee covers what is said of private_to_site-1" in found["verdict"][-1]
+
+
 def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]], command: Any, tmp_path: Path) -> None:
     own = own_of(made[0])
     told = command("export", str(own), "--to", str(tmp_path / "out"))
