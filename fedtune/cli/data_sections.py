@@ -37,6 +37,10 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
         "tags that go on with nothing",
         "A tag I- behind none of its type begins an entity, as IOB1 has it; in other schemes it is a slip.",
     ),
+    "hidden": (
+        "parts that share a word",
+        "A word of the model's tokenizer has one label: of two parts in a word the first is learnt; scores count both.",
+    ),
     "same": (
         "duplicate",
         "Each duplicate is protected as a record of its own, so what they all say is protected less.",

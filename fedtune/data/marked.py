@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -30,10 +30,10 @@ from fedtune.data.text_rows import (
 )
 from fedtune.spec import DataError
 
-TAG = re.compile(r"(?:([BIOESLUM])[-_])?(.+)", re.DOTALL)
-"""A token's tag: the letter of a scheme, and the type."""
-BEGINS, ENDS = frozenset("BSU"), frozenset("ELSU")
-"""Letters of the tags of an entity's first and last token (IOB2, BILOU, BIOES)."""
+_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)
+"""A token's tag in a scheme: its letter, and the type."""
+_BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
+"""Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
 _DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
 """Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
@@ -58,17 +58,21 @@ def spans_of(value: object, at: str) -> str:
 
     They are such lists (doccano), or objects with `start` and `end` (Prodigy), `start_offset` and `end_offset`
     (doccano), and `label`; or what Label Studio exports, whole or as its JSON_MIN: with a list `labels`.  Its offsets
-    count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts.
+    count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts that
+    was not skipped.
 
     Raises:
-        DataError: it is no list, or one in it has no first, end or label.
+        DataError: it is no list, or one in it has no first, end or label; or nobody has annotated the text.
     """
     listed = listed_in(rows_of(value))
     if listed is None:
         raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
-    results = [one["result"] for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
-    if results:
-        parts = [one["value"] for one in results[0] if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+    annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
+    if annotations:
+        kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
+        if kept is None:
+            raise DataError(at, "skipped", "must have an annotation that nobody skipped (role spans)")
+        parts = [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
         listed = [one for one in parts if "labels" in one]  # others are choices and relations
     found = []
     for number, one in enumerate(listed, 1):
@@ -84,22 +88,40 @@ def spans_of(value: object, at: str) -> str:
     return as_json(found)
 
 
-def breaks_scheme(tags: str) -> bool:
-    """Whether a record's tags go on with an entity that none before them began."""
-    begun = None
-    for tag in tags.split("\n"):
-        part = TAG.fullmatch(tag) if tag != "O" else None
-        if part and part[1] and part[1] in "ILEM" and part[2] != begun:
-            return True
-        begun = part[2] if part and (part[1] or "B") not in ENDS else None
-    return False
+def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
+    """The letter of a token's tag, which is empty where it has no scheme, and the type: ("O", "") outside entities.
+
+    A tag that is one of the declared `types` has no scheme, whatever it begins with.
+
+    >>> read_tag("S-protein"), read_tag("S-protein", ["S-protein"])
+    (('S', 'protein'), ('', 'S-protein'))
+    """
+    if tag == "O":
+        return "O", ""
+    match = None if tag in types else _TAG.fullmatch(tag)
+    return (match[1], match[2]) if match else ("", tag)
 
 
-def entity_types(fields: Mapping[str, str]) -> dict[str, int]:
-    """The types that a record's tags or spans name, in their order, with how many of them do."""
+def entities_of(tags: Sequence[str], types: Collection[str] = ()) -> tuple[list[tuple[int, int, str]], bool]:
+    """The entities of tokens, (first, end, type), by their tags; and whether one goes on that none before it began."""
+    found: list[tuple[int, int, str]] = []
+    is_open = is_broken = False
+    for place, tag in enumerate(tags):
+        letter, name = read_tag(tag, types)
+        if letter == "O":
+            is_open = False
+            continue
+        goes_on = is_open and letter not in _BEGINS and found[-1][2] == name
+        is_broken = is_broken or (letter in _GOES_ON and not goes_on)
+        found.append((found.pop()[0] if goes_on else place, place + 1, name))
+        is_open = letter not in _ENDS
+    return found, is_broken
+
+
+def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict[str, int]:
+    """The types that a record's tags or spans name, in their order, with how many entities are of each."""
     if "tags" in fields:
-        parts = (TAG.fullmatch(tag) for tag in fields["tags"].split("\n") if tag != "O")
-        return dict(Counter(part[2] for part in parts if part and (part[1] or "B") in BEGINS))
+        return dict(Counter(name for *_, name in entities_of(fields["tags"].split("\n"), types)[0]))
     return dict(Counter(span[2] for span in json.loads(fields.get("spans", "[]"))))
 
 
@@ -126,9 +148,8 @@ def _sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     columns, is_tagged = {len(one) for one in of_others}, all(_LIKE_TAG.fullmatch(one[-1].strip()) for one in of_others)
 
     def is_comment(cells: list[str]) -> bool:
-        return (bool(columns) and len(cells) not in columns) or (
-            is_tagged and not _LIKE_TAG.fullmatch(cells[-1].strip())
-        )
+        same_columns = len(cells) in columns or not columns
+        return not same_columns or (is_tagged and not _LIKE_TAG.fullmatch(cells[-1].strip()))
 
     cells = [one for one, said in zip(cells, lines, strict=True) if not (said.startswith("# ") and is_comment(one))]
     if any(len(one) < 2 for one in cells):

@@ -240,5 +240,8 @@ def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> 
         elif column not in row:
             raise absent(row, column, role=role, at=at)
         else:
-            fields[role] = read_value(row[column], role, at=f"{at}, column {column!r}")
+            # A task of Label Studio that nobody has annotated is no text without spans.
+            of_studio = role == "spans" and isinstance(row.get(columns.get("text", "")), dict)
+            value = None if of_studio and row[column] == [] else row[column]
+            fields[role] = read_value(value, role, at=f"{at}, column {column!r}")
     return Record(fields, file, line)

@@ -7,6 +7,7 @@ import secrets
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -166,6 +167,13 @@ def encode_words(
 
 def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
     ends = {word: end for word, (_, end) in zip(encoding.word_ids, encoding.offsets, strict=True)}
+    rests = encoding.overflowing
+    last = encoding.word_ids[-1] if rests else None
+    for rest in rests:  # of the word at which reading stops
+        its = takewhile(lambda one: one[0] == last, zip(rest.word_ids, rest.offsets, strict=True))
+        ends |= {word: end for word, (_, end) in its}
+        if rest.word_ids[-1] != last:
+            break
     found, before = [], None
     for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
         piece = text[start : ends[word]]

@@ -20,7 +20,7 @@ from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import lead_side, shipped_folders, split_key
-from fedtune.data.marked import breaks_scheme, entity_types
+from fedtune.data.marked import entities_of, entity_types
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
@@ -47,6 +47,7 @@ Kind = Literal[
     "lost",
     "unlearnt",
     "scheme",
+    "hidden",
     "overlap",
     "near_overlap",
     "contradiction",
@@ -270,7 +271,7 @@ class _Look:
             for record, its in zip(some, its_uses, strict=True):
                 labels.update(label for label in self._labels(record) if label in labels)
                 self._note_twins(record, its, found)
-                if breaks_scheme(record.fields.get("tags", "O")):
+                if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
                     found.note(record.line, "scheme")
                 if self.task.texts(data) > data.windows:
                     _note_shared_texts(record, texts, found)
@@ -307,7 +308,9 @@ class _Look:
     def _labels(self, record: Record) -> tuple[str, ...]:
         if "labels" in record.fields:
             return split_labels(record.fields["labels"], separator=self._data.label_separator)
-        return (record.fields["label"],) if "label" in record.fields else tuple(entity_types(record.fields))
+        if "label" in record.fields:
+            return (record.fields["label"],)
+        return tuple(entity_types(record.fields, self._data.labels))
 
     def _use(self, record: Record, site: str) -> str:
         """The use of a record of a training file; one that is trained on counts for its site."""
@@ -347,9 +350,11 @@ class _Look:
             if 0 < count < left[place]:
                 found.note(records[place].line, "lost")
             left[place] = count
-        for record, count in zip(records, left, strict=True):
+        for record, count, hides in zip(records, left, self.task.hide_parts(whole, data=self._data), strict=True):
             if not count:
                 found.note(record.line, "unlearnt")
+            if hides:
+                found.note(record.line, "hidden")
         return [int(length) for length in whole.lengths]
 
     def _note_twins(self, record: Record, use: str, found: _Findings) -> None:

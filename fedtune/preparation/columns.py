@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune.data.marked import TAG, entity_types, spans_of, words_of
+from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
     READ_OF_TURNS,
@@ -154,7 +154,9 @@ class Column:
         several: by the same, how many values have more than one label.
         numbers: of them the first `_MOST_NUMBERS`.
         odd: by type, the first values with the numbers of their rows.
-        entities: how often each type of entities came, in spans or in tags of a scheme.
+        marked: how often each type of entities came, in spans or in tags of a scheme.
+        plain: the same where each tag is a type.
+        letters: of the schemes that tags may have.
         beside: what turns have beside what a run reads of them, such as "name", and how often.
         sizes: how many numbers lists hold that hold nothing else, and how often; a list may be JSON text.
     """
@@ -169,7 +171,9 @@ class Column:
     several: Counter[str] = field(default_factory=Counter)
     numbers: array[float] = field(default_factory=lambda: array("d"))
     odd: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
-    entities: Counter[str] = field(default_factory=Counter)
+    marked: Counter[str] = field(default_factory=Counter)
+    plain: Counter[str] = field(default_factory=Counter)
+    letters: set[str] = field(default_factory=set)
     beside: Counter[str] = field(default_factory=Counter)
     sizes: Counter[int] = field(default_factory=Counter)
     _open: bool = True
@@ -223,18 +227,27 @@ class Column:
         """Of lists, and of lists as text, whether they are tokens, tags of a scheme, or spans of a text."""
         if not isinstance(value, list) and not (isinstance(value, str) and value.lstrip()[:1] == "["):
             return
-        found: Counter[str] = Counter()
+        found, plain = Counter[str](), Counter[str]()
         with suppress(DataError):
             tags = words_of(value, self.name)
             self.reads["tokens"] += 1
-            if all(one == "O" or ((part := TAG.fullmatch(one)) and part[1]) for one in tags.split("\n")):
+            letters = {read_tag(one)[0] for one in tags.split("\n")}
+            if "" not in letters:
                 self.reads["tags"] += 1
+                self.letters |= letters
                 found.update(entity_types({"tags": tags}))
+                plain.update(entity_types({"tags": tags}, tags.split("\n")))
         with suppress(DataError):
             found.update(entity_types({"spans": spans_of(value, self.name)}))
             self.reads["spans"] += 1
-        if len(self.entities) <= MOST_LABELS:
-            self.entities.update(found)
+        if max(len(self.marked), len(self.plain)) <= MOST_LABELS:
+            self.marked.update(found)
+            self.plain.update(plain)
+
+    @property
+    def entities(self) -> Counter[str]:
+        """How often each type of entities came.  Without B and I among its tags a column has no scheme (S-phase)."""
+        return self.marked if not self.letters or self.letters & {"B", "I"} else self.plain
 
     def _note_parts(self, value: object) -> None:
         if isinstance(value, list):

@@ -202,7 +202,7 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
-            num_of.update(entity_types(record.fields).keys())
+            num_of.update(entity_types(record.fields, data.labels))
             num_of.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
             num_of.update([record.fields["label"]] if "label" in record.fields else ())
         if len(counts) >= MEASURED_ROWS:

@@ -276,6 +276,10 @@ class Task(ABC):
             DataError: a record does not fit the settings.
         """
 
+    def hide_parts(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
+        """Of each example whether a part of its answer is not learnt, as its word is learnt as another."""
+        return [False] * len(dataset)
+
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
         """(t,) token ids from which an answer is written, where the task `writes`: those that training saw before it.
 

@@ -7,6 +7,7 @@ must not end an evaluation.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -130,13 +131,20 @@ def entity_counts(truth: Sequence[Entity], said: Sequence[Entity], *, num_labels
     """
     counts = np.zeros((num_labels + 1, 5))
     for label in range(num_labels + 1):
-        real, given = ({one[:2] for one in each if label in (one[2], num_labels)} for each in (truth, said))
-        met, right = (
-            sum(any(first < other[1] and other[0] < end for other in others) for first, end in each)
-            for each, others in ((real, given), (given, real))
-        )
-        counts[label] = len(real), len(given), len(real & given), met, right
+        real, given = ([one[:2] for one in each if label in (one[2], num_labels)] for each in (truth, said))
+        both = (Counter(real) & Counter(given)).total()
+        counts[label] = len(real), len(given), both, _num_met(real, given), _num_met(given, real)
     return counts
+
+
+def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+    """How many of some (first, end) share a word with one of the others."""
+    if not some or not others:
+        return 0
+    (first, end), (firsts, ends) = (np.array(each).T for each in (some, others))
+    # Of the others, fewer end before it than begin before its end.
+    met = np.searchsorted(np.sort(ends), first, side="right") < np.searchsorted(np.sort(firsts), end)
+    return int(met.sum())
 
 
 def rates(counts: Floats, found: int, right: int) -> tuple[float, float, float]:

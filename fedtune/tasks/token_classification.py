@@ -14,13 +14,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.marked import BEGINS, ENDS, TAG
+from fedtune.data.marked import entities_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from fedtune.data.batching import Batch
 
 _NO_WORD = (0, 0)
+_MOST_OF_A_WORD = 1 << 40
+"""A target from which on a word's further entities are not counted: five of a hundred labels, or more of fewer."""
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
 and the shortest window of a step has 12."""
@@ -148,7 +150,7 @@ class TokenClassification(Task):
             if not ids and lenient_within is None:
                 bound = f"must have a token of {tokenizer.name_or_path!r}"
                 raise DataError(record.at(self.roles_in(data)[0]), "no tokens", bound)
-            tags = np.array([*_tags_of(words, one.entities)], dtype=np.int64)
+            tags = _tags_of(words, one.entities, num_tags=1 + 2 * len(data.labels))
             for window in range(data.windows):
                 first = window * step
                 end = min(first + room, len(ids))
@@ -165,6 +167,10 @@ class TokenClassification(Task):
                 input_ids.append(np.array([*before, *ids[first:end], *behind], dtype=np.int32))
                 targets.append(np.pad(own, (len(before), len(behind)), constant_values=UNSUPERVISED))
         return TextDataset(tuple(input_ids), tuple(targets), data.windows)
+
+    def hide_parts(self, dataset: TextDataset, *, data: DataSpec) -> Sequence[bool]:
+        hiding = np.array([(row > 2 * len(data.labels)).any() for row in dataset.targets], dtype=bool)
+        return [bool(one.any()) for one in hiding.reshape(len(dataset), data.windows)]
 
     def add_head(self, model: Model) -> None:
         width, device, spec = model.base.config.get_text_config().hidden_size, model.device, model.spec
@@ -290,8 +296,9 @@ def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """(examples,) the mean over each one's words, 0 without any; (rows, t, tags) of scores."""
     import torch
 
+    tags = torch.where(batch.targets < 0, batch.targets, batch.targets % logits.shape[-1])
     each = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=UNSUPERVISED, reduction="none"
+        logits.flatten(0, 1), tags.flatten(), ignore_index=UNSUPERVISED, reduction="none"
     )
     of_examples = each.view(-1, batch.texts * logits.shape[1])
     words = (batch.targets != UNSUPERVISED).view(of_examples.shape).sum(dim=1)
@@ -299,12 +306,18 @@ def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _read(logits: torch.Tensor, batch: Batch) -> Iterator[tuple[list[Entity], list[Entity]]]:
-    """Of each example the true entities and the predicted ones, by the places of its words."""
+    """Of each example the true entities, learnt or not, and the predicted ones, by the places of its words."""
+    num_tags = logits.shape[-1]
     of_examples = (-1, batch.texts * logits.shape[1])
     targets, predicted = (one.view(of_examples).cpu().numpy() for one in (batch.targets, logits.argmax(dim=-1)))
     for truth, said in zip(targets, predicted, strict=True):
         words = truth != UNSUPERVISED
-        yield entities_in(truth[words].tolist()), entities_in(said[words].tolist())
+        entities = entities_in((truth[words] % num_tags).tolist())
+        for place, more in enumerate((truth[words] // num_tags).tolist()):
+            while more:  # the labels that `_tags_of` wrote above the class
+                more, label = divmod(more, (num_tags + 1) // 2)
+                entities.append((place, place + 1, label - 1))
+        yield entities, entities_in(said[words].tolist())
 
 
 def entities_in(tags: Sequence[int]) -> list[Entity]:
@@ -323,21 +336,33 @@ def entities_in(tags: Sequence[int]) -> list[Entity]:
     return found
 
 
-def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity]) -> Iterator[int]:
-    """The class of each token's word: that of the first entity of which it has a character."""
-    begun = -1
+def _tags_of(words: Sequence[tuple[int, int]], entities: Sequence[Entity], *, num_tags: int) -> npt.NDArray[np.int64]:
+    """The class of each token's word: that of the first entity of which it has a character.
+
+    An entity that has no word so is not learnt, and must not be missing among the true ones: the digits of its word's
+    target above the class, in base 1 + labels, are 1 + its label.
+    """
+    tags = np.full(len(words), UNSUPERVISED, dtype=np.int64)
+    learnt, others = set[int](), dict[int, int]()
     place = 0
-    for first, end in words:
+    for token, (first, end) in enumerate(words):
         if end <= first:
-            yield UNSUPERVISED
             continue
         while place < len(entities) and entities[place][1] <= first:
             place += 1
-        if place == len(entities) or entities[place][0] >= end:
-            yield 0
-        else:
-            yield 1 + 2 * entities[place][2] + (begun == place)
-            begun = place
+        tags[token] = 0
+        if place < len(entities) and entities[place][0] < end:
+            tags[token] = 1 + 2 * entities[place][2] + (place in learnt)
+            learnt.add(place)
+        for other in range(place + 1, len(entities)):
+            if entities[other][0] >= end:
+                break
+            others.setdefault(other, token)
+    for other, token in others.items():
+        if other not in learnt and tags[token] < _MOST_OF_A_WORD:
+            more, tag = divmod(tags[token], num_tags)
+            tags[token] = tag + num_tags * (more * ((num_tags + 1) // 2) + 1 + entities[other][2])
+    return tags
 
 
 def marks(data: DataSpec) -> Callable[[Record], Marked]:
@@ -348,49 +373,36 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     """
     places = {label: place for place, label in enumerate(data.labels)}
 
-    def label_of(record: Record, role: str, label: str) -> int:
-        if label not in places:
-            raise undeclared(record, role, data.labels)
-        return places[label]
-
     def of_tokens(record: Record) -> Marked:
         tokens = record.fields["tokens"].split("\n")
         tags = record.fields["tags"].split("\n")
         if len(tags) != len(tokens):
-            bound = f"must be one for each of the {len(tokens)} tokens"
-            raise DataError(record.at("tags"), f"{len(tags)} tags", bound)
-        entities: list[Entity] = []
-        start, is_open = 0, False
-        for token, tag in zip(tokens, tags, strict=True):
-            match = TAG.fullmatch(tag)
-            if match is None:
-                raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
-            kind, name = match.groups()
-            if tag == "O":
-                is_open = False
-            else:
-                label = label_of(record, "tags", tag if kind is None and tag in places else name)
-                goes_on = is_open and kind not in BEGINS and entities[-1][2] == label
-                first = entities.pop()[0] if goes_on else start
-                entities.append((first, start + len(token), label))
-                is_open = kind not in ENDS
-            start += len(token) + 1
-        return Marked(" ".join(tokens), tuple(entities))
+            raise DataError(record.at("tags"), "another number of tags", "must be one for each of the tokens")
+        if "" in tags:
+            raise DataError(record.at("tags"), "a blank tag", "must be O or the name of a type behind B- or I-")
+        entities, _ = entities_of(tags, places)
+        if any(name not in places for *_, name in entities):
+            raise undeclared(record, "tags", data.labels)
+        starts = [0, *accumulate(len(token) + 1 for token in tokens)]
+        return Marked(" ".join(tokens), tuple((starts[a], starts[b] - 1, places[name]) for a, b, name in entities))
 
     def of_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
+        spans = json.loads(record.fields["spans"])
+        if any(len(one) > 3 for one in spans):
+            # How many characters end within each number of units of UTF-16, from none: the first half of two ends none.
+            units = np.frombuffer(b"\0\xd8" + text.encode("utf-16-le"), dtype="<u2")
+            characters = np.cumsum((units < 0xD800) | (units > 0xDBFF), dtype=np.int32)
         entities = []
-        for first, end, name, *in_units in json.loads(record.fields["spans"]):
-            if in_units:  # of UTF-16, where a letter beyond the first 65,536 is two
-                units = text.encode("utf-16-le")
-                known = 0 <= first <= end <= len(units) // 2
-                first, end = (
-                    len(units[: 2 * one].decode("utf-16-le", "ignore")) if known else -1 for one in (first, end)
-                )
-            if not 0 <= first < end <= len(text):
-                bound = f"must have 0 <= start < end <= {len(text)}, the characters of its text"
-                raise DataError(at, f"a span from {first} to {end}", bound)
-            entities.append((first, end, label_of(record, "spans", name)))
+        for first, end, name, *in_units in spans:
+            inside = characters if in_units else range(len(text) + 1)
+            start, stop = (int(inside[first]), int(inside[end])) if 0 <= first <= end < len(inside) else (0, 0)
+            if start == stop:
+                bound = "must have 0 <= start < end, and end at most the characters of its text"
+                raise DataError(at, "a span outside the text", bound)
+            if name not in places:
+                raise undeclared(record, "spans", data.labels)
+            entities.append((start, stop, places[name]))
         entities.sort()
         if any(one[1] > other[0] for one, other in pairwise(entities)):
             raise DataError(at, "spans that overlap", "must not share a character: a word has one label")

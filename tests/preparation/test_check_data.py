@@ -166,16 +166,19 @@ def test_marked_parts_that_cannot_be_are_counted_without_their_text(tmp_path: Pa
         "a secret": [[2, 90, "card"]],
         "one secret": [[4, 10, "secret"]],
         "where is my card": [[9, 16, "card"], [0, 5, "place"]],
+        "take abcd": [[5, 7, "card"], [7, 9, "place"]],
     }
     rows = [json.dumps({"text": text, "spans": spans}) for text, spans in texts.items()]
     (tmp_path / "spans.jsonl").write_text("\n".join(rows))
     given = [f"data.train_file='{tmp_path / 'spans.jsonl'}'", "data.columns={text: text, spans: spans}"]
     labelled = ["data.labels=[card,place]", "data.declared_sizes=9", "model=random_bert", "name=x"]
-    (found,) = checked(compose_run(["experiment=own_entities", *given, *labelled])).files
-    assert [one[1] for one in found.errors] == ["spans that overlap", "a span from 2 to 90", "not declared"]
+    checks = checked(compose_run(["experiment=own_entities", *given, *labelled]))
+    (found,) = checks.files
+    assert "hidden 5" in summary(checks), "of two parts in one word one is learnt"
+    assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
     assert sum(found.num_errors.values()) == 3
     assert "secret" not in repr(found)
-    assert found.labels == {"card": 1, "place": 1}
+    assert found.labels == {"card": 2, "place": 2}
 
 
 def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> None:

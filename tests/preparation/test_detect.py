@@ -275,3 +275,15 @@ def test_a_class_may_be_called_as_its_column(tmp_path: Path, names: str) -> None
     lines = [f"a text with number {number},{('spam', 'ham')[number % 2]}" for number in range(60)]
     (tmp_path / "a.csv").write_text("\n".join([names, *lines]) + "\n")
     assert look_at(tmp_path / "a.csv", {}).labels == {"spam": 30, "ham": 30}
+
+
+@pytest.mark.parametrize(
+    ("tags", "labels"),
+    [
+        ((["S-protein", "O"], ["M_protein", "L-dopa"]), {"S-protein": 1, "M_protein": 1, "L-dopa": 1}),
+        ((["S-protein", "O"], ["B-protein", "I-protein"]), {"protein": 2}),
+        ((["I-drug", "I-drug"], ["O", "I-dose"]), {"drug": 1, "dose": 1}),
+    ],
+)
+def test_a_scheme_is_one_of_the_whole_column(tmp_path: Path, tags: Any, labels: dict[str, int]) -> None:
+    assert seen(tmp_path, rows({"tokens": ["a", "b"], "tags": tags}, 2)).labels == labels

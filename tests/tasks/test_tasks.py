@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 
 import fedtune
 from fedtune.data import DataSpec
+from fedtune.data.features import FeatureSpec
+from fedtune.data.records import record_of
 from fedtune.data.spec import PairsSpec
+from fedtune.data.text_rows import or_fault
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 
 
@@ -128,6 +132,79 @@ def test_settings_that_do_not_fit_the_task(
 )
 def test_settings_that_fit_their_task(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
     task_named(task).check_data(data(*roles, **given))
+
+
+FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),)}
+FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("classification", (*LABELLED, "user"), {"labels": ("a", "b")}),
+    ("multi_label", ("text", "labels"), {"labels": ("a", "b")}),
+    ("ordinal", ("label",), {"labels": ("a", "b")} | FEATURE),
+    ("regression", ("text", "target"), IN_RANGE),
+    ("survival", ("time", "event"), {"intervals": (1.0, 2.0)} | FEATURE),
+    ("token_classification", ("tokens", "tags"), {"labels": ("a", "b")}),
+    ("token_classification", ("text", "spans"), {"labels": ("a", "b")}),
+    ("causal_lm", PROMPT, {}),
+    ("causal_lm", ("messages",), TURNS),
+    ("preference", ("prompt", *WHOLE), {}),
+    ("preference", WHOLE, TURNS),
+    ("embedding", SCORED, IN_RANGE),
+    ("embedding", PAIR, negatives("a text")),
+]
+
+
+def made_up(draws: random.Random) -> object:
+    """A value of any kind, in which nearly every number and name is another one each time."""
+    number, name = draws.randrange(-5, 10_000), f"{draws.choice('abx')}{draws.randrange(10_000)}"
+    turn = {"role": draws.choice(["user", "assistant", "system", name]), "content": draws.choice([name, "", number])}
+    span = [draws.randrange(-1, 9), draws.randrange(5000), draws.choice(["a", name])]
+    names = [draws.choice(["a", "O", "B-b", "I-x", "", name]) for _ in range(draws.randrange(9))]
+    studio = {"start": span[0], "end": span[1], "labels": [span[2]]}
+    kinds = [
+        number,
+        number / 7,
+        name,
+        name * 9,
+        names,
+        [turn, turn],
+        turn,
+        [span],
+        [span, [0, 1, "a"]],
+        [studio],
+        None,
+        "",
+    ]
+    return draws.choice(
+        [*kinds, "a", "b", 1, 0, [[0, 1, "a"]], f"{name},{name}", str(names), str(number), True, {name: number}]
+    )
+
+
+def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
+    settings = data(*roles, **given)
+    columns, draws, found = (
+        task_named(task).columns(settings, unit="user" if "user" in roles else "record"),
+        random.Random(seed),
+        set(),
+    )
+    fault = task_named(task).fault(settings)
+    for _ in range(4000):
+        row = {column: made_up(draws) for column in columns.values()}
+        error = or_fault("", record_of, row, columns, file="a.jsonl", line=1)
+        error = error if isinstance(error, DataError) else fault(error)
+        found |= {(error.value, error.bound.partition("; ")[0])} if error else set()
+    return found
+
+
+@pytest.mark.parametrize(("task", "roles", "given"), FAULTY, ids=lambda value: str(value)[:30])
+def test_what_is_said_of_a_record_quotes_nothing_of_it(
+    task: str, roles: tuple[str, ...], given: dict[str, Any]
+) -> None:
+    first, second = (faults_of(task, roles, given, seed=seed) for seed in (0, 1))
+    assert first
+    assert second - first == set()
+
+
+def test_every_task_s_faults_are_looked_at() -> None:
+    assert {task for task, *_ in FAULTY} == set(TASKS)
 
 
 def test_a_task_that_there_is_not_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found
     assert entities(*tags) == found
 
 
+def test_a_declared_type_may_begin_as_a_tag_of_a_scheme() -> None:
+    labels = ("S-protein", "M_protein", "U-boot", "drug")
+    read = marks(data(labels=labels))(record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"]))
+    assert [labels[label] for *_, label in read.entities] == ["S-protein", "M_protein", "drug", "U-boot"]
+
+
 def test_tokens_are_a_text_with_marked_parts() -> None:
     read = marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"]))
     assert read == ("a b cd ", ((0, 6, 0),))
@@ -68,7 +75,7 @@ def test_tokens_are_a_text_with_marked_parts() -> None:
 @pytest.mark.parametrize(
     ("words", "answer", "columns", "message"),
     [
-        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = '4 tags': must be one for each of the 5 tokens"),
+        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must be one for each of the tokens"),
         (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
         (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O or the name of a type"),
         (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of texts"),
@@ -78,9 +85,9 @@ def test_tokens_are_a_text_with_marked_parts() -> None:
             "my card",
             [[0, 8, "drug"]],
             SPANNED,
-            "a.jsonl:3, spans = 'a span from 0 to 8': must have 0 <= start < end <=",
+            "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start < end",
         ),
-        ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span from 2 to 2': must have 0 <= start"),
+        ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start"),
         ("my card", [[0, 4, "drug"], [3, 7, "dose"]], SPANNED, "a.jsonl:3, spans = 'spans that overlap': must not"),
         ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
         ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
@@ -248,6 +255,36 @@ def test_entities_are_counted_by_hand(truth: Any, said: Any, of_label: Any, of_a
     assert (tuple(counts[0]), tuple(counts[2])) == (of_label, of_all)
 
 
+def test_entities_are_counted_as_pair_by_pair_and_in_time() -> None:
+    draws = np.random.default_rng(0)
+
+    def some() -> list[tuple[int, int, int]]:
+        firsts = draws.integers(0, 30, size=draws.integers(0, 9)).tolist()
+        return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
+
+    for _ in range(300):
+        truth, said = some(), some()
+        of_all = entity_counts(truth, said, num_labels=2)[2]
+        met, right = (
+            sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
+            for each, others in ((truth, said), (said, truth))
+        )
+        assert (of_all[0], of_all[1], of_all[3], of_all[4]) == (len(truth), len(said), met, right)
+    began = time.process_time()
+    many = [(place, place + 1, place % 2) for place in range(20_000)]
+    assert entity_counts(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
+    assert time.process_time() - began < 3
+
+
+def test_offsets_in_units_are_read_in_time() -> None:
+    text = "a\U0001f600" * 400_000
+    spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
+    one = record(text, spans, SPANNED)
+    began = time.process_time()
+    assert marks(data(SPANNED))(one).entities[-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
+    assert time.process_time() - began < 3
+
+
 def test_rates_are_those_of_the_counts() -> None:
     assert rates(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
     assert rates(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
@@ -293,6 +330,44 @@ def test_predictions_become_entities_across_windows(trained: Any, encoder_tokeni
     assert TASK.guess(dataset) == 0.0
     nothing = tokenised(record(["w1"], ["O"]), tokenizer=encoder_tokenizer, **given)
     assert unit_scores(model, nothing, pad_id=0).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(
+    trained: Any, encoder_tokenizer: Any, windows: int
+) -> None:
+    model = trained("random:bert", TASK.name, texts=windows)
+    first, second, *_ = labels = model.spec.labels
+    given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
+    text, spans = "w1 w2 w3 w4 w5 w6 w7", [[3, 4, second], [4, 5, first], [6, 7, first], [7, 11, second]]
+    both = tokenised(record(text, spans, SPANNED), tokenizer=encoder_tokenizer, **given)
+    alone = tokenised(record(text, [spans[0], *spans[2:]], SPANNED), tokenizer=encoder_tokenizer, **given)
+    assert [TASK.hide_parts(one, data=data(**given)) for one in (both, alone)] == [[True], [False]]
+    batches = [collate(one, [0], pad_id=0) for one in (both, alone)]
+    losses = [model.losses(batch) for batch in batches]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    counted = [TASK.figures(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
+    assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
+    assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
+
+
+def test_many_entities_in_a_word_are_no_more_than_a_target_holds(encoder_tokenizer: Any) -> None:
+    spans = [[place, place + 1, "dose"] for place in range(90)]
+    dataset = tokenised(record("a" * 90, spans, SPANNED), tokenizer=encoder_tokenizer, columns=SPANNED)
+    assert max(int(row.max()) for row in dataset.targets) > 5 * 3**20
+
+
+def test_an_entity_ends_where_its_word_does_though_reading_stops_within(trained: Any) -> None:
+    tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
+    text, model = "unbelievably sore aspirin", trained("random:bert", TASK.name)
+    for max_length in range(4, 12):
+        given = data(SPANNED, max_length=max_length, labels=model.spec.labels)
+        asked = TASK.as_asked(Record({"text": text}), given)
+        (row,) = TASK.tokenise([asked], tokenizer, data=given).targets
+        logits = functional.one_hot(torch.ones(1, len(row), dtype=torch.long), 1 + 2 * len(model.spec.labels)).float()
+        _, found = TASK.answer_to(asked, logits, tokenizer, data=given, spec=model.spec)
+        words = text.split()[: len(found)]  # type: ignore[arg-type]
+        assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
 
 
 def test_entities_of_classes() -> None:
