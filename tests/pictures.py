@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,21 @@ from transformers import (
 
 from fedtune.model.quiet import quiet
 
-SIDE, PATCH = 8, 4
-_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": PATCH}
-_WIDE = {"initializer_range": 0.2}  # in so narrow a model the input would otherwise hardly reach the output
+SIDE = 8
 _EXACT = {"size": {"height": SIDE, "width": SIDE}}
-MODELS: dict[str, tuple[Callable[[], Any], Any, int]] = {
-    "vit": (
-        lambda: ViTModel(ViTConfig(intermediate_size=32, image_size=SIDE, **_SMALL, **_WIDE), add_pooling_layer=False),
-        ViTImageProcessorPil(**_EXACT),
-        5,
-    ),
-    "deit": (
-        lambda: DeiTModel(DeiTConfig(intermediate_size=32, image_size=SIDE, **_SMALL, **_WIDE)),
-        DeiTImageProcessorPil(size={"height": 10, "width": 10}, crop_size={"height": SIDE, "width": SIDE}),
-        6,
-    ),
-    # Of larger images than its processor makes, as the published ones are.
-    "dinov2": (
-        lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, image_size=20, **_SMALL, **_WIDE)),
-        BitImageProcessorPil(size={"shortest_edge": 10}, crop_size={"height": SIDE, "width": SIDE}),
-        5,
-    ),
-    "siglip": (
-        lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=32, image_size=SIDE, **_SMALL)),
-        SiglipImageProcessorPil(**_EXACT),
-        4,
-    ),
+_CUT = {"size": {"height": 10, "width": 10}, "crop_size": {"height": SIDE, "width": SIDE}}
+_CUT_EDGE = {"size": {"shortest_edge": 10}, "crop_size": {"height": SIDE, "width": SIDE}}
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": SIDE}
+# In so narrow a model the input would otherwise hardly reach the output.
+_PLAIN = {**_SMALL, "intermediate_size": 32, "initializer_range": 0.2}
+_SIGLIP = SiglipVisionConfig(**_SMALL, intermediate_size=32)
+# Of larger images than its processor makes, as the published ones are.
+_DINOV2 = Dinov2Config(**{**_SMALL, "image_size": 20, "mlp_ratio": 2, "initializer_range": 0.2})
+MODELS: dict[str, tuple[Any, Any, int]] = {
+    "vit": (partial(ViTModel, ViTConfig(**_PLAIN), add_pooling_layer=False), ViTImageProcessorPil(**_EXACT), 5),
+    "deit": (partial(DeiTModel, DeiTConfig(**_PLAIN)), DeiTImageProcessorPil(**_CUT), 6),
+    "dinov2": (partial(Dinov2Model, _DINOV2), BitImageProcessorPil(**_CUT_EDGE), 5),
+    "siglip": (partial(SiglipVisionModel, _SIGLIP), SiglipImageProcessorPil(**_EXACT), 4),
 }
 """By name: the model, its image processor, and how many places an image has in it."""
 

@@ -75,6 +75,7 @@ def init(
     model: Annotated[str | None, Option(help="a name from conf/model, or a folder with a model")] = None,
     text: Column = None,
     label: Column = None,
+    image: Column = None,
     tokens: Column = None,
     tags: Column = None,
     spans: Column = None,
@@ -106,6 +107,7 @@ def init(
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     fedtune data init visits.csv --user patient          all records of one patient are protected together
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
+    fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
     fedtune data init trial.csv --time months --event died  when an event comes, by such a table
 
     Without an option a column is found by its name or its values, and shown with the option that chooses another.
@@ -232,6 +234,8 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         ConfigError: there is no such model on this machine.
     """
     base = starter.base_of(found.kind)
+    if base == "own_images" and model is None:
+        raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
     names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
     known = model is None or model in names
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):

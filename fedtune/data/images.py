@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedtune.data.text_rows import MOST_BYTES, json_type
 from fedtune.spec import ConfigError, DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
 MOST_PIXELS = 50_000_000
 """Of an image: more than a camera's, and 150 MB when it is decoded."""
 MOST_TIMES = 20

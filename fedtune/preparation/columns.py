@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedtune.data.images import SUFFIXES
 from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.data.values import (
@@ -82,6 +83,7 @@ PROMPTS = (
     *("dialogue", "context"),
 )
 CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
+IMAGES = ("image", "images", "img", "picture", "photo", "file", "filename", "filepath", "imagepath", "path", "scan")
 TOKENS = ("tokens", "words", "token", "word")
 TAGS = ("tags", "nertags", "ner", "labels", "bio", "iob", "label", "entities", "tag", "nerlabels")
 SPANS = ("spans", "entities", "label", "labels", "annotations", "ner", "annotation", "marks")
@@ -208,6 +210,8 @@ class Column:
             self.characters += len(value.strip())
             self.reads["code"] += _CODE.fullmatch(value.strip()) is not None
             self.reads["few words"] += len(value.split()) <= _WORDS_OF_A_NAME
+        within = isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
+        self.reads["image"] += within or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
         self._note_parts(value)
         with suppress(DataError):
             self.sizes[len(numbers_of(feature_of(value, self.name), self.name))] += 1

@@ -34,7 +34,7 @@ from fedtune.words import counted
 
 Kind = Literal[
     "table", "labelled", "tagged", "rated", "entities", "pairs", "instructions", "chat", "preferences", "scored",
-    "triplets", "text",
+    "triplets", "images", "text",
 ]  # fmt: skip
 KINDS: Mapping[Kind, str] = {
     "table": "a table of numbers and categories, with an answer",
@@ -48,6 +48,7 @@ KINDS: Mapping[Kind, str] = {
     "preferences": "prompts with two answers, of which one is preferred",
     "scored": "pairs of texts with a score of how alike they are",
     "triplets": "texts, each with one that belongs to it and one that does not",
+    "images": "images with a label",
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
@@ -110,7 +111,9 @@ def _marked(role: str, names: Sequence[str]) -> _Part:
     return _Part(role, names, lambda one: one.nearly(role) and bool(one.entities), f"must hold lists of {role}")
 
 
+_IMAGE = _Part("image", called.IMAGES, lambda one: one.nearly("image"), "must hold paths of images, or images")
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
+    ("images", (_IMAGE, _Part("label", called.LABELS, lambda one: one.is_label, _LABEL_BOUND))),
     ("entities", (_Part("tokens", called.TOKENS, lambda one: one.nearly("tokens")), _marked("tags", called.TAGS))),
     ("entities", (_Part("text", (*called.TEXTS, "data"), _is_text), _marked("spans", called.SPANS))),
     ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
@@ -128,7 +131,7 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
 """Files that are known by the names of their columns; the first that fits counts."""
 OPTIONS: Mapping[str, str] = {
     **{role: role for role in ("text", "label", "prompt", "completion", "system", "messages", "chosen", "rejected")},
-    **{role: role for role in ("tokens", "tags", "spans", "time", "event")},
+    **{role: role for role in ("tokens", "tags", "spans", "time", "event", "image")},
     **{role: role for role in ("anchor", "positive", "negative", "other", "user")},
     "context": "input",
     "score": "target",

@@ -57,6 +57,7 @@ _ABOUT_ANSWERS = {
 }
 _BASES: Mapping[Kind, str] = {
     "table": "own_features",
+    "images": "own_images",
     "labelled": "own_data",
     "tagged": "own_labels",
     "rated": "own_numbers",
@@ -70,6 +71,7 @@ _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
     "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
     "own_numbers": ("data.target_range=[0, 1]",),
+    "own_images": ("data.labels=[a,b]", "model.path=folder"),
     "own_features": ("data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"),
     "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
 }
@@ -129,7 +131,9 @@ class Plan:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of an example: those of nearly all, rounded up, within reason."""
+        """The most tokens of an example: those of nearly all, rounded up, within reason; of images just theirs."""
+        if self.base == "own_images":
+            return self._longest
         return min(_MOST_TOKENS, max(_STEP, math.ceil(self._longest / _STEP) * _STEP))
 
     @property
@@ -291,7 +295,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if plan.model_path is not None:
         pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
         yield _line("model", pinned, "pin sha256 with what fedtune model-hash prints")
-    if plan.model_path is not None or plan.model is not None:
+    if plan.base != "own_images" and (plan.model_path is not None or plan.model is not None):
         adapted = {"target_modules": "all-linear", "layers": None}
         yield _line("lora", adapted, "adapters on every linear layer, whatever the model calls them")
     if found.features:
@@ -338,7 +342,8 @@ def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]
         yield "chat_template", plan.measured.turns, why
     if plan.measured.left_out.count:
         yield "unusable", "leave_out", f"{counted(plan.measured.left_out.count, 'row')} cannot be used"
-    most, cut = "the most tokens of a record", int((plan.measured.lengths > plan.room).sum())
+    most = "places of an image in the model" if plan.base == "own_images" else "the most tokens of a record"
+    cut = int((plan.measured.lengths > plan.room).sum())
     if cut:
         most += f"; {cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
     if not found.features:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+import yaml
+from pyarrow import parquet
 
 from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
@@ -112,12 +115,10 @@ WRONG = [
     ),
     (["model.dtype=int8"], "model.dtype = 'int8': is for models of texts"),
     (["head.centre=true"], "head.centre = true: must be false for data.input = image"),
-    (["head.init=label_names"], "head.init = 'label_names': must be 'zero' for data.input = image"),
     (["lora=none"], "lora.kind = 'none': must be another one: data.input = image needs a base model"),
     (["data.input=text"], "data.columns"),
     (["data.input=text", "data.columns={text: image, label: label}"], "must be a model of texts: vit is one of images"),
     (["task=embedding", "data.labels=[]"], "data.input = 'image': must be text for task embedding"),
-    (["data.columns={image: label, label: label}"], "no such file"),
 ]
 
 
@@ -149,10 +150,63 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, command: Any
     assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
 
 
-def test_forms_for_texts_are_refused(run: Any, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(run(*PLAIN)), "--to", str(tmp_path / "folder"), "--format", "sentence-transformers")
+def test_init_finds_images_in_rows_and_asks_for_a_model(command: Any, tmp_path: Path) -> None:
+    model = vision_folder(tmp_path / "model")
+    rows = {
+        "scan": [{"bytes": encoded(picture(seed=n)), "path": None} for n in range(30)],
+        "label": ["a", "b", "b"] * 10,
+    }
+    parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
+    given = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
+    assert command(*given).message == "--model = '': must be a folder with a vision transformer: docs/images.md"
+    told = command(*given, "--model", str(model))
+    assert told.code == 0, told.err
+    settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
+    assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
+    assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
+    assert "lora" not in settings, "the recipe's, which leaves all layers but the last as they are"
+    assert command("data", "check", str(tmp_path / "scans.yaml")).code == 0
+
+
+MALFORMED: dict[str, tuple[str, Any, str]] = {
+    "no image": ("jsonl", {"image": "images/text.png"}, "no image that can be decoded"),
+    "cut off": ("jsonl", {"image": "images/cut.png"}, "no image that can be decoded"),
+    "outside": ("jsonl", {"image": "../secret.png"}, "a path out of the folder"),
+    "missing": ("jsonl", {"image": "images/none.png"}, "no such file"),
+    "a number": ("jsonl", {"image": 7}, "must be the path of an image, or its bytes"),
+    "null": ("jsonl", {"image": None}, "must not be null"),
+    "blank": ("csv", {"image": " "}, "must be the path of an image, or its bytes"),
+    "no column": ("csv", {"picture": "a.png"}, "absent"),
+    "a list": ("jsonl", {"image": ["images/text.png"]}, "must be the path of an image, or its bytes"),
+    "bytes": ("parquet", {"image": b"\xff\xd8\xff no more"}, "no image that can be decoded"),
+    "no bytes": ("parquet", {"image": {"bytes": None, "path": None}}, "must be the path of an image, or its bytes"),
+    "another format": ("parquet", {"image": encoded(picture(), "GIF")}, "no image that can be decoded"),
+    "no label": ("jsonl", {"image": "images/good.png", "label": "violet"}, "must be one of the 3 in data.labels"),
+    "no file": ("parquet", None, "damaged"),
+    "empty": ("jsonl", (), "must hold at least one record"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_file_is_one_message_and_nothing_else(
+    settings: Any, command: Any, tmp_path: Path, name: str
+) -> None:
+    ending, row, message = MALFORMED[name]
+    (tmp_path / "images").mkdir()
+    for file, content in (("good", encoded(picture())), ("cut", encoded(picture())[:-50]), ("text", b"\xffno image")):
+        (tmp_path / "images" / f"{file}.png").write_bytes(content)
+    file = tmp_path / f"rows.{ending}"
+    if not row:
+        file.write_bytes(b"" if row == () else b"PAR1 and no more")
+    elif ending == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([{"label": "red", **row}]), file)
+    elif ending == "csv":
+        file.write_text(f"{next(iter(row))},label\n{next(iter(row.values()))},red\n")
+    else:
+        file.write_text(json.dumps({"label": "red", **row}) + "\n")
+    given = settings(f"data.train_file='{file}'", f"data.test_file='{file}'", name="malformed")
+    told = command("simulate", *given)
     assert told.code == 2
-    assert (
-        told.message == "--format = 'sentence-transformers': must be one of peft, safetensors for task classification"
-    )
-    assert not (tmp_path / "folder").exists()
+    assert message in told.message
+    assert str(file) in told.message
+    assert not folder_of(given).exists()

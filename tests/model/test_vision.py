@@ -29,6 +29,10 @@ def folder(tmp_path: Path) -> Path:
     return vision_folder(tmp_path / "model")
 
 
+def task_model(spec: ModelSpec) -> TaskModelSpec:
+    return TaskModelSpec(model=spec, lora=LoraSpec(), task="classification", labels=("a", "b"), input="image")
+
+
 def refused(folder: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         load_processor(ModelSpec(path=str(folder)))
@@ -46,9 +50,7 @@ def change(folder: Path, **changes: Any) -> None:
 def test_what_the_base_makes_of_an_image_is_what_transformers_makes_of_it(kind: str, tmp_path: Path) -> None:
     folder = vision_folder(tmp_path / "model", kind)
     spec = ModelSpec(path=str(folder))
-    model = build_task_model(
-        TaskModelSpec(model=spec, lora=LoraSpec(), task="classification", labels=("a", "b"), input="image")
-    )
+    model = build_task_model(task_model(spec))
     reader = ImageReader(load_processor(spec))
     assert reader.places == MODELS[kind][2]
     image = picture(size=(31, 20))
@@ -114,11 +116,8 @@ def test_a_processor_that_is_not_plain_is_refused(folder: Path, changes: dict[st
 
 def test_a_model_needs_its_processor_and_one_that_makes_its_own_size(folder: Path) -> None:
     change(folder, size={"height": 12, "width": 12})
-    spec = TaskModelSpec(
-        model=ModelSpec(path=str(folder)), lora=LoraSpec(), task="classification", labels=("a", "b"), input="image"
-    )
     with pytest.raises(ConfigError, match="cannot read images of 12 x 12 pixels, which its processor makes"):
-        build_task_model(spec)
+        build_task_model(task_model(ModelSpec(path=str(folder))))
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text("{}")
     assert "must hold preprocessor_config.json" in refused(folder)

@@ -29,6 +29,7 @@ FEATURES = (
     FeatureSpec(columns=("kind",), categories=("x", "y")),
     FeatureSpec(columns=("states",), range=(0.0, 1.0), size=5),
 )
+LABELS = ("one", "two", "three")
 TASKS = ("classification", "multi_label", "ordinal", "regression", "survival")
 tasks = pytest.mark.parametrize("task", TASKS)
 layers = pytest.mark.parametrize("hidden", [(), (16,), (9, 5)])
@@ -41,7 +42,7 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: in
         head=HeadSpec(scale=5.0, hidden=hidden),
         task=task,
         intervals=(1.0, 2.0, 5.0) if task == "survival" else (),
-        labels=() if task in ("regression", "survival") else ("one", "two", "three"),
+        labels=() if task in ("regression", "survival") else LABELS,
         target_range=(0.0, 4.0) if task == "regression" else None,
         input="features",
         values=(*(value for one in FEATURES for value in one.values()), *map(str, range(wider))),

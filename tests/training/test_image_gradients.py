@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import TextDataset, collate
+from fedtune.data import collate
 from fedtune.data.images import ImageReader, image_of
 from fedtune.data.records import Record
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model import Adapter, LoraSpec, ModelSpec
 from fedtune.model.base_model import load_processor
 from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.training.dp_step import contributions
@@ -25,9 +26,9 @@ from fedtune.training.spec import RuntimeSpec
 from ..builders import DEVICE
 from ..data.test_feature_vectors import data
 from ..pictures import MODELS, encoded, picture, vision_folder
+from .test_feature_gradients import LABELS, records, spec_of
 
 kinds = pytest.mark.parametrize("kind", MODELS)
-LABELS = ("one", "two", "three")
 RUNTIME = RuntimeSpec(num_threads=1, micro_batch_tokens=60)
 
 
@@ -38,29 +39,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def made(folder: Path, task: str = "classification", *, layers: tuple[int, ...] | None = None) -> TaskModel:
     """As after some training, so that every tensor has a gradient."""
-    spec = TaskModelSpec(
-        model=ModelSpec(path=str(folder)),
-        lora=LoraSpec(rank=2, layers=layers),
-        head=HeadSpec(scale=5.0),
-        task=task,
-        intervals=(1.0, 2.0, 5.0) if task == "survival" else (),
-        labels=() if task in ("regression", "survival") else LABELS,
-        target_range=(0.0, 4.0) if task == "regression" else None,
-        input="image",
-        seed=3,
-    )
+    settings = {"model": ModelSpec(path=str(folder)), "lora": LoraSpec(rank=2, layers=layers), "input": "image"}
+    spec = replace(spec_of(task), **settings, values=())  # type: ignore[arg-type]
     model = ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=4)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
-
-
-def records(model: TaskModel, count: int) -> TextDataset:
-    draws = np.random.default_rng(5)
-    rows = model.made_up([1] * count, draws)
-    return TextDataset(rows, model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0))
 
 
 TASKS = ("multi_label", "ordinal", "regression", "survival")
