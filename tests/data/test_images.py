@@ -17,9 +17,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from fedtune.data import images
-from fedtune.data.images import ImageReader, image_of
+from fedtune.data.images import image_of
 from fedtune.data.records import Record, iter_records, usable_records
-from fedtune.model.base_model import ImageProcessor
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import error_of
 
@@ -172,18 +171,6 @@ def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
     assert pixels(decoded(first)) == pixels(picture())
     with pytest.raises(DataError, match=r"plain\.parquet:2, image"):
         decoded(second)
-
-
-def test_patches_are_the_processor_s_pixels_in_the_order_of_reading() -> None:
-    made = np.arange(3 * 8 * 8, dtype=np.float32).reshape(3, 8, 8)
-    process = {"pixel_values": [made]}
-    reader = ImageReader(ImageProcessor(lambda **given: process, side=8, patch=4, before=1))
-    found = reader.patches(picture())
-    assert found.shape == (5, 48)
-    assert not found[0].any(), "the place of the model's own"
-    for place in range(4):
-        top, left = 4 * (place // 2), 4 * (place % 2)
-        np.testing.assert_array_equal(found[1 + place], made[:, top : top + 4, left : left + 4].ravel())
 
 
 def test_pillow_is_asked_for_by_the_name_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,7 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, re
     result = result_of(folder)
     assert 0 < result["privacy"]["epsilon"] < 8
     assert command("report", "verify", str(folder / "report.json")).code == 0
-    report = json.loads((folder / "report.json").read_text())
-    assert "image" in json.dumps(report)
+    assert "image" in (folder / "report.json").read_text()
 
 
 def test_it_is_evaluated_and_asked_by_a_path(run: Any, command: Any, tmp_path: Path) -> None:
