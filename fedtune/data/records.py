@@ -17,17 +17,7 @@ from typing import TypeAlias
 from fedtune.data.faults import Faults
 from fedtune.data.formats import raw_rows, require_file, what_is
 from fedtune.data.text_rows import Row, absent, at_line, or_fault
-from fedtune.data.values import (
-    ANSWERS,
-    FEATURE,
-    OPTIONAL_ROLES,
-    SAID,
-    is_missing,
-    is_whole,
-    is_written,
-    read_value,
-    turns_said,
-)
+from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is_whole, read_value, texts_of
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
@@ -56,12 +46,7 @@ class Record:
     def texts(self) -> Iterator[tuple[str, str]]:
         """The record's texts with their roles; a conversation gives one for each turn."""
         for role, text in self.fields.items():
-            if role == "messages":
-                yield from ((role, turn["content"]) for turn in json.loads(text))
-            elif role in SAID and (turns := turns_said(text)) is not None:
-                yield from ((role, turn["content"]) for turn in turns)
-            elif is_written(role):
-                yield role, text
+            yield from ((role, one) for one in texts_of(role, text))
 
     @property
     def said(self) -> str:

@@ -96,6 +96,14 @@ def is_written(role: str) -> bool:
     return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
+def texts_of(role: str, text: str) -> list[str]:
+    """The texts in a record's field: a conversation has one for each turn, and an answer or a feature none."""
+    turns = json.loads(text) if role == "messages" else turns_said(text) if role in SAID else None
+    if turns is not None:
+        return [turn["content"] for turn in turns]
+    return [text] if is_written(role) else []
+
+
 def is_null(value: object) -> bool:
     """Whether a file has nothing there: null, or in a column of numbers one that is none (NaN)."""
     return value is None or value != value

@@ -23,16 +23,14 @@ FEATURES = (
     FeatureSpec(columns=("states",), range=(-5.0, 5.0), size=2),
     FeatureSpec(columns=("levels",), range=(-5.0, 5.0), size=2, missing="indicator"),
 )
-DATA = DataSpec(
-    dataset="d",
-    train_file="f",
-    columns={"label": "y"},
-    declared_sizes=5,
-    max_length=1,
-    labels=("a", "b"),
-    input="features",
-    features=FEATURES,
-)
+GIVEN: dict[str, Any] = {
+    "dataset": "d",
+    "train_file": "f",
+    "columns": {"label": "y"},
+    "declared_sizes": 5,
+    "max_length": 1,
+}
+DATA = DataSpec(**GIVEN, labels=("a", "b"), input="features", features=FEATURES)
 GOOD = {"age": 5, "crp": 5, "ward": "surgery", "grade": "surgery", "states": [1, 2], "levels": [1, 2]}
 VALUES: tuple[Any, ...] = (
     *(None, math.nan, math.inf, "", "  ", "NA", "nan", "none", "?", "x", " surgery ", "Surgery"),
@@ -46,7 +44,7 @@ VALUES: tuple[Any, ...] = (
 @pytest.fixture(scope="module")
 def exported() -> Callable[[dict[str, Any]], Any]:
     """The lines of an export up to a row's vector."""
-    lines = input_of(DATA).loading(DATA, folder="folder")
+    lines = input_of(DATA).loading(DATA, base="", folder="folder")
     assert lines is not None
     reading, _, rest = lines.partition("row = ")
     scaling = rest[rest.index("vector = []") : rest.index("settings = ")]
