@@ -209,3 +209,12 @@ def test_a_malformed_file_is_one_message_and_nothing_else(
     assert message in told.message
     assert str(file) in told.message
     assert not folder_of(given).exists()
+
+
+@pytest.mark.nightly
+def test_no_record_moves_a_step_by_more_than_the_clip_norm(settings: Any, command: Any) -> None:
+    told = command("audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json")
+    assert told.code == 0, told.err
+    found = json.loads(told.out)["result"]
+    assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
+    assert 0.9 < found["moved"] <= 1.0
