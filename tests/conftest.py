@@ -309,17 +309,9 @@ def tiny() -> Callable[..., list[str]]:
         own = any(override.startswith("experiment=") for override in overrides)
         return [
             *([] if own else ["experiment=debug"]),
-            f"tracking.output_dir='{into}'",
-            f"name={name}",
-            "runtime.device=cpu",
-            "runtime.num_threads=1",
-            "privacy.noise_multiplier=4.0",
-            "training.go_on_without_signal=true",
-            "data.train_fraction=0.02",
-            "data.declared_sizes=90",
-            "data.max_length=16",
-            "data.validation_rows=10",
-            "data.test_rows=10",
+            *(f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu", "runtime.num_threads=1"),
+            *("privacy.noise_multiplier=4.0", "training.go_on_without_signal=true", "data.train_fraction=0.02"),
+            *("data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
             *overrides,
         ]
 

@@ -35,18 +35,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
-        ["dance"],
-        ["simulate", "--nope"],
-        ["simulate", "a=1", "--nope"],
-        ["plan", "a=1", "--nope"],
-        ["ledger"],
-        ["ledger", "dance"],
-        ["ledger", "show"],
-        ["ledger", "show", "a", "b"],
-        ["ledger", "show", "a", "--last", "many"],
-        ["ledger", "freeze", "--policy", "site.toml"],
-        ["site"],
+        *([], ["dance"], ["simulate", "--nope"], ["simulate", "a=1", "--nope"], ["plan", "a=1", "--nope"], ["ledger"]),
+        *(["ledger", "dance"], ["ledger", "show"], ["ledger", "show", "a", "b"]),
+        *(["ledger", "show", "a", "--last", "many"], ["ledger", "freeze", "--policy", "site.toml"], ["site"]),
         ["site", "check-policy"],
     ],
 )

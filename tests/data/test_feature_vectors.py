@@ -141,23 +141,14 @@ def test_a_row_that_cannot_be_read_is_left_out_and_the_others_stay_as_they_are(t
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"columns": ()}, "columns"),
-    ({"columns": ("a", "a")}, "columns"),
-    ({"range": None}, "range"),
-    ({"categories": ("x",)}, "range"),
-    ({"range": (1.0, 1.0)}, "range"),
-    ({"range": (1.0, 0.0)}, "range"),
-    ({"range": (0.0, math.inf)}, "range"),
-    ({"range": (0.0, 1e13)}, "range"),
-    ({"range": (1e9, 1e9 + 2000)}, "range"),
-    ({"range": (-1e11 - 1e5, -1e11)}, "range"),
-    ({"size": 0}, "size"),
-    ({"size": 100_000}, "size"),
-    ({"range": None, "categories": ("x",), "size": 2}, "size"),
+    *(({"columns": ()}, "columns"), ({"columns": ("a", "a")}, "columns"), ({"range": None}, "range")),
+    *(({"categories": ("x",)}, "range"), ({"range": (1.0, 1.0)}, "range"), ({"range": (1.0, 0.0)}, "range")),
+    *(({"range": (0.0, math.inf)}, "range"), ({"range": (0.0, 1e13)}, "range")),
+    *(({"range": (1e9, 1e9 + 2000)}, "range"), ({"range": (-1e11 - 1e5, -1e11)}, "range"), ({"size": 0}, "size")),
+    *(({"size": 100_000}, "size"), ({"range": None, "categories": ("x",), "size": 2}, "size")),
     ({"range": None, "categories": ("x", "x")}, "categories"),
     ({"range": None, "categories": ("1", "2.0")}, "categories"),
-    ({"range": None, "categories": ("True",)}, "categories"),
-    ({"missing": "mean"}, "missing"),
+    *(({"range": None, "categories": ("True",)}, "categories"), ({"missing": "mean"}, "missing")),
 ]
 
 

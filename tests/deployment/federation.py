@@ -37,13 +37,8 @@ Command = Callable[..., Any]
 def settings(*overrides: str) -> list[str]:
     """Overrides of a run that trains for a moment; given noise saves the search for it."""
     return [
-        "experiment=debug",
-        "runtime.device=cpu",
-        "runtime.num_threads=1",
-        "privacy.noise_multiplier=4.0",
-        "data.max_length=16",
-        "data.validation_rows=10",
-        "data.test_rows=10",
+        *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0"),
+        *("data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
         *overrides,
     ]
 

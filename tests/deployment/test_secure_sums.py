@@ -18,16 +18,9 @@ pytestmark = pytest.mark.nightly
 
 ROUNDS = 3
 SETTINGS = (
-    "experiment=debug",
-    "runtime.device=cpu",
-    "runtime.num_threads=1",
-    "runtime.seeded_noise=true",
-    "federation.aggregation=secure",
-    "federation.threshold=3",
-    "training.local_steps=1",
-    f"federation.num_rounds={ROUNDS}",
-    "data.validation_rows=10",
-    "data.test_rows=10",
+    *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true"),
+    *("federation.aggregation=secure", "federation.threshold=3", "training.local_steps=1"),
+    *(f"federation.num_rounds={ROUNDS}", "data.validation_rows=10", "data.test_rows=10"),
 )
 
 

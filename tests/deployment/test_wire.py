@@ -43,12 +43,7 @@ HEADERS = {
 }
 NOT_WORDS = {"content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp"}
 ANSWERS = [
-    (0, "offer"),
-    (1, "update"),
-    (2, "site_error"),
-    (3, "max_local_steps"),
-    (4, "paused"),
-    (4, "site_error"),
+    *((0, "offer"), (1, "update"), (2, "site_error"), (3, "max_local_steps"), (4, "paused"), (4, "site_error")),
     (0, "end"),
 ]
 """North's, by rounds."""

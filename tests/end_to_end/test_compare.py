@@ -47,22 +47,12 @@ def tickets(folder: Path) -> list[str]:
         kept = [row for row in chosen if name == "test" or row["office"] != "abroad"]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     return [
-        "experiment=debug",
-        "data=own",
-        f"data.train_file='{folder}/train.jsonl'",
-        f"data.test_file='{folder}/test.jsonl'",
-        "data.columns={text: text, label: label, site: office}",
-        "data.labels=[a,b]",
-        "data.declared_sizes=30",
-        "data.max_length=16",
-        "data.partition.kind=column",
-        "data.partition.sites={north: 0, south: 1}",
-        "federation.site_names=[north,south]",
-        "privacy.noise_multiplier=4.0",
-        "runtime.device=cpu",
-        "runtime.num_threads=1",
-        f"tracking.output_dir='{folder}/runs'",
-        "name=offices",
+        *("experiment=debug", "data=own", f"data.train_file='{folder}/train.jsonl'"),
+        *(f"data.test_file='{folder}/test.jsonl'", "data.columns={text: text, label: label, site: office}"),
+        *("data.labels=[a,b]", "data.declared_sizes=30", "data.max_length=16", "data.partition.kind=column"),
+        *("data.partition.sites={north: 0, south: 1}", "federation.site_names=[north,south]"),
+        *("privacy.noise_multiplier=4.0", "runtime.device=cpu", "runtime.num_threads=1"),
+        *(f"tracking.output_dir='{folder}/runs'", "name=offices"),
         *SHORT,
     ]
 

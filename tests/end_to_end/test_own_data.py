@@ -38,22 +38,11 @@ def five_lines(tmp_path: Path) -> list[str]:
     for name, rows in (("train", cut("train.jsonl.gz", SITES * RECORDS)), ("test", cut("test.jsonl.gz", TEST_ROWS))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "simulate",
-        "experiment=own_data",
-        "name=small",
-        f"data.train_file='{tmp_path / 'train.jsonl'}'",
-        f"data.test_file='{tmp_path / 'test.jsonl'}'",
-        f"data.labels=[{','.join(LABELS)}]",
-        f"data.declared_sizes={RECORDS}",
-        f"data.max_length={MOST_TOKENS}",
-        "runtime.micro_batch_tokens=256",
-        f"federation.num_sites={SITES}",
-        "privacy.epsilon=3",
-        "privacy.noise_multiplier=3.1665",
-        f"tracking.output_dir='{tmp_path}'",
-        "tracking=quiet",
-        "runtime.device=cpu",
-        "runtime.num_threads=1",
+        *("simulate", "experiment=own_data", "name=small", f"data.train_file='{tmp_path / 'train.jsonl'}'"),
+        *(f"data.test_file='{tmp_path / 'test.jsonl'}'", f"data.labels=[{','.join(LABELS)}]"),
+        *(f"data.declared_sizes={RECORDS}", f"data.max_length={MOST_TOKENS}", "runtime.micro_batch_tokens=256"),
+        *(f"federation.num_sites={SITES}", "privacy.epsilon=3", "privacy.noise_multiplier=3.1665"),
+        *(f"tracking.output_dir='{tmp_path}'", "tracking=quiet", "runtime.device=cpu", "runtime.num_threads=1"),
     ]
 
 

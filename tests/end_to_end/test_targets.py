@@ -45,15 +45,9 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str
         labels = {"multi_label": LABELS, "ordinal": GRADES, "regression": ()}[task]
         return [
             *tiny(into=into, name=f"{task}-{name}"),
-            f"task={task}",
-            f"data.train_file='{file}'",
-            "data.validation_file=null",
-            "data.test_file=null",
-            "data.validation_fraction=0.1",
-            "data.test_fraction=0.3",
-            "data.train_fraction=1.0",
-            "data.test_rows=null",
-            f"data.columns={{text: text, {ROLES[task]}: answer}}",
+            *(f"task={task}", f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
+            *("data.validation_fraction=0.1", "data.test_fraction=0.3", "data.train_fraction=1.0"),
+            *("data.test_rows=null", f"data.columns={{text: text, {ROLES[task]}: answer}}"),
             f"data.labels=[{','.join(labels)}]",
             *(["data.target_range=[0, 4]", "head.scale=1"] if task == "regression" else []),
         ]

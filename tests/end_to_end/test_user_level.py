@@ -21,13 +21,8 @@ pytestmark = pytest.mark.nightly
 
 Run = Callable[..., Path]
 SMALL = (
-    "runtime.device=cpu",
-    "runtime.num_threads=1",
-    "privacy.noise_multiplier=4.0",
-    "data.train_fraction=0.06",
-    "data.declared_sizes=9",
-    "data.validation_rows=5",
-    "data.test_rows=5",
+    *("runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0", "data.train_fraction=0.06"),
+    *("data.declared_sizes=9", "data.validation_rows=5", "data.test_rows=5"),
 )
 
 

@@ -96,13 +96,8 @@ def test_the_newest_round_has_the_largest_number_not_the_last_name(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("unanswered", {"a": -9}),
-        ("unanswered", {"a": "1"}),
-        ("unanswered", {"a": 0.5}),
-        ("unanswered", [["a", 1]]),
-        ("round", "1"),
-        ("round", -1),
-        ("receipts", {"a": {"charged_rounds": -5}}),
+        *(("unanswered", {"a": -9}), ("unanswered", {"a": "1"}), ("unanswered", {"a": 0.5})),
+        *(("unanswered", [["a", 1]]), ("round", "1"), ("round", -1), ("receipts", {"a": {"charged_rounds": -5}})),
         ("receipts", {"a": {"charged_rounds": "3"}}),
     ],
 )

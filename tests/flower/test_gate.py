@@ -79,15 +79,8 @@ def test_everything_else_that_flower_has_is_closed(
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
-        "/v1/fleet/pull-messages/",
-        "//v1/fleet/pull-messages",
-        "/v1/fleet/%2e%2e/control/start-run",
-        "/V1/fleet/pull-messages",
-        "/v1/control/start-run;x",
-        "/v1/fedtune/hello/",
-        "/v1/fedtune",
-        "/favicon.ico",
+        *("/", "/v1/fleet/pull-messages/", "//v1/fleet/pull-messages", "/v1/fleet/%2e%2e/control/start-run"),
+        *("/V1/fleet/pull-messages", "/v1/control/start-run;x", "/v1/fedtune/hello/", "/v1/fedtune", "/favicon.ico"),
     ],
 )
 def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> None:

@@ -30,15 +30,10 @@ def sha256(content: bytes) -> str:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("config.json", {"hidden_act": "relu"}),
-        ("config.json", {"layer_norm_eps": 0.5}),
-        ("tokenizer_config.json", {"unk_token": "e"}),
-        ("tokenizer.json", {"truncation": None, "version": "1.0 "}),
-        ("generation_config.json", {}),
-        ("special_tokens_map.json", {}),
-        ("vocab.json", {"a": 1}),
-        ("chat_template.jinja", {}),
-        ("tokenizer_config.json", None),
+        *(("config.json", {"hidden_act": "relu"}), ("config.json", {"layer_norm_eps": 0.5})),
+        *(("tokenizer_config.json", {"unk_token": "e"}), ("tokenizer.json", {"truncation": None, "version": "1.0 "})),
+        *(("generation_config.json", {}), ("special_tokens_map.json", {}), ("vocab.json", {"a": 1})),
+        *(("chat_template.jinja", {}), ("tokenizer_config.json", None)),
     ],
 )
 def test_another_file_beside_the_same_weights_is_another_model(folder: Path, name: str, changes: Any) -> None:

@@ -60,14 +60,8 @@ def test_health_has_fixed_keys(address: str, health: Health) -> None:
 @pytest.mark.parametrize(
     ("state", "ready"),
     [
-        ("starting", 503),
-        ("connected", 200),
-        ("disconnected", 503),
-        ("failing", 503),
-        ("expired", 503),
-        ("training", 200),
-        ("paused", 503),
-        ("stopping", 503),
+        *(("starting", 503), ("connected", 200), ("disconnected", 503), ("failing", 503), ("expired", 503)),
+        *(("training", 200), ("paused", 503), ("stopping", 503)),
     ],
 )
 def test_ready_says_whether_a_round_would_be_answered(state: Any, ready: int, address: str, health: Health) -> None:

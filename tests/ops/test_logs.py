@@ -110,16 +110,8 @@ def a_note() -> None:
 
 
 FAILURES = [
-    a_number,
-    a_key,
-    an_undeclared_label,
-    no_text,
-    a_file,
-    a_chain,
-    hidden_in_the_cause_of_a_settings_error,
-    while_another_was_handled,
-    a_group,
-    a_note,
+    *(a_number, a_key, an_undeclared_label, no_text, a_file, a_chain, hidden_in_the_cause_of_a_settings_error),
+    *(while_another_was_handled, a_group, a_note),
 ]
 
 

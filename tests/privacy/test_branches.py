@@ -91,13 +91,7 @@ def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(
 @pytest.mark.parametrize(
     "forged",
     [
-        {"gap": -1},
-        {"gap": 0},
-        {"gap": True},
-        {"gap": 1.0},
-        {"shared": -1},
-        {"shared": True},
-        {"end": 1.5},
+        *({"gap": -1}, {"gap": 0}, {"gap": True}, {"gap": 1.0}, {"shared": -1}, {"shared": True}, {"end": 1.5}),
         {"runs": -1},
     ],
     ids=str,

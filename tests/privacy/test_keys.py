@@ -70,13 +70,8 @@ def test_purpose_and_message_cannot_be_cut_elsewhere(make_key: MakeKey) -> None:
 @pytest.mark.parametrize(
     "spelling",
     [
-        str.upper,
-        lambda text: " " + text,
-        lambda text: text[:2] + " " + text[2:],
-        lambda text: text[:-2],
-        lambda text: text + "00",
-        lambda text: "",
-        lambda text: "x" * len(text),
+        *(str.upper, lambda text: " " + text, lambda text: text[:2] + " " + text[2:], lambda text: text[:-2]),
+        *(lambda text: text + "00", lambda text: "", lambda text: "x" * len(text)),
     ],
 )
 def test_signature_and_key_have_one_spelling(make_key: MakeKey, spelling: Callable[[str], str]) -> None:

@@ -99,13 +99,8 @@ def test_another_request_for_a_round_is_refused(opened: Open, proposal: Any) -> 
 @pytest.mark.parametrize(
     "change",
     [
-        {"plan": {"noise_multiplier": 0.9}},
-        {"plan": {"noise_multiplier": 1.1}},
-        {"plan": {"num_rounds": 6}},
-        {"plan": {"spare_rounds": 1}},
-        {"rank": 3},
-        {"dataset": "letters"},
-        {"num_sites": 4},
+        *({"plan": {"noise_multiplier": 0.9}}, {"plan": {"noise_multiplier": 1.1}}, {"plan": {"num_rounds": 6}}),
+        *({"plan": {"spare_rounds": 1}}, {"rank": 3}, {"dataset": "letters"}, {"num_sites": 4}),
     ],
 )
 def test_a_changed_proposal_is_refused(opened: Open, proposal: Any, change: dict[str, Any]) -> None:

@@ -340,15 +340,10 @@ def test_a_truncated_file_is_a_run_error(opened: Any, proposal: Any, path: Path)
 @pytest.mark.parametrize(
     "statement",
     [
-        "CREATE TABLE epsilon (spent REAL)",
-        "CREATE INDEX by_run ON events (run)",
-        "CREATE VIEW spent AS SELECT 0",
-        "DROP TRIGGER events_are_never_changed",
-        "DROP TRIGGER events_are_never_deleted",
-        "DROP TABLE replies",
+        *("CREATE TABLE epsilon (spent REAL)", "CREATE INDEX by_run ON events (run)", "CREATE VIEW spent AS SELECT 0"),
+        *("DROP TRIGGER events_are_never_changed", "DROP TRIGGER events_are_never_deleted", "DROP TABLE replies"),
         "ALTER TABLE events ADD COLUMN more TEXT",
-        "CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END",
-        "PRAGMA application_id = 5",
+        *("CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END", "PRAGMA application_id = 5"),
     ],
 )
 def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, proposal: Any, path: Path, statement: str) -> None:

@@ -344,13 +344,8 @@ def test_system_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPa
 
 PURPOSE = ("bank_a", 3, 1, "noise")
 OTHERS: list[tuple[str | int, ...]] = [
-    ("bank_b", 3, 1, "noise"),
-    ("bank_a", 4, 1, "noise"),
-    ("bank_a", 3, 2, "noise"),
-    ("bank_a", 3, 1, "sampling"),
-    ("bank_a", 31, "noise"),
-    ("bank_a3", 1, "noise"),
-    ("bank_a", 3, 1, "noise", ""),
+    *(("bank_b", 3, 1, "noise"), ("bank_a", 4, 1, "noise"), ("bank_a", 3, 2, "noise"), ("bank_a", 3, 1, "sampling")),
+    *(("bank_a", 31, "noise"), ("bank_a3", 1, "noise"), ("bank_a", 3, 1, "noise", "")),
 ]
 
 

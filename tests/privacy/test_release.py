@@ -154,14 +154,7 @@ def test_the_reasons_are_a_closed_list() -> None:
     # A new reason tells the server something about a site: add it here knowingly.
     of_the_policy = {
         *(
-            "leads",
-            "dataset",
-            "declared_size",
-            "tasks",
-            "base_models",
-            "target_modules",
-            "max_rank",
-            "train_head",
+            *("leads", "dataset", "declared_size", "tasks", "base_models", "target_modules", "max_rank", "train_head"),
             "seeded_noise",
         ),
         *("updates", "metrics", "unit", "delta", "min_noise_multiplier", "max_sampling_rate", "max_grad_norm"),

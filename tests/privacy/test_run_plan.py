@@ -27,16 +27,9 @@ def test_the_digest_is_golden(plan: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"delta": 1e-6},
-        {"sampling_rate": 0.26},
-        {"noise_multiplier": 1.0001},
-        {"max_grad_norm": 0.51},
-        {"local_steps": 4},
-        {"num_rounds": 3},
-        {"spare_rounds": 1},
-        {"metrics_noise_multiplier": 20.0},
-        {"unit": "user", "records_per_user": 8},
-        {"unit": "user"},
+        *({"delta": 1e-6}, {"sampling_rate": 0.26}, {"noise_multiplier": 1.0001}, {"max_grad_norm": 0.51}),
+        *({"local_steps": 4}, {"num_rounds": 3}, {"spare_rounds": 1}, {"metrics_noise_multiplier": 20.0}),
+        *({"unit": "user", "records_per_user": 8}, {"unit": "user"}),
     ],
 )
 def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> None:

@@ -129,13 +129,8 @@ def test_a_gaussian_never_passes_the_ceiling_of_its_pair(epsilon: float, delta: 
 @pytest.mark.parametrize(
     ("epsilon", "code"),
     [
-        (0.0, "strong"),
-        (1.0, "strong"),
-        (1.0001, "reasonable"),
-        (10.0, "reasonable"),
-        (10.0001, "weak"),
-        (math.inf, "none"),
-        (None, "none"),
+        *((0.0, "strong"), (1.0, "strong"), (1.0001, "reasonable"), (10.0, "reasonable"), (10.0001, "weak")),
+        *((math.inf, "none"), (None, "none")),
     ],
 )
 def test_the_band_names_its_source(epsilon: float | None, code: str) -> None:

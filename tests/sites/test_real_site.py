@@ -247,14 +247,9 @@ def _other_proposal(site: Any, stranger: SigningKey) -> Reason:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        (_stranger, Reason.LEADS),
-        (_forger, Reason.WRONG_SIGNATURE),
-        (_over_budget, Reason.MAX_EPSILON),
-        (_over_a_limit, Reason.MAX_LOCAL_STEPS),
-        (_unapproved, Reason.AWAITING_APPROVAL),
-        (_paused, Reason.PAUSED),
-        (_expired, Reason.REQUEST_EXPIRED),
-        (_other_proposal, Reason.PLAN_CHANGED),
+        *((_stranger, Reason.LEADS), (_forger, Reason.WRONG_SIGNATURE), (_over_budget, Reason.MAX_EPSILON)),
+        *((_over_a_limit, Reason.MAX_LOCAL_STEPS), (_unapproved, Reason.AWAITING_APPROVAL), (_paused, Reason.PAUSED)),
+        *((_expired, Reason.REQUEST_EXPIRED), (_other_proposal, Reason.PLAN_CHANGED)),
     ],
     ids=["stranger", "forger", "over budget", "over a limit", "unapproved", "paused", "expired", "another proposal"],
 )

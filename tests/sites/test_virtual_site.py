@@ -47,14 +47,8 @@ def policy_and_proposal(config: RunConfig, lead: str) -> tuple[Policy, Proposal]
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        NOISED,
-        MUCH_SCORED,
-        ("privacy=none",),
-        ("federation.spare_rounds=2",),
-        ("runtime.seeded_noise=true",),
-        ("head.train=false",),
-        ("privacy.unit=user", "+data.columns.user=label"),
+        *((), NOISED, MUCH_SCORED, ("privacy=none",), ("federation.spare_rounds=2",), ("runtime.seeded_noise=true",)),
+        *(("head.train=false",), ("privacy.unit=user", "+data.columns.user=label")),
     ],
     ids=str,
 )

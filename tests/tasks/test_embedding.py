@@ -195,16 +195,9 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return [
-        "experiment=own_pairs",
-        "model=random_bert",
-        "lora=all_linear",
-        f"data.train_file='{file}'",
-        "data.declared_sizes=25",
-        "data.train_fraction=1.0",
-        "data.test_fraction=0.2",
-        "data.validation_fraction=0.1",
-        "federation.num_sites=2",
-        "federation.num_rounds=2",
+        *("experiment=own_pairs", "model=random_bert", "lora=all_linear", f"data.train_file='{file}'"),
+        *("data.declared_sizes=25", "data.train_fraction=1.0", "data.test_fraction=0.2"),
+        *("data.validation_fraction=0.1", "federation.num_sites=2", "federation.num_rounds=2"),
         "training.local_steps=2",
         *LAYOUTS[layout],
         *overrides,

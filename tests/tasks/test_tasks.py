@@ -138,17 +138,12 @@ FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(column
 FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("classification", (*LABELLED, "user"), {"labels": ("a", "b")}),
     ("multi_label", ("text", "labels"), {"labels": ("a", "b")}),
-    ("ordinal", ("label",), {"labels": ("a", "b")} | FEATURE),
-    ("regression", ("text", "target"), IN_RANGE),
+    *(("ordinal", ("label",), {"labels": ("a", "b")} | FEATURE), ("regression", ("text", "target"), IN_RANGE)),
     ("survival", ("time", "event"), {"intervals": (1.0, 2.0)} | FEATURE),
     ("token_classification", ("tokens", "tags"), {"labels": ("a", "b")}),
-    ("token_classification", ("text", "spans"), {"labels": ("a", "b")}),
-    ("causal_lm", PROMPT, {}),
-    ("causal_lm", ("messages",), TURNS),
-    ("preference", ("prompt", *WHOLE), {}),
-    ("preference", WHOLE, TURNS),
-    ("embedding", SCORED, IN_RANGE),
-    ("embedding", PAIR, negatives("a text")),
+    *(("token_classification", ("text", "spans"), {"labels": ("a", "b")}), ("causal_lm", PROMPT, {})),
+    *(("causal_lm", ("messages",), TURNS), ("preference", ("prompt", *WHOLE), {}), ("preference", WHOLE, TURNS)),
+    *(("embedding", SCORED, IN_RANGE), ("embedding", PAIR, negatives("a text"))),
 ]
 
 
@@ -160,17 +155,7 @@ def made_up(draws: random.Random) -> object:
     names = [draws.choice(["a", "O", "B-b", "I-x", "", name]) for _ in range(draws.randrange(9))]
     studio = {"start": span[0], "end": span[1], "labels": [span[2]]}
     kinds = [
-        number,
-        number / 7,
-        name,
-        name * 9,
-        names,
-        [turn, turn],
-        turn,
-        [span],
-        [span, [0, 1, "a"]],
-        [studio],
-        None,
+        *(number, number / 7, name, name * 9, names, [turn, turn], turn, [span], [span, [0, 1, "a"]], [studio], None),
         "",
     ]
     return draws.choice(

@@ -174,14 +174,8 @@ def test_fewer_threads_are_taken_where_the_environment_says_so(
 @pytest.mark.parametrize(
     ("runtime", "gradients", "gib", "processes"),
     [
-        ({}, 1e6, 64, 4),
-        ({}, 1e6, 5, 2),
-        ({}, 1e6, 1, 1),
-        ({}, 1e3, 64, 1),
-        ({"num_threads": 2}, 1e6, 64, 1),
-        ({"kind": "ray"}, 1e6, 64, 1),
-        ({"kind": "deployment"}, 1e6, 64, 1),
-        ({"num_devices": 7}, 0.0, 1, 7),
+        *(({}, 1e6, 64, 4), ({}, 1e6, 5, 2), ({}, 1e6, 1, 1), ({}, 1e3, 64, 1), ({"num_threads": 2}, 1e6, 64, 1)),
+        *(({"kind": "ray"}, 1e6, 64, 1), ({"kind": "deployment"}, 1e6, 64, 1), ({"num_devices": 7}, 0.0, 1, 7)),
     ],
     ids=str,
 )

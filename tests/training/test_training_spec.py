@@ -14,19 +14,10 @@ from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("local_steps", 0),
-        ("optimizer", "adam"),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("learning_rate", 1e10),
-        ("head_learning_rate", 3.5e38),
-        ("weight_decay", 1e10),
-        ("head_learning_rate", -1.0),
-        ("weight_decay", -0.1),
-        ("momentum", 1.0),
-        ("betas", (0.9, 1.0)),
-        ("schedule", "exponential"),
-        ("warmup_steps", -1),
+        *(("local_steps", 0), ("optimizer", "adam"), ("learning_rate", 0.0), ("learning_rate", float("nan"))),
+        *(("learning_rate", 1e10), ("head_learning_rate", 3.5e38), ("weight_decay", 1e10)),
+        *(("head_learning_rate", -1.0), ("weight_decay", -0.1), ("momentum", 1.0), ("betas", (0.9, 1.0))),
+        *(("schedule", "exponential"), ("warmup_steps", -1)),
     ],
 )
 def test_training_out_of_bounds_names_its_key(key: str, value: object) -> None:
