@@ -203,6 +203,8 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str, priva
     if private_to is None:
         card = card_files(read_run(run), from_run.build(run), _form(format, config))
     else:
+        if not (adapter / CARD).is_file():
+            raise ConfigError("adapter", str(adapter), f"must hold the {CARD} that says whose it is")
         card = {CARD: (adapter / CARD).read_bytes()}
     with _new(target) as folder:
         if config.lora.kind == NO_ADAPTER:

@@ -25,7 +25,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.sites.shared_model import Progress, SharedModel, silent
-from fedtune.spec import DataError
+from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, save_task_model, whole_folder
 from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
@@ -177,9 +177,16 @@ def personalise(
 
 
 def note_made(folder: Path, *, run: str, day: str) -> None:
-    """Add to `NOTE` that an own adapter was made."""
+    """Add to `NOTE` that an own adapter was made.
+
+    Raises:
+        RunError: what is there is damaged.
+    """
     path = folder / NOTE
-    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        made = list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    except (OSError, ValueError, TypeError):
+        raise RunError(f"{path} cannot be read: put it back from a backup, or move it away") from None
     write_durably(path, json.dumps([*made, {"run": run, "made": day}], indent=1).encode() + b"\n")
 
 

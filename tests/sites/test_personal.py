@@ -15,7 +15,7 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
 from fedtune.sites.shared_model import SharedModel
-from fedtune.spec import DataError
+from fedtune.spec import DataError, RunError
 
 
 def records_of(count: int, **fields: Any) -> list[Record]:
@@ -84,3 +84,6 @@ def test_the_note_beside_the_ledger_holds_run_and_day_alone(tmp_path: Path) -> N
         {"run": "first", "made": "2026-11-26"},
         {"run": "second", "made": "2026-11-26"},
     ]
+    (tmp_path / "own_adapters.json").write_text("[")
+    with pytest.raises(RunError, match="cannot be read: put it back from a backup"):
+        note_made(tmp_path, run="third", day="2026-11-26")
