@@ -40,6 +40,10 @@ BIO = ("B-drug", "O", "O", "B-disease", "O", "O", "B-disease")
 BILOU = ("U-drug", "O", "O", "U-disease", "O", "O", "U-disease")
 STUDIO = as_objects("start", "end", "labels", IN_UNITS)
 RESULT = [{"type": "labels", "value": one} for one in STUDIO] + [{"type": "choices", "value": {"choices": ["x"]}}]
+RELATED = {"text": TEXT, "entities": as_objects("start_offset", "end_offset", "label")}
+STUDIO_TASK = {"id": 1, "data": {"text": TEXT}, "annotations": [{"result": RESULT}]}
+STUDIO_MIN = {"text": TEXT, "label": STUDIO}
+CELL = json.dumps(PLACES).replace('"', '""')
 PUBTATOR = "7|t|Aspirin cures 😀\n7|a|colds, not asthma\n" + "".join(
     f"7\t{first}\t{end}\t{TEXT[first:end]}\t{label}\tD1\n" for first, end, label in PLACES
 )
@@ -72,26 +76,10 @@ def collection(*documents: dict[str, Any], name: str = "documents") -> str:
 FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "Prodigy": ("a.jsonl", json.dumps({"text": TEXT, "spans": as_objects("start", "end", "label")}), SPANNED),
     "doccano": ("a.jsonl", json.dumps({"text": TEXT, "label": PLACES}), {"text": "text", "spans": "label"}),
-    "doccano with relations": (
-        "a.jsonl",
-        json.dumps({"text": TEXT, "entities": as_objects("start_offset", "end_offset", "label")}),
-        {"text": "text", "spans": "entities"},
-    ),
-    "Label Studio": (
-        "a.json",
-        json.dumps([{"id": 1, "data": {"text": TEXT}, "annotations": [{"result": RESULT}]}]),
-        {"text": "data", "spans": "annotations"},
-    ),
-    "Label Studio, JSON_MIN": (
-        "a.json",
-        json.dumps([{"text": TEXT, "label": STUDIO}]),
-        {"text": "text", "spans": "label"},
-    ),
-    "spans in a cell": (
-        "a.tsv",
-        f'text\tspans\n{TEXT}\t"{json.dumps(PLACES).replace(chr(34), chr(34) * 2)}"\n',
-        SPANNED,
-    ),
+    "doccano with relations": ("a.jsonl", json.dumps(RELATED), {"text": "text", "spans": "entities"}),
+    "Label Studio": ("a.json", json.dumps([STUDIO_TASK]), {"text": "data", "spans": "annotations"}),
+    "Label Studio, JSON_MIN": ("a.json", json.dumps([STUDIO_MIN]), {"text": "text", "spans": "label"}),
+    "spans in a cell": ("a.tsv", f'text\tspans\n{TEXT}\t"{CELL}"\n', SPANNED),
     "lists": ("a.jsonl", json.dumps({"tokens": TOKENS, "tags": BIO}), TAGGED),
     "lists in cells": ("a.tsv", f"tokens\ttags\n{TOKENS}\t{[*BILOU]}\n", TAGGED),
     "CoNLL": ("a.conll", "\n\n" + conll(*BIO) + "\n", TAGGED),
@@ -245,21 +233,22 @@ def test_a_sentence_keeps_tokens_with_marks_and_spaces_of_other_kinds(tmp_path: 
 def test_a_text_that_nobody_has_annotated_is_no_text_without_entities(tmp_path: Path) -> None:
     skipped = {"was_cancelled": True, "result": []}
     done = {"was_cancelled": False, "result": RESULT}
-    given = {
-        "none": [],
-        "skipped": [skipped],
-        "then": [skipped, done],
-        "nothing": [{"result": []}],
-        "both": [done, skipped],
-    }
-    tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in given.values()]
+    given = ([], [skipped], [skipped, done], [{"result": []}], [done, skipped])
+    tasks = [{"data": {"text": TEXT}, "annotations": annotations, "predictions": []} for annotations in given]
     (tmp_path / "a.json").write_text(json.dumps(tasks))
     read = [row for _, row in judged(tmp_path / "a.json", {"text": "data", "spans": "annotations"})]
     found = [str(one.value) if isinstance(one, DataError) else found_in(one) for one in read]
     assert found == ["null", "skipped", [*FOUND], [], [*FOUND]]
 
 
-SPAN = {"text": "my card", "spans": [{"start": 0, "end": 2, "label": "drug"}]}
+def card(*spans: object) -> dict[str, object]:
+    return {"text": "my card", "spans": spans}
+
+
+BEYOND, OVERLAP = {"start": 0, "end": 8, "labels": ["drug"]}, ((0, 5, "drug"), (3, 7, "disease"))
+TWO_LABELS = {"start": 0, "end": 2, "labels": ["drug", "disease"]}
+SPLIT = '"locations": [{"offset": 0, "length": 1}, '
+WHOLE, MOVED = collection(bioc(*PLACES)), collection(bioc((1, 8, "drug"))).replace("101", "102")
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "fewer tags": ("a.jsonl", json.dumps({"tokens": ["my", "card"], "tags": ["O"]}), TAGGED, "must be one for each of"),
     "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be one of the 2 in data.labels"),
@@ -270,47 +259,17 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
-    "a span that ends nowhere": (
-        "a.jsonl",
-        json.dumps(SPAN | {"spans": [[0, 9, "drug"]]}),
-        SPANNED,
-        "must have 0 <= start < end",
-    ),
-    "units beyond the text": (
-        "a.json",
-        json.dumps([SPAN | {"spans": [{"start": 0, "end": 8, "labels": ["drug"]}]}]),
-        SPANNED,
-        "must have 0 <= start < end",
-    ),
-    "spans that overlap": (
-        "a.jsonl",
-        json.dumps(SPAN | {"spans": [[0, 5, "drug"], [3, 7, "disease"]]}),
-        SPANNED,
-        "must not share a character",
-    ),
-    "a span without a label": ("a.jsonl", json.dumps(SPAN | {"spans": [{"start": 0, "end": 2}]}), SPANNED, "and label"),
-    "two labels of a span": (
-        "a.json",
-        json.dumps([SPAN | {"spans": [{"start": 0, "end": 2, "labels": ["drug", "disease"]}]}]),
-        SPANNED,
-        "and label, a text",
-    ),
+    "a span that ends nowhere": ("a.jsonl", json.dumps(card((0, 9, "drug"))), SPANNED, "must have 0 <= start < end"),
+    "units beyond the text": ("a.json", json.dumps([card(BEYOND)]), SPANNED, "must have 0 <= start < end"),
+    "spans that overlap": ("a.jsonl", json.dumps(card(*OVERLAP)), SPANNED, "must not share a character"),
+    "a span without a label": ("a.jsonl", json.dumps(card({"start": 0, "end": 2})), SPANNED, "and label"),
+    "two labels of a span": ("a.json", json.dumps([card(TWO_LABELS)]), SPANNED, "and label, a text"),
     "no passages": ("a.bioc", collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
-    "a mark in several parts": (
-        "a.bioc",
-        collection(bioc(*PLACES)).replace('"locations": [', '"locations": [{"offset": 0, "length": 1}, '),
-        SPANNED,
-        "annotations of one part",
-    ),
-    "another offset": (
-        "a.bioc",
-        collection(bioc((1, 8, "drug"))).replace("101", "102"),
-        SPANNED,
-        "must count characters",
-    ),
+    "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "annotations of one part"),
+    "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),
     "no documents": ("a.bioc", '{"source": "card"}', SPANNED, "must be an object with an array of documents"),
-    "documents that break off": ("a.bioc", collection(bioc(*PLACES))[:900], SPANNED, "it breaks off"),
-    "two collections": ("a.bioc", 2 * collection(bioc(*PLACES)), SPANNED, "must be one array of objects"),
+    "documents that break off": ("a.bioc", WHOLE[:900], SPANNED, "it breaks off"),
+    "two collections": ("a.bioc", 2 * WHOLE, SPANNED, "must be one array of objects"),
     "half a line of PubTator": ("a.pubtator", "7|t|my card\nstray\n", SPANNED, "must be id|t|, id|a|, or a span"),
     "no title": ("a.pubtator", "7\t0\t2\tmy\tdrug\n", SPANNED, "must have a line id|t|"),
     "offsets in bytes": ("a.pubtator", "7|t|né card\n7\t4\t8\tcard\tdrug\n", SPANNED, "must count characters"),
@@ -326,14 +285,9 @@ def refused(command: Any, tiny: Any, tmp_path: Path) -> Callable[[Path, dict[str
         runs.mkdir()
         named = ", ".join(f"{role}: {column}" for role, column in columns.items())
         given = ("task=token_classification", f"data.train_file='{path}'", f"data.columns={{{named}}}")
-        more = (
-            "data.labels=[drug,disease]",
-            "head.init=zero",
-            "head.centre=false",
-            "data.validation_file=null",
-            "data.test_file=null",
-        )
-        outcome = command("simulate", *tiny(*given, *more, "data.train_fraction=1.0", into=runs))
+        more = ("data.labels=[drug,disease]", "head.init=zero", "head.centre=false", "data.train_fraction=1.0")
+        files = ("data.validation_file=null", "data.test_file=null")
+        outcome = command("simulate", *tiny(*given, *more, *files, into=runs))
         assert (outcome.code, [*runs.iterdir()]) == (2, []), outcome.err
         assert "Traceback" not in outcome.err
         return str(outcome.message)

@@ -31,6 +31,8 @@ from fedtune.privacy.site_policy import (
     Releases,
 )
 
+from .builders import train
+
 
 @pytest.fixture(scope="session")
 def plan() -> Callable[..., Plan]:
@@ -187,3 +189,10 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copy(path, made[-1]))
 
     return copy
+
+
+@pytest.fixture
+def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
+    """A copy of a ledger with one round of run r."""
+    train(opened(), proposal(), 1)
+    return copied(path)

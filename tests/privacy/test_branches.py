@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.spec import RunError
 
 from .builders import train
-
-
-@pytest.fixture
-def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
-    """A copy of a ledger with one round of run r."""
-    train(opened(), proposal(), 1)
-    return copied(path)
 
 
 def branch(opened: Any, path: Path, backup: Path, asked: Any, rounds: range) -> tuple[Head, Receipt]:

@@ -21,13 +21,6 @@ from .builders import train
 from .test_branches import branch
 
 
-@pytest.fixture
-def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
-    """A copy of a ledger with one round of run r."""
-    train(opened(), proposal(), 1)
-    return copied(path)
-
-
 def put_back(path: Path, backup: Path, opened: Any) -> Ledger:
     shutil.copy(backup, path)
     ledger: Ledger = opened()

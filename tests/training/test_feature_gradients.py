@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import Shapes, TextDataset, collate
+from fedtune.data import DataSpec, Shapes, TextDataset, collate
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import ready_model, shapes_for
@@ -29,6 +29,7 @@ FEATURES = (
     FeatureSpec(columns=("kind",), categories=("x", "y")),
     FeatureSpec(columns=("states",), range=(0.0, 1.0), size=5),
 )
+Gradients = dict[str, torch.Tensor]
 LABELS = ("one", "two", "three")
 TASKS = ("classification", "multi_label", "ordinal", "regression", "survival")
 tasks = pytest.mark.parametrize("task", TASKS)
@@ -54,6 +55,10 @@ def made(task: str, hidden: tuple[int, ...] = (), *, wider: int = 0) -> TaskMode
     """As after some training, so that every layer has a gradient."""
     runtime, spec = RuntimeSpec(num_threads=1), spec_of(task, hidden, wider=wider)
     model = ready_model(lambda: build_task_model(spec, device=DEVICE), runtime, max_length=1)
+    return moved(model)
+
+
+def moved(model: TaskModel) -> TaskModel:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.trainable().values():
@@ -68,21 +73,39 @@ def records(model: TaskModel, count: int) -> TextDataset:
     return TextDataset(rows, targets)
 
 
+def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol: float, atol: float) -> Gradients:
+    """Of all the examples at once, none of them zero throughout, found to be those of each alone."""
+    count = len(dataset)
+    with attached(model) as gradients:
+        found = gradients.of(collate(dataset, range(count), pad_id=0).to(DEVICE))
+    assert list(found) == list(model.trainable())
+    assert all(one.any() for one in found.values())
+    for place in range(count):
+        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
+        each = torch.autograd.grad(alone, list(model.trainable().values()))
+        for (name, _), one in zip(model.trainable().items(), each, strict=True):
+            torch.testing.assert_close(found[name][place], one, rtol=rtol, atol=atol)
+    return found
+
+
+def added_by(model: TaskModel, examples: SiteExamples, chosen: Any) -> dict[int, torch.Tensor]:
+    """What each of the chosen examples adds to a step, by its place."""
+    with attached(model) as gradients:
+        return {
+            place: torch.cat([one[row].ravel() for one in found.values()])
+            for part in examples.parts(np.array(chosen, dtype=np.int64))
+            for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
+            for row, place in enumerate(part.places.tolist())
+        }
+
+
 @tasks
 @layers
 def test_gradients_of_examples_are_those_of_a_loop(task: str, hidden: tuple[int, ...]) -> None:
     model = made(task, hidden)
     dataset = records(model, 7)
-    with attached(model) as gradients:
-        found = gradients.of(collate(dataset, range(7), pad_id=0).to(DEVICE))
-    assert list(found) == list(model.trainable())
+    found = require_gradients_of_a_loop(model, dataset, rtol=1e-5, atol=1e-6)
     assert len(found) == 2 * (len(hidden) + 1), "each layer has a weight and a bias"
-    assert all(one.any() for one in found.values())
-    for place in range(7):
-        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
-        each = torch.autograd.grad(alone, list(model.trainable().values()))
-        for (name, _), one in zip(model.trainable().items(), each, strict=True):
-            torch.testing.assert_close(found[name][place], one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wider", [0, 400])
@@ -94,18 +117,9 @@ def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...], wid
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     draws = np.random.default_rng(0)
 
-    def each(chosen: Any) -> dict[int, torch.Tensor]:
-        with attached(model) as gradients:
-            return {
-                place: torch.cat([one[row].ravel() for one in found.values()])
-                for part in examples.parts(np.array(chosen, dtype=np.int64))
-                for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
-                for row, place in enumerate(part.places.tolist())
-            }
-
-    everyone = each(range(90))
+    everyone = added_by(model, examples, range(90))
     for _ in range(8):
-        for place, one in each(draws.permutation(90)[: draws.integers(1, 90)]).items():
+        for place, one in added_by(model, examples, draws.permutation(90)[: draws.integers(1, 90)]).items():
             assert torch.equal(one, everyone[place]), place
 
 
@@ -141,7 +155,7 @@ def test_a_new_model_predicts_nothing_and_its_start_follows_from_the_seed() -> N
 def test_a_bad_record_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, task = made("classification"), task_named("classification")
+    model = made("classification")
     spec, reader = data(*FEATURES, labels=("one", "two", "three")), FeatureReader(FEATURES)
     draws = np.random.default_rng(1)
     rows = [
@@ -150,7 +164,15 @@ def test_a_bad_record_at_a_site_adds_nothing_and_the_others_what_they_add_withou
     ]
     good = [Record({**row.fields, "label": "two"}) for row in rows]
     bad = Record({**good[1].fields, "feature:states": "[1, 2]"})
-    assert task.fault(spec)(bad) is not None
+    assert model.task.fault(spec)(bad) is not None
+    require_nothing_added(model, bad, good, reader, spec, monkeypatch)
+
+
+def require_nothing_added(
+    model: TaskModel, bad: Record, good: list[Record], reader: Any, spec: DataSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bad record in the place of the second good one, and the other three what they add beside that."""
+    task = model.task
     assert [task.fault(spec)(one) for one in good] == [None] * 4
     with monkeypatch.context() as patched:  # as if the reading had let it by
         patched.setattr(type(task), "fault", lambda self, data: lambda record: None)

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedtune.data import collate
 from fedtune.data.images import ImageReader, image_of
 from fedtune.data.records import Record
 from fedtune.model import Adapter, LoraSpec, ModelSpec
 from fedtune.model.base_model import load_processor
-from fedtune.tasks import TaskModel, build_task_model, task_named
-from fedtune.training.dp_step import contributions
+from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import ready_model, shapes_for
-from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE
 from ..data.test_feature_vectors import data
 from ..pictures import MODELS, encoded, picture, vision_folder
-from .test_feature_gradients import LABELS, records, spec_of
+from .test_feature_gradients import (
+    LABELS,
+    added_by,
+    moved,
+    records,
+    require_gradients_of_a_loop,
+    require_nothing_added,
+    spec_of,
+)
 
 kinds = pytest.mark.parametrize("kind", MODELS)
 RUNTIME = RuntimeSpec(num_threads=1, micro_batch_tokens=60)
@@ -41,12 +45,7 @@ def made(folder: Path, task: str = "classification", *, layers: tuple[int, ...] 
     """As after some training, so that every tensor has a gradient."""
     settings = {"model": ModelSpec(path=str(folder)), "lora": LoraSpec(rank=2, layers=layers), "input": "image"}
     spec = replace(spec_of(task), **settings, values=())  # type: ignore[arg-type]
-    model = ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=4)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return moved(ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=4))
 
 
 TASKS = ("multi_label", "ordinal", "regression", "survival")
@@ -59,16 +58,8 @@ def test_gradients_of_examples_are_those_of_a_loop(folders: dict[str, Path], kin
     model = made(folders[kind], task)
     dataset = records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
-    with attached(model) as gradients:
-        found = gradients.of(collate(dataset, range(4), pad_id=0).to(DEVICE))
-    assert list(found) == list(model.trainable())
+    found = require_gradients_of_a_loop(model, dataset, rtol=1e-3, atol=1e-5)
     assert len(found) == 1 + 2 * 2 * 6, "A and B of six linear layers in each of two, and the head"
-    assert all(one.any() for one in found.values())
-    for place in range(4):
-        alone = model.losses(collate(dataset, [place], pad_id=0).to(DEVICE)).sum()
-        each = torch.autograd.grad(alone, list(model.trainable().values()))
-        for (name, _), one in zip(model.trainable().items(), each, strict=True):
-            torch.testing.assert_close(found[name][place], one, rtol=1e-3, atol=1e-5)
 
 
 @kinds
@@ -84,23 +75,14 @@ def test_a_record_adds_the_same_bits_in_any_company(
     examples = SiteExamples(records(model, 31), pad_id=0, shapes=shapes, device=DEVICE)
     draws = np.random.default_rng(0)
 
-    def each(chosen: Any) -> dict[int, torch.Tensor]:
-        with attached(model) as gradients:
-            return {
-                place: torch.cat([one[row].ravel() for one in found.values()])
-                for part in examples.parts(np.array(chosen, dtype=np.int64))
-                for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
-                for row, place in enumerate(part.places.tolist())
-            }
-
-    everyone = each(range(31))
+    everyone = added_by(model, examples, range(31))
     if layers:  # from the states that the frozen layers made of it
         examples.keep_frozen_states(model)
         (batch, *_) = examples.cut(np.arange(3))
         assert batch.prefix is not None
         assert batch.prefix.shape == (len(batch.input_ids), places, 16)
     for _ in range(4):
-        for place, one in each(draws.permutation(31)[: draws.integers(1, 31)]).items():
+        for place, one in added_by(model, examples, draws.permutation(31)[: draws.integers(1, 31)]).items():
             assert torch.equal(one, everyone[place]), place
 
 
@@ -117,22 +99,12 @@ def test_the_trial_finds_that_no_record_moves_another(
 def test_a_broken_image_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, task = made(folders["vit"]), task_named("classification")
+    model = made(folders["vit"])
     spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(load_processor(model.spec.model))
     good = [Record({"image": image_of(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)]
     bad = Record({**good[1].fields, "image": image_of(encoded(picture(seed=1))[:-40], "image")})
-    fault = task.fault(spec)(bad)
+    fault = model.task.fault(spec)(bad)
     assert fault is not None
     assert "no image that can be decoded" in str(fault)
-    assert [task.fault(spec)(one) for one in good] == [None] * 4
-    with monkeypatch.context() as patched:  # as if the reading had let it by
-        patched.setattr(type(task), "fault", lambda self, data: lambda record: None)
-        mixed = task.tokenise([good[0], bad, *good[2:]], reader, data=spec, lenient_within=1)
-    with attached(model) as gradients:
-        found = gradients.of(collate(mixed, range(4), pad_id=0).to(DEVICE))
-        without = gradients.of(collate(task.tokenise(good, reader, data=spec), range(4), pad_id=0).to(DEVICE))
-    for name, one in found.items():
-        assert not one[1].any(), name
-        for place in (0, 2, 3):
-            assert torch.equal(one[place], without[name][place])
+    require_nothing_added(model, bad, good, reader, spec, monkeypatch)

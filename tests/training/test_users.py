@@ -23,6 +23,8 @@ from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
+from .test_step_faults import numbered
+
 KINDS = [
     ("random:bert", "classification"),
     ("random:llama", "causal_lm"),
@@ -120,12 +122,6 @@ class Table:
         return {name: value[batch.input_ids[:, 0]].index_fill(0, empty, 0.0) for name, value in self._gradients.items()}
 
 
-def made_up(lengths: Sequence[int]) -> TextDataset:
-    """Records of these lengths whose first token is their number."""
-    ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
-    return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
-
-
 def table_sum(
     gradients: dict[str, torch.Tensor], by_user: UserExamples, chosen: Sequence[int], *, clip: float, most: int
 ) -> torch.Tensor:
@@ -142,7 +138,7 @@ def test_a_user_with_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_d
     gradients = {"a": torch.tensor([[0.1, 0.2]] * 5), "b": torch.full((5, 1), 0.3)}
     gradients["b"][int(users[1][1])] = bad
     for max_tokens in (1, 10_000):
-        by_user = UserExamples(examples_of(made_up([1] * 5), max_tokens=max_tokens), users, most_records=9)
+        by_user = UserExamples(examples_of(numbered(*[1] * 5), max_tokens=max_tokens), users, most_records=9)
         total = table_sum(gradients, by_user, [0, 1, 2], clip=1.0, most=9)
         assert total.tolist() == pytest.approx([0.2 * 2**24, 0.4 * 2**24, 0.6 * 2**24], rel=2e-6)
 
@@ -152,7 +148,7 @@ def test_micro_batches_keep_their_budget_and_users_whole() -> None:
     users, lengths = users_of_sizes(*sizes), [3 + number % 9 for number in range(sum(sizes))]
     for most_users in (1, 4, 64):
         by_user = UserExamples(
-            examples_of(made_up(lengths), max_tokens=60), users, most_records=100, most_users=most_users
+            examples_of(numbered(*lengths), max_tokens=60), users, most_records=100, most_users=most_users
         )
         seen: list[int] = []
         batches = list(by_user.cut_drawn(users))
