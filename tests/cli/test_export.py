@@ -41,10 +41,7 @@ def test_a_table_says_what_was_written(finished: Path, command: Any, tmp_path: P
             ["--to", "{new}", "--format", "merged"],
             "--format = 'merged': must be one of peft, sentence-transformers, onnx for task classification",
         ),
-        (
-            ["--to", "{taken}/adapter/out"],
-            "--to = '{taken}/adapter/out': must lie outside the run's adapter folder",
-        ),
+        (["--to", "{taken}/adapter/out"], "--to = '{taken}/adapter/out': must lie outside the run's adapter folder"),
     ],
 )
 def test_what_cannot_be_is_said(finished: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:

@@ -67,8 +67,7 @@ def sizes_of(config: RunConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "sites",
-    ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"],
+    "sites", ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"]
 )
 def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None:
     config = compose_for_sites(words(f"sites={sites}"), kit=kit)

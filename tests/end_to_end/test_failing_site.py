@@ -91,12 +91,7 @@ def test_neither_records_nor_names_of_files_are_in_any_message(
 
 
 def test_too_few_sites_end_the_run_with_a_checkpoint(
-    fail: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    command: Any,
-    tiny: Any,
-    tmp_path: Path,
-    result_of: Any,
+    fail: Callable[..., None], monkeypatch: pytest.MonkeyPatch, command: Any, tiny: Any, tmp_path: Path, result_of: Any
 ) -> None:
     fail(("site-2", 2))
     outcome = command("simulate", *tiny("federation.min_sites=2", "federation.spare_rounds=1", into=tmp_path))

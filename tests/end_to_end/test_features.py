@@ -15,12 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-COLUMNS = {
-    "classification": "label",
-    "multi_label": "labels",
-    "ordinal": "label",
-    "regression": "target",
-}
+COLUMNS = {"classification": "label", "multi_label": "labels", "ordinal": "label", "regression": "target"}
 FEATURES = (
     "[{columns: [age, crp], range: [0, 100], missing: indicator}, {columns: [ward], categories: [a, b]},"
     " {columns: [states], range: [-1, 1], size: 2}]"

@@ -288,11 +288,7 @@ def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(
     for name, changed in {
         "content": {**held, "site.toml": held["site.toml"] + b"#"},
         "missing": {name: data for name, data in held.items() if name != "ledger.db"},
-        "outside": {
-            **held,
-            "../x": b"",
-            "backup.json": json.dumps({**listed, "sha256": {"../x": _NOTHING}}).encode(),
-        },
+        "outside": {**held, "../x": b"", "backup.json": json.dumps({**listed, "sha256": {"../x": _NOTHING}}).encode()},
         "another's": {**held, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
         "no list": {name: data for name, data in held.items() if name != "backup.json"},
     }.items():

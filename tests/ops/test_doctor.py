@@ -117,13 +117,7 @@ class Home:
         """The run that the policy allows."""
         return compose_run(
             [
-                *(
-                    "name=study",
-                    "model=minilm",
-                    "data=banking77",
-                    "lora=all_linear",
-                    f"model.path={self.model}",
-                ),
+                *("name=study", "model=minilm", "data=banking77", "lora=all_linear", f"model.path={self.model}"),
                 f"model.sha256={self.policy.allow.base_models[0]}",
                 *("data.dataset=patients", "data.labels=[well,ill]", "head.init=zero", "head.label_texts=[]"),
                 *("data.partition.kind=iid", "data.declared_sizes=100", "data.max_length=16"),

@@ -98,11 +98,7 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("site", "south"),
-        ("datasets", [{"id": "patients", "declared_size": 101}]),
-        ("signature", "00" * 64),
-    ],
+    [("site", "south"), ("datasets", [{"id": "patients", "declared_size": 101}]), ("signature", "00" * 64)],
 )
 def test_a_request_that_was_changed_is_refused(request_of: Callable[..., Path], key: str, value: object) -> None:
     path = request_of("north")

@@ -268,10 +268,7 @@ def test_the_lead_s_job_begins_a_run_or_goes_on_and_ends_where_trying_again_is_n
     assert writable == {"/lead", "/tmp"}
 
 
-BACKUPS = {
-    "site": ("--kit=/site/kit", "--site=/site/site.toml"),
-    "server": ("--kit=/data", "--data=/data"),
-}
+BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--kit=/data", "--data=/data")}
 
 
 @pytest.mark.parametrize("role", BACKUPS)

@@ -228,11 +228,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
 
 
 def test_the_roster_is_read_anew_each_time(
-    service: ServerService,
-    served: list[ServerSettings],
-    joined: Callable[[str], Path],
-    federation: Path,
-    now: datetime,
+    service: ServerService, served: list[ServerSettings], joined: Callable[[str], Path], federation: Path, now: datetime
 ) -> None:
     service.run()
     (settings,) = served

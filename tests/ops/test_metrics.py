@@ -139,11 +139,7 @@ def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
     metrics.answered("paused")
     metrics.answered("paused")
     samples = scraped(metrics.figures)
-    assert values(samples, "fedtune_site_answers_total") == {
-        "update": 1.0,
-        "paused": 2.0,
-        "site_error": 0.0,
-    }
+    assert values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0, "site_error": 0.0}
     assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
     assert 360 <= values(samples, "fedtune_certificate_days_left")[""] <= 365
     health.update(last_contact=datetime(2026, 1, 1, tzinfo=UTC))

@@ -19,12 +19,7 @@ from fedtune.spec import ConfigError
 
 from .conftest import files_in
 
-SECRETS = {
-    "authority/ca_key.pem",
-    "server/server_key.pem",
-    "lead/connection_key.pem",
-    "lead/lead_key.pem",
-}
+SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
 def test_init_makes_the_folders_of_the_design(federation: Path, federation_toml: Path) -> None:

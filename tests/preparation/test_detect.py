@@ -152,11 +152,7 @@ SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda 
         (SEVERAL, "prompt=doc", "pairs: prompt=doc completion=answer"),
         (SEVERAL, "prompt=tone completion=doc", "pairs: prompt=tone completion=doc"),
         (SEVERAL, "text=doc score=n", "rated: text=doc target=n"),
-        (
-            SEVERAL,
-            "anchor=doc positive=tone negative=answer",
-            "triplets: anchor=doc positive=tone negative=answer",
-        ),
+        (SEVERAL, "anchor=doc positive=tone negative=answer", "triplets: anchor=doc positive=tone negative=answer"),
         (SEVERAL, "prompt=doc chosen=tone rejected=answer", "preferences: prompt=doc chosen=tone rejected=answer"),
         (SEVERAL, "user=who", "pairs: prompt=question completion=answer user=who"),
         (

@@ -41,11 +41,7 @@ def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Call
             runtime=SimpleNamespace(seeded_noise=False),
         )
         return RunResult.of(
-            config,
-            plan,
-            state,
-            final=final,
-            provenance=run_result(rounds=(), final=final, privacy=None).provenance,
+            config, plan, state, final=final, provenance=run_result(rounds=(), final=final, privacy=None).provenance
         ).to_json()
 
     return make

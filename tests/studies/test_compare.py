@@ -190,10 +190,7 @@ def test_runs_that_are_there_are_scored_on_one_file(
         (("runtime.sites_dir=sites",), "runtime.sites_dir = 'sites': must be null to compare"),
         (("federation.participants=[site-1]",), "federation.participants = ['site-1']: must be empty to compare"),
         (("nonesuch",), "RUN = 'nonesuch': must be a run folder; or give settings alone, as KEY=VALUE"),
-        (
-            ("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"),
-            "--leave-out = ",
-        ),
+        (("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"), "--leave-out = "),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(

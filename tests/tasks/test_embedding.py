@@ -236,10 +236,7 @@ def test_a_whole_run(
     assert told.code == 0, told.err
     assert json.loads(told.out)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
     told = command("generate", str(folder), "--prompt", "where")
-    assert (told.code, told.message) == (
-        2,
-        "task = 'embedding': gives no answer to a text; fedtune evaluate scores it",
-    )
+    assert (told.code, told.message) == (2, "task = 'embedding': gives no answer to a text; fedtune evaluate scores it")
 
 
 def test_what_a_user_sees(command: Any, tmp_path: Path) -> None:
