@@ -216,7 +216,7 @@ def _kept(kit: Kit, run: str) -> Path:
     if folder is None:
         kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
         raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
-    return folder
+    return folder.resolve()  # "." and ".." have a name, too
 
 
 def _chosen(waiting: list[Pending], run: str) -> Pending:

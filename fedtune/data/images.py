@@ -12,6 +12,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from fedtune.spec import ConfigError, DataError
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
 MOST_PIXELS = 50_000_000
-"""Of an image: more than a camera's, and 150 MB when it is decoded."""
+"""Of an image: more than a camera's, and up to 1 GB while it is decoded."""
 MOST_TIMES = 20
 """That one side may be as long as the other: a processor brings the shorter one to its size."""
+_MOST_SCANS = 100
+"""Of a JPEG, each of which costs a pass over all pixels: a progressive one has about ten."""
 WITHIN = "data:;base64,"
 """Begins the field of an image that its record holds, as an address does that holds what it names (RFC 2397)."""
 _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"
@@ -67,9 +70,12 @@ def decoded(field: str, *, file: str, at: str) -> Any:
         DataError: there is none, it lies outside the folder of its record's file, or it cannot be decoded.
     """
     require_pillow()
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageFile, ImageOps
 
     content = _content(field, file, at=at)
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > _MOST_SCANS:
+        raise DataError(at, f"more than {_MOST_SCANS} scans", f"must have at most {_MOST_SCANS} scans, as a JPEG")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library of this process wants
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused below, and of odd marks beside the pixels
@@ -80,7 +86,10 @@ def decoded(field: str, *, file: str, at: str) -> Any:
                 if max(width, height) > MOST_TIMES * min(width, height):
                     bound = f"must have sides of which one is at most {MOST_TIMES} times as long as the other"
                     raise DataError(at, f"{width} by {height} pixels", bound)
-                turned = ImageOps.exif_transpose(opened)
+                opened.load()
+                turned: Any = opened
+                with suppress(Exception):  # marks beside the pixels are no reason to do without these
+                    turned = ImageOps.exif_transpose(opened)
                 if turned.mode.startswith("I"):
                     turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
                 return turned.convert("RGB")

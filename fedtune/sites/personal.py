@@ -184,9 +184,11 @@ def note_made(folder: Path, *, run: str, day: str) -> None:
     """
     path = folder / NOTE
     try:
-        made = list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
-    except (OSError, ValueError, TypeError):
-        raise RunError(f"{path} cannot be read: put it back from a backup, or move it away") from None
+        made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except (OSError, ValueError):
+        made = None
+    if not isinstance(made, list):
+        raise RunError(f"{path} cannot be read: put it back from a backup, or move it away")
     write_durably(path, json.dumps([*made, {"run": run, "made": day}], indent=1).encode() + b"\n")
 
 

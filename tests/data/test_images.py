@@ -177,3 +177,20 @@ def test_pillow_is_asked_for_by_the_name_of_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs Pillow: pip install 'fedtune\[images\]'"):
         decoded(Record({"image": image_of(WHOLE, "image")}))
+
+
+def test_another_librarys_leave_to_cut_images_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    (tmp_path / "cut.png").write_bytes(WHOLE[:-60])
+    with pytest.raises(DataError, match="no image that can be decoded"):
+        decoded("cut.png", file=str(tmp_path / "table.csv"), at="x")
+
+
+def test_a_jpeg_of_very_many_scans_is_not_decoded(tmp_path: Path) -> None:
+    whole = encoded(picture(size=(90, 90)), "JPEG")
+    scan = whole[whole.index(b"\xff\xda") : -2]
+    (tmp_path / "long.jpg").write_bytes(whole[:-2] + 101 * scan + whole[-2:])
+    with pytest.raises(DataError, match="at most 100 scans"):
+        decoded("long.jpg", file=str(tmp_path / "table.csv"), at="x")
