@@ -24,6 +24,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("script_digest", "budget_left", "epsilon_spent", "largest_failures", "triggers", "to_do"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others"),
     },
+    "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
         *("carbon_kg", "charged_steps", "cohort", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
         *("negative", "sampling_assumed", "schema_version", "server_days", "site_days"),

@@ -185,7 +185,7 @@ def test_another_librarys_leave_to_cut_images_does_not_count(tmp_path: Path, mon
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     (tmp_path / "cut.png").write_bytes(WHOLE[:-60])
     with pytest.raises(DataError, match="no image that can be decoded"):
-        decoded("cut.png", file=str(tmp_path / "table.csv"), at="x")
+        images.decoded("cut.png", file=str(tmp_path / "table.csv"), at="x")
 
 
 def test_a_jpeg_of_very_many_scans_is_not_decoded(tmp_path: Path) -> None:
@@ -193,4 +193,4 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded(tmp_path: Path) -> None:
     scan = whole[whole.index(b"\xff\xda") : -2]
     (tmp_path / "long.jpg").write_bytes(whole[:-2] + 101 * scan + whole[-2:])
     with pytest.raises(DataError, match="at most 100 scans"):
-        decoded("long.jpg", file=str(tmp_path / "table.csv"), at="x")
+        images.decoded("long.jpg", file=str(tmp_path / "table.csv"), at="x")
