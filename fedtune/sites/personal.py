@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.spec import DataError, RunError
 from fedtune.tasks.saved import SavedAdapter, save_task_model, whole_folder
 from fedtune.training.examples import Places, SiteExamples
+from fedtune.training.local import mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
 FEWEST_RECORDS = 10
@@ -150,9 +152,11 @@ def personalise(
 
     Raises:
         ConfigError: the model or the adapter cannot be loaded.
+        RunError: `NOTE` is damaged.
     """
-    shared = SharedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
     saved = SavedAdapter.read(adapter, model=config.model)
+    _noted(beside_ledger / NOTE)  # before hours of work, not behind them
+    shared = SharedModel(config, declared_size=len(parts.training), trains=False, progress=progress)
     examples = shared.examples_of(shared.tokenised([*parts.training, *parts.choosing], lenient=lenient))
     if shared.keeps_states:
         examples.keep_frozen_states(shared.model, folder=shared.states_folder)
@@ -182,14 +186,18 @@ def note_made(folder: Path, *, run: str, day: str) -> None:
     Raises:
         RunError: what is there is damaged.
     """
-    path = folder / NOTE
+    made = [*_noted(folder / NOTE), {"run": run, "made": day}]
+    write_durably(folder / NOTE, json.dumps(made, indent=1).encode() + b"\n")
+
+
+def _noted(path: Path) -> list[Any]:
     try:
         made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except (OSError, ValueError):
         made = None
     if not isinstance(made, list):
         raise RunError(f"{path} cannot be read: put it back from a backup, or move it away")
-    write_durably(path, json.dumps([*made, {"run": run, "made": day}], indent=1).encode() + b"\n")
+    return made
 
 
 class _Fit:
@@ -222,12 +230,9 @@ class _Fit:
         """One step for each `_BATCH` records."""
         model = self._shared.model
         for batch in np.array_split(records, max(1, len(records) // _BATCH)):
-            optimizer.zero_grad(set_to_none=True)
-            for part in self._examples.cut(batch):
-                self._examples.add_plain_gradient(model, part)
+            mean_gradient(model, self._examples, self._examples.cut(batch), count=len(batch))
             for parameter in model.trained_now().values():
                 if parameter.grad is not None:
-                    parameter.grad /= len(batch)
                     parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # one record must not end the training
             optimizer.step()
 

@@ -248,13 +248,14 @@ class Task(ABC):
         """
         return lambda record: None
 
-    def require_usable(self, records: Sequence[Record], *, data: DataSpec) -> None:
-        """Check that no record has a `fault`.
+    def require_usable(self, records: Sequence[Record], *, data: DataSpec, lenient_within: int | None) -> None:
+        """Check that no record has a `fault`; a lenient reading has judged them, and what broke since adds nothing.
 
         Raises:
             DataError: about the first that has one, with the number of those like it.
         """
-        faults = [error for error in map(self.fault(data), records) if error is not None]
+        judged = map(self.fault(data), records if lenient_within is None else ())
+        faults = [error for error in judged if error is not None]
         if faults:
             first, more = faults[0], counted(len(faults) - 1, "more record")
             raise DataError(first.key, first.value, f"{first.bound} ({more} like it)") if faults[1:] else first

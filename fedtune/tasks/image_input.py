@@ -12,8 +12,8 @@ from fedtune.data.images import ImageReader, decoded, noise, require_pillow
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError, shown
-from fedtune.tasks.inputs import Row, Text, mean_pooled
+from fedtune.spec import ConfigError
+from fedtune.tasks.inputs import Row, Text, mean_pooled, require_values
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +33,12 @@ class Image(Text):
         super().check_model(spec)
         if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
             raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
-        for key, value, nothing in (
+        require_values(
+            "for data.input = image, whose model cannot read a label's text",
             ("head.centre", spec.head.centre, False),
             ("head.init", spec.head.init, "zero"),
             ("head.label_texts", spec.head.label_texts, ()),
-        ):
-            if value != nothing:
-                bound = f"must be {shown(nothing)} for data.input = image, whose model cannot read a label's text"
-                raise ConfigError(key, value, bound)
+        )
         if spec.model.dtype == "int8":
             bound = "is for models of texts: for data.input = image it must be float32, mixed, bfloat16 or nf4"
             raise ConfigError("model.dtype", spec.model.dtype, bound)

@@ -208,7 +208,8 @@ class Features(Input):
             raise ConfigError("max_length", data.max_length, "must be 1 for data.input = features: a vector is not cut")
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        for key, value, wanted in (
+        require_values(
+            "for data.input = features, whose model is its head alone",
             ("model.path", spec.model.path, NO_BASE),
             ("model.dtype", spec.model.dtype, "float32"),
             ("lora.kind", spec.lora.kind, NO_ADAPTER),
@@ -216,10 +217,7 @@ class Features(Input):
             ("head.centre", spec.head.centre, False),
             ("head.init", spec.head.init, "zero"),
             ("head.label_texts", spec.head.label_texts, ()),
-        ):
-            if value != wanted:
-                bound = f"must be {shown(wanted)} for data.input = features, whose model is its head alone"
-                raise ConfigError(key, value, bound)
+        )
 
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         return FeatureReader(data.features)
@@ -405,6 +403,13 @@ def input_named(name: str) -> Input:
     """
     check_one_of("input", name, INPUTS)
     return INPUTS[name]
+
+
+def require_values(why: str, *settings: tuple[str, object, object]) -> None:
+    """Raise ConfigError for the first (key, value, wanted) whose value is another; `why` ends its message."""
+    for key, value, wanted in settings:
+        if value != wanted:
+            raise ConfigError(key, value, f"must be {shown(wanted)} {why}")
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

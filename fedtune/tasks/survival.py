@@ -105,9 +105,7 @@ class Survival(PooledTask):
         """The probability that the event has not come by the end of each interval."""
         chances = self.said(logits[None], spec=spec)["survival"][0].tolist()
         found = [{"until": end, "survival": chance} for end, chance in zip(spec.intervals, chances, strict=True)]
-        return ", ".join(
-            f"{chance:.3f} until {end:g}" for end, chance in zip(spec.intervals, chances, strict=True)
-        ), found
+        return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: str(draw(2))}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,10 +142,16 @@ def plain_step(
     sampling: RandomStream,
 ) -> None:
     """The same step without clipping and noise.  Guarantee: none."""
-    optimizer.zero_grad(set_to_none=True)
-    for batch in records.cut(poisson_sample(records.count, plan.sampling_rate, sampling)):
+    batches = records.cut(poisson_sample(records.count, plan.sampling_rate, sampling))
+    mean_gradient(model, units, batches, count=plan.sampling_rate * records.declared_size)
+    optimizer.step()
+
+
+def mean_gradient(model: TaskModel, units: Units, batches: Iterable[Any], *, count: float) -> None:
+    """Set the parameters' gradients to the sum over micro-batches of `units`, over `count`.  Guarantee: none."""
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
         units.add_plain_gradient(model, batch)
     for parameter in model.trained_now().values():
         if parameter.grad is not None:
-            parameter.grad /= plan.sampling_rate * records.declared_size
-    optimizer.step()
+            parameter.grad /= count

@@ -87,9 +87,8 @@ def folder_of(given: list[str]) -> Path:
     return Path(said["tracking.output_dir"].strip("'"), said["name"])
 
 
-@pytest.fixture(scope="module")
-def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
-    """A finished run; each is made once."""
+def made_once(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+    """Of overrides the folder of their finished run, which is made when it is first asked for."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def make(*overrides: str, task: str = "classification") -> Path:
@@ -102,6 +101,12 @@ def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+    """A finished run; each is made once."""
+    return made_once(settings, command)
 
 
 PLAIN = (

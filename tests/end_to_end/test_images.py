@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
-from .test_features import folder_of
+from .test_features import folder_of, made_once
 
 NO_FEDTUNE = """\
 import sys
@@ -60,18 +60,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[
 @pytest.fixture(scope="module")
 def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
     """A finished run; each is made once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def make(*overrides: str, task: str = "classification") -> Path:
-        key = (*overrides, task)
-        if key not in made:
-            given = settings(*overrides, task=task, name=f"run-{len(made)}")
-            outcome = command("simulate", *given)
-            assert outcome.code == 0, outcome.err
-            made[key] = folder_of(given)
-        return made[key]
-
-    return make
+    return made_once(settings, command)
 
 
 @pytest.mark.by_day("classification")
