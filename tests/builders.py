@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
@@ -74,6 +76,11 @@ def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
 
 DEVICE = torch.device(os.environ.get("FEDTUNE_TEST_DEVICE", "cpu"))
 """Of models and examples in tests of training; simulations/gpu/run.py has the tests run on an accelerator."""
+
+
+def as_tried(shapes: Shapes) -> Shapes:
+    """As a run's trial leaves them on DEVICE: a GPU's kernels go by the number of rows, so each length has one."""
+    return shapes if DEVICE.type == "cpu" else dataclasses.replace(shapes, row_shares=(1,))
 
 
 def built(spec: TaskModelSpec) -> TaskModel:

@@ -29,15 +29,17 @@ def test_every_step_runs_on_the_cpu_and_is_written_down(tmp_path: Path) -> None:
     done = call(into)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (steps,) = json.loads(into.read_text()).values()
-    checks = ["equal", "repeats", "alone", "moved-by-one", "several-devices"]
+    alone = [f"alone-{dtype}" for dtype in ("float32", "bfloat16", "int8", "nf4")]
+    checks = ["equal", "repeats", *alone, "alone-and-long", "moved-by-one", "several-devices"]
     assert list(steps) == [*checks, "speed-135m", "speed-1b", "speed-8b", "whole-numbers", "four-bit"]
     assert steps["several-devices"]["devices"] == 2
     assert steps["moved-by-one"]["exceeded"] == 0
-    assert set(steps["alone"].values()) - {steps["alone"]["step_seconds"]} == {0.0}
-    assert steps["speed-8b"]["private_tokens_a_second"] > 0
+    for step in (*alone, "alone-and-long"):
+        assert set(steps[step].values()) - {steps[step]["step_seconds"]} == {0.0}, step
+    assert steps["speed-8b"]["4 rows"]["private_tokens_a_second"] > 0
     four = steps["four-bit"]
     assert four["random:llama causal_lm"]["gradients"] < 0.05
-    assert four["private_tokens_a_second"] > 0
+    assert four["4 rows"]["private_tokens_a_second"] > 0
     assert four["model_bytes"] < steps["speed-8b"]["model_bytes"]
 
 

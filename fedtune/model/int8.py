@@ -70,11 +70,12 @@ def round_rows(rows: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor,
 
 def round_into(rows: torch.Tensor, factors: torch.Tensor, whole: torch.Tensor, scales: torch.Tensor, part: int) -> None:
     """Round `rows` (n, k), times `factors` (k,), into `whole` (n, k) int8 and `scales` (n, parts) of `part` values."""
+    most = rows.new_full((), LARGEST)  # by a plain number CUDA divides as if it multiplied, with another rounding
     for number, values in enumerate(torch.split(rows * factors, part, dim=1)):
         # Both ends of a row, since its absolute values would have to be written down first.
         largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
         # Of a row that is not finite numbers are anything, and the scale is NaN, since zero times infinity is.
-        largest = torch.add(largest.clamp(min=_SMALLEST), largest, alpha=0).div_(LARGEST)
+        largest = torch.add(largest.clamp(min=_SMALLEST), largest, alpha=0).div_(most)
         whole[:, number * part : (number + 1) * part].copy_((values / largest).round_())
         scales[:, number] = largest[:, 0]
 
@@ -323,14 +324,19 @@ def add_products(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
     The same numbers on every machine: without instructions for it, float32 holds all of them exactly.
     """
-    (num_rows, terms), device = rows.shape, rows.device.type
-    if terms >= _FEWEST_TERMS and _adds_whole_numbers(device):
-        if device == "cpu":
-            return torch._int_mm(rows, factor)
-        if terms % 8 == factor.shape[1] % 8 == 0:  # as cuBLAS wants it, with more than 16 rows
-            few = nn.functional.pad(rows, (0, 0, 0, 17 - num_rows)) if num_rows < 17 else rows
-            return torch._int_mm(few, factor)[:num_rows]
+    terms, device = rows.shape[1], rows.device.type
+    fits = device == "cpu" or terms % 8 == factor.shape[1] % 8 == 0
+    if terms >= _FEWEST_TERMS and fits and _adds_whole_numbers(device):
+        return _int_mm(rows, factor)
     return rows.float() @ factor.float()
+
+
+def _int_mm(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Torch's kernel for int8; on a GPU cuBLAS wants multiples of 8, more than 16 rows, and a factor read by column."""
+    if rows.device.type == "cpu":
+        return torch._int_mm(rows, factor)
+    enough = nn.functional.pad(rows, (0, 0, 0, max(0, 17 - len(rows))))
+    return torch._int_mm(enough, factor.t().contiguous().t())[: len(rows)]
 
 
 @cache
@@ -350,7 +356,7 @@ def _adds_whole_numbers(device: str) -> bool:
         rows = values[:, None].repeat(1, terms)
         try:
             for factor in (rows.t(), rows.t().contiguous()):
-                if not torch.equal(torch._int_mm(rows, factor), terms * whole[:, None] * whole):
+                if not torch.equal(_int_mm(rows, factor), terms * whole[:, None] * whole):
                     return False
         except (RuntimeError, NotImplementedError):
             return False

@@ -262,7 +262,7 @@ class Machine:
         num_threads: the number of torch threads in every process; null: one for each core, shared by the processes, or
             as many as OMP_NUM_THREADS says, if those are fewer.
         micro_batch_tokens: the most padded tokens in a micro-batch; they change no bit of a private run.  null: 512 for
-            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 4,096 on a GPU.
+            each thread of a CPU, at most 2,048, since more are no faster and take longer to try; 16,384 on a GPU.
         step_mib: the memory in MiB for a micro-batch with its examples' gradients, and for the means of users.  Before
             the run made-up examples are measured, and a micro-batch gets as many rows as fit.  null: a quarter of the
             machine's memory, shared by the processes, or four fifths of a GPU's, both less the model.

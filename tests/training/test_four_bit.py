@@ -20,7 +20,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
-from ..builders import DEVICE
+from ..builders import DEVICE, as_tried
 
 kinds = pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
 
@@ -48,7 +48,7 @@ def by_torch(model: TaskModel) -> TaskModel:
 
 def micro_batch(dataset: TextDataset) -> Batch:
     """All of a data set in the shape that a step gives them, for shapes decide how sums are rounded."""
-    shapes = Shapes.of(max_length=15, max_tokens=16 * len(dataset))
+    shapes = as_tried(Shapes.of(max_length=15, max_tokens=16 * len(dataset)))
     examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
@@ -117,7 +117,7 @@ def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(traine
     def see(_: Any) -> None:
         changed.append([not torch.equal(one, before) for one, before in zip(kept(), own, strict=True)])
 
-    shapes = Shapes.of(max_length=12, max_tokens=48)
+    shapes = as_tried(Shapes.of(max_length=12, max_tokens=48))
     assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1, see=see) == 0.0
     assert not any(changed[0]), "first with its own"
     assert all(changed[-1]), "then with random ones, in every layer"
@@ -128,5 +128,5 @@ def test_a_trial_finds_four_bit_layers_that_mix_records(trained: Any) -> None:
     model = trained("random:llama", "causal_lm", dtype="nf4")
     layer = next(module for module in model.modules() if isinstance(module, FourBit))
     layer.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
-    shapes = Shapes.of(max_length=12, max_tokens=48)
+    shapes = as_tried(Shapes.of(max_length=12, max_tokens=48))
     assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1) > 0.01

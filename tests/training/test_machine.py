@@ -67,7 +67,7 @@ def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() ->
         with patch.object(torch, "get_num_threads", return_value=threads):
             assert micro_batch_tokens(runtime, torch.device("cpu")) == most
             assert micro_batch_tokens(replace(runtime, micro_batch_tokens=77), torch.device("cpu")) == 77
-            assert micro_batch_tokens(runtime, torch.device("cuda")) == 4096
+            assert micro_batch_tokens(runtime, torch.device("cuda")) == 16384
 
 
 def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
