@@ -1,8 +1,10 @@
-"""Tables and token labels at real sites over TLS: the simulation's weights, bit for bit; a broken record is zero."""
+"""Tables, token labels, images at real sites over TLS: a simulation's weights bit for bit, broken records as zero."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
+from fedtune.ops.kits.models import model_place
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 
+from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
 from .books import check_books, check_same_adapter
 from .federation import NAMES, Federation
 
@@ -39,6 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("experiment=own_entities", "data.dataset=notes", "data.labels=[drug]", "data.max_length=8"),
         *("data.windows=2", "data.stride=2", "model=random_bert", "lora=all_linear", "lora.rank=4"),
     ),
+    "image": ("experiment=own_images", "data.dataset=scans", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),
 }
 BROKEN: dict[str, list[dict[str, Any]]] = {
     "features": [
@@ -49,10 +54,15 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         {"tokens": ["take", "aspirin"], "tags": ["O"]},
         {"tokens": ["take", "aspirin"], "tags": ["O", "B-secret"]},
     ],
+    "image": [{"image": "images/none.png", "label": "red"}, {"image": "images/cut.png", "label": "red"}],
 }
 
 
-def made_up(kind: str, count: int) -> list[dict[str, Any]]:
+def made_up(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a file in a folder, with the images that they name."""
+    if kind == "image":
+        with write_pictures(folder, f"{count}.csv", count, seed=count).open(newline="") as table:
+            return list(csv.DictReader(table))
     draws = np.random.default_rng(count)
     if kind == "token_classification":
         notes = [[str(word) for word in draws.choice(["take", "aspirin", "daily", "stop"], 9)] for _ in range(count)]
@@ -94,9 +104,11 @@ def test_real_sites_learn_it_as_a_simulation_does(
     federation: Federation, command: Any, tmp_path: Path, kind: str
 ) -> None:
     files = {
-        name: write(tmp_path / f"{name}.jsonl", made_up(kind, count)) for name, count in (("in", 120), ("out", 20))
+        name: write(tmp_path / f"{name}.jsonl", made_up(kind, count, tmp_path))
+        for name, count in (("in", 120), ("out", 20))
     }
-    given = [*KINDS[kind], *SHARED, f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"]
+    model = [f"model.path='{vision_folder(tmp_path / 'model')}'"] if kind == "image" else []
+    given = [*KINDS[kind], *model, *SHARED, f"data.train_file='{files['in']}'", f"data.test_file='{files['out']}'"]
     names = ("federation.num_sites=3", f"federation.site_names=[{','.join(NAMES)}]")
     simulated = [*given, *names, f"name={kind}", f"tracking.output_dir='{tmp_path}'"]
     assert command("simulate", *simulated).code == 0
@@ -105,8 +117,13 @@ def test_real_sites_learn_it_as_a_simulation_does(
         rows = [written(one, kind) for one in records.training]
         broken = [{f"own {name}": value for name, value in one.items()} for one in BROKEN[kind]]
         write(site.folder / "own.jsonl", [*rows, *broken])
+        sent = for_sites(config)
+        if kind == "image":
+            shutil.copytree(tmp_path / "images", site.folder / "images")
+            (site.folder / "images" / "cut.png").write_bytes(encoded(picture())[:-60])
+            shutil.copytree(tmp_path / "model", model_place(site.kit, str(sent.model.sha256)))
         policy = read_policy(site.site_toml)
-        own = generated_policy(for_sites(config), config.plan(), site.name, lead=federation.lead_key)
+        own = generated_policy(sent, config.plan(), site.name, lead=federation.lead_key)
         columns = {role: f"own {role.removeprefix('feature:')}" for role in records.training[0].fields}
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
         write_policy(replace(policy, dataset=dataset, limits=own.limits, allow=own.allow), site.site_toml)
