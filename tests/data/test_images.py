@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,20 @@ def test_a_jpeg_of_very_many_scans_is_not_decoded(tmp_path: Path) -> None:
     (tmp_path / "long.jpg").write_bytes(whole[:-2] + 101 * scan + whole[-2:])
     with pytest.raises(DataError, match="at most 100 scans"):
         images.decoded("long.jpg", file=str(tmp_path / "table.csv"), at="x")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_marks_beside_the_pixels_take_no_more_memory_than_their_file(format: str) -> None:
+    """Four thousand tags that each hold the same 9 kB; Pillow before 13 made a copy for each."""
+    count, shared = 4000, 9_000
+    begin = 8 + 2 + 12 * count + 4
+    tags = b"".join(struct.pack("<HHII", tag, 7, shared, begin) for tag in range(1, count + 1))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count) + tags + bytes(4 + shared)
+    content = image_of(encoded(picture(), format, exif=exif), "image")
+    tracemalloc.start()
+    try:
+        images.decoded(content, file="", at="x")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3_000_000
