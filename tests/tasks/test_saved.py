@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base
 from fedtune.model.source import public_place
 from fedtune.spec import ConfigError
-from fedtune.tasks import build_task_model, load_task_model, save_task_model
+from fedtune.tasks import SavedAdapter, build_task_model, load_task_model, save_task_model
 from fedtune.tasks.inputs import mean_pooled
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
@@ -47,6 +47,16 @@ def test_the_digest_sees_values_names_and_shapes_but_not_order_or_layout() -> No
     assert small(b=np.asfortranarray(small().tensors["b"])).digest() == digest
     others = [small(a=np.zeros(2, np.float32)), small(a=np.ones((1, 2), np.float32)), small(c=np.ones(1, np.float32))]
     assert len({digest, *(other.digest() for other in others)}) == 4
+
+
+def test_an_adapter_that_is_private_to_a_site_is_read_where_somebody_says_so(spec: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    save_task_model(build_task_model(spec()), folder, private_to="north")
+    for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.to_begin_in(str(folder))):
+        with pytest.raises(ConfigError, match="is private to 'north', without a guarantee"):
+            read(folder)
+    assert SavedAdapter.read(folder, private=True).private_to == "north"
+    load_task_model(folder, private=True)
 
 
 def test_an_adapter_cannot_be_changed() -> None:
