@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedtune.api.door import Ledger, Progress, Run, compare, evaluate, load, plan, simulate, verify
     from fedtune.config import RunConfig
     from fedtune.privacy.site_policy import Policy
+    from fedtune.studies.personalised import personalise
 
 __all__ = [
     "Ledger",
@@ -26,11 +27,16 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "personalise",
     "plan",
     "simulate",
     "verify",
 ]
-_ELSEWHERE = {"RunConfig": "fedtune.config", "Policy": "fedtune.privacy.site_policy"}
+_ELSEWHERE = {
+    "RunConfig": "fedtune.config",
+    "Policy": "fedtune.privacy.site_policy",
+    "personalise": "fedtune.studies.personalised",
+}
 
 
 def __getattr__(name: str) -> object:

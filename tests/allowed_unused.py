@@ -7,7 +7,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("add_site", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
         *("renew_lead", "renew_server", "show_events", "write_anchor"),
     },
-    "people call them from Python": {"predict", "stage", "to_frame"},
+    "people call them from Python": {"predict", "to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 from rich.console import Console
 
+from fedtune.api import door
 from fedtune.cli.command import Argument, AsJson, single
 from fedtune.cli.finished_run import Device, Run, finished_run
 from fedtune.show.terminal_tables import print_json, show
-from fedtune.spec import ConfigError, check_one_of
-from fedtune.studies.personalised import make, sections, to_json
+from fedtune.studies import personalised
+from fedtune.studies.personalised import Personalised, sections, to_json
 
 
 def personalise(
@@ -29,36 +33,21 @@ def personalise(
     its folder. A real site has `fedtune site personalise`. Nothing is charged. docs/own_adapter.md says more.
     """
     config, adapter = finished_run(run, device=device)
-    if config.runtime.kind == "deployment":
-        bound = "is over real sites, whose records are not here: fedtune site personalise, at a site"
-        raise ConfigError("run folder", str(run), bound)
-    for site in sites:
-        check_one_of("SITE", site, config.federation.active)
-    folder = adapter.absolute().parent
-    from fedtune.data.load import split_key
-    from fedtune.sites.personal import Parts
-    from fedtune.sites.run_records import deal_out
-    from fedtune.sites.virtual_site import VirtualSites
+    finished = door.Run(folder=adapter.absolute().parent, config=config)
+    print_made(partial(personalised.personalise, finished, sites), as_json=as_json)
 
-    dealt = dict(zip(config.federation.names, deal_out(config).sites, strict=True))
-    virtual = VirtualSites.of(config, folder, config.plan())
-    parts = {
-        site: Parts.of(dealt[site], key=split_key(config.seed), unit=config.privacy.unit)
-        for site in sites or config.federation.active
-    }
+
+@contextmanager
+def shown_progress() -> Iterator[Callable[[door.Progress], None]]:
+    """A line on the terminal that says how far the training of own adapters is."""
     with Console(stderr=True).status("Loading ...") as status:
-        made = {
-            site: make(
-                config,
-                adapter,
-                of_site,
-                site=site,
-                into=folder / f"private_to_{site}",
-                beside_ledger=virtual.files(site).ledger.parent,
-                progress=lambda what, done, total: status.update(f"{what} ({done} of {total})" if total else what),
-            )
-            for site, of_site in parts.items()
-        }
+        yield lambda told: status.update(f"{told.stage} ({told.done} of {told.total})" if told.total else told.stage)
+
+
+def print_made(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool) -> None:
+    """Make own adapters, which may tell a `progress`, and print what they are worth."""
+    with shown_progress() as progress:
+        made = make(progress=progress)
     if as_json:
         print_json(to_json(made))
     else:

@@ -14,6 +14,7 @@ from rich.console import Console
 from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group
 from fedtune.cli.ledger import ledger_file
 from fedtune.config import saved_config
+from fedtune.federation.run_folder import LABEL
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
@@ -123,12 +124,12 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
-    from fedtune.report.page.label import SVG, as_svg
+    from fedtune.report.page.label import as_svg
     from fedtune.report.page.render import write_all, write_files
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
     spoken = language or own_language
-    beside = {SVG: as_svg(report, language=spoken).encode()} if label else {}
+    beside = {LABEL: as_svg(report, language=spoken).encode()} if label else {}
     if registry:
         beside[REGISTRY] = to_text(report, about).encode()
     paths = write_files(output or folder, report, language=spoken, pdf=pdf)

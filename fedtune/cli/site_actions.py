@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.finished_run import finished_run
+from fedtune.cli.personalise import print_made
 from fedtune.cli.plain_words import reason_text
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
@@ -38,7 +40,7 @@ from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
 from fedtune.spec import ConfigError, FedtuneError, RefusedError, RunError, check_at_least
 from fedtune.studies.comparison import Line, score_side_by_side
-from fedtune.studies.personalised import make, sections, to_json
+from fedtune.studies.personalised import make
 from fedtune.studies.trials import Trial
 from fedtune.words import counted, dotted, spoken, spoken_start
 
@@ -193,21 +195,10 @@ def personalise(kit: Kit, run: str, *, files: SiteFiles, as_json: bool) -> None:
     from fedtune.sites.real_site import site_records
 
     key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
-    with Console(stderr=True).status("Loading ...") as status:
-        made = make(
-            config,
-            adapter,
-            Parts.of(site_records(config, files), key=key, unit=config.privacy.unit),
-            site=site,
-            into=kit.folder / f"private_to_{site}" / folder.name,
-            beside_ledger=files.ledger.parent,
-            progress=lambda what, done, total: status.update(f"{what} ({done} of {total})" if total else what),
-            lenient=True,
-        )
-    if as_json:
-        print_json(to_json({site: made}))
-    else:
-        show(Console(), sections({site: made}))
+    parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
+    into = kit.folder / f"private_to_{site}" / folder.name
+    own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=files.ledger.parent, lenient=True)
+    print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
 
 
 def _kept(kit: Kit, run: str) -> Path:

@@ -31,6 +31,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
+from fedtune.federation.run_folder import LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
@@ -203,9 +204,9 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str, priva
     if private_to is None:
         card = card_files(read_run(run), from_run.build(run), _form(format, config))
     else:
-        if not (adapter / CARD).is_file():
-            raise ConfigError("adapter", str(adapter), f"must hold the {CARD} that says whose it is")
-        card = {CARD: (adapter / CARD).read_bytes()}
+        if missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
+            raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
+        card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
     with _new(target) as folder:
         if config.lora.kind == NO_ADAPTER:
             _write_features(adapter, config, folder, format=format, private_to=private_to)
@@ -280,9 +281,8 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
                 dense = modules.Dense(*weight.shape[::-1], activation_function=nn.Identity(), **given)
                 layers += [modules.Normalize(), dense]
             layers += [] if source.readout else [modules.Normalize()]
-            library.SentenceTransformer(modules=layers, device="cpu").save_pretrained(
-                str(folder), create_model_card=False
-            )
+            whole = library.SentenceTransformer(modules=layers, device="cpu")
+            whole.save_pretrained(str(folder), create_model_card=False)
             loaded = library.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
             tokens = {"input_ids": reference.input_ids, "attention_mask": reference.attention_mask}
             with torch.no_grad():

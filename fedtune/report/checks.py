@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.facts import RunFacts
@@ -117,10 +117,10 @@ def _taken(report: Report) -> Iterator[Check]:
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
     """Whether the page and the label that lie beside a report are drawn from it: equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
-    from fedtune.report.page.label import SVG, as_svg
+    from fedtune.report.page.label import as_svg
     from fedtune.report.page.render import render
 
-    for name, draw in (("report.html", render), (SVG, as_svg)):
+    for name, draw in (("report.html", render), (LABEL, as_svg)):
         file = path.with_name(name)
         if not file.is_file():
             continue

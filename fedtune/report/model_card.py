@@ -17,13 +17,13 @@ from jinja2 import Environment as Templates
 from jinja2 import StrictUndefined
 
 from fedtune.config import RunConfig
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.label import SVG, as_svg
+from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import TEMPLATES
 from fedtune.report.page.tables import Words
 from fedtune.report.record.run_record import RunRecord, read_run
@@ -87,7 +87,7 @@ def write_card(run: Path, report: Report) -> None:
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
     """The card of a finished run's model, and the privacy label that lies beside it, by the names of their files."""
     label = as_svg(report, language="en")
-    return {CARD: card_text(record, report, form).encode(), SVG: label.encode()}
+    return {CARD: card_text(record, report, form).encode(), LABEL: label.encode()}
 
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
@@ -159,7 +159,7 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     return templates.get_template(_TEMPLATE).render(
         name=config.name,
-        label=SVG,
+        label=LABEL,
         form=form,
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
         public_id=model.public_id,

@@ -21,7 +21,7 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
 from fedtune.evaluation.scoring import scoring
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
@@ -43,6 +43,8 @@ _RATES = (1.0, 0.3, 0.1)
 _MOST_PASSES = 10
 _CARD = """\
 # Private to {site}: no guarantee
+
+![Private to {site}, without a guarantee]({label})
 
 This adapter was trained on the records of {site} **without noise**, from the final adapter of the run {run}.
 No differential privacy protects those records here: whoever holds this folder may learn about them.
@@ -131,6 +133,7 @@ def personalise(
     into: Path,
     alone: Path,
     beside_ledger: Path,
+    label: str,
     lenient: bool = False,
     progress: Progress = silent,
 ) -> OwnAdapter:
@@ -147,6 +150,7 @@ def personalise(
         into: the folder to write; what was there is replaced as a whole.
         alone: a folder for the same without the federation: it begins where the run began.
         beside_ledger: the folder of the site's ledger, in which `NOTE` says that this was made.
+        label: the SVG that its card shows, beside it.
         lenient: no record may end the training, as at a real site.
         progress: told how far it is.
 
@@ -174,9 +178,10 @@ def personalise(
         folder = RunFolder(made)
         save_task_model(shared.model, folder.adapter, private_to=site)
         folder.config.write_text(json.dumps(settings_to_save(config), indent=1) + "\n", encoding="utf-8")
-        card = _CARD.format(site=site, run=config.name, day=day)
+        card = _CARD.format(site=site, run=config.name, day=day, label=LABEL)
         for place in (folder.path, folder.adapter):
             (place / "README.md").write_text(card, encoding="utf-8")
+            (place / LABEL).write_text(label, encoding="utf-8")
     return OwnAdapter(folder=into, fitted=fitted, parts=parts)
 
 

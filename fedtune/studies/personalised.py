@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from fedtune.api.door import Progress, Run
 from fedtune.config import RunConfig
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.spec import ConfigError, check_one_of
 from fedtune.words import counted, score_words
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
     from fedtune.sites.personal import OwnAdapter, Parts
-    from fedtune.sites.shared_model import Progress
 
 OWN, SHARED, ALONE = "own", "shared", "alone"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Personalised:
-    """A site's own adapter beside the others, scored on records that chose and trained nothing of it."""
+    """A site's own adapter beside the others, scored on records that chose and trained nothing of it.
+
+    Attributes:
+        own: the adapter: its folder, how it was chosen, and with which records.
+        sides: the models "base", "alone" (trained like it, from where the run began), "shared" and "own".
+    """
 
     own: OwnAdapter
     sides: SideBySide
+
+
+def personalise(
+    run: Run, sites: Sequence[str] = (), *, progress: Callable[[Progress], None] = lambda told: None
+) -> dict[str, Personalised]:
+    """Make the own adapter of simulated sites: each begins in the run's final one and trains on without noise.
+
+    Each is written to `private_to_SITE` in the run's folder, which `load` takes.  What it is worth to its site is
+    `sides.comparison("shared", "own")`, with a paired interval (95 %) of records that neither trained nor chose it.
+
+    Guarantee: none for the site's records.  Nothing is charged, no run begins in it, and it must not leave the site.
+
+    Args:
+        run: a finished simulation.
+        sites: of the run; empty: all.
+        progress: is called as training goes on, in this thread.
+
+    Raises:
+        ValueError: the run is not finished, or over real sites; or a site has too few records.
+        RunError: a site's note of its own adapters is damaged.
+    """
+    parts, adapter = parts_of(run.config, sites), run.adapter
+    from fedtune.sites.virtual_site import VirtualSites
+
+    virtual, made = VirtualSites.of(run.config, run.folder, run.config.plan()), {}
+    for site, of_site in parts.items():
+        into, beside = run.folder / f"private_to_{site}", virtual.files(site).ledger.parent
+        made[site] = make(run.config, adapter, of_site, site=site, into=into, beside_ledger=beside, progress=progress)
+    return made
+
+
+def parts_of(config: RunConfig, sites: Sequence[str] = ()) -> dict[str, Parts]:
+    """The records of simulated sites, by what each is for; as `personalise` takes and refuses them."""
+    if config.runtime.kind == "deployment":
+        bound = "is over real sites, whose records are not here: fedtune site personalise, at a site"
+        raise ConfigError("run", config.name, bound)
+    for site in sites:
+        check_one_of("SITE", site, config.federation.active)
+    from fedtune.data.load import split_key
+    from fedtune.sites.personal import Parts
+    from fedtune.sites.run_records import deal_out
+
+    dealt = dict(zip(config.federation.names, deal_out(config).sites, strict=True))
+    key, unit = split_key(config.seed), config.privacy.unit
+    return {site: Parts.of(dealt[site], key=key, unit=unit) for site in sites or config.federation.active}
 
 
 def make(
@@ -36,10 +87,11 @@ def make(
     site: str,
     into: Path,
     beside_ledger: Path,
-    progress: Progress,
+    progress: Callable[[Progress], None],
     lenient: bool = False,
 ) -> Personalised:
     """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
+    from fedtune.report.page.label import as_svg_of_own
     from fedtune.runs.model_comparison import Finished, side_by_side
     from fedtune.sites.personal import personalise as train
 
@@ -53,8 +105,9 @@ def make(
             into=into,
             alone=alone,
             beside_ledger=beside_ledger,
+            label=as_svg_of_own(site, config.name),
             lenient=lenient,
-            progress=progress,
+            progress=lambda what, done, total: progress(Progress(stage=what, done=done, total=total)),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         runs = {name: Finished(folder=into, config=config, adapter=folder) for name, folder in folders.items()}

@@ -84,6 +84,25 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
         fedtune.compare({})
 
 
+def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
+    run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
+    ledger = (run.folder / "sites" / "site-2" / "ledger.db").read_bytes()
+    (found,) = fedtune.personalise(run, ["site-2"], progress=told.append).values()
+    assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
+    difference = found.sides.comparison("shared", "own").difference
+    assert difference.low <= difference.value <= difference.high
+    assert any("site-2: training its own adapter" in one.stage for one in told)
+    own = fedtune.load(found.own.folder)
+    assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
+    assert (run.folder / "sites" / "site-2" / "ledger.db").read_bytes() == ledger
+    with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
+        fedtune.personalise(own)
+    with pytest.raises(ValueError, match="must be one of site-1, site-2"):
+        fedtune.personalise(run, ["site-3"])
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
 def test_rounds_and_events_are_tables(run: fedtune.Run) -> None:
     pandas = pytest.importorskip("pandas")
     rounds = run.to_frame()

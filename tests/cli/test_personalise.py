@@ -29,8 +29,11 @@ def test_each_site_has_one_that_says_whose_it_is(made: tuple[Path, dict[str, Any
     assert {Path(one["folder"]).name for one in told.values()} == {f"private_to_{site}" for site in told}
     for site, one in told.items():
         assert set(one["values"]) == {"base", "alone", "shared", "own"}
-        for card in (Path(one["folder"], "README.md"), Path(one["folder"], "adapter", "README.md")):
-            assert card.read_text().startswith(f"# Private to {site}: no guarantee")
+        for place in (Path(one["folder"]), Path(one["folder"], "adapter")):
+            card = (place / "README.md").read_text()
+            assert card.startswith(f"# Private to {site}: no guarantee")
+            assert "](label.svg)" in card
+            assert f"Private to {site}: no guarantee</text>" in (place / "label.svg").read_text()
         (noted,) = json.loads((run / "sites" / site / "own_adapters.json").read_text())
         assert set(noted) == {"run", "made"}, "no digest, no score"
         ledger = Path("sites", site, "ledger.db")
@@ -74,6 +77,7 @@ def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]]
     told = command("export", str(own), "--to", str(tmp_path / "out"), "--private")
     assert told.code == 0, told.err
     assert (tmp_path / "out" / "README.md").read_text().startswith("# Private to site-1: no guarantee")
+    assert "Private to site-1: no guarantee</text>" in (tmp_path / "out" / "label.svg").read_text()
     assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
 
 

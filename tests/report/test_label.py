@@ -18,6 +18,7 @@ from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import FONTS
 from fedtune.report.page.tables import Words
+from fedtune.words import shortened
 
 from .shown import HOSTILE, NAMES, reports_of, with_site
 
@@ -121,16 +122,32 @@ def test_it_loads_nothing_and_a_name_stays_text(report: Report, language: str) -
 
 
 def test_every_line_fits_and_none_lies_on_another(report: Report, language: str) -> None:
-    """As wide as the letters of Liberation are."""
+    fit(as_svg(report, language=language))
+
+
+@pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
+def test_a_site_s_own_adapter_has_a_label_that_promises_nothing(name: str) -> None:
+    svg = label.as_svg_of_own(name, name)
+    said, short = " ".join(lines(svg)), shortened(name, 32)
+    assert f"Private to {short}: no guarantee" in said
+    assert "trained on the site's own records without noise" in said
+    assert numbers(said.replace(short, "")) == [], "no figure, which would look like a promise"
+    assert label._RED in svg.split("<text")[0], "its head is red"
+    fit(svg)
+
+
+def fit(svg: str) -> None:
+    """All lines, as wide as the letters of Liberation are."""
     fonts = pytest.importorskip("PIL.ImageFont", reason="Pillow is not installed")
     boxes = []
-    for one in Xml.fromstring(as_svg(report, language=language)).iter(f"{SPACE}text"):
+    for one in Xml.fromstring(svg).iter(f"{SPACE}text"):
         size, x, y = (float(one.get(key, "")) for key in ("font-size", "x", "y"))
         kind = "mono" if one.get("font-family") else "bold" if one.get("font-weight") else "plain"
         width = fonts.truetype(FONTS / f"{FILES[kind]}.woff2", 10 * size).getlength(one.text) / 10
         left = x - width if one.get("text-anchor") == "end" else x
         boxes.append((left, y - 0.75 * size, left + width, y + 0.2 * size))
-        column = label._LEFT if x == label._MARGIN and 140 < y < 530 else 1200 - label._MARGIN
+        in_column = "OWN ADAPTER" not in svg and x == label._MARGIN and 140 < y < 530
+        column = label._LEFT if in_column else 1200 - label._MARGIN
         assert left >= label._MARGIN
         assert left + width <= column + 1, one.text
         assert 0 < y < 675

@@ -7,7 +7,7 @@ and texts in units of 1200 x 675.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -19,7 +19,6 @@ from fedtune.report.page.render import PageOne
 from fedtune.report.page.tables import Words
 from fedtune.words import shortened
 
-SVG = "label.svg"
 _WIDTH, _HEIGHT, _MARGIN = 1200, 675, 44
 _INK, _SOFT, _RULE, _BLUE, _RED, _PAPER = "#1a1a1a", "#555555", "#c4c4c4", "#0b3d66", "#8f1d00", "#ffffff"
 _LEFT, _RIGHT = 580, 640
@@ -57,9 +56,28 @@ _Mark = _Text | _Area
 def as_svg(report: Report, *, language: str) -> str:
     """The label as SVG that loads nothing; equal reports give equal labels."""
     words = Words(report, catalogue(language))
-    marks = list(_marks(words))
-    said = " ".join(mark.text for mark in marks if isinstance(mark, _Text))
     title = words.text("label.title", name=_shown(report.name, _NAME_LETTERS))
+    return _svg(list(_marks(words)), title=title, language=language)
+
+
+def as_svg_of_own(site: str, run: str) -> str:
+    """The label of a site's own adapter, in English as its card: it has no guarantee, and so no figure."""
+    name, head = _shown(site, _NAME_LETTERS), _shown(run, _NAME_LETTERS)
+    about = (
+        "It was trained on the site's own records without noise, from the final adapter of the run. No differential "
+        "privacy protects those records here: whoever holds it may learn about them. It stays at that site, and no run "
+        "begins in it. Records of other sites are protected as the run's own label says."
+    )
+    marks: list[_Mark] = [_box(0, 0, _WIDTH, _HEIGHT, _PAPER), _box(0, 0, _WIDTH, 104, _RED)]
+    marks += [_Text(x=_MARGIN, y=40, text="PRIVACY LABEL OF A SITE'S OWN ADAPTER", size=19, fill=_PAPER)]
+    marks += [_Text(x=_MARGIN, y=80, text=head, size=34, fill=_PAPER, font="bold")]
+    for text, y, size, font in ((f"Private to {name}: no guarantee", 200, 36, "bold"), (about, 330, 26, "plain")):
+        marks += _lines(text, x=_MARGIN, y=y, size=size, width=_WIDTH - 2 * _MARGIN, most=8, font=font)
+    return _svg(marks, title=escape(f"Private to {name}: no guarantee"), language="en")
+
+
+def _svg(marks: Sequence[_Mark], *, title: Markup, language: str) -> str:
+    said = " ".join(mark.text for mark in marks if isinstance(mark, _Text))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" lang="{language}"'
         f' aria-labelledby="label-title label-desc" font-family="{_FAMILY}">'
