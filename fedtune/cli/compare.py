@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
+from fedtune.api.door import load
 from fedtune.cli.command import Argument, AsJson, Option, same_command, single
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.interruptible_run import run_in_a_line
+from fedtune.cli.personalise import shown_progress
 from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, column_values, resolve_file
@@ -24,6 +26,7 @@ from fedtune.show.terminal_tables import json_text, print_json, require_agreed, 
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
+from fedtune.studies.personalised import parts_of, personalise
 from fedtune.studies.trials import Trial, price_text, result_in
 
 
@@ -36,6 +39,7 @@ def compare(
     without_privacy: Annotated[
         bool, Option(names=("--without-privacy",), help="also run everything without privacy")
     ] = False,
+    personal: Annotated[bool, Option("also make each site's own adapter of the federation's, without noise")] = False,
     leave_out: Annotated[
         tuple[Literal["alone", "federated", "pooled"], ...], Option("do not run these; may be repeated")
     ] = (),
@@ -49,6 +53,7 @@ def compare(
 
       fedtune compare experiment=banks_intents name=banks              runs/banks/: one run for each, and compare.json
       fedtune compare experiment=banks_intents --without-privacy       each with and without privacy
+      fedtune compare experiment=banks_intents --personal              also each site's own adapter, which stays there
       fedtune compare experiment=hospitals_abstracts --by label        also by group
       fedtune compare runs/a runs/b --data test.jsonl                  runs that are there already
 
@@ -60,25 +65,30 @@ def compare(
     check_at_least("--smallest", smallest, FEWEST_UNITS)
     console, folders, written = Console(stderr=as_json), _run_folders(words), [] if output is None else [output]
     if folders:
-        if without_privacy or leave_out:
-            key = "--without-privacy" if without_privacy else "--leave-out"
+        if without_privacy or personal or leave_out:
+            key = "--without-privacy" if without_privacy else "--personal" if personal else "--leave-out"
             bound = "goes with an experiment's settings, not with runs that are there already"
             raise ConfigError(key, NOT_GIVEN, bound)
         lines = _lines_of_folders(folders)
     else:
+        if personal and "federated" in leave_out:
+            raise ConfigError("--leave-out", "federated", "must not go with --personal: own adapters begin in its own")
         lines = plan_runs(words, without_privacy=without_privacy, leave_out=leave_out)
         first = lines[0].run
         _check_data(first.config, data, by)
+        if personal:
+            parts_of(first.config)  # a site with too few records is told before anything is trained
         written.append(first.folder.parent / "compare.json")
         given = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
         options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
-        options += ["--without-privacy"] * without_privacy + [f"--leave-out={kind}" for kind in leave_out]
+        options += ["--without-privacy"] * without_privacy + ["--personal"] * personal
+        options += [f"--leave-out={kind}" for kind in leave_out]
         again = same_command("compare", *words, name=first.folder.parent.name, options=options)
         for text in price_text({line.name: line.run for line in lines}):
             say(text, console=console)
         if not words:
             require_agreed("Train them now?", otherwise="nothing is trained; experiment=NAME names other records")
-        lines = _run_all(lines, console, again=again)
+        lines = _run_all(lines, console, again=again, personal=personal)
     with Console(stderr=True).status("Scoring ..."):
         finished = [finished_run(line.run.folder, generate=generate) for line in lines]
         compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest)
@@ -137,8 +147,8 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
         column_values([Record({}, file=str(path))], by, key="--by")
 
 
-def _run_all(lines: Sequence[Line], console: Console, *, again: str) -> list[Line]:
-    """Run what is not finished yet; the first error ends it."""
+def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
+    """Run what is not finished yet, and make own adapters where they are asked for; the first error ends it."""
     done = []
     try:
         with Session() as session:
@@ -148,6 +158,16 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str) -> list[Lin
                 if ran.error is not None:
                     raise ran.error
                 done.append(replace(line, run=ran))
+        if personal:
+            run = load(lines[0].run.folder)
+            folders = {site: run.folder / f"private_to_{site}" for site in run.config.federation.active}
+            missing = [site for site, folder in folders.items() if not RunFolder(folder).adapter.is_dir()]
+            if missing:
+                with shown_progress() as progress:
+                    personalise(run, missing, progress=progress)
+            for site, folder in folders.items():
+                trial = Trial(config=run.config, folder=folder)
+                done.append(Line(name=f"{site} own", kind="own", site=site, run=trial))
     except BaseException:
         say(f"Continue with: {again}", console=console)
         raise

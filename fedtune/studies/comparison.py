@@ -44,7 +44,7 @@ class Line:
     Attributes:
         name: what tables call it.
         kind: who took part; "run" for one that was there already, and "own" for a site's own adapter.
-        site: the one that trained alone.
+        site: the one that trained alone, or whose own adapter it is.
     """
 
     name: str
@@ -91,8 +91,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
         raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:
-        without = {"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"}
-        plain.append(without)
+        plain.append({"privacy.mechanism": "none", "privacy.noise_multiplier": None, "privacy.metrics": "none"})
     lines = []
     for changes in plain:
         for kind, site in kinds:
@@ -169,6 +168,7 @@ class Compared:
             self._beside_main(),
             self._other_scores(),
             *(self._by_group(title, found) for title, found in self.groups.items()),
+            self._own(),
             self._cost(),
             Section(title="How to read this", notes=[*self.notes, *self._about()]),
         ]
@@ -209,6 +209,8 @@ class Compared:
             told.append(f"These records do not tell apart: {shown}{more}.")
         for title, groups in self.groups.items():
             told += self._fair(title, groups)
+        besides = self._own_beside().items()
+        told += [f"Beside {beside}, own is {_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
             told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
         return told
@@ -221,16 +223,31 @@ class Compared:
 
     def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
         """Whom training served, and whom it did not."""
-        parts = []
-        for verdict, said in (("better", "better"), ("worse", "worse"), (_ALIKE, "not told apart")):
-            changes = found.changes.items()
-            names = [name for name, pairs in changes if pairs[self.models[0], self.main].verdict == verdict]
-            shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
-            parts += [f"{said} in {_listed(shown)}"] if names else []
-        yield f"{_capital(title)}, {self.main} is beside {self.models[0]}: {'; '.join(parts)}."
+        changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
+        yield f"{_capital(title)}, {self.main} is beside {self.models[0]}: {_by_verdict(changes, 'in')}."
         name = found.groups.smallest
         count = counted(min(found.groups.sizes), self.sides.unit)
         yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
+
+    def _own_beside(self) -> dict[str, dict[str, Comparison]]:
+        """By what else a site could use and by site: its own adapter less that, on the records that it would have."""
+        at_sites, found = self.groups.get(AT_SITES), dict[str, dict[str, Comparison]]()
+        for beside, own in _own_pairs(self.lines, base=self.models[0]):
+            pairs = {} if at_sites is None else at_sites.changes.get(str(own.site), {})
+            if at_sites is None or pairs:  # else the site has too few of them
+                one = pairs.get((beside, own.name)) or self.sides.comparison(beside, own.name)
+                found.setdefault(beside.removeprefix(f"{own.site} "), {})[str(own.site)] = one
+        return found
+
+    def _own(self) -> Section:
+        rows = [
+            (site, beside, f"{one.difference.value:+.4f}", _ends(one.difference, sign="+"), one.verdict)
+            for beside, at in self._own_beside().items()
+            for site, one in at.items()
+        ]
+        where = "the records that the site would have" if AT_SITES in self.groups else "all records"
+        headings = ("site", "beside", "difference", "95 % interval", "own is")
+        return Section(title=f"Own less each, on {where}", headings=headings, rows=rows, words={0, 1, 4})
 
     def _scores(self) -> Section:
         base, *others = self.models
@@ -266,7 +283,7 @@ class Compared:
     def _by_group(self, title: str, found: GroupScores) -> Section:
         """At sites beside each site's own run alone, else beside the model before training."""
         base, groups = self.models[0], found.groups
-        own = {line.site: line.name for line in self.lines if line.site and line.private == self.lines[0].private}
+        own = {one.site: one.name for one in self.lines if one.kind == "alone" and one.private == self.lines[0].private}
         alone = {name: own[name] for name in groups.names if title == AT_SITES and name in own}
         rows = []
         for name, count in zip(groups.names, groups.sizes, strict=True):
@@ -421,6 +438,7 @@ def score_side_by_side(
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []
     pairs = [(name, main) for name in sides.measured if name != main]
+    pairs += [(beside, own.name) for beside, own in _own_pairs(lines, base=base)]
     is_federated = any(line.kind == "federated" for line in lines)
     values = {f"by {by}": column_values(sides.records, by, key="--by")} if by else {}
     if is_federated and (at_sites := sites_of(first, sides.records)) is not None:
@@ -437,6 +455,23 @@ def score_side_by_side(
     if is_federated and first.data.partition.kind == "file":
         notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
+
+
+def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]]:
+    """Each site's own adapter, beside what else the site could use: all but what is another site's."""
+    for own in (line for line in lines if line.kind == "own" and line.site):
+        others = [line.name for line in lines if line.kind != "own" and line.site in (None, own.site)]
+        yield from ((beside, own) for beside in (base, *others))
+
+
+def _by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
+    """Where it is better, worse, and not told apart."""
+    parts = []
+    for verdict, said in (("better", "better"), ("worse", "worse"), (_ALIKE, "not told apart")):
+        names = [name for name, one in changes.items() if one.verdict == verdict]
+        shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
+        parts += [f"{said} {place} {_listed(shown)}"] if names else []
+    return "; ".join(parts)
 
 
 def _capital(text: str) -> str:

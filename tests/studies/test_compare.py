@@ -191,6 +191,8 @@ def test_runs_that_are_there_are_scored_on_one_file(
         (("federation.participants=[site-1]",), "federation.participants = ['site-1']: must be empty to compare"),
         (("nonesuch",), "RUN = 'nonesuch': must be a run folder; or give settings alone, as KEY=VALUE"),
         (("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"), "--leave-out = "),
+        (("--leave-out", "federated", "--personal"), "'federated': must not go with --personal"),
+        (("data.train_fraction=0.01", "--personal"), "must be at least 10: the site has too few for an own adapter"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(
@@ -211,6 +213,45 @@ def test_a_run_of_other_labels_is_not_compared(
     first = folder / "both" / "both-federated"
     outcome = command("compare", str(first), str(made))
     assert (outcome.code, "data.labels" in outcome.message) == (2, True)
+
+
+def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(command: Any, tiny: Any, tmp_path: Path) -> None:
+    larger = ("data.train_fraction=0.04", "data.declared_sizes=180")
+    asked = [*tiny(*SHORT, *SITES, *larger, into=tmp_path, name="own"), "--personal", "--leave-out=pooled"]
+    asked += ["--smallest", "10"]
+    outcome = command("compare", *asked, "--json")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)
+    models = {model["name"]: model for model in told["models"] if not model["mean_of"]}
+    assert list(models) == ["base", "federated", "site-1 alone", "site-2 alone", "site-1 own", "site-2 own"]
+    run = tmp_path / "own" / "own-federated"
+    for site in ("site-1", "site-2"):
+        own = models[f"{site} own"]
+        assert (own["kind"], own["site"], own["private"]) == ("own", site, False)
+        assert ("epsilon" in own, Path(own["folder"])) == (False, run / f"private_to_{site}")
+        (group,) = (one for one in told["groups"]["by site"]["groups"] if one["name"] == site)
+        changes = {one["base"]: one["difference"] for one in group["changes"] if one["tuned"] == f"{site} own"}
+        assert set(changes) == {"base", "federated", f"{site} alone"}, "not what another site has"
+        scores = group["scores"]
+        value = scores[f"{site} own"]["value"] - scores["federated"]["value"]
+        assert changes["federated"]["value"] == pytest.approx(value)
+    *others, last = told["verdict"]
+    assert {said.partition(", own is ")[0] for said in others if ", own is " in said} == {
+        f"Beside {name}" for name in ("base", "federated", "alone")
+    }
+    assert last.startswith("No guarantee covers what is said of site-1 own and site-2 own")
+    shutil.rmtree(run / "private_to_site-2")
+    kept = (run / "private_to_site-1").stat().st_mtime_ns
+    again = command("compare", *asked)
+    assert again.code == 0, again.err
+    assert "Own less each, on the records that the site would have" in again.out
+    assert (run / "private_to_site-1").stat().st_mtime_ns == kept, "what is there is not made again"
+    assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
+
+
+def test_own_adapters_go_with_the_federation_of_an_experiment(told: Any, folder: Path, command: Any) -> None:
+    outcome = command("compare", str(folder / "both" / "both-federated"), "--personal")
+    assert (outcome.code, outcome.message.split(":")[0]) == (2, "--personal")
 
 
 def test_runs_without_privacy_release_no_scores() -> None:
