@@ -3,6 +3,8 @@
     python simulations/own_adapter/run.py                  every line, into results.json and README.md
     python simulations/own_adapter/run.py --seeds 0        fewer; what results.json has already is kept
 
+After an interruption the same command goes on: with the run, and then with the site, at which it stopped.
+
 The site's mix is the share of each label among its records.  A test record counts by that share over the label's share
 of the test file.  Own is compared with the better one of shared and alone, chosen on these same records, so that the
 difference is a little lower than it is.  Run folders are in runs/own_adapter (--runs).
@@ -15,18 +17,20 @@ import json
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import fedtune
+from fedtune.api.compose import compose_recipe
+from fedtune.config import saved_config
 from fedtune.data.load import split_key
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.model_comparison import Finished, side_by_side
 from fedtune.sites.personal import Parts, personalise
 from fedtune.sites.run_records import deal_out
+from fedtune.studies.trials import Trial, run_quietly
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
@@ -46,18 +50,25 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 DRAWS = 1000
 
 
-def sites(recipe: str, settings: dict[str, Any], *, seed: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each site's weighted accuracies, and own less the better one of the others with its interval."""
-    if not (folder / "run.json").exists():
-        into = {"name": folder.name, "tracking.output_dir": str(folder.parent), "tracking.progress": False}
-        resumed = {"resume": str(folder)} if (folder / "config.yaml").exists() else {}
-        fedtune.simulate(recipe, resumed or {"seed": seed, **settings, **into})
-    config, adapter = fedtune.load(folder).config, folder / "adapter"
+def sites(
+    recipe: str, settings: dict[str, Any], *, seed: int, folder: Path, done: Container[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each site's weighted accuracies, and own less the better one of the others with its interval; not of `done`."""
+    place = {"name": folder.name, "tracking.output_dir": str(folder.parent), "tracking.progress": False}
+    asked = compose_recipe(recipe, {"seed": seed, **settings, **place})
+    if all(site in done for site in asked.federation.names):
+        return  # the run's folder may be gone
+    ran = Trial.of(asked).run(run_quietly)
+    if ran.error is not None:
+        raise ran.error
+    config, adapter = saved_config(folder), folder / "adapter"
     for site, records in zip(config.federation.names, deal_out(config).sites, strict=True):
+        if site in done:
+            continue
         parts = Parts.of(records, key=split_key(config.seed), unit=config.privacy.unit)
         with tempfile.TemporaryDirectory() as scratch:
             into, alone = Path(scratch, "own"), Path(scratch, "alone")
-            beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch)}
+            beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
             own = personalise(config, adapter, parts, site=site, **beside)
             folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
             runs = {name: Finished(folder=into, config=config, adapter=one) for name, one in folders.items()}
@@ -125,14 +136,13 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.is_file() else {}
     for seed in given.seeds:
         for name in given.lines:
-            key = f"{name}, seed {seed}"
-            if key in results:
-                continue
+            found = results.setdefault(f"{name}, seed {seed}", {})
             recipe, settings = RECIPES[name]
             folder = given.runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-            results[key] = dict(sites(recipe, settings, seed=seed, folder=folder))
-            print(key, json.dumps(results[key]), flush=True)
-            write_durably(file, json.dumps(results, indent=1).encode() + b"\n")
+            for site, scores in sites(recipe, settings, seed=seed, folder=folder, done=found.keys()):
+                found[site] = scores
+                print(f"{name}, seed {seed}, {site}", json.dumps(scores), flush=True)
+                write_durably(file, json.dumps(results, indent=1).encode() + b"\n")
             text = (HERE / "README.md").read_text()
             before, behind = text.split(BEGIN)[0], text.split(END)[1]
             (HERE / "README.md").write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{behind}")
