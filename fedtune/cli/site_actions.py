@@ -299,7 +299,8 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
         RefusedError: policy or budget would refuse the run that was named.
         RunError: the server cannot be reached, or does not take this site.
     """
-    visit = Visit(kit=kit, site_toml=site_toml, model=model, run=(lambda: compose_run(run)) if run else None)
+    asked = partial(compose_run, run, for_real_sites=True) if run else None
+    visit = Visit(kit=kit, site_toml=site_toml, model=model, run=asked)
     finish((print_checks_as_json if as_json else print_lines)(examine(visit)))
 
 

@@ -30,10 +30,11 @@ _NOT_PROVEN = {
 """Kinds that PEFT has and fedtune refuses, with the reason."""
 
 
-def fastest_dtype(device: str) -> Literal["float32", "int8"]:
-    """int8 if a run computes on a CPU with AVX-512 VNNI, float32 elsewhere, where int8 is slower or was not measured.
+def fastest_dtype(device: str) -> Literal["float32", "mixed"]:
+    """The fastest number format here that costs no accuracy: mixed on a CPU with AMX, float32 elsewhere.
 
-    By simulations/benchmarks.  Linux says what there is, since torch takes seconds to import.
+    By simulations/benchmarks and simulations/int8_products: int8 is faster than float32 on more CPUs, and costs some
+    tasks accuracy, so that a person chooses it.  Linux says what there is, since torch takes seconds to import.
 
     Args:
         device: as `runtime.device`.
@@ -44,7 +45,7 @@ def fastest_dtype(device: str) -> Literal["float32", "int8"]:
         flags = next(line for line in _CPU.read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):  # not Linux, or another kind of CPU
         return "float32"
-    return "int8" if "avx512_vnni" in flags.split() else "float32"
+    return "mixed" if "amx_bf16" in flags.split() else "float32"
 
 
 @spec
@@ -60,8 +61,9 @@ class ModelSpec:
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
             inside its layers and leaves all else in float32; "int8", which multiplies in whole numbers there; or "nf4",
-            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); or "auto", the faster of
-            float32 and int8 on the machine that reads it (`fastest_dtype`).  Adapter, head and losses are float32.
+            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); or "auto", mixed
+            if the machine that reads it has AMX and else float32 (`fastest_dtype`).  Adapter, head and losses are
+            float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.

@@ -19,6 +19,7 @@ from fedtune.data.records import Record
 from fedtune.export import export_formats
 from fedtune.model import load_tokenizer
 from fedtune.tasks import TASKS, TaskModel, load_task_model
+from fedtune.tasks.inputs import INPUTS
 
 from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 
@@ -197,7 +198,8 @@ def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
 
 
 def test_a_task_names_only_formats_that_can_be_written() -> None:
-    assert {format for task in TASKS.values() for format in task.formats} == set(export_formats._WRITERS)
+    named = {format for task in TASKS.values() for input in INPUTS.values() for format in input.formats(task.formats)}
+    assert named == set(export_formats._WRITERS)
 
 
 def test_an_adapter_that_computes_something_else_leaves_nothing(
@@ -205,10 +207,10 @@ def test_an_adapter_that_computes_something_else_leaves_nothing(
 ) -> None:
     write = export_formats.write_task_model
 
-    def another(model: TaskModel, folder: Path) -> None:
+    def another(model: TaskModel, folder: Path, **marks: Any) -> None:
         with torch.no_grad():
             model.trainable().popitem()[1].add_(0.5)
-        write(model, folder)
+        write(model, folder, **marks)
 
     monkeypatch.setattr(export_formats, "write_task_model", another)
     outcome = command("export", str(runs["llama"]), "--to", str(tmp_path / "out"))

@@ -60,10 +60,11 @@ def test_pydantic_builds_the_settings_and_forbids_unknown_keys() -> None:
 @pytest.mark.parametrize(
     ("flags", "device", "has_gpu", "fastest"),
     [
-        ("flags\t\t: fpu avx512f avx512_vnni", "auto", False, "int8"),
-        ("flags\t\t: fpu avx512f avx512_vnni", "cpu", True, "int8"),
-        ("flags\t\t: fpu avx512f avx512_vnni", "auto", True, "float32"),
-        ("flags\t\t: fpu avx512f avx512_vnni", "cuda", False, "float32"),
+        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "auto", False, "mixed"),
+        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "cpu", True, "mixed"),
+        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "auto", True, "float32"),
+        ("flags\t\t: fpu avx512_vnni amx_bf16 amx_tile", "cuda", False, "float32"),
+        ("flags\t\t: fpu avx512f avx512_vnni", "auto", False, "float32"),
         ("flags\t\t: fpu avx2 avx_vnni", "cpu", False, "float32"),
         ("Features\t: fp asimd i8mm", "cpu", False, "float32"),
         (None, "cpu", False, "float32"),

@@ -126,7 +126,8 @@ class Home:
                 *("federation.spare_rounds=1", "training.local_steps=2"),
                 *("privacy.sampling_rate=0.2", "privacy.noise_multiplier=4.0", "privacy.max_grad_norm=1.0"),
                 *overrides,
-            ]
+            ],
+            for_real_sites=True,
         )
 
 
