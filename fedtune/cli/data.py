@@ -108,7 +108,7 @@ def init(
     fedtune data init visits.csv --user patient          all records of one patient are protected together
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
-    fedtune data init trial.csv --time months --event died  when an event comes, by such a table
+    fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
 
     Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """

@@ -38,6 +38,10 @@ LONGEST_LABEL = 80
 MOST_LABELS = 200
 RECORDS_A_LABEL = 5
 """A column is a label only if each value has this many records on average."""
+LABEL_BOUND = (
+    f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on average "
+    f"in {RECORDS_A_LABEL} rows or more"
+)
 _SEPARATORS = ";|,"
 """Separators in a text of several labels."""
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
@@ -430,6 +434,15 @@ def is_of_records(name: str) -> bool:
 
 
 OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"
+
+
+def no_answer(one: Column) -> str:
+    """What a column that was taken for an answer must hold."""
+    if one.is_vector:
+        return "must be lists of the labels' names: vectors of 0 and 1 name none"
+    if one.nearly("messages"):
+        return "must be a text: write all turns of a record as one list in a column messages"
+    return f"must be a label or a number; it holds {OTHER_NUMBERS}" if one.nearly("other number") else LABEL_BOUND
 
 
 def why_unread(one: Column, *, teaches: bool) -> str:

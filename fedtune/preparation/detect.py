@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -17,14 +18,12 @@ from fedtune.data.values import speaker_of
 from fedtune.preparation import columns as called
 from fedtune.preparation.columns import (
     LONGEST_LABEL,
-    MOST_LABELS,
-    OTHER_NUMBERS,
-    RECORDS_A_LABEL,
     Column,
     is_of_records,
     is_person,
     is_place,
     key_of,
+    no_answer,
     person_of,
     why_unread,
 )
@@ -33,14 +32,16 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
 Kind = Literal[
-    "table", "labelled", "tagged", "rated", "entities", "pairs", "instructions", "chat", "preferences", "scored",
-    "triplets", "images", "text",
+    "table", "images", "labelled", "tagged", "rated", "followed", "entities", "pairs", "instructions", "chat",
+    "preferences", "scored", "triplets", "text",
 ]  # fmt: skip
 KINDS: Mapping[Kind, str] = {
     "table": "a table of numbers and categories, with an answer",
+    "images": "images with an answer",
     "labelled": "texts with a label",
     "tagged": "texts with several labels",
     "rated": "texts with a number",
+    "followed": "texts with a time and whether an event came",
     "entities": "texts whose parts are marked with what they are",
     "pairs": "prompts with their completion",
     "instructions": "instructions with their output (Alpaca)",
@@ -48,14 +49,9 @@ KINDS: Mapping[Kind, str] = {
     "preferences": "prompts with two answers, of which one is preferred",
     "scored": "pairs of texts with a score of how alike they are",
     "triplets": "texts, each with one that belongs to it and one that does not",
-    "images": "images with a label",
     "text": "plain texts",
 }
 SHOWN_ROWS = 5
-_LABEL_BOUND = (
-    f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on average "
-    f"in {RECORDS_A_LABEL} rows or more"
-)
 
 Columns: TypeAlias = Mapping[str, Column]
 
@@ -78,14 +74,8 @@ class _Part(NamedTuple):
     optional: bool = False
 
 
-def _is_text(one: Column) -> bool:
-    return one.is_text
-
-
-def _is_chat(one: Column) -> bool:
-    return one.nearly("messages")
-
-
+_is_text: Callable[[Column], bool] = attrgetter("is_text")
+_is_chat: Callable[[Column], bool] = methodcaller("nearly", "messages")
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
 _CONTEXT = _Part("input", called.CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
 _PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of a conversation"
@@ -96,7 +86,10 @@ _SCORE = _Part(
     lambda one: one.is_number and (key_of(one.name) in called.SCORES or not one.is_label),
     "must hold numbers, and not always the same",
 )
-_EVENT = _Part("event", called.EVENTS, lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false")
+_FOLLOWED = (
+    _Part("time", called.TIMES, lambda one: one.is_number, "must hold numbers"),
+    _Part("event", called.EVENTS, lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false"),
+)
 
 
 def _answers(fits: Callable[[Column], bool], bound: str) -> tuple[_Part, ...]:
@@ -112,8 +105,11 @@ def _marked(role: str, names: Sequence[str]) -> _Part:
 
 
 _IMAGE = _Part("image", called.IMAGES, lambda one: one.nearly("image"), "must hold paths of images, or images")
+_ALONE = "what else this file has: a label, a score, or --time and --event stand beside a text, an image or a table"
+_INPUTS, _TIMED = frozenset({"text", "image"}), frozenset({"time", "event"})
+_ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
+"""What may be chosen of an answer, be it to a text, an image or a table; several labels are chosen as one is."""
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
-    ("images", (_IMAGE, _Part("label", called.LABELS, lambda one: one.is_label, _LABEL_BOUND))),
     ("entities", (_Part("tokens", called.TOKENS, lambda one: one.nearly("tokens")), _marked("tags", called.TAGS))),
     ("entities", (_Part("text", (*called.TEXTS, "data"), _is_text), _marked("spans", called.SPANS))),
     ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
@@ -126,7 +122,6 @@ _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
     # What is asked of a text is answered in words, however few the answers are.
     ("pairs", (_PROMPT, _CONTEXT._replace(fits=_is_text, optional=False), _SYSTEM, _COMPLETION)),
     ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=lambda one: one.is_completion))),
-    ("table", (_Part("time", called.TIMES, lambda one: one.is_number, "must hold numbers"), _EVENT)),
 )
 """Files that are known by the names of their columns; the first that fits counts."""
 OPTIONS: Mapping[str, str] = {
@@ -304,11 +299,14 @@ class _Guess:
         if roles == {"text"}:
             return _Made("text", dict(self.chosen), {"text": "chosen; without --label its texts alone are learnt"})
         self._refuse_unwanted()
+        for part in (_IMAGE, *_FOLLOWED):
+            if part.role in roles and not part.fits(self.columns[self.chosen[part.role]]):
+                raise ConfigError(f"--{part.role}", self.chosen[part.role], part.bound)
         layouts = [one for one in _LAYOUTS if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts:
             if (found := self._laid_out(kind, parts)) is not None:
                 return found
-        if "label" in self.chosen or roles <= {"text", "target"}:
+        if len(roles & _INPUTS) < 2 and any(roles - _INPUTS <= answer for answer in _ANSWERS):
             if (found := self._answered()) is not None:
                 return found
             text, why = (None, "") if roles else self._text()
@@ -331,57 +329,61 @@ class _Guess:
         if kind == "pairs" and key_of(roles["prompt"]) == "instruction":
             kind = "instructions"
         why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
-        if kind == "table":
-            features = self._features(but=ordered.values())
-            return _Made(kind, ordered, why, features=features) if features else None
+        if kind == "followed":
+            numbers = self.columns[roles["time"]].numbers
+            why["time"] += f"; it holds numbers from {min(numbers):g} to {max(numbers):g}"
         few = self.columns[roles["completion"]] if "completion" in roles else None
         if few is None or not few.is_label:
             return _Made(kind, ordered, why)
         values = counted(len(few.labels), "value")
-        return _Made(
-            kind, ordered, why, (f"Column {few.name} has {values}: to learn it as a label, --label {few.name}.",)
-        )
+        note = f"Column {few.name} has {values}: to learn it as a label, --label {few.name}."
+        return _Made(kind, ordered, why, (note,))
 
     def _answered(self) -> _Made | None:
-        """A text with a label, several, or a number."""
-        answer, why = self._answer()
+        """An image, a text or a table with an answer; which answer it is does not depend on which of them it is."""
+        timed = self._laid_out("followed", _FOLLOWED) if set(self.chosen) <= _INPUTS | _TIMED else None
+        answer = timed or (None if _TIMED & set(self.chosen) else self._single())
         if answer is None:
             return None
-        text, of_text = self._text(but=answer.name)
+        kind, roles, why, notes, _ = answer
+        image = self._laid_out("images", (_IMAGE,)) if "text" not in self.chosen else None
+        if image is not None:
+            return _Made("images", {**image.roles, **roles}, {**image.why, **why}, notes)
+        text, of_text = self._text(but=tuple(roles.values()))
         if text is None or ("text" not in self.chosen and self.columns[text].is_feature):
-            features = self._features(but=(answer.name,))
-            if any(not self.columns[name].is_label or self.columns[name].is_number for name in features):
-                role = "labels" if answer.separator else "label" if answer.is_label else "target"
-                return _Made("table", {role: answer.name}, {role: why}, features=features)
-        if text is None and self.chosen:
-            raise ConfigError("--label", answer.name, "needs a column of text beside it")
-        if text is None:
-            return None
-        notes = []
-        if answer.separator is not None:
-            kind: Kind = "tagged"
-            role, mark = "labels", answer.separator
-            why += "; it holds lists" if mark == "[" else f"; it has {mark} between several labels"
-        elif answer.is_number and not answer.is_label:
-            kind, role = "rated", "target"
-            why += f"; it holds numbers, nearly all from {answer.scale[0]:g} to {answer.scale[1]:g}"
-        else:
-            kind, role = "labelled", "label"
-            why += f"; it has {counted(len(answer.labels), 'value')} in {counted(answer.filled, 'row')}"
-            if answer.is_number and len(answer.labels) > 2:
-                notes.append("Its labels are numbers. If their order matters, change own_data to own_order.")
+            features = self._features(but=roles.values())
+            few = [name for name in features if self.columns[name].is_label and not self.columns[name].is_number]
+            if len(few) < len(features) or (few and kind == "followed"):
+                return _Made("table", roles, why, notes, features)
         for pair in called.ALIKE:
             if all(names := [self._named((name,), _is_text) for name in pair]):
                 both = " and ".join(map(str, names))
-                notes.append(f"The file has pairs of texts, {both}, and a classifier reads one text: join both in one.")
-        return _Made(kind, {"text": text, role: answer.name}, {"text": of_text, role: why}, tuple(notes))
+                alike = f"The file has pairs of texts, {both}, and a classifier reads one text: join both in one."
+                notes = (*notes, alike)
+        return None if text is None else _Made(kind, {"text": text, **roles}, {"text": of_text, **why}, notes)
+
+    def _single(self) -> _Made | None:
+        """A column with a label, several, or a number."""
+        answer, why = self._answer()
+        if answer is None:
+            return None
+        if answer.separator is not None:
+            marks = "lists" if answer.separator == "[" else f"{answer.separator} between several labels"
+            return _Made("tagged", {"labels": answer.name}, {"labels": f"{why}; it has {marks}"})
+        if answer.is_number and not answer.is_label:
+            why += f"; it holds numbers, nearly all from {answer.scale[0]:g} to {answer.scale[1]:g}"
+            return _Made("rated", {"target": answer.name}, {"target": why})
+        why += f"; it has {counted(len(answer.labels), 'value')} in {counted(answer.filled, 'row')}"
+        in_order = answer.is_number and len(answer.labels) > 2
+        notes = ("Its labels are numbers. If their order matters, run it with task=ordinal.",) if in_order else ()
+        return _Made("labelled", {"label": answer.name}, {"label": why}, notes)
 
     def _answer(self) -> tuple[Column | None, str]:
         name = self.chosen.get("label") or self.chosen.get("target")
         if name is not None:
             if not self.columns[name].is_answer:
                 option = "label" if "label" in self.chosen else "score"
-                raise ConfigError(f"--{option}", name, self._no_answer(self.columns[name]))
+                raise ConfigError(f"--{option}", name, no_answer(self.columns[name]))
             return self.columns[name], "chosen"
         taken = tuple(self.chosen.values())
         name = self._named(
@@ -399,7 +401,7 @@ class _Guess:
             is_other = one.nearly("other number") or not (one.is_text or one.nearly("target"))
             too_many = key_of(one.name) in ("label", "labels") and one.is_text and one.mean_characters < LONGEST_LABEL
             if is_named and one.filled and (is_other or (too_many and len(one.labels) != 1)):
-                bound = f"{self._no_answer(one)}; or choose with --text COLUMN"
+                bound = f"{no_answer(one)}; or choose with --text COLUMN"
                 raise DataError(f"{self.path}, column {one.name}", one.holds, bound)
         few = [one for one in self.columns.values() if one.name not in taken and person_of(one.name) is None]
         lists = next((one for one in few if one.separator == "[" and one.several["["]), None)
@@ -407,19 +409,11 @@ class _Guess:
         fewest = min(few, key=lambda one: (is_place(one.name), len(one.labels), one.name), default=None)
         return lists or fewest, "its values"
 
-    @staticmethod
-    def _no_answer(one: Column) -> str:
-        if one.is_vector:
-            return "must be lists of the labels' names: vectors of 0 and 1 name none"
-        if _is_chat(one):
-            return "must be a text: write all turns of a record as one list in a column messages"
-        return f"must be a label or a number; it holds {OTHER_NUMBERS}" if one.nearly("other number") else _LABEL_BOUND
-
-    def _text(self, but: str = "") -> tuple[str | None, str]:
+    def _text(self, *, but: Collection[str] = ()) -> tuple[str | None, str]:
         """The column with the texts, by its name or else by their length."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = {but, *(one.name for one in self.columns.values() if is_person(one) or is_of_records(one.name))}
+        others = {*but, *(one.name for one in self.columns.values() if is_person(one) or is_of_records(one.name))}
         texts = [one for one in self.columns.values() if one.is_text and one.name not in others]
         texts = [one for one in texts if key_of(one.name) not in (*called.NEVER_READ, *(called.LABELS * one.is_label))]
         # A remark that few rows have is not what they are about.
@@ -484,7 +478,7 @@ class _Guess:
         if self.chosen:
             role, name = list(self.chosen.items())[-1]
             needs = " and ".join(f"--{_OPTION_OF[other]}" for other in min(beside, key=len, default=[]))
-            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or "a file without texts"
+            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or _ALONE
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from fedtune.data.features import FeatureSpec
 from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import Found
-from fedtune.tasks import TASKS
 
-_FILLED, _FILLED_TIMES = "data.features=[{columns: [x], range: [0, 1]}]", "data.intervals=[1]"
 _MOST_NAMES = 12
 ABOUT = (
     "Ranges and categories become PUBLIC. Take them from what is known of each quantity (what a machine can measure, "
@@ -27,15 +25,10 @@ ABOUT = (
 )
 
 
-def task_of(found: Found) -> str:
-    """The first task that learns such an answer from a table alone."""
-    answer = tuple(role for role in found.roles if role != "user")
-    return next(name for name, task in TASKS.items() if answer in task.layouts)
-
-
 def filled(found: Found) -> tuple[str, ...]:
     """Overrides in place of what a person has yet to fill in."""
-    return (_FILLED, *((_FILLED_TIMES,) if "time" in found.roles else ())) if found.features else ()
+    features = ("data.features=[{columns: [x], range: [0, 1]}]",) if found.features else ()
+    return (*features, "data.intervals=[1]") if "time" in found.roles else features
 
 
 def is_name(column: Column) -> bool:
@@ -59,8 +52,6 @@ def own_features(found: Found) -> tuple[FeatureSpec, ...]:
 def lines(found: Found) -> Iterator[str]:
     """`data.features` as YAML, with ??? where only a person knows."""
     yield "# ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
-    if "time" in found.roles:
-        yield f'intervals: "???"  # the end of each, in the unit of {json.dumps(found.roles["time"])}, as [6, 12, 24]'
     yield "features:"
     for name in found.features:
         column = found.columns[name]
@@ -71,8 +62,8 @@ def lines(found: Found) -> Iterator[str]:
 
 
 def rows(found: Found) -> Iterator[tuple[str, str, str, str]]:
-    """(column, what it is, what the file holds, rows without a value) of each feature and time; for the terminal."""
-    for name in (*found.features, *(found.roles[role] for role in ("time",) if role in found.roles)):
+    """(column, what it is, what the file holds, rows without a value) of each feature; for the terminal."""
+    for name in found.features:
         column = found.columns[name]
         lacking = f"{found.rows - column.filled:,}" if column.filled < found.rows else ""
         if is_name(column):

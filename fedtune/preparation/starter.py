@@ -27,7 +27,7 @@ from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
 from fedtune.spec import ConfigError
-from fedtune.tasks import task_named
+from fedtune.tasks import TASKS, task_named
 from fedtune.words import counted
 
 MEASURED_ROWS = 20_000
@@ -61,12 +61,14 @@ _BASES: Mapping[Kind, str] = {
     "labelled": "own_data",
     "tagged": "own_labels",
     "rated": "own_numbers",
+    "followed": "own_data",
     "entities": "own_entities",
     "scored": "own_pairs",
     "triplets": "own_pairs",
     "preferences": "own_preferences",
 }
-"""Experiments of conf/ for texts with an answer, and for pairs; all others teach a language model."""
+"""Experiments of conf/ for records with an answer, and for pairs; all others teach a language model."""
+_OF_ANY_TASK: frozenset[Kind] = frozenset({"table", "images", "followed"})
 _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
     "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
@@ -174,21 +176,17 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
 
     Args:
         found: what the file is.
-        tokenizer: the model's; a table has its own reader.
+        tokenizer: the model's, or an image's reader; a table has its own.
         base: the settings to begin with.
         within: token ids are below this number.
     """
-    task = task_named(feature_columns.task_of(found) if found.features else base.task)
+    task = task_named(_task_of(found) or base.task)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]
     labels = tuple(shared if len(shared) > 1 else found.labels)
     own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
-    own |= (
-        {"features": feature_columns.own_features(found), "max_length": 1, "intervals": (1.0,)}
-        if found.features
-        else {}
-    )
-    data = replace(base.data, **own | found.settings | _templates(found), chat_template="none")
+    own |= {"features": feature_columns.own_features(found), "max_length": 1} if found.features else {}
+    data = replace(base.data, **own | found.settings | _templates(found), chat_template="none", intervals=(1.0,))
     reader: Any = FeatureReader(data.features) if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}
     if found.kind in ("instructions", "chat", "pairs", "preferences"):
@@ -233,6 +231,12 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
     )
+
+
+def _task_of(found: Found) -> str | None:
+    """The first task that learns such an answer from such a record; None: that of its experiment in conf/."""
+    roles = tuple(role for role in found.roles if role != "user")
+    return next((name for name, task in TASKS.items() if roles in task.layouts), None)
 
 
 def in_order(labels: Iterable[str]) -> list[str]:
@@ -298,13 +302,17 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     if plan.base != "own_images" and (plan.model_path is not None or plan.model is not None):
         adapted = {"target_modules": "all-linear", "layers": None}
         yield _line("lora", adapted, "adapters on every linear layer, whatever the model calls them")
-    if found.features:
-        yield _line("task", feature_columns.task_of(found), "what is learnt of each row; ordinal: labels in order")
+    if found.kind in _OF_ANY_TASK:
+        yield _line("task", _task_of(found), "what is learnt of each row; ordinal: labels in order")
+    if found.kind == "followed":
+        yield _line("head", {"centre": False, "init": "zero"}, "a time has no label whose text it could begin with")
     yield "data:"
     for key, value, why in _data(found, plan, file):
         yield f"  {_line(key, value, why)}"
     yield from (f"  {line}" for line in (feature_columns.lines(found) if found.features else ()))
-    if found.features and not found.labels:
+    if "time" in found.roles:
+        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
+    if not found.labels and found.kind in _OF_ANY_TASK:
         yield "  labels: []"
     if found.labels:
         yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
@@ -460,5 +468,4 @@ def _scalar(value: Any) -> str:
 
 def next_line(file: Path) -> str:
     """The command to type next; a bare name would be one of conf/."""
-    path = str(file)
-    return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in path else './'}{path}"])
+    return shlex.join(["fedtune", "simulate", f"experiment={'' if '/' in str(file) else './'}{file}"])

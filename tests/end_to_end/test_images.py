@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -136,6 +137,28 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, command: Any
     assert COLOURS[1] in best
     found = dict(zip(COLOURS, json.loads(chances), strict=True))
     assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
+
+
+@pytest.mark.parametrize("task", [one for one in ANSWERS if one != "ordinal"])
+def test_init_tells_the_task_by_the_answer(command: Any, tmp_path: Path, task: str) -> None:
+    model, table = vision_folder(tmp_path / "model"), tmp_path / "scans.jsonl"
+    with write_pictures(tmp_path, "scans.csv", 60, seed=3).open(newline="") as stream, table.open("w") as lines:
+        for place, row in enumerate(csv.DictReader(stream)):
+            several = COLOURS[: place % 3]
+            lines.write(json.dumps(row | {"number": place / 30, "several": several}) + "\n")
+    columns = yaml.safe_load(ANSWERS[task][0].removeprefix("data.columns="))
+    answer = {"labels": "label", "target": "score"}
+    chosen = [word for role, column in columns.items() for word in (f"--{answer.get(role, role)}", column)]
+    page = tmp_path / "scans.yaml"
+    told = command("data", "init", str(table), "--out", str(page), "--model", str(model), *chosen)
+    assert told.code == 0, told.err
+    settings = yaml.safe_load(page.read_text())
+    assert (settings["task"], settings["data"]["columns"]) == (task, columns)
+    page.write_text(page.read_text().replace('intervals: "???"', "intervals: [2, 4]"))
+    told = command("data", "check", str(page), "--json")
+    assert told.code == 0, told.err
+    (file,) = json.loads(told.out)["checked"]["files"]
+    assert (file["rows"], file["errors"]) == (60, [])
 
 
 def test_init_finds_images_in_rows_and_asks_for_a_model(command: Any, tmp_path: Path) -> None:

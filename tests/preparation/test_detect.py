@@ -68,6 +68,13 @@ KINDS: list[tuple[dict[str, Any], str]] = [
         "entities: text=data spans=annotations",
     ),
     ({"text": own, "labels": (["a"], ["b"])}, "tagged: text labels"),
+    ({"scan": "{}.png".format, "label": AB}, "images: image=scan label"),
+    ({"file": "x/{}.JPG".format, "site": AB, "diagnosis": AB}, "images: image=file label=diagnosis; not site"),
+    ({"image": "{}.png".format, "tags": (["a"], ["a", "b"])}, "images: image labels=tags"),
+    ({"image": "{}.png".format, "value": lambda n: n / 7}, "images: image target=value"),
+    ({"image": "{}.png".format, "months": lambda n: n / 7, "died": (0, 1)}, "images: image time=months event=died"),
+    ({"text": own, "months": lambda n: n / 7, "died": (0, 1)}, "followed: text time=months event=died"),
+    ({"ward": AB, "months": lambda n: n / 7, "died": (0, 1)}, "table: time=months event=died"),
     # As others publish them.
     (
         {"instruction": own, "context": own, "response": own, "category": AB},
@@ -180,6 +187,13 @@ def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen
         ({"score": "n", "prompt": "body"}, "--prompt = 'body': does not go with --score"),
         ({"score": "body", "other": "n"}, "--other = 'n': must hold texts"),
         ({"prompt": "body"}, "--prompt = 'body': goes with --completion, and no column is called so"),
+        ({"image": "body"}, "--image = 'body': must hold paths of images, or images"),
+        ({"event": "body"}, "--event = 'body': must hold 1 or true where it came, else 0 or false"),
+        (
+            {"time": "n"},
+            "--time = 'n': does not go with what else this file has: a label, a score, or --time and --event stand "
+            "beside a text, an image or a table",
+        ),
         ({"messages": "body"}, "--messages = 'body': must hold turns of a conversation"),
         ({"user": "x"}, "--user = 'x': must be one of the columns body, n"),
     ],

@@ -125,6 +125,20 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert (file["rows"], file["errors"]) == (60, [])
 
 
+def test_a_text_with_a_time_and_an_event_is_survival(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
+    (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))
+    told = command("data", "init", "notes.json", "--model", "random_bert")
+    assert told.code == 0, told.err
+    page = (tmp_path / "notes.yaml").read_text().replace('intervals: "???"', "intervals: [12, 24]")
+    (tmp_path / "notes.yaml").write_text(page)
+    told = command("plan", "experiment=./notes.yaml")
+    assert told.code == 0, told.err
+
+
 def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     monkeypatch.chdir(tmp_path)
     table = {"age": TABLE["age"], "weeks": lambda number: number % 50 + 0.25, "went": (1, 0), "diagnosis": SICK}
