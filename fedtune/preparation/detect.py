@@ -329,8 +329,7 @@ class _Guess:
         if kind == "pairs" and key_of(roles["prompt"]) == "instruction":
             kind = "instructions"
         why = {role: "chosen" if role in self.chosen else "its name" for role in ordered}
-        if kind == "followed":
-            numbers = self.columns[roles["time"]].numbers
+        if "time" in roles and (numbers := self.columns[roles["time"]].numbers):
             why["time"] += f"; it holds numbers from {min(numbers):g} to {max(numbers):g}"
         few = self.columns[roles["completion"]] if "completion" in roles else None
         if few is None or not few.is_label:
@@ -341,8 +340,9 @@ class _Guess:
 
     def _answered(self) -> _Made | None:
         """An image, a text or a table with an answer; which answer it is does not depend on which of them it is."""
-        timed = self._laid_out("followed", _FOLLOWED) if set(self.chosen) <= _INPUTS | _TIMED else None
-        answer = timed or (None if _TIMED & set(self.chosen) else self._single())
+        chosen, named = set(self.chosen), self._named(called.LABELS[:2], lambda one: one.is_answer)
+        timed = self._laid_out("followed", _FOLLOWED) if chosen & _TIMED or (chosen <= _INPUTS and not named) else None
+        answer = timed or (None if chosen & _TIMED else self._single())
         if answer is None:
             return None
         kind, roles, why, notes, _ = answer

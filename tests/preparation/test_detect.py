@@ -75,6 +75,12 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"image": "{}.png".format, "months": lambda n: n / 7, "died": (0, 1)}, "images: image time=months event=died"),
     ({"text": own, "months": lambda n: n / 7, "died": (0, 1)}, "followed: text time=months event=died"),
     ({"ward": AB, "months": lambda n: n / 7, "died": (0, 1)}, "table: time=months event=died"),
+    ({"age": lambda n: n / 3, "months": lambda n: n / 7, "died": (0, 1), "label": AB}, "table: label"),
+    (
+        {"image": "{}.png".format, "months": lambda n: n / 7, "died": (0, 1), "label": AB},
+        "images: image label; not months died",
+    ),
+    ({"text": own, "months": lambda n: n / 7, "died": (0, 1), "label": AB}, "labelled: text label; not months died"),
     # As others publish them.
     (
         {"instruction": own, "context": own, "response": own, "category": AB},
