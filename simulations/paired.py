@@ -21,6 +21,7 @@ from typing import Any
 
 import fedtune
 
+import readme  # isort: skip
 from study import run_line  # isort: skip  # it imports torch, which must find fedtune's settings
 
 from fedtune.privacy.durable import write_durably
@@ -95,12 +96,10 @@ def write(lines: dict[str, Any], folder: Path, *, setting: str) -> None:
     """Write what is known so far, and the README's table where the folder has one."""
     content = {"fedtune": fedtune.__version__, "lines": lines}
     write_durably(folder / "results.json", json.dumps(content, indent=1).encode() + b"\n")
-    readme = folder / "README.md"
-    if readme.exists():
-        before, rest = readme.read_text().split(BEGIN)
+    if (page := folder / "README.md").exists():
         hardware = "; ".join(sorted({line["hardware"] for line in lines.values()}))
-        body = f"{BEGIN}\n{table(lines, setting=setting)}\n\nMeasured on {hardware}.\n{END}"
-        write_durably(readme, (before + body + rest.split(END)[1]).encode())
+        text = f"{table(lines, setting=setting)}\n\nMeasured on {hardware}."
+        readme.put(page, text, begin=BEGIN, end=END)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import readme
 import torch
 from shared_states import shared_frozen_states
 
@@ -140,12 +141,9 @@ def hardware() -> str:
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Write results.json, and the table between the README's marks."""
     write_durably(folder / "results.json", json.dumps(results, indent=1).encode() + b"\n")
-    readme = folder / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
     machines = sorted({line["hardware"] for line in results["lines"].values()})
-    body = f"{BEGIN}\n{table(results)}\n\nMeasured on {'; '.join(machines)}.\n{END}"
-    write_durably(readme, (before + body + rest.split(END)[1]).encode())
+    text = f"{table(results)}\n\nMeasured on {'; '.join(machines)}."
+    readme.put(folder / "README.md", text, begin=BEGIN, end=END)
 
 
 def main() -> None:

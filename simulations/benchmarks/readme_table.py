@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
-from fedtune.privacy.durable import write_durably
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
 
 README = Path(__file__).parent / "README.md"
 
@@ -32,5 +35,4 @@ def _processor() -> str:
 
 def put(begin: str, end: str, text: str) -> None:
     """Replace what stands in the README between two marks."""
-    before, rest = README.read_text().split(begin)
-    write_durably(README, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}".encode())
+    readme.put(README, text, begin=begin, end=end)

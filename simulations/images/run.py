@@ -12,16 +12,19 @@ import argparse
 import json
 import re
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import fedtune  # before torch
 
-from pretrain import pretrain, write_images  # isort: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+from pretrain import pretrain, write_images
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 SITES = 4
 LABELS = ["five", "six", "seven", "eight", "nine"]
 SECURE = {"federation.aggregation": "secure", "federation.threshold": SITES, "federation.min_sites": SITES}
@@ -49,14 +52,14 @@ def trained(folder: Path, files: dict[str, Path], line: str, seed: int) -> dict[
 
 def page(results: dict[str, Any]) -> str:
     """The Markdown table."""
-    rows = [["line", "runs", "accuracy before", "accuracy after", "of each run"], ["---", *["---:"] * 4]]
+    rows = [["line", "runs", "accuracy before", "accuracy after", "of each run"]]
     for line in LINES:
         found = [one for key, one in results.items() if key.rpartition(" ")[0] == line]
         if found:
             each = ", ".join(f"{one['after']:.3f}" for one in found)
             means = [statistics.fmean(one[when] for one in found) for when in ("before", "after")]
             rows.append([line, str(len(found)), *(f"{mean:.3f}" for mean in means), each])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return readme.markdown(rows)
 
 
 def main() -> None:
@@ -75,9 +78,7 @@ def main() -> None:
                     results[key] = trained(folder, files, line, seed)
                     print(key, results[key], flush=True)
                     file.write_text(json.dumps(results, indent=1) + "\n")
-    text = (HERE / "README.md").read_text()
-    before, behind = text.split(BEGIN)[0], text.split(END)[1]
-    (HERE / "README.md").write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{behind}")
+    readme.put(HERE / "README.md", page(results))
 
 
 if __name__ == "__main__":

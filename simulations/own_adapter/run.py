@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -32,8 +33,11 @@ from fedtune.sites.personal import Parts, personalise
 from fedtune.sites.run_records import deal_out
 from fedtune.studies.trials import Trial, run_quietly
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "four banks": ("banks_intents", {}),
     "four banks, skewed labels": ("banks_intents", {"data.partition.kind": "dirichlet", "data.partition.alpha": 0.5}),
@@ -110,7 +114,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "lowest site",
         "sites worse",
     ]
-    lines = [heads, ["---", *["---:"] * 9]]
+    lines = [heads]
     for name in RECIPES:
         of_recipe = {key: one for key, one in results.items() if key.startswith(f"{name}, seed ")}
         found = [site for one in of_recipe.values() for site in one.values()]
@@ -123,7 +127,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         worse = sum(site["high"] < 0 for site in found)
         ends = [f"{statistics.fmean(gains):+.4f}", f"{min(gains):+.4f}", f"{worse} of {len(found)}"]
         lines.append([name, str(len(of_recipe)), str(len(found)), *scores, *ends])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return readme.markdown(lines)
 
 
 def main() -> None:
@@ -143,9 +147,7 @@ def main() -> None:
                 found[site] = scores
                 print(f"{name}, seed {seed}, {site}", json.dumps(scores), flush=True)
                 write_durably(file, json.dumps(results, indent=1).encode() + b"\n")
-            text = (HERE / "README.md").read_text()
-            before, behind = text.split(BEGIN)[0], text.split(END)[1]
-            (HERE / "README.md").write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{behind}")
+            readme.put(HERE / "README.md", page(results))
 
 
 if __name__ == "__main__":

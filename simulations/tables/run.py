@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,11 @@ from sklearn.preprocessing import StandardScaler
 
 import fedtune
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 SITES, FOLDS, EPSILON = 4, 5, 3.0
 STEPS, RATE = 60, 0.3
 # Published with the data sets, rounded: nothing is taken from the records of a run.
@@ -133,8 +137,7 @@ def fold(name: str, times: int, number: int) -> dict[str, float]:
 
 def page(results: dict[str, dict[str, float]]) -> str:
     """The Markdown table."""
-    heads = ["table", "score", "folds", "federated", "pooled", "federated - pooled", "alone", "without privacy"]
-    lines = [heads, ["---", "---", *["---:"] * 6]]
+    lines = [["table", "score", "folds", "federated", "pooled", "federated - pooled", "alone", "without privacy"]]
     for name, (_, score) in TABLES.items():
         found = [one for key, one in results.items() if key.startswith(f"{name} ")]
         if not found:
@@ -145,7 +148,7 @@ def page(results: dict[str, dict[str, float]]) -> str:
         difference = f"{statistics.fmean(apart):+.4f} ± {half:.4f}"
         shown = [f"{means[line]:.4f}" for line in ("federated", "pooled", "alone", "library")]
         lines.append([name, score, str(len(found)), *shown[:2], difference, *shown[2:]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return readme.markdown(lines, texts=2)
 
 
 def main() -> None:
@@ -163,9 +166,7 @@ def main() -> None:
                     results[key] = fold(name, times, number)
                     print(key, results[key], flush=True)
                     file.write_text(json.dumps(results, indent=1) + "\n")
-    text = (HERE / "README.md").read_text()
-    before, behind = text.split(BEGIN)[0], text.split(END)[1]
-    (HERE / "README.md").write_text(f"{before}{BEGIN}\n{page(results)}\n{END}{behind}")
+    readme.put(HERE / "README.md", page(results))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig
+from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import DataSpec
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
@@ -37,6 +38,20 @@ from fedtune.training.spec import RuntimeSpec, TrainingSpec
 LABELS = ("invoice", "complaint", "praise")
 COLUMNS = {"text": "body", "label": "kind"}
 """Of the sites' files; the lead's have other names."""
+TABLE: dict[str, Any] = {
+    "model": {"path": "none", "sha256": None},
+    "lora": {"kind": "none"},
+    "data": {
+        "input": "features",
+        "columns": {"label": "lead's label"},
+        "max_length": 1,
+        "features": (
+            FeatureSpec(columns=("age",), range=(0.0, 110.0)),
+            FeatureSpec(columns=("ward",), categories=("a", "b"), missing="indicator"),
+        ),
+    },
+}
+"""A configuration's groups where records are of a table."""
 
 
 def changed(config: RunConfig, **groups: Any) -> RunConfig:

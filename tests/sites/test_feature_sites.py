@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.features import FeatureReader
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.preparation.check_data import at_own_site, check
@@ -19,21 +19,8 @@ from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, for_sites
 
-from .conftest import LABELS
+from .conftest import LABELS, TABLE
 
-TABLE: dict[str, Any] = {
-    "model": {"path": "none", "sha256": None},
-    "lora": {"kind": "none"},
-    "data": {
-        "input": "features",
-        "columns": {"label": "lead's label"},
-        "max_length": 1,
-        "features": (
-            FeatureSpec(columns=("age",), range=(0.0, 110.0)),
-            FeatureSpec(columns=("ward",), categories=("a", "b"), missing="indicator"),
-        ),
-    },
-}
 GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
 
 

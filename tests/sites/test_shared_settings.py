@@ -22,6 +22,8 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
 
+from .conftest import TABLE
+
 Letters = Callable[..., RunConfig]
 HASH = "ab" * 32
 
@@ -83,16 +85,6 @@ SUMS: dict[str, Any] = {
     "federation": {"aggregation": "secure", "num_sites": 3, "site_names": ("north", "south", "west")},
     "data": {"declared_sizes": (40, 40, 40)},
     "training": {"local_steps": 1},
-}
-TABLE: dict[str, Any] = {
-    "model": {"path": "none", "sha256": None},
-    "lora": {"kind": "none"},
-    "data": {
-        "input": "features",
-        "columns": {"label": "b"},
-        "max_length": 1,
-        "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),),
-    },
 }
 WITH: dict[str, Any] = {
     "data.input": TABLE,
