@@ -133,6 +133,14 @@ def test_a_format_that_makes_a_run_slower_is_told_before_it_trains(
     assert ("makes this run slower" in out) is bool(told)
 
 
+@pytest.mark.parametrize(("dtype", "slower"), [("int8", True), ("bfloat16", False)])
+def test_a_format_that_is_made_for_cpus_is_told_on_a_gpu(config: RunConfig, dtype: Any, slower: bool) -> None:
+    there = Nobody()
+    there.device = "cuda"
+    out = shown(replace(config, model=replace(config.model, dtype=dtype)), shared=there)
+    assert ("model.dtype=int8 makes this run slower: it is made for CPUs" in out) is slower
+
+
 def test_no_privacy_is_said(tiny: Any, tmp_path: Path) -> None:
     assert "none (privacy=none)" in shown(compose_run(tiny("privacy=none", into=tmp_path)))
 
