@@ -164,7 +164,7 @@ def test_the_script_for_a_gpu(tmp_path: Path) -> None:
     assert name.startswith("sim, a simulated device")
     assert not [step for step, found in steps.items() if "error" in found]
     assert steps["several-devices"]["devices"] == 2
-    assert steps["speed-8b"]["private_peak_bytes"] > 0
+    assert steps["speed-8b"]["4 rows"]["private_peak_bytes"] > 0
 
 
 @pytest.mark.by_day("1")
