@@ -140,7 +140,7 @@ class RunConfig:
             if self.runtime.kind == "deployment":
                 self.data.check_lead_has_files()
             task.check_data(self.data)
-            self.data.check_unit(self.privacy.unit)
+            self.data.check_unit(self.privacy.unit, arrivals=self.privacy.cohorts is not None)
             sizes = self.data.sizes(self.federation.num_sites)
             if self.federation.chooses:
                 self.data.check_may_decide()
@@ -281,10 +281,10 @@ class RunConfig:
         patience.append(("training", "go_on_without_signal"))
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
-        for group, key in (("evaluation", "max_tokens"), *patience, *places):
+        unsaid = {"records_per_user": self.privacy.unit == "record", "cohorts": self.privacy.cohorts is None}
+        of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
+        for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
-        if self.privacy.unit == "record":
-            del fields["privacy"]["records_per_user"]  # of no effect
         return fields | {"runtime": {"seeded_noise": self.runtime.seeded_noise}}
 
     def digest(self) -> str:

@@ -26,7 +26,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
-        *("carbon_kg", "charged_steps", "cohort", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
+        *("carbon_kg", "charged_steps", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
         *("negative", "sampling_assumed", "schema_version", "server_days", "site_days"),
     },
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -57,7 +57,9 @@ class MadeSite(Site):
     def prepare(self, proposal: Proposal) -> Prepared:
         return self._prepare(proposal)
 
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> Trained:
         return self._train(request, adapter, attempt)
 
     def keep(self, run: str, adapter: Adapter) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.ledger_sections import (
+    by_arrival,
     charged_runs,
     each_run,
     entries,
@@ -97,7 +98,8 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     show_identity(file, verified)
     show_verdict(verified.history, figures)
     runs = each_run(figures.runs, verified.history)
-    show(Console(), [lifetime(verified.history, figures), methods(figures), runs])
+    sections = [lifetime(verified.history, figures), by_arrival(figures), methods(figures), runs]
+    show(Console(), [section for section in sections if section is not None])
     for remark in remarks(verified.history):
         say(remark)
 

@@ -129,7 +129,7 @@ def lifetime(history: History, figures: Lifetime) -> Section:
     assert history.policy is not None
     charged = history.charged()
     share = share_of_cap(history, charged, cap=history.cap)
-    set_aside = share_of_cap(history, charged + history.set_aside(history.now()), cap=history.cap)
+    set_aside = share_of_cap(history, history.taken(history.now()), cap=history.cap)
     period = f"charged this {figures.period} ({cap_text(history.policy.budget.max_epsilon_per_period)})"
     cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
     notes = []
@@ -158,6 +158,22 @@ def lifetime(history: History, figures: Lifetime) -> Section:
             (period, epsilon_text(figures.period_epsilon), ""),
         ),
         notes=notes,
+    )
+
+
+def by_arrival(figures: Lifetime) -> Section | None:
+    """What people have spent by when they came; nothing where one figure holds for everybody."""
+    if figures.cohorts is None:
+        return None
+    rows = [
+        (one.cohort, epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
+        for one in figures.cohorts
+    ]
+    return Section(
+        title="By arrival",
+        headings=("people who", "charged", "with what open runs\nhave set aside", "left for new runs"),
+        rows=rows,
+        notes=["The cap holds for each line; the figures above are the largest of them."],
     )
 
 

@@ -130,6 +130,9 @@ def _whose(policy: Policy) -> Iterator[str]:
     else:
         yield "Protected is each person with all records of theirs here. Each record must name its one person."
         yield f"A step looks at no more than {counted(policy.limits.max_records_per_user, 'record')} of one person."
+    if calendar := policy.population.arrivals:
+        yield f"People arrive by the {calendar}: a run charges only those who came in a {calendar} that it admits, and"
+        yield f"the budget below is that of each {calendar}'s people. When somebody came is this site's word."
     for dataset in policy.dataset:
         yield f"Data set {dataset.id}: published as {counted(dataset.declared_size, unit)}, whatever the true number."
 

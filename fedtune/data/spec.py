@@ -104,7 +104,8 @@ class DataSpec:
         columns: the column name in the files for each role.  Roles: those of the task (`text`, or `image`, and `label`,
             `labels` or `target`; `tokens` and `tags`, or `text` and `spans`; or `prompt`, `completion` and all other
             names in `prompt_template`); `label` (partition "dirichlet"); `site` (partition "column"); `user`
-            (privacy.unit "user"), whose values are opaque ids, one for each record.
+            (privacy.unit "user"), whose values are opaque ids, one for each record; `arrival` (`privacy.cohorts`), an
+            ISO date or month, of which each user's earliest counts.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
@@ -229,14 +230,18 @@ class DataSpec:
         """Whether what cannot be used is left out of the lead's and of simulated files."""
         return self.unusable == "leave_out"
 
-    def check_unit(self, unit: Unit) -> None:
+    def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
         """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
 
         Raises:
-            ConfigError: users have no column, or the partition goes by what differs between records of one user.
+            ConfigError: users have no column, or where they have `arrivals` these have none, or the partition goes by
+                what differs between records of one user.
         """
         if unit == "user" and "user" not in self.columns:
             bound = "must name the column for role 'user', as privacy.unit is user"
+            raise ConfigError("columns", dict(self.columns), bound)
+        if arrivals and "arrival" not in self.columns:
+            bound = "must name the column for role 'arrival', as privacy.cohorts is given"
             raise ConfigError("columns", dict(self.columns), bound)
         if unit == "user" and self.partition.kind == "dirichlet":
             bound = "deals records out by their labels, which would part a user; with privacy.unit = user: iid, column"
@@ -270,7 +275,7 @@ class DataSpec:
         self, roles: Collection[str], *, partition: bool = False, unit: Unit = "record"
     ) -> dict[str, str]:
         """Role to column of what a file must have: `roles`, the unit, what the partition goes by, and all features."""
-        needed = {*roles, *(("user",) if unit == "user" else ())}
+        needed = {*roles, *(("user", "arrival") if unit == "user" else ())}
         if partition and self.partition.kind in _ROLE_OF_PARTITION:
             needed.add(_ROLE_OF_PARTITION[self.partition.kind])
         own = {role: column for role, column in self.columns.items() if role in needed}

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import date, datetime
 from typing import Any, TypeGuard, cast
 
 from fedtune.data.images import image_of
@@ -23,12 +24,12 @@ from fedtune.spec import DataError
 CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
 ANSWERS = frozenset({"label", "labels", "target", "tags", "spans", "time", "event"})
 """Roles that are learnt of a record, where they are no texts."""
-_NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image"}
+_NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image", "arrival"}
 SAID = ("chosen", "rejected")
 """Roles whose values are texts or turns."""
 FEATURE = "feature:"
 """Before the name of a column that is a value of a record's vector, as its role (`fedtune.data.features`)."""
-OPTIONAL_ROLES = frozenset({"input", "system"})
+OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})
 """Roles that a record may lack, or have blank."""
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
@@ -55,6 +56,8 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
 _LONGEST_NUMBER = 400
 """Characters of a number: every float has a shorter one, and no text may keep a site busy."""
+_MONTH = re.compile(r"\d{4}-\d{2}", re.ASCII)
+_LONGEST_DATE = 64
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
@@ -359,6 +362,20 @@ def number_of(value: object, at: str, *, role: str = "target") -> str:
     return repr(number)
 
 
+def arrival_of(value: object, at: str) -> str:
+    """The month of an ISO date, "2026-03"; "" for what is none: a round is charged by then, so no record may fail.
+
+    >>> arrival_of("2026-03-14 09:30", ""), arrival_of("2026-03", ""), arrival_of("14.3.2026", "")
+    ('2026-03', '2026-03', '')
+    """
+    found = value if isinstance(value, date) else None
+    if isinstance(value, str):
+        text = value.strip()[:_LONGEST_DATE]
+        with suppress(ValueError):
+            found = datetime.fromisoformat(f"{text}-01" if _MONTH.fullmatch(text) else text)
+    return "" if found is None else f"{found.year:04}-{found.month:02}"
+
+
 def feature_of(value: object, at: str) -> str:
     """A column that is a value of a record's vector: a number, a name, a list of numbers as JSON, or "" for nothing."""
     if is_missing(value):
@@ -404,6 +421,7 @@ _READ_ALONE: Mapping[str, Callable[[object, str], str]] = {
     "target": number_of,
     "time": lambda value, at: number_of(value, at, role="time"),
     "image": image_of,
+    "arrival": arrival_of,
     "tokens": words_of,
     "tags": lambda value, at: words_of(value, at, "tags"),
     "spans": spans_of,

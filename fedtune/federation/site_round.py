@@ -6,8 +6,8 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -112,9 +112,18 @@ class Site(ABC):
     def store(self, proposal: Proposal) -> None:  # noqa: B027
         """Write the run's files before a round is charged, so that a failure to write charges nothing."""
 
+    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+        """Read each user's cohort by the user's own records, for a run that is limited to cohorts."""
+        raise NotImplementedError
+
     @abstractmethod
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-        """Train the adapter for a prepared run's round and the given attempt; the only step that reads records."""
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> Trained:
+        """Train the adapter for a prepared run's round and the given attempt.
+
+        No step but this one and `arrivals` reads records.  It uses those of users that are `admitted`; None: all.
+        """
 
     def keep(self, run: str, adapter: Adapter) -> None:  # noqa: B027
         """Store a run's final adapter."""
@@ -308,11 +317,23 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
         # Require room on disk now: a round whose reply could not be stored would be charged for nothing.
         require_room(site.ledger.folder, 16 * run.template.num_values)
 
-    granted = site.ledger.reserve(request.proposal, round=request.round, request=request.digest(), unless=make_ready)
-    if isinstance(granted, bytes):
-        return Update.from_bytes(granted)
-    with _held_to_a_schedule(site.ledger.policy.releases.reply_after_s):
-        trained = site.train(request, adapter, granted.attempt)
+    with ExitStack() as schedule:
+
+        def begin() -> None:
+            schedule.enter_context(_held_to_a_schedule(site.ledger.policy.releases.reply_after_s))
+
+        def arrivals() -> Mapping[str, int]:
+            begin()  # since dates are read of records
+            return site.arrivals(request)
+
+        granted = site.ledger.reserve(
+            request.proposal, round=request.round, request=request.digest(), unless=make_ready, arrivals=arrivals
+        )
+        if isinstance(granted, bytes):
+            return Update.from_bytes(granted)
+        if granted.admitted is None:
+            begin()
+        trained = site.train(request, adapter, granted.attempt, granted.admitted)
         update = Update(
             site=site.name,
             run=request.run,

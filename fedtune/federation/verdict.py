@@ -102,8 +102,8 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         lead=proposal.lead,
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
-        taken=budget.epsilon(budget.taken) if budget else None,
-        would_be=budget.epsilon(budget.taken + events.grouped([plan.whole])) if budget else None,
+        taken=budget.epsilon(plan, Counter()) if budget else None,
+        would_be=budget.epsilon(plan, events.grouped([plan.whole])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
         runs_left=budget.runs_left(plan) if budget else None,
         most_rounds=most_rounds,
@@ -118,7 +118,6 @@ class _Budget:
     def __init__(self, policy: Policy, history: History) -> None:
         self._now = history.now()
         self._policy, self._history = policy, history
-        self.taken = history.charged() + history.set_aside(self._now)
         # The cap on a run's epsilon is checked on the coarse grid below: many plans are tried, and the fine one takes
         # ten times as long for an answer that differs in the fifth digit.
         uncapped = dataclasses.replace(policy.budget, max_epsilon_per_run=None)
@@ -142,13 +141,14 @@ class _Budget:
         most = self._policy.budget.max_epsilon_per_run
         return most is None or coarse_epsilon(proposal.plan) <= most
 
-    def epsilon(self, spent: Counter[DpEvent]) -> float:
-        """Epsilon of `spent`, by the ledger's filter."""
-        return self._history.epsilon(spent)
+    def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
+        """Epsilon of all that is taken and of what is `asked`, by the ledger's filter; of the plan's dearest cohort."""
+        cohorts = self._history.cohorts(plan.cohorts)
+        return max(self._history.epsilon(self._history.taken(self._now, cohort) + asked) for cohort in cohorts)
 
     def runs_left(self, plan: Plan) -> int | None:
         """How many runs with this plan still fit the lifetime cap; None where there is none."""
-        return spending.runs_left(self._history, self._policy, plan.whole, self._now)
+        return spending.runs_left(self._history, self._policy, plan.whole, self._now, admitted=plan.cohorts)
 
 
 def history_of(files: SiteFiles) -> History:

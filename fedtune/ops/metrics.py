@@ -169,8 +169,7 @@ class SiteMetrics:
 
 
 def _of_budget(history: History) -> Values:
-    charged = history.charged()
-    taken = {"charged": charged, "with_set_aside": charged + history.set_aside(history.now())}
+    taken = {"charged": history.charged(), "with_set_aside": history.taken(history.now())}
     yield (
         "fedtune_site_epsilon_spent",
         {name: history.epsilon(spent) for name, spent in taken.items()},

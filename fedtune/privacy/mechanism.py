@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, check_whole, spec
 
@@ -35,6 +36,8 @@ class PrivacySpec:
             (`data.heldout_fraction`), paid for by the same epsilon; "none": it releases none.
         metrics_noise_multiplier: the standard deviation of those scores' noise, in units of what one privacy unit can
             change.
+        cohorts: which arrival cohorts the run admits and charges, as `{period: year, first: null, last: "2026"}`, where
+            the sites' populations have arrivals; null: everybody.
     """
 
     mechanism: Literal["dp_sgd", "none"] = "dp_sgd"
@@ -47,6 +50,7 @@ class PrivacySpec:
     sampling_rate: float = 0.2
     metrics: Literal["none", "noised"] = "none"
     metrics_noise_multiplier: float = 20.0
+    cohorts: Cohorts | None = None
 
     def __post_init__(self) -> None:
         check_whole("records_per_user", self.records_per_user)
@@ -63,6 +67,8 @@ class PrivacySpec:
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
         if self.metrics != "none" and not self.private:
             raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")
+        if self.cohorts is not None and self.unit != "user":
+            raise ConfigError("cohorts", str(self.cohorts), "needs unit = user: a date is kept by an id")
 
     @property
     def private(self) -> bool:

@@ -45,6 +45,7 @@ class Reason(StrEnum):
     METRICS = "metrics"
     UNIT = "unit"
     DELTA = "delta"
+    COHORTS = "cohorts"
     MIN_NOISE_MULTIPLIER = "min_noise_multiplier"
     MAX_SAMPLING_RATE = "max_sampling_rate"
     MIN_GRAD_NORM = "min_grad_norm"

@@ -10,6 +10,7 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfCompose
 
 from fedtune.codec import decode
 from fedtune.privacy import accountant, events
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
 from fedtune.privacy.mechanism import PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, check_whole, spec
@@ -38,6 +39,7 @@ class Plan:
             are, so no epsilon depends on it; a site may bound it all the same.
         shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
             sum of each site.  None: each site has noise of its own.
+        cohorts: whom the run admits, and charges; None: everybody, in a population whose people have no arrivals.
     """
 
     unit: Unit
@@ -51,6 +53,7 @@ class Plan:
     metrics_noise_multiplier: float = 0.0
     records_per_user: int = 1
     shared: SharedNoise | None = None
+    cohorts: Cohorts | None = None
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -67,6 +70,8 @@ class Plan:
         accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
+        if self.cohorts is not None and self.unit != "user":
+            raise ConfigError("cohorts", str(self.cohorts), "must be left out for unit 'record'")
         if self.shared is not None:
             if self.noise_multiplier != self.shared.noise_multiplier:
                 bound = f"must be that of a share of the noise, {self.shared.noise_multiplier:g}"
@@ -117,6 +122,7 @@ class Plan:
             metrics_noise_multiplier=privacy.metrics_noise,
             records_per_user=privacy.contribution,
             shared=None if together is None else together.with_share(noise),
+            cohorts=privacy.cohorts,
         )
 
     @property
@@ -194,13 +200,14 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Plain JSON, the canonical form that `digest` hashes.
 
-        A plan of records has no `records_per_user`, and one without secure sums no `shared`.
+        A plan of records has no `records_per_user`, and what is None is left out.
         """
         fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
-        if self.shared is None:
-            del fields["shared"]
+        for key in ("shared", "cohorts"):
+            if fields[key] is None:
+                del fields[key]
         return fields
 
     @classmethod
@@ -211,8 +218,9 @@ class Plan:
             ConfigError: anything else.
         """
         plan = decode(cls, fields)
-        if plan.shared is None and isinstance(fields, dict) and "shared" in fields:
-            raise ConfigError("shared", None, "must be left out without secure sums")  # a plan has one spelling
+        for key, without in (("shared", "secure sums"), ("cohorts", "arrivals")):
+            if getattr(plan, key) is None and isinstance(fields, dict) and key in fields:
+                raise ConfigError(key, None, f"must be left out without {without}")  # a plan has one spelling
         return plan
 
     def digest(self) -> str:

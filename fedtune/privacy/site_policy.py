@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -38,8 +37,6 @@ from fedtune.spec import (
     spec,
 )
 
-MONTHS = {"month": 1, "quarter": 3, "year": 12}
-"""How long each period of a budget is."""
 DEFAULT_MIN_GRAD_NORM = 1e-3
 DEFAULT_MAX_ADAPTER_VALUE = 2.0
 AT_ONCE = "the time of a reply tells roughly how many records there are"  # where `releases.reply_after_s` is 0
@@ -74,13 +71,19 @@ class Population:
     Attributes:
         name: of the population.
         unit: what one (epsilon, delta) protects, "record" or "user"; fixed when the ledger is made.
+        arrivals: by which calendar people arrive over time, each charged only for runs that admit their cohort; fixed
+            when the ledger is made.  "": one budget for everybody.
     """
 
     name: str
     unit: Unit = "record"
+    arrivals: Literal["month", "quarter", "year", ""] = ""
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
+        if self.arrivals and self.unit != "user":
+            bound = 'must be empty for unit = "record": only a person has an id by which the first cohort is kept'
+            raise ConfigError("arrivals", self.arrivals, bound)
 
 
 @spec
@@ -364,9 +367,13 @@ class Policy:
             bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
             raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
         for dataset in self.dataset:
-            if self.population.unit == "user" and dataset.columns and "user" not in dataset.columns:
-                bound = "must name the column for role 'user', as population.unit is user"
-                raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
+            for role, needed, why in (
+                ("user", self.population.unit == "user", "unit is user"),
+                ("arrival", self.population.arrivals, "arrivals is given"),
+            ):
+                if needed and dataset.columns and role not in dataset.columns:
+                    bound = f"must name the column for role '{role}', as population.{why}"
+                    raise ConfigError(f"dataset {dataset.id} columns", dict(dataset.columns), bound)
         # Otherwise publishing one record whole would keep to delta.
         size = self.population_size
         if self.budget.delta >= 1 / size and math.isfinite(self.budget.max_epsilon):
@@ -408,6 +415,8 @@ class Policy:
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["about"]
+        if not self.population.arrivals:  # so that other policies keep their digests
+            del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
         return dict(json.loads(json.dumps(fields)))
 
@@ -429,6 +438,7 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         (Reason.DTYPES, proposal.dtype, allow.dtypes),
         (Reason.UNIT, plan.unit, [policy.population.unit]),
         (Reason.DELTA, plan.delta, [policy.budget.delta]),
+        (Reason.COHORTS, plan.cohorts.period if plan.cohorts else "none", [policy.population.arrivals or "none"]),
     ):
         if asked not in allowed:
             yield reason, asked, ", ".join(map(str, allowed))
@@ -481,8 +491,3 @@ def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
 def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
     """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
     return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)
-
-
-def period_of(moment: datetime, period: str) -> int:
-    """The number of the calendar period that a UTC `moment` lies in; the next period has the next number."""
-    return (12 * moment.year + moment.month - 1) // MONTHS[period]

@@ -15,6 +15,7 @@ from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
+from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.proposal import UNVERIFIED
@@ -91,8 +92,18 @@ class LifetimeRun:
 
 
 @spec
+class CohortFigures:
+    """Figures of people who arrived in the same periods, which `cohort` says in words; the rest as in `Lifetime`."""
+
+    cohort: str
+    epsilon: float | None
+    with_set_aside: float | None
+    left: float | None
+
+
+@spec
 class Lifetime:
-    """A ledger's figures over all its runs."""
+    """A ledger's figures over all its runs; where its people arrive over time, the largest of `cohorts`."""
 
     order: float
     epsilon: float | None
@@ -109,6 +120,7 @@ class Lifetime:
     in_doubt: bool
     restored: int
     seeded: bool
+    cohorts: tuple[CohortFigures, ...] | None = None
 
     @property
     def has_guarantee(self) -> bool:
@@ -341,6 +353,8 @@ class ChargedRounds:
         day: of the last of them.
         lost: mechanisms of the lost branch.
         entry: that made up for it.
+        lost_cohorts: of each mechanism of the lost branch, whom it was charged to; None: everybody.
+        lost_rows: whether the register of arrivals may lack rows of it; the oldest cohort then owes all charged so far.
     """
 
     run: str
@@ -349,6 +363,8 @@ class ChargedRounds:
     day: str
     lost: tuple[Charge, ...] = ()
     entry: int | None = None
+    lost_cohorts: tuple[str, ...] | None = None
+    lost_rows: bool | None = None
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 1 if self.run else 0)
@@ -396,6 +412,7 @@ class LedgerFacts:
         policy_noted: whether the ledger has noted the policy in force, with its digest; None: it was not given.
         problem: why the ledger does not verify.
         settings: of its runs, that its cells show.
+        arrivals: the calendar by which its people arrive; None: one budget for everybody.
     """
 
     kind: Literal["ledger"]
@@ -428,6 +445,7 @@ class LedgerFacts:
     settings: Mapping[str, str] = field(default_factory=dict)
     limits_loosened: tuple[str, ...] = ()
     provenance: Provenance
+    arrivals: Calendar | None = None
 
     @property
     def seeded_noise(self) -> bool:

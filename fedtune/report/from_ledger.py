@@ -10,13 +10,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.site_policy import MONTHS, Budget
+from fedtune.privacy.site_policy import Budget
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -75,7 +76,10 @@ def spending_json(verified: Verified) -> dict[str, Any]:
         of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
         rows.append(dataclasses.asdict(run) | of_plan)
     more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
-    return dataclasses.asdict(life) | more
+    figures = dataclasses.asdict(life)
+    if life.cohorts is None:
+        del figures["cohorts"]
+    return figures | more
 
 
 def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) -> LedgerFacts:
@@ -144,6 +148,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
         asserted={} if record.simulated else dataclasses.asdict(record.policy.asserted),
         settings={name: text for name, text in settings.items() if text},
         provenance=_provenance(record),
+        arrivals=history.opened.arrivals or None,
     )
 
 
@@ -243,8 +248,20 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
                 rounds += made.pop().rounds
             made.append(ChargedRounds(run=event.run, rounds=rounds, round=None, day=day))
         elif _charges(event):
-            lost = tuple(Charge(event=charged, count=count) for charged, count in next(restored).gap)
-            made.append(ChargedRounds(run="", rounds=0, round=None, day=day, lost=lost, entry=event.sequence))
+            back = next(restored)
+            lost = tuple(Charge(event=charged, count=count) for charged, count in back.gap)
+            made.append(
+                ChargedRounds(
+                    run="",
+                    rounds=0,
+                    round=None,
+                    day=day,
+                    lost=lost,
+                    entry=event.sequence,
+                    lost_cohorts=None if back.arrivals is None else back.arrivals.ranges,
+                    lost_rows=None if back.arrivals is None else back.arrivals.lost_after is not None,
+                )
+            )
     return tuple(made)
 
 

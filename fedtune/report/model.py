@@ -287,13 +287,21 @@ class Problem(NamedTuple):
 
 _ADAPTER = TypeAdapter(Report)
 _NOT_DERIVED = ("schema_version", "facts", "signature")
+_OF_ARRIVALS = ("arrivals", "cohorts", "lost_cohorts", "lost_rows")
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Plain JSON: facts, what is derived from them, signature; `from_json` gives the report back."""
     derived = dict(_ADAPTER.dump_python(report, mode="json"))
     schema, facts, signature = (derived.pop(key) for key in _NOT_DERIVED)
-    return {"schema_version": schema, "facts": facts, "derived": derived, "signature": signature}
+    return {"schema_version": schema, "facts": _said(facts), "derived": _said(derived), "signature": signature}
+
+
+def _said(value: Any) -> Any:
+    """Without what only ledgers of people who arrive say: other reports keep their bytes, and so their signatures."""
+    if isinstance(value, dict):
+        return {key: _said(one) for key, one in value.items() if one is not None or key not in _OF_ARRIVALS}
+    return [_said(one) for one in value] if isinstance(value, list) else value
 
 
 def from_json(text: str | bytes) -> Report:

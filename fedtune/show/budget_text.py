@@ -13,6 +13,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
+from fedtune.privacy.cohorts import OLDEST, cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
@@ -324,7 +325,30 @@ def signal_words(ratio: float) -> str:
 def contribution(plan: Plan) -> str:
     """One user's part in a step of a plan whose unit is the user."""
     most = counted(plan.records_per_user, "record")
-    return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users"
+    whom = ""
+    if (cohorts := plan.cohorts) is not None:
+        came = f"up to {cohorts.last}, and those without a date" if cohorts.first is None else f"in {cohorts}"
+        whom = f"; it admits and charges people who came {came}, and nobody else"
+    return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users{whom}"
+
+
+def arrival_words(cohort: int, after: int | None, period: str) -> str:
+    """People of a group of cohorts, from its first to the one before the group `after` it; None: to the newest."""
+    if cohort == OLDEST:
+        others = (
+            ""
+            if after == OLDEST + 1
+            else f", or came up to {cohort_name(after - 1, period)}"
+            if after
+            else " or came ever"
+        )
+        return f"have no date{others}"
+    if after is None:
+        return f"came in {cohort_name(cohort, period)} or later" if cohort > OLDEST + 1 else "have a date"
+    first, last = cohort_name(cohort, period), cohort_name(after - 1, period)
+    return (
+        f"came up to {last}" if cohort == OLDEST + 1 else f"came in {first if first == last else f'{first} to {last}'}"
+    )
 
 
 def mechanism_text(event: DpEvent, count: int) -> str:

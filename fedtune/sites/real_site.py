@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,10 +178,17 @@ class RealSite(Site):
             if file.stem not in self.ledger.history.runs:  # it was never charged
                 file.unlink(missing_ok=True)
 
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-        """Train on the site's records.  The round is charged by now: only now is one read."""
+    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+        """Read the dates.  Policy and budget allow the round, which is charged before a record is sampled."""
+        return self._process.work(request.run, self._shared, self._files).arrivals()
+
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> Trained:
+        """Train on the site's records.  The round is charged by now: only now is one sampled."""
         work = self._process.work(request.run, self._shared, self._files)
-        return work.do(request, adapter, attempt, fingerprint_key=self.ledger.fingerprint_key())
+        key = self.ledger.fingerprint_key()
+        return work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
 
     def keep(self, run: str, adapter: Adapter) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""

@@ -12,12 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedtune.codec import decode
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.spec import MOST_SITES, FederationSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, ModelSpec
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.release import Reason, Refused
@@ -80,7 +82,9 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
 
 def _plan_of(fields: dict[str, Any]) -> Plan:
     """The plan of settings that are yet to be validated."""
-    privacy, federation = PrivacySpec(**fields["privacy"]), fields["federation"]
+    given, federation = dict(fields["privacy"]), fields["federation"]
+    cohorts = given.pop("cohorts", None)
+    privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
     if privacy.private and privacy.noise_multiplier is None:
         raise ValueError("noise that is yet to be calibrated")
     counts = {key: federation[key] for key in ("num_rounds", "spare_rounds")}

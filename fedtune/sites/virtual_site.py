@@ -14,9 +14,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class VirtualSites:
         for site in self.config.federation.active:
             files = self.files(site)
             history, spent, fit = history_of(files), Counter[DpEvent](), 0
-            held, now = history.set_aside(history.now()), history.now()
+            now = history.now()
             try:
                 spending.require_usable(history)
                 for run in (*shapes, *runs):
@@ -188,7 +188,14 @@ class VirtualSites:
                 for run in runs:
                     if run.run not in history.runs:
                         spent += events.grouped([run.plan.whole])
-                        spending.require_room(history, files.policy, asked=spent, held=held, now=now)
+                        spending.require_room(
+                            history,
+                            files.policy,
+                            run.plan.cohorts,
+                            asked=spent,
+                            held=partial(history.set_aside, now),
+                            now=now,
+                        )
                     fit += 1
             except Refused as refused:
                 bound = f"site {site} has room for {fit} of these trials; nothing was begun ({refused})"
@@ -243,7 +250,9 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
     noises = plan.noises
     return Policy(
         site=site,
-        population=Population(name=f"{site}-population", unit=config.privacy.unit),
+        population=Population(
+            name=f"{site}-population", unit=plan.unit, arrivals=plan.cohorts.period if plan.cohorts else ""
+        ),
         dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
         budget=replace(budget, max_epsilon_per_run=config.privacy.epsilon if plan.private else None),
         limits=Limits(
@@ -442,6 +451,13 @@ class VirtualSite(Site):
             update_dtype=config.federation.update_dtype,
         )
 
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+        """Read the dates in the records that the simulation dealt to this site."""
+        return self._work.arrivals()
+
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> Trained:
         """Train on the records that the simulation dealt to this site."""
-        return self._work.do(request, adapter, attempt, fingerprint_key=self.ledger.fingerprint_key())
+        key = self.ledger.fingerprint_key()
+        return self._work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.model import Adapter
+from fedtune.privacy.cohorts import cohort_of
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
@@ -50,6 +51,7 @@ class SiteWork:
     max_adapter_value: float
     lenient: bool = False
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
+    _limited: dict[frozenset[str], SiteWork] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def examples(self) -> TrainingUnits:
@@ -78,18 +80,57 @@ class SiteWork:
     def _heldout(self) -> TextDataset:
         return self.shared.tokenised(self.records.heldout, lenient=self.lenient)
 
-    def do(self, request: RoundRequest, adapter: Adapter, attempt: int, *, fingerprint_key: bytes) -> Trained:
+    def arrivals(self) -> dict[str, int]:
+        """Each user's cohort by the earliest date in the user's own records; the oldest where they have none."""
+        cohorts = self.shared.config.privacy.cohorts
+        assert cohorts is not None, "a run that is limited to cohorts"
+        months: dict[str, str] = {}
+        for record in (*self.records.training, *self.records.heldout):
+            user, month = record.fields["user"], record.fields["arrival"]
+            months[user] = min(filter(None, (months.get(user), month)), default="")
+        return {user: cohort_of(month, cohorts.period) for user, month in months.items()}
+
+    def _limited_to(self, admitted: frozenset[str]) -> SiteWork:
+        """The same with the records of some users alone; kept for the next round."""
+        if self._limited.keys() != {admitted}:
+            self._limited.clear()  # first, so that two rounds' states never fill the memory together
+            training, heldout = (
+                [record for record in records if record.fields["user"] in admitted]
+                for records in (self.records.training, self.records.heldout)
+            )
+            self._limited[admitted] = replace(self, records=SiteRecords(training, heldout))
+        return self._limited[admitted]
+
+    def do(
+        self,
+        request: RoundRequest,
+        adapter: Adapter,
+        attempt: int,
+        *,
+        fingerprint_key: bytes,
+        admitted: Collection[str] | None = None,
+    ) -> Trained:
         """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.
 
         With secure sums, the result is the site's share of one, and no adapter.
 
+        Args:
+            request: for the round.
+            adapter: that was sent.
+            attempt: at the round.
+            fingerprint_key: of the site.
+            admitted: the users whose records are trained on and scored, where the plan is limited to cohorts; all
+                others are left out in silence, and the fingerprint is of the whole file's records.  None: all.
+
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
         plan, randomness = request.proposal.plan, randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
+        assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
         adapter = adapter.within(self.max_adapter_value)
-        scores = self._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
+        site = self if admitted is None else self._limited_to(frozenset(admitted))
+        scores = site._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         fingerprint = self.fingerprint(fingerprint_key)
-        units, work = self._work_of(plan, request, attempt)
+        units, work = site._work_of(plan, request, attempt)
         if plan.shared is None:
             trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
             return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)

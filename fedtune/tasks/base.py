@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = Sequence[Row]
 """Token ids, (t_i,) of each example; or (1, w), its vector."""
-_ROLES_OF_ALL = ("label", "site", "user")
+_ROLES_OF_ALL = ("label", "site", "user", "arrival")
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = {
     "prompt_template": "{prompt}",

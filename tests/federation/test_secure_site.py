@@ -77,7 +77,7 @@ class SecureSite:
     def ledger(self) -> Ledger:
         return Ledger(self.folder / "ledger.db", self.policy, self.key)
 
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+    def train(self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: object = None) -> Trained:
         self.trained += 1
         return Trained(share=VECTOR.copy())
 

@@ -22,13 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import events, filter
+from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, spending
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Policy, period_of
+from fedtune.privacy.site_policy import Policy
 
 from .conftest import Clock
 
@@ -73,11 +74,9 @@ class Game:
         """What the adversary computes from the site's own figures; nothing is asked of the site."""
         self.hear()
         now = self.ledger.history.now(server=self.server or self.ledger.history.last_time)
-        asked = events.grouped([proposal.plan.event(rounds=proposal.plan.most_rounds)])
-        held = self.ledger.history.set_aside(now)
         try:
             self.policy.check(proposal)
-            spending.require_room(self.ledger.history, self.policy, asked=asked, held=held, now=now)
+            spending.require_plan_room(self.ledger.history, self.policy, proposal.plan, now)
         except Refused:
             return False
         return True

@@ -88,8 +88,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
     "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
 }
-_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user"}
-"""Fields of which this policy allows one value alone; the last is 1 wherever the unit is a record."""
+_REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user", "cohorts"}
+"""Fields of which this policy allows one value alone; of the last two there is one wherever the unit is a record."""
 
 
 def test_every_field_of_a_proposal_is_tried() -> None:

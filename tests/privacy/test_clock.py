@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import filter
+from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Policy, period_of
+from fedtune.privacy.site_policy import Policy
 
 from .conftest import Clock
 

@@ -96,8 +96,8 @@ def test_what_a_history_adds_up_to(told: list[Event], proposal: Any) -> None:
     assert (run.proposal, run.charged_rounds, dict(run.attempts)) == (proposal(), 2, {1: 1, 2: 1})
     assert (run.reserved, list(run.replies)) == ({1: "q1", 2: "q2"}, ["q1"])
     assert history.charged() == events.grouped([proposal().plan.event()] * 2)
-    assert history.charged(up_to=4) == events.grouped([proposal().plan.event()])
-    assert history.charged(up_to=3) == {}
+    assert history.charges(up_to=4) == {(each, ""): n for each, n in events.grouped([proposal().plan.event()]).items()}
+    assert history.charges(up_to=3) == {}
     assert history.charged_in_period("month", NOW) == history.charged()
     assert history.charged_in_period("month", NOW + timedelta(days=31)) == {}
 

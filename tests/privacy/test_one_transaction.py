@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.ledger.history import Reservation
+from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.release import Reason, Refused
 

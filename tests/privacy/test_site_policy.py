@@ -13,10 +13,11 @@ import pytest
 
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases, period_of
+from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases
 from fedtune.privacy.trust import Trust
 from fedtune.spec import ConfigError
 
@@ -157,7 +158,7 @@ def test_every_broken_rule_is_listed_for_a_person(policy: Any, proposal: Any) ->
 
 def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     shown = {reason for _, reason, _, _ in BROKEN}
-    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER}
+    shown |= {Reason.TRAIN_HEAD, Reason.UPDATES, Reason.MAX_RECORDS_PER_USER, Reason.COHORTS}
     in_the_ledger = {Reason.MAX_EPSILON, Reason.MAX_EPSILON_PER_PERIOD, Reason.MAX_EPSILON_PER_RUN}
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
@@ -327,6 +328,7 @@ def test_every_number_of_a_plan_is_bounded_by_a_rule(policy: Any, proposal: Any)
         "spare_rounds": Reason.MAX_ROUNDS,
         "metrics_noise_multiplier": Reason.METRICS,
         "shared": Reason.SECURE_SUMS,
+        "cohorts": Reason.COHORTS,
     }
     assert set(bounded_by) == {field.name for field in dataclasses.fields(proposal().plan)}
 

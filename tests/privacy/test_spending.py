@@ -58,7 +58,7 @@ def room_refusal(
 ) -> Refused | None:
     try:
         spending.require_room(
-            history, policy, asked=asked, held=held or Counter(), now=datetime(2030, 1, 10, tzinfo=UTC)
+            history, policy, None, asked=asked, held=lambda _: held or Counter(), now=datetime(2030, 1, 10, tzinfo=UTC)
         )
     except Refused as refused:
         return refused

@@ -235,6 +235,7 @@ def station(
         sent = for_sites(config)
         policy = generated_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
+        columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
         dataset = replace(policy.dataset[0], path=made.data.name, columns=columns)
         budget = replace(policy.budget, max_epsilon=10 * policy.budget.max_epsilon)
         machine = Machine(device="cpu", num_threads=1)

@@ -78,6 +78,7 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "metrics_noise_multiplier": (lambda noise: 20.0, Reason.METRICS),
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
     "shared": (lambda shared: shared, Reason.SECURE_SUMS),  # see test_secure_sums_are_bounded_by_what_a_site_trusts
+    "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
 }
 
 

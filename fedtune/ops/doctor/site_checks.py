@@ -308,7 +308,7 @@ def budget(history: History, policy: Policy) -> Check:
     """Check the lifetime budget's room."""
     name, cap = "budget", policy.budget.max_epsilon
     now = history.now()
-    taken = history.charged() + history.set_aside(now)
+    taken = history.taken(now)
     if history.seeded:
         fix = "Keep real records out of it: it is marked for ever."
         return warning(name, "a run took its noise from a seed: this ledger promises nothing", fix=fix)
@@ -388,7 +388,7 @@ def _price(plan: Plan, history: History, policy: Policy) -> str:
 
 def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
     """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite."""
-    taken = history.charged() + history.set_aside(history.now())
+    taken = history.taken(history.now())
     if also is not None:
         taken += events.grouped([also.whole])
     share = spending.share_of_cap(history, taken, cap=policy.budget.max_epsilon)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -51,8 +51,7 @@ class Event:
         run: empty where an event belongs to none.
         request: digest of the lead's request.
         attempt: 1 for the first reservation of a round, 2 for its first retry.
-        cohort: reserved for arrival cohorts: a record's spending counts only what was released after it arrived.
-            Empty: everybody.
+        cohort: whom a reservation charges, as `Cohorts` writes it: people who arrived then.  Empty: everybody.
         code: version of fedtune that wrote the event.
         detail: what else there is to say, by kind.
         signature: of the head that this event is, by the site's key.
@@ -115,6 +114,22 @@ def check_ledger_schema(path: Path, found: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Arrivals:
+    """What a ledger of a population with arrivals says besides, in a head and in the note of a restore.
+
+    Attributes:
+        register: digest of the register of arrivals.
+        ranges: for each charge that is named beside it, in its order, the cohorts that it was charged to.
+        lost_after: the newest event whose rows of the register count for sure, where rows may be missing: whoever has a
+            later one, or none, counts as the oldest cohort.  None: no row is missing.
+    """
+
+    register: str
+    ranges: tuple[str, ...]
+    lost_after: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     """The end of a ledger at some moment, signed by the site.
 
@@ -137,6 +152,7 @@ class Head:
         policy: digest of the policy.
         caps: lifetime caps so far, the newest last; None: no cap.
         users: which column says who a user is, by data set and by file, as policies named them.
+        arrivals: None, and not written, where the population has none.
         site_key: public key of the site.
         signature: on all of the above.
     """
@@ -158,6 +174,7 @@ class Head:
     policy: str
     caps: tuple[float | None, ...]
     users: tuple[tuple[str, str, str], ...]
+    arrivals: Arrivals | None = None
 
     @classmethod
     def signed(cls, key: SigningKey, **fields: Any) -> Head:
@@ -167,13 +184,16 @@ class Head:
 
     def message(self) -> bytes:
         """The bytes that are signed."""
-        said = {"schema": LEDGER_SCHEMA, **asdict(self)}
+        said = self._fields()
         del said["signature"]
         return canonical(said)
 
+    def _fields(self) -> dict[str, Any]:
+        return {"schema": LEDGER_SCHEMA, **_without_none(asdict(self), "arrivals")}
+
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
-        return json.dumps({"schema": LEDGER_SCHEMA, **asdict(self)}, indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps(self._fields(), indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
@@ -212,6 +232,7 @@ class Restored:
         caps: lifetime caps that were in force on the lost branch alone; None: no cap.
         users: which column says who a user is, by that branch's policies.
         doubts: receipts of either branch that are still not made up for.
+        arrivals: the cohorts of the gap; None, and not written, where the population has none.
     """
 
     shared: int
@@ -225,6 +246,7 @@ class Restored:
     caps: tuple[float | None, ...]
     users: frozenset[tuple[str, str, str]]
     doubts: frozenset[Doubt]
+    arrivals: Arrivals | None = None
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, shared_rounds: int) -> bool:
         """Whether the event of a receipt, whose hash `matches`, is on the path, or may be where the path is mute.
@@ -238,7 +260,8 @@ class Restored:
 
     def to_json(self) -> dict[str, Any]:
         """The note's detail."""
-        return {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
+        fields = {key: sorted(each) if isinstance(each, frozenset) else each for key, each in asdict(self).items()}
+        return _without_none(fields, "arrivals")
 
     @classmethod
     def of(cls, detail: dict[str, Any]) -> Restored:
@@ -249,9 +272,23 @@ class Restored:
             raise ValueError("a count of a restored ledger")
         return restored
 
-    def charges(self) -> Iterator[tuple[DpEvent, int]]:
-        """Each mechanism of the gap, with how often it ran."""
-        return ((dp_events.from_json(event), count) for event, count in self.gap)
+
+def charges_of(
+    charged: Sequence[tuple[dict[str, Any], int]], arrivals: Arrivals | None
+) -> Iterator[tuple[DpEvent, int, str]]:
+    """Counted mechanisms with the cohorts that each was charged to; "": everybody."""
+    ranges = arrivals.ranges if arrivals else [""] * len(charged)
+    return ((dp_events.from_json(event), n, said) for (event, n), said in zip(charged, ranges, strict=True))
+
+
+def table(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, Any], int, str]]:
+    """Mechanisms as JSON with how often they ran and the cohorts that they were charged to, in a fixed order."""
+    rows = [(dp_events.to_json(event), count, said) for (event, said), count in charges.items()]
+    return sorted(rows, key=lambda row: (json.dumps(row[0], sort_keys=True), row[2]))
+
+
+def _without_none(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != key or value is not None}
 
 
 def path_of(hashes: Sequence[str]) -> tuple[tuple[int, str], ...]:

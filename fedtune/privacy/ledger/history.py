@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from itertools import groupby
-from typing import Any
 
 from dp_accounting import DpEvent
 
 from fedtune.codec import decode, decode_value
 from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
-from fedtune.privacy.keys import SigningKey, is_public_key
-from fedtune.privacy.ledger.chain import START, Doubt, Event, Head, Kind, Restored, path_of
+from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.chain import START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, path_of, table
+from fedtune.privacy.ledger.register import Opened, Row
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import Policy, period_of
+from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with
@@ -73,67 +74,6 @@ class Run:
         return Counter({event: count * left for event, count in once.items()})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reservation:
-    """Leave to train one round, already charged."""
-
-    run: str
-    round: int
-    request: str
-    attempt: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
-    """A ledger's first event, which never changes.
-
-    Attributes:
-        ledger: random id, in hex.
-        order: of the filter.
-        reference: the run that the order was chosen for, as an event's JSON.
-    """
-
-    ledger: str
-    site: str
-    population: str
-    unit: str
-    delta: float
-    order: float
-    reference: dict[str, Any]
-    site_key: str
-
-    @classmethod
-    def under(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:
-        """The first event of a ledger that begins under `policy`."""
-        budget = policy.budget
-        return cls(
-            ledger=ledger,
-            site=policy.site,
-            population=policy.population.name,
-            unit=policy.population.unit,
-            delta=budget.delta,
-            order=budget.order(),
-            reference=dp_events.to_json(budget.reference_event()),
-            site_key=site_key,
-        )
-
-    @classmethod
-    def of(cls, detail: dict[str, Any]) -> Opened:
-        """Read the first event's detail; raises ValueError for anything else."""
-        opened = decode(cls, {name: value for name, value in detail.items() if name != "what"})
-        if not (0 < opened.delta < 1 and opened.order > 1 and is_public_key(opened.site_key)):
-            raise ValueError("it does not open a ledger")
-        dp_events.from_json(opened.reference)
-        return opened
-
-    def differences(self, policy: Policy) -> list[tuple[str, object, object]]:
-        """(key, what the ledger was made for, what the policy says) where the two do not fit."""
-        for_this = (self.site, self.population, self.unit, self.delta)
-        says = (policy.site, policy.population.name, policy.population.unit, policy.budget.delta)
-        keys = ("site", "population.name", "population.unit", "budget.delta")
-        return [row for row in zip(keys, for_this, says, strict=True) if row[1] != row[2]]
-
-
 def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
     """("dataset" and its id or "file" and its path, column of the user); nothing where a user is nobody's unit."""
     for dataset in policy.dataset if policy.population.unit == "user" else ():
@@ -145,6 +85,8 @@ def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
 
 class History:
     """The sum of a ledger's events.
+
+    Where people arrive over time, a figure is that of the cohort with the most, unless one is named.
 
     Attributes:
         policy: the newest one.
@@ -167,6 +109,9 @@ class History:
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
         last_time: of the newest event.
+        register: digest of the register of arrivals.
+        registers: each digest that it ever had.
+        lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
     """
 
     def __init__(self) -> None:
@@ -188,7 +133,11 @@ class History:
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
         self._rounds: list[tuple[int, str]] = []  # sequence, run
-        self._charges: list[tuple[int, datetime, DpEvent, int]] = []  # sequence, time, mechanism, count
+        # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
+        self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
+        self.register = START
+        self.registers = {START}
+        self.lost_rows: list[tuple[int, int]] = []
 
     @classmethod
     def before(cls, policy: Policy) -> History:
@@ -221,6 +170,8 @@ class History:
                 if event.run in self.runs:
                     raise ValueError("the run was accepted before")
                 proposal = decode(Proposal, event.detail["proposal"])
+                if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
+                    raise ValueError("its cohorts are not those of the ledger's calendar")
                 self.runs[event.run] = Run(proposal=proposal, expires=datetime.fromisoformat(event.detail["expires"]))
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
@@ -249,8 +200,14 @@ class History:
         charged = dp_events.from_json(event.detail["event"])
         if charged != run.plan.event():
             raise ValueError("it does not charge a round of the run's plan")
+        cohorts = run.plan.cohorts
+        if event.cohort != (str(cohorts) if cohorts else ""):
+            raise ValueError("it does not charge the cohorts of the run's plan")
+        if cohorts is not None:
+            self.register = str(event.detail["register"])
+            self.registers.add(self.register)
         for part, count in dp_events.grouped([charged]).items():
-            self._charges.append((event.sequence, moment, part, count))
+            self._charges.append((event.sequence, moment, part, count, cohorts))
 
     def _note(self, event: Event, moment: datetime) -> None:
         match event.detail["what"]:
@@ -286,7 +243,12 @@ class History:
 
     def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)
-        self._charges += [(sequence, moment, event, count) for event, count in restored.charges()]
+        self._charges += [
+            (sequence, moment, event, count, Cohorts.of(said, self.opened.arrivals) if said else None)
+            for event, count, said in charges_of(restored.gap, restored.arrivals)
+        ]
+        if restored.arrivals is not None and restored.arrivals.lost_after is not None:
+            self.lost_rows.append((restored.arrivals.lost_after, sequence))
         self.seeded |= restored.seeded
         self.frozen |= restored.frozen
         self.doubts = restored.doubts
@@ -351,31 +313,77 @@ class History:
         """Run -> rounds charged by events up to `sequence`, here."""
         return Counter(run for number, run in self._rounds if number <= sequence)
 
-    def charged(self, *, up_to: int | None = None) -> Counter[DpEvent]:
-        """Single mechanisms charged so far, counted; with `up_to`, by events up to that sequence."""
-        return self._sum(lambda sequence, _: up_to is None or sequence <= up_to)
+    def charges(self, *, up_to: int | None = None) -> Counter[tuple[DpEvent, str]]:
+        """Single mechanisms, each with the cohorts that it was charged to, counted; with `up_to`, up to that event."""
+        total: Counter[tuple[DpEvent, str]] = Counter()
+        for sequence, _, event, count, cohorts in self._charges:
+            if up_to is None or sequence <= up_to:
+                total[event, str(cohorts) if cohorts else ""] += count
+        return total
+
+    def cohorts(self, admitted: Cohorts | None = None) -> list[int]:
+        """The first cohort of each group whose figures cannot differ, ascending; with `admitted`, of those in it.
+
+        A ledger without arrivals has one group, of everybody.
+        """
+        known = {cohorts for *_, cohorts in self._charges} | {run.plan.cohorts for run in self.runs.values()}
+        begins = groups(known | {admitted}, oldest_apart=bool(self.lost_rows))
+        return [cohort for cohort in begins if admitted is None or cohort in admitted]
+
+    def cohort_of(self, row: Row | None, own: int) -> int:
+        """The cohort that counts for a person: by the register's row, or `own`, by its own records, where it has none.
+
+        A row that a restore lost may have stood for anybody whom this register lacks, and so may one that was lost for
+        anybody who was written here since the branches parted: their charges there went to a cohort that nobody knows.
+        These count as the oldest cohort, which is then charged with all that was charged to any.
+        """
+        if row is None:
+            return OLDEST if self.lost_rows else own
+        return OLDEST if any(last < row.sequence <= at for last, at in self.lost_rows) else row.cohort
+
+    def charged(self, cohort: int | None = None) -> Counter[DpEvent]:
+        """Single mechanisms charged so far, counted."""
+        return self._most(cohort, lambda number: self._sum(number, lambda _: True))
+
+    def taken(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+        """The same, with all that open runs have set aside."""
+        return self._most(cohort, lambda number: self.charged(number) + self.set_aside(now, number))
 
     def epsilon(self, spent: Counter[DpEvent] | None = None) -> float:
         """Epsilon by the filter, which caps use: of all that was charged, or of what is given; infinite: unbounded."""
         return filter.epsilon_filter(self.charged() if spent is None else spent, order=self.order, delta=self.delta)
 
-    def charged_in_period(self, period: str, now: datetime) -> Counter[DpEvent]:
-        """The same in the calendar period that `now` lies in."""
-        return self._sum(lambda _, moment: period_of(moment, period) == period_of(now, period))
+    def charged_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+        """What was charged in the calendar period that `now` lies in."""
+        this = period_of(now, period)
+        return self._most(cohort, lambda number: self._sum(number, lambda moment: period_of(moment, period) == this))
 
-    def _sum(self, chosen: Callable[[int, datetime], bool]) -> Counter[DpEvent]:
+    def set_aside(self, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
+        """The rest of all open runs' plans."""
+
+        def of_cohort(number: int) -> Counter[DpEvent]:
+            total: Counter[DpEvent] = Counter()
+            for run in self.runs.values():
+                if run.plan.cohorts is None or number in run.plan.cohorts:
+                    total.update(run.set_aside(now))
+            return dp_events.grouped(total)
+
+        return self._most(cohort, of_cohort)
+
+    def _sum(self, cohort: int, chosen: Callable[[datetime], bool]) -> Counter[DpEvent]:
+        owes_all_up_to = max((at for _, at in self.lost_rows if cohort == OLDEST), default=0)
         total: Counter[DpEvent] = Counter()
-        for sequence, moment, event, count in self._charges:
-            if chosen(sequence, moment):
+        for sequence, moment, event, count, cohorts in self._charges:
+            if (cohorts is None or cohort in cohorts or sequence <= owes_all_up_to) and chosen(moment):
                 total[event] += count
         return dp_events.grouped(total)
 
-    def set_aside(self, now: datetime) -> Counter[DpEvent]:
-        """The rest of all open runs' plans."""
-        total: Counter[DpEvent] = Counter()
-        for run in self.runs.values():
-            total.update(run.set_aside(now))
-        return dp_events.grouped(total)
+    def _most(self, cohort: int | None, figure: Callable[[int], Counter[DpEvent]]) -> Counter[DpEvent]:
+        """The figure of a cohort, or the largest over all of them."""
+        if cohort is not None:
+            return figure(cohort)
+        found = [figure(each) for each in self.cohorts()]
+        return found[0] if len(found) == 1 else max(found, key=self.divergence)
 
     @property
     def clock(self) -> datetime:
@@ -437,13 +445,19 @@ class History:
         """The newest head, signed."""
         assert self.last_time is not None
         assert self.policy is not None
+        charged = table(self.charges())
+        arrivals = Arrivals(
+            register=self.register,
+            ranges=tuple(said for *_, said in charged),
+            lost_after=min((last for last, _ in self.lost_rows), default=None),
+        )
         return Head.signed(
             key,
             ledger=self.opened.ledger,
             sequence=self.length,
             hash=self.hash,
             time=self.last_time.isoformat(),
-            charged=tuple(dp_events.counted(self.charged())),
+            charged=tuple((event, count) for event, count, _ in charged),
             runs=tuple((name, self.charged_rounds(name)) for name in sorted({*self.runs, *self.lost_runs})),
             path=path_of(self.hashes),
             made_up=tuple(sorted({pair for restored in self.restored for pair in restored.path})),
@@ -454,6 +468,7 @@ class History:
             policy=self.policy.digest(),
             caps=self.caps,
             users=tuple(sorted(self.users)),
+            arrivals=arrivals if self.opened.arrivals else None,
         )
 
     def divergence(self, spent: dp_events.Spent) -> float:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
@@ -24,8 +24,9 @@ from dp_accounting import DpEvent
 from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
-from fedtune.privacy.ledger.chain import Doubt, Head, Kind, Restored
-from fedtune.privacy.ledger.history import History, Opened, Reservation, Run
+from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
+from fedtune.privacy.ledger.history import History, Run
+from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
@@ -38,6 +39,26 @@ site's disk, and no stranger can use up what is there for leads.  An offer that 
 _MOST_TEXT = 300
 _MOST_DOUBTS = 256
 """Receipts that a ledger notes it lacks.  With this many there may be others, so that no anchor clears any of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservation:
+    """Leave to train one round, already charged.
+
+    Attributes:
+        admitted: the users whom the round may sample; None: everybody, where the population has no arrivals.
+    """
+
+    run: str
+    round: int
+    request: str
+    attempt: int
+    admitted: frozenset[str] | None = None
+
+    @property
+    def of_events(self) -> dict[str, Any]:
+        """The fields of the events that are about it."""
+        return {"run": self.run, "round": self.round, "request": self.request, "attempt": self.attempt}
 
 
 class Ledger:
@@ -59,7 +80,9 @@ class Ledger:
         with self._store.transaction():
             if not self.history.length:
                 opened = Opened.under(policy, ledger=secrets.token_hex(16), site_key=key.public)
-                self._store.note("opened", **asdict(opened))
+                self._store.note("opened", **opened.to_json())
+                if opened.arrivals:
+                    self._store.make_register()
             self._require_fitting()
             if self.history.policy != policy:
                 self._store.note("policy", policy=policy.to_json(), sha256=policy.digest())
@@ -75,7 +98,13 @@ class Ledger:
         return self._store.history
 
     def reserve(
-        self, proposal: Proposal, *, round: int, request: str, unless: Callable[[], None] = lambda: None
+        self,
+        proposal: Proposal,
+        *,
+        round: int,
+        request: str,
+        unless: Callable[[], None] = lambda: None,
+        arrivals: Callable[[], Mapping[str, int]] = dict,
     ) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
 
@@ -88,6 +117,8 @@ class Ledger:
             round: of the run.
             request: digest of what the lead asked.
             unless: called before anything is charged; what it raises ends the matter.
+            arrivals: where the population has arrivals, called last before the charge: the cohort of each user by the
+                user's own records.  Whom the reservation admits of them is written in the register of arrivals.
 
         Raises:
             Refused: names the rule, what was asked and what is allowed; nothing is charged.
@@ -110,7 +141,12 @@ class Ledger:
             attempt = run.attempts[round] + 1
             detail = {"event": events.to_json(run.plan.event())}
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
-            self._store.append(Kind.RESERVE, detail, **asdict(granted), dataset=proposal.dataset)
+            cohort = ""
+            if (cohorts := run.plan.cohorts) is not None:
+                # The digest always, since others learn the number of events, which must depend on no record.
+                admitted, detail["register"] = self._store.admit(arrivals(), cohorts)
+                cohort, granted = str(cohorts), replace(granted, admitted=admitted)
+            self._store.append(Kind.RESERVE, detail, **granted.of_events, dataset=proposal.dataset, cohort=cohort)
             return granted
 
     def commit(self, reservation: Reservation, reply: bytes, *, fingerprint: str = "") -> None:
@@ -130,7 +166,7 @@ class Ledger:
             assert reservation.request not in run.replies, "a request is committed once"
             self._store.store_reply(run=reservation.run, request=reservation.request, reply=reply)
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
-            self._store.append(Kind.COMMIT, detail, **asdict(reservation), dataset=run.proposal.dataset)
+            self._store.append(Kind.COMMIT, detail, **reservation.of_events, dataset=run.proposal.dataset)
 
     def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
         """Record that a request was refused, and why; that it still waits for a person, once a day."""
@@ -254,13 +290,14 @@ class Ledger:
             # What lies behind the last event that both know was charged on another branch, and makes up for nothing.
             both = [n for n, hash in anchor.path if n <= self.history.length and self.history.hashes[n - 1] == hash]
             shared = max(both, default=0)
-            gap = Counter({events.from_json(data): count for data, count in anchor.charged})
-            gap -= self.history.charged(up_to=shared)
+            there = charges_of(anchor.charged, anchor.arrivals)
+            gap = Counter({(event, said): count for event, count, said in there}) - self.history.charges(up_to=shared)
+            lost = table(gap)
             restored = Restored(
                 shared=shared,
                 end=anchor.sequence,
                 path=frozenset(anchor.path + anchor.made_up),
-                gap=tuple(events.counted(gap)),
+                gap=tuple((event, count) for event, count, _ in lost),
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
                 seeded=anchor.seeded,
                 frozen=anchor.frozen,
@@ -268,15 +305,16 @@ class Ledger:
                 caps=_beyond(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
+                arrivals=self._lost_arrivals(anchor, [said for *_, said in lost], shared=shared),
             )
             doubts = self.history.doubts.union(anchor.doubts)
             if len(doubts) < _MOST_DOUBTS:
                 doubts = frozenset(doubt for doubt in doubts if not self._store.knows(doubt, besides=restored))
             # What was charged there counts in the anchor's period, or in a later one.
-            lost = datetime.fromisoformat(anchor.time)
-            self._store.note("restored", not_before=lost, **replace(restored, doubts=doubts).to_json())
+            then = datetime.fromisoformat(anchor.time)
+            self._store.note("restored", not_before=then, **replace(restored, doubts=doubts).to_json())
             self._require_fitting()
-        return gap
+        return sum((Counter({event: count}) for (event, _), count in gap.items()), Counter[DpEvent]())
 
     def head(self) -> Head:
         """The newest head, for an anchor."""
@@ -349,7 +387,24 @@ class Ledger:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
         self.policy.check(run.proposal)
         asked = events.grouped([run.plan.event()])
-        spending.require_room(self.history, self.policy, asked=asked, held=Counter(), now=now)
+        spending.require_room(
+            self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now
+        )
+
+    def _lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
+        """The cohorts of a gap, and up to which event the register's rows count once the gap is made up for.
+
+        If the lost branch's register is one that this ledger had, each of its rows is here.  Otherwise somebody whom
+        this register lacks, or has under an event that the lost branch did not share, may have been admitted there
+        under any cohort.  So may somebody whose row one of the branches doubts and the other does not.
+        """
+        if (there := anchor.arrivals) is None:
+            return None
+        unsure = [last for last, _ in self.history.lost_rows]
+        unsure += [] if there.lost_after is None else [there.lost_after]
+        if there.register not in self.history.registers or unsure:
+            unsure.append(shared)
+        return Arrivals(register=there.register, ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before; None for a round still to be trained."""

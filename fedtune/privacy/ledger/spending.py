@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 
 from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -49,49 +51,61 @@ def require_usable(history: History) -> None:
 
 def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
     """Raise Refused unless the whole of `plan` fits every cap beside what open runs have set aside."""
-    require_room(history, policy, asked=events.grouped([plan.whole]), held=history.set_aside(now), now=now)
+    asked, held = events.grouped([plan.whole]), partial(history.set_aside, now)
+    require_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 
-def divergence_left(history: History, policy: Policy, now: datetime) -> float:
-    """The lifetime cap's room for new runs, as a divergence of the ledger's order: 0 or more, maybe infinite."""
+def divergence_left(history: History, policy: Policy, now: datetime, *, admitted: Cohorts | None = None) -> float:
+    """The lifetime cap's room for new runs, as a divergence of the ledger's order; for all who are `admitted`."""
     if history.frozen or history.in_doubt:
         return 0.0
     if math.isinf(policy.budget.max_epsilon):
         return math.inf
     room = filter.most_divergence(policy.budget.max_epsilon, order=history.order, delta=history.delta)
-    return max(0.0, room - history.divergence(history.charged() + history.set_aside(now)))
+    return max(0.0, min(room - history.divergence(history.taken(now, each)) for each in history.cohorts(admitted)))
 
 
-def runs_left(history: History, policy: Policy, plan: DpEvent, now: datetime) -> int | None:
+def runs_left(
+    history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
+) -> int | None:
     """How many runs that cost `plan` the lifetime cap still has room for; None: any number."""
-    left, each = divergence_left(history, policy, now), filter.total_divergence([plan], history.order)
+    left, each = divergence_left(history, policy, now, admitted=admitted), history.divergence([plan])
     return None if math.isinf(left) or each == 0 else math.floor(left / each)
 
 
 def require_room(
-    history: History, policy: Policy, *, asked: Counter[DpEvent], held: Counter[DpEvent], now: datetime
+    history: History,
+    policy: Policy,
+    admitted: Cohorts | None,
+    *,
+    asked: Counter[DpEvent],
+    held: Callable[[int], Counter[DpEvent]],
+    now: datetime,
 ) -> None:
     """Check that `asked` fits every cap, beside what was charged and what is `held` for others.
 
+    It must for every cohort that is `admitted` (None: everybody), whether it has members or not.
+
     Guarantee: the filter's stopping rule.  At the one order that was fixed when the ledger was made, the divergence of
-    everything charged and of `asked` stays within the divergence that each cap leaves room for.
+    everything charged to a cohort and of `asked` stays within the divergence that each cap leaves room for.
 
     Raises:
         Refused: names the cap, what the figure would become, and what it may be.
     """
     budget = policy.budget
-    period = history.charged_in_period(budget.period, now)
-    for reason, cap, charged in (
-        (Reason.MAX_EPSILON, budget.max_epsilon, history.charged()),
-        (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
-    ):
-        if cap is None:
-            continue
-        room = filter.most_divergence(cap, order=history.order, delta=history.delta)
-        # Not `>`: a divergence that is NaN must be refused.
-        if not history.divergence(charged + held + asked) <= room:
-            would, now_at = history.epsilon(charged + held + asked), history.epsilon(charged + held)
-            raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is taken")
+    for cohort in history.cohorts(admitted):
+        period, besides = history.charged_in_period(budget.period, now, cohort), held(cohort)
+        for reason, cap, charged in (
+            (Reason.MAX_EPSILON, budget.max_epsilon, history.charged(cohort)),
+            (Reason.MAX_EPSILON_PER_PERIOD, budget.max_epsilon_per_period, period),
+        ):
+            if cap is None:
+                continue
+            room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+            # Not `>`: a divergence that is NaN must be refused.
+            if not history.divergence(charged + besides + asked) <= room:
+                would, now_at = history.epsilon(charged + besides + asked), history.epsilon(charged + besides)
+                raise Refused(reason, asked=f"{would:.4f}", allowed=f"at most {cap:g}, of which {now_at:.4f} is taken")
 
 
 def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:

@@ -9,17 +9,20 @@ import hmac
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedtune.codec import parse_json
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import register
 from fedtune.privacy.ledger.chain import (
     EVENT,
+    START,
     Doubt,
     Event,
     Head,
@@ -166,7 +169,7 @@ def _check_tables(file: sqlite3.Connection, path: Path) -> None:
     if application == _APPLICATION_ID:
         check_ledger_schema(path, schema)
     tables = {sql for (sql,) in file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
-    if tables != set(SCHEMA) or application != _APPLICATION_ID:
+    if tables not in (set(SCHEMA), {*SCHEMA, *register.SCHEMA}) or application != _APPLICATION_ID:
         raise RunError(f"ledger {path} does not have a ledger's tables: it was changed, or is another file")
 
 
@@ -248,6 +251,7 @@ class EventStore:
         request: str = "",
         attempt: int = 0,
         dataset: str = "",
+        cohort: str = "",
         not_before: datetime | None = None,
     ) -> None:
         """Write one event behind the newest one, and follow it."""
@@ -261,7 +265,7 @@ class EventStore:
             "request": request,
             "attempt": attempt,
             "dataset": dataset,
-            "cohort": "",
+            "cohort": cohort,
             "code": __version__,
             "detail": json.loads(canonical(detail)),
         }
@@ -277,6 +281,36 @@ class EventStore:
     def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
         """Keep `reply` as the newest of `run`."""
         store_reply(self._file, run=run, request=request, reply=reply)
+
+    def make_register(self) -> None:
+        """Give a new ledger of a population with arrivals its register."""
+        for statement in register.SCHEMA:
+            self._file.execute(statement)
+
+    def admit(self, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
+        """Whom the round that the next event charges may sample, and the register's digest with all of them in it.
+
+        Guarantee: a user is admitted only under the one cohort that counts (`History.cohort_of`), if `cohorts` has it.
+        By then it is in the register, and so the same in every later round, whatever `own`, each user's cohort by the
+        user's own records, says then.
+
+        Raises:
+            RunError: the register is not the one that the chain knows.
+        """
+        rows, key = register.read_rows(self._file), self._key.secret("arrivals")
+        if [START, *register.digests(rows).values()][-1] != self.history.register:
+            raise RunError(f"the register of arrivals in ledger {self.path} was changed; nothing is trained")
+        known, admitted, new = {row.unit: row for row in rows}, set[str](), list[register.Row]()
+        for user, cohort in own.items():
+            unit = register.unit_of(key, user)
+            row = known.get(unit)
+            counted = self.history.cohort_of(row, cohort)
+            if counted in cohorts:
+                admitted.add(user)
+                if row is None:
+                    new.append(register.Row(self.history.length + 1, unit, counted))
+        self._file.executemany("INSERT INTO arrivals (sequence, unit, cohort) VALUES (?, ?, ?)", new)
+        return frozenset(admitted), register.digest_after(self.history.register, new)
 
     def reply_to(self, request: str) -> bytes | None:
         """The stored reply to a request, if it is still there."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.privacy.ledger import chain, store
-from fedtune.privacy.ledger.chain import Event, Head
+from fedtune.privacy.ledger import chain, register, store
+from fedtune.privacy.ledger.chain import START, Event, Head, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.spec import RunError
 
@@ -50,6 +51,8 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
             raise RunError(f"{stray} rows stand before event 1")
         events = store.read_events(file)
         replies = store.stored_replies(file)
+        (arrivals,) = file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'arrivals'").fetchone()
+        rows = register.read_rows(file) if arrivals else []
     if not events:
         raise RunError(f"ledger {path} is empty")
     chain.check_chain(events)
@@ -61,6 +64,9 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         raise RunError(f"ledger {path} names site key {own_key}, not {site_key}")
     for event in events:
         chain.check_signature(event, own_key)
+    if bool(arrivals) != bool(history.opened.arrivals):
+        raise RunError("it does not have the tables of its first event")
+    _check_register(rows, events)
     # Each run's newest reply is the one that was committed, and no other is stored.
     expected = {(name, *list(run.replies.items())[-1]) for name, run in history.runs.items() if run.replies}
     stored = [(run, request, hashlib.sha256(reply).hexdigest()) for run, request, reply in replies]
@@ -82,3 +88,15 @@ def verify(path: Path, *, anchor: Head | None = None, site_key: str | None = Non
         key_expected=site_key is not None or anchor is not None,
         anchor_sequence=anchor.sequence if anchor else None,
     )
+
+
+def _check_register(rows: Sequence[register.Row], events: Sequence[Event]) -> None:
+    """Check that each row of the register belongs to an entry that charged a round, and that none is missing."""
+    digest, after = START, register.digests(rows)
+    for event in events:
+        if event.kind is Kind.RESERVE and event.cohort:
+            digest = after.pop(event.sequence, digest)
+            if event.detail["register"] != digest:
+                raise RunError(f"the register of arrivals was changed: event {event.sequence} knows another one")
+    if after:
+        raise RunError("the register of arrivals was changed: it has rows that no event knows")

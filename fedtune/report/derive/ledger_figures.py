@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
 from fedtune.privacy.events import Charge
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import period_of
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.derive.profile import mechanism_of
 from fedtune.report.facts import (
     NOT_RECORDED,
     Approved,
     ChargedRounds,
+    CohortFigures,
     LedgerFacts,
     Lifetime,
     LifetimeRun,
@@ -29,6 +30,7 @@ from fedtune.report.facts import (
     Verdict,
 )
 from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
+from fedtune.show.budget_text import arrival_words
 from fedtune.words import finite
 
 
@@ -87,22 +89,46 @@ def plans_of(facts: LedgerFacts) -> Mapping[str, Plan]:
 
 
 def charged_of(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
-    """Everything charged; with a `period`, in that of the newest entry."""
+    """All that was charged to the cohort with the most; with a `period`, in that of the newest entry."""
+    found = [charged_to(facts, cohort, period=period) for cohort in _groups(facts)]
+    return found[0] if len(found) == 1 else max(found, key=lambda each: filter.total_divergence(each, facts.order))
+
+
+def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
+    """All that was charged to a cohort; None: to any."""
     plans, total = plans_of(facts), Counter[DpEvent]()
-    for entry in facts.charges:
+    owed = max((n for n, entry in enumerate(facts.charges, 1) if entry.lost_rows), default=0) if cohort == OLDEST else 0
+    for number, entry in enumerate(facts.charges, 1):
         if period is None or _number(entry.day, period) == _number(facts.date, period):
-            total.update(_of_entry(entry, plans))
+            for charged, admitted in _of_entry(entry, plans, facts.arrivals):
+                if cohort is None or admitted is None or cohort in admitted or number <= owed:
+                    total.update(charged)
     return events.grouped(total)
+
+
+def _groups(facts: LedgerFacts) -> list[int]:
+    """The first of each group of cohorts whose figures cannot differ."""
+    plans = plans_of(facts)
+    known = {admitted for entry in facts.charges for _, admitted in _of_entry(entry, plans, facts.arrivals)}
+    known |= {plan.cohorts for plan in plans.values()}
+    return groups(known, oldest_apart=any(entry.lost_rows for entry in facts.charges))
 
 
 def _number(day: str, period: str) -> int:
     return period_of(datetime.fromisoformat(day), period)
 
 
-def _of_entry(entry: ChargedRounds, plans: Mapping[str, Plan]) -> Counter[DpEvent]:
-    return profile.charges_of(entry.lost) + events.grouped(
-        [plans[entry.run].event(rounds=entry.rounds)] if entry.run else []
-    )
+def _of_entry(
+    entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
+) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
+    """What an entry charged, and to whom; None: to everybody."""
+    lost = list(zip(entry.lost, entry.lost_cohorts or [""] * len(entry.lost), strict=True))
+    for said in dict.fromkeys(said for _, said in lost):
+        admitted = Cohorts.of(said, arrivals) if arrivals and said else None
+        yield profile.charges_of(charge for charge, of_charge in lost if of_charge == said), admitted
+    if entry.run:
+        plan = plans[entry.run]
+        yield events.grouped([plan.event(rounds=entry.rounds)]), plan.cohorts
 
 
 def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
@@ -120,7 +146,7 @@ def _rounds(facts: LedgerFacts) -> Mapping[str, int]:
 
 def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
-    own, charged = _rounds(facts), charged_of(facts)
+    own, charged = _rounds(facts), charged_to(facts, None)
     rounds = {run.run: own[run.run] + run.lost_rounds for run in facts.runs}
     unexplained = _less(charged, facts, rounds)
     if any(count < 0 for count in unexplained.values()):
@@ -168,11 +194,10 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
 def lifetime(facts: LedgerFacts) -> Lifetime:
     """The figures over all runs, as of the facts' date."""
     charged, own, rounds = charged_of(facts), _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
-    held = Counter[DpEvent]()
-    for run in facts.runs:
-        if run.state == "open":
-            held.update(events.grouped([run.plan.event(rounds=run.plan.most_rounds - own[run.run])]))
-    left = _left(facts, charged + held)
+    begins = _groups(facts)
+    taken = {cohort: charged_to(facts, cohort) + _held(facts, cohort, own) for cohort in begins}
+    most = max(taken.values(), key=lambda each: filter.total_divergence(each, facts.order))
+    left = _left(facts, most)
     reference = facts.reference
     typical = events.dp_sgd(
         sampling_rate=reference.sampling_rate, noise_multiplier=reference.noise_multiplier, steps=reference.steps
@@ -181,7 +206,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     return Lifetime(
         order=facts.order,
         epsilon=_filtered(facts, charged),
-        with_set_aside=_filtered(facts, charged + held),
+        with_set_aside=_filtered(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
         left=left,
@@ -194,7 +219,26 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         in_doubt=facts.in_doubt,
         restored=sum(not entry.run for entry in facts.charges),
         seeded=facts.seeded_noise,
+        cohorts=facts.arrivals
+        and tuple(
+            CohortFigures(
+                cohort=arrival_words(cohort, after, facts.arrivals),
+                epsilon=_filtered(facts, charged_to(facts, cohort)),
+                with_set_aside=_filtered(facts, taken[cohort]),
+                left=_left(facts, taken[cohort]),
+            )
+            for cohort, after in zip(begins, [*begins[1:], None], strict=True)
+        ),
     )
+
+
+def _held(facts: LedgerFacts, cohort: int, rounds: Mapping[str, int]) -> Counter[DpEvent]:
+    """What open runs that admit a cohort have set aside."""
+    held = Counter[DpEvent]()
+    for run in facts.runs:
+        if run.state == "open" and (run.plan.cohorts is None or cohort in run.plan.cohorts):
+            held.update(events.grouped([run.plan.event(rounds=run.plan.most_rounds - rounds[run.run])]))
+    return held
 
 
 def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
@@ -248,12 +292,18 @@ def _plans_above_their_caps(facts: LedgerFacts) -> bool:
 def steps(facts: LedgerFacts, *, epsilon: float | None) -> tuple[Step, ...]:
     """Epsilon by the filter after each round that is told by itself, and after the others' runs; `epsilon` at last."""
     charges, order, delta = facts.charges, facts.order, facts.delta
-    most, total, made = math.inf if epsilon is None else epsilon, 0.0, list[Step]()
+    most, made = math.inf if epsilon is None else epsilon, list[Step]()
+    totals, plans = dict.fromkeys(_groups(facts), 0.0), plans_of(facts)
     last = {entry.run: number for number, entry in enumerate(charges)}
-    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans_of(facts).items()}
+    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}
+    owed = max((number for number, entry in enumerate(charges) if entry.lost_rows), default=-1)
     for number, entry in enumerate(charges):
-        lost = filter.total_divergence(profile.charges_of(entry.lost), order)
-        total += each[entry.run] * entry.rounds if entry.run else lost
+        for charged, admitted in _of_entry(entry, plans, facts.arrivals):
+            cost = each[entry.run] * entry.rounds if entry.run else filter.total_divergence(charged, order)
+            for cohort in totals:
+                if admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
+                    totals[cohort] += cost
+        total = max(totals.values())
         if entry.run and entry.round is None and last[entry.run] != number:
             continue
         # Summed in another order than the ledger's own figure, from which it differs in the last digits.

@@ -1,0 +1,82 @@
+"""A simulation over three years whose sites keep their ledgers: new people go on where one budget would have ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy.ledger import register, store
+from fedtune.privacy.ledger.verify import verify
+from fedtune.report import from_ledger
+
+pytestmark = pytest.mark.nightly
+YEARS = (2024, 2025, 2026)
+
+
+def arguments(into: Path, name: str, *overrides: str) -> list[str]:
+    return [
+        *("experiment=debug_users", f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu"),
+        *("runtime.num_threads=1", "privacy.noise_multiplier=4.0", "data.declared_sizes=30", "data.train_fraction=1.0"),
+        *("data.validation_rows=5", "data.test_rows=5", "federation.num_rounds=1", "training.local_steps=1"),
+        f"data.train_file='{into / 'people.jsonl'}'",
+        f"runtime.sites_dir='{into / 'kept'}'",
+        *overrides,
+    ]
+
+
+@pytest.fixture
+def simulated(command: Any, tmp_path: Path) -> Any:
+    rows = [
+        {"text": f"message {n} of {year}", "user": f"{year}-{n % 20}", "came": f"{year}-0{n % 9 + 1}-01"}
+        for year in YEARS
+        for n in range(60)
+    ]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name: str, cohorts: str | None = None) -> Any:
+        limited = ("+data.columns.arrival=came", f"privacy.cohorts={cohorts}") if cohorts else ()
+        return command("simulate", *arguments(tmp_path, name, *limited))
+
+    return run
+
+
+def test_with_one_budget_the_second_year_is_refused(simulated: Any) -> None:
+    assert simulated("one").code == 0
+    refused = simulated("two")
+    assert refused.code == 3
+    assert "max_epsilon" in refused.err
+
+
+def test_with_cohorts_every_years_people_have_their_own(simulated: Any, command: Any, tmp_path: Path) -> None:
+    for year in YEARS:
+        outcome = simulated(f"of-{year}", f"{{period:year,first:'{year}',last:'{year}'}}")
+        assert outcome.code == 0, outcome.err
+    assert "max_epsilon" in simulated("more", "{period:year,first:'2026',last:'2027'}").err
+    ledger = tmp_path / "kept" / "site-1" / "ledger.db"
+    history = verify(ledger).history
+    figures = [history.epsilon(history.charged(year)) for year in YEARS]
+    assert history.epsilon() == figures[0] == figures[1] == figures[2] > 0
+    assert not history.charged(2027)
+    with store.reading(ledger) as file:
+        assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
+    # One line a cohort, of which the ledger's figure is the largest; the report says the same.
+    spent = command("ledger", "spent", str(ledger))
+    shown = spent.out
+    assert spent.code == 0, spent.err
+    assert all(f"came in {year} " in shown for year in YEARS)
+    life = json.loads(command("ledger", "spent", str(ledger), "--json").out)
+    assert [one["cohort"] for one in life["cohorts"]] == [
+        *("have no date, or came up to 2023", "came in 2024", "came in 2025", "came in 2026", "came in 2027 or later"),
+    ]
+    assert life["epsilon"] == pytest.approx(history.epsilon())
+    report = from_ledger.build(ledger)
+    assert report.sites[0].spent is not None
+    assert report.sites[0].spent.epsilon == pytest.approx(history.epsilon())
+    assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
+    plan = command(
+        "plan", *arguments(tmp_path, "p", "+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
+    )
+    assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())

@@ -1,0 +1,449 @@
+"""Arrival cohorts: who is charged for a run, and the register that keeps a corrected date from being a new budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import events
+from fedtune.privacy.cohorts import Cohorts, cohort_name, cohort_of
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import register, store
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import Dataset, Policy, Population
+from fedtune.show.budget_text import arrival_words
+from fedtune.spec import ConfigError, RunError
+
+from .builders import reason_of, train
+
+Ask = Callable[..., Proposal]
+
+
+def years(first: str | None, last: str) -> Cohorts:
+    return Cohorts(period="year", first=first, last=last)
+
+
+@pytest.fixture
+def arriving(policy: Any) -> Policy:
+    """A policy of people who arrive by the year, with room for ten rounds of a run for each cohort."""
+    made = policy(population={"unit": "user", "arrivals": "year"}, dataset=(Dataset(id="notes", declared_size=2000),))
+    assert isinstance(made, Policy)
+    return made
+
+
+@pytest.fixture
+def ledger(opened: Any, arriving: Policy) -> Callable[..., Ledger]:
+    return lambda **changes: opened(**{"policy": arriving, **changes})
+
+
+@pytest.fixture
+def ask(proposal: Any) -> Ask:
+    """A run that admits these years."""
+
+    def make(run: str, first: str | None, last: str, **plan: Any) -> Proposal:
+        made = proposal(run=run, plan={"unit": "user", "cohorts": years(first, last), **plan})
+        assert isinstance(made, Proposal)
+        return made
+
+    return make
+
+
+def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: int = 1, attempt: str = "") -> set[str]:
+    """Charge a round; whom the sampler may draw."""
+    request = f"{asked.run} {round}{attempt}"
+    granted = ledger.reserve(asked, round=round, request=request, arrivals=lambda: own)
+    assert isinstance(granted, Reservation)
+    assert granted.admitted is not None
+    return set(granted.admitted)
+
+
+# Periods and their names.
+
+
+@pytest.mark.parametrize(
+    ("period", "month", "name"),
+    [
+        *[("year", "2026-12", "2026"), ("quarter", "2026-03", "2026-Q1"), ("quarter", "2026-04", "2026-Q2")],
+        *[("month", "2026-01", "2026-01"), ("month", "0001-12", "0001-12"), ("year", "", "before")],
+    ],
+)
+def test_a_cohort_is_a_period(period: Any, month: str, name: str) -> None:
+    number = cohort_of(month, period)
+    assert cohort_name(number, period) == name
+    if month:
+        assert Cohorts(period=period, first=name, last=name).span == (number, number)
+
+
+@pytest.mark.parametrize(
+    "said", ["2026-13", "2026-Q5", "26", "0000", "2026-Q1 ", "٢٠٢٦", "", "before", "2026-1", "2026-Q1-01"]
+)
+def test_a_cohort_has_one_spelling(said: str) -> None:
+    for period in ("month", "quarter", "year"):
+        with pytest.raises(ConfigError, match=r"^(last|first)"):
+            Cohorts(period=period, last=said)  # type: ignore[arg-type]
+
+
+def test_cohorts_are_in_order_and_written_one_way() -> None:
+    with pytest.raises(ConfigError, match="must not be before first = 2026"):
+        years("2026", "2025")
+    for each in (years(None, "2026"), years("2025", "2026"), years("2026", "2026")):
+        assert Cohorts.of(str(each), "year") == each
+    assert 0 in years(None, "2026")
+    assert [year for year in (0, 2024, 2025, 2026, 2027) if year in years("2025", "2026")] == [2025, 2026]
+    with pytest.raises(ConfigError):
+        Cohorts.of("2026", "year")
+
+
+def test_groups_are_named_for_readers() -> None:
+    named = [arrival_words(0, 2025, "year"), arrival_words(2025, 2026, "year"), arrival_words(2026, 2028, "year")]
+    assert named == ["have no date, or came up to 2024", "came in 2025", "came in 2026 to 2027"]
+    named = [arrival_words(0, 1, "year"), arrival_words(1, 2025, "year"), arrival_words(2025, None, "year")]
+    assert named == ["have no date", "came up to 2024", "came in 2025 or later"]
+
+
+# Plan and policy.
+
+
+def test_a_plan_says_its_cohorts_and_others_keep_their_digests(plan: Any) -> None:
+    limited = plan(unit="user", cohorts=years(None, "2026"))
+    assert Plan.from_json(limited.to_json()) == limited
+    assert limited.digest() != plan(unit="user").digest() != plan(unit="user", cohorts=years("2026", "2026")).digest()
+    assert "cohorts" not in plan(unit="user").to_json()
+    with pytest.raises(ConfigError, match="must be left out without arrivals"):
+        Plan.from_json(plan(unit="user").to_json() | {"cohorts": None})
+    with pytest.raises(ConfigError, match="must be left out for unit 'record'"):
+        plan(cohorts=years(None, "2026"))
+
+
+def test_only_people_arrive_and_each_data_set_has_their_dates(arriving: Policy) -> None:
+    with pytest.raises(ConfigError, match="only a person has an id"):
+        Population(name="patients", arrivals="year")
+    dataset = Dataset(id="notes", declared_size=9, columns={"user": "who"})
+    with pytest.raises(ConfigError, match="must name the column for role 'arrival', as population"):
+        dataclasses.replace(arriving, dataset=(dataset,))
+
+
+def test_plan_and_policy_have_the_same_calendar(arriving: Policy, policy: Any, ask: Ask) -> None:
+    asked = ask("r", None, "2026")
+    arriving.check(asked)
+    by_month = dataclasses.replace(asked.plan, cohorts=Cohorts(period="month", last="2026-01"))
+    for plan, allowed in ((by_month, "year"), (dataclasses.replace(asked.plan, cohorts=None), "year")):
+        (refused,) = arriving.broken_rules(dataclasses.replace(asked, plan=plan))
+        assert (refused.reason, refused.allowed) == (Reason.COHORTS, allowed)
+    (refused,) = policy(population={"unit": "user"}, dataset=arriving.dataset).broken_rules(asked)
+    assert (refused.reason, refused.asked, refused.allowed) == (Reason.COHORTS, "year", "none")
+
+
+def test_the_calendar_is_fixed_when_the_ledger_is_made(ledger: Any, arriving: Policy) -> None:
+    ledger()
+    for arrivals in ("month", ""):
+        changed = dataclasses.replace(arriving, population=dataclasses.replace(arriving.population, arrivals=arrivals))
+        with pytest.raises(RunError, match=rf"population\.arrivals = year, the policy says {arrivals or 'none'}"):
+            ledger(policy=changed)
+
+
+# Charges.
+
+
+def test_each_cohort_has_the_whole_budget_and_spent_is_the_largest(ledger: Any, ask: Ask) -> None:
+    made = ledger()
+    train(made, ask("first", None, "2024"), 1, 2, 3, 4, 5)
+    train(made, ask("second", "2024", "2025"), 1, 2, 3, 4, 5)
+    once, history = ask("r", None, "2024").plan.event(), made.history
+    assert history.charged(2024) == events.grouped([once] * 10)
+    assert history.charged(0) == history.charged(2023) == history.charged(2025) == events.grouped([once] * 5)
+    assert not history.charged(2026)
+    assert history.charged() == history.charged(2024)
+    assert history.epsilon() == history.epsilon(history.charged(2024))
+    # Whoever admits 2024 is refused, as nothing is left for its people, whether there are any or not.
+    for first, last in ((None, "2026"), ("2024", "2024"), ("2024", "2026")):
+        assert reason_of(train, made, ask("more", first, last), 1) is Reason.MAX_EPSILON
+    train(made, ask("new", "2025", "2030"), 1, 2, 3, 4, 5)
+    train(made, ask("newer", "2026", "2026"), 1, 2, 3, 4, 5)
+    assert reason_of(train, made, ask("newest", "2026", "2026"), 1) is Reason.MAX_EPSILON
+
+
+def test_what_open_runs_set_aside_counts_for_their_cohorts(ledger: Any, ask: Ask) -> None:
+    made = ledger()
+    train(made, ask("open", "2024", "2025", num_rounds=10), 1)
+    assert reason_of(made.require_acceptable, ask("r", "2025", "2026", num_rounds=1)) is Reason.MAX_EPSILON
+    made.require_acceptable(ask("r", "2026", "2026", num_rounds=10))
+    made.require_acceptable(ask("r", None, "2023", num_rounds=10))
+    assert made.offer(ask("r", "2025", "2026")).most_rounds == 0
+    assert made.offer(ask("r", "2026", "2027")).most_rounds == 5
+
+
+def test_the_cap_of_a_period_is_for_each_cohort(ledger: Any, arriving: Policy, ask: Ask) -> None:
+    budget = dataclasses.replace(arriving.budget, max_epsilon_per_period=7.0)
+    made = ledger(policy=dataclasses.replace(arriving, budget=budget))
+    train(made, ask("first", None, "2024", num_rounds=2), 1, 2)
+    assert reason_of(train, made, ask("again", "2024", "2025"), 1) is Reason.MAX_EPSILON_PER_PERIOD
+    train(made, ask("new", "2025", "2025", num_rounds=2), 1, 2)
+
+
+def test_a_ledger_without_arrivals_has_the_bytes_that_it_had(
+    path: Path, opened: Any, policy: Any, proposal: Any
+) -> None:
+    made = opened()
+    train(made, proposal(), 1, 2)
+    with sqlite3.connect(path) as file:
+        tables = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        assert tables == {"events", "replies"}
+        assert file.execute("SELECT DISTINCT cohort FROM events").fetchall() == [("",)]
+        written = "".join(detail for (detail,) in file.execute("SELECT detail FROM events"))
+    head = made.head().to_bytes().decode()
+    for word in ("arrivals", "register", "cohorts"):
+        assert word not in written + head
+    # Of the policy and the plan above, as of the version before cohorts.
+    assert policy(allow={"leads": ()}).digest() == "1b09ada7a45f32b79adf109ce46ee0e3c2b79f93add562c953a8c5d4845292d0"
+    assert proposal(lead="ab" * 32).digest() == "dd21f59459324392713bef1754ca7da963b6c82d1867de7c801051175921c0f3"
+    assert made.history.charges() == {(each, ""): n for each, n in made.history.charged().items()}
+
+
+# The register.
+
+
+def test_the_first_admission_counts_for_ever(ledger: Any, ask: Ask) -> None:
+    made = ledger()
+    own = {"ann": 2024, "ben": 2025, "cy": 0}
+    assert admitted(made, ask("one", "2024", "2024"), own) == {"ann"}
+    # Her date is corrected, later and earlier: what she lost was charged to 2024.
+    assert admitted(made, ask("two", "2025", "2025"), own | {"ann": 2025}) == {"ben"}
+    assert admitted(made, ask("three", None, "2023"), own | {"ann": 2020, "ben": 0}) == {"cy"}
+    assert admitted(ledger(), ask("four", "2024", "2025"), {"ann": 0, "ben": 2031, "cy": 2024}) == {"ann", "ben"}
+    # Nobody is bound before the first admission.
+    assert admitted(made, ask("five", "2026", "2026"), {"dora": 2027}) == set()
+    assert admitted(made, ask("five", "2026", "2026"), {"dora": 2026}, round=2) == {"dora"}
+
+
+def test_a_retry_and_a_later_round_read_the_register_anew(ledger: Any, ask: Ask) -> None:
+    made, asked = ledger(), ask("one", "2024", "2024")
+    assert admitted(made, asked, {"ann": 2024}) == {"ann"}
+    assert admitted(made, asked, {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+    assert admitted(made, asked, {}, round=2) == set()
+    assert admitted(made, asked, {"ann": 2026}, round=3) == {"ann"}
+
+
+def test_the_number_of_events_and_their_form_depend_on_no_record(ledger: Any, ask: Ask, path: Path) -> None:
+    made, asked = ledger(), ask("one", "2024", "2024")
+    for round, own in ((1, {}), (2, {"ann": 2024}), (3, {"ann": 2024}), (4, {"ben": 2020})):
+        before = made.history.length
+        admitted(made, asked, own, round=round)
+        assert made.history.length == before + 1 + (round == 1)
+    charges = [event for event in verify(path).events if event.cohort]
+    assert [event.cohort for event in charges] == ["2024..2024"] * 4
+    assert [sorted(event.detail) for event in charges] == [["event", "register"]] * 4
+    said = [event.detail["register"] for event in charges]
+    assert said[0] == "0" * 64 != said[1]
+    assert said[1] == said[2] == said[3]
+
+
+def test_nothing_in_the_file_names_a_person(ledger: Any, ask: Ask, path: Path) -> None:
+    admitted(ledger(), ask("one", "2024", "2024"), {"Ann Example": 2024})
+    data = path.read_bytes()
+    for guess in (b"Ann Example", hashlib.sha256(b"Ann Example").digest()[:8]):
+        assert guess not in data
+
+
+def test_what_is_refused_or_undone_registers_nobody(ledger: Any, ask: Ask, path: Path) -> None:
+    made = ledger()
+    train(made, ask("first", "2024", "2024", num_rounds=10), *range(1, 11))
+    asked: list[str] = []
+    again = ask("again", "2024", "2024")
+
+    def arrivals() -> dict[str, int]:
+        asked.append("records were read")
+        return {"ann": 2024}
+
+    assert reason_of(made.reserve, again, round=1, request="q", arrivals=arrivals) is Reason.MAX_EPSILON
+    assert made.reserve(ask("first", "2024", "2024", num_rounds=10), round=10, request="digest first 10") == b"reply"
+    assert not asked, "neither a refusal nor a stored reply reads a date"
+    with pytest.raises(ZeroDivisionError):
+        made.reserve(ask("new", "2026", "2026"), round=1, request="q", arrivals=lambda: {"ann": 1 // 0})
+    assert not ledger().history.runs.keys() & {"again", "new"}
+    with store.reading(path) as file:
+        assert register.read_rows(file) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE arrivals SET cohort = 2026",
+        "UPDATE arrivals SET sequence = sequence + 1",
+        "DELETE FROM arrivals",
+        "INSERT INTO arrivals VALUES (x'000102030405060708090a0b0c0d0e0f', 2024, 4)",
+        "INSERT INTO arrivals VALUES (x'00', 2024, 4)",
+        "UPDATE arrivals SET unit = x'000102030405060708090a0b0c0d0e0f'",
+    ],
+)
+def test_a_changed_register_is_damage(ledger: Any, ask: Ask, path: Path, change: str) -> None:
+    admitted(ledger(), ask("one", "2024", "2024"), {"ann": 2024})
+    verify(path)
+    triggers = [statement for statement in register.SCHEMA if "TRIGGER" in statement]
+    with sqlite3.connect(path) as file:
+        for name in ("changed", "deleted"):
+            file.execute(f"DROP TRIGGER arrivals_are_never_{name}")
+        file.execute(change)
+        for statement in triggers:
+            file.execute(statement)
+    with pytest.raises(RunError, match="register of arrivals"):
+        verify(path)
+    with pytest.raises(RunError, match="register of arrivals"):
+        admitted(ledger(), ask("two", "2025", "2025"), {"ann": 2025})
+
+
+def test_rows_are_never_changed_by_mistake(ledger: Any, ask: Ask, path: Path) -> None:
+    admitted(ledger(), ask("one", "2024", "2024"), {"ann": 2024})
+    with sqlite3.connect(path) as file:
+        for statement in ("UPDATE arrivals SET cohort = 2026", "DELETE FROM arrivals"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                file.execute(statement)
+
+
+# Putting a backup back.
+
+
+class Backups:
+    """A ledger that is put back, with its anchor."""
+
+    def __init__(self, ledger: Callable[..., Ledger], path: Path) -> None:
+        self.open, self.path, self.kept = ledger, path, path.with_name("backup.db")
+
+    def back_up(self) -> None:
+        shutil.copy(self.path, self.kept)
+
+    def put_back(self) -> Ledger:
+        shutil.copy(self.kept, self.path)
+        return self.open()
+
+
+@pytest.fixture
+def backups(ledger: Any, path: Path) -> Backups:
+    return Backups(ledger, path)
+
+
+def test_without_a_lost_row_everybody_keeps_their_cohort(backups: Backups, ask: Ask) -> None:
+    made = backups.open()
+    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    backups.back_up()
+    admitted(made, ask("two", "2024", "2026"), {"ann": 2026})
+    anchor = made.head()
+    back = backups.put_back()
+    back.charge_gap(anchor)
+    once = ask("r", None, "2024").plan.event()
+    assert back.history.charged(2024) == events.grouped([once] * 2)
+    assert back.history.charged(2026) == events.grouped([once])
+    assert not back.history.charged(0)
+    assert admitted(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+
+
+def test_after_lost_rows_the_unknown_are_of_the_oldest_cohort_which_owes_all(backups: Backups, ask: Ask) -> None:
+    made = backups.open()
+    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    backups.back_up()
+    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    anchor = made.head()
+    back = backups.put_back()
+    back.charge_gap(anchor)
+    once, history = ask("r", None, "2024").plan.event(), back.history
+    assert history.charged(0) == events.grouped([once] * 2), "ben may be anybody who is unknown here"
+    assert history.charged(2024) == history.charged(2025) == events.grouped([once])
+    # His date says 2026 now; nor is it known that cy is new.
+    own = {"ann": 2026, "ben": 2026, "cy": 2026}
+    assert admitted(back, ask("three", "2024", "2026"), own) == {"ann"}
+    assert admitted(back, ask("four", None, "2023"), own) == {"ben", "cy"}
+    assert verify(backups.path).history.cohorts() == [0, 1, 2024, 2025, 2026, 2027]
+
+
+def test_whoever_was_registered_on_both_branches_is_of_the_oldest_cohort(backups: Backups, ask: Ask) -> None:
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    anchor = made.head()
+    back = backups.put_back()
+    assert admitted(back, ask("here", "2026", "2026"), {"ben": 2026}) == {"ben"}  # trained on before it was made up for
+    back.charge_gap(anchor)
+    assert admitted(back, ask("three", "2025", "2026"), {"ben": 2026}) == set()
+    assert admitted(back, ask("four", None, "2023"), {"ben": 2026}) == {"ben"}
+    once = ask("r", None, "2024").plan.event()
+    assert back.history.charged(0) == events.grouped([once] * 3)
+
+
+def test_a_second_restore_still_knows_that_rows_were_lost(backups: Backups, ask: Ask) -> None:
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("two", "2025", "2025"), {"ben": 2025})
+    lost = made.head()
+    back = backups.put_back()
+    back.charge_gap(lost)
+    anchor = back.head()  # no row was written since the backup, and so its register is one that the backup knows
+    again = backups.put_back()
+    again.charge_gap(anchor)
+    assert again.history.lost_rows
+    assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
+
+
+def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups, ask: Ask) -> None:
+    """Its rows were of no worth behind an event that the newer backup has, too."""
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("lost", "2025", "2025"), {"ben": 2025})
+    lost = made.head()
+    back = backups.put_back()
+    admitted(back, ask("here", "2026", "2026"), {"ben": 2026})
+    backups.back_up()
+    back.charge_gap(lost)
+    anchor = back.head()
+    again = backups.put_back()
+    again.charge_gap(anchor)
+    assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
+
+
+def test_doubts_of_this_ledger_cover_what_another_branch_charged(backups: Backups, ask: Ask) -> None:
+    """A row that is doubted here counts as the oldest cohort, though another branch never doubted it."""
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("lost", "2025", "2025"), {"ann": 2025})
+    lost = made.head()
+    back = backups.put_back()
+    admitted(back, ask("here", "2026", "2026"), {"ben": 2026})
+    backups.back_up()
+    doubting = backups.path.with_name("doubting.db")
+    back.charge_gap(lost)
+    shutil.copy(backups.path, doubting)
+    other = backups.put_back()
+    assert admitted(other, ask("there", "2026", "2026"), {"ben": 2026}) == {"ben"}
+    shutil.copy(doubting, backups.path)
+    here = backups.open()
+    here.charge_gap(other.head())
+    assert admitted(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
+    once = ask("r", None, "2024").plan.event()
+    assert here.history.charged(0) == events.grouped([once] * 3), "both that ben was in, and the lost one"
+
+
+def test_an_anchor_and_a_note_survive_their_files(
+    backups: Backups, ask: Ask, site_key: SigningKey, tmp_path: Path
+) -> None:
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("two", "2025", "2026"), {"ben": 2025})
+    anchor = tmp_path / "anchor.json"
+    anchor.write_bytes(made.head().to_bytes())
+    back = backups.put_back()
+    back.charge_gap(Head.read(anchor))
+    assert (restored := verify(backups.path, anchor=Head.read(anchor)).history.restored)
+    assert restored[0].arrivals is not None
+    assert restored[0].arrivals.ranges == ("2025..2026",)
+    assert Ledger(backups.path, back.policy, site_key).history.charged(2025) == back.history.charged(2025)

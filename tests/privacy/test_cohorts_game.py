@@ -1,0 +1,207 @@
+"""No person's releases cost more than the figure of the person's cohort, whatever happens to dates, ledger and backups.
+
+What a person lost is counted apart from the ledger, from what the sampler was handed: on lost branches, too.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import DpEvent
+
+from fedtune.privacy import events
+from fedtune.privacy.cohorts import OLDEST, Cohorts
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import register, store
+from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Refused
+from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.spec import RunError
+
+YEARS = range(2024, 2029)
+PLANS: list[dict[str, Any]] = [{"num_rounds": 2}, {"num_rounds": 3, "noise_multiplier": 0.8, "local_steps": 1}]
+
+
+class PowerCutError(Exception):
+    """The machine stops in the middle of a transaction."""
+
+
+class Site:
+    """A site's ledger, the people in its file with their dates, and what each of them really lost."""
+
+    def __init__(
+        self, folder: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal], chance: random.Random
+    ) -> None:
+        self.path, self.anchor, self.backup = folder / "ledger.db", folder / "anchor.json", folder / "backup.db"
+        self.policy, self.key, self.proposal, self.chance = policy, key, proposal, chance
+        self.file: dict[str, int] = {}
+        self.lost: dict[str, Counter[DpEvent]] = {}
+        self.runs: list[tuple[Proposal, int]] = []
+        self.ledger = self.open()
+        self.done = Counter[str]()
+        self.made = 0
+
+    def open(self, *, anchored: bool = True) -> Ledger:
+        return Ledger(self.path, self.policy, self.key, anchor=self.anchor if anchored else None)
+
+    def move(self) -> None:
+        names = ["arrive", "correct", "leave", "run", "run", "run", "next", "crash", "back_up", "back_up", "restore"]
+        name = self.chance.choice(names)
+        self.done[name] += 1
+        getattr(self, name)()
+        self.check()
+
+    def date(self) -> int:
+        return self.chance.choice([OLDEST, *YEARS])
+
+    def arrive(self) -> None:
+        for _ in range(4):
+            self.file[f"person {self.chance.randrange(30)}"] = self.date()  # maybe one who returns, with another date
+
+    def correct(self) -> None:
+        for person in self.chance.sample(sorted(self.file), len(self.file) // 2):
+            self.file[person] = self.date()
+
+    def leave(self) -> None:
+        if self.file:
+            del self.file[self.chance.choice(sorted(self.file))]
+
+    def run(self) -> None:
+        first, last = sorted(self.chance.choices(YEARS, k=2))
+        cohorts = Cohorts(period="year", first=self.chance.choice([None, str(first)]), last=str(last))
+        self.made += 1
+        plan = {**self.chance.choice(PLANS), "cohorts": cohorts, "unit": "user", "records_per_user": 4}
+        self.runs.append((self.proposal(run=f"run {self.made}", plan=plan), 0))
+        self.next()
+
+    def next(self, arrivals: Callable[[], dict[str, int]] | None = None) -> None:
+        if not self.runs:
+            return
+        place = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
+        proposal, rounds = self.runs[place]
+        self.runs[place] = proposal, rounds + 1
+        number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # maybe a retry
+        own = arrivals or self.file.copy
+        try:
+            granted = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
+        except Refused:
+            return
+        if isinstance(granted, bytes):
+            return
+        assert granted.admitted is not None
+        assert granted.admitted <= self.file.keys()
+        for person in granted.admitted:
+            self.lost.setdefault(person, Counter()).update(events.grouped([proposal.plan.event()]))
+        if self.chance.random() < 0.7:
+            self.ledger.commit(granted, b"reply")
+
+    def crash(self) -> None:
+        def cut() -> dict[str, int]:
+            raise PowerCutError
+
+        before = self.ledger.history.length
+        with pytest.MonkeyPatch.context() as patched:
+            if self.chance.random() < 0.5:
+                patched.setattr(register, "digest_after", lambda *_: cut())
+            try:
+                self.next(cut)
+            except PowerCutError:
+                self.done["cut"] += 1
+        self.ledger = self.open()
+        assert self.ledger.history.length >= before
+
+    def back_up(self) -> None:
+        shutil.copy(self.path, self.backup)
+
+    def restore(self) -> None:
+        if not self.backup.exists():
+            return
+        anchor = Head.read(self.anchor)
+        shutil.copy(self.backup, self.path)
+        if self.chance.random() < 0.5:
+            self.ledger = self.open(anchored=False)  # somebody trains on before the anchor is shown
+            for _ in range(7):
+                self.chance.choice([self.run, self.run, self.correct, self.arrive])()
+        try:
+            self.ledger = self.open()
+        except RunError:
+            self.ledger = self.open(anchored=False)
+            self.done["made_up"] += 1
+        self.ledger.charge_gap(anchor)
+        self.anchor.unlink()
+        self.anchor.write_bytes(self.ledger.head().to_bytes())
+        self.ledger = self.open()
+        self.done["lost_rows"] += bool(self.ledger.history.lost_rows)
+
+    def check(self) -> None:
+        with store.reading(self.path) as file:
+            rows = {row.unit: row for row in register.read_rows(file)}
+        history, secret = self.ledger.history, self.key.secret("arrivals")
+        figures = {OLDEST: history.charged(OLDEST)}
+        for person, lost in self.lost.items():
+            cohort = history.cohort_of(rows.get(register.unit_of(secret, person)), self.file.get(person, OLDEST))
+            if cohort not in figures:
+                figures[cohort] = history.charged(cohort)
+            assert lost <= figures[cohort], (person, cohort, self.done)
+            assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
+            assert history.divergence(lost) <= history.divergence(history.charged()) * (1 + 1e-12), "spent: the largest"
+
+
+@pytest.fixture
+def play(
+    tmp_path: Path, policy: Any, proposal: Any, site_key: SigningKey, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[range], Counter[str]]:
+    """Play a game for each seed; how often each move was made."""
+    site_policy = policy(
+        population={"unit": "user", "arrivals": "year"},
+        dataset=(Dataset(id="notes", declared_size=2000),),
+        budget={"max_epsilon": 30.0},
+    )
+    connect = sqlite3.connect
+
+    def unsynced(*given: Any, **more: Any) -> sqlite3.Connection:
+        """Nothing cuts this machine's power, and thousands of files need not reach its disk."""
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+                return super().execute(statement.replace("synchronous = EXTRA", "synchronous = OFF"), *values)
+
+        return connect(*given, factory=Connection, **more)
+
+    monkeypatch.setattr(store.sqlite3, "connect", unsynced)
+    monkeypatch.setattr(store, "write_durably", lambda path, data: path.write_bytes(data))
+
+    def make(seeds: range) -> Counter[str]:
+        done = Counter[str]()
+        for seed in seeds:
+            folder = tmp_path / f"{seed}"
+            folder.mkdir()
+            game = Site(folder, site_policy, site_key, proposal, random.Random(seed))
+            for _ in range(25):
+                game.move()
+            verify(game.path, anchor=Head.read(game.anchor))
+            done += game.done
+            shutil.rmtree(folder)
+        return done
+
+    return make
+
+
+def test_nobody_loses_more_than_the_figure_of_their_cohort(play: Any) -> None:
+    done = play(range(60))
+    assert min(done[name] for name in ("cut", "made_up", "lost_rows")) > 10, done
+
+
+@pytest.mark.nightly
+def test_nobody_does_in_ten_thousand_histories(play: Any) -> None:
+    play(range(1000, 11_000))

@@ -1,0 +1,215 @@
+"""A site whose people arrive over time: a round samples those whom the register admits to its run, and nobody else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import fedtune.sites.work as site_work
+from fedtune.config import RunConfig
+from fedtune.data.values import read_value
+from fedtune.federation import site_round
+from fedtune.privacy.cohorts import Cohorts
+from fedtune.privacy.ledger import register, store
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import read_policy
+from fedtune.privacy.release import Reason
+from fedtune.sites.real_site import SiteProcess
+from fedtune.sites.shared_settings import for_sites
+from fedtune.spec import ConfigError
+
+from .conftest import LABELS
+
+COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
+"""Of the lead's files."""
+PEOPLE = {
+    "ann": ["2025-05-01", "2024-03-01", "soon"],  # the earliest counts
+    "ben": ["2025-12-31T23:59:59"],
+    "cy": ["", ""],
+    "dora": ["31.12.2025"],
+    "eve": ["2026-01"],
+    "fay": ["2026-02-30"],
+}
+
+
+def by_cohorts(first: str | None, last: str, **privacy: Any) -> dict[str, Any]:
+    cohorts = Cohorts(period="year", first=first, last=last)
+    about = {"unit": "user", "records_per_user": 5, "cohorts": cohorts}
+    heldout = {"heldout_fraction": 0.5} if "metrics" in privacy else {}
+    return {"data": {"columns": COLUMNS} | heldout, "privacy": about | privacy}
+
+
+def write(site: Any, people: dict[str, list[str]]) -> None:
+    """The site's file: a record of each person for each date."""
+    with site.data.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["body", "kind", "who", "came"])
+        for person, dates in people.items():
+            writer.writerows([f"a letter of {person}", LABELS[0], person, date] for date in dates)
+
+
+@pytest.fixture
+def site(station: Callable[..., Any]) -> Any:
+    made = station(**by_cohorts("2024", "2025"))
+    write(made, PEOPLE)
+    return made
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The users whom each round trained on."""
+    seen: list[set[str]] = []
+    train_round, limited = site_work.train_round, site_work.SiteWork._work_of
+
+    def watched(self: Any, *given: Any) -> Any:
+        users = [record.fields["user"] for record in self.records.training]
+        made = limited(self, *given)
+        assert len(made[0]) == len(set(users))
+        seen.append(set(users))
+        return made
+
+    monkeypatch.setattr(site_work.SiteWork, "_work_of", watched)
+    monkeypatch.setattr(site_work, "train_round", train_round)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "whom"),
+    [
+        ("2024", "2025", {"ann", "ben"}),
+        ("2025", "2025", {"ben"}),
+        (None, "2024", {"ann", "cy", "dora", "fay"}),
+        ("2026", "2030", {"eve"}),
+        ("2030", "2030", set()),
+    ],
+)
+def test_a_round_samples_whom_the_run_admits(
+    station: Any, sampled: list[set[str]], first: str | None, last: str, whom: set[str]
+) -> None:
+    site = station(**by_cohorts(first, last))
+    write(site, PEOPLE)
+    site.update()
+    assert sampled == [whom]
+    with store.reading(site.folder / "ledger.db") as file:
+        assert len(register.read_rows(file)) == len(whom)
+
+
+def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]], letters: Any) -> None:
+    site.update()
+    write(site, PEOPLE | {"ann": ["2026-01-01"], "ben": [""], "gus": ["2026-07-01"]})
+    site.restart()
+    site.update(round=2)
+    later, before = letters(**by_cohorts("2026", "2026")), letters(**by_cohorts(None, "2023"))
+    site.update(later)
+    site.update(before)
+    assert sampled == [{"ann", "ben"}, {"ann", "ben"}, {"eve", "gus"}, {"cy", "dora", "fay"}]
+    verify(site.folder / "ledger.db")
+
+
+def test_held_out_people_are_admitted_and_registered_likewise(
+    station: Any, sampled: list[set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    original = site_work.noised_scores
+
+    def watched(scores: Any, **settings: Any) -> Any:
+        scored.append(len(scores))
+        return original(scores, **settings)
+
+    monkeypatch.setattr(site_work, "noised_scores", watched)
+    site = station(**by_cohorts("2024", "2024", metrics="noised"))
+    write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
+    site.update()
+    assert all(int(person.split()[1]) % 2 == 0 for person in sampled[0])
+    assert len(sampled[0]) > 5 < scored[0]
+    assert len(sampled[0]) + scored[0] == 30
+    with store.reading(site.folder / "ledger.db") as file:
+        assert len(register.read_rows(file)) == 30
+
+
+def test_whom_a_run_does_not_admit_is_left_out_in_silence(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    one = site.ask()
+    write(site, {"eve": ["2026-01"]})
+    site.restart()
+    other = site.ask(round=2)
+    assert len(one.body.to_bytes()) == len(other.body.to_bytes())
+    assert one.receipt.sequence + 2 == other.receipt.sequence, "a charge and a commit, whoever is there"
+    assert not any(word in caplog.text for word in ("eve", "2026", "admitted", "cohort"))
+
+
+def test_dates_are_read_within_the_schedule_and_after_the_decision(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    held, work = site_round._held_to_a_schedule, SiteProcess.work
+
+    @contextmanager
+    def watched(every_s: float) -> Any:
+        order.append("schedule")
+        with held(every_s):
+            yield
+
+    def reading(self: Any, *given: Any) -> Any:
+        order.append("records")
+        return work(self, *given)
+
+    monkeypatch.setattr(site_round, "_held_to_a_schedule", watched)
+    monkeypatch.setattr(SiteProcess, "work", reading)
+    site.update()
+    assert order == ["schedule", "records", "records"]
+    site.update()
+    assert len(order) == 3, "a stored reply reads nothing"
+    site.edit(limits={"max_local_steps": 1})
+    assert site.refusal(round=2) is Reason.MAX_LOCAL_STEPS
+    assert len(order) == 3
+
+
+def test_a_file_that_cannot_be_read_charges_nothing(site: Any) -> None:
+    site.data.write_bytes(b"\xff\xfe not a table")
+    site.real.work = None  # whatever a reader raises
+    assert site.refusal() is Reason.SITE_ERROR
+    assert site.ledger().history.runs == {}
+
+
+def test_settings_and_policy_go_together(site: Any, letters: Callable[..., RunConfig]) -> None:
+    sent = for_sites(site.config)
+    assert sent.data.columns["arrival"] == "arrival", "that there is one travels, and not its name"
+    assert "since" not in json.dumps(sent.to_json())
+    with pytest.raises(ConfigError, match="must name the column for role 'arrival', as privacy"):
+        letters(**by_cohorts(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}})
+    everybody = letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
+    assert site.refusal(everybody) is Reason.COHORTS
+    changed = dict(sent.to_json())
+    changed["privacy"] = changed["privacy"] | {"cohorts": {"period": "year", "first": "2024", "last": "2026"}}
+    assert site.refusal(settings=json.dumps(changed)) is Reason.PLAN_CHANGED
+    for wrong in ({"period": "year"}, {"period": "year", "last": 2026}, "2026", []):
+        changed["privacy"] = changed["privacy"] | {"cohorts": wrong}
+        assert site.refusal(settings=json.dumps(changed)) is Reason.SETTINGS
+    assert read_policy(site.site_toml).population.arrivals == "year"
+    assert site.ledger().history.runs == {}
+
+
+def test_a_run_of_everybody_has_the_name_that_it_had(letters: Callable[..., RunConfig]) -> None:
+    config = letters()
+    assert "cohorts" not in config.decisive()["privacy"]
+    limited = letters(**by_cohorts(None, "2026"))
+    cohorts = Cohorts(period="year", last="2025")
+    assert replace(limited, privacy=replace(limited.privacy, cohorts=cohorts)).run_id() != limited.run_id()
+
+
+@pytest.mark.parametrize(
+    ("value", "month"),
+    [
+        *[("2026-03-14", "2026-03"), (" 2026-03 ", "2026-03"), ("2026-03-14T09:30:00+02:00", "2026-03")],
+        *[("14.3.2026", ""), ("2026", ""), ("2026-13", ""), (2026, ""), (True, ""), ([], ""), ({}, ""), (1e300, "")],
+        *[("9" * 100_000, ""), ("0000-01-01", ""), ("٢٠٢٦-٠٣", ""), (" ", ""), ("nan", "")],
+    ],
+)
+def test_no_date_is_a_fault(value: object, month: str) -> None:
+    assert read_value(value, "arrival", at="") == month
