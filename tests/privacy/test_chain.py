@@ -94,7 +94,7 @@ def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site
         "policy": "7" * 64,
         "caps": (8.0, None),
         "users": (("dataset", "notes", "patient"),),
-        "arrivals": chain.Arrivals(register="8" * 64, ranges=("..2026",), lost_after=0),
+        "arrivals": chain.Arrivals(ranges=("..2026",), lost_after=0),
     }
     head = Head.signed(site_key, **fields)
     path = tmp_path / "anchor.json"

@@ -244,7 +244,7 @@ def test_the_number_of_events_and_their_form_depend_on_no_record(ledger: Any, as
         assert made.history.length == before + 1 + (round == 1)
     charges = [event for event in verify(path).events if event.cohort]
     assert [event.cohort for event in charges] == ["2024..2024"] * 4
-    assert [sorted(event.detail) for event in charges] == [["event", "register"]] * 4
+    assert [sorted(event.detail) for event in charges] == [["event", "register", "salt"]] * 4
     said = [event.detail["register"] for event in charges]
     assert said[0] == "0" * 64 != said[1]
     assert said[1] == said[2] == said[3]
@@ -334,19 +334,49 @@ def backups(ledger: Any, path: Path) -> Backups:
     return Backups(ledger, path)
 
 
-def test_without_a_lost_row_everybody_keeps_their_cohort(backups: Backups, ask: Ask) -> None:
+def test_without_a_lost_charge_everybody_keeps_their_cohort(backups: Backups, ask: Ask) -> None:
     made = backups.open()
     admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
     backups.back_up()
-    admitted(made, ask("two", "2024", "2026"), {"ann": 2026})
+    made.end("one")
     anchor = made.head()
     back = backups.put_back()
     back.charge_gap(anchor)
-    once = ask("r", None, "2024").plan.event()
-    assert back.history.charged(2024) == events.grouped([once] * 2)
-    assert back.history.charged(2026) == events.grouped([once])
     assert not back.history.charged(0)
     assert admitted(back, ask("three", "2024", "2024"), {"ann": 2026, "ben": 2024}) == {"ann", "ben"}
+
+
+@pytest.mark.parametrize("lost", [("2024", "2024"), ("2026", "2026")])
+def test_what_a_restore_comes_to_depends_on_no_record(backups: Backups, ask: Ask, lost: tuple[str, str]) -> None:
+    """Whether anybody was new in the lost rounds is told by no figure, and decides about nobody else."""
+    made = backups.open()
+    admitted(made, ask("one", "2024", "2024"), {"ann": 2024})
+    backups.back_up()
+    seen = []
+    for own in ({"ann": 2024}, {"ann": 2024, "ben": 2026}, {}):
+        made = backups.put_back()
+        admitted(made, ask("two", *lost), own)
+        anchor = made.head()
+        back = backups.put_back()
+        back.charge_gap(anchor)
+        figures = [back.history.charged(cohort) for cohort in (0, 2024, 2026)]
+        later = admitted(back, ask("three", "2024", "2026"), {"ann": 2024, "cy": 2026, **own}) - {"ben"}
+        seen.append((figures, later, anchor.arrivals, anchor.charged))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][1] == {"ann"}
+
+
+def test_who_was_trained_on_where_no_anchor_was_kept_is_no_newcomer(backups: Backups, ask: Ask) -> None:
+    """A branch whose rounds another branch's anchor stands for wrote rows that this anchor's branch never had."""
+    made = backups.open()
+    backups.back_up()
+    admitted(made, ask("run", "2024", "2024"), {})
+    anchor = made.head()
+    unseen = backups.put_back()
+    assert admitted(unseen, ask("run", "2024", "2024"), {"ann": 2024}) == {"ann"}
+    back = backups.put_back()
+    back.charge_gap(anchor)
+    assert admitted(back, ask("later", "2026", "2026"), {"ann": 2026}) == set()
 
 
 def test_after_lost_rows_the_unknown_are_of_the_oldest_cohort_which_owes_all(backups: Backups, ask: Ask) -> None:

@@ -118,13 +118,11 @@ class Arrivals:
     """What a ledger of a population with arrivals says besides, in a head and in the note of a restore.
 
     Attributes:
-        register: digest of the register of arrivals.
         ranges: for each charge that is named beside it, in its order, the cohorts that it was charged to.
         lost_after: the newest event whose rows of the register count for sure, where rows may be missing: whoever has a
             later one, or none, counts as the oldest cohort.  None: no row is missing.
     """
 
-    register: str
     ranges: tuple[str, ...]
     lost_after: int | None
 

@@ -110,7 +110,6 @@ class History:
         denied: digest of each proposal that one denied.
         last_time: of the newest event.
         register: digest of the register of arrivals.
-        registers: each digest that it ever had.
         lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
     """
 
@@ -136,7 +135,6 @@ class History:
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
         self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
         self.register = START
-        self.registers = {START}
         self.lost_rows: list[tuple[int, int]] = []
 
     @classmethod
@@ -205,7 +203,6 @@ class History:
             raise ValueError("it does not charge the cohorts of the run's plan")
         if cohorts is not None:
             self.register = str(event.detail["register"])
-            self.registers.add(self.register)
         for part, count in dp_events.grouped([charged]).items():
             self._charges.append((event.sequence, moment, part, count, cohorts))
 
@@ -447,7 +444,6 @@ class History:
         assert self.policy is not None
         charged = table(self.charges())
         arrivals = Arrivals(
-            register=self.register,
             ranges=tuple(said for *_, said in charged),
             lost_after=min((last for last, _ in self.lost_rows), default=None),
         )

@@ -143,8 +143,10 @@ class Ledger:
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
             cohort = ""
             if (cohorts := run.plan.cohorts) is not None:
-                # The digest always, since others learn the number of events, which must depend on no record.
+                # The digest always, since others learn the number of events, which must depend on no record, and with
+                # a salt, since an anchor, which anybody may read, has the event's hash.
                 admitted, detail["register"] = self._store.admit(arrivals(), cohorts)
+                detail["salt"] = secrets.token_hex(16)
                 cohort, granted = str(cohorts), replace(granted, admitted=admitted)
             self._store.append(Kind.RESERVE, detail, **granted.of_events, dataset=proposal.dataset, cohort=cohort)
             return granted
@@ -394,17 +396,18 @@ class Ledger:
     def _lost_arrivals(self, anchor: Head, ranges: Sequence[str], *, shared: int) -> Arrivals | None:
         """The cohorts of a gap, and up to which event the register's rows count once the gap is made up for.
 
-        If the lost branch's register is one that this ledger had, each of its rows is here.  Otherwise somebody whom
-        this register lacks, or has under an event that the lost branch did not share, may have been admitted there
-        under any cohort.  So may somebody whose row one of the branches doubts and the other does not.
+        Guarantee: it follows from charges alone, so that no refusal or figure after a restore tells of a record.
+        If the lost branch charged a round that this ledger lacks, somebody whom this register lacks, or has under an
+        event that the lost branch did not share, may have been admitted there under any cohort.  So may somebody whose
+        row one of the branches doubts and the other does not.
         """
         if (there := anchor.arrivals) is None:
             return None
         unsure = [last for last, _ in self.history.lost_rows]
         unsure += [] if there.lost_after is None else [there.lost_after]
-        if there.register not in self.history.registers or unsure:
+        if ranges or unsure:
             unsure.append(shared)
-        return Arrivals(register=there.register, ranges=tuple(ranges), lost_after=min(unsure, default=None))
+        return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before; None for a round still to be trained."""
