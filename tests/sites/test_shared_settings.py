@@ -18,6 +18,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
 from fedtune.privacy.about import AboutSpec
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
@@ -48,6 +49,7 @@ DECISIVE: dict[str, Any] = {
     **of("head", scale=5.0, centre=True, init="label_names", train=False, label_texts=("one", "two", "three")),
     "head.hidden": (3,),
     **of("privacy", mechanism="none", unit="user", records_per_user=5, epsilon=7.0, delta=1e-6, noise_multiplier=5.0),
+    **of("privacy", cohorts=Cohorts(period="year", last="2026")),
     **of("privacy", max_grad_norm=0.5, sampling_rate=0.4, metrics="noised", metrics_noise_multiplier=30.0),
     **of("training", local_steps=3, optimizer="sgd", learning_rate=0.5, head_learning_rate=0.5),
     **of("training", unclipped_learning_rate=0.5, unclipped_head_learning_rate=0.5, weight_decay=0.1, momentum=0.1),
@@ -95,6 +97,10 @@ WITH: dict[str, Any] = {
     "privacy.records_per_user": {
         "privacy": {"unit": "user"},
         "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
+    },
+    "privacy.cohorts": {
+        "privacy": {"unit": "user"},
+        "data": {"columns": {"text": "text", "label": "label", "user": "who", "arrival": "since"}},
     },
     "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
     "data.prompt_template": {"task": "causal_lm", "data": LANGUAGE},

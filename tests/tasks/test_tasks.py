@@ -45,7 +45,7 @@ WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
         (
             (*LABELLED, "text_pair"),
             {"labels": ("a", "b")},
-            "columns.text_pair = 'text_pair': is no role of this run: task classification with these settings reads l",
+            "columns.text_pair = 'text_pair': is no role of this run: task classification with these settings reads a",
         ),
         (
             LABELLED,
