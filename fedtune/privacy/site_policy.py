@@ -20,6 +20,7 @@ from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.about import AboutSpec
+from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.proposal import Proposal
@@ -77,7 +78,7 @@ class Population:
 
     name: str
     unit: Unit = "record"
-    arrivals: Literal["month", "quarter", "year", ""] = ""
+    arrivals: Literal[Calendar, ""] = ""
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
@@ -119,7 +120,7 @@ class Budget:
     reference: Reference
     max_epsilon_per_run: float | None = None
     max_epsilon_per_period: float | None = None
-    period: Literal["month", "quarter", "year"] = "year"
+    period: Calendar = "year"
 
     def __post_init__(self) -> None:
         check_fraction("delta", self.delta)

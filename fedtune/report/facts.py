@@ -51,7 +51,7 @@ class Approved:
     max_epsilon: float | None
     max_epsilon_per_run: float | None
     max_epsilon_per_period: float | None
-    period: Literal["month", "quarter", "year"]
+    period: Calendar
     since: str | None
 
 
@@ -426,7 +426,7 @@ class LedgerFacts:
     max_epsilon: float | None
     max_epsilon_per_run: float | None
     max_epsilon_per_period: float | None
-    period: Literal["month", "quarter", "year"]
+    period: Calendar
     reference: Reference
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]

@@ -334,21 +334,17 @@ def contribution(plan: Plan) -> str:
 
 def arrival_words(cohort: int, after: int | None, period: str) -> str:
     """People of a group of cohorts, from its first to the one before the group `after` it; None: to the newest."""
+    last = None if after is None else cohort_name(after - 1, period)
     if cohort == OLDEST:
-        others = (
-            ""
-            if after == OLDEST + 1
-            else f", or came up to {cohort_name(after - 1, period)}"
-            if after
-            else " or came ever"
-        )
-        return f"have no date{others}"
-    if after is None:
-        return f"came in {cohort_name(cohort, period)} or later" if cohort > OLDEST + 1 else "have a date"
-    first, last = cohort_name(cohort, period), cohort_name(after - 1, period)
-    return (
-        f"came up to {last}" if cohort == OLDEST + 1 else f"came in {first if first == last else f'{first} to {last}'}"
-    )
+        if last is None:
+            return "have no date or came ever"
+        return "have no date" if after == OLDEST + 1 else f"have no date, or came up to {last}"
+    if cohort == OLDEST + 1:
+        return "have a date" if last is None else f"came up to {last}"
+    first = cohort_name(cohort, period)
+    if last is None:
+        return f"came in {first} or later"
+    return f"came in {first}" if first == last else f"came in {first} to {last}"
 
 
 def mechanism_text(event: DpEvent, count: int) -> str:

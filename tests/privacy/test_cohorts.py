@@ -418,22 +418,28 @@ def test_a_second_restore_still_knows_that_rows_were_lost(backups: Backups, ask:
     lost = made.head()
     back = backups.put_back()
     back.charge_gap(lost)
-    anchor = back.head()  # no row was written since the backup, and so its register is one that the backup knows
+    anchor = back.head()  # no row was written since the backup
     again = backups.put_back()
     again.charge_gap(anchor)
     assert again.history.lost_rows
     assert admitted(again, ask("three", "2026", "2026"), {"ben": 2026}) == set()
 
 
-def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups, ask: Ask) -> None:
-    """Its rows were of no worth behind an event that the newer backup has, too."""
+def beside_a_lost_ledger(backups: Backups, ask: Ask, *, there: str, here: str) -> tuple[Ledger, Head]:
+    """A ledger and its backup, and the head of one that parted from it; each admitted somebody since."""
     made = backups.open()
     backups.back_up()
-    admitted(made, ask("lost", "2025", "2025"), {"ben": 2025})
+    admitted(made, ask("lost", "2025", "2025"), {there: 2025})
     lost = made.head()
     back = backups.put_back()
-    admitted(back, ask("here", "2026", "2026"), {"ben": 2026})
+    admitted(back, ask("here", "2026", "2026"), {here: 2026})
     backups.back_up()
+    return back, lost
+
+
+def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups, ask: Ask) -> None:
+    """Its rows were of no worth behind an event that the newer backup has, too."""
+    back, lost = beside_a_lost_ledger(backups, ask, there="ben", here="ben")
     back.charge_gap(lost)
     anchor = back.head()
     again = backups.put_back()
@@ -443,13 +449,7 @@ def test_what_a_lost_ledger_doubted_is_doubted_after_it(backups: Backups, ask: A
 
 def test_doubts_of_this_ledger_cover_what_another_branch_charged(backups: Backups, ask: Ask) -> None:
     """A row that is doubted here counts as the oldest cohort, though another branch never doubted it."""
-    made = backups.open()
-    backups.back_up()
-    admitted(made, ask("lost", "2025", "2025"), {"ann": 2025})
-    lost = made.head()
-    back = backups.put_back()
-    admitted(back, ask("here", "2026", "2026"), {"ben": 2026})
-    backups.back_up()
+    back, lost = beside_a_lost_ledger(backups, ask, there="ann", here="ben")
     doubting = backups.path.with_name("doubting.db")
     back.charge_gap(lost)
     shutil.copy(backups.path, doubting)

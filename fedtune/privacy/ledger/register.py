@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedtune.codec import decode
 from fedtune.privacy import events as dp_events
+from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import is_public_key
 from fedtune.privacy.ledger.chain import START
 from fedtune.privacy.site_policy import Policy
@@ -56,7 +57,7 @@ class Opened:
     order: float
     reference: dict[str, Any]
     site_key: str
-    arrivals: Literal["month", "quarter", "year", ""] = ""
+    arrivals: Literal[Calendar, ""] = ""
 
     @classmethod
     def under(cls, policy: Policy, *, ledger: str, site_key: str) -> Opened:

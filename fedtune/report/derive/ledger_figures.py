@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
@@ -90,28 +90,34 @@ def plans_of(facts: LedgerFacts) -> Mapping[str, Plan]:
 
 def charged_of(facts: LedgerFacts, *, period: str | None = None) -> Counter[DpEvent]:
     """All that was charged to the cohort with the most; with a `period`, in that of the newest entry."""
-    found = [charged_to(facts, cohort, period=period) for cohort in _groups(facts)]
-    return found[0] if len(found) == 1 else max(found, key=lambda each: filter.total_divergence(each, facts.order))
+    return _most(facts, [charged_to(facts, cohort, period=period) for cohort in _groups(facts)])
+
+
+def _most(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[DpEvent]:
+    return max(found, key=lambda each: filter.total_divergence(each, facts.order) if len(found) > 1 else 0.0)
 
 
 def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
     """All that was charged to a cohort; None: to any."""
-    plans, total = plans_of(facts), Counter[DpEvent]()
-    owed = max((n for n, entry in enumerate(facts.charges, 1) if entry.lost_rows), default=0) if cohort == OLDEST else 0
-    for number, entry in enumerate(facts.charges, 1):
+    plans, total, owed = plans_of(facts), Counter[DpEvent](), _owed(facts)
+    for number, entry in enumerate(facts.charges):
         if period is None or _number(entry.day, period) == _number(facts.date, period):
             for charged, admitted in _of_entry(entry, plans, facts.arrivals):
-                if cohort is None or admitted is None or cohort in admitted or number <= owed:
+                if cohort is None or admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     total.update(charged)
     return events.grouped(total)
 
 
+def _owed(facts: LedgerFacts) -> int:
+    """The last entry that the oldest cohort owes, with all before it, since rows were lost; -1: there is none."""
+    return max((number for number, entry in enumerate(facts.charges) if entry.lost_rows), default=-1)
+
+
 def _groups(facts: LedgerFacts) -> list[int]:
     """The first of each group of cohorts whose figures cannot differ."""
-    plans = plans_of(facts)
-    known = {admitted for entry in facts.charges for _, admitted in _of_entry(entry, plans, facts.arrivals)}
-    known |= {plan.cohorts for plan in plans.values()}
-    return groups(known, oldest_apart=any(entry.lost_rows for entry in facts.charges))
+    said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
+    lost = [Cohorts.of(one, facts.arrivals) for one in said if facts.arrivals]
+    return groups([*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_owed(facts) >= 0)
 
 
 def _number(day: str, period: str) -> int:
@@ -193,12 +199,12 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
 
 def lifetime(facts: LedgerFacts) -> Lifetime:
     """The figures over all runs, as of the facts' date."""
-    charged, own, rounds = charged_of(facts), _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
+    own, rounds = _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
     begins = _groups(facts)
-    taken = {cohort: charged_to(facts, cohort) + _held(facts, cohort, own) for cohort in begins}
-    most = max(taken.values(), key=lambda each: filter.total_divergence(each, facts.order))
-    left = _left(facts, most)
-    reference = facts.reference
+    spent = [charged_to(facts, cohort) for cohort in begins]
+    taken = [one + _held(facts, cohort, own) for cohort, one in zip(begins, spent, strict=True)]
+    charged, most = _most(facts, spent), _most(facts, taken)
+    left, reference = _left(facts, most), facts.reference
     typical = events.dp_sgd(
         sampling_rate=reference.sampling_rate, noise_multiplier=reference.noise_multiplier, steps=reference.steps
     )
@@ -223,22 +229,20 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         and tuple(
             CohortFigures(
                 cohort=arrival_words(cohort, after, facts.arrivals),
-                epsilon=_filtered(facts, charged_to(facts, cohort)),
-                with_set_aside=_filtered(facts, taken[cohort]),
-                left=_left(facts, taken[cohort]),
+                epsilon=_filtered(facts, one),
+                with_set_aside=_filtered(facts, with_held),
+                left=_left(facts, with_held),
             )
-            for cohort, after in zip(begins, [*begins[1:], None], strict=True)
+            for cohort, after, one, with_held in zip(begins, [*begins[1:], None], spent, taken, strict=True)
         ),
     )
 
 
 def _held(facts: LedgerFacts, cohort: int, rounds: Mapping[str, int]) -> Counter[DpEvent]:
     """What open runs that admit a cohort have set aside."""
-    held = Counter[DpEvent]()
-    for run in facts.runs:
-        if run.state == "open" and (run.plan.cohorts is None or cohort in run.plan.cohorts):
-            held.update(events.grouped([run.plan.event(rounds=run.plan.most_rounds - rounds[run.run])]))
-    return held
+    runs = (run for run in facts.runs if run.state == "open")
+    admit = [run for run in runs if run.plan.cohorts is None or cohort in run.plan.cohorts]
+    return events.grouped([run.plan.event(rounds=run.plan.most_rounds - rounds[run.run]) for run in admit])
 
 
 def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
@@ -293,10 +297,9 @@ def steps(facts: LedgerFacts, *, epsilon: float | None) -> tuple[Step, ...]:
     """Epsilon by the filter after each round that is told by itself, and after the others' runs; `epsilon` at last."""
     charges, order, delta = facts.charges, facts.order, facts.delta
     most, made = math.inf if epsilon is None else epsilon, list[Step]()
-    totals, plans = dict.fromkeys(_groups(facts), 0.0), plans_of(facts)
+    totals, plans, owed = dict.fromkeys(_groups(facts), 0.0), plans_of(facts), _owed(facts)
     last = {entry.run: number for number, entry in enumerate(charges)}
     each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}
-    owed = max((number for number, entry in enumerate(charges) if entry.lost_rows), default=-1)
     for number, entry in enumerate(charges):
         for charged, admitted in _of_entry(entry, plans, facts.arrivals):
             cost = each[entry.run] * entry.rounds if entry.run else filter.total_divergence(charged, order)
