@@ -35,6 +35,11 @@ def is_slow_on_cpu(dtype: str) -> bool:
     return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
 
+def goes_by_rows(dtype: str, device: torch.device) -> bool:
+    """Whether a row's product hangs on the number of rows: AMX parts long products in bfloat16 by it."""
+    return dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 class _Product(torch.autograd.Function):
     """`values` (..., k) times `weight` (n, k) transposed, plus `bias` (n,), in float32; only values get a gradient."""
 

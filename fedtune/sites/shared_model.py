@@ -24,6 +24,7 @@ from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.scoring import KeptBatches, figures_of
 from fedtune.model import Adapter
+from fedtune.model.products import goes_by_rows
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
@@ -214,6 +215,8 @@ class SharedModel:
         if self._facts not in _measured:
             self.progress("trying the model", 0, 0)
             shapes = self._within_memory()
+            if goes_by_rows(self.config.model.dtype, self.device):
+                shapes = replace(shapes, row_shares=(1,))  # as the trial would find, which takes seconds
             moved = self._moved(shapes)
             if moved > 0 and self.device.type != "cpu" and not attends_by_products():
                 attend_by_products()  # fused kernels may part their work by how many rows there are
