@@ -127,9 +127,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII):
-            raise ConfigError(
-                "name", self.name, "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
-            )
+            bound = "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
+            raise ConfigError("name", self.name, bound)
         if len(self.name) > MOST_NAME:
             raise ConfigError("name", self.name, f"must have at most {MOST_NAME} characters")
         check_at_least("seed", self.seed, 0)
@@ -277,11 +276,12 @@ class RunConfig:
         fields = self.to_json()
         for key in ("name", "resume", "tracking", "report", "cost"):
             del fields[key]
-        patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s")]
+        patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s", "renewal")]
         patience.append(("training", "go_on_without_signal"))
         # Where an adapter lies changes nothing: its digest says which it is.
         places = [("model", key) for key in ("cache_dir", "public_id", "adapter")]
-        unsaid = {"records_per_user": self.privacy.unit == "record", "cohorts": self.privacy.cohorts is None}
+        own = self.privacy
+        unsaid = {"records_per_user": own.unit == "record", "cohorts": own.cohorts is None, "runs": own.runs == 1}
         of_no_effect = [("privacy", key) for key, nothing in unsaid.items() if nothing]
         for group, key in (("evaluation", "max_tokens"), *patience, *places, *of_no_effect):
             del fields[group][key]
@@ -471,9 +471,9 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
         raise ConfigError("privacy.delta", privacy.delta, bound)
     if privacy.noise_multiplier is not None:
         plan = config.plan()
-        epsilon = accountant.epsilon_above([plan.whole], privacy.delta, limit=privacy.epsilon)
+        epsilon = accountant.epsilon_above([plan.of_all_runs], privacy.delta, limit=privacy.epsilon)
         if epsilon is not None:
-            steps = plan.local_steps * plan.most_rounds
+            steps = plan.local_steps * plan.most_rounds * plan.runs
             bound = f"gives epsilon {epsilon:.4g} over {steps} steps, above privacy.epsilon = {privacy.epsilon:g}"
             raise ConfigError("privacy.noise_multiplier", privacy.noise_multiplier, bound)
 

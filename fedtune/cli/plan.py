@@ -89,7 +89,7 @@ def _price_of(compose: Compose, overrides: Sequence[str], target: Target | None,
     config, planned = _planned(compose, overrides, target)
     # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
     given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
-    epsilon = planner.coarse_epsilon(planned) if given and planned.private else config.privacy.epsilon
+    epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
     forecast, device = _forecast(config, planned) if with_model else (None, "")
     # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
     sha256 = config.model.sha256
@@ -99,7 +99,7 @@ def _price_of(compose: Compose, overrides: Sequence[str], target: Target | None,
         sha256 = model_sha256(config.model)
     return Outlook(
         config=config,
-        price=planner.price(planned, config.declared_sizes()),
+        price=planner.price(planned, config.declared_sizes(), before=config.federation.renewal),
         solved=target,
         epsilon=epsilon,
         changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),

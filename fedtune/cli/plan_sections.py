@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedtune.cli.plain_words import reason_text
 from fedtune.config import RunConfig
+from fedtune.federation.calendar import about_calendar, calendar_rows
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.model.spec import NO_ADAPTER
@@ -126,6 +127,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         _sites(outlook),
         _rounds(outlook),
         _accountants(outlook),
+        _calendar(outlook),
         _what_if(outlook),
         _bytes_and_time(outlook),
         *(_policy(verdict, outlook) for verdict in outlook.verdicts),
@@ -287,18 +289,31 @@ def _accountants(outlook: Outlook) -> Section:
     )
 
 
+def _calendar(outlook: Outlook) -> Section:
+    """The runs that share the epsilon, years ahead."""
+    if not (runs := outlook.price.calendar):
+        return Section()
+    title, *notes = about_calendar(outlook.plan)
+    headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
+    return Section(
+        title=title, headings=headings, rows=tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes
+    )
+
+
 def _what_if(outlook: Outlook) -> Section:
     """The price of other plans."""
     if not outlook.changes:
         return Section()
-    rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon_text(outlook.price.epsilon))]
+    rows = [
+        ("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon_text(outlook.price.epsilon_of_all_runs))
+    ]
     for change in outlook.changes:
         needed = "none suffices" if change.noise_needed is None else f"{change.noise_needed:.4f}"
         noise = "-" if change.step_noise is None else f"{change.step_noise:.0%}"
         rows.append((change.what, needed, noise, epsilon_text(change.same_noise_epsilon)))
     headings = ("change", f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}")
     return Section(
-        title="What if",
+        title="What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs",
         headings=(*headings, "noise in a\nmean gradient", "epsilon at\nthis noise"),
         rows=rows,
         notes=(

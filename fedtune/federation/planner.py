@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fedtune.federation.calendar import CalendarRun, calendar_of, epsilon_of
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.run_plan import Plan
@@ -72,6 +73,7 @@ class Price:
             one over their size bounds delta.
         rounds: every round, or about twenty of many, the last one included.
         epsilon: of the whole plan, spare rounds included, by PLD; a run's report never shows more.
+        epsilon_of_all_runs: of all `plan.runs` that share the target; `calendar` has them one by one, if they are more.
         epsilon_rdp: the same by RDP.
         epsilon_filter: the least lifetime cap of a new ledger under which the plan fits.
         filter_order: the order at which it does.
@@ -84,11 +86,13 @@ class Price:
     largest: tuple[str, ...]
     rounds: tuple[RoundPrice, ...] = ()
     epsilon: float = math.inf
+    epsilon_of_all_runs: float = math.inf
     epsilon_rdp: float = math.inf
     epsilon_filter: float = math.inf
     filter_order: float | None = None
     epsilon_of_one_round: float = math.inf
     by_trust: Epsilons | None = None
+    calendar: tuple[CalendarRun, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -117,8 +121,8 @@ class Change:
     step_noise: float | None
 
 
-def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
-    """The price of `plan` for sites of these declared sizes.
+def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int = 0) -> Price:
+    """The price of `plan` for sites of these declared sizes; `before`: runs of its calendar that are over.
 
     Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.
     """
@@ -134,11 +138,13 @@ def price(plan: Plan, declared_sizes: Mapping[str, int]) -> Price:
         largest=largest,
         rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan)),
         epsilon=accountant.epsilon_pld([whole], delta),
+        epsilon_of_all_runs=epsilon_of(plan, runs=plan.runs),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
         epsilon_filter=filter.epsilon_filter([whole], order=order, delta=delta),
         filter_order=order,
         epsilon_of_one_round=accountant.epsilon_pld([plan.event()], delta, interval=accountant.COARSE),
         by_trust=plan.by_trust(plan.most_rounds),
+        calendar=calendar_of(plan, before=before),
     )
 
 
@@ -191,7 +197,7 @@ class SecureSums:
 
 
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
-    """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost.
+    """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost, over all `plan.runs`.
 
     Args:
         plan: a plan with privacy.
@@ -219,7 +225,7 @@ def _change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:
         plan=plan,
         epsilon=epsilon,
         noise_needed=noise,
-        same_noise_epsilon=coarse_epsilon(plan),
+        same_noise_epsilon=target_epsilon(plan),
         step_noise=None if noise is None else noise / plan.sampling_rate / before,
     )
 
@@ -261,6 +267,12 @@ def coarse_epsilon(plan: Plan) -> float:
     return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
 
 
+@lru_cache(maxsize=1024)
+def target_epsilon(plan: Plan) -> float:
+    """The same of all `plan.runs`: what `privacy.epsilon` bounds."""
+    return accountant.epsilon_pld([plan.of_all_runs], plan.delta, interval=accountant.COARSE)
+
+
 def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
     """`plan` with the most rounds, beside its spare ones, that stay within `epsilon`.
 
@@ -269,7 +281,7 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
     """
 
     def within(count: int) -> bool:
-        return coarse_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
+        return target_epsilon(dataclasses.replace(plan, num_rounds=count)) <= epsilon
 
     fits, too_many = 0, 1
     while within(too_many):
@@ -297,7 +309,7 @@ def solve_sampling_rate(plan: Plan, *, epsilon: float, least: float) -> Plan:
         return dataclasses.replace(plan, sampling_rate=rate)
 
     rate = accountant.last_within(
-        lambda rate: coarse_epsilon(at(rate)),
+        lambda rate: target_epsilon(at(rate)),
         epsilon,
         start=max(plan.sampling_rate, least),
         bounds=(least, 1.0),
@@ -316,10 +328,10 @@ def least_noise(plan: Plan, *, epsilon: float) -> float | None:
     As `accountant.calibrate_noise`, but the search starts near the answer, at the noise of `plan`.
     """
     most = plan.with_noise(accountant.MOST_NOISE)
-    if plan.releases_metrics and coarse_epsilon(most) > epsilon:
+    if plan.releases_metrics and target_epsilon(most) > epsilon:
         return None  # the released scores alone exceed it; a search would try a thousand noises in vain
     noise = accountant.last_within(
-        lambda noise: coarse_epsilon(plan.with_noise(noise)),
+        lambda noise: target_epsilon(plan.with_noise(noise)),
         epsilon,
         start=plan.noise_multiplier,
         bounds=(accountant.LEAST_NOISE, accountant.MOST_NOISE),

@@ -55,6 +55,7 @@ class FederationSpec:
         server_momentum: FedAvgM's momentum, and FedAdam's beta_1.
         server_beta_2: FedAdam's second moment decay.
         server_tau: FedAdam's degree of adaptivity.
+        renewal: how many runs came before this one, each of which renewed the one before; `--renew` counts them.
         round_timeout_s: how long the server waits for a round's replies.
         enough_sites: the number of updates after which a round waits only `grace_s` for more; null: a round waits for
             every site that is at work.
@@ -80,6 +81,7 @@ class FederationSpec:
     server_momentum: float = 0.0
     server_beta_2: float = 0.99
     server_tau: float = 1e-3
+    renewal: int = 0
     round_timeout_s: float = 3600.0
     enough_sites: int | None = None
     grace_s: float = 60.0
@@ -88,7 +90,8 @@ class FederationSpec:
         for name in ("num_rounds", "num_sites", "min_sites"):
             check_at_least(name, getattr(self, name), 1)
         check_at_most("num_sites", self.num_sites, MOST_SITES)
-        check_at_least("spare_rounds", self.spare_rounds, 0)
+        for name in ("spare_rounds", "renewal"):
+            check_at_least(name, getattr(self, name), 0)
         if self.site_names and len(self.site_names) != self.num_sites:
             raise ConfigError("site_names", list(self.site_names), f"must hold num_sites = {self.num_sites} names")
         for name in self.site_names:

@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.randomness import RandomStream
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, check_whole, spec
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
 Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 MOST_EPSILON = 100.0
 """Largest epsilon to calibrate for: beyond it, the privacy loss distributions take minutes to compute."""
+
+MOST_RUNS = 120
+"""Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
 
 
 @spec
@@ -27,7 +30,8 @@ class PrivacySpec:
         unit: what one (epsilon, delta) protects: "record", or "user": a person, named by the role `user`, with all of
             their records at a site.  Every size, rate and denominator then counts users.
         records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
-        epsilon: the target over all rounds and steps of the run, at every site.
+        epsilon: the target over all rounds and steps of the run, and of all `runs`, at every site.
+        runs: in how many runs like this one somebody may be, which share `epsilon`: a run alone spends less.
         delta: the delta of the promise; it must stay below one over every site's declared size.
         noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
         max_grad_norm: the clip norm C, over all trainable tensors of one unit together.
@@ -44,6 +48,7 @@ class PrivacySpec:
     unit: Unit = "record"
     records_per_user: int = 8
     epsilon: float = 8.0
+    runs: int = 1
     delta: float = 1e-5
     noise_multiplier: float | None = None
     max_grad_norm: float = 1.0
@@ -53,8 +58,10 @@ class PrivacySpec:
     cohorts: Cohorts | None = None
 
     def __post_init__(self) -> None:
-        check_whole("records_per_user", self.records_per_user)
-        check_at_least("records_per_user", self.records_per_user, 1)
+        for name in ("records_per_user", "runs"):
+            check_whole(name, getattr(self, name))
+            check_at_least(name, getattr(self, name), 1)
+        check_at_most("runs", self.runs, MOST_RUNS)
         check_positive("epsilon", self.epsilon)
         check_fraction("delta", self.delta)
         if self.noise_multiplier is not None:
@@ -151,11 +158,7 @@ def add_gaussian_noise(
 
 
 def noised_scores(
-    scores: npt.NDArray[np.float64],
-    *,
-    declared_size: float,
-    noise_multiplier: float,
-    stream: RandomStream,
+    scores: npt.NDArray[np.float64], *, declared_size: float, noise_multiplier: float, stream: RandomStream
 ) -> tuple[float, float]:
     """Mean score and count of held-out units, each as a share of the declared held-out size, by one Gaussian mechanism.
 

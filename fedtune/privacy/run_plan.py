@@ -12,8 +12,8 @@ from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
-from fedtune.privacy.mechanism import PrivacySpec, Unit
-from fedtune.spec import ConfigError, check_at_least, check_fraction, check_positive, check_whole, spec
+from fedtune.privacy.mechanism import MOST_RUNS, PrivacySpec, Unit
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
 LEAST_SAMPLING_RATE = 1e-15
 MORE_THAN_DECLARED = 4.0
@@ -40,6 +40,7 @@ class Plan:
         shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
             sum of each site.  None: each site has noise of its own.
         cohorts: whom the run admits, and charges; None: everybody, in a population whose people have no arrivals.
+        runs: in how many runs like this one somebody may be: the noise is for the epsilon of all of them together.
     """
 
     unit: Unit
@@ -54,6 +55,7 @@ class Plan:
     records_per_user: int = 1
     shared: SharedNoise | None = None
     cohorts: Cohorts | None = None
+    runs: int = 1
 
     def __post_init__(self) -> None:
         # A plan also comes from a server's request: nothing about it is taken on trust.
@@ -63,11 +65,11 @@ class Plan:
         for name in ("noise_multiplier", "metrics_noise_multiplier"):
             accountant.check_noise(name, getattr(self, name), none=True)
         check_positive("max_grad_norm", self.max_grad_norm)
-        for name, least in (("local_steps", 1), ("num_rounds", 1), ("spare_rounds", 0), ("records_per_user", 1)):
-            count = getattr(self, name)
-            check_whole(name, count)
-            check_at_least(name, count, least)
-        accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds)
+        for name in ("local_steps", "num_rounds", "spare_rounds", "records_per_user", "runs"):
+            check_whole(name, count := getattr(self, name))
+            check_at_least(name, count, 0 if name == "spare_rounds" else 1)
+        check_at_most("runs", self.runs, MOST_RUNS)
+        accountant.check_delta("delta", self.delta, steps=self.local_steps * self.most_rounds * self.runs)
         if self.unit == "record" and self.records_per_user != 1:
             raise ConfigError("records_per_user", self.records_per_user, "must be 1 for unit 'record'")
         if self.cohorts is not None and self.unit != "user":
@@ -92,13 +94,13 @@ class Plan:
         spare_rounds: int = 0,
         together: Together | None = None,
     ) -> Plan:
-        """The plan of a run, with noise calibrated once for all its rounds, spare ones included.
+        """The plan of a run, with noise calibrated once for all its rounds, spare ones included, and those of `runs`.
 
         `together` says who makes the noise of a secure sum; a noise multiplier that is given is then each site's share.
         """
-        steps = local_steps * (num_rounds + spare_rounds)
+        most = privacy.runs * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
-        accountant.check_delta("privacy.delta", privacy.delta, steps=steps)
+        accountant.check_delta("privacy.delta", privacy.delta, steps=local_steps * most)
         if not privacy.private:
             noise = 0.0
         elif noise is None:
@@ -106,8 +108,8 @@ class Plan:
                 epsilon=privacy.epsilon,
                 delta=privacy.delta,
                 sampling_rate=privacy.sampling_rate,
-                steps=steps,
-                also=_scores(privacy.metrics_noise, num_rounds + spare_rounds),
+                steps=local_steps * most,
+                also=_scores(privacy.metrics_noise, most),
             )
             noise = noise if together is None else together.share_of(noise)
         return cls(
@@ -123,6 +125,7 @@ class Plan:
             records_per_user=privacy.contribution,
             shared=None if together is None else together.with_share(noise),
             cohorts=privacy.cohorts,
+            runs=privacy.runs,
         )
 
     @property
@@ -144,6 +147,11 @@ class Plan:
     def whole(self) -> DpEvent:
         """All rounds that may be charged, as one event."""
         return self.event(rounds=self.most_rounds)
+
+    @property
+    def of_all_runs(self) -> DpEvent:
+        """The same of all `runs`: what the epsilon is for that the noise was calibrated to."""
+        return self.event(rounds=self.most_rounds * self.runs)
 
     @property
     def noises(self) -> tuple[float, ...]:
@@ -190,23 +198,18 @@ class Plan:
         (`fedtune.privacy.distributed_noise`).
         """
         training = events.dp_sgd(
-            sampling_rate=self.sampling_rate,
-            noise_multiplier=self.counted_noise,
-            steps=self.local_steps * rounds,
+            sampling_rate=self.sampling_rate, noise_multiplier=self.counted_noise, steps=self.local_steps * rounds
         )
         scores = _scores(self.metrics_noise_multiplier, rounds)
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON, the canonical form that `digest` hashes.
-
-        A plan of records has no `records_per_user`, and what is None is left out.
-        """
+        """Plain JSON, the canonical form that `digest` hashes: without what is None or usual, or only users have."""
         fields = dataclasses.asdict(self)
         if self.unit == "record":
             del fields["records_per_user"]
-        for key in ("shared", "cohorts"):
-            if fields[key] is None:
+        for key, usual in (("shared", None), ("cohorts", None), ("runs", 1)):
+            if fields[key] == usual:
                 del fields[key]
         return fields
 
@@ -218,9 +221,9 @@ class Plan:
             ConfigError: anything else.
         """
         plan = decode(cls, fields)
-        for key, without in (("shared", "secure sums"), ("cohorts", "arrivals")):
-            if getattr(plan, key) is None and isinstance(fields, dict) and key in fields:
-                raise ConfigError(key, None, f"must be left out without {without}")  # a plan has one spelling
+        for key, without in (("shared", "secure sums"), ("cohorts", "arrivals"), ("runs", "others to come")):
+            if isinstance(fields, dict) and key in fields and key not in plan.to_json():
+                raise ConfigError(key, fields[key], f"must be left out without {without}")  # a plan has one spelling
         return plan
 
     def digest(self) -> str:

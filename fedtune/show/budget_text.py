@@ -10,6 +10,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
+from fedtune.federation.calendar import runs_words
 from fedtune.federation.planner import LEAST_SIGNAL
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
@@ -286,11 +287,11 @@ def cap_text(cap: float | None) -> str:
 def noise_words(plan: Plan) -> str:
     """The plan's noise; of secure sums each site's share, and with how many of them a step counts."""
     if (shared := plan.shared) is None:
-        return f"multiplier {plan.noise_multiplier:g}"
+        return f"multiplier {plan.noise_multiplier:g}{runs_words(plan)}"
     less = f", less {shared.colluders} that may collude" if shared.colluders else ""
     return (
         f"multiplier {plan.noise_multiplier:g} at each site, {plan.counted_noise:.4g} in a secure sum of at least "
-        f"{shared.threshold} of {counted(shared.num_sites, 'site')}{less}"
+        f"{shared.threshold} of {counted(shared.num_sites, 'site')}{less}{runs_words(plan)}"
     )
 
 

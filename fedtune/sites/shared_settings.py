@@ -47,7 +47,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         data=config.data.for_sites(columns),
         privacy=replace(config.privacy, noise_multiplier=noise) if config.privacy.private else config.privacy,
         # The lead alone decides by its scores when the run ends, and whose adapter it keeps.
-        federation=replace(config.federation, stop_after=None, keep_round="last"),
+        federation=replace(config.federation, stop_after=None, keep_round="last", renewal=0),
         runtime=RuntimeSpec(kind="deployment", seeded_noise=config.runtime.seeded_noise),
         tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),

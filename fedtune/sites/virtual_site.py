@@ -244,9 +244,9 @@ def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
 
 
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
-    """A policy that allows `plan` and no more, with a lifetime cap of what it costs by the filter, rounded up."""
+    """A policy that allows `plan` and no more, with a lifetime cap of what its runs cost by the filter, rounded up."""
     proposal = config.proposal(lead=lead, plan=plan)
-    budget = budget_for([plan])
+    budget = budget_for([plan] * plan.runs)
     noises = plan.noises
     return Policy(
         site=site,

@@ -108,6 +108,15 @@ def test_json_of_a_plan(lived: Any, tiny: Any, tmp_path: Path, command: Any) -> 
     snapshots.check_json("plan", outcome.out, folder=lived.folder)
 
 
+def test_a_calendar(tiny: Any, tmp_path: Path, command: Any) -> None:
+    words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
+    window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
+    outcome = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window)
+    assert outcome.code == 0, outcome.err
+    part = outcome.out.partition("Four runs a year")
+    snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
+
+
 def test_runs_that_wait(joined: Callable[..., Here], run_proposal: Any, command: Any) -> None:
     here, settings = (
         joined("north"),

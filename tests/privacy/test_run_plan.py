@@ -29,7 +29,7 @@ def test_the_digest_is_golden(plan: Any) -> None:
     [
         *({"delta": 1e-6}, {"sampling_rate": 0.26}, {"noise_multiplier": 1.0001}, {"max_grad_norm": 0.51}),
         *({"local_steps": 4}, {"num_rounds": 3}, {"spare_rounds": 1}, {"metrics_noise_multiplier": 20.0}),
-        *({"unit": "user", "records_per_user": 8}, {"unit": "user"}),
+        *({"unit": "user", "records_per_user": 8}, {"unit": "user"}, {"runs": 2}),
     ],
 )
 def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> None:
@@ -49,7 +49,7 @@ def test_a_number_has_one_digest_however_it_is_written(plan: Any, name: str, wri
 
 def test_every_field_is_in_its_json(plan: Any) -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
-    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared", "cohorts"}
+    assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared", "cohorts", "runs"}
     shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
     of_sums = plan(local_steps=1, noise_multiplier=1.0, shared=shared)
     assert of_sums.to_json()["shared"] == dataclasses.asdict(shared)
@@ -63,6 +63,26 @@ def test_every_field_is_in_its_json(plan: Any) -> None:
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
     for each in (plan(), by_user):
         assert Plan.from_json(each.to_json()) == each
+
+
+def test_a_single_run_is_not_said_and_several_are(plan: Any) -> None:
+    assert "runs" not in plan().to_json()
+    assert Plan.from_json(plan(runs=3).to_json()) == plan(runs=3)
+    for wrong in (1, 0, 2.0, True, None, 121):
+        with pytest.raises(ConfigError):
+            Plan.from_json({**plan().to_json(), "runs": wrong})
+
+
+@pytest.mark.parametrize("settings", [{}, {"metrics": "noised", "metrics_noise_multiplier": 10.0}])
+def test_runs_by_the_rule_come_to_epsilon_together(settings: dict[str, Any]) -> None:
+    privacy = PrivacySpec(epsilon=4.0, runs=5, sampling_rate=0.1, **settings)
+    made = Plan.of(privacy, local_steps=4, num_rounds=3, spare_rounds=1)
+    alone = epsilon_pld([made.whole], made.delta)
+    assert alone < 2.5
+    assert 3.98 < epsilon_pld([made.whole] * 5, made.delta) <= 4.0 < epsilon_pld([made.whole] * 6, made.delta)
+    assert events.grouped([made.whole] * 5) == events.grouped([made.of_all_runs])
+    with pytest.raises(ConfigError, match=r"runs = 121: must be at most 120"):
+        PrivacySpec(runs=121)
 
 
 def test_a_plan_of_records_says_nothing_of_users(plan: Any) -> None:

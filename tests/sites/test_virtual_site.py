@@ -79,6 +79,7 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
     "records_per_user": (lambda most: most + (most > 1), Reason.MAX_RECORDS_PER_USER),
     "shared": (lambda shared: shared, Reason.SECURE_SUMS),  # see test_secure_sums_are_bounded_by_what_a_site_trusts
     "cohorts": (lambda cohorts: cohorts, Reason.COHORTS),  # see tests/privacy/test_cohorts.py
+    "runs": (lambda runs: runs, Reason.MAX_EPSILON),  # what a run is charged follows from its noise
 }
 
 

@@ -1,0 +1,119 @@
+"""Runs over years under one budget: what each run of a calendar costs the people whom it admits.
+
+The rule has no state: where `privacy.runs` is R, each run has the noise at which R runs like it come to
+`privacy.epsilon`.  Whoever is in at most R of them keeps within it, whichever these are.  That nobody is in more is for
+the sites' caps to see to, which hold for each cohort.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_name
+from fedtune.privacy.run_plan import Plan
+from fedtune.words import counted
+
+_OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
+_MOST_SHOWN = 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalendarRun:
+    """One run of a calendar.
+
+    Attributes:
+        number: 1 for the first run of all.
+        cohorts: that it admits; None: everybody.
+        oldest: epsilon by PLD, after it, of the admitted who were in most runs; `newest` of those in fewest.
+    """
+
+    number: int
+    cohorts: Cohorts | None
+    oldest: float
+    newest: float
+
+
+def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
+    """The window so many periods later, as long as before; one that begins with the oldest cohort grows instead.
+
+    >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
+    '2026-Q1..2026-Q4'
+    """
+    (first, last), period = cohorts.span, cohorts.period
+    begins = None if first == OLDEST else cohort_name(first + by, period)
+    return Cohorts(period=period, first=begins, last=cohort_name(last + by, period))
+
+
+def most_of_one(plan: Plan) -> int | None:
+    """In how many runs somebody can be if the window moves on by one period each run; None: in all that there are."""
+    if plan.cohorts is None or plan.cohorts.first is None:
+        return None
+    first, last = plan.cohorts.span
+    return last - first + 1
+
+
+def epsilon_of(plan: Plan, *, runs: int) -> float:
+    """Epsilon by PLD of so many runs like this one, for somebody who is in all of them."""
+    return accountant.epsilon_pld([dataclasses.replace(plan, runs=runs).of_all_runs], plan.delta)
+
+
+def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
+    """The next `plan.runs` runs or, where each admits everybody, those that are left; of many the first ones.
+
+    Args:
+        plan: of the run that comes next.
+        before: how many runs of the calendar came before it.
+    """
+    if not plan.private or plan.runs == 1:
+        return ()
+    window, cohorts, found = most_of_one(plan), plan.cohorts, []
+    for step in range(min(_MOST_SHOWN, plan.runs if cohorts else max(1, plan.runs - before))):
+        number = before + step + 1
+        oldest = epsilon_of(plan, runs=number if window is None else min(number, window))
+        found.append(
+            CalendarRun(
+                number=number,
+                cohorts=cohorts and moved(cohorts, by=step),
+                oldest=oldest,
+                newest=epsilon_of(plan, runs=1) if cohorts else oldest,
+            )
+        )
+    return tuple(found)
+
+
+def calendar_rows(plan: Plan, runs: Iterable[CalendarRun]) -> Iterator[tuple[str, ...]]:
+    """Number, whom it admits, epsilon of this run alone, and of the oldest and the newest after it."""
+    for one in runs:
+        admits = "everybody"
+        if one.cohorts is not None:
+            admits = f"{one.cohorts.first} to {one.cohorts.last}" if one.cohorts.first else f"up to {one.cohorts.last}"
+        yield str(one.number), admits, *map(epsilon_text, (epsilon_of(plan, runs=1), one.oldest, one.newest))
+
+
+def runs_words(plan: Plan) -> str:
+    """Behind the noise of a run that is one of several: the rule by which they share an epsilon."""
+    if plan.runs == 1 or not plan.private:
+        return ""
+    return f", so that {plan.runs} runs like this one come to epsilon {epsilon_text(epsilon_of(plan, runs=plan.runs))}"
+
+
+def about_calendar(plan: Plan) -> Iterator[str]:
+    """What the calendar of a plan with several runs comes to, in sentences, of which the first says it all."""
+    window = most_of_one(plan)
+    most = plan.runs if window is None else min(window, plan.runs)
+    often = _OFTEN[plan.cohorts.period] if plan.cohorts else counted(plan.runs, "run")
+    who = "a person is in at most" if plan.cohorts else "everybody is in at most"
+    alone, whole = (epsilon_text(epsilon_of(plan, runs=runs)) for runs in (1, most))
+    yield f"{often} at epsilon {alone} each: {who} {counted(most, 'run')}, epsilon {whole} in all."
+    cap, _ = filter.cheapest(dataclasses.replace(plan, runs=most).of_all_runs, delta=plan.delta)
+    yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {epsilon_text(cap)}, by its filter."
+    if plan.cohorts and (window is None or window > plan.runs):
+        who = "who has no date or came before it" if window is None else f"of {counted(window, 'period')}"
+        yield (
+            f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites whose cap is "
+            f"for {counted(plan.runs, 'run')} refuse the next one: give the window a beginning, or fewer periods."
+        )
