@@ -301,7 +301,7 @@ class Receipt(_Plain):
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
-        sequence: number of the ledger's newest event.
+        sequence: number of the ledger's newest lasting event, which is a charge or a note.
         head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds.  The lead
             returns the receipt with its next request; a ledger that does not contain it was rolled back.
         site_key: the site's public key.

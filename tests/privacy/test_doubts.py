@@ -107,61 +107,69 @@ def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
     require_in_doubt(behind, proposal(run="new"))
 
 
-def long_branch(opened: Any, proposal: Any, path: Path, backup: Path, *, refusals: int = 170) -> Head:
-    """A lost branch of a round and so many refusals after it that an anchor does not know most of its events."""
-    ledger = put_back(path, backup, opened)
-    train(ledger, proposal(), 2)
+def far_on(ledger: Ledger, refusals: int = 170) -> Head:
+    """The ledger's head after so many more events that cost nothing."""
     for number in range(refusals):
         ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
     return ledger.head()
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_where_an_anchor_is_mute_a_receipt_may_not_say_more_rounds_than_it_knows(
-    opened: Any, proposal: Any, path: Path, backup: Path, before: bool
+@pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_rounds_of_a_branch_without_an_anchor_do_not_pass_for_those_of_another(
+    opened: Any, proposal: Any, path: Path, backup: Path, rounds: int, doubted: bool
 ) -> None:
-    unseen, receipt = branch(opened, path, backup, proposal(), range(2, 4))
-    lost = long_branch(opened, proposal, path, backup)
-    assert receipt.sequence not in dict(lost.path), "so that nobody can tell by its hash"
+    """Two copies of a backup are charged as many rounds of a run; one of them goes on for long, the other is lost."""
+    unseen, receipt = branch(opened, path, backup, proposal(), range(2, rounds + 1))
+    train(put_back(path, backup, opened), proposal(), *range(2, rounds + 1))
+    lost = far_on(opened())
     restored = put_back(path, backup, opened)
-    if before:
+    if doubted:
         require_shown(restored, receipt)
     restored.charge_gap(lost)
-    assert restored.history.charged_rounds("r") == 1 + 2, "the first round twice, as no event is known to be shared"
+    assert restored.history.charged_rounds("r") == rounds, "what the anchor knows, and the first round once"
     require_shown(restored, receipt)
     require_in_doubt(restored, proposal(run="new"))
     restored.charge_gap(unseen)
+    assert restored.history.charged_rounds("r") == 1 + 2 * (rounds - 1)
     restored.require_contains(receipt)
     train(restored, proposal(run="new"), 1)
 
 
-def test_where_an_anchor_is_mute_it_clears_a_doubt_of_rounds_that_it_knows(
+def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(
     opened: Any, proposal: Any, path: Path, backup: Path
 ) -> None:
-    long_branch(opened, proposal, path, backup, refusals=0)
-    receipt = opened().receipt("r")
-    for number in range(170):
-        opened().refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
-    lost = opened().head()
-    assert receipt.sequence not in dict(lost.path)
+    ledger = put_back(path, backup, opened)
+    receipts = [ledger.receipt("r")]
+    train(ledger, proposal(), 2)
+    receipts.append(ledger.receipt("r"))
+    far_on(ledger, 5)
+    receipts.append(ledger.receipt("x"))
+    ledger.deny(proposal(run="denied"), "no")
+    receipts.append(ledger.receipt("r"))
+    lost = far_on(ledger)
+    assert [receipt.sequence for receipt in receipts] == [4, 6, 6, 13]
+    for receipt in receipts[1:]:
+        require_shown(put_back(path, backup, opened), receipt)
     restored = put_back(path, backup, opened)
-    require_shown(restored, receipt)
+    require_shown(restored, receipts[1], receipts[3])
     restored.charge_gap(lost)
+    for receipt in receipts:
+        restored.require_contains(receipt)
     train(restored, proposal(run="new"), 1)
 
 
-@pytest.mark.parametrize("filler", [170, 253])
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
-def test_where_a_branch_is_mute_its_own_doubt_stays(
-    opened: Any, proposal: Any, path: Path, backup: Path, filler: int, order: tuple[int, ...]
+def test_a_doubt_that_an_anchor_says_stays(
+    opened: Any, proposal: Any, path: Path, backup: Path, order: tuple[int, ...]
 ) -> None:
     """It has all of its events, and so knows that it lacks this one."""
     lost, receipt = branch(opened, path, backup, proposal(), range(2, 3))
-    long_branch(opened, proposal, path, backup, refusals=filler)
-    doubting = opened()
+    doubting = put_back(path, backup, opened)
+    train(doubting, proposal(), 2)
+    far_on(doubting)
     require_shown(doubting, receipt)
     anchor = doubting.head()
-    assert receipt.sequence not in dict(anchor.path)
     again = put_back(path, backup, opened)
     for number in order:
         again.charge_gap((anchor, lost)[number])

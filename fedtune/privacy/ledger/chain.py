@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +25,6 @@ from fedtune.words import spoken_start
 
 START = "0" * 64
 """What stands in the place of the hash before the first event."""
-DENSE = 128
 EVENT, HEAD = "ledger event", "ledger head"
 """Purposes of signatures."""
 
@@ -39,6 +38,10 @@ class Kind(StrEnum):
     RELEASE = "release"  # something was handed out beside a round's reply
     REFUSAL = "refusal"
     NOTE = "note"  # opened, policy, approved, denied, run_ended, in_doubt, restored, date_confirmed, frozen
+
+
+LASTING = (Kind.RESERVE, Kind.NOTE)
+"""What a ledger may not lose: charges and notes.  Anchors name each of these events, and a receipt shows the newest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +90,7 @@ class Doubt(NamedTuple):
     """A genuine receipt that a ledger lacks.
 
     Attributes:
-        sequence: of the newest event that the receipt knows.
+        sequence: of the newest lasting event that the receipt knows.
         head: that event's salted hash.
         run: whose receipt it is.
         rounds: that the run had been charged by then.
@@ -140,8 +143,8 @@ class Head:
         time: of that event.
         charged: every event charged so far, equal ones counted: what a ledger that was put back has to make up for.
         runs: every run so far, with the rounds that it was charged.
-        path: (sequence, hash) of some events up to this one, dense near it: what a ledger that was put back is compared
-            with, to find where it left this chain.
+        path: (sequence, hash) of each lasting event so far: what a ledger that was put back is compared with, to find
+            where it left this chain.
         made_up: (sequence, hash) of events of lost branches that this one was made up for.
         seeded: whether any run so far took its noise from a seed.
         frozen: whether all training on the population has ended for ever.
@@ -223,7 +226,7 @@ class Restored:
     Attributes:
         shared: newest event known to be on both branches; what the anchor knows beyond it was charged again.
         end: the anchor's event.
-        path: (sequence, hash) of events of the lost branch, and of those that it had itself been made up for.
+        path: (sequence, hash) of lasting events of the lost branch, and of those that it had been made up for itself.
         gap: what was charged there beyond `shared`: mechanisms as `privacy.events` writes them, and how often they ran.
         runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
         denied: digests of proposals that a person denied there.
@@ -245,16 +248,6 @@ class Restored:
     users: frozenset[tuple[str, str, str]]
     doubts: frozenset[Doubt]
     arrivals: Arrivals | None = None
-
-    def knows(self, shown: Doubt, matches: Callable[[str], bool], *, shared_rounds: int) -> bool:
-        """Whether the event of a receipt, whose hash `matches`, is on the path, or may be where the path is mute.
-
-        Far from its end the path is sparse.  There the receipt may not say more rounds of its run than the branch had:
-        `shared_rounds` up to `shared`, and `runs` beyond; and one that it was shown itself it knew to lack.
-        """
-        hashes = [hash for number, hash in self.path if number == shown.sequence]
-        mute = not hashes and shown not in self.doubts and self.shared < shown.sequence <= self.end - DENSE
-        return any(map(matches, hashes)) or (mute and shown.rounds <= shared_rounds + self.runs.get(shown.run, 0))
 
     def to_json(self) -> dict[str, Any]:
         """The note's detail."""
@@ -287,13 +280,6 @@ def table(charges: Mapping[tuple[DpEvent, str], int]) -> list[tuple[dict[str, An
 
 def _without_none(fields: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != key or value is not None}
-
-
-def path_of(hashes: Sequence[str]) -> tuple[tuple[int, str], ...]:
-    """(sequence, hash) of the last 128 events, then of ever sparser ones before them."""
-    last = len(hashes)
-    back = [*range(min(last, DENSE)), *(2**power for power in range(DENSE.bit_length() - 1, last.bit_length()))]
-    return tuple((last - step, hashes[last - step - 1]) for step in reversed(back) if step < last)
 
 
 def check_chain(events: Iterable[Event], *, before: str = START, first: int = 1) -> str:

@@ -21,7 +21,7 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy import filter
 from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.chain import START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, path_of, table
+from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
@@ -102,6 +102,7 @@ class History:
         restored: what was made up for, each time a backup was put back.
         lost_runs: run -> rounds that it was charged on lost branches alone.
         hashes: of all events, in order.
+        path: (sequence, hash) of each lasting event.
         policies: caps in force, oldest first, as (time, max_epsilon, how many rounds were charged and backups put back
             before); those of a lost branch as of when it was made up for.
         answers: refusals and offers of each day, and whether a stranger got them.
@@ -126,6 +127,7 @@ class History:
         self.lost_runs: dict[str, int] = {}
         self.policies: list[tuple[str, float, int]] = []
         self.hashes: list[str] = []
+        self.path: list[tuple[int, str]] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
         self.refused: set[tuple[date, str, str]] = set()
@@ -151,6 +153,7 @@ class History:
             RunError: the event does not say what its kind needs, or cannot follow those before it.
         """
         self.hashes.append(event.hash)  # also if it fails: what was followed by half must not pass for what came before
+        self.path += [(event.sequence, event.hash)] if event.kind in LASTING else []
         try:
             self._follow(event)
         except (FedtuneError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -422,21 +425,16 @@ class History:
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
         """Whether the event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""
-        here = self.hashes[shown.sequence - 1 : shown.sequence] if shown.sequence else [START]
+        here = self.hashes[shown.sequence - 1 : shown.sequence]
         lost = [*self.restored, *([besides] if besides else [])]
-        return any(map(matches, here)) or any(
-            restored.knows(shown, matches, shared_rounds=self.rounds_up_to(restored.shared)[shown.run])
-            for restored in lost
-        )
+        there = [hash for restored in lost for number, hash in restored.path if number == shown.sequence]
+        return any(map(matches, [*here, *there]))
 
     def holds(self, head: Head) -> bool:
-        """Whether no event up to `head` is missing, or what was is made up for.
-
-        Unlike a receipt, a head that a lost branch's sparse path does not name is not trusted: it can be charged.
-        """
+        """Whether no event up to `head` is missing, or every lasting one that was is made up for."""
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
-        return any((head.sequence, head.hash) in restored.path for restored in self.restored)
+        return any(head.path[-1] in restored.path for restored in self.restored)
 
     def head(self, key: SigningKey) -> Head:
         """The newest head, signed."""
@@ -455,7 +453,7 @@ class History:
             time=self.last_time.isoformat(),
             charged=tuple((event, count) for event, count, _ in charged),
             runs=tuple((name, self.charged_rounds(name)) for name in sorted({*self.runs, *self.lost_runs})),
-            path=path_of(self.hashes),
+            path=tuple(self.path),
             made_up=tuple(sorted({pair for restored in self.restored for pair in restored.path})),
             seeded=self.seeded,
             frozen=self.frozen,

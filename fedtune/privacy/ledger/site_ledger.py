@@ -248,7 +248,7 @@ class Ledger:
             "run": run,
             "charged_rounds": charged,
             "charged_steps": charged * steps,
-            "sequence": self.history.length,
+            "sequence": self.history.path[-1][0],
             "head": self._store.salted_head(),
             "site_key": self._key.public,
             "reply": reply,

@@ -322,8 +322,8 @@ class EventStore:
         return self.history.head(self._key)
 
     def salted_head(self) -> str:
-        """The newest event's hash under a salt of the site's own."""
-        return self._salted(self.history.hash)
+        """The newest lasting event's hash under a salt of the site's own."""
+        return self._salted(self.history.path[-1][1])
 
     def knows(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
         """Whether the event that a receipt shows is here, or was made up for (`besides`: or would be)."""
