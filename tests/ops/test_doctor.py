@@ -290,6 +290,16 @@ def of_users(home: Home, records_a_user: int = 1, *, users: int = 100) -> None:
     home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
 
 
+def of_arrivals(home: Home, dated: int, date: str = "2026-03") -> None:
+    """A site whose users arrive over time; `dated` of a hundred have a date in their second record."""
+    of_users(home, 2)
+    home.change_data(columns={**home.policy.dataset[0].columns, "arrival": "seen"})
+    home.change(population={"arrivals": "year"})
+    head, *rows = home.records.read_text().splitlines()
+    dates = [date if n % 2 and n < 2 * dated else "14.3.2026" for n in range(len(rows))]
+    home.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in zip(rows, dates, strict=True))]))
+
+
 def of_two_users(home: Home) -> None:
     of_users(home)
     home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
@@ -406,6 +416,8 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a file without records": records(b"letter,outcome\n"),
     "a second data set without its file": second_data_set,
     "a record of several users": of_two_users,
+    "users without a date": lambda home: of_arrivals(home, 0),
+    "users of whom few have a date": lambda home: of_arrivals(home, 49),
     "a model with a changed byte": changed_model,
     "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
     "models that kit and policy see differently": policy(allow={"base_models": ("ab" * 32, "unverified")}),
@@ -491,9 +503,12 @@ def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Hom
 
 
 def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
-    of_users(home, 9)
-    found = home.examined()["data patients"]
-    assert (found.status, found.found) == (Status.OK, "every record can be read; enough users for the declared size")
+    for change in (lambda: of_users(home, 9), lambda: of_arrivals(home, 50)):
+        change()
+        found = home.examined()["data patients"]
+        assert found.status is Status.OK
+        assert found.found == "every record can be read; enough users for the declared size"
+    home.change(population={"arrivals": ""})
     of_users(home, 100, users=9)
     found = home.examined()["data patients"]
     assert found.status is Status.WARNING

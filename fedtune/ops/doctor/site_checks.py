@@ -46,6 +46,8 @@ from fedtune.words import spoken_start
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
 """True number of records (or users), as a share of the declared size, below or above which a person should look."""
+FEW_DATED = 0.5
+"""Users with a readable date of arrival, as a share of all, below which a person should look."""
 
 
 def certificate(kit: Kit, now: datetime) -> Check:
@@ -167,14 +169,27 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
         return failed(name, "its columns have not the roles of any task that the policy allows", fix=fix)
+    dated: dict[str, bool] = {}  # user -> whether any record has a date
     try:
         kept = iter_records(path, dataset.columns)  # reads every record
-        count = sum(1 for _ in kept) if unit == "record" else len({record.fields["user"] for record in kept})
+        for record in () if unit == "record" else kept:
+            user = record.fields["user"]
+            dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
+        count = len(dated) or sum(1 for _ in kept)
     except DataError as error:
         return _unreadable(error, dataset, name=name, block=block, log=log)
     if not count:
         return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
+    if policy.population.arrivals and sum(dated.values()) < FEW_DATED * count:
+        return _undated(name, any(dated.values()), column=dataset.columns["arrival"])
     return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
+
+
+def _undated(name: str, some: bool, *, column: str) -> Check:
+    """Whether few users have a date of arrival, or none has; in words alone."""
+    whose = "fewer than half of the users have" if some else "no user has"
+    found = f"every record can be read; {whose} a readable date in column {column!r} (without: the oldest cohort)"
+    return warning(name, found, fix="Write the dates as 2026-03-14 or 2026-03, before a run admits anybody.")
 
 
 def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
