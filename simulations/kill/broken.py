@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 
 Late = list[Callable[[], object]]
@@ -27,10 +29,25 @@ def stored_after_the_reply() -> Callable[[], None]:
     return _commit_late()
 
 
+def admitted_before_the_charge() -> Callable[[], None]:
+    """People are in the register of arrivals before the round that admits them is charged."""
+    admit = EventStore.admit
+
+    def write_at_once(self: EventStore, own: Mapping[str, int], cohorts: Cohorts) -> tuple[frozenset[str], str]:
+        admitted = admit(self, own, cohorts)
+        self._file.execute("COMMIT")
+        self._file.execute("BEGIN IMMEDIATE")
+        return admitted
+
+    EventStore.admit = write_at_once  # type: ignore[method-assign]
+    return lambda: None
+
+
 ORDERS = {
     "charged after training": (charged_after_training, ("step: after", "training: after", "commit: before")),
     "charged after the reply": (charged_after_the_reply, ("reply: after",)),
     "stored after the reply": (stored_after_the_reply, ("reply: after",)),
+    "admitted before the charge": (admitted_before_the_charge, ("reserve: after COMMIT",)),
 }
 """Wrong orders by name, each with points at which a kill shows it."""
 
@@ -39,7 +56,7 @@ def _charge_in_commit() -> None:
     reserve, commit = Ledger.reserve, Ledger.commit
     asked: dict[str, Proposal] = {}
 
-    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str, unless: object) -> Reservation:
+    def reserve_nothing(self: Ledger, proposal: Proposal, *, round: int, request: str, **_: object) -> Reservation:
         asked[request] = proposal
         return Reservation(run=proposal.run, round=round, request=request, attempt=1)
 

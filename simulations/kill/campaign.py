@@ -121,7 +121,8 @@ class Campaign:
         found = []
         for order, (broken, points) in ORDERS.items():
             for point in points:
-                hit = self._trial("spare rounds").kill(Kill(point=point), broken=broken)
+                setting = "arrivals" if order.startswith("admitted") else "spare rounds"
+                hit = self._trial(setting).kill(Kill(point=point), broken=broken)
                 assert hit is not None, f"{point} was not crossed"
                 found.append({"order": order, "point": point, "found": hit.problems})
         return found

@@ -18,6 +18,7 @@ from fedtune.privacy import accountant
 from fedtune.privacy.events import grouped
 from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.history import Run
 from fedtune.privacy.ledger.verify import Verified, verify
@@ -48,6 +49,19 @@ def verified(sites: Path, site: str) -> Verified | None:
         if head is None and (not path.exists() or path.stat().st_size == 0):
             return None
         raise
+
+
+def register_problems(sites: Path, site: str, seen: Seen, setting: Setting) -> Iterator[str]:
+    """Whether the register of arrivals has everybody who could be sampled, under cohorts that the run is charged to."""
+    if (cohorts := setting.everyone.plan.cohorts) is None or not seen.admitted:
+        return
+    with store.reading(sites / site / "ledger.db") as file:
+        rows = {row.unit: row.cohort for row in register.read_rows(file)}
+    secret = SigningKey.load(sites / site / "site_key.pem").secret("arrivals")
+    if missing := seen.admitted - {user for user in seen.admitted if register.unit_of(secret, user) in rows}:
+        yield f"{len(missing)} people could be sampled whom the register lacks"
+    if not all(cohort in cohorts for cohort in rows.values()):
+        yield "the register has people of a cohort that no round was charged to"
 
 
 def site_problems(seen: Seen, state: Verified | None, setting: Setting) -> Iterator[str]:

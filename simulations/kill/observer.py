@@ -73,6 +73,7 @@ class Seen:
         updates: request digest -> SHA-256 of each different update that answered it.
         released: digests of the tensors that left.
         begun: trainings that began, whether or not they ended.
+        admitted: users whom any of them could sample, where people arrive over time.
         trained: digest of what each finished training made, whether or not it left.
         refusals: reasons given to requests.
         failures: what should never be seen.
@@ -81,6 +82,7 @@ class Seen:
     updates: dict[str, set[str]] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     begun: int = 0
+    admitted: set[str] = field(default_factory=set)
     trained: list[str] = field(default_factory=list)
     refusals: Counter[str] = field(default_factory=Counter)
     receipt: Receipt | None = None
@@ -101,6 +103,7 @@ class Seen:
                 self.refusals[told["reason"]] += 1
             case "begun":
                 self.begun += 1
+                self.admitted.update(told["admitted"])
             case "trained":
                 self.trained.append(told["noise"])
             case "failed":

@@ -130,6 +130,7 @@ class Trial:
         for name in self.setting.names:
             try:
                 states[name] = checks.verified(sites, name)
+                problems += checks.register_problems(sites, name, self._seen(name), self.setting)
             except FedtuneError as error:
                 problems.append(f"{name} does not verify: {error}")
         return states, problems

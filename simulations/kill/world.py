@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,16 +29,22 @@ from fedtune.spec import RefusedError, RunError
 ANCHORED = "site-1"
 """The site whose policy names an anchor; the other one has none."""
 _OVERRIDES = (
-    "experiment=debug", "name=killed", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0",
-    "data.train_fraction=0.02", "data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10",
-    "data.test_rows=10", "federation.num_rounds=3",
+    "name=killed", "runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0",
+    "data.max_length=16", "data.validation_rows=10", "data.test_rows=10", "federation.num_rounds=3",
+    "federation.update_dtype=float32",
 )  # fmt: skip
+_BANKING = ("experiment=debug", "data.train_fraction=0.02", "data.declared_sizes=90")
+PEOPLE = "people.jsonl"
 SETTINGS = {
-    "spare rounds": ("federation.spare_rounds=4",),
-    "no spare round": ("federation.spare_rounds=0",),
-    "scores": ("federation.spare_rounds=2", "privacy.metrics=noised", "data.heldout_fraction=0.2"),
-}
-"""Kinds of runs, by name."""
+    "spare rounds": (*_BANKING, "federation.spare_rounds=4"),
+    "arrivals": (
+        "experiment=debug_users", "data.train_fraction=1.0", "federation.spare_rounds=4", "+data.columns.arrival=came",
+        "privacy.cohorts={period:year,first:'2025',last:'2026'}",
+    ),
+    "no spare round": (*_BANKING, "federation.spare_rounds=0"),
+    "scores": (*_BANKING, "federation.spare_rounds=2", "privacy.metrics=noised", "data.heldout_fraction=0.2"),
+}  # fmt: skip
+"""Kinds of runs, by name; to the one with arrivals belong people of three years, of whom it admits those of two."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ class Setting:
     @classmethod
     def of(cls, overrides: tuple[str, ...], folder: Path) -> Setting:
         """Everything that needs no file of a site is loaded and computed here, before the first fork."""
-        config = compose_run([*_OVERRIDES, f"tracking.output_dir='{folder}'", *overrides])
+        if overrides[0] == "experiment=debug_users":
+            rows = [{"text": f"message {n}", "user": f"{n % 60}", "came": f"{2024 + n % 3}-05-01"} for n in range(240)]
+            (folder / PEOPLE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            overrides += (f"data.train_file='{folder / PEOPLE}'",)
+        config = compose_run([*overrides, *_OVERRIDES, f"tracking.output_dir='{folder}'"])
         everyone = Participants(config, folder)
         _ = [(work.examples, work._heldout) for work in everyone.work.values()]
         _ = everyone.shared.validation, everyone.shared.test
@@ -160,10 +170,12 @@ def _watch_training(everyone: Participants, doomed: Doomed, outside: Outside) ->
 
         train_unseen = opened.train
 
-        def train(request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
-            outside.tell("begun", site=name, round=request.round, attempt=attempt)
+        def train(
+            request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+        ) -> Trained:
+            outside.tell("begun", site=name, round=request.round, attempt=attempt, admitted=sorted(admitted or ()))
             with doomed.within("training"):
-                trained = train_unseen(request, adapter, attempt)
+                trained = train_unseen(request, adapter, attempt, admitted)
             outside.tell("trained", site=name, noise=trained.adapter.digest())
             return trained
 

@@ -48,6 +48,9 @@ def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(s
     assert sum(sum(hit["observed"].values()) for hit in sample["hits"]) >= KILLS
     assert any(hit["half_written"] for hit in sample["hits"]), "no transaction was cut in two"
     assert {hit["start"] for hit in sample["hits"]} >= {1, 2}, "no resumed process was killed"
+    assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), (
+        "nobody had arrived"
+    )
 
 
 def test_a_ledger_that_charges_after_training_is_found_out(sample: Any) -> None:
@@ -66,6 +69,11 @@ def test_a_ledger_that_charges_after_the_reply_is_found_out_by_an_observer(sampl
 def test_a_ledger_that_stores_a_reply_after_sending_it_is_found_out(sample: Any) -> None:
     (found,) = [order["found"] for order in sample["broken_orders"] if order["order"] == "stored after the reply"]
     assert any("does not know as committed" in sentence for sentence in found)
+
+
+def test_a_ledger_that_admits_people_before_the_charge_is_found_out(sample: Any) -> None:
+    (found,) = [order["found"] for order in sample["broken_orders"] if order["order"] == "admitted before the charge"]
+    assert any("it has rows that no event knows" in sentence for sentence in found)
 
 
 def test_the_committed_study_is_large_enough_and_found_nothing() -> None:
