@@ -69,7 +69,7 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
     history, facts = verified.history, facts_by_now(verified)
     figures = ledger_figures.lifetime(facts)
     runs = {run.run: run for run in figures.runs}
-    totals = ledger_figures.steps(facts, epsilon=figures.epsilon)
+    totals = ledger_figures.steps(facts, figures)
     lines = [(one.time or "", runs.get(one.run), epsilon_text(one.epsilon)) for one in totals]
     accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
     lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
@@ -163,15 +163,22 @@ def lifetime(history: History, figures: Lifetime) -> Section:
 
 def by_arrival(figures: Lifetime) -> Section | None:
     """What people have spent by when they came; nothing where one figure holds for everybody."""
+    from fedtune.report.page.catalogue import catalogue  # what other commands can do without
+
     if figures.cohorts is None:
         return None
     rows = [
-        (one.cohort, epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
+        (
+            catalogue("en").arrivals([one.people]).unescape(),
+            epsilon_text(one.epsilon),
+            epsilon_text(one.with_set_aside),
+            rounded_down(unbounded(one.left)),
+        )
         for one in figures.cohorts
     ]
     return Section(
         title="By arrival",
-        headings=("people who", "charged", "with what open runs\nhave set aside", "left for new runs"),
+        headings=("who", "charged", "with what open runs\nhave set aside", "left for new runs"),
         rows=rows,
         notes=["The cap holds for each line; the figures above are the largest of them."],
     )

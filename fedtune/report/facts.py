@@ -23,6 +23,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import Reference
 from fedtune.report.audit_findings import Audit
+from fedtune.show.budget_text import Arrivals
 from fedtune.spec import check_at_least, spec
 from fedtune.tasks.measures import Detail
 
@@ -93,9 +94,9 @@ class LifetimeRun:
 
 @spec
 class CohortFigures:
-    """Figures of people who arrived in the same periods, which `cohort` says in words; the rest as in `Lifetime`."""
+    """Figures of people who arrived in the same periods; all but `people` as in `Lifetime`."""
 
-    cohort: str
+    people: Arrivals
     epsilon: float | None
     with_set_aside: float | None
     left: float | None

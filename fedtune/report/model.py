@@ -29,6 +29,7 @@ from fedtune.report.facts import Provenance as Provenance
 from fedtune.report.facts import StartAdapter as StartAdapter
 from fedtune.report.facts import Verdict as Verdict
 from fedtune.report.facts import Verification as Verification
+from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail
 
@@ -134,12 +135,13 @@ class CurvePoint:
 
 @spec
 class Step:
-    """Epsilon after a round, or after a run, in order."""
+    """Epsilon after a round, or after a run, in order; by `cohorts`: of each line of `Lifetime.cohorts`."""
 
     run: str
     round: int | None
     time: str | None
     epsilon: float | None
+    cohorts: tuple[float | None, ...] | None = None
 
 
 @spec
@@ -242,6 +244,7 @@ class Report:
 
     Attributes:
         facts: that everything else follows from.
+        admits: the only people whom a run charged; None: everybody.
     """
 
     facts: Annotated[RunFacts | LedgerFacts, Field(discriminator="kind")]
@@ -267,6 +270,7 @@ class Report:
     provenance: Provenance
     utility: Utility | None = None
     audit: Audit | None = None
+    admits: Arrivals | None = None
     signature: Signature | None = None
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
 
@@ -287,7 +291,7 @@ class Problem(NamedTuple):
 
 _ADAPTER = TypeAdapter(Report)
 _NOT_DERIVED = ("schema_version", "facts", "signature")
-_OF_ARRIVALS = ("arrivals", "cohorts", "lost_cohorts", "lost_rows")
+OF_ARRIVALS = ("admits", "arrivals", "cohorts", "lost_cohorts", "lost_rows")
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -298,9 +302,9 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _said(value: Any) -> Any:
-    """Without what only ledgers of people who arrive say: other reports keep their bytes, and so their signatures."""
+    """Without what only reports of people who arrive say: other reports keep their bytes, and so their signatures."""
     if isinstance(value, dict):
-        return {key: _said(one) for key, one in value.items() if one is not None or key not in _OF_ARRIVALS}
+        return {key: _said(one) for key, one in value.items() if one is not None or key not in OF_ARRIVALS}
     return [_said(one) for one in value] if isinstance(value, list) else value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
+from fedtune.spec import spec
 from fedtune.words import counted
 
 SCHEMA_VERSION = 1
@@ -333,19 +334,47 @@ def contribution(plan: Plan) -> str:
     return f"of each user at most {most} in a step, their mean gradient clipped once; sizes count users{whom}"
 
 
-def arrival_words(cohort: int, after: int | None, period: str) -> str:
-    """People of a group of cohorts, from its first to the one before the group `after` it; None: to the newest."""
-    last = None if after is None else cohort_name(after - 1, period)
-    if cohort == OLDEST:
-        if last is None:
-            return "have no date or came ever"
-        return "have no date" if after == OLDEST + 1 else f"have no date, or came up to {last}"
-    if cohort == OLDEST + 1:
-        return "have a date" if last is None else f"came up to {last}"
-    first = cohort_name(cohort, period)
-    if last is None:
-        return f"came in {first} or later"
-    return f"came in {first}" if first == last else f"came in {first} to {last}"
+@spec
+class Arrivals:
+    """People who arrived from one period to another, as plans name them.
+
+    Attributes:
+        first: None: with people without a date; "": from the first date on.
+        last: "before": no dates at all; None: to the newest.
+    """
+
+    first: str | None
+    last: str | None
+
+    @classmethod
+    def of(cls, cohort: int, after: int | None, period: str) -> Arrivals:
+        """From a cohort to the one before `after`; None: to the newest."""
+        first = None if cohort == OLDEST else "" if cohort == OLDEST + 1 else cohort_name(cohort, period)
+        return cls(first=first, last=None if after is None else cohort_name(after - 1, period))
+
+    @property
+    def code(self) -> str:
+        """Of the words for them, in the section `arrivals` of the report's texts."""
+        if self.first is None:
+            return "all" if self.last is None else "undated" if self.last == "before" else "undated_to"
+        if not self.first:
+            return "dated" if self.last is None else "to"
+        return "from" if self.last is None else "in" if self.first == self.last else "between"
+
+    @property
+    def dates(self) -> str:
+        """The same in any language, as short as beside a line of a chart."""
+        return "?" if self.code == "undated" else "–".join(dict.fromkeys((self.first or "…", self.last or "…")))  # noqa: RUF001
+
+
+def neighbours_together(people: Mapping[int, Arrivals]) -> list[Arrivals]:
+    """People by the places of their groups, in order, with groups that are next to each other as one."""
+    found: list[Arrivals] = []
+    for place, one in people.items():
+        if place - 1 in people:
+            one = Arrivals(first=found.pop().first, last=one.last)
+        found.append(one)
+    return found
 
 
 def mechanism_text(event: DpEvent, count: int) -> str:

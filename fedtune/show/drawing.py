@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from datetime import date
+from itertools import chain, count
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -54,7 +55,7 @@ class Panel:
         x: name of the axis, and `y` likewise.
         levels: (height, label, dashes) of lines from one side to the other.
         notes: (x, y, text) at single points.
-        scale: of x.
+        scale: of x; "days" since the year 1, as `date.toordinal`.
         from_zero: whether y begins at 0.
     """
 
@@ -63,7 +64,7 @@ class Panel:
     y: str = ""
     levels: Sequence[tuple[float, str, str]] = ()
     notes: Sequence[tuple[float, float, str]] = ()
-    scale: Literal["number", "whole", "powers"] = "number"
+    scale: Literal["number", "whole", "powers", "days"] = "number"
     from_zero: bool = True
 
 
@@ -119,6 +120,7 @@ def chart(
     labels = [
         (tick, power_of_ten(round(tick)) if scale == "powers" else number(tick)) for tick in _x_ticks(low, high, scale)
     ]
+    labels = _dates(low, high) if scale == "days" else labels
     parts += _x_axis(panels[-1].x, across, height - 32, labels)
     return _framed(code, parts, height=height, named=named)
 
@@ -239,6 +241,17 @@ def _x_ticks(low: float, high: float, scale: str) -> list[float]:
         return _ticks(low, high)
     whole = [tick for tick in _ticks(low, high, most=8) if tick == round(tick)]
     return whole or [float(round((low + high) / 2))]
+
+
+def _dates(low: float, high: float) -> list[tuple[float, str]]:
+    """First days of months or of years between two days, as many as there is room for; else the day between."""
+    first, last = date.fromordinal(math.floor(low)), date.fromordinal(math.floor(high))
+    months = range(12 * first.year + first.month, 12 * last.year + last.month)
+    step = next(step for step in chain((1, 2, 3, 6), count(12, 12)) if len(months) <= 5 * step)
+    starts = [date(month // 12, month % 12 + 1, 1) for month in months if month % step == 0]
+    form = "%Y-%m" if step < 12 else "%Y"
+    middle = date.fromordinal(round((low + high) / 2))
+    return [(day.toordinal(), day.strftime(form)) for day in starts] or [(middle.toordinal(), middle.isoformat())]
 
 
 def _axes(panel: Panel, across: _Axis, down: _Axis, ticks: Sequence[tuple[float, str]]) -> Iterator[str]:

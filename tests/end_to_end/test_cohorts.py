@@ -68,8 +68,8 @@ def test_with_cohorts_every_years_people_have_their_own(simulated: Any, command:
     assert spent.code == 0, spent.err
     assert all(f"came in {year} " in shown for year in YEARS)
     life = json.loads(command("ledger", "spent", str(ledger), "--json").out)
-    assert [one["cohort"] for one in life["cohorts"]] == [
-        *("have no date, or came up to 2023", "came in 2024", "came in 2025", "came in 2026", "came in 2027 or later"),
+    assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
+        *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None)),
     ]
     assert life["epsilon"] == pytest.approx(history.epsilon())
     report = from_ledger.build(ledger)

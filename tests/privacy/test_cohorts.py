@@ -23,7 +23,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Population
-from fedtune.show.budget_text import arrival_words
+from fedtune.report.page.catalogue import catalogue
+from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.spec import ConfigError, RunError
 
 from .builders import reason_of, train
@@ -107,10 +108,16 @@ def test_cohorts_are_in_order_and_written_one_way() -> None:
 
 
 def test_groups_are_named_for_readers() -> None:
-    named = [arrival_words(0, 2025, "year"), arrival_words(2025, 2026, "year"), arrival_words(2026, 2028, "year")]
-    assert named == ["have no date, or came up to 2024", "came in 2025", "came in 2026 to 2027"]
-    named = [arrival_words(0, 1, "year"), arrival_words(1, 2025, "year"), arrival_words(2025, None, "year")]
-    assert named == ["have no date", "came up to 2024", "came in 2025 or later"]
+    spans = [(0, None), (0, 1), (0, 2025), (1, None), (1, 2025), (2025, 2026), (2026, 2028), (2028, None)]
+    groups = [Arrivals.of(*span, "year") for span in spans]
+    assert [catalogue("en").arrivals([one]) for one in groups] == [
+        *("Everybody", "People without a date", "People who came up to 2024, or without a date", "People with a date"),
+        *("People who came up to 2024", "People who came in 2025", "People who came in 2026 to 2027"),
+        "People who came in 2028 or later",
+    ]
+    assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001
+    joined = neighbours_together({2: groups[2], 3: groups[5], 5: groups[7]})
+    assert joined == [Arrivals(first=None, last="2025"), groups[7]]
 
 
 # Plan and policy.

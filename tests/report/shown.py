@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 
 from fedtune.federation.cost import Energy
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells, rules
+from fedtune.report.derive.derived import derive
+from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Cap, Release, Report, SiteReport, Spent, Step, Verdict
 from fedtune.report.page import render
 from fedtune.report.rederive import problems
+from fedtune.show.budget_text import Arrivals
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 
 Make = Callable[..., Report]
@@ -23,7 +27,7 @@ HOSTILE = "<script>alert(1)</script>\"'&{x}{{y}}</style>]]>$\\frac{1}$"
 """A name that no policy would allow, but a file may hold."""
 NAMES = (
     *("within", "exceeded", "no_guarantee", "unbounded", "upper_bound", "not_released", "ledger", "by_user", "used_up"),
-    *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure"),
+    *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure", "arrivals", "admitting"),
 )
 """Of the situations that there are pages of."""
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
@@ -131,8 +135,41 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "used_up": filled(without_room(a_ledger_report(), left=0.0)),
         "no_run_fits": filled(without_room(a_ledger_report(), left=0.3)),
         "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
+        "arrivals": filled(arrivals(a_ledger_report())),
+        "admitting": filled(admitting(run)),
         "site_reports": filled(replace(run, sites=told_by_their_sites(run, a_ledger_report()))),
     }
+
+
+def arrivals(ledger: Report) -> Report:
+    """A ledger of people who come every year: each run admits those of two years, and the last one is open."""
+    facts, last = ledger.facts, 2026
+    assert isinstance(facts, LedgerFacts)
+    runs, charges = [], []
+    for year in range(2022, last + 1):
+        cohorts = Cohorts(period="year", first=None if year == 2022 else str(year - 1), last=str(year))
+        first = facts.runs[0]
+        plan = replace(first.plan, unit="user", cohorts=cohorts, num_rounds=3, noise_multiplier=2.0)
+        state: Any = "open" if year == last else "ended"
+        runs.append(replace(first, run=f"triage-{year}", plan=plan, state=state))
+        rounds = 2 if year == last else 3
+        charges.append(replace(facts.charges[0], run=f"triage-{year}", rounds=rounds, day=f"{year}-02-01"))
+    made = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
+    return derive(replace(made, max_epsilon=6.0))
+
+
+def periods(report: Report) -> list[Arrivals]:
+    """In which people came, of whom a report tells by themselves."""
+    lives = [site.lifetime for site in report.sites if site.lifetime]
+    found = [one.people for life in lives for one in life.cohorts or ()]
+    return [*found, report.admits] if report.admits else found
+
+
+def admitting(run: Report) -> Report:
+    """A run that admits people of two years alone."""
+    assert isinstance(run.facts, RunFacts)
+    cohorts = Cohorts(period="year", first="2025", last="2026")
+    return derive(replace(run.facts, plan=replace(run.facts.plan, unit="user", cohorts=cohorts)))
 
 
 def told_by_their_sites(run: Report, ledger: Report) -> tuple[SiteReport, ...]:

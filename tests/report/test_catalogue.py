@@ -47,6 +47,7 @@ CODES: dict[str, set[str]] = {
     "period": {"month", "quarter", "year"},
     "unit": {"record", "user"},
     "relation": {"add_or_remove_one"},
+    "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
     "banner": {"simulation", "seeded"},
     "value": {str(input_named("features").modality)},
     "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},

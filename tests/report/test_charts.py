@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fedtune.report.page.charts import Chart, Charts
 from fedtune.report.page.tables import Tables, Words
 from fedtune.show import drawing
 
-from .shown import HOSTILE, Make, detail_of, filled, wide_ledger, wide_run, with_site
+from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run, with_site
 
 CODES = ("epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,6 +103,34 @@ def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Re
         assert named == {said["axis_epsilon"], said[axis]}
         rows = [[re.sub("<[^>]*>", "", cell) for cell in row] for row in chart(report, "epsilon_spent").table.rows]
         assert [row[:2] for row in rows] == [["r", str(one)] if one else ["q", "all"] for one in rounds]
+
+
+def test_people_who_arrive_have_a_line_each_over_the_calendar(a_ledger_report: Make) -> None:
+    report = arrivals(a_ledger_report())
+    shown = texts(drawn(report, "epsilon_spent"))
+    years = [str(year) for year in range(2022, 2027)]
+    assert shown.count("2026") == 2, "a tick, and a line"
+    assert {*years, "…–2021", "limit", catalogue("en").texts["chart"]["axis_day"]} <= set(shown)  # noqa: RUF001
+    assert "2027–…" not in shown, "nothing was spent"  # noqa: RUF001
+    table = chart(report, "epsilon_spent").table
+    assert [str(heading) for heading, _ in table.columns][-6:] == ["…–2021", *years]  # noqa: RUF001
+    assert [re.sub("<[^>]*>", "", cell) for cell in table.rows[1]][-5:] == ["1.402", "1.308", "0.000", "0.000", "0.000"]
+    (site,) = report.sites
+    assert site.steps[-1].cohorts == tuple(one.epsilon for one in site.lifetime.cohorts)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "ticks"),
+    [
+        ("2026-01-05", "2026-01-20", ["2026-01-12"]),
+        ("2026-01-05", "2026-04-20", ["2026-02", "2026-03", "2026-04"]),
+        ("2025-11-05", "2027-01-20", ["2026-01", "2026-04", "2026-07", "2026-10", "2027-01"]),
+        ("2020-01-05", "2033-01-20", ["2022", "2025", "2028", "2031"]),
+    ],
+)
+def test_a_calendar_has_few_round_days(first: str, last: str, ticks: list[str]) -> None:
+    found = drawing._dates(date.fromisoformat(first).toordinal(), date.fromisoformat(last).toordinal())
+    assert [name for _, name in found] == ticks
 
 
 def test_figures_on_the_axes_are_the_languages(run: Report) -> None:

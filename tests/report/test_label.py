@@ -20,7 +20,7 @@ from fedtune.report.page.render import FONTS
 from fedtune.report.page.tables import Words
 from fedtune.words import shortened
 
-from .shown import HOSTILE, NAMES, reports_of, with_site
+from .shown import HOSTILE, NAMES, periods, reports_of, with_site
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -57,6 +57,7 @@ def test_every_figure_on_it_is_one_of_the_report(report: Report, language: str) 
             means = site.meaning
             figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalogue.figure(value, kind) for value, kind in figures]
+    known += [one.dates for one in periods(report)]
     shown = " ".join(
         line for line in lines(as_svg(report, language=language)) if not re.fullmatch("[0-9a-f]{64}", line)
     )

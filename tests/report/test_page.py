@@ -34,6 +34,7 @@ from .shown import (
     lookup,
     page_of,
     parsed,
+    periods,
     reports_of,
     wide_ledger,
     wide_run,
@@ -112,6 +113,7 @@ def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> N
         ]
     fixed = " ".join(text for texts in catalogue(language).texts.values() for text in texts.values())
     named = " ".join([report.name, *(site.site for site in report.sites), *report.provenance.libraries])
+    named += " ".join(one.dates for one in periods(report))
     source = "arXiv 2303.00654"
     left = " ".join(tree.texts(without=("code", "svg")))
     assert set(numbers(left)) <= set(numbers(f"{fixed} {named} {source}"))

@@ -23,7 +23,7 @@ from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError
 
 from .by_hand import WIDTH, epsilon
-from .shown import where, with_site
+from .shown import admitting, arrivals, where, with_site
 from .site_ledgers import Books
 
 Make = Callable[..., Report]
@@ -122,7 +122,17 @@ def test_a_report_as_it_is_made_has_no_problem(report: Report) -> None:
     assert problems(report) == []
 
 
-@MADE
+@pytest.fixture
+def arriving(a_ledger_report: Make) -> Report:
+    return arrivals(a_ledger_report())
+
+
+@pytest.fixture
+def limited(a_report: Make) -> Report:
+    return admitting(a_report())
+
+
+@pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger", "arriving", "limited"], indirect=True)
 def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     again = rederive.figures_of(report.facts)
     monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay

@@ -30,8 +30,8 @@ from fedtune.report.facts import (
     Verdict,
 )
 from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
-from fedtune.show.budget_text import arrival_words
-from fedtune.words import finite
+from fedtune.show.budget_text import Arrivals
+from fedtune.words import finite, unbounded
 
 
 def report_of(facts: LedgerFacts) -> Report:
@@ -56,7 +56,7 @@ def report_of(facts: LedgerFacts) -> Report:
         meaning=None,
         mechanisms=ran,
         curve=profile.curve(charged, profile.curve_deltas(delta)) if charged else (),
-        steps=steps(facts, epsilon=life.epsilon),
+        steps=steps(facts, life),
         lifetime=life,
         verification=facts.verification,
         releases=facts.releases,
@@ -228,7 +228,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         cohorts=facts.arrivals
         and tuple(
             CohortFigures(
-                cohort=arrival_words(cohort, after, facts.arrivals),
+                people=Arrivals.of(cohort, after, facts.arrivals),
                 epsilon=_filtered(facts, one),
                 with_set_aside=_filtered(facts, with_held),
                 left=_left(facts, with_held),
@@ -293,23 +293,31 @@ def _plans_above_their_caps(facts: LedgerFacts) -> bool:
     )
 
 
-def steps(facts: LedgerFacts, *, epsilon: float | None) -> tuple[Step, ...]:
-    """Epsilon by the filter after each round that is told by itself, and after the others' runs; `epsilon` at last."""
+def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:
+    """Epsilon by the filter after each round that is told by itself, and after the others' runs; at last as in `life`.
+
+    Each sum is in another order than the ledger's own figure, from which it differs in the last digits.
+    """
     charges, order, delta = facts.charges, facts.order, facts.delta
-    most, made = math.inf if epsilon is None else epsilon, list[Step]()
     totals, plans, owed = dict.fromkeys(_groups(facts), 0.0), plans_of(facts), _owed(facts)
     last = {entry.run: number for number, entry in enumerate(charges)}
-    each = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}
+    of_cohorts = [one.epsilon for one in life.cohorts or ()]
+    each, made = {run: filter.total_divergence([plan.event()], order) for run, plan in plans.items()}, list[Step]()
+
+    def figure(total: float, at_last: float | None) -> float | None:
+        if number == len(charges) - 1 or not total:
+            return at_last if total else 0.0
+        return finite(min(unbounded(at_last), max(0.0, total + filter.surcharge(order, delta))))
+
     for number, entry in enumerate(charges):
         for charged, admitted in _of_entry(entry, plans, facts.arrivals):
             cost = each[entry.run] * entry.rounds if entry.run else filter.total_divergence(charged, order)
             for cohort in totals:
                 if admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     totals[cohort] += cost
-        total = max(totals.values())
         if entry.run and entry.round is None and last[entry.run] != number:
             continue
-        # Summed in another order than the ledger's own figure, from which it differs in the last digits.
-        so_far = most if number == len(charges) - 1 else min(most, max(0.0, total + filter.surcharge(order, delta)))
-        made.append(Step(run=entry.run, round=entry.round, time=entry.day, epsilon=finite(so_far)))
+        cohorts = tuple(map(figure, totals.values(), of_cohorts)) or None
+        so_far = figure(max(totals.values()), life.epsilon)
+        made.append(Step(run=entry.run, round=entry.round, time=entry.day, epsilon=so_far, cohorts=cohorts))
     return tuple(made)

@@ -14,6 +14,7 @@ from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Lifetime, RunFacts, Verification
 from fedtune.report.model import Assumption, Report, SiteReport, Utility
+from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
 LEAVES_OUT = (
@@ -90,6 +91,8 @@ def report_of(
         released += ("final_adapter",) if facts.finished else ()
         covers = ("rounds_and_steps", "charged_retries", *scores)
         others, audit, of_run = {"other_ledgers"}, facts.audit, True
+        cohorts = facts.plan.cohorts
+        admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
         no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
         no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
@@ -104,7 +107,7 @@ def report_of(
         )
         covers = ("rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials")
         covers += () if all(entry.run for entry in facts.charges) else ("lost_branches",)
-        others, audit, of_run = _NOT_OF_A_LEDGER, None, False
+        others, audit, of_run, admits = _NOT_OF_A_LEDGER, None, False, None
         no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
     return Report(
         facts=facts,
@@ -134,6 +137,7 @@ def report_of(
         provenance=facts.provenance,
         utility=utility,
         audit=audit,
+        admits=admits,
         schema_version=REPORT_SCHEMA,
     )
 

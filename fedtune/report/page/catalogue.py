@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
@@ -18,6 +18,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
+from fedtune.show.budget_text import Arrivals
 from fedtune.spec import check_one_of
 from fedtune.words import power_of_ten
 
@@ -71,6 +72,10 @@ class Catalogue:
         if len(words) < 2:
             return words[0] if words else self.text("word.none")
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
+
+    def arrivals(self, people: Iterable[Arrivals]) -> Markup:
+        """Who they are, by when they came."""
+        return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
 
     def figure(self, value: Any, kind: str) -> str:
         """`value` as this language writes a figure of a kind.

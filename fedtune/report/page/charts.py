@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from markupsafe import Markup
@@ -46,13 +47,17 @@ class Charts:
             Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
             for number, sites in enumerate(alike[:MOST_LINES])
         ]
+        if drawn := self._words.drawn:
+            by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
+            series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
         target, levels = self._words.report.target_epsilon, []
         if self._is_ledger:
-            series += [limit for site in lines if (limit := self._limit(site, lines[site])).points]
+            series += [limit for site in lines if (limit := self._limit(site)).points]
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
         x = self._said(self._axis_of_steps(lines))
-        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale="whole")
+        scale: Any = "days" if drawn else "whole"
+        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale=scale)
         return self._chart("epsilon_spent", self._tables.steps(), [panel] if series else [], seen=self._rose(lines))
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
@@ -210,23 +215,37 @@ class Charts:
     def _numbered(self, pointers: Iterable[str]) -> list[tuple[float, float]]:
         return [(float(number), value) for number, value in enumerate(self._numbers(pointers), 1)]
 
-    def _line(self, site: str) -> list[tuple[float, float]]:
-        """Points of a site that are bounded: a run's by round, a ledger's in their order."""
-        steps = self._words.at(f"{site}/steps")
-        numbered = list(enumerate(steps, 1)) if self._is_ledger else [(step["round"], step) for step in steps]
-        return [(x, step["epsilon"]) for x, step in numbered if x is not None and step["epsilon"] is not None]
+    def _steps(self, site: str) -> list[tuple[float, str]]:
+        """A site's steps that have a bounded figure: where each is drawn, and its pointer.
+
+        A run's are drawn by round, a ledger's in their order, or by day where its people arrive over time.
+        """
+        found = []
+        for place, step in enumerate(self._words.at(f"{site}/steps")):
+            x = step["round"] if not self._is_ledger else place + 1
+            if self._words.drawn:
+                x = date.fromisoformat(step["time"][:10]).toordinal()
+            if x is not None and step["epsilon"] is not None:
+                found.append((x, f"{site}/steps/{place}"))
+        return found
+
+    def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
+        """A site's bounded figures."""
+        return [(x, self._words.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _axis_of_steps(self, sites: Iterable[str]) -> str:
         """A ledger has a point for each round of its newest runs, and one for each run before those."""
         if not self._is_ledger:
             return "axis_round"
+        if self._words.drawn:
+            return "axis_day"
         rounds = [step["round"] is not None for site in sites for step in self._words.at(f"{site}/steps")]
         return "axis_charged" if all(rounds) else "axis_run_or_round" if any(rounds) else "axis_run"
 
-    def _limit(self, site: str, points: Sequence[tuple[float, float]]) -> Series:
-        """The lifetime limit that was in force at each run of a ledger."""
-        caps, steps = self._words.at(f"{site}/lifetime/caps") or [], self._words.at(f"{site}/steps")
-        limits = [(x, _cap_at(caps, steps[int(x) - 1]["time"])) for x, _ in points]
+    def _limit(self, site: str) -> Series:
+        """The lifetime limit that was in force at each step of a ledger."""
+        caps = self._words.at(f"{site}/lifetime/caps") or []
+        limits = [(x, _cap_at(caps, self._words.at(f"{step}/time"))) for x, step in self._steps(site)]
         known = [(x, cap) for x, cap in limits if cap is not None]
         return Series(points=known, number=0, label=self._said("limit"), kind="limit")
 

@@ -154,15 +154,15 @@ def _promise(words: Words) -> Iterator[_Mark]:
 
 def _facts(words: Words) -> Iterator[_Mark]:
     """What was protected, how, and how much of the limit is used, a line each."""
-    y = 172.0
-    for number, (name, value) in enumerate(_rows(words)):
+    y, rows = 172.0, list(_rows(words))
+    for number, (name, value) in enumerate(rows):
         if number:
             yield _box(_RIGHT, y - 27, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
         yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
         lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
         for place, line in enumerate(lines):
             yield _Text(x=_RIGHT + 170, y=y + 24 * place, text=line, size=19, font="bold")
-        y += 24 * len(lines) + 15
+        y += 24 * len(lines) + (15 if len(rows) < 9 else 10)
 
 
 def _rows(words: Words) -> Iterator[tuple[str, str]]:
@@ -174,6 +174,8 @@ def _rows(words: Words) -> Iterator[tuple[str, str]]:
     yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
     yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
     yield _plain(text("label.epsilon")), _plain(epsilon)
+    if whom := PageOne(words).of_whom():
+        yield _plain(text("label.people")), _plain(whom)
     yield _plain(text("setting.delta")), figure(report.delta, "exact")
     band = words.band_range(words.band) if words.promises else ""
     strength = _plain(words.code("strength", words.band)) + (f" ({_plain(band)})" if band else "")

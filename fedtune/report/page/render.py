@@ -32,9 +32,10 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import Tables, Words, data, pointer
+from fedtune.report.page.tables import PAGE_ONE_SITES, Tables, Words, data, in_groups, pointer
+from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.words import score_words, shortened
+from fedtune.words import score_words, shortened, unbounded
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
@@ -357,6 +358,31 @@ class PageOne:
         if self.right(site) == "mechanism":
             key = "meaning.too_little_noise"
         return self._words.text(key, section=self._words.text("curve.heading"))
+
+    def cohorts(self) -> list[tuple[Markup, str]]:
+        """Who spent how much, by when they came: a line for all with the same figures, the newest last; and where."""
+        words, whom = self._words, Markup('<span data-at="{}">{}</span>').format
+        if (admitted := words.report.admits) and words.worst:
+            return [(whom("/admits", words.catalogue.arrivals([admitted])), f"{words.worst}/spent")]
+        figures = {place: (one.epsilon, one.with_set_aside, one.left) for place, one in enumerate(words.cohorts)}
+        lines = []
+        for places in in_groups((figure, place) for place, figure in figures.items()):
+            at = f"/sites/0/lifetime/cohorts/{places[0]}"
+            lines.append((whom(f"{at}/people", words.catalogue.arrivals(self._people(places))), at))
+        return lines[-PAGE_ONE_SITES:]
+
+    def _people(self, places: Sequence[int]) -> list[Arrivals]:
+        return neighbours_together({place: self._words.cohorts[place].people for place in places})
+
+    def of_whom(self) -> Markup | None:
+        """When the people came whom the largest figure is of; None: it is of everybody."""
+        epsilons = {place: unbounded(one.epsilon) for place, one in enumerate(self._words.cohorts)}
+        if admitted := self._words.report.admits:
+            return self._words.text("label.others_none", dates=admitted.dates)
+        if len(set(epsilons.values())) < 2:
+            return None
+        most = self._people([place for place, one in epsilons.items() if one == max(epsilons.values())])
+        return self._words.text("label.others_less", dates=", ".join(one.dates for one in most))
 
     def triggers(self) -> list[Markup]:
         """When somebody should look at this again."""

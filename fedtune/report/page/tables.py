@@ -18,15 +18,17 @@ from fedtune.report import model
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.profile import band_limits, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST
+from fedtune.report.facts import CohortFigures
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import Catalogue
+from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import MOST_LINES
 from fedtune.words import score_words, shortened, unbounded
 
 One = TypeVar("One")
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
-_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no")
+_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no", "people")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _LONGEST_IN_CHART = 18
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
@@ -166,7 +168,10 @@ class Words:
             if found is None:
                 return _ABSENT
             name = part.replace("~1", "/").replace("~0", "~")
-            found = found[int(name)] if isinstance(found, list | tuple) else found[name]
+            if name in model.OF_ARRIVALS and isinstance(found, dict):
+                found = found.get(name)
+            else:
+                found = found[int(name)] if isinstance(found, list | tuple) else found[name]
         return found
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
@@ -178,6 +183,18 @@ class Words:
         if len(sites) == of:
             return self.text("chart.all_alike", sites=count(of))
         return self.text("chart.some_alike", name=name, others=count(len(sites) - 1))
+
+    @property
+    def cohorts(self) -> tuple[CohortFigures, ...]:
+        """What people of a ledger spent by when they came; none where one figure is everybody's."""
+        life = self.report.sites[0].lifetime if self.report.kind == "ledger" else None
+        return (life and life.cohorts) or ()
+
+    @property
+    def drawn(self) -> dict[int, str]:
+        """The cohorts of a ledger that a chart has room for, the newest that spent anything, and their periods."""
+        spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
+        return {place: self.cohorts[place].people.dates for place in spent}
 
     def text(self, key: str, **values: object) -> Markup:
         """A text of the catalogue."""
@@ -234,6 +251,8 @@ class Words:
                 return Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…")
             case ["yes_no"]:
                 return self.text("word.yes" if value else "word.no")
+            case ["people"]:
+                return self.catalogue.arrivals([Arrivals(**value)])
             case ["json"]:
                 return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
             case ["failures_by_site"]:
@@ -315,9 +334,9 @@ class Tables:
         self._is_ledger = words.report.kind == "ledger"
         self._sites = [f"/sites/{place}" for place in words.order]
 
-    def named(self, name: str) -> Table:
-        """The table with a name."""
-        layout, columns = data()["table"][name], self._columns(name)
+    def named(self, name: str, more: Sequence[Column] = ()) -> Table:
+        """The table with a name, and perhaps more columns."""
+        layout, columns = data()["table"][name], [*self._columns(name), *more]
         caption = self._words.text(layout["caption"], delta=self._words.figure("/delta", "exact"))
         of = layout["rows"]
         rows, last = self._rows(of), of.startswith("/utility/rounds")
@@ -377,7 +396,10 @@ class Tables:
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
         if self._is_ledger:
-            return self.named("steps")
+            of_cohorts = [
+                Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()
+            ]
+            return self.named("steps", of_cohorts)
         known = {site: self._words.at(f"{site}/steps") for site in self._sites if self._words.at(f"{site}/steps")}
         alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
