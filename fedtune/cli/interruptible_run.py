@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,14 +108,25 @@ def show_trials(console: Console, trials: Trials, *, again: str) -> None:
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, and SIGINT also in the background, where shells have it ignored."""
+    """Let SIGTERM end a run as Ctrl-C does, and SIGINT also in the background, where shells have it ignored.
+
+    Python drops what is raised inside a `__del__` or a weak reference's callback: then the signal comes once more.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    def dropped(about: sys.UnraisableHookArgs) -> None:
+        if about.exc_type is KeyboardInterrupt:
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            hook(about)
+
     before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for each, handler in before.items():
             signal.signal(each, handler)

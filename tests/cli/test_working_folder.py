@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,10 +255,31 @@ def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_python_drops_what_is_raised_ends_a_run_too(
+    config: RunConfig, folder: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def work(config: RunConfig, folder: Path, display: object) -> Any:
+        Dying()
+        time.sleep(20)
+        raise RunError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_signals_have_their_handlers_back_afterwards(config: RunConfig, folder: Path) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    def handlers() -> list[object]:
+        return [*(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)), sys.unraisablehook]
+
+    before = handlers()
     attempt(config, folder, RunError("no server"))
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert handlers() == before
 
 
 def test_a_resumed_folder_is_never_cleared_away(config: RunConfig, folder: Path) -> None:
