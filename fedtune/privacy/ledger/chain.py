@@ -190,11 +190,13 @@ class Head:
         return canonical(said)
 
     def _fields(self) -> dict[str, Any]:
-        return {"schema": LEDGER_SCHEMA, **_without_none(asdict(self), "arrivals")}
+        said = {name: getattr(self, name) for name in self.__slots__}  # `asdict` would copy each of thousands of hashes
+        said |= {"schema": LEDGER_SCHEMA, "arrivals": self.arrivals and asdict(self.arrivals)}
+        return _without_none(said, "arrivals")
 
     def to_bytes(self) -> bytes:
         """The content of an anchor file."""
-        return json.dumps(self._fields(), indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps(self._fields(), sort_keys=True).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> Head:
