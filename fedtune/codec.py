@@ -88,7 +88,9 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:  # JSON has it, TOML has not
             return None
-        return decode_value(key, value, next(argument for argument in arguments if argument is not type(None)))
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        words = [kind for kind in kinds if typing.get_origin(kind) is Literal and value in typing.get_args(kind)]
+        return decode_value(key, value, [*words, *kinds][0])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return _under(key, hint, value, default if isinstance(default, hint) else None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fedtune.data.features import columns_of
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec, PairsSpec, PreferenceSpec
+from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
@@ -42,18 +42,9 @@ Ids: TypeAlias = Sequence[Row]
 """Token ids, (t_i,) of each example; or (1, w), its vector."""
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
 """Roles by which records can be dealt out or counted, whatever the task."""
-_OF_SOME_TASKS = {
-    "prompt_template": "{prompt}",
-    "chat_template": "none",
-    "label_separator": ";",
-    "target_range": None,
-    "intervals": (),
-    "pairs": PairsSpec(),
-    "preferences": PreferenceSpec(),
-    "windows": 1,
-    "stride": 0,
-}
-"""Settings that only tasks with them among their `own_settings` use, and what they are for others."""
+_OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "label_separator", "target_range", "intervals"})
+_OF_SOME_TASKS |= {"pairs", "preferences", "windows", "stride"}
+"""Settings that only tasks with them among their `own_settings` use; for others they keep their default."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
 
@@ -199,10 +190,11 @@ class Task(ABC):
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
             raise ConfigError(f"columns.{unknown[0]}", data.columns[unknown[0]], bound)
-        for key, nothing in _OF_SOME_TASKS.items():
-            if key not in self.own_settings and getattr(data, key) != nothing:
-                shown = "null" if nothing is None else nothing
-                raise ConfigError(key, getattr(data, key), f"must stay {shown}: task {self.name} does not use it")
+        for setting in fields(data):
+            given = getattr(data, setting.name)
+            if setting.name in _OF_SOME_TASKS - self.own_settings and given != setting.default:
+                only = "null" if setting.default is None else setting.default
+                raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
         """Check that the task reads such records, and that their settings are whole; errors name keys of `data`.

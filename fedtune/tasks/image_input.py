@@ -13,7 +13,7 @@ from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Row, Text, mean_pooled, require_values
+from fedtune.tasks.inputs import Row, Text, each_alone, mean_pooled, require_no_labels
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,7 @@ class Image(Text):
         super().check_model(spec)
         if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
             raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
-        require_values(
-            "for data.input = image, whose model cannot read a label's text",
-            ("head.centre", spec.head.centre, False),
-            ("head.init", spec.head.init, "zero"),
-            ("head.label_texts", spec.head.label_texts, ()),
-        )
+        require_no_labels(spec.head, "for data.input = image, whose model cannot read a label's text")
         if spec.model.dtype == "int8":
             bound = "is for models of texts: for data.input = image it must be float32, mixed, bfloat16 or nf4"
             raise ConfigError("model.dtype", spec.model.dtype, bound)
@@ -60,18 +55,12 @@ class Image(Text):
     def rows(
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> tuple[Sequence[Row], list[bool]]:
-        rows: list[Row] = []
-        found = []
-        for record in records:
-            try:
-                patches, known = reader.patches(_decoded(record)), True
-            except Exception:  # at a real site a file may have changed since it was judged
-                if lenient_within is None:
-                    raise
-                patches, known = reader.nothing(), False
-            rows.append(patches)
-            found.append(known)
-        return rows, found
+        return each_alone(  # at a real site a file may have changed since it was judged
+            lambda record: reader.patches(_decoded(record)),
+            records,
+            nothing=reader.nothing(),
+            lenient=lenient_within is not None,
+        )
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
         import torch
@@ -97,9 +86,6 @@ class Image(Text):
 
         check_examples_apart(base, run, places=blank.shape[1])
         return base
-
-    def num_ids(self, base: Any) -> int:
-        return 1
 
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         from fedtune.model.refusals import VISION

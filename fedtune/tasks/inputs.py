@@ -20,6 +20,7 @@ import numpy.typing as npt
 from fedtune.data.features import FeatureReader
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
+from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Tokenizer, cut, encode
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
@@ -86,9 +87,9 @@ class Input(ABC):
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
         """The frozen base with its adapters, on a device; `check` looks at it before they are attached."""
 
-    @abstractmethod
     def num_ids(self, base: Any) -> int:
-        """Ids that a place of the input may hold, from 0."""
+        """Ids that a place of the input may hold, from 0; of one that holds values, one."""
+        return 1
 
     @abstractmethod
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -214,10 +215,8 @@ class Features(Input):
             ("model.dtype", spec.model.dtype, "float32"),
             ("lora.kind", spec.lora.kind, NO_ADAPTER),
             ("head.train", spec.head.train, True),
-            ("head.centre", spec.head.centre, False),
-            ("head.init", spec.head.init, "zero"),
-            ("head.label_texts", spec.head.label_texts, ()),
         )
+        require_no_labels(spec.head, "for data.input = features, whose model is its head alone")
 
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         return FeatureReader(data.features)
@@ -234,26 +233,15 @@ class Features(Input):
     def rows(
         self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
     ) -> tuple[Sequence[Row], list[bool]]:
-        rows: list[Row] = []
-        found = []
-        for record in records:
-            try:
-                vector, known = reader.vector(record), True
-            except DataError:
-                if lenient_within is None:
-                    raise
-                vector, known = np.zeros(reader.width, dtype=np.float32), False
-            rows.append(vector[None])
-            found.append(known)
-        return rows, found
+        nothing = np.zeros((1, reader.width), dtype=np.float32)
+        return each_alone(
+            lambda record: reader.vector(record)[None], records, nothing=nothing, lenient=lenient_within is not None
+        )
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
         from fedtune.model.no_base import NoBase
 
         return NoBase(len(spec.values), device=device)
-
-    def num_ids(self, base: Any) -> int:
-        return 1
 
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -410,6 +398,21 @@ def require_values(why: str, *settings: tuple[str, object, object]) -> None:
     for key, value, wanted in settings:
         if value != wanted:
             raise ConfigError(key, value, f"must be {shown(wanted)} {why}")
+
+
+def require_no_labels(head: HeadSpec, why: str) -> None:
+    """The same for what takes a head from the texts of labels."""
+    settings = (("head.centre", head.centre, False), ("head.init", head.init, "zero"))
+    require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
+
+
+def each_alone(
+    read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool
+) -> tuple[list[Row], list[bool]]:
+    """What `read` makes of each record, and whether it could; `lenient`: `nothing` stands where it raised an error."""
+    made = [or_fault("", read, record) if lenient else read(record) for record in records]
+    rows = [nothing if isinstance(row, DataError) else row for row in made]
+    return rows, [not isinstance(row, DataError) for row in made]
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

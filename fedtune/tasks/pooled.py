@@ -16,7 +16,7 @@ from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
-from fedtune.tasks.inputs import input_named, input_of
+from fedtune.tasks.inputs import input_named, input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Floats, Marks
 
 if TYPE_CHECKING:
@@ -99,6 +99,9 @@ class PooledTask(Task):
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         return input_of(data).roles(self.roles)
+
+    def check_model(self, spec: TaskModelSpec) -> None:
+        require_no_labels(spec.head, f"for {self.name}, which has no labels")
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         target, readable = self.target(data), input_of(data).check_record(data)

@@ -10,7 +10,6 @@ import numpy as np
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
-from fedtune.spec import ConfigError, shown
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, made_up_number, number_in, target_range_of
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 _DIGITS = 5
 """Significant digits of a number that is shown to people."""
-_BUT_THE_SCALE = {"centre": False, "init": "zero", "label_texts": ()}
-"""Settings of the head that concern labels, and the values they must keep without labels."""
 _SCALED = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores
@@ -49,12 +46,6 @@ class Regression(PooledTask):
     def check_data(self, data: DataSpec) -> None:
         super().check_data(data)
         target_range_of(data)
-
-    def check_model(self, spec: TaskModelSpec) -> None:
-        for key, nothing in _BUT_THE_SCALE.items():
-            if getattr(spec.head, key) != nothing:
-                bound = f"must be {shown(nothing)} for {self.name}, which has no labels"
-                raise ConfigError(f"head.{key}", getattr(spec.head, key), bound)
 
     def target(self, data: DataSpec) -> TargetOf:
         bounds = target_range_of(data)

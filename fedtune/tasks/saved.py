@@ -23,20 +23,20 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedtune.codec import decode, parse_json
 from fedtune.model.adapter import Adapter, AdapterError, copy_tensors
 from fedtune.model.base_model import model_sha256
 from fedtune.model.ia3_and_dora import PEFT_SCALES, as_peft
 from fedtune.model.refusals import PRIVATE_TO
 from fedtune.model.source import public_place
-from fedtune.model.spec import NO_ADAPTER, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, shown
+from fedtune.model.spec import NO_ADAPTER, ModelSpec, TaskModelSpec
+from fedtune.spec import RUN_SCHEMA, ConfigError, check_schema, errors_in, shown
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
@@ -45,6 +45,13 @@ _SAME = 1e-4
 """Two machines' values from the same seed, or the same labels, differ by less."""
 _HEAD = "head."
 """Prefix of the task's own tensors; its public constants are buffers of the model itself."""
+_MEANING = {
+    **{key: key for key in ("task", "model.sha256", "lora.kind", "head.scale", "head.centre")},
+    **{key: f"data.{key}" for key in ("labels", "target_range", "intervals")},
+    "values": "data.features",
+    "lora.scale": "the scale of LoRA",
+}
+"""Settings without which a model's tensors mean nothing, and their names in a message; the shapes say the rest."""
 
 
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
@@ -103,14 +110,19 @@ class SavedAdapter:
         Raises:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.
         """
-        settings = _read_json(folder / _SETTINGS)
-        if (site := settings.get(PRIVATE_TO)) is not None and not private:
+        path, bound = folder / _SETTINGS, "must be an adapter's settings"
+        try:
+            settings = parse_json(path.read_bytes(), key=str(path), bound=f"{bound}, in JSON")
+        except OSError as error:
+            raise ConfigError("adapter", str(path), f"{bound} ({error.strerror})") from error
+        check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="adapter")
+        if (site := settings.pop(PRIVATE_TO, None)) is not None and not private:
             bound = f"is private to {shown(site)}, without a guarantee: what is made from it may not leave that site"
             raise ConfigError("adapter", str(folder), bound)
-        with _malformed(folder):
-            spec, digest = _spec_of(settings), str(settings["adapter_digest"])
-            if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
-                spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
+        with errors_in(path):
+            digest, spec = str(settings.pop("adapter_digest", None)), decode(TaskModelSpec, settings)
+        if model is not None:  # a base that lies elsewhere is still the one that the adapter was trained on
+            spec = replace(spec, model=replace(model, sha256=spec.model.sha256))
         return cls(folder, spec, digest, site)
 
     @classmethod
@@ -163,8 +175,7 @@ class SavedAdapter:
             ConfigError: the base cannot be had, or is not the one that the adapter was trained on.
         """
         _ = self.tensors  # before matrices of that rank are made: any number can stand in a file, and fill the memory
-        with _malformed(self.folder):
-            return assemble(self.spec, device=device)
+        return assemble(self.spec, device=device)
 
     def load_into(self, model: TaskModel) -> None:
         """Copy into a model of the same settings.
@@ -185,10 +196,10 @@ class SavedAdapter:
         Raises:
             ConfigError: names the first setting that differs.
         """
-        here, there = (_meaning(spec) for spec in (other, self.spec))
-        for key, value in there.items():
-            if value != here[key]:
-                bound = f"must be tuned on the same model: {key} is {shown(value, 30)}, not {shown(here[key], 30)}"
+        for key, name in _MEANING.items():
+            was, now = (attrgetter(key)(one) for one in (self.spec, other))
+            if was != now:
+                bound = f"must be tuned on the same model: {name} is {shown(was, 30)}, not {shown(now, 30)}"
                 raise ConfigError("adapter", str(self.folder), bound)
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
@@ -273,31 +284,6 @@ def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bo
     return loaded
 
 
-@contextmanager
-def _malformed(folder: Path) -> Iterator[None]:
-    """Settings of other kinds than fedtune writes are a person's mistake."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(str(folder / _SETTINGS), type(error).__name__, f"is malformed: {error}") from error
-
-
-def _meaning(spec: TaskModelSpec) -> dict[str, Any]:
-    """The settings without which a model's tensors mean nothing; their shapes say the rest."""
-    return {
-        "task": spec.task,
-        "model.sha256": spec.model.sha256,
-        "data.labels": spec.labels,
-        "data.target_range": spec.target_range,
-        "data.features": spec.values,
-        "data.intervals": spec.intervals,
-        "lora.kind": spec.lora.kind,
-        "the scale of LoRA": spec.lora.scale,
-        "head.scale": spec.head.scale,
-        "head.centre": spec.head.centre,
-    }
-
-
 def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the files of the adapter into a folder that is there."""
     tensors = {name: parameter.detach().cpu().numpy() for name, parameter in model.adapter_parameters().items()}
@@ -329,37 +315,3 @@ def write_task_model(model: TaskModel, folder: Path, *, private_to: str | None =
         files[_SETTINGS][PRIVATE_TO] = private_to
     for name, settings in files.items():
         (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _spec_of(settings: dict[str, Any]) -> TaskModelSpec:
-    return TaskModelSpec(
-        model=ModelSpec(**settings["model"]),
-        lora=LoraSpec(**_with_tuples(settings["lora"])),
-        head=HeadSpec(**_with_tuples(settings["head"])),
-        task=settings["task"],
-        labels=tuple(settings["labels"]),
-        target_range=_with_tuples(settings)["target_range"],
-        seed=settings["seed"],
-        texts=settings["texts"],
-        beta=settings["beta"],
-        per_token=settings["per_token"],
-        input=settings.get("input", "text"),
-        values=tuple(settings.get("values", ())),
-        intervals=tuple(settings.get("intervals", ())),
-    )
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no JSON in UTF-8"
-        raise ConfigError("adapter", str(path), f"must be an adapter's settings ({why})") from error
-    if not isinstance(settings, dict):
-        raise ConfigError("adapter", str(path), "must be an adapter's settings (no object)")
-    check_schema(f"{path}: schema_version", settings.get("schema_version"), RUN_SCHEMA, of="adapter")
-    return settings

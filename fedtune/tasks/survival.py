@@ -50,11 +50,6 @@ class Survival(PooledTask):
         if not data.intervals:
             raise ConfigError("intervals", [], "must hold the end of each interval, in the unit of the role time")
 
-    def check_model(self, spec: TaskModelSpec) -> None:
-        for key, nothing in (("centre", False), ("init", "zero"), ("label_texts", ())):
-            if getattr(spec.head, key) != nothing:
-                raise ConfigError(f"head.{key}", getattr(spec.head, key), f"must be {nothing} for task {self.name}")
-
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(data.intervals)
 

@@ -28,7 +28,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
-from fedtune.tasks.inputs import input_of
+from fedtune.tasks.inputs import input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
 
@@ -114,9 +114,7 @@ class TokenClassification(Task):
         for label in spec.labels:
             if label == "O" or re.match(r"[BI]-", label):
                 raise ConfigError("data.labels", label, "must be a type of entities, without B- or I-, and not O")
-        for key, given, only in (("centre", spec.head.centre, False), ("init", spec.head.init, "zero")):
-            if given != only:
-                raise ConfigError(f"head.{key}", given, f"must be {json.dumps(only)} for task {self.name}")
+        require_no_labels(spec.head, f"for {self.name}, whose head is one of tokens")
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
         """Check that it tells which tokens are of one word."""
