@@ -97,39 +97,43 @@ class FeatureSpec:
             if self.missing == "indicator":
                 yield f"{column}: missing"
 
-    def read(self, text: str, *, at: str) -> NDArray[np.float64]:
-        """The values of one column, by its field in a record.
+    def raw(self, text: str, *, at: str) -> list[float]:
+        """The values of one column as they are, by its field in a record: a name by its place; NaN for nothing.
 
         Raises:
             DataError: it holds nothing, though it must, or no number, or another number of them.
         """
-        is_missing = not text or (text in NO_NAME and text not in self.categories)
-        if is_missing and self.missing == "unusable":
-            raise DataError(at, "nothing", "must have a value, or missing = indicator in data.features")
-        found = np.zeros(self.width // len(self.columns))
-        if is_missing:
+        if not text or (text in NO_NAME and text not in self.categories):
+            if self.missing == "unusable":
+                raise DataError(at, "nothing", "must have a value, or missing = indicator in data.features")
+            return [math.nan] * (self.size or 1)
+        if self.categories:
+            return [float(self.categories.index(text) if text in self.categories else len(self.categories))]
+        numbers = [float(number_of(text, at, role="feature"))] if self.size is None else numbers_of(text, at)
+        if len(numbers) != (self.size or 1):
+            raise DataError(at, counted(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
+        return numbers
+
+    def read(self, text: str, *, at: str) -> NDArray[np.float64]:
+        """The values of a vector for one column, from the same; DataError likewise."""
+        found, raw = np.zeros(self.width // len(self.columns)), self.raw(text, at=at)
+        if math.isnan(raw[0]):
             found[-1] = 1.0
-        elif self.categories:
-            found[self.categories.index(text) if text in self.categories else len(self.categories)] = 1.0
+        elif self.range is None:
+            found[int(raw[0])] = 1.0
         else:
-            numbers = [float(number_of(text, at, role="feature"))] if self.size is None else numbers_of(text, at)
-            if len(numbers) != (self.size or 1):
-                raise DataError(at, counted(len(numbers), "number"), f"must be {self.size or 1}, as data.features says")
-            assert self.range is not None, "as in the settings"
             low, high = self.range
-            middle, half = (low + high) / 2, (high - low) / 2
-            found[: len(numbers)] = (np.clip(numbers, low, high) - middle) / half
+            found[: len(raw)] = (np.clip(raw, low, high) - (low + high) / 2) / ((high - low) / 2)
         return found
 
     def odd(self, text: str) -> str | None:
         """What is odd with a field that can be used: "missing", "not declared" or "beyond its range"; None: nothing."""
-        found = self.read(text, at="")
-        if self.missing == "indicator" and found[-1]:
+        raw = self.raw(text, at="")
+        if math.isnan(raw[0]):
             return "missing"
         if self.range is None:
-            return "not declared" if found[len(self.categories)] else None
-        numbers = numbers_of(text, "") if self.size else [float(text)]
-        return "beyond its range" if any(not self.range[0] <= one <= self.range[1] for one in numbers) else None
+            return "not declared" if raw[0] == len(self.categories) else None
+        return "beyond its range" if any(not self.range[0] <= one <= self.range[1] for one in raw) else None
 
     def made_up(self, draw: Callable[[int], int]) -> str:
         """An invented field; `draw(n)` takes one of n."""
@@ -150,19 +154,6 @@ class FeatureSpec:
         if kind == 2 and self.range is not None and self.size is None:
             return repr(2 * self.range[1] - self.range[0])
         return self.made_up(draw)
-
-    def raw(self, fields: Mapping[str, str]) -> list[float]:
-        """The values of a record's columns as they are, a name by its place; NaN for nothing."""
-        found: list[float] = []
-        for name in self.columns:
-            text = fields[FEATURE + name]
-            if not text:
-                found += [math.nan] * (self.size or 1)
-            elif self.categories:
-                found.append(float(self.categories.index(text) if text in self.categories else len(self.categories)))
-            else:
-                found += json.loads(text) if self.size else [float(text)]
-        return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ format, its number of pixels and its form are bounded, by what its header says, 
 from __future__ import annotations
 
 import base64
-import binascii
 import importlib.util
 import io
 import warnings
@@ -103,27 +102,25 @@ def decoded(field: str, *, file: str, at: str) -> Any:
 
 def _content(field: str, file: str, *, at: str) -> bytes:
     """The bytes of an image file.  Of a record in a file it lies in that file's folder or below."""
-    if field.startswith(WITHIN):
-        try:
+    is_within = field.startswith(WITHIN)
+    try:
+        if is_within:
             found = base64.b64decode(field.removeprefix(WITHIN), validate=True)
-        except (binascii.Error, ValueError):
-            raise DataError(at, "text that is no base64", _BOUND) from None
-    else:
-        try:
+        else:
             folder = Path(file).parent.resolve()
             path = (folder / field).resolve()
             if file and not path.is_relative_to(folder):
                 raise DataError(at, "a path out of the folder", "must be a path below the folder of the record's file")
             if not path.is_file():
-                raise DataError(
-                    at, "no such file", "must be the path of an image, from the folder of the record's file"
-                )
+                bound = "must be the path of an image, from the folder of the record's file"
+                raise DataError(at, "no such file", bound)
             with path.open("rb") as stream:
                 found = stream.read(MOST_BYTES + 1)
-        except DataError:
-            raise
-        except (OSError, ValueError, RuntimeError):  # no permission; a null byte; links in a circle
-            raise DataError(at, "a file that cannot be read", _BOUND) from None
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError):  # no permission; a null byte, or no base64; links in a circle
+        kind = "text that is no base64" if is_within else "a file that cannot be read"
+        raise DataError(at, kind, _BOUND) from None
     if len(found) > MOST_BYTES:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes an image")
     return found

@@ -359,13 +359,13 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     runtime = _graph_tools() if format == "onnx" else None
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
-    records = [
-        Record({f"{FEATURE}{name}": one.made_up_anyhow(draws.integers) for one in features for name in one.columns})
-        for _ in range(_ROWS)
-    ]
+    columns = [(one, FEATURE + name) for one in features for name in one.columns]
+    records = [Record({role: one.made_up_anyhow(draws.integers) for one, role in columns}) for _ in range(_ROWS)]
     vectors = torch.from_numpy(np.stack([FeatureReader(features).vector(record) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
-    raw = torch.tensor([[value for one in features for value in one.raw(record.fields)] for record in records])
+    raw = torch.tensor(
+        [[value for one, role in columns for value in one.raw(record.fields[role], at=role)] for record in records]
+    )
     with torch.no_grad():
         ours = model.task.read_out(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
