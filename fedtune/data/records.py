@@ -150,11 +150,9 @@ def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
             and counts the rest, since the file is read to its end.
     """
     faults = Faults()
-    for line, found in judged(path, columns):
-        if isinstance(found, DataError):
-            faults.add(found, line)
-        elif not faults:
-            yield found
+    for record in usable_records(path, columns, faults=faults, lenient=False):
+        if not faults:
+            yield record
     faults.require_none()
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fedtune.tasks.measures import Detail
 
 
+Draws: TypeAlias = np.random.Generator
 Ids: TypeAlias = Sequence[Row]
 """Token ids, (t_i,) of each example; or (1, w), its vector."""
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
@@ -369,12 +370,10 @@ class Task(ABC):
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         """A value that an invented record may have in a role; None: any text.  `draw(n)` takes one of n."""
-        return None
+        return repr(data.target_range[draw(2)]) if role == "target" and data.target_range is not None else None
 
     @abstractmethod
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         """Targets for invented examples, on which a model is tried before a run, and its cost is measured.
 
         Args:
@@ -448,11 +447,6 @@ def number_in(record: Record, bounds: tuple[float, float]) -> float:
         bound = f"must lie in data.target_range: {low:g} to {high:g}"
         raise DataError(record.at("target"), "outside the range", bound)
     return number
-
-
-def made_up_number(role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-    """For `Task.made_up`: either end of the range where the role is `target`."""
-    return None if role != "target" or data.target_range is None else repr(data.target_range[draw(2)])
 
 
 _LOADING = """\

@@ -28,7 +28,7 @@ from fedtune.data.tokenise import (
 )
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of
 from fedtune.tasks.chat_template import (
     SYSTEM,
     USER,
@@ -138,13 +138,9 @@ class CausalLM(Task):
         return TextDataset(tuple(input_ids), tuple(targets))
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """The tokens (t,) from which an answer is written, as training has them before it cuts any off.
+        """As training has them before it cuts any off.
 
-        Args:
-            fields: `messages` that end in a user's turn, a `text` to go on with, or the roles of a prompt, of which
-                those that are absent are blank.
-            tokenizer: the base's.
-            data: the settings of the run.
+        `fields` may also be a `text` to go on with; of a prompt's roles those that are absent are blank.
 
         Raises:
             ConfigError: the tokenizer or its chat template cannot be taken, or the run has no turns to write messages.
@@ -216,9 +212,7 @@ class CausalLM(Task):
         """exp(-loss)."""
         return float(np.exp(-float(model.losses(batch)[0])))
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return tuple(
             np.where(np.arange(len(ids)) >= first(len(ids)), ids, UNSUPERVISED).astype(np.int64) for ids in input_ids
         )

@@ -22,7 +22,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model, Task, error_of, made_up_number, number_in, target_range_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of, number_in, target_range_of
 from fedtune.tasks.inputs import mean_pooled, whole_texts
 from fedtune.tasks.measures import rank_correlation
 
@@ -164,12 +164,7 @@ class Embedding(Task):
             return float(cosines[0][0] > cosines[1][0])
         return max(0.0, 1 - abs(float(cosines[0][0] - batch.targets[0])))
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        return made_up_number(role, data, draw=draw)
-
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
 

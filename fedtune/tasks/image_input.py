@@ -13,7 +13,7 @@ from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Row, Text, each_alone, mean_pooled, require_no_labels
+from fedtune.tasks.inputs import Row, Rows, Text, each_alone, mean_pooled, require_no_labels
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,7 @@ class Image(Text):
         require_pillow()
         return _decoded
 
-    def rows(
-        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
-    ) -> tuple[Sequence[Row], list[bool]]:
+    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
         return each_alone(  # at a real site a file may have changed since it was judged
             lambda record: reader.patches(_decoded(record)),
             records,

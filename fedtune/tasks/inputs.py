@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
+Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
+"""Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenise`)."""
 
 
 class Named(Protocol):
@@ -78,10 +80,8 @@ class Input(ABC):
         yield from ()
 
     @abstractmethod
-    def rows(
-        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
-    ) -> tuple[Sequence[Row], list[bool]]:
-        """Each record's input and whether it could be made; what could not is a harmless one (`Task.tokenise`)."""
+    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
+        """The records' inputs."""
 
     @abstractmethod
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
@@ -155,9 +155,7 @@ class Text(Input):
             check_tokenizer_fits(tokenizer, base.get_base_model(), path=model.path)
         return tokenizer
 
-    def rows(
-        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
-    ) -> tuple[Sequence[Row], list[bool]]:
+    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
         fields = [(record, "text") for record in records]
         return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
@@ -230,9 +228,7 @@ class Features(Input):
                 if what := feature.odd(record.fields[FEATURE + column]):
                     yield what, column
 
-    def rows(
-        self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None
-    ) -> tuple[Sequence[Row], list[bool]]:
+    def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
         nothing = np.zeros((1, reader.width), dtype=np.float32)
         return each_alone(
             lambda record: reader.vector(record)[None], records, nothing=nothing, lenient=lenient_within is not None
@@ -406,9 +402,7 @@ def require_no_labels(head: HeadSpec, why: str) -> None:
     require_values(why, *settings, ("head.label_texts", head.label_texts, ()))
 
 
-def each_alone(
-    read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool
-) -> tuple[list[Row], list[bool]]:
+def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
     """What `read` makes of each record, and whether it could; `lenient`: `nothing` stands where it raised an error."""
     made = [or_fault("", read, record) if lenient else read(record) for record in records]
     rows = [nothing if isinstance(row, DataError) else row for row in made]
@@ -434,7 +428,7 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 def whole_texts(
     fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
-) -> tuple[list[npt.NDArray[np.int32]], list[bool]]:
+) -> Rows:
     """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
 
     Args:

@@ -16,7 +16,7 @@ from fedtune.data.values import split_labels
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks import measures
-from fedtune.tasks.base import FirstTarget, Ids, Model
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
 from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, binary_losses, undeclared
 
@@ -114,7 +114,5 @@ class MultiLabel(LabelTask):
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return json.dumps([data.labels[draw(len(data.labels))]]) if role == "labels" else None
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.integers(0, 2, size=(len(input_ids), len(spec.labels))).astype(np.int8)

@@ -15,7 +15,7 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.inputs import input_named, input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Floats, Marks
 
@@ -258,9 +258,7 @@ class OneLabelTask(LabelTask):
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         return data.labels[draw(len(data.labels))] if role == "label" else None
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.integers(0, len(spec.labels), size=len(input_ids))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
-from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, made_up_number, number_in, target_range_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, number_in, target_range_of
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
@@ -104,12 +104,7 @@ class Regression(PooledTask):
         lines, last = super().loading(base=base, folder=folder, lines=lines).rsplit("print", 1)
         return f"{lines}{_SCALED}print{last}"
 
-    def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        return made_up_number(role, data, draw=draw)
-
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)
 
 

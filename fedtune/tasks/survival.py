@@ -20,7 +20,7 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.data.values import category_of
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import FirstTarget, Ids, Model
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats
 from fedtune.tasks.pooled import PooledTask, TargetOf, binary_losses
 
@@ -106,9 +106,7 @@ class Survival(PooledTask):
         made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: str(draw(2))}
         return made[role]() if role in made else None
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         count = len(spec.intervals)
         places, last = np.arange(count), draws.integers(0, count, size=(len(input_ids), 1))
         event = draws.integers(0, 2, size=(len(input_ids), 1))

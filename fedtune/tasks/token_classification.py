@@ -27,7 +27,7 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer,
 from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.inputs import input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
@@ -283,9 +283,7 @@ class TokenClassification(Task):
         label = data.labels[draw(len(data.labels))] if role in self.answers else ""
         return {"tags": f"B-{label}", "spans": json.dumps([[0, 1, label]])}.get(role)
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         tags = (draws.integers(0, 1 + 2 * len(spec.labels), size=len(ids)) for ids in input_ids)
         return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
 

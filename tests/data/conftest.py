@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -11,7 +12,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fedtune.data import DataSpec
+
 WORDS = ["card", "lost", "my", "is", "where", "name", "there", "a", "place", *string.ascii_lowercase[1:]]
+
+CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = range(2, 11)
+"""Their ids."""
+
+
+def data_spec(*roles: str, **given: Any) -> DataSpec:
+    """Settings of data, with a column for each role that is called as it is."""
+    usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
+    return DataSpec(**(usual | {"max_length": 12} | given))
 
 
 def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:

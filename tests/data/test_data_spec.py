@@ -44,6 +44,8 @@ def test_pydantic_builds_it_from_plain_data() -> None:
         ({"declared_sizes": (5, 0)}, "declared_sizes = 0: must be"),
         ({"max_length": 2}, "max_length = 2: must be"),
         ({"test_rows": 0}, "test_rows = 0: must be"),
+        ({"windows": 9}, "windows = 9: must be one of 1, 2"),
+        ({"windows": 2, "stride": 16}, "stride = 16: must be at most half of what a window"),
         *(({"label_separator": mark}, "label_separator = ") for mark in ("", ", ", "[", '"')),
         *(({"target_range": bounds}, "target_range = ") for bounds in NO_RANGES),
         ({"test_fraction": 1.0}, "test_fraction = 1.0: must lie in [0, 1)"),

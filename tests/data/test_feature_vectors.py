@@ -18,6 +18,8 @@ from fedtune.data.records import Record, iter_records, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
+from .conftest import data_spec
+
 AGE = FeatureSpec(columns=("age",), range=(0.0, 100.0))
 LAB = FeatureSpec(columns=("crp", "ldh"), range=(-1.0, 1.0), missing="indicator")
 SEX = FeatureSpec(columns=("sex",), categories=("female", "male"), missing="indicator")
@@ -27,8 +29,8 @@ ROW = {"age": 25, "crp": 0.5, "ldh": None, "sex": "male", "states": [2, 0.5, -9]
 
 
 def data(*features: FeatureSpec, **changes: Any) -> DataSpec:
-    values: dict[str, Any] = {"dataset": "d", "train_file": "f", "columns": {"label": "y"}, "declared_sizes": 5}
-    return DataSpec(**values | {"max_length": 1, "input": "features", "features": features} | changes)
+    given = {"columns": {"label": "y"}, "max_length": 1, "input": "features", "features": features}
+    return data_spec(**given | changes)
 
 
 def read(tmp_path: Path, *rows: dict[str, Any], features: tuple[FeatureSpec, ...] = ALL) -> Iterator[Record]:

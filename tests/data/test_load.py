@@ -15,6 +15,8 @@ from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_record
 from fedtune.data.records import Fault
 from fedtune.spec import DataError
 
+from .conftest import data_spec
+
 COLUMNS = {"text": "text", "label": "kind"}
 TEXTS = [f"text {number}" for number in range(1000)]
 
@@ -25,8 +27,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def spec(path: Path, **settings: Any) -> DataSpec:
-    given: dict[str, Any] = {"columns": COLUMNS, "labels": ("a", "b"), "declared_sizes": 100, "max_length": 16}
-    return DataSpec(dataset="d", train_file=str(path), **given | settings)
+    return data_spec(**{"train_file": str(path), "columns": COLUMNS, "labels": ("a", "b")} | settings)
 
 
 def dealt(given: DataSpec, *, unit: Any = "record", seed: int = 1, fault: Fault = lambda record: None) -> Dealt:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.data import (
-    DataSpec,
     PartitionSpec,
     Record,
     assign_site,
@@ -22,8 +21,10 @@ from fedtune.data import (
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
+from .conftest import data_spec
+
 KEY = b"a key of these tests"
-DATA = DataSpec(dataset="d", train_file="f", columns={}, declared_sizes=1, labels=("a", "b", "c"), max_length=5)
+DATA = data_spec(labels=("a", "b", "c"), max_length=5)
 SPECS = [
     PartitionSpec(),
     PartitionSpec(proportions=(1.0, 2.0, 3.0)),

@@ -25,6 +25,8 @@ from fedtune.data import (
 from fedtune.data.load import own_records
 from fedtune.spec import ConfigError, DataError
 
+from .conftest import data_spec
+
 KEY = b"a key of these tests"
 COLUMNS = {"text": "text", "user": "who"}
 SPECS = [
@@ -106,14 +108,8 @@ def written(folder: Path, *users: object, name: str = "all.jsonl") -> Path:
 
 
 def spec(path: Path, **changes: Any) -> DataSpec:
-    values: dict[str, Any] = {
-        "dataset": "notes",
-        "train_file": str(path),
-        "columns": {"prompt": "text", "completion": "text", "user": "who"},
-        "declared_sizes": 3,
-        "max_length": 8,
-    }
-    return DataSpec(**(values | changes))
+    columns = {"prompt": "text", "completion": "text", "user": "who"}
+    return data_spec(**({"train_file": str(path), "columns": columns} | changes))
 
 
 def columns(data: DataSpec, **unit: Any) -> dict[str, str]:

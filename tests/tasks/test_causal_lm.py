@@ -14,22 +14,14 @@ from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
-from .conftest import make_tokenizer
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, make_tokenizer
 
-CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
 LM = task_named("causal_lm")
 HIDDEN = UNSUPERVISED
 
 
 def settings(*roles: str, max_length: int = 9, **given: Any) -> DataSpec:
-    return DataSpec(
-        dataset="d",
-        train_file="f",
-        columns={role: role for role in roles or ("prompt", "completion")},
-        declared_sizes=1,
-        max_length=max_length,
-        **given,
-    )
+    return data_spec(*(roles or LM.roles), max_length=max_length, **given)
 
 
 def prompted(prompt: str, completion: str, **fields: str) -> Record:
@@ -258,12 +250,6 @@ def test_no_content_makes_more_than_one_bounded_example(roles: tuple[str, ...], 
     assert dataset.targets[0][0] == HIDDEN
     learnt = dataset.targets[0] != HIDDEN
     assert np.array_equal(dataset.targets[0][learnt], dataset.input_ids[0][learnt])
-
-
-def test_a_mark_in_a_text_is_text() -> None:
-    tokenizer = tiny_tokenizer("random:llama")
-    ids, _ = one({"text": "a</s>b"}, tokenizer, settings("text", max_length=40))
-    assert ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any) -> None:

@@ -20,6 +20,8 @@ from fedtune.tasks import task_named
 from fedtune.tasks.chat_template import _compiled, _derived
 from fedtune.tasks.counted_template import CountedTemplate
 
+from ..data.conftest import data_spec
+
 LM = task_named("causal_lm")
 MARKS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]")
 
@@ -138,8 +140,7 @@ def tokenizer_with(template: str | None, *, special: bool = True) -> PreTrainedT
 
 
 def settings(kind: str = "model", *, max_length: int = 2000, **given: Any) -> DataSpec:
-    values = {"columns": {"messages": "messages"}, "chat_template": kind} | given
-    return DataSpec(dataset="d", train_file="f", declared_sizes=1, max_length=max_length, **values)
+    return data_spec("messages", max_length=max_length, chat_template=kind, **given)
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:

@@ -18,6 +18,8 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel, task_named
 from fedtune.tasks.embedding import ranks_of_own
 
+from ..data.conftest import data_spec
+
 TASK = task_named("embedding")
 SCORED = {"text": "a", "other": "b", "target": "s"}
 PAIRS = {"anchor": "a", "positive": "p"}
@@ -26,15 +28,8 @@ WORDS = ("card", "lost", "where", "name", "place", "there", "is", "my")
 
 
 def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = None, **pairs: Any) -> DataSpec:
-    return DataSpec(
-        dataset="d",
-        train_file="f",
-        declared_sizes=9,
-        max_length=12,
-        columns=columns,
-        target_range=bounds or ((0.0, 1.0) if "target" in columns else None),
-        pairs=PairsSpec(**pairs),
-    )
+    bounds = bounds or ((0.0, 1.0) if "target" in columns else None)
+    return data_spec(columns=columns, target_range=bounds, pairs=PairsSpec(**pairs))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import record_of
-from fedtune.data.spec import DataSpec
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
+
+from ..data.conftest import data_spec
 
 FEATURES = (
     FeatureSpec(columns=("age",), range=(0.0, 100.0)),
@@ -23,14 +24,7 @@ FEATURES = (
     FeatureSpec(columns=("states",), range=(-5.0, 5.0), size=2),
     FeatureSpec(columns=("levels",), range=(-5.0, 5.0), size=2, missing="indicator"),
 )
-GIVEN: dict[str, Any] = {
-    "dataset": "d",
-    "train_file": "f",
-    "columns": {"label": "y"},
-    "declared_sizes": 5,
-    "max_length": 1,
-}
-DATA = DataSpec(**GIVEN, labels=("a", "b"), input="features", features=FEATURES)
+DATA = data_spec("label", labels=("a", "b"), input="features", features=FEATURES, max_length=1)
 GOOD = {"age": 5, "crp": 5, "ward": "surgery", "grade": "surgery", "states": [1, 2], "levels": [1, 2]}
 VALUES: tuple[Any, ...] = (
     *(None, math.nan, math.inf, "", "  ", "NA", "nan", "none", "?", "x", " surgery ", "Surgery"),

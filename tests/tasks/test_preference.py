@@ -19,20 +19,14 @@ from fedtune.spec import DataError
 from fedtune.tasks import TaskModel, load_task_model, save_task_model, task_named
 from fedtune.tasks.preference import length_controlled
 
-CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec
+
 PAIRS = task_named("preference")
 HIDDEN = UNSUPERVISED
 
 
 def settings(*roles: str, max_length: int = 30, **given: Any) -> DataSpec:
-    return DataSpec(
-        dataset="d",
-        train_file="f",
-        columns={role: role for role in roles or PAIRS.roles},
-        declared_sizes=1,
-        max_length=max_length,
-        **given,
-    )
+    return data_spec(*(roles or PAIRS.roles), max_length=max_length, **given)
 
 
 TURNS = settings("messages", "chosen", "rejected", chat_template="plain")

@@ -13,22 +13,16 @@ import pytest
 import torch
 
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 from fedtune.tasks.survival import concordance, followed_through, integrated_brier
 
+from ..data.conftest import data_spec
+
 SURVIVAL = TASKS["survival"]
 ENDS = (1.0, 2.0, 4.0)
-DATA = DataSpec(
-    dataset="d",
-    train_file="f",
-    declared_sizes=5,
-    max_length=9,
-    columns={"text": "t", "time": "months", "event": "died"},
-    intervals=ENDS,
-)
+DATA = data_spec("text", "time", "event", intervals=ENDS)
 SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival", intervals=ENDS)
 
 
@@ -110,7 +104,7 @@ def test_cox_is_refused_with_the_reason() -> None:
 )
 def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
-        DataSpec(dataset="d", train_file="f", declared_sizes=5, max_length=9, columns={}, intervals=intervals)
+        data_spec(intervals=intervals)
 
 
 def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path, tiny: Any, command: Any, result_of: Any) -> None:
@@ -125,14 +119,10 @@ def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path, tiny: Any,
         *tiny("experiment=own_features", into=tmp_path, name="followed"),
         *("task=survival", f"data.train_file='{file}'", "data.columns={time: months, event: died}", "data.labels=[]"),
         *("data.features=[{columns: [age], range: [0, 110]}]", "data.intervals=[5,10,20,40]", "data.max_length=1"),
-        *("data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75", "data.test_rows=null"),
+        *("data.train_fraction=1", "data.test_fraction=0.4", "data.declared_sizes=75"),
+        *("data.test_rows=null", "data.validation_rows=null"),
         *("privacy=none", "privacy.noise_multiplier=null", "training=adamw", "training.learning_rate=0.1"),
-        *(
-            "federation.num_rounds=3",
-            "training.local_steps=10",
-            "runtime.seeded_noise=true",
-            "data.validation_rows=null",
-        ),
+        *("federation.num_rounds=3", "training.local_steps=10", "runtime.seeded_noise=true"),
     ]
     told = command("simulate", *given)
     assert told.code == 0, told.err

@@ -17,6 +17,8 @@ from fedtune.tasks import TASKS, task_named
 from fedtune.tasks.base import error_of
 from fedtune.tasks.pooled import binary_losses
 
+from ..data.conftest import data_spec
+
 LABELS = ("low", "mid", "high")
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -0.2, -0.1], [0.3, 0.2, 4.0]])
 
@@ -25,8 +27,7 @@ def data(task: str, **given: Any) -> DataSpec:
     roles = {"multi_label": "labels", "ordinal": "label", "regression": "target"}
     columns = {"text": "t", roles[task]: "a"}
     answers = {"target_range": (1.0, 5.0)} if task == "regression" else {"labels": LABELS}
-    values = {"dataset": "d", "train_file": "f", "declared_sizes": 9, "max_length": 8, "columns": columns}
-    return DataSpec(**(values | answers | given))
+    return data_spec(**({"columns": columns} | answers | given))
 
 
 def spec_of(task: str, *, labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
@@ -227,11 +228,12 @@ def test_final_scores_and_detail_of_an_order() -> None:
     assert detail.reliability[0].confidence == pytest.approx(first), "of the answer, which is not the likeliest class"
 
 
+@pytest.mark.parametrize("task", ["regression", "survival", "token_classification"])
 @pytest.mark.parametrize("head", [HeadSpec(centre=True), HeadSpec(init="label_names"), HeadSpec(label_texts=("a",))])
-def test_a_number_has_no_labels_to_start_from(head: HeadSpec) -> None:
-    spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task="regression", head=head)
-    with pytest.raises(ConfigError, match=r"^head\."):
-        task_named("regression").check_model(spec)
+def test_a_head_that_no_text_of_a_label_starts_has_no_settings_of_them(task: str, head: HeadSpec) -> None:
+    spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task=task, head=head, labels=("a",))
+    with pytest.raises(ConfigError, match=rf"^head\..* for {task}, w"):
+        task_named(task).check_model(spec)
 
 
 def test_a_mistake_of_ours_in_reading_a_record_leaves_it_out() -> None:

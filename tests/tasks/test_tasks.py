@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import fedtune
-from fedtune.data import DataSpec
 from fedtune.data.features import FeatureSpec
 from fedtune.data.records import record_of
 from fedtune.data.spec import PairsSpec
@@ -21,12 +20,7 @@ from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 
-
-def data(*roles: str, **given: Any) -> DataSpec:
-    """Settings with a column for each role, called as it is."""
-    values = {"columns": {role: role for role in roles}, "dataset": "d", "train_file": "f", "declared_sizes": 9}
-    return DataSpec(**(values | {"max_length": 12} | given))
-
+from ..data.conftest import data_spec
 
 LABELLED, PROMPT, TURNS = ("text", "label"), ("prompt", "completion"), {"chat_template": "plain"}
 SCORED, PAIR = ("text", "other", "target"), ("anchor", "positive")
@@ -59,6 +53,9 @@ WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
         (("text", "spans"), {}, "labels = []: must declare at least one label"),
         (("tokens", "tags"), {"labels": ("a",)} | TURNS, "chat_template = 'plain': must stay none"),
         (("text", "spans", "tags"), {"labels": ("a",)}, "columns.tags = 'tags': is no role of this run"),
+        (("tokens", "tags", "spans"), {"labels": ("a",)}, "columns.spans = 'spans': is no role of this run"),
+        (("tokens",), {"labels": ("a",)}, "columns = {'tokens': 'tokens'}: must name the column for role 'tags'"),
+        (("text",), {"labels": ("a",)}, "columns = {'text': 'text'}: must name the column for role 'spans'"),
     ],
     "ordinal": [
         (LABELLED, {"labels": ("a", "b"), "windows": 2}, "windows = 2: must stay 1: task ordinal does not use it"),
@@ -115,7 +112,7 @@ def test_settings_that_do_not_fit_the_task(
     task: str, roles: tuple[str, ...], given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        task_named(task).check_data(data(*roles, **given))
+        task_named(task).check_data(data_spec(*roles, **given))
     assert str(error.value).startswith(message)
 
 
@@ -131,7 +128,7 @@ def test_settings_that_do_not_fit_the_task(
     ],
 )
 def test_settings_that_fit_their_task(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
-    task_named(task).check_data(data(*roles, **given))
+    task_named(task).check_data(data_spec(*roles, **given))
 
 
 FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),)}
@@ -164,7 +161,7 @@ def made_up(draws: random.Random) -> object:
 
 
 def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
-    settings = data(*roles, **given)
+    settings = data_spec(*roles, **given)
     columns, draws, found = (
         task_named(task).columns(settings, unit="user" if "user" in roles else "record"),
         random.Random(seed),
@@ -192,18 +189,11 @@ def test_every_task_s_faults_are_looked_at() -> None:
     assert {task for task, *_ in FAULTY} == set(TASKS)
 
 
-def test_a_task_that_there_is_not_is_named() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^task = 'riddles': must be one of classification, multi_label, ordinal, re"
-    ):
-        task_named("riddles")
-
-
 def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
     task = task_named("causal_lm")
 
     def roles(*named: str, **given: Any) -> set[str]:
-        return set(task.columns(data(*named, **given)))
+        return set(task.columns(data_spec(*named, **given)))
 
     assert roles("messages", "label", chat_template="plain") == {"messages"}
     assert roles("text", "label") == {"text"}

@@ -8,31 +8,26 @@ import pytest
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import FixedLength
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
+from fedtune.data import UNSUPERVISED, Record, TextDataset
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
-from .conftest import make_tokenizer
+from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, WHERE, data_spec, make_tokenizer
 
-CLS, SEP, CARD, LOST, MY, IS, WHERE, NAME, THERE = 2, 3, 4, 5, 6, 7, 8, 9, 10
 PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
-
-
-def settings(**given: Any) -> DataSpec:
-    return DataSpec(dataset="d", train_file="f", columns={}, declared_sizes=1, **given)
 
 
 def tokenise_classification(
     records: list[Record], tokenizer: Any, *, labels: Any, max_length: int, lenient_within: int | None = None
 ) -> TextDataset:
-    data = settings(labels=tuple(labels), max_length=max_length)
+    data = data_spec(labels=tuple(labels), max_length=max_length)
     return task_named("classification").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
 
 
 def tokenise_causal_lm(
     records: list[Record], tokenizer: Any, *, template: str, max_length: int, lenient_within: int | None = None
 ) -> TextDataset:
-    data = settings(prompt_template=template, max_length=max_length)
+    data = data_spec(prompt_template=template, max_length=max_length)
     return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
 
 
