@@ -93,6 +93,7 @@ class Task(ABC):
         rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
         reads: a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout.
         reads_tokens: whether the readout is of each token's hidden state, and not of their mean.
+        lines: of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's.
         auto: the class of transformers that loads a whole model.
     """
 
@@ -112,6 +113,7 @@ class Task(ABC):
     rate_shares: ClassVar[tuple[float, float] | None] = None
     reads: ClassVar[str] = "scores"
     reads_tokens: ClassVar[bool] = False
+    lines: ClassVar[str] = ""
     auto: ClassVar[str] = "AutoModel"
 
     @property
@@ -164,7 +166,7 @@ class Task(ABC):
             return {
                 "messages": json.dumps([{"role": "user", "content": text}], separators=(",", ":"), ensure_ascii=False)
             }
-        main = next((role for role in ("text", "prompt", "image") if role in roles), None)
+        main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
             bound = f"is one text, or one path, and a prompt of this run has {wanted}: give them in a file (--file)"
@@ -294,11 +296,19 @@ class Task(ABC):
         """Each record's prompt, as tokens, and its reference text; None: nothing to score."""
         return None
 
-    def add_head(self, model: Model) -> None:  # noqa: B027
+    def outputs(self, spec: TaskModelSpec) -> int:
+        """Rows of the head."""
+        return len(spec.labels)
+
+    def add_head(self, model: Model) -> None:
         """Give a new model the task's own tensors: those to train under `model.head`, public ones as buffers.
 
         They must not depend on anything but the model's settings, since a saved adapter is loaded into them.
         """
+        if self.has_head:
+            spec, width = model.spec, model.base.config.get_text_config().hidden_size
+            head = input_of(spec).head(width, self.outputs(spec), spec=spec.head, seed=spec.seed, device=model.device)
+            model.head = head.requires_grad_(spec.head.train)
 
     def start_head(self, model: Model) -> None:  # noqa: B027
         """Bring the head of a new model to where training starts, from public settings alone."""
@@ -412,7 +422,7 @@ class Task(ABC):
             lines: that lead to `scores` and `labels`, of an input that is no text; None: those of this task.
         """
         auto = self.auto if self.predicts_tokens else "AutoModel"
-        return _LOADING.format(auto=auto, base=base, folder=folder)
+        return _LOADING.format(auto=auto, base=base, folder=folder) + self.lines.replace("FOLDER", folder)
 
 
 def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError | None]:

@@ -60,6 +60,7 @@ class Embedding(Task):
     hub_name = "sentence-similarity"
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "spearman"
+    lines = _LINES
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -167,9 +168,6 @@ class Embedding(Task):
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         # Of three texts up to the largest margin, so that most of them have a gradient.
         return draws.uniform(0, spec.texts - 1, size=len(input_ids) // spec.texts).astype(np.float32)
-
-    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        return super().loading(base=base, folder=folder) + _LINES
 
 
 def _cosines(embeddings: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:

@@ -58,6 +58,7 @@ class PooledTask(Task):
 
     Attributes:
         target_type: of one value of a target.
+        scales: lines of Python from the head's scores to those that `reads` reads.
     """
 
     has_head = True
@@ -67,6 +68,8 @@ class PooledTask(Task):
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
     rate_shares = (1 / 8, 1.0)
+    lines = _HEAD_LINES
+    scales: ClassVar[str] = ""
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64
 
     @abstractmethod
@@ -76,10 +79,6 @@ class PooledTask(Task):
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         """Of one record's target."""
         return ()
-
-    def outputs(self, spec: TaskModelSpec) -> int:
-        """Rows of the head."""
-        return len(spec.labels)
 
     @abstractmethod
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
@@ -123,12 +122,11 @@ class PooledTask(Task):
     def add_head(self, model: Model) -> None:
         import torch
 
-        hidden_size, device, spec = model.base.config.get_text_config().hidden_size, model.device, model.spec
-        head = input_of(spec).head(hidden_size, self.outputs(spec), spec=spec.head, seed=spec.seed, device=device)
-        model.head = head.requires_grad_(spec.head.train)
-        if input_of(spec).embeds_labels:
+        super().add_head(model)
+        if input_of(model.spec).embeds_labels:
             # A public constant, not trained and never part of an update.
-            model.register_buffer("centre", torch.zeros(hidden_size, device=device), persistent=False)
+            nothing = torch.zeros(model.base.config.get_text_config().hidden_size, device=model.device)
+            model.register_buffer("centre", nothing, persistent=False)
 
     def start_head(self, model: Model) -> None:
         """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
@@ -187,8 +185,7 @@ class PooledTask(Task):
         return ((torch.eye(len(centre), device=centre.device), -centre), (scores, None))
 
     def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        lines = lines or super().loading(base=base, folder=folder) + _HEAD_LINES.replace("FOLDER", folder)
-        return f"{lines}print({self.reads})\n"
+        return f"{lines or super().loading(base=base, folder=folder)}{self.scales}print({self.reads})\n"
 
 
 class LabelTask(PooledTask):

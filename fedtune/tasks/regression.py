@@ -40,6 +40,7 @@ class Regression(PooledTask):
     roles = ("text", "target")
     answers = frozenset({"target"})
     own_settings = frozenset({"target_range"})
+    scales = _SCALED
     reads = "float(scores[0])"
     target_type = np.float32
 
@@ -99,10 +100,6 @@ class Regression(PooledTask):
 
     def read_out(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _numbers(logits, spec)
-
-    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        lines, last = super().loading(base=base, folder=folder, lines=lines).rsplit("print", 1)
-        return f"{lines}{_SCALED}print{last}"
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return draws.uniform(-1, 1, size=len(input_ids)).astype(np.float32)

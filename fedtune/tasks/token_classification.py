@@ -28,7 +28,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
-from fedtune.tasks.inputs import input_of, require_no_labels
+from fedtune.tasks.inputs import require_no_labels
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
 
@@ -89,6 +89,7 @@ class TokenClassification(Task):
     reads_tokens = True
     auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
+    lines = _LINES
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -99,10 +100,6 @@ class TokenClassification(Task):
 
     def texts(self, data: DataSpec) -> int:
         return data.windows
-
-    def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
-        in_columns = replace(data, columns={"text": "text"})
-        return {self.roles_in(data)[0]: super().prompt_fields(text, in_columns, at=at)["text"]}
 
     def as_asked(self, record: Record, data: DataSpec) -> Record:
         nothing = "\n".join("O" for _ in record.fields.get("tokens", "").split("\n"))
@@ -170,11 +167,8 @@ class TokenClassification(Task):
         hiding = np.array([(row > 2 * len(data.labels)).any() for row in dataset.targets], dtype=bool)
         return [bool(one.any()) for one in hiding.reshape(len(dataset), data.windows)]
 
-    def add_head(self, model: Model) -> None:
-        width, device, spec = model.base.config.get_text_config().hidden_size, model.device, model.spec
-        tags = 1 + 2 * len(spec.labels)
-        head = input_of(spec).head(width, tags, spec=spec.head, seed=spec.seed, device=device)
-        model.head = head.requires_grad_(spec.head.train)
+    def outputs(self, spec: TaskModelSpec) -> int:
+        return 1 + 2 * len(spec.labels)
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, t, 1 + 2 labels): O, then B- and I- of each label."""
@@ -276,15 +270,12 @@ class TokenClassification(Task):
                 head.bias.zero_()
         return model.eval()
 
-    def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
-        return super().loading(base=base, folder=folder) + _LINES.replace("FOLDER", folder)
-
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         label = data.labels[draw(len(data.labels))] if role in self.answers else ""
         return {"tags": f"B-{label}", "spans": json.dumps([[0, 1, label]])}.get(role)
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        tags = (draws.integers(0, 1 + 2 * len(spec.labels), size=len(ids)) for ids in input_ids)
+        tags = (draws.integers(0, self.outputs(spec), size=len(ids)) for ids in input_ids)
         return tuple(np.where(np.arange(len(one)) < first(len(one)), UNSUPERVISED, one) for one in tags)
 
 
