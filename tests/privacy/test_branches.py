@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.spec import RunError
 
 from .builders import train
+from .conftest import Clock
 
 
 def branch(opened: Any, path: Path, backup: Path, asked: Any, rounds: range) -> tuple[Head, Receipt]:
@@ -78,6 +80,23 @@ def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(
     ledger.charge_gap(lost)
     assert ledger.receipt("r").charged_rounds == 1 + 2 + 1
     assert rounds_charged(ledger, proposal) == 4
+
+
+def test_two_copies_that_charge_one_request_at_one_time_are_two(
+    opened: Any, proposal: Any, path: Path, clock: Clock, copied: Any
+) -> None:
+    """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
+    train(opened(), proposal(), 1)
+    backup = copied(path)
+    clock.time -= timedelta(days=1)
+    lost, receipt = branch(opened, path, backup, proposal(), range(2, 3))
+    shutil.copy(backup, path)
+    ledger = opened()
+    train(ledger, proposal(), 2)
+    with pytest.raises(Refused):
+        ledger.require_contains(receipt)
+    assert ledger.charge_gap(lost)
+    assert rounds_charged(ledger, proposal) == 1 + 1 + 1
 
 
 @pytest.mark.parametrize(

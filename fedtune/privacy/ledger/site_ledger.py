@@ -139,14 +139,14 @@ class Ledger:
                 self._require_another_round(run, now)
             unless()
             attempt = run.attempts[round] + 1
-            detail = {"event": events.to_json(run.plan.event())}
+            # The salt makes two copies' charges of one request differ, also where a clock that is behind says one time.
+            detail = {"event": events.to_json(run.plan.event()), "salt": secrets.token_hex(16)}
             granted = Reservation(run=proposal.run, round=round, request=request, attempt=attempt)
             cohort = ""
             if (cohorts := run.plan.cohorts) is not None:
-                # The digest always, since others learn the number of events, which must depend on no record, and with
-                # a salt, since an anchor, which anybody may read, has the event's hash.
+                # The digest always, since others learn the number of events, which must depend on no record; the salt
+                # hides it, since an anchor, which anybody may read, has the event's hash.
                 admitted, detail["register"] = self._store.admit(arrivals(), cohorts)
-                detail["salt"] = secrets.token_hex(16)
                 cohort, granted = str(cohorts), replace(granted, admitted=admitted)
             self._store.append(Kind.RESERVE, detail, **granted.of_events, dataset=proposal.dataset, cohort=cohort)
             return granted
