@@ -93,7 +93,9 @@ def _compose_once(config_name: str, overrides: list[str]) -> Any:
     """
     folder = compose.config_folder()
     groups = [one for one in overrides if (key := re.match(r"\+*(\w{1,30})[=@/]", one)) and (folder / key[1]).is_dir()]
-    if all(re.match(r"\w+=", one) for one in groups) and not any(re.match(r"~|\+*hydra", one) for one in overrides):
+    if all(re.match(r"\w+=", one) for one in groups) and not any(
+        re.match(r"~|\+*hydra|.*_from_file_", one) for one in overrides
+    ):
         with contextlib.suppress(HydraException, OmegaConfBaseException):
             settings = copy.deepcopy(_of_groups(folder, tuple(groups)))
             values = [_parse(one) for one in overrides if one not in groups]

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from fedtune.api.experiment_file import FROM_FILE, ExperimentFile, config_folder, experiment_called, read_experiment
+from fedtune.api.experiment_file import ExperimentFile, config_folder, experiment_called, read_experiment, value_at
 from fedtune.config import PATHS, RunConfig, parse, saved_config, settings_to_save, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.spec import NOT_GIVEN, ConfigError
@@ -36,8 +36,6 @@ _PLAIN_PATH = re.compile(r"[\w./-]*", re.ASCII)
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
-_OF_THE_WHOLE = frozenset({"name", "seed", "report", "cost"})
-"""Settings of an experiment that conf/config.yaml sets, and no group."""
 _OTHER_WORDS = {
     "epochs": "federation.num_rounds and training.local_steps",
     "num_epochs": "federation.num_rounds and training.local_steps",
@@ -57,6 +55,7 @@ _OTHER_WORDS = {
 }
 """Names of a setting in other programs."""
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
+_SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a list"
 MOST_RUNS = 1000
 """Of a sweep or a search: more than anybody means."""
 
@@ -78,18 +77,15 @@ def compose_run(
     resumed = [override for override in overrides if override.startswith("resume=")]
     # A folder is resumed with its own configuration, unless an override such as privacy=none replaces a whole group.
     if resumed and not any((config_folder() / key_of(override)).is_dir() for override in overrides):
-        folder, saved = _run_folder(resumed[-1].removeprefix("resume=").strip("'\""))
+        folder, saved = _run_folder(str(value_of(resumed[-1])))
         # The name is how the sites' ledgers know the run: another one would start their count at zero.
-        fixed = {"resume": str(folder), "name": saved.name}
-        return _changed(saved, [override for override in overrides if override not in resumed], fixed=fixed)
+        fixed = [f"resume={_quoted(str(folder))}", f"name={_quoted(saved.name)}"]
+        return _changed(saved, [*(override for override in overrides if override not in resumed), *fixed])
     file, overrides = _experiment_file(overrides)
     maps, overrides = _free_maps(overrides)
     # An empty map stands for a value that conf leaves open, until it is put in.
-    settings = _composed([*overrides, *{f"++{_map_of(key)}={{}}": None for key in maps}], file)
+    settings = _composed([*overrides, *(f"++{_map_of(key)}={{}}" for key in maps)], file)
     _replace_maps(settings, file, maps)
-    if file is not None:  # what conf/config.yaml itself sets comes behind any experiment
-        outer = {key_of(override).partition(".")[0] for override in overrides}
-        settings |= {key: file.settings[key] for key in _OF_THE_WHOLE - outer if key in file.settings}
     if settings.get("federation", {}).get("aggregation") == "secure":
         # What was said where secure sums were asked for, or later, stays; the rest had plain rounds in mind.
         said = {key_of(override) for override in overrides}
@@ -124,7 +120,7 @@ def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str,
     """
     words = [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
-        return _changed(recipe, words, fixed={})
+        return _changed(recipe, words)
     return compose_run(words if recipe is None else [f"experiment={recipe}", *words])
 
 
@@ -142,6 +138,10 @@ def _word(value: Any) -> str:
         case str() | Path():
             return _quoted(str(value))
     return repr(value)
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _with_start(config: RunConfig) -> RunConfig:
@@ -244,15 +244,19 @@ def write_config(config: RunConfig, folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(settings_to_save(config)), RunFolder(folder).config)
 
 
-def _changed(known: RunConfig, overrides: Sequence[str], *, fixed: Mapping[str, Any]) -> RunConfig:
+def _changed(known: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """A whole configuration, changed by single values."""
-    try:
-        changes = OmegaConf.from_dotlist(list(overrides))
-        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(known.to_json()), changes))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise _in_our_words(error, overrides) from error
-    assert isinstance(settings, dict)
-    return parse({**{str(key): value for key, value in settings.items()}, **fixed})
+    settings = OmegaConf.create(known.to_json())
+    for override in overrides:
+        key, value = key_of(override), value_of(override)
+        if isinstance(value, Sweep):
+            raise ConfigError(key, override.partition("=")[2], _SEVERAL)
+        try:
+            OmegaConf.update(settings, key, value)
+        except OmegaConfBaseException as error:
+            raise _in_our_words(error, [override]) from error
+    changed: Any = OmegaConf.to_container(settings)
+    return parse(changed)
 
 
 def _run_folder(name: str) -> tuple[Path, RunConfig]:
@@ -273,19 +277,18 @@ def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> d
             key, _, value = override.partition("=")
             raise ConfigError(key, value, "is not a setting of fedtune")
     try:
+        chosen = list(overrides)
+        if file is not None:
+            node = {"defaults": list(file.defaults), **file.settings}
+            ConfigStore.instance().store("_from_file_", node, group="experiment", package="_global_")
+            chosen.append("experiment=_from_file_")
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            if file is None:
-                composed = compose("config", overrides=list(overrides))
-            else:
-                with file.search_path() as folder:
-                    found = [f"experiment={FROM_FILE}", f"hydra.searchpath=['file://{folder}']"]
-                    composed = compose("config", overrides=[*overrides, *found])
-        settings = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            composed = compose("config", overrides=chosen)
+        settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _in_our_words(error, overrides) from error
-    assert isinstance(settings, dict)
     settings.pop("experiment", None)
-    return {str(key): value for key, value in settings.items()}
+    return dict(settings)
 
 
 def _in_grammar(override: str, *, swept: bool = True) -> str:
@@ -310,11 +313,6 @@ def _if_open(word: str) -> str:
     """A word in quotes, unless it has them."""
     bare = word.strip()
     return word if word.startswith(_QUOTES) or not bare else word.replace(bare, _quoted(bare))
-
-
-def _quoted(text: str) -> str:
-    # A quote is escaped, and so is what stands before one: the grammar takes other backslashes as they are.
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def key_of(override: str) -> str:
@@ -374,15 +372,12 @@ def _map_of(key: str) -> str | None:
 def _replace_maps(settings: dict[str, Any], file: ExperimentFile | None, maps: Mapping[str, Any]) -> None:
     """Put in the free maps: the file's in place of conf's, and what was typed in place of both."""
     for name in _FREE_MAPS:
-        *outer, last = name.split(".")
-        inner: Any = settings
-        given: Any = file.settings if file else {}
-        for part in outer:
-            inner, given = (inner or {}).get(part), given.get(part, {}) if isinstance(given, dict) else {}
-        if inner is None:  # taken out with ~
+        outer, _, last = name.rpartition(".")
+        inner = value_at(settings, outer)
+        if not isinstance(inner, dict):  # taken out with ~
             continue
-        if isinstance(given, dict) and last in given:
-            inner[last] = given[last]
+        if file is not None and file.sets(name):
+            inner[last] = value_at(file.settings, name)
         for key, value in maps.items():
             if key == name:
                 inner[last] = value
@@ -422,8 +417,7 @@ def _in_our_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
         bound = f"must be one of {choices}{_meant(meant)}" if choices else "is no group of settings"
         return ConfigError(found[1], found[2], bound)
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=(.*?)'", text):
-        bound = "is several values: add -m to run each of them, or write [a,b] for a list"
-        return ConfigError(found[1], found[2], bound)
+        return ConfigError(found[1], found[2], _SEVERAL)
     if found := re.search(r"Missing mandatory value.*full_key: (\S+)", text):
         how = "is for you to say where the file has ???" if "[" in found[1] else f"give it as {found[1]}=VALUE"
         return ConfigError(found[1], "", f"is required: {how}")
@@ -454,7 +448,7 @@ def _is_override(text: str) -> bool:
 def _nearest(key: str) -> str:
     """A hint for a wrong key: what it is called here, or the known key most like it."""
     last = key.rpartition(".")[2]
-    known = [".".join(path) for path in _key_paths(_composed([]), ())]
+    known = list(_all_keys(_composed([])))
     named = _OTHER_WORDS.get(last) or next((path for path in known if path.rpartition(".")[2] == last), None)
     # Alike in its own name, too: training.epochs shares most letters with training.betas.
     alike = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
@@ -463,11 +457,11 @@ def _nearest(key: str) -> str:
     return f"; did you mean {hint}?" if hint else ""
 
 
-def _key_paths(settings: dict[str, Any], outer: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _all_keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in settings.items():
-        yield (*outer, key)
+        yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _key_paths(value, (*outer, key))
+            yield from _all_keys(value, f"{prefix}{key}.")
 
 
 def time_stamp() -> str:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedtune.config import plain_yaml
 from fedtune.data.load import shipped_folders
-from fedtune.spec import ConfigError
-
-FROM_FILE = "_from_file_"
-"""The name of a file's experiment while a run is composed."""
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 
 def config_folder() -> Path:
@@ -39,35 +33,24 @@ class ExperimentFile:
 
     Attributes:
         path: the file.
-        settings: what it sets, without its defaults, with files beside it by their path.
-        bases: experiments of conf/ that it builds on.
-        options: group to option.
+        defaults: as Hydra takes them: experiments of conf/ that it builds on, itself, and options of groups.
+        settings: what it sets beside these, with files beside it by their path.
     """
 
     path: Path
-    settings: Mapping[str, Any]
-    bases: tuple[str, ...]
-    options: Mapping[str, str]
+    defaults: tuple[str | dict[str, str], ...]
+    settings: dict[str, Any]
 
     def sets(self, key: str) -> bool:
-        """Whether the file sets a dotted key, or a part of what it stands for."""
-        inner: Any = self.settings
-        for part in key.split("."):
-            if not isinstance(inner, dict) or part not in inner:
-                return False
-            inner = inner[part]
-        return True
+        """Whether the file sets a dotted key."""
+        return value_at(self.settings, key) is not NOT_GIVEN
 
-    @contextmanager
-    def search_path(self) -> Iterator[str]:
-        """A folder that has this file's settings as an experiment, while the context lasts."""
-        defaults = [*self.bases, "_self_", *({f"override /{group}": name} for group, name in self.options.items())]
-        with TemporaryDirectory(prefix="fedtune-") as folder:
-            place = Path(folder) / "experiment"
-            place.mkdir()
-            text = json.dumps({"defaults": defaults, **self.settings})  # JSON is YAML without its surprises
-            (place / f"{FROM_FILE}.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
-            yield folder
+
+def value_at(settings: Any, key: str) -> Any:
+    """The value of a dotted key in nested settings, or `NOT_GIVEN`."""
+    for part in key.split("."):
+        settings = settings.get(part, NOT_GIVEN) if isinstance(settings, dict) else NOT_GIVEN
+    return settings
 
 
 def read_experiment(path: Path) -> ExperimentFile:
@@ -84,8 +67,8 @@ def read_experiment(path: Path) -> ExperimentFile:
         if key in settings:
             raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
     _check_plain(settings, path)
-    bases, options = _defaults(listed, path)
-    return ExperimentFile(path, _with_files_beside(settings, path.parent), bases, options)
+    _find_files_beside(settings.get("data"), path.parent)
+    return ExperimentFile(path, _defaults(listed, path), settings)
 
 
 def _check_plain(value: Any, path: Path, key: str = "") -> None:
@@ -98,12 +81,14 @@ def _check_plain(value: Any, path: Path, key: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_plain(inner, path, key)
+    elif isinstance(value, date | bytes):
+        raise ConfigError(f"{path}: {key.rstrip('.')}", str(value), "must be text; put quotes around it")
     elif isinstance(value, str) and "${" in value:
         raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
 
 
-def _defaults(listed: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Experiments and options of a file's defaults list, all of which are conf's."""
+def _defaults(listed: Any, path: Path) -> tuple[str | dict[str, str], ...]:
+    """The experiments and options of a file's defaults list, all of which are conf's, in the order that counts."""
     bases: list[str] = []
     options: dict[str, str] = {}
     for entry in listed if isinstance(listed, list) else [listed]:
@@ -121,21 +106,16 @@ def _defaults(listed: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]
         if group == "experiment":
             bases.append(option)
         else:
-            options[group] = option
-    return tuple(bases), options
+            options[f"override /{group}"] = option
+    return (*bases, "_self_", *({group: option} for group, option in options.items()))
 
 
-def _with_files_beside(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings with each relative data file that lies beside their file named by its path."""
-    data = settings.get("data")
-    if not isinstance(data, dict):
-        return settings
-    beside = dict(data)
+def _find_files_beside(data: Any, folder: Path) -> None:
+    """Name each relative data file that lies beside the file of its settings by its path."""
     for key in ("train_file", "validation_file", "test_file"):
-        name = data.get(key)
+        name = data.get(key) if isinstance(data, dict) else None
         if isinstance(name, str) and name.strip():
             path = folder / name
             # With {site} in its name, one for any site.
             if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
-                beside[key] = str(path)
-    return {**settings, "data": beside}
+                data[key] = str(path)

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fedtune.api.compose import write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
+from fedtune.words import dotted
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState
@@ -56,15 +57,12 @@ def run_in_folder(
     listener: Listener,
     *,
     work: Work,
-    during: AbstractContextManager[object] | None = None,
     scored: Callable[[RunResult], None] = lambda result: None,
 ) -> RunResult:
     """Run in a folder, created unless a run is resumed, and write a report at the end.
 
-    If the run fails before anything began, a new folder is removed again.
-
-    `during` is a context around the run itself, left before the result is shown.  `scored` gets the result before more
-    files are written, because the disk may be full.
+    If the run fails before anything began, a new folder is removed again.  `scored` gets the result before more files
+    are written, because the disk may be full.
     """
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked
@@ -73,12 +71,11 @@ def run_in_folder(
     made: list[Path] = []
     try:
         with Tracked(config, note=listener.note) as tracked:
-            with during or nullcontext():
-                if config.resume is None:
-                    made = make(folder, config)
-                with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level):
-                    tracked.begin()
-                    result = work(config, folder, _Followed(listener, tracked, page))
+            if config.resume is None:
+                made = make(folder, config)
+            with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level):
+                tracked.begin()
+                result = work(config, folder, _Followed(listener, tracked, page))
             scored(result)
             from fedtune.report.model_card import write_card
             from fedtune.report.page.render import write_report  # draws, which takes a second to import
@@ -106,17 +103,11 @@ def folder_of(config: RunConfig) -> Path:
         raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
     saved = saved_config(folder)
     if saved.digest() != config.digest():
-        differences = ", ".join(_differences(saved.decisive(), config.decisive()))
-        raise ConfigError("resume", config.resume, f"was made with another configuration ({differences})")
+        old, new = dict(dotted(saved.decisive())), dict(dotted(config.decisive()))
+        differ = [key for key in old | new if old.get(key) != new.get(key)]
+        changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
+        raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
     return folder
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in (key for key in old if old[key] != new.get(key)):
-        if isinstance(old[key], dict) and isinstance(new.get(key), dict):
-            yield from _differences(old[key], new[key], f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key} was {shown(old[key], 30)}, is {shown(new.get(key), 30)}"
 
 
 def has_begun(folder: Path) -> bool:

@@ -47,7 +47,8 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
         show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
 
     try:
-        result = run_in_folder(config, folder, display, work=shown, during=_interrupted_by_signals(), scored=scored)
+        with _interrupted_by_signals():
+            result = run_in_folder(config, folder, display, work=shown, scored=scored)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."

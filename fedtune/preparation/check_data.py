@@ -7,6 +7,7 @@ The counts are exact, and no noise protects them.  Nothing is dropped or changed
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,21 +44,9 @@ _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
-    "cut",
-    "lost",
-    "unlearnt",
-    "scheme",
-    "hidden",
-    "overlap",
-    "near_overlap",
-    "contradiction",
-    "same",
-    "alike",
-    "shared",
-    "declared",
-    "personal",
-    "damage",
-]
+    "cut", "lost", "unlearnt", "scheme", "hidden", "overlap", "near_overlap", "contradiction", "same", "alike",
+    "shared", "declared", "personal", "damage",
+]  # fmt: skip
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -76,8 +65,8 @@ class Finding:
     kind: Kind
     what: str
     column: str
-    count: int
-    lines: tuple[tuple[int, int | None], ...]
+    count: int = 0
+    lines: tuple[tuple[int, int | None], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,14 +273,16 @@ class _Look:
                 for kind, what, role in odd:
                     found.note(record.line, kind, what, data.columns[role])
         # What the rows say beside what a run reads of them.
-        odd_texts = OddTexts({".csv": ",;", ".tsv": "\t"}.get(form, ""))
+        odd_texts = OddTexts(form)
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
             if not isinstance(row, DataError):
                 odd_texts.note(row, number if form == ".json" else line)
         for (what, column), lines in odd_texts.lines.items():
             for line in lines:
                 found.note(line, "damage", what, column)
-        most = f"(one is in {max((count for _, count in texts.values()), default=0):,})"
+        if shared := found.get(("shared", "", "")):
+            most = max(count for _, count in texts.values())
+            found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
         return FileCheck(
             path=str(path),
             places="lines" if form in (".jsonl", ".csv", ".tsv") else "rows",
@@ -299,7 +290,7 @@ class _Look:
             uses={use: uses[use] for use in _USES if use in uses},
             errors=tuple(errors),
             num_errors=faults.left_out(used=0).reasons,
-            findings=found.told(shared=most),
+            findings=tuple(sorted(found.values(), key=lambda one: _KINDS.index(one.kind))),
             labels=dict(labels),
             spelt_otherwise=dict(spelt_otherwise.most_common()),
             lengths=_lengths(np.sort(lengths)) if lengths and data.max_length > 1 else None,
@@ -383,31 +374,13 @@ class _Look:
             )
 
 
-class _Findings:
-    """Findings in a file so far: by kind, what and column, how many records and the lines of the first."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[Kind, str, str]] = Counter()
-        self._lines: defaultdict[tuple[Kind, str, str], list[tuple[int, int | None]]] = defaultdict(list)
+class _Findings(dict[tuple[Kind, str, str], Finding]):
+    """Findings in a file so far, by kind, what and column."""
 
     def note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
         """Note a record by its line, and by that of the earlier one that it is like."""
-        self._counts[kind, what, column] += 1
-        if len(self._lines[kind, what, column]) < SHOWN:
-            self._lines[kind, what, column].append((line, like))
-
-    def told(self, *, shared: str) -> tuple[Finding, ...]:
-        """All, in the order of their kinds; `shared`: what is said of texts in several records."""
-        return tuple(
-            Finding(
-                kind=kind,
-                what=shared if kind == "shared" else what,
-                column=column,
-                count=count,
-                lines=tuple(self._lines[kind, what, column]),
-            )
-            for (kind, what, column), count in sorted(self._counts.items(), key=lambda one: _KINDS.index(one[0][0]))
-        )
+        one = self.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
+        self[kind, what, column] = replace(one, count=one.count + 1, lines=(*one.lines, (line, like))[:SHOWN])
 
 
 def _note_shared_texts(record: Record, texts: dict[bytes, tuple[int, int]], found: _Findings) -> None:
@@ -433,10 +406,9 @@ def _supervised(examples: TextDataset) -> list[int]:
 def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
     """Of sorted numbers of tokens."""
     median, most_of_them = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.9))
-    before, longest = int(lengths[0]) - 1, int(lengths[-1])
-    step = -(-(longest - before) // _BINS)
-    bins = tuple(
-        (start + 1, start + step, int(((lengths > start) & (lengths <= start + step)).sum()))
-        for start in range(before, longest, step)
-    )
+    shortest, longest = int(lengths[0]), int(lengths[-1])
+    step = math.ceil((longest + 1 - shortest) / _BINS)
+    starts = range(shortest, longest + 1, step)
+    counts, _ = np.histogram(lengths, [*starts, starts[-1] + step])
+    bins = tuple((start, start + step - 1, int(count)) for start, count in zip(starts, counts, strict=True))
     return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

@@ -219,7 +219,6 @@ class Column:
         self._note_parts(value)
         with suppress(DataError):
             self.sizes[len(numbers_of(feature_of(value, self.name), self.name))] += 1
-        name = ""
         for role in ("user", "label"):
             name = ""
             with suppress(DataError):

@@ -214,7 +214,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     first: list[Row] = []
     faults: list[DataError] = []
     rows = num_faults = 0
-    odd = OddTexts({".csv": ",;", ".tsv": "\t"}.get(format_of(path), ""))
+    odd = OddTexts(format_of(path))
     for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
             num_faults += 1

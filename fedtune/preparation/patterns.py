@@ -164,12 +164,12 @@ class OddTexts:
     """Cells that took rows along, and texts that were laid out for a model before; by what and column, with lines.
 
     Args:
-        comma: what may part the cells of the file; blank: it is no table of text.
+        form: of the file, by its ending.
     """
 
-    def __init__(self, comma: str) -> None:
+    def __init__(self, form: str) -> None:
         self.lines: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-        self._comma = comma
+        self._commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
 
     def note(self, row: Mapping[str, object], line: int) -> None:
         """Look at one row."""
@@ -177,9 +177,9 @@ class OddTexts:
             text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
             if _MARK.search(text):
                 self.lines[MARKS, column].append(line)
-            if self._comma and "\n" in text:
+            if self._commas and "\n" in text:
                 within = text.split("\n")[1:-1]
-                is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in self._comma)
+                is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in self._commas)
                 self.lines[ROWS_WITHIN if is_row else LINE_ENDS, column].append(line)
 
     def notes(self) -> tuple[str, ...]:

@@ -262,15 +262,10 @@ def run_name(file: Path) -> str:
     return name[:100] or "own"
 
 
-def declared_size(plan: Plan) -> int:
-    """A round number near a site's share of the file."""
-    return _declared(plan, plan.measured.units / plan.num_sites)
-
-
-def _declared(plan: Plan, units: float) -> int:
-    """A round number near what a site trains on, of `units` in the file."""
+def declared_size(plan: Plan, units: int | None = None) -> int:
+    """A round number near what a site trains on, of its `units` in the file; None: of an equal part of them all."""
     test, validation = _shares(plan.measured.units)
-    share = units * (1 - test - validation)
+    share = (plan.measured.units / plan.num_sites if units is None else units) * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
 
@@ -395,7 +390,7 @@ def _by_place(found: Found, plan: Plan) -> list[str]:
     lacking = {"unusable": "leave_out"} if measured.unplaced and not measured.left_out.count else {}
     settings: dict[str, Any] = {
         "columns": {**found.roles, "site": places.name},
-        "declared_sizes": [_declared(plan, count) for count in units.values()],
+        "declared_sizes": [declared_size(plan, count) for count in units.values()],
         "partition": {"kind": "column", "sites": {value: place for place, value in enumerate(units)}},
     }
     return [

@@ -149,8 +149,10 @@ def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path:
     "text", ["a'b", 'a"b', "a,b", "ends in \\", "\\'", "{prompt}\nnew line", "ä = [1]", "null", "3"]
 )
 def test_a_text_arrives_as_it_is(text: str) -> None:
-    config = door.compose_recipe("debug", {"data.columns": {"text": text, "label": "category"}})
+    settings = {"data.columns": {"text": text, "label": "category"}}
+    config = door.compose_recipe("debug", settings)
     assert config.data.columns["text"] == text
+    assert door.compose_recipe(door.compose_recipe("debug"), settings).data.columns == config.data.columns
 
 
 def test_a_configuration_is_a_recipe_too(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,10 @@ def summary(some: Checked, file: int = 0) -> list[str]:
     return found
 
 
-def chats(folder: Path, *conversations: list[tuple[str, str]], overrides: tuple[str, ...] = ()) -> RunConfig:
-    rows = [[{"role": role, "content": text} for role, text in turns] for turns in conversations]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows))
-    return compose_run(
-        [
-            "experiment=own_text",
-            f"data.train_file='{folder / 'chats.jsonl'}'",
-            "data.columns={messages: messages}",
-            "data.chat_template=plain",
-            "data.declared_sizes=10",
-            "model=random_llama",
-            *overrides,
-        ]
-    )
+def over(folder: Path, rows: Sequence[Mapping[str, Any]], *overrides: str) -> RunConfig:
+    """An experiment over these rows."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return compose_run([f"data.train_file='{folder / 'rows.jsonl'}'", "data.declared_sizes=10", "name=x", *overrides])
 
 
 def test_all_errors_are_counted_and_the_first_named(tickets: Tickets) -> None:
@@ -110,7 +100,9 @@ def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], ex
     ],
 )
 def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]) -> None:
-    config = chats(tmp_path, [("user", "hi"), ("assistant", answer)], overrides=("data.max_length=60",))
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
+    config = over(tmp_path, [{"messages": turns}], *writes, "data.columns={messages: messages}")
     assert summary(checked(config, **options)) == expected
 
 
@@ -129,34 +121,16 @@ def test_lengths_before_any_is_cut(tickets: Tickets) -> None:
 
 
 def test_a_text_that_is_in_several_pairs(tmp_path: Path) -> None:
-    rows = [
-        ("a hotel", "an inn", 4),
-        ("a car", "a bus", 2),
-        ("an inn", "a bus", 9),
-        ("a house", "a hut", 3),
-        ("a car", "an inn", 1),
-    ]
-    lined = [json.dumps({"a": one, "b": other, "s": score}) for one, other, score in rows]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lined))
-    config = compose_run(
-        [
-            "experiment=own_pairs",
-            f"data.train_file='{tmp_path / 'pairs.jsonl'}'",
-            "data.columns={text: a, other: b, target: s}",
-            "data.target_range=[0,5]",
-            "data.declared_sizes=2",
-            "federation.num_sites=2",
-            "model=random_bert",
-        ]
-    )
-    some = checked(config)
+    pairs = ["a hotel, an inn, 4", "a car, a bus, 2", "an inn, a bus, 9", "a house, a hut, 3", "a car, an inn, 1"]
+    rows = [{"a": one, "b": other, "s": int(score)} for one, other, score in (pair.split(", ") for pair in pairs)]
+    scored = ("experiment=own_pairs", "model=random_bert", "data.target_range=[0,5]", "federation.num_sites=2")
+    scored += ("data.columns={text: a, other: b, target: s}",)
+    some = checked(over(tmp_path, rows, *scored))
     ((key, what, bound),) = some.files[0].errors
     assert (key.endswith(":3, target"), what) == (True, "outside the range")
     assert bound == "must lie in data.target_range: 0 to 5"
     assert summary(some) == ["shared (one is in 2) 5=1"]
-    with (tmp_path / "pairs.jsonl").open("a") as stream:
-        stream.write("\n" + lined[0] + "\n" + json.dumps({"a": "a house", "b": "a hut", "s": 5}))
-    again = checked(config)
+    again = checked(over(tmp_path, [*rows, rows[0], rows[3] | {"s": 5}], *scored))
     assert {"same 6=1", "contradiction 7=4"} < set(summary(again)), "the same texts with another score"
 
 
@@ -168,11 +142,9 @@ def test_marked_parts_that_cannot_be_are_counted_without_their_text(tmp_path: Pa
         "where is my card": [[9, 16, "card"], [0, 5, "place"]],
         "take abcd": [[5, 7, "card"], [7, 9, "place"]],
     }
-    rows = [json.dumps({"text": text, "spans": spans}) for text, spans in texts.items()]
-    (tmp_path / "spans.jsonl").write_text("\n".join(rows))
-    given = [f"data.train_file='{tmp_path / 'spans.jsonl'}'", "data.columns={text: text, spans: spans}"]
-    labelled = ["data.labels=[card,place]", "data.declared_sizes=9", "model=random_bert", "name=x"]
-    checks = checked(compose_run(["experiment=own_entities", *given, *labelled]))
+    rows = [{"text": text, "spans": spans} for text, spans in texts.items()]
+    marked = ("experiment=own_entities", "data.columns={text: text, spans: spans}", "data.labels=[card,place]")
+    checks = checked(over(tmp_path, rows, *marked, "model=random_bert"))
     (found,) = checks.files
     assert "hidden 5" in summary(checks), "of two parts in one word one is learnt"
     assert [one[1] for one in found.errors] == ["spans that overlap", "a span outside the text", "not declared"]
@@ -185,12 +157,16 @@ def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> 
     tags = [["B-x", "I-x"], ["O", "I-x"], ["B-y", "I-x"], ["B-x", "L-x", "L-x"], ["U-x", "B-x", "E-x"], ["x", "x"]]
     rows = [{"tokens": ["a"] * len(one), "tags": one} for one in tags]
     rows.append({"tokens": ["a"] * 20, "tags": ["O"] * 20})
-    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    given = [f"data.train_file='{tmp_path / 'tags.jsonl'}'", "data.labels=[x,y]", "data.declared_sizes=9"]
-    more = ["model=random_bert", "name=x", "data.max_length=20", "data.stride=4"]
+    tagged = (
+        "experiment=own_entities",
+        "data.labels=[x,y]",
+        "model=random_bert",
+        "data.max_length=20",
+        "data.stride=4",
+    )
 
     def found(windows: int) -> list[str]:
-        config = compose_run(["experiment=own_entities", *given, *more, f"data.windows={windows}"])
+        config = over(tmp_path, rows, *tagged, f"data.windows={windows}")
         return [one for one in summary(checked(config)) if one.startswith(("scheme", "cut", "lost"))]
 
     assert found(1) == ["cut 7", "lost 7", "scheme 2 3 4"]
@@ -199,13 +175,8 @@ def test_tags_that_go_on_with_nothing_and_words_that_are_cut(tmp_path: Path) -> 
 
 def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     rows = [f"text {number},{'billing' if number % 3 else 'sales'}" for number in range(200)]
-    overrides = (
-        "data.test_fraction=0.2",
-        "data.train_fraction=0.9",
-        "data.heldout_fraction=0.1",
-        "federation.num_sites=3",
-    )
-    config = tickets(*rows, overrides=overrides)
+    shares = ("data.test_fraction=0.2", "data.train_fraction=0.9", "data.heldout_fraction=0.1")
+    config = tickets(*rows, overrides=(*shares, "federation.num_sites=3"))
     columns = task_named(config.task).columns(config.data, partition=True)
     dealt = deal(config.data, columns, config.federation.names, seed=config.seed)
     some = checked(config)
@@ -218,43 +189,22 @@ def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
 
 
 def test_sizes_count_users_where_they_are_protected(tmp_path: Path) -> None:
-    (tmp_path / "posts.csv").write_text("body,who\n" + "".join(f"post {place},u{place % 7}\n" for place in range(50)))
-    config = compose_run(
-        [
-            "experiment=own_text",
-            f"data.train_file='{tmp_path / 'posts.csv'}'",
-            "data.columns={text: body, user: who}",
-            "privacy.unit=user",
-            "data.declared_sizes=10",
-            "federation.num_sites=2",
-            "model=random_llama",
-        ]
-    )
+    rows = [{"body": f"post {place}", "who": f"u{place % 7}"} for place in range(50)]
+    of_users = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
+    config = over(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
     assert sum(one.true for one in checked(config).sizes) == 7
 
 
 def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
-    rows = [
-        "Xyzzy,sales",
-        "Xyzzy a@xyzzy.org,sales",
-        "Xyzzy,Xyzzy",
-        "Xyzzy,b,c",
-        "Xyzzy\u200b,billing",
-        '"Xyzzy"x,sales',
-    ]
+    rows = ["Xyzzy,sales", "Xyzzy a@xyzzy.org,sales", "Xyzzy,Xyzzy", "Xyzzy,b,c"]
+    rows += ["Xyzzy\u200b,billing", '"Xyzzy"x,sales']
     assert "xyzzy" not in json.dumps(asdict(checked(tickets(*rows)))).lower()
 
 
 def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Tickets) -> None:
     overrides = ("data.columns={text: body, label: team, site: body}", "data.partition.kind=column")
-    some = checked(
-        tickets(
-            "north,sales",
-            "south,sales",
-            "Xyzzy,sales",
-            overrides=(*overrides, "data.partition.sites={north: 0, south: 1}"),
-        )
-    )
+    overrides += ("data.partition.sites={north: 0, south: 1}",)
+    some = checked(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
     assert [what for _, what, _ in some.files[0].errors] == ["another site"]
     assert [one.true for one in some.sizes] == [1, 1]
 
