@@ -31,8 +31,6 @@ _FREE_MAPS = ("data.columns", "data.partition.sites")
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 _VERBATIM = ("data.prompt_template", "experiment")
 """Settings whose values are often no words of Hydra's grammar, and are taken as they were typed."""
-_PLAIN_PATH = re.compile(r"[\w./-]*", re.ASCII)
-"""A path that Hydra's grammar takes as it is; also a value like null."""
 _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
@@ -300,7 +298,7 @@ def _in_grammar(override: str, *, swept: bool = True) -> str:
     name = key.lstrip("+~")
     if name == "data.prompt_template":
         value = value.replace("\\n", "\n").replace("\\t", "\t")
-    is_path = name == "experiment" or (name in PATHS and not _PLAIN_PATH.fullmatch(value))
+    is_path = name == "experiment" or (name in PATHS and value != "null")
     if (name in _VERBATIM or is_path) and value and not value.startswith(_QUOTES):
         if is_path and swept and "," in value:
             parts = (_quoted(part) if part.startswith("~") else part for part in value.split(","))
