@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from fedtune.federation.cost import Energy
+from fedtune.federation.drift import HeldOut
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import RoundResult, Scores
 from fedtune.federation.spec import FederationSpec
@@ -274,6 +275,7 @@ class RunFacts:
         rounds: the finished ones, without the sites' noised scores.
         before: scores on the test file before training, and `final` after it.
         audit: what an attack found; `canaries_planted` where one was begun.
+        held_out: noised scores of the runs up to this one, each of which began in the release of the one before.
     """
 
     kind: Literal["run"]
@@ -305,6 +307,7 @@ class RunFacts:
     audit: Audit | None
     canaries_planted: bool
     sites: tuple[SiteFacts, ...]
+    held_out: tuple[HeldOut, ...] | None = None
 
     @property
     def _federation(self) -> FederationSpec:

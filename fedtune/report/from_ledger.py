@@ -76,9 +76,7 @@ def spending_json(verified: Verified) -> dict[str, Any]:
         of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
         rows.append(dataclasses.asdict(run) | of_plan)
     more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
-    figures = dataclasses.asdict(life)
-    if life.cohorts is None:
-        del figures["cohorts"]
+    figures = {key: value for key, value in dataclasses.asdict(life).items() if key != "cohorts" or value is not None}
     return figures | more
 
 

@@ -8,9 +8,11 @@ because the figures over all runs do not follow from that part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
 from fedtune.report.derive import cells
@@ -106,8 +108,24 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         selection=record.selection,
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists(),
+        held_out=_held_out(record),
         sites=tuple(_site(record, site, own.get(site)) for site in config.federation.active),
     )
+
+
+def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
+    """The line of the run before, as its report has it, and this run's scores; the first run has no place in it."""
+    config, plan, start = record.config, record.plan, record.config.model.adapter
+    if start is None or not plan.releases_metrics:
+        return None
+    sizes = {site: size * config.data.heldout_fraction for site, size in config.declared_sizes().items()}
+    own = held_out_of(record.rounds, sizes, noise=plan.metrics_noise_multiplier, run=config.name)
+    before: tuple[HeldOut, ...] = ()
+    for folder in (Path(start), Path(start).parent):
+        with suppress(OSError, ConfigError):  # of another version, or gone: the line begins here
+            facts = signing.read((folder / "report.json").read_bytes()).facts
+            before = (facts.held_out or ()) if isinstance(facts, RunFacts) else ()
+    return (*before, *((own,) if own else ())) or None
 
 
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:

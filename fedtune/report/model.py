@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtune.federation.cost import Energy
+from fedtune.federation.drift import Fall, HeldOut
 from fedtune.federation.kept_round import Kept
 from fedtune.federation.lead import Scores
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
@@ -209,6 +210,7 @@ class Utility:
         detail: what stands behind the final ones, where the task has labels.
         kept: what the scores of the rounds decided, where the settings let them.
         selection: that the run was picked in a search; None: it was not.
+        held_out: noised scores of the sites over runs, whose end may `fall`; this run's cost `held_out_epsilon`.
     """
 
     before: Scores
@@ -219,6 +221,9 @@ class Utility:
     detail: Detail | None = None
     kept: Kept | None = None
     selection: Selection | None = None
+    held_out: tuple[HeldOut, ...] | None = None
+    held_out_epsilon: float | None = None
+    fall: Fall | None = None
 
 
 @spec
@@ -291,7 +296,7 @@ class Problem(NamedTuple):
 
 _ADAPTER = TypeAdapter(Report)
 _NOT_DERIVED = ("schema_version", "facts", "signature")
-OF_ARRIVALS = ("admits", "arrivals", "cohorts", "lost_cohorts", "lost_rows")
+UNSAID = {"admits", "arrivals", "cohorts", "lost_cohorts", "lost_rows", "held_out", "held_out_epsilon", "fall"}
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -302,9 +307,9 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _said(value: Any) -> Any:
-    """Without what only reports of people who arrive say: other reports keep their bytes, and so their signatures."""
+    """Without what few reports say: others keep their bytes, and so their signatures."""
     if isinstance(value, dict):
-        return {key: _said(one) for key, one in value.items() if one is not None or key not in OF_ARRIVALS}
+        return {key: _said(one) for key, one in value.items() if one is not None or key not in UNSAID}
     return [_said(one) for one in value] if isinstance(value, list) else value
 
 

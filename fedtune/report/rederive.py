@@ -174,6 +174,8 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
         most = min((len(result.sites) for result in facts.rounds if result.sites), default=shared.num_sites)
         if shared.threshold > most:
             yield "plan.shared.threshold", shared.threshold, f"at most {most}"
+    if facts.held_out and not plan.releases_metrics:
+        yield "held_out", facts.held_out[-1].run, "none: the plan releases no scores"
     if late := [result.ended for result in facts.rounds if result.ended > (facts.date or "")]:
         yield "date", facts.date, f"no earlier than {max(late)}, when a round ended"
     for site in facts.sites:

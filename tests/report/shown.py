@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.cost import Energy
+from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells, rules
 from fedtune.report.derive.derived import derive
@@ -27,7 +28,7 @@ HOSTILE = "<script>alert(1)</script>\"'&{x}{{y}}</style>]]>$\\frac{1}$"
 """A name that no policy would allow, but a file may hold."""
 NAMES = (
     *("within", "exceeded", "no_guarantee", "unbounded", "upper_bound", "not_released", "ledger", "by_user", "used_up"),
-    *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure", "arrivals", "admitting"),
+    *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure", "arrivals", "admitting", "drifting"),
 )
 """Of the situations that there are pages of."""
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
@@ -137,6 +138,7 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
         "arrivals": filled(arrivals(a_ledger_report())),
         "admitting": filled(admitting(run)),
+        "drifting": filled(drifting(run)),
         "site_reports": filled(replace(run, sites=told_by_their_sites(run, a_ledger_report()))),
     }
 
@@ -170,6 +172,15 @@ def admitting(run: Report) -> Report:
     assert isinstance(run.facts, RunFacts)
     cohorts = Cohorts(period="year", first="2025", last="2026")
     return derive(replace(run.facts, plan=replace(run.facts.plan, unit="user", cohorts=cohorts)))
+
+
+def drifting(run: Report) -> Report:
+    """A run that began in another one's release, and of four runs the one that does worse at the sites."""
+    assert isinstance(run.facts, RunFacts)
+    plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
+    means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.name: 0.7}
+    line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
+    return derive(replace(run.facts, plan=plan, held_out=tuple(line)))
 
 
 def told_by_their_sites(run: Report, ledger: Report) -> tuple[SiteReport, ...]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedtune.report
+from fedtune.federation.drift import FELL
 from fedtune.privacy.release import Reason
 from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
@@ -50,7 +51,7 @@ CODES: dict[str, set[str]] = {
     "arrivals": {"all", "undated", "undated_to", "dated", "to", "from", "in", "between"},
     "banner": {"simulation", "seeded"},
     "value": {str(input_named("features").modality)},
-    "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS},
+    "finding": {results.DATA_CHANGED, results.DIVERGED, results.WORSE, results.GUESS, FELL},
 }
 """Codes that types and rules list, by the section that has words for them."""
 WRITTEN = {

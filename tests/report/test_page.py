@@ -243,7 +243,7 @@ SHORT = ("engineer", "utility", "cost")
 LONG = (*SHORT, "cells", "documentation", "formulae", "check")
 ANNEXES = {
     ("within", "en"): LONG, ("ledger", "de"): LONG, ("secure", "en"): SHORT, ("unbounded", "en"): SHORT,
-    ("no_guarantee", "de"): SHORT, ("alike", "en"): SHORT,
+    ("no_guarantee", "de"): SHORT, ("alike", "en"): SHORT, ("drifting", "en"): ("utility",),
 }  # fmt: skip
 """What follows page 1: whole of a run and of a ledger, else the parts that differ."""
 

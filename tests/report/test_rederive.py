@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.federation.drift import HeldOut
 from fedtune.privacy.events import Charge
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, rederive, signing
@@ -23,7 +24,7 @@ from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError
 
 from .by_hand import WIDTH, epsilon
-from .shown import admitting, arrivals, where, with_site
+from .shown import admitting, arrivals, drifting, where, with_site
 from .site_ledgers import Books
 
 Make = Callable[..., Report]
@@ -132,7 +133,14 @@ def limited(a_report: Make) -> Report:
     return admitting(a_report())
 
 
-@pytest.mark.parametrize("report", ["a_report", "a_ledger_report", "of_ledger", "arriving", "limited"], indirect=True)
+@pytest.fixture
+def fell(a_report: Make) -> Report:
+    return drifting(a_report())
+
+
+@pytest.mark.parametrize(
+    "report", ["a_report", "a_ledger_report", "of_ledger", "arriving", "limited", "fell"], indirect=True
+)
 def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     again = rederive.figures_of(report.facts)
     monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay
@@ -319,6 +327,7 @@ def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "place"),
     [
+        (lambda facts: {"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
         (lambda facts: {"sites": ()}, "sites"),
         (lambda facts: {"sites": (*facts.sites, facts.sites[0])}, "sites"),
         (lambda facts: {"sites": facts.sites[:1]}, "rounds.1"),  # the other one was asked

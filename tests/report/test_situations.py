@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dp_accounting import GaussianDpEvent
 
 import fedtune.show.run_progress as display
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
+from fedtune.privacy import events
+from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -24,6 +27,7 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
+from fedtune.report.record.run_record import read_run
 from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
 
@@ -242,6 +246,33 @@ def test_a_run_with_noised_metrics(simulate: Callable[..., Path], tmp_path: Path
     assert sorted(charge.count for charge in mechanism.charges) == [2, 4], "scores once a round, two steps a round"
     of_site = check("noised_metrics_site", from_ledger.build(folder / "sites/site-1/site.toml"))
     assert "noised_scores" in of_site.released
+
+
+def test_runs_that_begin_in_each_others_release_have_a_line_of_scores(
+    simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
+    folders = [simulate(*noised, into=tmp_path, name="first")]
+    for name in ("second", "third"):
+        folders.append(simulate(*noised, f"model.adapter='{folders[-1]}'", into=tmp_path, name=name))
+    first, second, third = (from_run.build(folder) for folder in folders)
+    assert first.utility.held_out is None, "it began with nothing, and is below all others"
+    assert [one.run for one in second.utility.held_out] == ["second"]
+    assert [one.run for one in third.utility.held_out] == ["second", "third"]
+    assert third.utility.held_out[0] == second.utility.held_out[0]
+    assert third.utility.fall is not None
+    assert problems(third) == []
+    # What the sites released of both rounds, again by hand.
+    rounds = read_run(folders[2]).rounds
+    shares = [share for one in rounds for share in one.site_scores.values()]
+    mean = sum(score for score, _ in shares) / sum(count for _, count in shares)
+    assert third.utility.held_out[-1].mean == pytest.approx(mean)
+    alone = epsilon_pld(events.grouped([GaussianDpEvent(2.0)] * len(rounds)), third.delta)
+    assert third.utility.held_out_epsilon == pytest.approx(alone)
+    assert third.utility.held_out_epsilon < third.epsilon
+    # Without the report of the run before, the line begins anew.
+    (folders[1] / "report.json").unlink()
+    assert [one.run for one in from_run.build(folders[2]).utility.held_out] == ["third"]
 
 
 # Ledgers.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from dp_accounting import GaussianDpEvent
+
+from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.privacy import accountant
@@ -110,15 +114,21 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
 
 
 def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
-    epsilons = epsilon_by_round(sites)
+    epsilons, line = epsilon_by_round(sites), facts.held_out or ()
+    fall = fall_of(line) if line and line[-1].run == facts.name else None
+    releases = max((site.rounds for site in facts.sites), default=0)
+    price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
     return Utility(
         before=facts.before,
         final=facts.final,
-        findings=facts.findings,
+        findings=facts.findings + ((FELL,) if fall and fall.found else ()),
         energy=facts.energy,
         detail=facts.detail,
         kept=facts.kept,
         selection=facts.selection,
+        held_out=facts.held_out,
+        held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
+        fall=fall,
         rounds=tuple(
             RoundCost(
                 round=result.round,

@@ -216,10 +216,7 @@ class Charts:
         return [(float(number), value) for number, value in enumerate(self._numbers(pointers), 1)]
 
     def _steps(self, site: str) -> list[tuple[float, str]]:
-        """A site's steps that have a bounded figure: where each is drawn, and its pointer.
-
-        A run's are drawn by round, a ledger's in their order, or by day where its people arrive over time.
-        """
+        """Pointers to a site's bounded steps, and where: by round, of a ledger in order, by day where people arrive."""
         found = []
         for place, step in enumerate(self._words.at(f"{site}/steps")):
             x = step["round"] if not self._is_ledger else place + 1

@@ -168,10 +168,8 @@ class Words:
             if found is None:
                 return _ABSENT
             name = part.replace("~1", "/").replace("~0", "~")
-            if name in model.OF_ARRIVALS and isinstance(found, dict):
-                found = found.get(name)
-            else:
-                found = found[int(name)] if isinstance(found, list | tuple) else found[name]
+            of_list, unsaid = isinstance(found, list | tuple), name in model.UNSAID
+            found = found[int(name)] if of_list else found.get(name) if unsaid else found[name]
         return found
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
@@ -396,10 +394,8 @@ class Tables:
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
         if self._is_ledger:
-            of_cohorts = [
-                Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()
-            ]
-            return self.named("steps", of_cohorts)
+            more = [Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()]
+            return self.named("steps", more)
         known = {site: self._words.at(f"{site}/steps") for site in self._sites if self._words.at(f"{site}/steps")}
         alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}

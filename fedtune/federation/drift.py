@@ -1,0 +1,69 @@
+"""Does the model do worse on the records of now?  Noised held-out scores of the sites, over the runs that renew it.
+
+Guarantee: post-processing of what left the sites with noise, and was paid for by their runs; it costs nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist, fmean
+
+from fedtune.federation.lead import RoundResult
+from fedtune.spec import spec
+
+FELL = "held_out_fell"  # a finding's code
+
+
+@spec
+class HeldOut:
+    """Mean score of the sites' held-out units in a run, from noised sums, and its standard deviation."""
+
+    run: str
+    date: str
+    mean: float
+    deviation: float
+
+
+@spec
+class Fall:
+    """From the mean of all runs before to that of the newest two; a fall of `smallest` is found 8 times in 10."""
+
+    change: float
+    found: bool
+    smallest: float
+
+
+def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, noise: float, run: str) -> HeldOut | None:
+    """The scores of all rounds and sites of a run together; None: there are none, or too few for so much noise.
+
+    Sites' noised figures are shares of the held-out sizes that they declare; `noise` is the multiplier of each release.
+    """
+    parts = [(sizes[site], *shares) for one in rounds for site, shares in one.site_scores.items()]
+    scores, units = sum(size * score for size, score, _ in parts), sum(size * count for size, _, count in parts)
+    deviation = noise * math.sqrt(2 * len(parts))
+    if units <= 5 * deviation:  # the mean would be anybody's guess
+        return None
+    mean, each_round = scores / units, units / sum(bool(one.site_scores) for one in rounds)
+    # Of the noise in both sums; and of which units are held out, for all rounds: one score varies most as 0 or 1.
+    variance = (1 + mean**2) * (deviation / units) ** 2 + max(0.0, mean * (1 - mean)) / each_round
+    return HeldOut(run=run, date=max(one.ended for one in rounds), mean=mean, deviation=math.sqrt(variance))
+
+
+def fall_of(line: Sequence[HeldOut]) -> Fall | None:
+    """What runs, oldest first, say of the newest two, of two runs of the newest; None: there is nothing before.
+
+    A test on normal means, with 5 % of false alarms, or fewer, as runs have held-out units in common.
+    """
+    if len(line) < 2:
+        return None
+    cut = max(1, len(line) - 2)
+    (before, old), (now, new) = _mean(line[:cut]), _mean(line[cut:])
+    deviation, limit = math.hypot(old, new), NormalDist().inv_cdf(0.95)
+    change, smallest = now - before, deviation * (limit + NormalDist().inv_cdf(0.8))
+    return Fall(change=change, found=-change > limit * deviation, smallest=smallest)
+
+
+def _mean(line: Sequence[HeldOut]) -> tuple[float, float]:
+    weights = [one.deviation**-2 for one in line]  # which make the mean's own deviation least
+    return fmean([one.mean for one in line], weights), sum(weights) ** -0.5
