@@ -14,56 +14,37 @@ from hydra import initialize_config_dir
 from fedtune.api.compose import compose_run, write_config
 from fedtune.api.experiment_file import config_folder
 from fedtune.config import RunConfig, saved_config
+from fedtune.preparation.starter import left_open
 
 from . import conftest
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in FILES if path.parent != CONF]
-_OWN = ["data.train_file=mine.csv", "data.declared_sizes=500"]
-_PREFERENCES = [*_OWN, "data.columns={prompt: a, chosen: b, rejected: c}"]
-_PAIRS = [*_OWN, "data.columns={text: a, other: b, target: c}", "data.target_range=[0,5]"]
-_FEATURES = [*_OWN, "data.labels=[yes,no]", "data.features=[{columns: [age], range: [0, 120]}]"]
-_IMAGES = [*_OWN, "data.labels=[yes,no]", "model.path=folder"]
-# What an option needs beside it, in order to be a whole run.
-_BESIDE = {
-    ("data", "medical_abstracts"): ["experiment=hospitals_abstracts"],
-    ("data", "e2e_nlg"): ["experiment=smollm2_e2e"],
-    ("data", "users_ubuntu_irc"): ["experiment=debug_users"],
-    ("data", "users_shakespeare"): ["experiment=debug_users"],
-    ("data", "own"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
-    ("data", "own_text"): [
-        "experiment=own_text",
-        "data.train_file=mine.csv",
-        "data.declared_sizes=500",
-        "data.columns={text: body}",
-    ],
-    ("data", "own_preferences"): ["experiment=own_preferences", *_PREFERENCES],
-    ("experiment", "own_preferences"): _PREFERENCES,
-    ("data", "own_pairs"): ["experiment=own_pairs", *_PAIRS],
-    ("experiment", "own_pairs"): _PAIRS,
-    ("experiment", "own_text"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.columns={text: body}"],
-    ("data", "own_labels"): ["experiment=own_labels", *_OWN, "data.labels=[yes,no]"],
-    ("experiment", "own_labels"): [*_OWN, "data.labels=[yes,no]"],
-    ("data", "own_entities"): ["experiment=own_entities", *_OWN, "data.labels=[drug]"],
-    ("experiment", "own_entities"): [*_OWN, "data.labels=[drug]"],
-    ("experiment", "own_order"): [*_OWN, "data.labels=[low,high]"],
-    ("data", "own_numbers"): ["experiment=own_numbers", *_OWN, "data.target_range=[0,5]"],
-    ("experiment", "own_numbers"): [*_OWN, "data.target_range=[0,5]"],
-    ("data", "own_features"): ["experiment=own_features", *_FEATURES],
-    ("experiment", "own_features"): _FEATURES,
-    ("data", "own_images"): ["experiment=own_images", *_IMAGES],
-    ("experiment", "own_images"): _IMAGES,
-    ("model", "vision"): ["experiment=own_images", *_IMAGES],
-    ("model", "none"): ["experiment=own_features", *_FEATURES],
-    ("lora", "none"): ["experiment=own_features", *_FEATURES],
-    ("experiment", "own_data"): ["data.train_file=mine.csv", "data.declared_sizes=500", "data.labels=[yes,no]"],
+# The experiment in which an option makes a whole run, if not in the default; `own_text` and the like have their own.
+_WITHIN = {
+    ("data", "medical_abstracts"): "hospitals_abstracts",
+    ("data", "e2e_nlg"): "smollm2_e2e",
+    ("data", "users_ubuntu_irc"): "debug_users",
+    ("data", "users_shakespeare"): "debug_users",
+    ("model", "vision"): "own_images",
+    ("model", "none"): "own_features",
+    ("lora", "none"): "own_features",
 }
 _LISTS_AND_MAPS = {"data.columns", "data.partition.sites"}
 
 
 def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def beside(group: str, option: str) -> list[str]:
+    """What an option needs beside it, in order to be a whole run."""
+    experiment = _WITHIN.get((group, option), option)
+    if not experiment.startswith("own"):
+        return [f"experiment={experiment}"] if experiment != option else []
+    within = [f"experiment={experiment}"] if group != "experiment" and option != "own" else []
+    return [*within, "data.train_file=mine.csv", "data.declared_sizes=500", *left_open(experiment)]
 
 
 def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
@@ -138,7 +119,7 @@ def test_options_of_a_group_set_the_same_keys(group: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(option) for option in OPTIONS])
 def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: str, tmp_path: Path) -> None:
-    overrides = [*_BESIDE.get((group, option), []), f"{group}={option}", "name=x"]
+    overrides = [*beside(group, option), f"{group}={option}", "name=x"]
     config = compose_run(overrides)
     write_config(config, tmp_path / "x")
     assert saved_config(tmp_path / "x") == config
@@ -157,8 +138,8 @@ def _tuples(value: Any) -> Any:
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_the_same_experiment_runs_in_another_runtime_and_without_privacy(experiment: str) -> None:
-    beside = _BESIDE.get(("experiment", experiment), [])
-    config = compose_run([f"experiment={experiment}", "privacy=none", "runtime=ray", "name=x", *beside])
+    given = beside("experiment", experiment)
+    config = compose_run([f"experiment={experiment}", "privacy=none", "runtime=ray", "name=x", *given])
     assert config.runtime.kind == "ray"
     assert not config.privacy.private
 

@@ -31,7 +31,7 @@ from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.detect import OPTIONS, Found, look_at
-from fedtune.preparation.duplicates import is_installed
+from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
@@ -198,7 +198,7 @@ def clean(
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
     for rule in rules:
         check_one_of("--drop", rule, RULES)
-    if "near-duplicates" in rules and not is_installed("datasketch"):
+    if "near-duplicates" in rules and not has_datasketch():
         raise ConfigError("--drop", "near-duplicates", f"needs datasketch: {INSTALL}")
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)

@@ -162,7 +162,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
         max_length=config.data.max_length,
         files=files,
         sizes=tuple(
-            SiteSize(site=site, declared=declared, true=look.size(site))
+            SiteSize(site=site, declared=declared, true=len(look.units[site]))
             for site, declared in config.declared_sizes().items()
         ),
         skipped=tuple(look.skipped()),
@@ -215,8 +215,8 @@ class _Look:
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
-        self._earlier = Earlier(alike=duplicates.is_installed("datasketch"))
-        self._units: defaultdict[str, set[object]] = defaultdict(set)  # by site: users, or numbers of records
+        self._earlier = Earlier(alike=duplicates.has_datasketch())
+        self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
         """Look at one file."""
@@ -315,13 +315,9 @@ class _Look:
         if not (name := site):  # the one to which a simulation deals it
             names = self._config.federation.names
             name = names[assign_site(record, data.partition, num_sites=len(names), key=self._key, unit=unit)]
-        units = self._units[name]
+        units = self.units[name]
         units.add(record.fields["user"] if unit == "user" else len(units))
         return "train"
-
-    def size(self, site: str) -> int:
-        """How many records, or users, a site would train on."""
-        return len(self._units[site])
 
     def _note_tokens(self, records: Sequence[Record], found: _Findings) -> list[int]:
         """The lengths of the examples that a run would make of records, before any are cut."""
@@ -365,7 +361,7 @@ class _Look:
 
     def skipped(self) -> Iterator[str]:
         """Checks that were skipped, with the reason."""
-        if not duplicates.is_installed("datasketch"):
+        if not duplicates.has_datasketch():
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
         if self._earlier.is_full:
             yield (

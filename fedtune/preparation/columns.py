@@ -304,7 +304,7 @@ class Column:
     @property
     def separator(self) -> str | None:
         """The separator of a column of several labels; "[": they are lists; None: it is no such column."""
-        if self.is_vector or self.nearly("other number"):
+        if self.nearly("vector") or self.nearly("other number"):
             return None
         for mark, counts in self.parts.items():
             often = self.filled >= RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
@@ -363,11 +363,6 @@ class Column:
         labels = self.labels
         few = 2 <= len(labels) <= MOST_LABELS and self.filled >= RECORDS_A_LABEL * len(labels)
         return few and self.nearly("label") and not (self.is_number and self.reads["whole"] < NEARLY * self.filled)
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it holds vectors of 0 and 1, which name no labels."""
-        return self.nearly("vector")
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -437,7 +432,7 @@ OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point befor
 
 def no_answer(one: Column) -> str:
     """What a column that was taken for an answer must hold."""
-    if one.is_vector:
+    if one.nearly("vector"):
         return "must be lists of the labels' names: vectors of 0 and 1 name none"
     if one.nearly("messages"):
         return "must be a text: write all turns of a record as one list in a column messages"
@@ -457,7 +452,7 @@ def why_unread(one: Column, *, teaches: bool) -> str:
         return "it may say whose a record is, and a record is of one person: write one id in each row"
     if is_place(one.name):
         return "it may say at which site a record is"
-    if one.is_vector:
+    if one.nearly("vector"):
         return "vectors of 0 and 1, which name no labels"
     if one.nearly("other number"):
         return OTHER_NUMBERS

@@ -124,6 +124,6 @@ def spelt_alike(labels: Iterable[str]) -> list[list[str]]:
     return [some for some in together.values() if len(some) > 1]
 
 
-def is_installed(library: str) -> bool:
-    """Whether one of the libraries of the extra `data` is there."""
-    return importlib.util.find_spec(library) is not None
+def has_datasketch() -> bool:
+    """Whether the library that finds near-duplicates is there."""
+    return importlib.util.find_spec("datasketch") is not None

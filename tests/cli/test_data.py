@@ -97,7 +97,7 @@ def test_what_is_printed_of_a_file(here: Path, command: Any, monkeypatch: pytest
 
 def test_what_is_printed_of_records(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    monkeypatch.setattr("fedtune.preparation.duplicates.is_installed", lambda library: False)
+    monkeypatch.setattr("fedtune.preparation.duplicates.has_datasketch", lambda: False)
     shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
     (file,) = json.loads(told)["checked"]["files"]
     assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})

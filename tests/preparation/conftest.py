@@ -24,6 +24,11 @@ def own(number: int) -> str:
     return f"a text of its own, with number {number} in it"
 
 
+def few(count: int, prefix: str = "p") -> Callable[[int], str]:
+    """So many texts in turn, such as ids of persons."""
+    return lambda number: f"{prefix}{number % count}"
+
+
 def rows(columns: Mapping[str, Any], count: int = 60) -> list[dict[str, Any]]:
     """Rows by what each column holds: a function of the row's number, a tuple to take in turn, or one value for all."""
 

@@ -210,7 +210,7 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
 
 
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "is_installed", lambda library: False)
+    monkeypatch.setattr(duplicates, "has_datasketch", lambda: False)
     some = checked(tickets("same,sales", "same,sales"))
     (skipped,) = some.skipped
     assert skipped.startswith("near-duplicates: ")

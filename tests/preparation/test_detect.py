@@ -11,12 +11,16 @@ import pytest
 from fedtune.preparation.detect import look_at
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import AB, ASK, SAY, TURNS, YES_NO, own, rows, seen, summary
+from .conftest import AB, ASK, SAY, TURNS, YES_NO, few, own, rows, seen, summary
 
 SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
 IN_JSON, LINK = json.dumps(TURNS), "https://example.org/a/long/path/{:050}".format
 ALPACA = {"instruction": own, "input": "", "output": "done"}
 BOTH, LABELLED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
+TIMED: dict[str, Any] = {"months": lambda n: n / 7, "died": (0, 1)}
+PAIR, SCORE = {"sentence1": own, "sentence2": own}, lambda n: n % 11 / 2
+PNG, SPAN = "{}.png".format, {"start": 0, "end": 1}
+TASK = {"data": {"text": "a b"}, "annotations": [{"result": [{"value": SPAN | {"labels": ["x"]}}]}]}
 
 KINDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": TURNS}, "chat: messages"),
@@ -27,60 +31,39 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, "preferences: messages=prompt chosen rejected"),
     ({"prompt": own, "chosen": IN_JSON, "rejected": IN_JSON}, "preferences: chosen rejected; not prompt"),
     ({"messages": TURNS, "chosen": TURNS, "rejected": TURNS}, "preferences: chosen rejected; not messages"),
-    (
-        {"conversations": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]},
-        "preferences: messages=conversations chosen rejected",
-    ),
+    ({"chat": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]}, "preferences: messages=chat chosen rejected"),
     (ALPACA | BOTH, "preferences: prompt=instruction input chosen rejected; not output"),
     ({"prompt": own, "chosen": f" {IN_JSON}", "rejected": f"\n{IN_JSON}"}, "preferences: chosen rejected; not prompt"),
     ({"body": own, "chosen": (0, 1), "rejected": (1, 0)}, "labelled: text=body label=chosen; not rejected"),
     ({"prompt": own, "chosen": own}, "pairs: prompt completion=chosen"),
     ({"question": own, "answer": own}, "pairs: prompt=question completion=answer"),
-    (
-        {"sentence1": own, "sentence2": own, "score": lambda n: n % 11 / 2, "split": "train"},
-        "scored: text=sentence1 other=sentence2 target=score; not split",
-    ),
+    (PAIR | {"score": SCORE, "split": "train"}, "scored: text=sentence1 other=sentence2 target=score; not split"),
     ({"Query": own, "positive": own, "negative": own}, "triplets: anchor=Query positive negative"),
     ({"body": own, "team": ("t1", "t2", "t3")}, "labelled: text=body label=team"),
     ({"body": own, "stars": lambda n: n % 5}, "labelled: text=body label=stars"),
     ({"id": lambda n: f"{n} {own(n)} {n}", "body": own}, "text: text=body; not id"),
     ({"user": "u{}".format, "body": own}, "text: text=body user"),
-    (
-        {"patient": lambda n: f"p{n % 7}", "body": own, "team": lambda n: f"t{n % 30}"},
-        "text: text=body user=patient; not team",
-    ),
-    (
-        {"customer_id": lambda n: n % 7, "body": own, "team": lambda n: f"t{n % 8}"},
-        "labelled: text=body label=team user=customer_id",
-    ),
+    ({"patient": few(7), "body": own, "team": few(30)}, "text: text=body user=patient; not team"),
+    ({"customer_id": lambda n: n % 7, "body": own, "team": few(8)}, "labelled: text=body label=team user=customer_id"),
     ({"bank_id": ("x", "y"), "text": own, "team": ("a", "b", "c")}, "labelled: text label=team; not bank_id"),
     ({"bank_id": ("x", "y"), "text": own}, "labelled: text label=bank_id"),
     ({"tokens": ["a", "b"], "tags": ["B-x", "O"]}, "entities: tokens tags"),
     ({"words": ["a", "b"], "ner_tags": ["O", "U-x"], "id": int}, "entities: tokens=words tags=ner_tags; not id"),
     ({"tokens": '["a", "b"]', "labels": "['O', 'B-x']"}, "entities: tokens tags=labels"),
-    (
-        {"text": own, "spans": [{"start": 0, "end": 1, "label": "x"}], "tokens": [{"id": 0}]},
-        "entities: text spans; not tokens",
-    ),
+    ({"text": own, "spans": [SPAN | {"label": "x"}], "tokens": [{"id": 0}]}, "entities: text spans; not tokens"),
     ({"text": own, "label": ([[0, 1, "x"]], [])}, "entities: text spans=label"),
-    (
-        {"data": {"text": "a b"}, "annotations": [{"result": [{"value": {"start": 0, "end": 1, "labels": ["x"]}}]}]},
-        "entities: text=data spans=annotations",
-    ),
+    (TASK, "entities: text=data spans=annotations"),
     ({"text": own, "labels": (["a"], ["b"])}, "tagged: text labels"),
-    ({"scan": "{}.png".format, "label": AB}, "images: image=scan label"),
+    ({"scan": PNG, "label": AB}, "images: image=scan label"),
     ({"file": "x/{}.JPG".format, "site": AB, "diagnosis": AB}, "images: image=file label=diagnosis; not site"),
-    ({"image": "{}.png".format, "tags": (["a"], ["a", "b"])}, "images: image labels=tags"),
-    ({"image": "{}.png".format, "value": lambda n: n / 7}, "images: image target=value"),
-    ({"image": "{}.png".format, "months": lambda n: n / 7, "died": (0, 1)}, "images: image time=months event=died"),
-    ({"text": own, "months": lambda n: n / 7, "died": (0, 1)}, "followed: text time=months event=died"),
-    ({"ward": AB, "months": lambda n: n / 7, "died": (0, 1)}, "table: time=months event=died"),
-    ({"age": lambda n: n / 3, "months": lambda n: n / 7, "died": (0, 1), "label": AB}, "table: label"),
-    (
-        {"image": "{}.png".format, "months": lambda n: n / 7, "died": (0, 1), "label": AB},
-        "images: image label; not months died",
-    ),
-    ({"text": own, "months": lambda n: n / 7, "died": (0, 1), "label": AB}, "labelled: text label; not months died"),
+    ({"image": PNG, "tags": (["a"], ["a", "b"])}, "images: image labels=tags"),
+    ({"image": PNG, "value": lambda n: n / 7}, "images: image target=value"),
+    ({"image": PNG} | TIMED, "images: image time=months event=died"),
+    ({"text": own} | TIMED, "followed: text time=months event=died"),
+    ({"ward": AB} | TIMED, "table: time=months event=died"),
+    ({"age": lambda n: n / 3} | TIMED | {"label": AB}, "table: label"),
+    ({"image": PNG} | TIMED | {"label": AB}, "images: image label; not months died"),
+    ({"text": own} | TIMED | {"label": AB}, "labelled: text label; not months died"),
     # As others publish them.
     (
         {"instruction": own, "context": own, "response": own, "category": AB},
@@ -91,10 +74,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"system": "x", "user": own, "assistant": own}, "pairs: prompt=user system completion=assistant"),
     ({"conversations": SHARED, "system": "x", "tools": "[]"}, "chat: messages=conversations system; not tools"),
     (ALPACA | {"history": [["a", "b"]]}, "instructions: prompt=instruction input completion=output; not history"),
-    (
-        {"sentence1": own, "sentence2": own, "label": lambda n: n % 26 / 5, "idx": int},
-        "scored: text=sentence1 other=sentence2 target=label; not idx",
-    ),
+    (PAIR | {"label": SCORE, "idx": int}, "scored: text=sentence1 other=sentence2 target=label; not idx"),
     ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labelled: text=premise label; not hypothesis"),
     ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labelled: text label=sentiment; not url"),
     ({"says": "it is {}".format, "link": LINK, "team": AB}, "labelled: text=says label=team; not link"),
@@ -106,10 +86,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
         {"prompt": own, "chosen_response": own, "rejected_response": "no"},
         "preferences: prompt chosen=chosen_response rejected=rejected_response",
     ),
-    (
-        {"subject": "about your order {}, again".format, "body": own, "label": AB},
-        "labelled: text=body label; not subject",
-    ),
+    ({"subject": "about your order {}, again".format} | LABELLED, "labelled: text label; not subject"),
 ]
 
 
@@ -249,7 +226,7 @@ def test_one_odd_value_changes_nothing(tmp_path: Path, columns: dict[str, Any], 
     "name", ["user_id", "PatientID", "Patient ID", "subject_id", "reviewerID", "Customer No.", "e-mail", "author_name"]
 )
 def test_a_column_of_persons_is_the_unit_whatever_one_row_has(tmp_path: Path, name: str, odd: object) -> None:
-    given = rows(LABELLED | {name: lambda n: f"p{n % 9}"})
+    given = rows(LABELLED | {name: few(9)})
     given[3][name] = odd
     assert summary(seen(tmp_path, given)) == f"labelled: text label user={name}"
 
@@ -263,7 +240,7 @@ def test_ids_as_decimals_are_persons(tmp_path: Path) -> None:
 
 
 def test_of_two_columns_of_persons_the_other_is_named(tmp_path: Path) -> None:
-    columns = LABELLED | {"author": lambda n: f"d{n % 3}", "patient": lambda n: f"p{n % 9}"}
+    columns = LABELLED | {"author": few(3), "patient": few(9)}
     found = seen(tmp_path, columns)
     assert found.roles["user"] == "patient"
     assert "--user author" in dict(found.unread)["author"]

@@ -12,7 +12,7 @@ from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import AB, ASK, SAY, own, seen, summary
+from .conftest import AB, ASK, SAY, few, own, seen, summary
 
 PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
 YES = (True, False)
@@ -82,7 +82,7 @@ def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name
     ],
 )
 def test_a_column_called_as_people_are_is_the_unit(tmp_path: Path, name: str) -> None:
-    assert summary(seen(tmp_path, LABELLED | {name: lambda n: f"p{n % 9}"})) == f"labelled: text label user={name}"
+    assert summary(seen(tmp_path, LABELLED | {name: few(9)})) == f"labelled: text label user={name}"
 
 
 @pytest.mark.parametrize(
