@@ -11,7 +11,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},
-    "logging and Python call them in the place of their own": {"handleError", "showwarning", "unraisablehook"},
+    "logging and Python call them in the place of their own": {"handleError", "showwarning"},
     "settings of objects that belong to a library": {
         *("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32"),
         *("compress_type", "create_system", "decoder", "_disable_adapters", "disabled", "external_attr"),

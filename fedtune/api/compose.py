@@ -258,10 +258,7 @@ def _changed(known: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _run_folder(name: str) -> tuple[Path, RunConfig]:
-    """A folder to resume and what it was made with.
-
-    A run keeps the name it began with, by which its sites' ledgers know it, whatever its folder is called by now.
-    """
+    """A folder to resume and what it was made with; its run keeps its name, whatever the folder is called by now."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError("resume", name, f"must be a run folder{run_folders_near(folder)}")

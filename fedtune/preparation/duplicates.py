@@ -59,9 +59,7 @@ class Earlier:
     def twins(self, record: Record, use: str = "") -> dict[Likeness, tuple[Twin, ...]]:
         """The earlier records, one of each mark, that say the same, and almost the same; the record is then one, too.
 
-        Args:
-            record: of any file.
-            use: what its file is used for.
+        Files are told apart by their `use`.
         """
         text = record.said
         twin = Twin((use, record.answer), record.line)
