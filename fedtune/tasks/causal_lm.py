@@ -63,6 +63,8 @@ class CausalLM(Task):
     auto = "AutoModelForCausalLM"
     hub_name = "text-generation"
     formats = ("peft", "merged", "onnx")
+    one_of: ClassVar[tuple[str, ...]] = ("messages", "text", "prompt")
+    """Roles of which columns name one at most: each is another kind of record."""
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -76,29 +78,21 @@ class CausalLM(Task):
         return (*(("messages",) if "messages" in data.columns else (*self.roles, *data.template_roles)), *system)
 
     def check_data(self, data: DataSpec) -> None:
-        named = [role for role in ("messages", "text", "prompt") if role in data.columns]
+        named = [role for role in self.one_of if role in data.columns]
         if len(named) > 1:
-            bound = f"must name one of {', '.join(named)}: a record is a chat, a text, or a prompt with its completion"
+            bound = f"must name one of {', '.join(named)}: what is learnt is a chat, a text, or an answer to a prompt"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
-        self.check_template(data)
-        (layout,) = named
-        if layout == "messages" and data.chat_template == "none":
-            raise ConfigError("chat_template", data.chat_template, "must be model or plain for a column of messages")
-        if layout == "text" and data.chat_template != "none":
+        if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
+            bound = f"must not name the answer, {{{answer[0]}}}"
+            raise ConfigError("prompt_template", data.prompt_template, bound)
+        if named == ["text"] and data.chat_template != "none":
             raise ConfigError("chat_template", data.chat_template, "must be none for a text, which has no turns")
-        if layout != "prompt" and data.prompt_template != "{prompt}":
-            raise ConfigError("prompt_template", data.prompt_template, f"must stay {{prompt}}: {layout} has no prompt")
-
-    def check_template(self, data: DataSpec) -> None:
-        """Check that what stands before an answer does not hold it: errors name keys of `data`.
-
-        Raises:
-            ConfigError: it does.
-        """
-        for role in data.template_roles:
-            if role in self.answers | {"completion"}:
-                raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{role}}}")
+        if named not in (["text"], ["prompt"]) and data.chat_template == "none":
+            bound = "must be model or plain for conversations: no column prompt is named"
+            raise ConfigError("chat_template", "none", bound)
+        if named != ["prompt"] and data.prompt_template != "{prompt}":
+            raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         """Of a chat, that nobody answers in it."""

@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +33,6 @@ Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
 Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
 """Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenise`)."""
-
-
-class Named(Protocol):
-    """Settings that say what the input is."""
-
-    @property
-    def input(self) -> str: ...
 
 
 class Input(ABC):
@@ -374,7 +367,7 @@ INPUTS: dict[str, Input] = {"text": Text(), "features": Features()}
 """Those of this file; `fedtune.tasks.registry` adds what has a file of its own."""
 
 
-def input_of(settings: Named) -> Input:
+def input_of(settings: DataSpec | TaskModelSpec) -> Input:
     """The input that settings of data or of a model name."""
     return input_named(settings.input)
 

@@ -25,8 +25,8 @@ from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import messages_of, turns_said
 from fedtune.model.spec import TaskModelSpec
-from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.base import Ids, Model, Task, error_of
+from fedtune.spec import DataError
+from fedtune.tasks.base import Ids, Model, error_of
 from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
 from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
 
@@ -57,6 +57,7 @@ class Preference(CausalLM):
     own_settings = CausalLM.own_settings | {"preferences"}
     has_reference = True
     judged_by = "accuracy"
+    one_of = ("messages", "prompt")
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
@@ -72,19 +73,6 @@ class Preference(CausalLM):
 
     def asked_by(self, data: DataSpec) -> dict[str, str]:
         return super().asked_by(data) or {"messages": "messages"}
-
-    def check_data(self, data: DataSpec) -> None:
-        if {"prompt", "messages"} <= set(data.columns):
-            bound = "must name one of messages, prompt: what is answered is a conversation or a text"
-            raise ConfigError("columns", dict(data.columns), bound)
-        Task.check_data(self, data)
-        self.check_template(data)
-        if "prompt" in data.columns:
-            return
-        if data.chat_template == "none":
-            raise ConfigError("chat_template", "none", "must be model or plain for conversations (no column prompt)")
-        if data.prompt_template != "{prompt}":
-            raise ConfigError("prompt_template", data.prompt_template, "must stay {prompt}: no column prompt is named")
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         return error_of(_both(data))

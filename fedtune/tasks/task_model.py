@@ -14,13 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from fedtune.data.batching import Batch
-from fedtune.model.layers import (
-    FrozenPrefix,
-    OutputLayer,
-    checkpoint_layers,
-    layer_stack,
-    without_adapters,
-)
+from fedtune.model.layers import FrozenPrefix, OutputLayer, checkpoint_layers, layer_stack, without_adapters
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.inputs import Row, input_of

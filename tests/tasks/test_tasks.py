@@ -78,7 +78,7 @@ WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
         (("messages", *PROMPT), {}, "columns = "),
         (("messages", "text"), {}, "columns = "),
         (("text", *PROMPT), {}, "columns = "),
-        (("messages",), {}, "chat_template = 'none': must be model or plain for a column of messages"),
+        (("messages",), {}, "chat_template = 'none': must be model or plain for conversations: no column"),
         (("text",), TURNS, "chat_template = 'plain': must be none for a text"),
         (("text",), {"prompt_template": "Say {prompt}"}, "prompt_template = 'Say {prompt}': must stay"),
         (("text",), {"pairs": PairsSpec(margin=0.5)}, "pairs = "),
