@@ -383,24 +383,16 @@ def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = N
 def _element(path: Path, line: int, raw: bytes | None, *, between: tuple[bytes, bytes]) -> Row | None:
     """An element of an array; None for the nothing that is in an empty array, and behind any."""
     (before, behind), at, bound = between, at_line(path, line), "must be one array of objects"
+    if raw == b"" and (before == b"]" or (before == b"" and behind != b",")):
+        return None
     if before == b"]":
-        if raw == b"":
-            return None
         raise DataError(at, "more behind the array's end", bound)
     if not behind:
-        if before == b"" and raw == b"":
-            return None
-        missing = "a record behind the last comma, and ] at its end"
-        if raw != b"":
-            try:
-                _json_object(text_of(raw, at=""), path, line, bound="")
-                missing = "] at its end"
-            except DataError:
-                missing = "the rest of this record, and ] at its end"
-        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {missing}")
+        whole = or_fault(at, lambda: _json_object(text_of(raw, at=""), path, line, bound=""))
+        rest = "the rest of this record, and " if isinstance(whole, DataError) else ""
+        missing = "a record behind the last comma, and " if raw == b"" else rest
+        raise DataError(at, "the end of the file", f"{bound}; it breaks off, and lacks {missing}] at its end")
     if raw == b"":
-        if before == b"" and behind == b"]":
-            return None
         raise DataError(at, "a comma without an object", f"{bound}, with a comma between two")
     return _json_object(text_of(raw, at=at), path, line, bound="must be one whole JSON object")
 
