@@ -55,9 +55,8 @@ class Charts:
             series += [limit for site in lines if (limit := self._limit(site)).points]
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
-        x = self._said(self._axis_of_steps(lines))
-        scale: Any = "days" if drawn else "whole"
-        panel = Panel(series=series, levels=levels, x=x, y=self._said("axis_epsilon"), scale=scale)
+        x, y = self._said(self._axis_of_steps(lines)), self._said("axis_epsilon")
+        panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
         return self._chart("epsilon_spent", self._tables.steps(), [panel] if series else [], seen=self._rose(lines))
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:

@@ -32,8 +32,9 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
 from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import PAGE_ONE_SITES, Tables, Words, data, in_groups, pointer
+from fedtune.report.page.tables import Tables, Words, data, in_groups, pointer
 from fedtune.show.budget_text import Arrivals, neighbours_together
+from fedtune.show.drawing import MOST_LINES
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import score_words, shortened, unbounded
 
@@ -369,7 +370,7 @@ class PageOne:
         for places in in_groups((figure, place) for place, figure in figures.items()):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
             lines.append((whom(f"{at}/people", words.catalogue.arrivals(self._people(places))), at))
-        return lines[-PAGE_ONE_SITES:]
+        return lines[-MOST_LINES:]
 
     def _people(self, places: Sequence[int]) -> list[Arrivals]:
         return neighbours_together({place: self._words.cohorts[place].people for place in places})
