@@ -158,7 +158,6 @@ def test_runs_of_another_name_or_configuration_are_other_runs_at_a_site() -> Non
 def test_the_plan_holds_the_configured_numbers() -> None:
     # A given noise must do for all runs that share the epsilon.
     given = {"privacy__noise_multiplier": 0.9, "privacy__epsilon": 8.0}
-    assert parse(changed(**given)).digest() != parse(changed(**given, privacy__runs=2)).digest()
     with pytest.raises(ConfigError, match=r"noise_multiplier = 0\.9: gives epsilon .* over 24 steps"):
         parse(changed(**given, privacy__runs=6))
     settings = changed(privacy__noise_multiplier=4.0, federation__spare_rounds=2, training__local_steps=3)

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedtune.api.experiment_file import ExperimentFile, config_folder, experiment_called, read_experiment, value_at
 from fedtune.config import PATHS, RunConfig, parse, saved_config, settings_to_save, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.runs.renewal import renewed
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 _FREE_MAPS = ("data.columns", "data.partition.sites")
@@ -73,12 +74,14 @@ def compose_run(
     """
     overrides = [_in_grammar(override, swept=False) for override in overrides if override.strip()]
     resumed = [override for override in overrides if override.startswith("resume=")]
-    # A folder is resumed with its own configuration, unless an override such as privacy=none replaces a whole group.
+    # A folder is resumed with its own settings and its name, by which ledgers know it, unless a group is replaced.
     if resumed and not any((config_folder() / key_of(override)).is_dir() for override in overrides):
         folder, saved = _run_folder(str(value_of(resumed[-1])))
-        # The name is how the sites' ledgers know the run: another one would start their count at zero.
         fixed = [f"resume={_quoted(str(folder))}", f"name={_quoted(saved.name)}"]
         return _changed(saved, [*(override for override in overrides if override not in resumed), *fixed])
+    if any(key_of(override) == "renew" for override in overrides):
+        values = {key_of(override): value_of(override) for override in overrides}
+        return _with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **(changed or {})}))
     file, overrides = _experiment_file(overrides)
     maps, overrides = _free_maps(overrides)
     # An empty map stands for a value that conf leaves open, until it is put in.
@@ -125,10 +128,8 @@ def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str,
 def _word(value: Any) -> str:
     """A value as a word of Hydra's grammar."""
     match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
+        case None | bool():
+            return "null" if value is None else str(value).lower()
         case Mapping():
             return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
         case list() | tuple():
@@ -152,9 +153,8 @@ def _with_start(config: RunConfig) -> RunConfig:
     if name is None and expected is None:
         return config
     if name is None:
-        raise ConfigError(
-            "model.adapter", NOT_GIVEN, "is required with model.adapter_sha256: the folder of that adapter"
-        )
+        bound = "is required with model.adapter_sha256: the folder of that adapter"
+        raise ConfigError("model.adapter", NOT_GIVEN, bound)
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
     start = SavedAdapter.to_begin_in(name)

@@ -73,6 +73,7 @@ class Option:
 
 
 Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to change")]
+Renew = Annotated[Path | None, Option("the run after this finished one, for the next period", metavar="LAST_RUN")]
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.api.start_and_resume import folder_of, has_begun, is_running
-from fedtune.cli.command import Argument, Metrics, Option, single
+from fedtune.cli.command import Argument, Metrics, Option, Renew, single
 from fedtune.cli.interruptible_run import say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
@@ -46,6 +46,7 @@ def run(
     ] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
     metrics: Metrics = None,
+    renew: Renew = None,
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
@@ -60,10 +61,12 @@ def run(
       fedtune run status --kit LEAD                                            which sites are online
       fedtune run resume runs/trial --kit LEAD                                 go on from its last round
       fedtune run --kit LEAD --or-resume name=trial ...                        begin or go on by the same words
+      fedtune run --kit LEAD --renew runs/spring name=autumn                       begin where a run ended, next period
 
     Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
     docs/adding_a_site.md says how a site joins.
     """
+    words = words if renew is None else (*words, f"renew='{renew}'")
     first, *rest = words or ("",)
     if first not in _ACTIONS:
         # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
@@ -147,29 +150,26 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     """
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
-    if any(word.startswith("resume=") for word in others):
-        if wanted:
-            raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
-        config = compose_run(others)
-        if config.runtime.kind != "deployment":
-            bound = f"must be a run over real sites: fedtune simulate resume={config.resume} goes on with this one"
-            raise ConfigError("resume", config.resume, bound)
-        return config
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
+    if wanted and "resume" in typed:
+        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
+    if begun := {"resume", "renew"} & {*typed}:
+        config, key = compose_run(others), next(iter(begun))
+        if config.runtime.kind != "deployment":
+            bound = f"must be a run over real sites: fedtune simulate {key}={typed[key]} goes on with this one"
+            raise ConfigError(key, typed[key].strip("'"), bound)
+        if key == "resume":
+            return config
     for key, value in typed.items():
         if key in _OURS:
             bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
             raise ConfigError(key, value, bound)
-    chosen = members(kit, _names(wanted[-1]) if wanted else ())
+    chosen = members(kit, _names(wanted[-1]) if wanted else config.federation.active if begun else ())
     names = ",".join(f"'{member.site}'" for member in chosen)
-    given = [
-        *others,
-        "runtime=deployment",
-        f"federation.num_sites={len(chosen)}",
-        f"federation.site_names=[{names}]",
-        "federation.participants=[]",
-        "~data.partition",  # how a simulation deals out its file says nothing of real sites
-    ]
+    given = [*others, f"federation.num_sites={len(chosen)}", f"federation.site_names=[{names}]"]
+    given.append("federation.participants=[]")
+    if not begun:  # how a simulation deals out its file says nothing of real sites
+        given += ["runtime=deployment", "~data.partition"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.

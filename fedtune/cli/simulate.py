@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.api.start_and_resume import folder_of
-from fedtune.cli.command import AsJson, Option, Overrides, single
+from fedtune.cli.command import AsJson, Option, Overrides, Renew, single
 from fedtune.cli.interruptible_run import run_in_a_line, run_simulation, show_trials
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 from fedtune.sites.session import Session
@@ -22,6 +22,7 @@ def simulate(
     multirun: Annotated[
         bool, Option(names=("-m", "--multirun"), help="run every combination of comma-separated values")
     ] = False,
+    renew: Renew = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a federation on this machine.
@@ -33,9 +34,11 @@ def simulate(
       fedtune simulate privacy=none                      no privacy, for comparison
       fedtune simulate -m privacy.epsilon=1,3,8          one run for each value, a table and its CSV
       fedtune simulate resume=runs/tighter               continue after Ctrl-C or a crash
+      fedtune simulate --renew runs/spring name=autumn       begin where a run ended, for those who came since
     docs/configuration.md lists every key.
     """
     console = Console(stderr=as_json)
+    overrides = overrides if renew is None else (*overrides, f"renew='{renew}'")
     trials = Trials.of_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
     if any(config.runtime.kind == "deployment" for config in runs):

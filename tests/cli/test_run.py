@@ -28,6 +28,7 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
+from fedtune.tasks import SavedAdapter, build_task_model, save_task_model
 
 SIZES = {"north": 230, "south": 180, "west": 90}
 
@@ -396,7 +397,22 @@ def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
     assert outcome.code == 2
     assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
-    write_config(replace(compose_run(words()), name="simulated"), simulated)
+    write_config(replace(compose_run(words("privacy.runs=2")), name="simulated"), simulated)
     outcome = command("run", "resume", str(simulated), "--kit", str(kit.folder))
     assert outcome.code == 2
     assert "must be a run over real sites: fedtune simulate resume=" in outcome.message
+    save_task_model(build_task_model(compose_run(words()).task_model()), simulated / "adapter")
+    with pytest.raises(ConfigError, match="must be a run over real sites: fedtune simulate renew="):
+        compose_for_sites([f"renew='{simulated}'"], kit=kit)
+
+
+def test_a_renewed_run_has_the_sites_of_the_last_one_and_their_sizes_of_today(kit: Kit, tmp_path: Path) -> None:
+    before = compose_for_sites(words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.runs=2"), kit=kit)
+    write_config(before, tmp_path / "one")
+    save_task_model(build_task_model(before.task_model()), tmp_path / "one" / "adapter")
+    renew = [f"renew='{tmp_path / 'one'}'", "name=two"]
+    after = compose_for_sites(renew, kit=kit)
+    assert sizes_of(after) == {"north": 230, "south": 180}
+    assert (after.name, after.runtime.kind, after.federation.renewal) == ("two", "deployment", 1)
+    assert after.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one" / "adapter").digest
+    assert sizes_of(compose_for_sites([*renew, "sites=[west]"], kit=kit)) == {"west": 90}

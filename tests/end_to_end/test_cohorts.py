@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import saved_config
+from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_ledger
+from fedtune.tasks import SavedAdapter
 
 pytestmark = pytest.mark.nightly
 YEARS = (2024, 2025, 2026)
@@ -36,18 +39,12 @@ def simulated(command: Any, tmp_path: Path) -> Any:
     ]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(name: str, cohorts: str | None = None) -> Any:
-        limited = ("+data.columns.arrival=came", f"privacy.cohorts={cohorts}") if cohorts else ()
-        return command("simulate", *arguments(tmp_path, name, *limited))
+    def run(name: str, cohorts: str | None = None, *more: str, after: str | None = None) -> Any:
+        limited = [*([f"privacy.cohorts={cohorts}"] if cohorts else ()), *more]
+        begun = arguments(tmp_path, name, "+data.columns.arrival=came")
+        return command("simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else begun), *limited)
 
     return run
-
-
-def test_with_one_budget_the_second_year_is_refused(simulated: Any) -> None:
-    assert simulated("one").code == 0
-    refused = simulated("two")
-    assert refused.code == 3
-    assert "max_epsilon" in refused.err
 
 
 def test_with_cohorts_every_years_people_have_their_own(simulated: Any, command: Any, tmp_path: Path) -> None:
@@ -80,3 +77,25 @@ def test_with_cohorts_every_years_people_have_their_own(simulated: Any, command:
         "plan", *arguments(tmp_path, "p", "+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
     )
     assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())
+
+
+def test_equal_runs_spend_the_whole_and_people_who_come_go_on(simulated: Any, tmp_path: Path) -> None:
+    first = "{period:year,first:'2024',last:'2025'}"
+    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.runs=3")
+    for name, before in (("one", None), ("two", "one"), ("three", "two")):
+        outcome = simulated(name, first, *(() if before else rule), after=before)
+        assert outcome.code == 0, outcome.err
+    start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]
+    assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
+    ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", saved_config(tmp_path / "three").plan()
+    charged = verify(ledger).history.charged(2024)
+    # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
+    assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.whole] * 4, plan.delta)
+    refused = simulated("four", first, after="three")
+    assert (refused.code, "max_epsilon" in refused.err) == (3, True)
+    # By itself the window moves on, but has one cohort yet whose budget is spent; the window after that runs.
+    assert simulated("moved", after="three").code == 3
+    assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
+    history = verify(ledger).history
+    assert (history.charged(2024), saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
+    assert epsilon_pld(history.charged(2026), plan.delta) == epsilon_pld([plan.whole], plan.delta)

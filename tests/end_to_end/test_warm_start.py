@@ -23,8 +23,7 @@ pytestmark = pytest.mark.nightly
 @pytest.fixture(scope="module")
 def first(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with noise that promises something."""
-    folder: Path = simulate("federation.num_rounds=1", into=tmp_path_factory.mktemp("first"), name="first")
-    return folder
+    return Path(simulate("federation.num_rounds=1", into=tmp_path_factory.mktemp("first"), name="first"))
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +47,9 @@ def test_it_starts_with_the_scores_that_the_other_ended_with(first: Path, second
 
 
 def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any, result_of: Any) -> None:
-    spent = result_of(first)["privacy"]
-    assert result_of(second[0])["provenance"]["start_adapter"] == {
-        "digest": digest_of(first),
-        "head": True,
-        "from": "first",
-        "dataset": "banking77",
-        "unit": "record",
-        "delta": spent["delta"],
-        "epsilon": spent["epsilon"],
-    }
+    spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
+    about = {"digest": digest_of(first), "head": True, "from": "first", "dataset": "banking77"} | spent
+    assert result_of(second[0])["provenance"]["start_adapter"] == about
     assert f"begins in the adapter {digest_of(first)[:12]} of first" in second[1]
     assert "its head is taken, too" in second[1]
     assert result_of(first)["provenance"]["start_adapter"] is None
@@ -153,14 +145,9 @@ def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first:
 
 def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
     report = json.loads((second[0] / "report.json").read_text())["derived"]
-    assert report["provenance"]["start_adapter"] == {
-        "digest": digest_of(first),
-        "run": "first",
-        "dataset": "banking77",
-        "unit": "record",
-        "delta": result_of(first)["privacy"]["delta"],
-        "epsilon": result_of(first)["privacy"]["epsilon"],
-    }
+    spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
+    about = {"digest": digest_of(first), "run": "first", "dataset": "banking77"} | spent
+    assert report["provenance"]["start_adapter"] == about
     page = (second[0] / "report.html").read_text()
     assert digest_of(first) in page
     assert "Epsilon of its own tuning, not part of the figures here" in page

@@ -39,15 +39,8 @@ def plan() -> Callable[..., Plan]:
     """A small private plan; keywords override."""
 
     def make(**changes: object) -> Plan:
-        values: dict[str, object] = {
-            "unit": "record",
-            "delta": 1e-5,
-            "sampling_rate": 0.25,
-            "noise_multiplier": 1.0,
-            "max_grad_norm": 0.5,
-            "local_steps": 3,
-            "num_rounds": 2,
-        }
+        values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.25, "noise_multiplier": 1.0}
+        values |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
         return Plan(**(values | changes))  # type: ignore[arg-type]
 
     return make

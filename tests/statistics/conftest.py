@@ -69,15 +69,8 @@ def plan() -> Callable[..., Plan]:
     """One noisy step a round; keywords override."""
 
     def make(**changes: Any) -> Plan:
-        values: dict[str, Any] = {
-            "unit": "record",
-            "delta": 1e-5,
-            "sampling_rate": 0.5,
-            "noise_multiplier": 1.3,
-            "max_grad_norm": 0.7,
-            "local_steps": 1,
-            "num_rounds": 3,
-        }
+        values: dict[str, Any] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.5, "noise_multiplier": 1.3}
+        values |= {"max_grad_norm": 0.7, "local_steps": 1, "num_rounds": 3}
         return Plan(**(values | changes))
 
     return make

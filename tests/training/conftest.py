@@ -107,15 +107,8 @@ def plan() -> Callable[..., Plan]:
     """A plan without noise that takes every record; keywords override."""
 
     def make(**changes: object) -> Plan:
-        values: dict[str, object] = {
-            "unit": "record",
-            "delta": 1e-5,
-            "sampling_rate": 1.0,
-            "noise_multiplier": 0.0,
-            "max_grad_norm": 1.0,
-            "local_steps": 2,
-            "num_rounds": 3,
-        }
+        values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
+        values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
         return Plan(**(values | changes))  # type: ignore[arg-type]
 
     return make

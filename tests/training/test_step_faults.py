@@ -160,15 +160,8 @@ class MadeUp:
 
 
 def plan_of(**changes: object) -> Plan:
-    values: dict[str, object] = {
-        "unit": "record",
-        "delta": 1e-5,
-        "sampling_rate": 0.5,
-        "noise_multiplier": 0.0,
-        "max_grad_norm": 0.7,
-        "local_steps": 1,
-        "num_rounds": 3,
-    }
+    values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.5, "noise_multiplier": 0.0}
+    values |= {"max_grad_norm": 0.7, "local_steps": 1, "num_rounds": 3}
     return Plan(**(values | changes))  # type: ignore[arg-type]
 
 

@@ -1,0 +1,66 @@
+"""A run that renews the one before: its settings and its last release, for the people of the next period."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import RunConfig, parse, saved_config
+from fedtune.federation.calendar import moved
+from fedtune.federation.run_folder import RunFolder
+from fedtune.spec import ConfigError
+
+
+def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
+    """The configuration of the run that comes after the one in `folder`.
+
+    It is that run's but for the start, which is its final adapter, and the window of cohorts, which moves on by one
+    period.  The seed stays, since simulated sites were dealt their records by it, and so do these sites' ledgers.
+
+    Args:
+        folder: of a finished run.
+        said: a name, and settings by dotted key that take the place of these.
+
+    Raises:
+        ConfigError: it is no finished run, or everybody was in as many runs as share the budget.
+    """
+    before = saved_config(last := Path(folder).expanduser())
+    RunFolder(last).finished_adapter()
+    changes: dict[str, Any] = {"resume": None, "federation.renewal": before.federation.renewal + 1}
+    changes |= {"model.adapter": str(last), "model.adapter_sha256": None}
+    if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
+        changes["runtime.sites_dir"] = str(RunFolder(last).sites)
+    if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
+        changes["privacy.cohorts"] = asdict(moved(before.privacy.cohorts))
+    settings = before.to_json()
+    for key, value in (changes | dict(said)).items():
+        *groups, name = key.split(".")
+        group: Any = settings
+        for one in groups:
+            group = group.get(one) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or (name not in group and groups[-1:] != ["columns"]):
+            raise ConfigError(key, value, "must be a setting of the run that is renewed, such as privacy.sampling_rate")
+        group[name] = value
+    after = parse(settings)
+    _check_left(before, after, last)
+    return after
+
+
+def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:
+    """Refuse another run for people who were in all that share a budget.  Windows are the ledgers' matter."""
+    shared, cohorts = before.privacy, after.privacy.cohorts
+    if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
+        return
+    for name in ("epsilon", "delta", "runs"):
+        value, was = getattr(after.privacy, name), getattr(shared, name)
+        if value != was:
+            bound = f"must be {was:g}, as in the runs before: the same people's budget is divided by it"
+            raise ConfigError(f"privacy.{name}", value, bound)
+    if after.federation.renewal >= shared.runs:
+        bound = (
+            f"was the last of privacy.runs = {shared.runs}, and admitted everybody: their epsilon of "
+            f"{shared.epsilon:g} is spent. Nothing was charged. Runs with privacy.cohorts go on with people who come"
+        )
+        raise ConfigError("renew", str(last), bound)

@@ -1,0 +1,83 @@
+"""What a renewed run takes over from the last one, and which run has no next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.api.compose import write_config
+from fedtune.config import RunConfig
+from fedtune.privacy.cohorts import Cohorts
+from fedtune.runs.renewal import renewed
+from fedtune.spec import ConfigError
+
+Last = Callable[..., Path]
+
+
+@pytest.fixture
+def last(letters: Callable[..., RunConfig], tmp_path: Path) -> Last:
+    """The folder of a run of three that share a budget, with these settings."""
+
+    def made(**groups: Any) -> Path:
+        write_config(letters(**groups | {"privacy": {"runs": 3} | groups.get("privacy", {})}), tmp_path / "last")
+        (tmp_path / "last" / "adapter").mkdir(exist_ok=True)
+        return tmp_path / "last"
+
+    return made
+
+
+def by_cohort(first: str | None) -> dict[str, Any]:
+    columns, cohorts = (
+        {"text": "a", "label": "b", "user": "c", "arrival": "d"},
+        Cohorts(period="year", last="2026", first=first),
+    )
+    return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
+
+
+def test_it_has_the_settings_of_the_last_run_and_begins_in_its_adapter(
+    last: Last, letters: Callable[..., RunConfig]
+) -> None:
+    groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
+    folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"})
+    before = letters(**groups)
+    model = replace(before.model, adapter=str(folder), adapter_sha256=None)
+    expected = replace(before, name="next", model=model, federation=replace(before.federation, renewal=1))
+    assert renewed(folder, {"name": "next"}) == expected
+    # A simulation's sites go on with their ledgers.
+    assert renewed(last(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
+    assert renewed(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
+
+
+def test_the_window_moves_on_unless_it_is_given(last: Last) -> None:
+    assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2027"
+    assert str(renewed(last(**by_cohort("2025")), {}).privacy.cohorts) == "2026..2027"
+    assert str(renewed(last(**by_cohort("2025")), {"privacy.cohorts.last": "2027"}).privacy.cohorts) == "2025..2027"
+
+
+@pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
+def test_where_everybody_is_admitted_runs_end(last: Last, groups: dict[str, Any]) -> None:
+    assert renewed(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
+        renewed(last(**groups, federation={"renewal": 2}), {})
+    for key, value in {"runs": 4, "epsilon": 7.0, "delta": 1e-6}.items():
+        with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
+            renewed(last(**groups), {f"privacy.{key}": value})
+    # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
+    assert renewed(last(**by_cohort("2026"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
+    assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
+
+
+def test_other_words_and_folders_of_no_finished_run_are_refused(last: Last, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+        renewed(tmp_path, {})
+    folder = last()
+    for key in ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x"):
+        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be a setting of the run that is renewed"):
+            renewed(folder, {key: "debug"})
+    (folder / "adapter").rmdir()
+    with pytest.raises(ConfigError, match="must hold a finished adapter/; resume the run first"):
+        renewed(folder, {})
