@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 torch_came_first = "torch" in sys.modules and "MKL_CBWR" not in os.environ
 """Whether torch may have computed before these settings were made, which it reads once."""
@@ -16,3 +18,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # torch's threads sleep rather than spin while they wait: the same speed on a quiet machine, twice to four times the
 # speed where something else runs beside it (docs/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class _WhenUsed:
+    """A module that is imported when something of it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)
+
+
+# torch takes a second to import: who only reads settings or records does not wait for it.
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = _WhenUsed("torch")

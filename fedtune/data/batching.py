@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
+from fedtune.process import torch
 from fedtune.spec import panics_as_errors
-
-if TYPE_CHECKING:
-    import torch
-
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +76,6 @@ def collate(
         pad_id: a valid token id to fill with.
         shape: (examples, tokens) that the batch has room for, at least what is needed; None: exactly that.
     """
-    import torch  # here, so that reading settings and records does not wait for it
-
     chosen = np.asarray(indices, dtype=np.int64)
     lengths = dataset.text_lengths[chosen].ravel()
     room, num_tokens = shape or (len(chosen), lengths.max(initial=1))
@@ -108,8 +103,6 @@ def collate(
 
 def alone(batch: Batch, place: int | None) -> Batch:
     """A batch of the same shape with one example of `batch` in its first place, or none; all other rows are empty."""
-    import torch
-
     num_rows, taken = len(batch.input_ids), 0 if place is None else 1
 
     def only(values: torch.Tensor) -> torch.Tensor:

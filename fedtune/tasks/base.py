@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.features import columns_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
@@ -24,18 +25,17 @@ from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.mechanism import Unit
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import Row, input_of
+from fedtune.tasks.measures import Detail
 from fedtune.words import counted
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fedtune.data.batching import Batch
     from fedtune.model.layers import OutputLayer
-    from fedtune.tasks.measures import Detail
 
 
 Draws: TypeAlias = np.random.Generator
@@ -73,7 +73,7 @@ class Model(Protocol):
 class Task(ABC):
     """A task that a model is trained for.
 
-    Methods that take a model import torch themselves: a command that only reads settings does not wait for it.
+    `fedtune.process` imports torch when a method first uses it: a command that only reads settings does not wait.
 
     Attributes:
         name: in settings, policies and reports.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.faults import Faults
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
@@ -27,6 +28,7 @@ from fedtune.data.tokenise import (
     most_characters,
 )
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of
 from fedtune.tasks.chat_template import (
@@ -42,10 +44,7 @@ from fedtune.tasks.chat_template import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-
-    from fedtune.data.batching import Batch
 
 
 class CausalLM(Task):
@@ -179,8 +178,6 @@ class CausalLM(Task):
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows,) float32, from what each row's tokens lose, `added_up`."""
-        import torch
-
         return torch.stack([total / len(places) for total, places in added_up(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
@@ -219,8 +216,6 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
     to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing has 0 at one
     place.
     """
-    import torch
-
     assert model.output is not None, "the base predicts no tokens"
     inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
     # Found for all rows on the host, so that a device is waited for once.  Of nothing learnt the first place stands in,

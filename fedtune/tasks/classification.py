@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedtune.data.batching import Batch
 from fedtune.data.tokenise import TextDataset
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.tasks.base import Model
 from fedtune.tasks.measures import Floats, macro_f1
 from fedtune.tasks.pooled import OneLabelTask
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 
 class Classification(OneLabelTask):
@@ -27,9 +23,7 @@ class Classification(OneLabelTask):
     reads = "labels[scores.argmax()]"
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        from torch.nn import functional
-
-        return functional.cross_entropy(logits, targets, reduction="none")
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}

@@ -12,24 +12,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.records import Record, record_key
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task, error_of, number_in, target_range_of
 from fedtune.tasks.inputs import mean_pooled, whole_texts
 from fedtune.tasks.measures import rank_correlation
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 _TIE = 1e-6
 """Cosines that differ by less are the same: those of one text differ so, by the batches that it is computed in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from fedtune.data.images import ImageReader, decoded, noise, require_pillow
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import Row, Rows, Text, each_alone, mean_pooled, require_no_labels
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Image(Text):
@@ -61,8 +59,6 @@ class Image(Text):
         )
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
-        import torch
-
         from fedtune.model.base_model import load_base, load_processor
         from fedtune.model.fits import check_examples_apart
         from fedtune.model.layers import attach_adapters

@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,8 @@ from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Tokenizer, cut, encode
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
 from fedtune.model.spec import NO_ADAPTER, NO_BASE, HeadSpec, ModelSpec, TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError, check_at_least, check_one_of, shown
-
-if TYPE_CHECKING:
-    import torch
 
 Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
@@ -171,8 +169,6 @@ class Text(Input):
         return mean_pooled(hidden, attention_mask)
 
     def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
-        import torch
-
         head = torch.nn.Linear(width, outputs, bias=False, device="meta").to_empty(device=device)
         torch.nn.init.zeros_(head.weight)
         return head
@@ -238,8 +234,6 @@ class Features(Input):
 
     def head(self, width: int, outputs: int, *, spec: HeadSpec, seed: int, device: Any) -> torch.nn.Module:
         """Linear, or linear layers with a ReLU between them: it rounds nothing, wherever in a batch a record stands."""
-        import torch
-
         layers: list[torch.nn.Module] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # drawn on the CPU, so that it is the same for every device
@@ -412,8 +406,6 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     Returns:
         (n, h) in float32.  An example without tokens gives zeros.
     """
-    import torch
-
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)
     return torch.nn.functional.normalize(total / mask.sum(dim=1).clamp(min=1.0), dim=-1)

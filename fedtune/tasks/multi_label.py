@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, TextDataset
 from fedtune.data.values import split_labels
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
 from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, binary_losses, undeclared
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
-
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""

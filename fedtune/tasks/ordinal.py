@@ -16,20 +16,16 @@ regression by extended binary classification, Li and Lin 2006).  The class is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedtune.data.batching import Batch
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.tasks.base import Model
 from fedtune.tasks.measures import Floats, quadratic_kappa
 from fedtune.tasks.pooled import OneLabelTask, binary_losses
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 
 class Ordinal(OneLabelTask):
@@ -44,21 +40,15 @@ class Ordinal(OneLabelTask):
 
     def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """For each question the direction from the labels below to those above."""
-        import torch
-
         rows = [embeddings[k:].mean(dim=0) - embeddings[:k].mean(dim=0) for k in range(1, len(embeddings))]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        import torch
-
         questions = torch.arange(logits.shape[1], device=logits.device)
         above = (targets[:, None] > questions).long()  # (rows, K - 1)
         return binary_losses(logits, torch.where(targets[:, None] == UNSUPERVISED, UNSUPERVISED, above))
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
-        import torch
-
         above = logits.sigmoid().sort(dim=1, descending=True).values
         ends = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
         falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0

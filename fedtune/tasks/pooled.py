@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import HeadSpec, TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.inputs import input_named, input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Floats, Marks
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
 """A record's own target; raises DataError where it has none that was declared."""
@@ -120,8 +117,6 @@ class PooledTask(Task):
         return TextDataset(tuple(ids), targets)
 
     def add_head(self, model: Model) -> None:
-        import torch
-
         super().add_head(model)
         if input_of(model.spec).embeds_labels:
             # A public constant, not trained and never part of an update.
@@ -130,8 +125,6 @@ class PooledTask(Task):
 
     def start_head(self, model: Model) -> None:
         """Take from the labels' texts what `spec.head` wants of them: the centre, and each row of the head."""
-        import torch
-
         head = model.spec.head
         if not head.centre and head.init != "label_names":
             return
@@ -149,19 +142,15 @@ class PooledTask(Task):
 
     def embed(self, model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """A batch's inputs and attention mask (n, t) to embeddings (n, h) in float32, of a text of norm 1."""
-        from torch.nn import functional
-
         pooled = input_of(model.spec).pooled(model.base, input_ids, attention_mask)
         centred = model.spec.head.centre
-        return functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
+        return torch.nn.functional.normalize(pooled - model.get_buffer("centre"), dim=-1) if centred else pooled
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, outputs)."""
-        from torch.nn import functional
-
         embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
         # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
-        rows = functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
+        rows = torch.nn.functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
         assert model.head is not None
         scores: torch.Tensor = model.head(rows)[: len(embeddings)]
         return model.spec.head.scale * scores
@@ -176,8 +165,6 @@ class PooledTask(Task):
         return {"loss": self.loss(logits, batch.targets, spec=spec), **self.said(logits, spec=spec), **truth}
 
     def readout(self, model: Model) -> Readout:
-        import torch
-
         scores = model.spec.head.scale * model.get_parameter("head.weight").detach()
         if not model.spec.head.centre:
             return ((scores, None),)
@@ -271,8 +258,6 @@ def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     over the whole array, where the last few values go through other code than the rest and round otherwise (measured
     on a CPU), so that a record's gradient would depend on the row that it stands in.
     """
-    import torch
-
     choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
     each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
     return each.reshape(logits.shape).mean(dim=1)
@@ -289,8 +274,6 @@ def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
     The texts are the declared, public label set, and no record is read: this costs no privacy.  A row may depend on the
     other labels by rounding.
     """
-    import torch
-
     from fedtune.model.base_model import load_tokenizer
     from fedtune.model.fits import check_tokenizer_fits, ids_of
 

@@ -15,25 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import messages_of, turns_said
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import DataError
 from fedtune.tasks.base import Ids, Model, error_of
 from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
 from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 _ANSWERS = ("chosen", "rejected")
 _TIE = 1e-4
@@ -113,19 +109,13 @@ class Preference(CausalLM):
 
     def reference(self, model: Model, batch: Batch) -> torch.Tensor:
         """(places, 2) log-probabilities of either answer."""
-        import torch
-
         return torch.stack([-total for total, _ in added_up(model, batch)]).view(-1, 2)
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
         """One pair at a time, because the rounding of a vector's loss may depend on its length."""
-        import torch
-
         return torch.stack([-torch.nn.functional.logsigmoid(margin) for margin, _ in _margins(model, batch)])
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
-        import torch
-
         margins, lengths = zip(*_margins(model, batch), strict=True)
         found = torch.stack(margins)
         return {

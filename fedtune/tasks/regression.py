@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedtune.data.batching import Batch
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, number_in, target_range_of
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
 
 _DIGITS = 5
 """Significant digits of a number that is shown to people."""
@@ -57,8 +53,6 @@ class Regression(PooledTask):
         return 1
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        import torch
-
         return torch.where(targets == UNSUPERVISED, 0.0, (logits[:, 0] - targets).square())
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:

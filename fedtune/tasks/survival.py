@@ -9,26 +9,21 @@ record alone.  Cox's partial likelihood compares each record with all that were 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset
 from fedtune.data.values import category_of
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats
 from fedtune.tasks.pooled import PooledTask, TargetOf, binary_losses
-
-if TYPE_CHECKING:
-    import torch
-
-    from fedtune.data.batching import Batch
-
 
 _EVENTS = {"1": True, "true": True, "0": False, "false": False}
 

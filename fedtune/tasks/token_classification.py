@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.batching import Batch
 from fedtune.data.marked import entities_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
 from fedtune.model.spec import TaskModelSpec
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
@@ -33,10 +35,8 @@ from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-    from fedtune.data.batching import Batch
 
 _NO_WORD = (0, 0)
 _MOST_OF_A_WORD = 1 << 40
@@ -172,8 +172,6 @@ class TokenClassification(Task):
 
     def logits(self, model: Model, batch: Batch) -> torch.Tensor:
         """(rows, t, 1 + 2 labels): O, then B- and I- of each label."""
-        import torch
-
         assert model.head is not None
         hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state.float()
         rows = torch.nn.functional.pad(hidden, (0, 0, 0, 0, 0, -len(hidden) % _HEAD_ROWS))
@@ -185,8 +183,6 @@ class TokenClassification(Task):
 
     def figures(self, model: Model, batch: Batch) -> dict[str, torch.Tensor]:
         """With `entities`, (examples, labels + 1, 5): `measures.entity_counts` of each label, then with all as one."""
-        import torch
-
         logits = model.logits(batch)
         counts = [measures.entity_counts(*both, num_labels=len(model.spec.labels)) for both in _read(logits, batch)]
         return {"loss": _losses(logits, batch), "entities": torch.from_numpy(np.stack(counts))}
@@ -255,7 +251,6 @@ class TokenClassification(Task):
         return ((weight * (model.spec.head.scale / math.sqrt(weight.shape[1])), None),)
 
     def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
-        import torch
         from transformers import AutoModelForTokenClassification
 
         ((weight, _),) = readout
@@ -281,8 +276,6 @@ class TokenClassification(Task):
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """(examples,) the mean over each one's words, 0 without any; (rows, t, tags) of scores."""
-    import torch
-
     tags = torch.where(batch.targets < 0, batch.targets, batch.targets % logits.shape[-1])
     each = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tags.flatten(), ignore_index=UNSUPERVISED, reduction="none"
