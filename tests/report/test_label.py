@@ -155,3 +155,13 @@ def fit(svg: str) -> None:
     for place, (left, top, right, bottom) in enumerate(boxes):
         for other_left, other_top, other_right, other_bottom in boxes[:place]:
             assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [("arrivals", "2022–2024; others used less"), ("admitting", "2025–2026; others not used")],  # noqa: RUF001
+)
+def test_where_people_arrive_it_says_whose_the_figure_is(name: str, whose: str, request: pytest.FixtureRequest) -> None:
+    said = lines(as_svg(reports_of(request)[name], language="en"))
+    assert said[said.index("Who came") + 1] == whose
+    assert "Who came" not in lines(as_svg(reports_of(request)["ledger"], language="en"))
