@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -34,6 +34,7 @@ class Whole:
     counts: dict[str, int]
     cap: float | None
     part: Part = Part(2.0)
+    layers: tuple[int, ...] | Literal["all"] = "all"
 
 
 JSON = {"colour": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r": 3}, "cap": 4}
@@ -43,6 +44,7 @@ def test_a_record_is_what_its_types_say() -> None:
     whole = decode(Whole, JSON)
     assert whole == Whole(Colour.RED, (Pair(1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
+    assert [decode(Whole, JSON | {"layers": given}).layers for given in ([1], "all")] == [(1,), "all"]
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"
 
 
@@ -55,6 +57,7 @@ def test_a_record_is_what_its_types_say() -> None:
         ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
         ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
         ({"cap": 10**400}, "^cap = .*: must be a number$"),
+        ({"layers": "some"}, "^layers = 'some': must be a list$"),
         ({"counts": {"r": 1 << 63}}, "^counts.r = .*: must be a whole number$"),
     ],
 )

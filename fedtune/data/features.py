@@ -10,17 +10,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.data.records import Record
 from fedtune.data.values import FEATURE, NO_NAME, category_of, number_of, numbers_of
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
 from fedtune.words import counted
-
-if TYPE_CHECKING:
-    from fedtune.data.records import Record
 
 MOST_VALUES = 65_536
 """Of a vector: a record keeps four bytes for each, and a step as many for each value that is trained on it."""

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.data import DataSpec
+from fedtune.data import DataSpec, TextDataset
 
 WORDS = ["card", "lost", "my", "is", "where", "name", "there", "a", "place", *string.ascii_lowercase[1:]]
 
@@ -24,6 +24,11 @@ def data_spec(*roles: str, **given: Any) -> DataSpec:
     """Settings of data, with a column for each role that is called as it is."""
     usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
     return DataSpec(**(usual | {"max_length": 12} | given))
+
+
+def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
+    """Of each text its ids, and its targets."""
+    return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
 
 
 def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:

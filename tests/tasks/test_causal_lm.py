@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset, tokenise
+from fedtune.data import UNSUPERVISED, DataSpec, Record, tokenise
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, make_tokenizer
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, make_tokenizer, rows
 
 LM = task_named("causal_lm")
 HIDDEN = UNSUPERVISED
@@ -31,10 +31,6 @@ def prompted(prompt: str, completion: str, **fields: str) -> Record:
 def chat(*contents: str) -> dict[str, str]:
     turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
     return {"messages": json.dumps(turns)}
-
-
-def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
-    return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
 
 
 def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:

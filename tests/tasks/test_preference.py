@@ -19,7 +19,7 @@ from fedtune.spec import DataError
 from fedtune.tasks import TaskModel, load_task_model, save_task_model, task_named
 from fedtune.tasks.preference import length_controlled
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, rows
 
 PAIRS = task_named("preference")
 HIDDEN = UNSUPERVISED
@@ -46,10 +46,6 @@ def turns(*contents: str, first: str = "user") -> str:
 
 def whole(chosen: str, rejected: str, **fields: str) -> Record:
     return Record({"chosen": chosen, "rejected": rejected, **fields}, file="a.jsonl", line=3)
-
-
-def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
-    return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
 
 
 def test_both_answers_are_learnt_behind_the_same_prompt(leading_tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from fedtune.data import Batch, DataSpec, Record, TextDataset
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks import TASKS, Task
-from fedtune.tasks.base import FirstTarget, Ids, Model
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.inputs import mean_pooled
 
 LONGEST = 16
@@ -64,9 +64,7 @@ class TextLength(Task):
     def unit_score(self, model: Model, batch: Batch) -> float:
         return float(np.exp(-float(model.losses(batch)[0])))
 
-    def made_up_targets(
-        self, input_ids: Ids, *, spec: TaskModelSpec, draws: np.random.Generator, first: FirstTarget
-    ) -> Targets:
+    def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return targets_of(input_ids)
 
 
