@@ -134,9 +134,7 @@ def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) 
 def test_users_need_a_column(tmp_path: Path) -> None:
     path = written(tmp_path, "ann")
     without = spec(path, columns={"prompt": "text", "completion": "text"})
-    with pytest.raises(
-        ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit is user"
-    ):
+    with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
         without.check_unit("user")
     without.check_unit("record")
     spec(path).check_unit("record")

@@ -111,9 +111,7 @@ def test_another_base_is_refused_by_its_hash(tuned: Path) -> None:
     settings["model"]["sha256"] = "ab" * 32
     copied = shutil.copytree(tuned, tuned.parent / "other_base")
     (copied / "fedtune.json").write_text(json.dumps(settings))
-    with pytest.raises(
-        ConfigError, match=r"model\.adapter.*must be of the run's own base model.*it was tuned for abab"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.adapter.*must be of the run's own base.*it was tuned for abab"):
         begun(copied)
 
 
@@ -161,7 +159,5 @@ def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
 def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "fedtune.json").write_text(content)
-    with pytest.raises(
-        ConfigError, match=r"^model\.adapter = .*must be (the folder of a finished run|a saved adapter)"
-    ):
+    with pytest.raises(ConfigError, match=r"^model\.adapter = .*must be (the folder of a fin|a saved adapter)"):
         SavedAdapter.to_begin_in(str(tmp_path))
