@@ -8,8 +8,6 @@ head.safetensors                                 the task's own tensors; of clas
                                                  "centre" (h,), see `HeadSpec`:
                                                  logits = scale * weight @ normalised(pooled - centre)
 fedtune.json                                     settings, labels, the base's hash, the adapter's digest
-
-It is there to be scored and used, or for another run to begin in.
 """
 
 from __future__ import annotations
@@ -203,9 +201,12 @@ class SavedAdapter:
                 raise ConfigError("adapter", str(self.folder), bound)
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
-        """Whether a run of this model takes the head, too; else its own head starts as it would without the adapter."""
-        same = all(getattr(self.spec, key) == getattr(spec, key) for key in ("labels", "target_range", "intervals"))
-        return task_named(spec.task).has_head and same
+        """Whether a run of this model, which may know more labels, takes the head, too; else its own starts anew."""
+        was = self.spec
+        same = (was.target_range, was.intervals) == (spec.target_range, spec.intervals)
+        # A row of an ordinal head is a step from one label to the next.
+        known = was.labels == spec.labels or (spec.task != "ordinal" and set(was.labels) <= set(spec.labels))
+        return task_named(spec.task).has_head and same and known
 
     def require_fits(self, spec: TaskModelSpec) -> None:
         """Check everything that can be known without the base.
@@ -213,14 +214,10 @@ class SavedAdapter:
         Raises:
             ConfigError: for `model.adapter`; names all that differs.
         """
-        keys = [
-            "task",
-            "input",
-            "values",
-            "head.hidden",
-            *(f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")),
-        ]
-        keys += [f"head.{key}" for key in ("scale", "centre", "label_texts") if self.has_head_for(spec)]
+        keys = ["task", "input", "values", "head.hidden"]
+        keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
+        with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
+        keys += [f"head.{key}" for key in ("scale", "centre", *with_texts) if self.has_head_for(spec)]
         differing = []
         for key in keys:
             was, now = (attrgetter(key)(one) for one in (self.spec, spec))
@@ -249,17 +246,21 @@ class SavedAdapter:
             saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
             # Without an A that FFA-LoRA froze, and a head that was left as it was.
             trains_a, trains_head = self.spec.lora.train_a, self.spec.head.train
-            trained = {
-                name: one
-                for name, one in saved.items()
-                if (trains_head if name.startswith(_HEAD) else trains_a or ".lora_A." not in name)
-            }
-            if Adapter(trained).digest() != self.digest:
+            names = (
+                name for name in saved if (trains_head if name[:5] == _HEAD else trains_a or ".lora_A." not in name)
+            )
+            if Adapter({name: saved[name] for name in names}).digest() != self.digest:
                 raise AdapterError(f"the tensors are not the ones that {_SETTINGS} names by digest")
-            taken = {
-                name: one for name, one in saved.items() if self.has_head_for(model.spec) or not name.startswith(_HEAD)
-            }
+            with_head = self.has_head_for(model.spec)
+            taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors
+            # A row of the last layer goes where its label is now; a new label's begins as it would without the adapter.
+            was_of, now_of = (task_named(one.task).outputs_of(one.labels) for one in (self.spec, model.spec))
+            last = next((name.rpartition(".")[0] for name in reversed(parameters) if name.startswith(_HEAD)), "")
+            for name in (f"{last}.weight", f"{last}.bias"):
+                if name in taken and len(saved[name]) == len(was_of):
+                    taken[name] = here[name].copy()
+                    taken[name][[now_of.index(output) for output in was_of]] = saved[name]
             start = Adapter({name: one for name, one in here.items() if name.startswith(_HEAD)} | taken)
             if not start.same_shapes(Adapter(here)):
                 raise AdapterError("it has other tensors than the run")
@@ -267,10 +268,9 @@ class SavedAdapter:
                 raise AdapterError("it has values that are not finite")
             for name, one in taken.items():
                 if not parameters[name].requires_grad and not np.allclose(one, here[name], atol=_SAME):
-                    bound = (
-                        f"the run does not train {name}, and starts with another one (its seed was {self.spec.seed})"
+                    raise AdapterError(
+                        f"the run does not train {name}, and has another (its seed was {self.spec.seed})"
                     )
-                    raise AdapterError(bound)
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})

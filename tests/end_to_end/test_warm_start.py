@@ -89,20 +89,15 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(
     run_simulation(compose_run([f"resume={folder}"]), folder, Follower(None))
     assert result_of(folder)["provenance"]["start_adapter"]["digest"] == digest_of(first)
     assert Checkpoints(folder / "checkpoints", config.digest()).load().round == 2
+    assert saved_config(folder).model.adapter_sha256 is not None
 
 
-def test_resume_needs_nothing_but_the_run_folder(command: Any, second: Any) -> None:
-    config = saved_config(second[0])
-    assert config.model.adapter_sha256 is not None
-    assert command("simulate", f"resume={second[0]}").code == 0
-
-
-def test_other_labels_take_lora_alone_and_say_so(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
+def test_labels_in_another_order_keep_their_rows(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
     labels = ",".join(f"'{label}'" for label in reversed(saved_config(first).data.labels))
     chosen = (f"model.adapter={first}", f"data.labels=[{labels}]", "federation.num_rounds=1", "tracking.progress=true")
     outcome = command("simulate", *tiny(*chosen, into=tmp_path))
     assert outcome.code == 0, outcome.err
-    assert "its head has other labels: the head starts anew" in outcome.out
+    assert "its head is taken, too" in outcome.out
 
 
 @pytest.mark.parametrize(

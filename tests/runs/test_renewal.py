@@ -38,9 +38,7 @@ def by_cohort(first: str | None) -> dict[str, Any]:
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
-def test_it_has_the_settings_of_the_last_run_and_begins_in_its_adapter(
-    last: Last, letters: Callable[..., RunConfig]
-) -> None:
+def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last, letters: Callable[..., RunConfig]) -> None:
     groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
     folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"})
     before = letters(**groups)

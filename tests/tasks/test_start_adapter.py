@@ -17,6 +17,9 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model, save_task_model
 from fedtune.tasks.saved import SavedAdapter
 
+TABLE: dict[str, Any] = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features"}
+TABLE |= {"head": HeadSpec(scale=1.0, hidden=(2,)), "values": ("age",)}
+
 
 def lora(**changes: Any) -> LoraSpec:
     return replace(LoraSpec(rank=2, layers=(0, 1)), **changes)
@@ -54,6 +57,7 @@ def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
     expected = Adapter.of(moved(SPEC)).digest()
     assert begun(tuned).digest() == begun(tuned.parent).digest() == expected
     assert SavedAdapter.to_begin_in(str(tuned)).digest == expected
+    SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, lora=lora(layers=(1, 0))))  # in any order
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3"])
@@ -67,15 +71,31 @@ def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, kind: str) -
 
 
 def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> None:
-    other = replace(SPEC, labels=OTHER_LABELS)
+    other = replace(SPEC, labels=("billing", "technical", "praise"))  # one is gone
     before, taken = Adapter.of(build_task_model(other)), begun(tuned, other)
     assert taken.same_shapes(before)
     for name, value in taken.tensors.items():
         expected = before.tensors[name] + (0.0 if name.startswith("head.") else 0.5)
         assert np.array_equal(value, expected), name
     assert not SavedAdapter.to_begin_in(str(tuned)).has_head_for(other)
-    # In another order they are other labels, too: a row of the head would stand for another class.
-    assert not SavedAdapter.to_begin_in(str(tuned)).has_head_for(replace(SPEC, labels=SPEC.labels[::-1]))
+
+
+@pytest.mark.parametrize("labels", [OTHER_LABELS, SPEC.labels[::-1]])
+@pytest.mark.parametrize("changes", [{}, {"task": "token_classification", "head": HeadSpec()}, TABLE], ids=str)
+def test_an_output_keeps_its_row_and_a_new_one_begins_as_in_a_new_head(
+    tmp_path: Path, changes: dict[str, Any], labels: tuple[str, ...]
+) -> None:
+    was, now = replace(SPEC, **changes), replace(SPEC, **changes, labels=labels)
+    save_task_model(moved(was), tmp_path)
+    fresh, taken, saved = Adapter.of(build_task_model(now)).tensors, begun(tmp_path, now).tensors, moved(was)
+    outputs, before = (saved.task.outputs_of(one.labels) for one in (now, was))
+    *layers, last = [name for name in saved.adapter_parameters() if name.startswith("head.") and "weight" in name]
+    for place, name in enumerate(outputs):
+        old = Adapter.of(saved).tensors[last][before.index(name)] if name in before else fresh[last][place]
+        assert np.array_equal(taken[last][place], old), name
+    assert all(np.array_equal(taken[name], Adapter.of(saved).tensors[name]) for name in layers)
+    ordinal = replace(was, task="ordinal")  # its rows are steps between labels
+    assert not SavedAdapter(tmp_path, ordinal, "").has_head_for(replace(ordinal, labels=labels))
 
 
 @pytest.mark.parametrize(
@@ -99,11 +119,6 @@ def test_under_other_labels_the_head_starts_as_it_would_without(tuned: Path) -> 
 def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
         SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))
-
-
-def test_layers_in_another_order_are_the_same(tuned: Path) -> None:
-    start = SavedAdapter.to_begin_in(str(tuned))
-    start.require_fits(replace(SPEC, lora=LoraSpec(rank=2, layers=(1, 0))))
 
 
 def test_another_base_is_refused_by_its_hash(tuned: Path) -> None:
@@ -131,7 +146,7 @@ def test_values_that_are_damaged_or_not_finite_are_refused(
         begun(copied)
 
 
-def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tmp_path: Path) -> None:
+def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tuned: Path, tmp_path: Path) -> None:
     frozen = replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False))
     save_task_model(moved(frozen), tmp_path / "frozen")
     assert begun(tmp_path / "frozen", frozen).digest() == Adapter.of(moved(frozen)).digest()
@@ -141,11 +156,8 @@ def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tmp_path: Pat
     both = begun(tmp_path / "frozen", replace(SPEC, seed=1))
     expected = moved(frozen).adapter_parameters()
     assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
-
-
-def test_a_trained_a_begins_no_run_that_freezes_it(tuned: Path) -> None:
-    with pytest.raises(ConfigError, match=r"does not train .*lora_A"):
-        begun(tuned, replace(SPEC, lora=LoraSpec(rank=2, layers=(0, 1), train_a=False)))
+    with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # it was trained, and the run freezes it
+        begun(tuned, frozen)
 
 
 def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
