@@ -50,8 +50,8 @@ def test_the_deviation_is_that_of_made_up_runs() -> None:
 def test_the_newest_two_are_compared_with_all_before() -> None:
     assert fall_of([]) is fall_of(runs(0.8)) is None
     two, five = fall_of(runs(0.8, 0.7)), fall_of(runs(0.8, 0.8, 0.8, 0.8, 0.76))
-    assert two is not None
-    assert five is not None
+    assert two
+    assert five
     assert (two.change, two.found) == (pytest.approx(-0.1), True)
     assert (five.change, five.found) == (pytest.approx(-0.02), True)  # 0.02 is above 1.645 x 0.01 x root of 1/3 + 1/2
     assert five.smallest == pytest.approx((1.6449 + 0.8416) * 0.01 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)

@@ -211,11 +211,9 @@ def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, mea
 
 def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
     site = network.site("a", replies=2)
-    numbers = []
     with network.grid(["a"]) as grid:
-        for _ in range(3):
-            (answer,) = list(grid.receive(questions(1), timeout=30))
-            numbers.append(about(answer)["number"])
+        answers = [list(grid.receive(questions(1), timeout=30)) for _ in range(3)]
+    numbers = [about(answer)["number"] for (answer,) in answers]
     # A server that is slow to answer makes the lead ask again, so a number may be left out, but none comes twice.
     assert numbers == sorted(set(numbers)), "an answer to an earlier question was taken for one to a later"
     assert site.process.poll() is None

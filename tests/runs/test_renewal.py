@@ -31,10 +31,8 @@ def last(letters: Callable[..., RunConfig], tmp_path: Path) -> Last:
 
 
 def by_cohort(first: str | None) -> dict[str, Any]:
-    columns, cohorts = (
-        {"text": "a", "label": "b", "user": "c", "arrival": "d"},
-        Cohorts(period="year", last="2026", first=first),
-    )
+    columns = {"text": "a", "label": "b", "user": "c", "arrival": "d"}
+    cohorts = Cohorts(period="year", last="2026", first=first)
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
