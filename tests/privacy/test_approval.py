@@ -68,24 +68,13 @@ def test_without_manual_approval_nothing_waits(opened: Open, proposal: Any, path
 
 SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
 # Within the policy, so that nothing but the approval can stand against it.
+_OWN: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "train_head": False}
+_OWN |= {"seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "num_sites": 2, "start_adapter": "d" * 64}
+_PLAN: dict[str, Any] = {"sampling_rate": 0.2, "noise_multiplier": 1.0000001, "max_grad_norm": 0.25, "local_steps": 2}
+_PLAN |= {"num_rounds": 4, "spare_rounds": 1, "runs": 2, "metrics_noise_multiplier": 9.0}
 _CHANGES: dict[str, dict[str, Any]] = {
-    "run": {"run": "s"},
-    "dataset": {"dataset": "letters"},
-    "target_modules": {"target_modules": ("v_proj",)},
-    "rank": {"rank": 3},
-    "train_head": {"train_head": False},
-    "seeded_noise": {"seeded_noise": True},
-    "lora_scale": {"lora_scale": 2.0},
-    "head_scale": {"head_scale": 1.0},
-    "num_sites": {"num_sites": 2},
-    "start_adapter": {"start_adapter": "d" * 64},
-    "sampling_rate": {"plan": {"sampling_rate": 0.2}},
-    "noise_multiplier": {"plan": {"noise_multiplier": 1.0000001}},
-    "max_grad_norm": {"plan": {"max_grad_norm": 0.25}},
-    "local_steps": {"plan": {"local_steps": 2}},
-    "num_rounds": {"plan": {"num_rounds": 4}},
-    "spare_rounds": {"plan": {"spare_rounds": 1}},
-    "metrics_noise_multiplier": {"plan": {"metrics_noise_multiplier": 9.0}},
+    **{name: {name: value} for name, value in _OWN.items()},
+    **{name: {"plan": {name: value}} for name, value in _PLAN.items()},
     "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
 }
 _REFUSED_ANYWAY = {"lead", "task", "base_model", "dtype", "adapter", "unit", "delta", "records_per_user", "cohorts"}

@@ -33,7 +33,7 @@ ON_FILE = ("a_report", "a_report_without_privacy", "a_secure_report", "a_ledger_
 OF_NO_EFFECT = {
     r"reference\..*": "a typical run: how many such runs still fit is a whole number",
     r"runs\.\*\.max_epsilon": "the cap on one run of that time, where its plan is below the other, too",
-    r"judged_by|keep_round|stop_after": "settings, where scores decided nothing; those beside the run are compared",
+    r"judged_by|keep_round|stop_after|(runs\.\*\.)?plan\.runs": "settings that decided nothing; a run's are compared",
     r"plan\.(max_grad_norm|spare_rounds)|randomness": "settings, where there is no noise",
     r"rounds\.\*\.(diverged|site_scores)": "stands in run.json alone",
 }
