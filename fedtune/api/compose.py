@@ -77,7 +77,7 @@ def compose_run(
     # A folder is resumed with its own settings and its name, by which ledgers know it, unless a group is replaced.
     if resumed and not any((config_folder() / key_of(override)).is_dir() for override in overrides):
         folder, saved = _run_folder(str(value_of(resumed[-1])))
-        fixed = [f"resume={_quoted(str(folder))}", f"name={_quoted(saved.name)}"]
+        fixed = [f"resume={quoted(str(folder))}", f"name={quoted(saved.name)}"]
         return _changed(saved, [*(override for override in overrides if override not in resumed), *fixed])
     if any(key_of(override) == "renew" for override in overrides):
         values = {key_of(override): value_of(override) for override in overrides}
@@ -135,11 +135,12 @@ def _word(value: Any) -> str:
         case list() | tuple():
             return f"[{','.join(map(_word, value))}]"
         case str() | Path():
-            return _quoted(str(value))
+            return quoted(str(value))
     return repr(value)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as one word of Hydra's grammar, whatever it holds."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
@@ -282,8 +283,7 @@ def _composed(overrides: Sequence[str], file: ExperimentFile | None = None) -> d
         settings: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise _in_our_words(error, overrides) from error
-    settings.pop("experiment", None)
-    return dict(settings)
+    return {key: value for key, value in settings.items() if key != "experiment"}
 
 
 def _in_grammar(override: str, *, swept: bool = True) -> str:
@@ -298,16 +298,16 @@ def _in_grammar(override: str, *, swept: bool = True) -> str:
     is_path = name == "experiment" or (name in PATHS and value != "null")
     if (name in _VERBATIM or is_path) and value and not value.startswith(_QUOTES):
         if is_path and swept and "," in value:
-            parts = (_quoted(part) if part.startswith("~") else part for part in value.split(","))
+            parts = (quoted(part) if part.startswith("~") else part for part in value.split(","))
             return f"{key}={','.join(parts)}"
-        return f"{key}={_quoted(value)}"
+        return f"{key}={quoted(value)}"
     return f"{key}{equals}{_NOT_ASCII.sub(lambda found: _if_open(found.group()), value)}"
 
 
 def _if_open(word: str) -> str:
     """A word in quotes, unless it has them."""
     bare = word.strip()
-    return word if word.startswith(_QUOTES) or not bare else word.replace(bare, _quoted(bare))
+    return word if word.startswith(_QUOTES) or not bare else word.replace(bare, quoted(bare))
 
 
 def key_of(override: str) -> str:

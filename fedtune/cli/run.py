@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from fedtune.api.compose import compose_run
+from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of, has_begun, is_running
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
 from fedtune.cli.interruptible_run import say_fitted, show_run
@@ -66,7 +66,7 @@ def run(
     Settings are key=value as for `fedtune simulate`; files, columns and devices are each site's own.
     docs/adding_a_site.md says how a site joins.
     """
-    words = words if renew is None else (*words, f"renew='{renew}'")
+    words = words if renew is None else (*words, f"renew={quoted(str(renew))}")
     first, *rest = words or ("",)
     if first not in _ACTIONS:
         # A service starts with the same words each time.  The run's own settings count from its beginning on, and its

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from fedtune.api.compose import compose_run
+from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, Renew, single
 from fedtune.cli.interruptible_run import run_in_a_line, run_simulation, show_trials
@@ -38,7 +38,7 @@ def simulate(
     docs/configuration.md lists every key.
     """
     console = Console(stderr=as_json)
-    overrides = overrides if renew is None else (*overrides, f"renew='{renew}'")
+    overrides = overrides if renew is None else (*overrides, f"renew={quoted(str(renew))}")
     trials = Trials.of_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
     if any(config.runtime.kind == "deployment" for config in runs):

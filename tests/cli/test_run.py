@@ -406,6 +406,12 @@ def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 
+@pytest.mark.parametrize("words", [["simulate"], ["run", "--kit", "KIT"]])
+def test_the_folder_of_a_last_run_may_have_any_name(command: Any, kit: Kit, words: list[str]) -> None:
+    outcome = command(*(str(kit.folder) if word == "KIT" else word for word in words), "--renew", "it's {gone}")
+    assert outcome.message == 'run folder = "it\'s {gone}": must hold a config.yaml'
+
+
 def test_a_renewed_run_has_the_sites_of_the_last_one_and_their_sizes_of_today(kit: Kit, tmp_path: Path) -> None:
     before = compose_for_sites(words("sites=[north,south]", "data.declared_sizes=[5,6]", "privacy.runs=2"), kit=kit)
     write_config(before, tmp_path / "one")

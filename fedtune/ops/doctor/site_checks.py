@@ -172,10 +172,11 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
     dated: dict[str, bool] = {}  # user -> whether any record has a date
     try:
         kept = iter_records(path, dataset.columns)  # reads every record
-        for record in () if unit == "record" else kept:
-            user = record.fields["user"]
-            dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
-        count = len(dated) or sum(1 for _ in kept)
+        if unit == "user":
+            for record in kept:
+                user = record.fields["user"]
+                dated[user] = dated.get(user, False) or bool(record.fields.get("arrival"))
+        count = len(dated) if unit == "user" else sum(1 for _ in kept)
     except DataError as error:
         return _unreadable(error, dataset, name=name, block=block, log=log)
     if not count:
