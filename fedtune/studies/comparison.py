@@ -27,10 +27,8 @@ from fedtune.words import counted, duration, jsonable, score_words, size
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
 
-_POOLED_SITE = "all"
 Kind = Literal["alone", "federated", "pooled", "run", "own"]
-NO_PRIVACY = ", no privacy"
-"""Behind the name of a run without any."""
+NO_PRIVACY = ", no privacy"  # behind the name of a run without any
 AT_SITES = "by site"
 _ALIKE: Verdict = "cannot be told apart"
 _MOST_NAMED = 8
@@ -100,6 +98,8 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
             named: dict[str, Any] = {"name": f"{asked.name}-{suffix}", "tracking.output_dir": into}
             if kind != "federated":  # which alone decides whether anything is likely to be learnt
                 named["training.go_on_without_signal"] = True
+            if kind != "federated" or changes:  # a secure sum needs several sites, and noise
+                named |= {"federation.aggregation": "plain", "federation.threshold": None, "federation.colluders": 0}
             config = compose_run(words, changed={**_who(asked, kind, site), **changes, **named})
             name = (f"{site} alone" if site else kind) + ("" if config.privacy.private else NO_PRIVACY)
             lines.append(Line(name=name, kind=kind, site=site, run=Trial.of(config)))
@@ -118,7 +118,7 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
     return {
         **alone,
         "federation.num_sites": 1,
-        "federation.site_names": [_POOLED_SITE],
+        "federation.site_names": ["all"],
         "data.declared_sizes": sum(asked.data.sizes(asked.federation.num_sites)),
         "data.partition.proportions": [],
         "data.partition.sites": dict.fromkeys(asked.data.partition.sites, 0),

@@ -258,3 +258,9 @@ def test_runs_without_privacy_release_no_scores() -> None:
     words = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
     runs = plan_runs(words, without_privacy=True, leave_out=())
     assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}
+
+
+def test_one_site_and_a_run_without_noise_have_no_secure_sum() -> None:
+    runs = plan_runs(["experiment=debug", "federation.aggregation=secure"], without_privacy=True, leave_out=())
+    assert [line.name for line in runs if line.run.config.federation.aggregation == "secure"] == ["federated"]
+    assert {(line.run.config.federation.num_rounds, line.run.config.training.local_steps) for line in runs} == {(4, 1)}
