@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Run, finished_run
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
@@ -25,6 +27,9 @@ def export(
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
         Option(help="(default: peft; of features safetensors)"),
     ] = None,
+    int8: Annotated[
+        bool, Option(names=("--int8",), help="with --format onnx: also a graph in int8; both are scored and timed")
+    ] = False,
     private: Annotated[
         bool, Option(names=("--private",), help="also a site's own adapter, of which no guarantee protects the records")
     ] = False,
@@ -36,6 +41,7 @@ def export(
       fedtune export runs/tighter --to FOLDER --merge          the whole model: of a language model for transformers
                                                                (merged), of a classifier for sentence-transformers
       fedtune export runs/tighter --to FOLDER --format onnx    the whole model, for ONNX runtimes
+      fedtune export runs/tighter --to FOLDER --format onnx --int8     also a quarter of it, with what that costs
 
     What is written is loaded again and must compute what the run's model computes. docs/using_the_result.md shows how
     to load and serve each of them.
@@ -49,21 +55,37 @@ def export(
     chosen = format or formats[int(merge)]
     if chosen not in formats:
         raise ConfigError("--format", format, f"must be one of {', '.join(formats)} for task {config.task}")
+    if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
+        raise ConfigError(
+            "--int8", NOT_GIVEN, "goes with --format onnx of a model with a base, whose matrices it makes small"
+        )
     if os.path.lexists(to):
         raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import
+    from fedtune.export.onnx_graphs import served
+    from fedtune.sites.run_records import LeadRecords
 
-    files = write(adapter, config, to, format=chosen, private=private)
+    if int8:
+        LeadRecords.to_score(config, None)  # before anything is written: without them nobody knows what int8 costs
+    files = write(adapter, config, to, format=chosen, private=private, int8=int8)
+    graphs = served(to, adapter, config) if int8 else []
     if as_json:
-        names = [str(path.relative_to(to)) for path in files]
-        print_json(
-            {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "format": chosen, "files": names}
-        )
+        told = {"run": str(run), "folder": str(to), "format": chosen}
+        names = {"files": [str(path.relative_to(to)) for path in files]}
+        print_json({"schema_version": SCHEMA_VERSION, **told, **names, "graphs": [asdict(one) for one in graphs]})
         return
     rows = tuple((str(path.relative_to(to)), size(path.stat().st_size)) for path in files)
-    show(Console(), [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)])
+    sections = [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)]
+    if graphs:
+        headings = ("graph", "size", "ms a text", *graphs[0].scores)
+        costs = tuple(
+            (one.file, size(one.bytes), f"{one.milliseconds:.1f}", *(f"{score:.4f}" for score in one.scores.values()))
+            for one in graphs
+        )
+        sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
+    show(Console(), sections)
 
 
 app = single(export)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -31,6 +30,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
+from fedtune.export.onnx_graphs import INT8, WHOLE, quantise, write_graph
 from fedtune.federation.run_folder import LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
@@ -46,7 +46,6 @@ from fedtune.tasks.base import Readout
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.saved import SavedAdapter, write_task_model
 
-_ONNX = "model.onnx"
 _ROWS = 64
 """Of made-up features."""
 _MOST_APART = 1e-3
@@ -183,7 +182,9 @@ class Scores(nn.Module):
         return values if self.depth else nn.functional.normalize(values, dim=-1)
 
 
-def export(adapter: Path, config: RunConfig, target: Path, *, format: str, private: bool = False) -> list[Path]:
+def export(
+    adapter: Path, config: RunConfig, target: Path, *, format: str, private: bool = False, int8: bool = False
+) -> list[Path]:
     """Write a finished run's model into a new folder, with its card and tokenizer.
 
     Args:
@@ -192,6 +193,7 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str, priva
         target: the new folder.
         format: one of the task's.
         private: also an adapter that is private to a site, with its own card.
+        int8: beside an ONNX graph another one, with its weights in int8.
 
     Returns:
         The files.
@@ -214,6 +216,8 @@ def export(adapter: Path, config: RunConfig, target: Path, *, format: str, priva
             source, reference = Source.of(config, adapter, private_to=private_to)
             source.tokenizer.save_pretrained(folder)
             _WRITERS[format](source, reference, folder)
+        if int8:
+            quantise(folder / WHOLE, folder / INT8)
         if config.data.labels:
             lines = (" ".join(label.split()) for label in task_named(config.task).outputs_of(config.data.labels))
             (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -294,24 +298,12 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
-        rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
-        with quiet(), warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                plain,
-                (reference.input_ids, reference.attention_mask),
-                dynamo=True,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
-                dynamic_shapes=({0: rows, 1: tokens}, {0: rows, 1: tokens}),
-                verbose=False,
-            )
-            assert program is not None
-            program.save(folder / _ONNX)
-    session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
-    given = {"input_ids": reference.input_ids.numpy(), "attention_mask": reference.attention_mask.numpy()}
-    reference.require(torch.from_numpy(session.run(None, given)[0]), form="onnx")
+        sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
+        given = {name: (getattr(reference, name), sizes) for name in ("input_ids", "attention_mask")}
+        write_graph(plain, given, "logits", folder / WHOLE)
+    session = runtime.InferenceSession(folder / WHOLE, providers=["CPUExecutionProvider"])
+    logits = session.run(None, {name: tensor.numpy() for name, (tensor, _) in given.items()})[0]
+    reference.require(torch.from_numpy(logits), form="onnx")
 
 
 class RawScores(nn.Module):
@@ -370,30 +362,14 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         ours = model.task.read_out(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
         if runtime is not None:
-            _write_graph(RawScores(model, features).eval(), raw, folder / _ONNX)
-            session = runtime.InferenceSession(folder / _ONNX, providers=["CPUExecutionProvider"])
+            values = {"values": (raw, {0: torch.export.Dim("rows")})}
+            write_graph(RawScores(model, features).eval(), values, "scores", folder / WHOLE)
+            session = runtime.InferenceSession(folder / WHOLE, providers=["CPUExecutionProvider"])
             theirs = torch.from_numpy(session.run(None, {"values": raw.numpy()})[0])
         else:
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
-
-
-def _write_graph(scores: RawScores, raw: torch.Tensor, file: Path) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            scores,
-            (raw,),
-            dynamo=True,
-            input_names=["values"],
-            output_names=["scores"],
-            dynamic_shapes=({0: torch.export.Dim("rows")},),
-            verbose=False,
-        )
-        assert program is not None
-        program.save(file)
 
 
 def _graph_tools() -> Any:

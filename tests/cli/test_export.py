@@ -41,6 +41,10 @@ def test_a_table_says_what_was_written(finished: Path, command: Any, tmp_path: P
             ["--to", "{new}", "--format", "merged"],
             "--format = 'merged': must be one of peft, sentence-transformers, onnx for task classification",
         ),
+        (
+            ["--to", "{new}", "--int8"],
+            "--int8: goes with --format onnx of a model with a base, whose matrices it makes small",
+        ),
         (["--to", "{taken}/adapter/out"], "--to = '{taken}/adapter/out': must lie outside the run's adapter folder"),
     ],
 )

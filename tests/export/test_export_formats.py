@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ PAIRS = [
 
 
 def model_of(run: Path) -> TaskModel:
-    return load_task_model(run / "adapter", model=saved_config(run).model)
+    return load_task_model(run / "adapter", model=replace(saved_config(run).model, dtype="float32"))
 
 
 @pytest.mark.parametrize(("name", "format"), PAIRS)
@@ -278,3 +279,21 @@ def test_a_library_that_is_missing_is_named(
     name = library.replace("_", "-")
     assert told.message == f"--format = '{format}': needs {name}: pip install 'fedtune[export]'"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(
+    runs: dict[str, Path], command: Any, tmp_path: Path, result_of: Any
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    out = tmp_path / "small"
+    told = command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
+    assert told.code == 0, told.err
+    whole, small = json.loads(told.out)["graphs"]
+    assert [one["file"] for one in (whole, small)] == ["model.onnx", "model.int8.onnx"]
+    assert [one["bytes"] for one in (whole, small)] == [(out / one["file"]).stat().st_size for one in (whole, small)]
+    assert small["bytes"] < whole["bytes"]  # of a tiny model most is the graph itself
+    assert min(one["milliseconds"] for one in (whole, small)) > 0
+    run = result_of(runs["bert"])["final"]["metrics"]
+    assert whole["scores"] == pytest.approx({name: run[name] for name in whole["scores"]}, abs=1e-4)
+    assert small["scores"]["loss"] != whole["scores"]["loss"]
+    assert small["scores"]["loss"] == pytest.approx(whole["scores"]["loss"], rel=0.05)
