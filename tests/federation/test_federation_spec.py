@@ -26,6 +26,8 @@ def test_names_and_who_takes_part() -> None:
         *(("site_names", {"site_names": ("a", "")}), ("site_names", {"site_names": ("a", "é")})),
         *(("site_names", {"site_names": ("a", "_b")}), ("site_names", {"site_names": ("a", "lead_key.pem")})),
         *(("if_over_budget", {"if_over_budget": "ignore"}), ("participants", {"participants": ("site-9",)})),
+        *(("enough_sites", {"min_sites": 2, "enough_sites": 1}), ("enough_sites", {"enough_sites": 3})),
+        *(("grace_s", {"grace_s": -1.0}), ("stop_after", {"stop_after": 0}), ("keep_round", {"keep_round": "first"})),
         ("update_dtype", {"update_dtype": "float16"}),
         ("strategy", {"num_sites": 3, "aggregation": "secure", "strategy": "fedavgm"}),
         *(("strategy", {"strategy": "fedprox"}), ("server_learning_rate", {"server_learning_rate": 0.0})),

@@ -31,12 +31,6 @@ def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
     assert site.prepared == ["r"], "what the run needs of the machine is tried"
 
 
-def test_an_invitation_that_is_followed_by_a_round_changes_nothing_about_it(site: Any) -> None:
-    site.invite()
-    assert site.ask().receipt.charged_rounds == 1
-    assert site.kinds() == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
-
-
 @pytest.mark.parametrize(
     ("policy", "changes", "about", "rule"),
     [
@@ -83,10 +77,6 @@ def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Cal
     assert reply.body.least_noise > plan.noise_multiplier
     assert reply.body.nonce == NONCE
     assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
-
-
-def test_what_less_would_not_help_stays_a_refusal(site: Any) -> None:
-    assert reason(site.invite(about={"less": True}, rank=64)) is Reason.MAX_RANK
 
 
 def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any) -> None:

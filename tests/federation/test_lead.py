@@ -97,33 +97,6 @@ def test_a_site_keeps_its_key(
     assert (charge.steps, charge.upper_bound) == (4, True)
 
 
-def test_released_scores_cost_too(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = answered(state, answer(receipt(charged=2)))
-    measured = replace(plan, metrics_noise_multiplier=3.0)
-    charge, plain = site_charge(state, "a", measured), site_charge(state, "a", plan)
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0)), 4)
-    accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
-    assert charge.epsilon == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
-    assert charge.epsilon > plain.epsilon
-    assert charge.epsilon_rdp > plain.epsilon_rdp
-
-
-def test_without_noise_one_round_is_unbounded(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    plan = replace(plan, noise_multiplier=0.0)
-    assert site_charge(state, "a", plan).epsilon == 0
-    state = answered(state, answer(receipt(charged=1)))
-    assert site_charge(state, "a", plan).epsilon is None
-
-
-def test_a_receipt_that_went_backwards_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    after = answered(state.asked(["a"]), answer(receipt(charged=3)))
-    restored = answered(after.asked(["a"]), answer(receipt(charged=1)))
-    charge = site_charge(restored, "a", plan)
-    assert charge.upper_bound
-    assert charge.steps == min(4, plan.most_rounds) * plan.local_steps
-
-
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
 def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
     state: LeadState, plan: Plan, receipt: MakeReceipt, update: Callable[..., Update], came: Any

@@ -84,29 +84,21 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "a further field": lambda fields: json.dumps(fields | {"note": "x"}),
     "round zero": lambda fields: json.dumps(fields | {"round": 0}),
     "a round that is true": lambda fields: json.dumps(fields | {"round": True}),
-    "half a round": lambda fields: json.dumps(fields | {"round": 1.5}),
     "a round that no table holds": lambda fields: json.dumps(fields | {"round": 10**30}),
     "a numbered site": lambda fields: json.dumps(fields | {"site": 7}),
     "a site of two lines": lambda fields: json.dumps(fields | {"site": "a\nanother line of the log"}),
     "no digest": lambda fields: json.dumps(fields | {"adapter_digest": "AB"}),
-    "a numbered digest": lambda fields: json.dumps(fields | {"adapter_digest": 7}),
     "no expiry": lambda fields: json.dumps(fields | {"expires": float("inf")}),
     "an expiry that is no number": lambda fields: json.dumps(fields | {"expires": float("nan")}),
-    "an expiry in words": lambda fields: json.dumps(fields | {"expires": "tomorrow"}),
     "a receipt of texts": lambda fields: json.dumps(fields | {"receipt": fields["receipt"] | {"sequence": "3"}}),
     "an empty receipt": lambda fields: json.dumps(fields | {"receipt": {}}),
     "no proposal": lambda fields: json.dumps(fields | {"proposal": None}),
     "a proposal with more": proposing(extra=1),
-    "a numbered run": proposing(run=7),
-    "a rank of nothing": proposing(rank=0),
     "no plan": proposing(plan=None),
     "an empty plan": proposing(plan={}),
     "a plan with more": planning(extra=1),
     "a plan out of range": planning(sampling_rate=2),
-    "a plan of texts": planning(noise_multiplier="1"),
     "a plan of too many rounds to count": planning(num_rounds=10**400),
-    "noise below zero": planning(noise_multiplier=-1.0),
-    "noise that is no number": planning(noise_multiplier=float("nan")),
 }
 
 
@@ -141,7 +133,9 @@ def test_a_request_is_the_word_of_the_lead_that_it_names(
 def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, stranger_key: SigningKey) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public)
     assert EndOfRun.of(notice.signed(lead_key)) == notice
-    for wrong in (notice.signed(stranger_key), replace(notice.signed(lead_key), signature="00" * 64)):
+    signed = notice.signed(lead_key)
+    other = replace(notice, adapter_digest="00" * 32).signed(lead_key).text
+    for wrong in (notice.signed(stranger_key), replace(signed, signature="00" * 64), replace(signed, text=other)):
         with pytest.raises(Refused):
             EndOfRun.of(wrong)
     for text in ("{", "[]", "null", "{}", json.dumps({"run": "r"}), " " * 70_000):

@@ -19,11 +19,6 @@ def book(tmp_path: Path) -> ReceiptBook:
     return ReceiptBook(tmp_path / "lead" / "receipts.json")
 
 
-def test_before_the_first_receipt_it_is_empty(book: ReceiptBook) -> None:
-    assert book.read() == {}
-    assert not book.path.exists(), "reading makes no file"
-
-
 def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: ReceiptBook, receipt: MakeReceipt) -> None:
     kept = {"a": receipt("a"), "b": receipt("b", charged=3)}
     book.keep(kept)

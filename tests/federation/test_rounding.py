@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from fedtune.federation.rounding import MOST_ROUNDING, add_difference, rounded_difference
@@ -24,21 +23,6 @@ def test_every_float_is_rounded_as_torch_rounds_it() -> None:
     expected = torch.from_numpy(values).bfloat16().float().numpy()
     assert (rounded(values) + 0.0).tobytes() == (expected + 0.0).tobytes()  # adding makes 0 of -0
     assert np.isnan(rounded(np.array([0x7FC00001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32))).all()
-
-
-@pytest.mark.parametrize(
-    ("value", "nearest"),
-    [
-        (1 + 2.0**-8, 1.0),  # ties go to the even neighbour
-        (1 + 3 * 2.0**-8, 1 + 2.0**-6),
-        (-1 - 2.0**-8, -1.0),
-        (1 + 2.0**-8 + 2.0**-20, 1 + 2.0**-7),
-        (2 - 2.0**-23, 2.0),  # into the next binade
-        (3.4e38, np.inf),
-    ],
-)
-def test_ties_go_to_the_even_neighbour(value: float, nearest: float) -> None:
-    assert rounded(np.array([value], np.float32)) == [np.float32(nearest)]
 
 
 def test_what_arrives_is_the_adapter_that_was_sent_and_a_rounded_move() -> None:

@@ -174,7 +174,7 @@ class Charges(RuleBasedStateMachine):
             assert len({vector.tobytes() for vector in self.left[name].values()}) == len(self.left[name])
 
 
-@pytest.mark.parametrize("histories", [5, pytest.param(40, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("histories", [3, pytest.param(40, marks=pytest.mark.nightly)])
 def test_nothing_leaves_that_was_not_charged(
     histories: int, tmp_path: Path, federation_in: Callable[..., Federation]
 ) -> None:

@@ -238,12 +238,6 @@ def federation(tmp_path: Path, federation_in: Callable[..., Federation]) -> Fede
     return federation_in(tmp_path)
 
 
-def test_three_sites_sum(federation: Federation) -> None:
-    session, _, _ = federation.begun()
-    np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
-    assert [federation.charged(site) for site in NAMES] == [1, 1, 1]
-
-
 def test_a_lead_whom_nobody_approved_takes_over_no_run(federation: Federation) -> None:
     """A run's name holds its settings and not its lead, so that another allowed lead can ask for the same one."""
     for site in federation.sites.values():

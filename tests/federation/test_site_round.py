@@ -50,15 +50,6 @@ def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(si
     assert receipt.site_key == site.key.public
 
 
-def test_the_same_request_again_gets_the_stored_bytes_for_free(site: Any) -> None:
-    first, second = site.ask(), site.ask()
-    assert isinstance(first.body, Update)
-    assert isinstance(second.body, Update)
-    assert first.body.to_bytes() == second.body.to_bytes()
-    assert site.trained == [(1, 1)]
-    assert first.receipt == second.receipt
-
-
 def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         site.ask(train=interrupted)
@@ -66,24 +57,6 @@ def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
     assert isinstance(reply.body, Update)
     assert site.trained == [(1, 2)]
     assert receipt_of(reply).charged_rounds == 2
-
-
-def test_the_first_plan_stays(site: Any) -> None:
-    assert isinstance(site.ask().body, Update)
-    # Within the policy in every number, but not what the site makes of the run's configuration.
-    reply = site.ask(2, noise_multiplier=8.0)
-    assert reason(reply) is Reason.PLAN_CHANGED
-    assert receipt_of(reply).charged_rounds == 1
-    assert site.trained == [(1, 1)]
-
-
-def test_a_site_leaves_when_its_plan_is_used_up(site: Any, plan: Plan) -> None:
-    for round in range(1, plan.most_rounds + 1):
-        assert isinstance(site.ask(round).body, Update)
-    reply = site.ask(plan.most_rounds + 1)
-    assert reason(reply) is Reason.PLAN_EXHAUSTED
-    assert receipt_of(reply).charged_rounds == plan.most_rounds
-    assert len(site.trained) == plan.most_rounds
 
 
 def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,24 +71,6 @@ def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture
     assert isinstance(reply.body, Refusal)
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     assert receipt_of(reply).charged_rounds == 1, "what failed had begun, and was charged"
-
-
-def test_what_the_lead_knows_of_the_ledger_is_no_part_of_what_it_asks(site: Any) -> None:
-    first = site.ask()
-    again = site.ask(about={"receipt": first.receipt, "expires": 1e13})
-    assert isinstance(first.body, Update)
-    assert isinstance(again.body, Update)
-    assert again.body.to_bytes() == first.body.to_bytes()
-    assert again.receipt == first.receipt
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_adapter_that_is_not_finite_is_refused_before_anything_is_charged(site: Any, value: float) -> None:
-    blown_up = Adapter({"b.lora_A": np.zeros((2, 3), np.float32), "head": np.full(4, value, np.float32)})
-    reply = site.ask(adapter=blown_up)
-    assert reason(reply) is Reason.MAX_ADAPTER_VALUE
-    assert receipt_of(reply).charged_rounds == 0
-    assert site.trained == []
 
 
 def test_scores_that_the_plan_releases_travel_with_the_update(station: Callable[..., Any]) -> None:
@@ -240,45 +195,6 @@ def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
         clock.now = 0.0
         with site_module._held_to_a_schedule(0.1):
             clock.now = float(np.nextafter(number * 0.1, np.inf))
-
-
-def test_without_a_schedule_a_reply_leaves_at_once(site: Any, clock: Clock) -> None:
-    assert isinstance(site.ask().body, Update)
-    assert clock.sleeps == []
-
-
-def test_the_leads_notice_frees_what_was_set_aside(site: Any) -> None:
-    site.ask()
-    before = site.ledger().history
-    assert before.set_aside(before.now())
-    assert before.epsilon() > 0
-    site.end()
-    after = site.ledger().history
-    assert not after.set_aside(after.now())
-    assert after.epsilon() == before.epsilon()
-    assert site.kinds()[-1] is Kind.NOTE
-    site.end()
-    assert [event.detail.get("what") for event in site.events()].count("run_ended") == 1, "said twice, written once"
-
-
-def test_another_leads_notice_frees_nothing(station: Callable[..., Any], stranger_key: SigningKey) -> None:
-    known = station()
-    also = (known.lead.public, stranger_key.public)
-    site = station(allow={"leads": also})
-    site.ask()
-    before = site.events()
-    with pytest.raises(Refused) as refused:
-        site.end(key=stranger_key)
-    assert refused.value.reason is Reason.LEADS
-    assert site.events() == before
-    assert isinstance(site.ask(2).body, Update)
-
-
-def test_a_notice_about_a_run_that_nobody_knows_changes_nothing(site: Any) -> None:
-    site.ask()
-    before = site.events()
-    site.end(run="another")
-    assert site.events() == before
 
 
 def test_after_the_end_nothing_is_trained_but_the_last_reply_can_be_sent_again(site: Any) -> None:

@@ -24,11 +24,6 @@ def manual(station: Callable[..., Any]) -> Any:
     return station(approval="manual")
 
 
-def test_the_site_is_made_ready_once_all_that_is_known_beforehand_allows_it(site: Any) -> None:
-    assert isinstance(site.ask().body, Update)
-    assert site.prepared == ["r"]
-
-
 @pytest.mark.parametrize(
     ("policy", "rule"),
     [({"budget": {"max_epsilon": 0.4}}, Reason.MAX_EPSILON), ({"approval": "manual"}, Reason.AWAITING_APPROVAL)],
@@ -46,35 +41,16 @@ def test_nothing_is_prepared_for_what_is_refused_anyway(
     assert site.kinds() == [Kind.REFUSAL]
 
 
-def test_nothing_is_prepared_for_a_stranger(site: Any, stranger_key: SigningKey) -> None:
-    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
-    assert reason(site.ask(key=stranger_key)) is Reason.WRONG_SIGNATURE
-    signed = site.request().signed(site.lead)
-    assert reason(site.send(replace(signed, text="{"))) is Reason.MALFORMED_REQUEST
-    assert reason(site.send(Signed(text="", signature=""))) is Reason.MALFORMED_REQUEST
-    assert site.prepared == []
-
-
-def test_a_stranger_is_not_told_that_the_site_is_paused_or_waits(manual: Any, stranger_key: SigningKey) -> None:
-    manual.paused = True
-    assert reason(manual.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
-
-
-def test_a_paused_site_does_nothing_and_charges_nothing(site: Any) -> None:
+def test_a_paused_site_does_nothing_and_charges_nothing(station: Callable[..., Any], stranger_key: SigningKey) -> None:
+    site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
-    reply = site.ask()
-    assert reason(reply) is Reason.PAUSED
+    reply = site.ask(rank=64)
+    assert reason(reply) is Reason.PAUSED, "what is asked for is not even looked at"
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     assert site.prepared == site.trained == []
     assert site.kinds() == [Kind.REFUSAL]
     assert reply.receipt.charged_rounds == 0
-
-
-def test_a_pause_comes_before_every_rule(station: Callable[..., Any]) -> None:
-    # What is asked for during a pause is not even looked at.
-    site = station(approval="manual", budget={"max_epsilon": 0.4})
-    site.paused = True
-    assert reason(site.ask(rank=64)) is Reason.PAUSED
+    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS, "nor told of"
 
 
 def test_a_run_goes_on_after_a_pause_as_if_there_had_been_none(site: Any) -> None:
@@ -147,18 +123,6 @@ def test_a_denied_run_is_refused_at_once_and_its_reason_stays_here(manual: Any) 
     assert manual.prepared == manual.trained == []
 
 
-def test_another_plan_of_a_denied_run_is_another_run(manual: Any) -> None:
-    manual.ledger().deny(manual.request().proposal, "too many rounds")
-    assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
-
-
-def test_a_run_that_has_begun_is_not_denied(site: Any) -> None:
-    assert isinstance(site.ask().body, Update)
-    with pytest.raises(RunError, match=r"run r has begun; `fedtune site pause`"):
-        site.ledger().deny(site.request().proposal, "too late")
-    assert isinstance(site.ask(2).body, Update)
-
-
 @pytest.fixture
 def understanding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Note when a site reads a run's settings, which may be refused."""
@@ -205,23 +169,6 @@ def test_settings_are_not_read_for_what_is_refused_anyway(
     assert read == ["r"]
 
 
-def test_the_request_may_be_signed_anew_while_it_waits(manual: Any) -> None:
-    assert reason(manual.ask(about={"expires": 1e12})) is Reason.AWAITING_APPROVAL
-    manual.ledger().approve(manual.request().proposal)
-    first = manual.ask(about={"expires": 1e13})
-    again = manual.ask(about={"expires": 1e14, "receipt": first.receipt})
-    assert isinstance(first.body, Update)
-    assert isinstance(again.body, Update)
-    assert again.body.to_bytes() == first.body.to_bytes()
-
-
-def test_an_approval_of_another_plan_is_none_of_this_one(manual: Any) -> None:
-    # What a person was shown is what is trained: a lead cannot show one plan and run another.
-    manual.ledger().approve(manual.propose(num_rounds=2))
-    assert reason(manual.ask()) is Reason.AWAITING_APPROVAL
-    assert manual.prepared == []
-
-
 def test_an_approved_plan_must_still_be_what_the_site_makes_of_the_settings(manual: Any) -> None:
     other = {"num_rounds": 2}
     manual.ledger().approve(manual.propose(**other))
@@ -255,3 +202,13 @@ def test_a_refusal_names_the_run_that_was_asked_for(site: Any) -> None:
     assert site.ask(run="another").body.run == "another"
     unreadable = site.send(Signed(text="{", signature="00"))
     assert (unreadable.body.run, unreadable.body.round) == ("", 0)
+
+
+def test_a_denial_is_of_one_plan_and_comes_before_it_begins(manual: Any) -> None:
+    manual.ledger().deny(manual.request().proposal, "too many rounds")
+    assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
+    begun = replace(manual.request().proposal, run="begun")
+    manual.ledger().approve(begun)
+    manual.ledger().reserve(begun, round=1, request="0" * 64)
+    with pytest.raises(RunError, match=r"run begun has begun; `fedtune site pause`"):
+        manual.ledger().deny(begun, "too late")

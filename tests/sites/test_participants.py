@@ -22,7 +22,7 @@ from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import POLICY, Participants
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 from .conftest import round_request
 
@@ -48,11 +48,12 @@ def test_there_is_one_base_model_whatever_the_number_of_sites(
 
 
 def test_every_record_lies_at_exactly_one_site(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    def sizes(sites: int) -> list[tuple[int, int]]:
-        everyone = Participants(config(f"federation.num_sites={sites}"), tmp_path)
+    def sizes(sites: int, *more: str) -> list[tuple[int, int]]:
+        everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
         return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
 
     parts, (whole,) = sizes(4), sizes(1)
+    assert sizes(4, "federation.participants=[site-3]") == parts[2:3], "whoever else takes part"
     assert len(parts) == 4
     assert min(parts) > (10, 0)
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
@@ -71,6 +72,10 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
     again = everyone.site(0)
     assert again.ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+    (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
+    assert everyone.changed() == [], "a ledger that is not in order answers for itself"
+    with pytest.raises(RunError, match="cannot be read or written"):
+        everyone.site(0)
 
 
 def test_simulated_sites_sum_with_whom_their_policies_name(config: Callable[..., RunConfig], tmp_path: Path) -> None:

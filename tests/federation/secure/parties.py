@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.secure.agreement import SHARES, Limits, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import SHARES, Limits, Rejected, Session, Terms, Wrong
 from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
 from fedtune.federation.secure.party import Party, Promise
 from fedtune.federation.secure.summation import Summation, session_of
@@ -123,8 +125,9 @@ def resigned(answer: bytes, **fields: Any) -> bytes:
     return changed(unsigned, signature=identity(json.loads(answer)["site"]).sign(SHARES, unsigned))
 
 
-def wrong(error: Any) -> Wrong:
-    """The reason of a rejection."""
-    found = error.value.wrong
-    assert isinstance(found, Wrong)
-    return found
+@contextmanager
+def rejected(reason: Wrong) -> Iterator[Any]:
+    """What is done meanwhile is rejected for this reason."""
+    with pytest.raises(Rejected) as error:
+        yield error
+    assert error.value.wrong is reason

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.federation.secure.agreement import Announcement, Rejected, Session, Wrong
-from fedtune.federation.secure.masks import MaskKey
-from fedtune.federation.secure.messages import Upload, announcement_bytes, read_announcement
+from fedtune.federation.secure.agreement import Rejected, Wrong
+from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.summation import Summation
 
 from .knowledge import Knowledge, Sent, watched
-from .parties import Federation, changed, identity, terms_of, wrong
+from .parties import Federation, changed, identity, rejected, terms_of
 
 
 class Adversary:
@@ -63,7 +62,7 @@ class Adversary:
     def refused(self, release: int, survivors: Collection[str], signatures: dict[str, str], site: str) -> Wrong:
         with pytest.raises(Rejected) as error:
             self.federation.parties[site].unmask(self.request(release, survivors, signatures, site))
-        return wrong(error)
+        return error.value.wrong
 
 
 def test_a_late_upload_of_a_site_that_was_counted_as_dropped_stays_masked() -> None:
@@ -85,9 +84,8 @@ def test_a_site_confirms_one_set_of_a_release() -> None:
     signatures = server.confirm(1, "abcd", by="abcd")
     server.unmask(1, "abcd", signatures, by="abcd")
     for site in "abcd":
-        with pytest.raises(Rejected) as error:
+        with rejected(Wrong.SURVIVORS_CHANGED):
             server.federation.parties[site].confirm(server.federation.asked(1, "abc").to_bytes())
-        assert wrong(error) is Wrong.SURVIVORS_CHANGED
     assert server.confirm(1, "abcd", by="abcd") == signatures  # the same again is the same
     assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
@@ -182,17 +180,15 @@ def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
     server.confirm(2, "abc", by="a")
     assert server.refused(2, "abc", old, "a") is Wrong.WRONG_SIGNATURE
     assert server.refused(1, "abc", old, "a") is Wrong.NOT_PROMISED  # release 1 is over
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.RELEASE_OVER):
         server.federation.parties["a"].confirm(server.federation.asked(1, "abc").to_bytes())
-    assert wrong(error) is Wrong.RELEASE_OVER
     for site in "abc":
         server.federation.restart(site)
     server.federation.set_up()
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.SESSION_DIFFERS):
         server.federation.parties["a"].confirm(
             changed(server.federation.asked(1, "abc").to_bytes(), session=server.knowledge.sent[0].upload.session)
         )
-    assert wrong(error) is Wrong.SESSION_DIFFERS
     server.upload(1, "abc")
     server.confirm(1, "abc", by="abc")
     assert server.refused(1, "abc", old, "a") is Wrong.WRONG_SIGNATURE
@@ -202,9 +198,8 @@ def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
 def test_fewer_survivors_than_the_threshold_are_not_helped(survivors: str) -> None:
     server = Adversary(4, 3)
     server.upload(1, "abcd")
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.TOO_FEW_SURVIVORS):
         server.federation.parties["a"].confirm(server.federation.asked(1, survivors).to_bytes())
-    assert wrong(error) is Wrong.TOO_FEW_SURVIVORS
 
 
 @pytest.mark.parametrize(
@@ -222,9 +217,8 @@ def test_fewer_survivors_than_the_threshold_are_not_helped(survivors: str) -> No
 def test_one_set_has_one_spelling(survivors: Any, reason: Wrong) -> None:
     server = Adversary(4, 3)
     request = changed(server.federation.asked(1, "abc").to_bytes(), survivors=survivors)
-    with pytest.raises(Rejected) as error:
+    with rejected(reason):
         server.federation.parties["a"].confirm(request)
-    assert wrong(error) is reason
 
 
 def test_of_no_site_are_both_kinds_of_share_revealed_and_of_a_dropped_site_none() -> None:
@@ -267,9 +261,8 @@ def test_a_release_has_one_upload_of_a_site_and_a_retry_is_another_release() -> 
     server = Adversary(4, 3)
     server.upload(2, "abcd")
     for release in (2, 1, 0, -1, 1 << 31, 1 << 40):
-        with pytest.raises(Rejected) as error:
+        with rejected(Wrong.RELEASE_OVER):
             server.federation.parties["a"].upload(release, server.federation.vector("a"))
-        assert wrong(error) is Wrong.RELEASE_OVER
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
@@ -279,60 +272,8 @@ def test_who_promised_a_release_s_set_without_an_upload_does_not_upload_to_it_af
     server = Adversary(4, 3)
     server.upload(1, "abc")
     server.confirm(1, "abc", by="d")
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.RELEASE_OVER):
         server.federation.parties["d"].upload(1, server.federation.vector("d"))
-    assert wrong(error) is Wrong.RELEASE_OVER
-
-
-def test_sites_that_were_shown_different_keys_have_nothing_in_common() -> None:
-    federation = Federation(terms_of(4, 3))
-    parties = {site: federation.restart(site) for site in "abcd"}
-    keys = {site: party.announce() for site, party in parties.items()}
-    other = Announcement.made("d", federation.terms, MaskKey().public, identity=identity("d"))
-    with_other = {**keys, "d": announcement_bytes(other)}
-    sessions = {
-        site: parties[site].join(list((keys if site in "ad" else with_other).values()))
-        for site in "abcd"
-        if site != "d"
-    }
-    assert sessions["b"] == sessions["c"] != sessions["a"]
-    session = Session.of(federation.terms, [read_announcement(one) for one in with_other.values()])
-    summation = Summation(session, release=1)
-    for site in "bc":
-        summation.add_upload(site, parties[site].upload(1, federation.vector(site)))
-    with pytest.raises(Rejected) as error:
-        summation.add_upload("a", parties["a"].upload(1, federation.vector("a")))
-    assert wrong(error) is Wrong.SESSION_DIFFERS
-
-
-def test_keys_are_bound_to_the_run_and_so_is_all_that_follows() -> None:
-    """The same two keys in two runs: another session, other masks, other seals."""
-    first, second = MaskKey(), MaskKey()
-    seen = set()
-    for run in ("r", "s"):
-        terms = terms_of(2, 2, run=run)
-        session = Session.of(
-            terms,
-            [
-                Announcement.made(site, terms, key.public, identity=identity(site))
-                for site, key in (("a", first), ("b", second))
-            ],
-        )
-        seen.add((session.digest, first.agreed_in(session.digest, session.keys).mask_seed("a", "b", release=1)))
-    (one, seed), (other, other_seed) = seen
-    assert one != other
-    assert seed != other_seed
-
-
-def test_the_server_s_sum_is_not_readable_without_the_last_share() -> None:
-    server = Adversary(4, 3)
-    server.upload(1, "abcd")
-    signatures = server.confirm(1, "abcd", by="abcd")
-    server.unmask(1, "abcd", signatures, by="ab")
-    assert server.knowledge.readable() == []
-    server.unmask(1, "abcd", signatures, by="d")
-    assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
-    assert server.knowledge.read({0: 1, 1: 1, 2: 1, 3: 1}).tolist() == server.federation.sum_of("abcd").tolist()
 
 
 # Whatever comes over the wire.
@@ -368,7 +309,7 @@ def deliver(federation: Federation, what: str, data: bytes) -> None:
         getattr(summation, what)("b", data)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["join", "confirm", "unmask", "add_upload", "add_confirmation", "add_revealed"]), st.data())
 def test_whatever_comes_is_taken_or_rejected_with_a_reason_of_the_list(what: str, data: st.DataObject) -> None:
     federation = Federation(terms_of(3, 2))
@@ -388,26 +329,24 @@ def test_whatever_comes_is_taken_or_rejected_with_a_reason_of_the_list(what: str
         message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     else:
         message = genuine + b" " * (1 << 20)
-    rejected = None
+    found = None
     try:
         deliver(federation, what, message)
     except Rejected as error:
-        rejected = error
-    assert rejected is None or str(rejected) == f"secure sum: {Wrong(rejected.wrong)}"
-    assert rejected is not None or kind not in ("cut", "large")
+        found = error
+    assert found is None or str(found) == f"secure sum: {Wrong(found.wrong)}"
+    assert found is not None or kind not in ("cut", "large")
 
 
 @pytest.mark.parametrize("what", ["join", "confirm", "unmask", "add_confirmation", "add_revealed"])
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe{}", b'{"a":1,"a":1}', b"NaN", b"null", b""])
 def test_what_is_no_message_is_malformed(what: str, data: bytes) -> None:
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.MALFORMED):
         deliver(Federation(terms_of(3, 2)), what, data)
-    assert wrong(error) is Wrong.MALFORMED
 
 
 @pytest.mark.parametrize("release", [0, -1, 1 << 31, True, 1.0, "1", None])
 def test_a_release_is_a_whole_number_from_one(release: Any) -> None:
     federation = Federation(terms_of(3, 2))
-    with pytest.raises(Rejected) as error:
+    with rejected(Wrong.MALFORMED):
         federation.parties["a"].confirm(changed(federation.asked(1, "abc").to_bytes(), release=release))
-    assert wrong(error) is Wrong.MALFORMED

@@ -16,7 +16,6 @@ from fedtune.federation.secure.agreement import Announcement, Rejected, Session
 from fedtune.federation.secure.masks import MaskKey
 from fedtune.federation.secure.messages import ConfirmRequest, Upload, announcement_bytes, read_announcement
 from fedtune.federation.secure.shares import SHARE_BYTES
-from fedtune.federation.secure.summation import Summation
 from fedtune.privacy.threshold import least_threshold
 
 from .knowledge import Knowledge, Sent, watched
@@ -236,30 +235,3 @@ TestTranscript.settings = settings(
     deadline=None,
     phases=[Phase.reuse, Phase.generate],  # what a seed drew cannot be made smaller
 )
-
-
-def test_the_adversary_of_these_tests_reads_what_is_readable() -> None:
-    """Were it blind, it would find nothing wrong with anything."""
-    federation = Federation(terms_of(4, 3))
-    terms, sent = federation.terms, []
-    for site in terms.sites:
-        with watched() as seeds:
-            data = federation.parties[site].upload(1, federation.vector(site))
-        upload = Upload.from_bytes(data, federation.session)
-        sent.append(Sent(site, upload, federation.vector(site), seeds[-1]))
-    adversary = Knowledge(3, frozenset(), terms.sites, terms.bits, sent)
-    assert adversary.readable() == []
-    summation = Summation(federation.session, release=1)
-    for one in sent:
-        summation.add_upload(one.site, one.upload.to_bytes(terms))
-    federation.confirmed(summation, by="abcd")
-    for number, site in enumerate("abc", start=1):
-        adversary.hear(federation.parties[site].unmask(summation.unmask_request(site)))
-        assert len(adversary.readable()) == (number == 3)
-    assert adversary.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
-    assert adversary.read({0: 1, 1: 1, 2: 1, 3: 1}).tolist() == federation.sum_of("abcd").tolist()
-    # And had it the seeds for the sum without d too, there would be two sums that differ by d.
-    known = adversary.seeds() | {sent[3].seeds[other] for other in "abc"}
-    adversary.seeds = lambda: known  # type: ignore[method-assign]
-    assert adversary.readable() == [{0: 1, 1: 1, 2: 1}, {3: 1}]
-    assert adversary.read({3: 1}).tolist() == federation.vector("d").tolist()
