@@ -116,14 +116,6 @@ def test_the_ledger_hears_when_the_server_asked(
     assert asked(app, request_).message.metadata.created_at == told[0]
 
 
-def test_a_refused_round_is_a_refusal(app: SiteApp, request_: RecordDict, adapter: Adapter) -> None:
-    others = {name: value + np.float32(1) for name, value in adapter.tensors.items()}
-    wrong = RecordDict({**request_, flower_records.ADAPTER: flower_records.from_adapter(Adapter(others))})
-    answered = asked(app, wrong).answered
-    assert isinstance(answered, Refusal)
-    assert answered.reason is Reason.ADAPTER_DIFFERS
-
-
 def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
     introduced = asked(app, RecordDict(), "query")
     assert introduced.answered is None
@@ -231,19 +223,6 @@ def test_ctrl_c_is_not_swallowed(site: Callable[..., Site], request_: RecordDict
 
     with pytest.raises(KeyboardInterrupt):
         asked(SiteApp(lambda settings: site(interrupted), name="a"), request_)
-
-
-def test_settings_reach_the_site_as_they_were_sent(request_: RecordDict) -> None:
-    seen: list[str] = []
-
-    def note(settings: str) -> Any:
-        seen.append(settings)
-        raise RunError("enough")
-
-    app = SiteApp(note, name="a")
-    asked(app, RecordDict({**request_, flower_records.SETTINGS: ConfigRecord({"json": "{}"})}))
-    asked(app, request_)
-    assert seen == ["{}", ""]
 
 
 def test_a_message_is_void_when_its_time_is_up(app: SiteApp) -> None:

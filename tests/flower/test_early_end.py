@@ -57,15 +57,6 @@ def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, li
         assert charge.claim(ended_by_scores=False) == charge.epsilon
 
 
-def test_a_stopped_run_that_is_resumed_asks_for_nothing(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
-    made, state, _ = stopped
-    trained, events = len(made.trained), len(made.events("site-1"))
-    lead = with_scores(made, ())
-    again = run_rounds(made.transport, replace(lead, gives_adapter=True), made.lead.checkpoints.load())
-    assert (again.round, again.kept.digest()) == (state.round, state.kept.digest())
-    assert (len(made.trained), len(made.events("site-1"))) == (trained, events)
-
-
 def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Callable[..., Any]) -> None:
     made = federation(num_rounds=2, keep_round="best")
     made.lead = with_scores(made, (0.75, 0.5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,17 +168,6 @@ def test_without_a_certificate_of_the_federation_there_is_no_connection(
                 client.post(f"https://{network.address}{path}")
     with raw_client(network.tls["a"], network.authority.file) as client:
         assert client.post(f"https://{network.address}/").status_code == 404, "with one there is"
-
-
-def test_plain_text_is_not_answered(network: Loopback) -> None:
-    with socket.create_connection((LOOPBACK, network.port), timeout=10) as plain:
-        plain.sendall(b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n")
-        plain.settimeout(10)
-        try:
-            answer = plain.recv(100)
-        except ConnectionError:
-            answer = b""
-    assert b"HTTP" not in answer
 
 
 def test_closing_ends_the_heartbeats(network: Loopback) -> None:

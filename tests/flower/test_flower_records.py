@@ -36,12 +36,6 @@ def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: 
     return request.signed(lead_key)
 
 
-def test_a_request_arrives_as_it_was_sent(request_: Signed, adapter: Adapter) -> None:
-    content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
-    assert flower_records.to_signed(content) == request_
-    assert flower_records.to_adapter(content).digest() == adapter.digest()
-
-
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
 def test_an_update_arrives_as_it_was_sent(
@@ -90,36 +84,6 @@ def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
     assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
 
 
-_NO_REQUEST: dict[str, Callable[[RecordDict], RecordDict]] = {
-    "empty": lambda content: RecordDict(),
-    "without arrays": lambda content: RecordDict({flower_records.REQUEST: content[flower_records.REQUEST]}),
-    "without a request": lambda content: RecordDict({flower_records.ADAPTER: content[flower_records.ADAPTER]}),
-    "unsigned": lambda content: RecordDict(
-        {flower_records.ADAPTER: content[flower_records.ADAPTER], flower_records.REQUEST: ConfigRecord({"json": "{}"})}
-    ),
-    "of another key": lambda content: RecordDict(
-        {
-            flower_records.ADAPTER: content[flower_records.ADAPTER],
-            flower_records.REQUEST: ConfigRecord({"pickle": "x", "signature": "00"}),
-        }
-    ),
-    "of integers": lambda content: RecordDict(
-        {
-            flower_records.ADAPTER: ArrayRecord([np.ones(3, np.int64)]),
-            flower_records.REQUEST: content[flower_records.REQUEST],
-        }
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", list(_NO_REQUEST))
-def test_anything_else_is_no_request(request_: Signed, adapter: Adapter, fault: str) -> None:
-    content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
-    broken = _NO_REQUEST[fault](content)
-    with pytest.raises(ConfigError, match=r"must hold (an adapter|a signed request)"):
-        _ = flower_records.to_signed(broken), flower_records.to_adapter(broken)
-
-
 def test_unreadable_replies_are_one_kind_of_error() -> None:
     texts = ("{", "[1]", '{"kind": "update"}')
     for content in (
@@ -159,8 +123,3 @@ def test_settings_that_are_no_text_are_an_error(record: object) -> None:
     content = RecordDict({flower_records.SETTINGS: record})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="must hold settings as text"):
         flower_records.to_settings(content)
-
-
-def test_the_weight_is_the_declared_size(adapter: Adapter) -> None:
-    content = flower_records.weighted(adapter.tensors, 90)
-    assert dict(content.metric_records[flower_records.WEIGHT]) == {"num-examples": 90}

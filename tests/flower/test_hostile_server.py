@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.protocol import RoundRequest, Signed
 from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason
 from fedtune.runs.results import site_charge
-from fedtune.spec import RefusedError
 
 Change = Callable[[Message], None]
 
@@ -49,11 +47,29 @@ def asking(lead_key: SigningKey) -> Callable[..., Change]:
     return make
 
 
-def require_site_2_only_refused(made: Any, intercept: Any, change: Change, rule: Reason, *, recorded: bool) -> None:
-    """Two rounds, in the second of which site-2 is asked for something else."""
+# Every rule is in tests/federation/test_hostile_lead.py; here the others' round goes on.
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER),
+        ({"run": "another"}, Reason.WRONG_RUN),
+        ({}, Reason.WRONG_SIGNATURE),
+    ],
+    ids=str,
+)
+def test_asking_one_site_for_more(
+    federation: Any,
+    intercept: Any,
+    asking: Callable[..., Change],
+    stranger_key: SigningKey,
+    changes: dict[str, Any],
+    rule: Reason,
+) -> None:
+    """Two rounds, in the second of which site-2 is asked for something else, or by somebody else."""
+    made = federation(num_rounds=2)
     state = made.run_until(1)
-    before = verify(made.ledger_path("site-2")).events
-    intercept(2, change)
+    before = made.events("site-2")
+    intercept(2, asking(**changes) if changes else asking(stranger_key))
     state = run_rounds(made.transport, made.lead, state)
     assert [result.sites for result in state.rounds] == [("site-1", "site-2", "site-3"), ("site-1", "site-3")]
     assert state.rounds[1].failed_sites == {"site-2": rule.value}
@@ -61,69 +77,16 @@ def require_site_2_only_refused(made: Any, intercept: Any, change: Change, rule:
     moved = state.adapter.tensors["head"] - made.adapter.tensors["head"]
     np.testing.assert_allclose(moved, (1.0 - 2.0 + 0.125) / 3 + (1.0 + 0.125) / 2, atol=1e-6)
     assert made.trained == ["site-1", "site-2", "site-3", "site-1", "site-3"]
-    after = verify(made.ledger_path("site-2")).events
-    assert after[: len(before)] == before
-    added = [event for event in after[len(before) :] if event.detail.get("what") != "run_ended"]
-    if recorded:
-        (refusal,) = added
-        assert (refusal.kind, refusal.detail["reason"]) == (Kind.REFUSAL, rule.value)
-    else:
-        assert added == []
+    added = [event for event in made.events("site-2")[len(before) :] if event.detail.get("what") != "run_ended"]
+    # Nobody may fill a ledger with requests that their lead did not sign.
+    written = [(Kind.REFUSAL, rule.value)] if changes else []
+    assert [(event.kind, event.detail["reason"]) for event in added] == written
     # A stranger gets no receipt, and who asks for another run gets that run's: the lead must count the round until it
     # hears from the site itself, at the end of the run.
-    in_doubt = rule.is_of_a_stranger or rule is Reason.WRONG_RUN
     charge = site_charge(made.finished[-1], "site-2", made.plan)
-    assert (charge.rounds, charge.upper_bound) == ((2, True) if in_doubt else (1, False))
+    assert (charge.rounds, charge.upper_bound) == ((1, False) if "noise_multiplier" in changes else (2, True))
     charge = site_charge(state, "site-2", made.plan)
     assert (charge.rounds, charge.upper_bound) == (1, False)
-
-
-# Every rule is in tests/federation/test_hostile_lead.py; here the others' round goes on.
-@pytest.mark.parametrize(
-    ("changes", "rule"),
-    [
-        ({"noise_multiplier": 0.0}, Reason.MIN_NOISE_MULTIPLIER),
-        ({"base_model": "cd" * 32}, Reason.BASE_MODELS),
-        ({"run": "another"}, Reason.WRONG_RUN),
-    ],
-    ids=str,
-)
-def test_asking_one_site_for_more(
-    federation: Any, intercept: Any, asking: Callable[..., Change], changes: dict[str, Any], rule: Reason
-) -> None:
-    made = federation(num_rounds=2)
-    require_site_2_only_refused(made, intercept, asking(**changes), rule, recorded=True)
-
-
-def test_asking_in_the_name_of_a_lead_whom_nobody_knows(
-    federation: Any, intercept: Any, asking: Callable[..., Change], stranger_key: SigningKey
-) -> None:
-    change = asking(stranger_key, lead=stranger_key.public)
-    require_site_2_only_refused(federation(num_rounds=2), intercept, change, Reason.LEADS, recorded=True)
-
-
-def test_asking_with_somebody_elses_signature(
-    federation: Any, intercept: Any, asking: Callable[..., Change], stranger_key: SigningKey
-) -> None:
-    change = asking(stranger_key)
-    require_site_2_only_refused(federation(num_rounds=2), intercept, change, Reason.WRONG_SIGNATURE, recorded=False)
-
-
-def test_sending_no_tensor_at_all(federation: Any, intercept: Any) -> None:
-    def change(message: Message) -> None:
-        broken = Array("float32", (4,), "numpy.ndarray", b"no array")
-        message.content[flower_records.ADAPTER] = ArrayRecord({"head": broken})
-
-    made = federation(num_rounds=2)
-    state = made.run_until(1)
-    before = verify(made.ledger_path("site-2")).events
-    intercept(2, change)
-    state = run_rounds(made.transport, made.lead, state)
-    # The message does not even get as far as the site and its ledger, so that no receipt comes.
-    assert state.rounds[1].failed_sites == {"site-2": "malformed_request"}
-    assert state.rounds[1].sites == ("site-1", "site-3")
-    after = verify(made.ledger_path("site-2")).events
-    assert [event.detail.get("what") for event in after[len(before) :]] == ["run_ended"]
 
 
 def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
@@ -131,7 +94,7 @@ def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     overheard: list[Signed] = []
     intercept(2, lambda message: overheard.append(flower_records.to_signed(message.content)))
     state = made.run_until(1)
-    before = verify(made.ledger_path("site-2")).events
+    before = made.events("site-2")
     intercept(2, lambda message: put(message, overheard[0]))
     state = run_rounds(made.transport, made.lead, state)
     # The adapter that came with it is the second round's: the old signature does not cover it.  What the site says to
@@ -139,28 +102,3 @@ def test_playing_an_old_request_again(federation: Any, intercept: Any) -> None:
     assert state.rounds[1].failed_sites == {"site-2": "unsigned_reply"}
     assert [event.kind for event in made.events("site-2")[len(before) :]] == [Kind.REFUSAL, Kind.NOTE]
     assert made.events("site-2")[len(before)].detail["reason"] == "adapter_differs"
-
-
-def test_a_run_that_no_site_accepts_ends_as_refused_with_every_reason(
-    federation: Any, intercept: Any, asking: Callable[..., Change]
-) -> None:
-    made = federation(
-        policies={site: {"limits": {"max_sampling_rate": 0.1}} for site in ("site-1", "site-2", "site-3")}
-    )
-    with pytest.raises(RefusedError) as refused:
-        run_rounds(made.transport, made.lead, made.start)
-    assert refused.value.exit_code == 3
-    for site in ("site-1", "site-2", "site-3"):
-        assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in str(refused.value)
-        assert [event.kind for event in made.events(site)][2:] == [Kind.REFUSAL]
-    assert made.trained == []
-
-
-def test_after_its_end_no_site_trains_for_a_run(federation: Any) -> None:
-    made = federation(num_rounds=1)
-    state = run_rounds(made.transport, made.lead, made.start)
-    longer = replace(made.lead, federation=replace(made.spec, num_rounds=2))
-    with pytest.raises(RefusedError, match="site-1: run_ended, site-2: run_ended, site-3: run_ended"):
-        run_rounds(made.transport, longer, state)
-    assert made.trained == ["site-1", "site-2", "site-3"]
-    assert made.lead.checkpoints.load().receipts["site-1"].charged_rounds == 1

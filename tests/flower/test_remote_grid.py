@@ -23,7 +23,6 @@ from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
-from .certificates import Authority
 from .faults import Faulty
 from .loopback import LOOPBACK, Loopback, free_port, wait_for
 
@@ -116,14 +115,15 @@ def test_an_answer_is_fetched_when_the_one_before_was_taken(network: Loopback, m
         return whole(self, tree, **bounds)
 
     monkeypatch.setattr(LeadSession, "_whole", spy)
-    network.site("a")
-    network.site("b")
+    sites = [network.site("a"), network.site("b")]
     with network.grid(["a", "b"]) as grid:
         taken = 0
         for _ in grid.receive(questions(1, 2), timeout=30):
             taken += 1
             assert len(fetched) == taken
-            time.sleep(2.0)  # so that the second answer waits at the server
+            for site in sites:
+                site.wait_for("replied")  # the second answer waits at the server, too
+            time.sleep(0.3)
     assert taken == 2
 
 
@@ -179,14 +179,6 @@ def test_what_a_site_said_before_it_began_is_no_answer(network: Loopback, monkey
     with network.grid(["a"], hear=lambda *_: Heard(good=False, again_s=0.2, idle=True)) as grid:
         assert list(grid.receive(questions(1), timeout=8)) == []
     assert len(site.events("received")) == 2
-
-
-def test_a_round_with_enough_answers_waits_for_an_absent_site_no_longer_than_its_grace(network: Loopback) -> None:
-    network.site("a").wait_for("activated")
-    with network.grid(["a", "b"], grace_s=2.0) as grid:
-        began = time.monotonic()
-        assert sites_of(list(grid.receive(questions(1, 2), timeout=60))) == {1: "a"}
-        assert 2 <= time.monotonic() - began < 30
 
 
 def test_nobody_waits_for_a_paused_site_once_enough_have_answered(network: Loopback) -> None:
@@ -291,16 +283,6 @@ def test_without_a_server_there_is_no_run(network: Loopback) -> None:
     )
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), nobody:
         pass
-
-
-def test_another_federations_server_is_not_spoken_to(network: Loopback, tmp_path: Any) -> None:
-    other = Authority(tmp_path / "other").issue("lead")
-    network.lead_tls, ours = other, network.lead_tls
-    try:
-        with pytest.raises(RunError, match=r"cannot be reached .*certificate"), network.grid(["a"]):
-            pass
-    finally:
-        network.lead_tls = ours
 
 
 def test_somebody_elses_signature_starts_no_run(network: Loopback, stranger_key: SigningKey) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import ConfigRecord, Error, Message
 
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
@@ -17,8 +17,6 @@ from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.model import Adapter, LoraSpec
-from fedtune.privacy.events import grouped
-from fedtune.privacy.release import Difference, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
@@ -68,14 +66,6 @@ def test_a_silent_site_counts_as_charged_and_the_others_go_on(
     assert (heard.steps, heard.upper_bound) == (4, False)
 
 
-def test_a_failed_site_has_no_weight(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:
-    tamper(lambda messages: [message for message in messages if message.metadata.src_node_id != 2])
-    made = federation(sizes=(10, 1000, 30))
-    state = run_rounds(made.transport, made.lead, made.start)
-    step = state.adapter.tensors["head"] - made.adapter.tensors["head"]
-    np.testing.assert_allclose(step, (10 * 1.0 + 30 * 0.125) / 40, atol=1e-6)
-
-
 def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
     federation: Callable[..., Any], tamper: Callable[..., None]
 ) -> None:
@@ -90,65 +80,27 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
     assert loaded.unanswered == {"site-1": 1, "site-2": 1, "site-3": 1}
 
 
-def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Message], None]:
-    """Of the update, as it travels."""
-
-    def apply(message: Message) -> None:
-        (array,) = message.content.array_records[flower_records.UPDATE].values()
-        message.content[flower_records.UPDATE] = flower_records._from_bytes(change(array.data))
-
-    return apply
-
-
-def change_update(change: Callable[[Update], Update]) -> Callable[[Message], None]:
-    return change_bytes(lambda data: change(Update.from_bytes(data)).to_bytes())
-
-
-def change_head(half: np.ndarray) -> Callable[[Message], None]:
-    """How far the head moved, by the upper 16 bits of each float32."""
-    return change_update(lambda update: replace(update, tensors=Difference({**update.tensors.halves, "head": half})))
-
-
-def change_fields(**changes: Any) -> Callable[[Message], None]:
-    def change(message: Message) -> None:
-        fields = json.loads(str(message.content.config_records[flower_records.REPLY]["json"]))
-        message.content[flower_records.REPLY] = ConfigRecord({"json": json.dumps(fields | changes)})
-
-    return change
-
-
-_CHANGED: dict[str, Callable[[Message], None]] = {
-    # Whatever is changed on the way is no longer what the site signed; what a site itself may sign is another test's,
-    # tests/federation/test_replies.py.
-    "nan": change_head(np.array([0, 0, 0, 0x7FC0], np.uint16)),
-    "another site": change_update(lambda update: replace(update, site="site-1")),
-}
-_UNREADABLE: dict[str, Callable[[Message], None]] = {
-    "nothing": lambda message: message.content.clear(),
-    "a reason of its own": change_fields(kind="refusal", reason="because of patient 4711", asked=None, allowed=None),
-    "arrays of Flower's": lambda message: message.content.update(
-        {flower_records.UPDATE: ArrayRecord([np.ones(4, np.float32)])}
-    ),
-}
-
-
 @pytest.mark.parametrize(
-    ("fault", "change", "reason"),
-    [
-        *((fault, change, "unsigned_reply") for fault, change in _CHANGED.items()),
-        *((fault, change, "no_reply") for fault, change in _UNREADABLE.items()),
-    ],
-    ids=[*_CHANGED, *_UNREADABLE],
+    ("fault", "reason"),
+    [("a value changed", "unsigned_reply"), ("nothing", "no_reply"), ("a reason of its own", "no_reply")],
 )
 def test_a_bad_reply_is_dropped_and_the_round_goes_on(
-    federation: Callable[..., Any],
-    tamper: Callable[..., None],
-    fault: str,
-    change: Callable[[Message], None],
-    reason: str,
+    federation: Callable[..., Any], tamper: Callable[..., None], fault: str, reason: str
 ) -> None:
+    """What a site itself may sign: tests/federation/test_replies.py."""
+
     def spoil(messages: list[Message]) -> list[Message]:
-        change(reply_of(messages, 2))
+        content = reply_of(messages, 2).content
+        if fault == "a value changed":
+            (array,) = content.array_records[flower_records.UPDATE].values()
+            nan = array.data[:-2] + b"\xc0\x7f"
+            content[flower_records.UPDATE] = flower_records._from_bytes(nan)
+        elif fault == "nothing":
+            content.clear()
+        else:
+            fields = json.loads(str(content.config_records[flower_records.REPLY]["json"]))
+            fields |= {"kind": "refusal", "reason": "because of patient 4711", "asked": None, "allowed": None}
+            content[flower_records.REPLY] = ConfigRecord({"json": json.dumps(fields)})
         return messages
 
     tamper(spoil)
@@ -176,17 +128,6 @@ def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -
     with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
         run_rounds(many.transport, many.lead, many.start)
     assert len(many.finished) == plan.most_rounds
-
-
-def test_when_one_site_refuses_for_good_the_others_get_their_budget_back(federation: Any, run_plan: Plan) -> None:
-    made = federation(num_rounds=2, min_sites=3)
-    freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
-    with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
-        run_rounds(made.transport, freezing, made.start)
-    for site in ("site-1", "site-3"):
-        history = made.ledger(site).history
-        assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"
-        assert not history.set_aside(history.now())
 
 
 def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Callable[..., Any]) -> None:

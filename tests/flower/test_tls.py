@@ -14,31 +14,7 @@ from fedtune.ops.wire.fleet import Unreachable, hello
 from fedtune.ops.wire.identity import Tls, refusal
 
 from .certificates import LOOPBACK, Authority
-from .hostile import Answer, Hostile, server_context
-
-
-def shake_hands(client: Tls, server: Tls, *, name: str = LOOPBACK, most: ssl.TLSVersion | None = None) -> str:
-    """TLS between a client of ours and a server as uvicorn makes it; the protocol's version."""
-    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    theirs.load_cert_chain(server.certificate, server.key)
-    theirs.load_verify_locations(server.ca)
-    theirs.verify_mode = ssl.CERT_REQUIRED
-    if most is not None:
-        theirs.maximum_version = most
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = [
-        theirs.wrap_bio(to_server, to_client, server_side=True),
-        client.client_context().wrap_bio(to_client, to_server, server_hostname=name),
-    ]
-    for _ in range(10):
-        for end in ends:
-            try:
-                end.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-    for end in ends:
-        end.do_handshake()
-    return ends[1].version() or ""
+from .hostile import Answer, Hostile, server_context, whole
 
 
 @pytest.fixture
@@ -51,55 +27,24 @@ def others(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "others")
 
 
-def test_members_of_one_federation_meet(ours: Authority) -> None:
-    server = ours.issue("server", address=LOOPBACK)
-    assert shake_hands(ours.issue("a"), server) == "TLSv1.3"
-
-
-def test_another_authority_is_not_trusted(ours: Authority, others: Authority) -> None:
-    server = ours.issue("server", address=LOOPBACK)
-    with pytest.raises(ssl.SSLError):
-        shake_hands(others.issue("a"), server)
-    # A client of ours shows its certificate, and does not take theirs.
-    with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(ours.issue("a"), others.issue("server", address=LOOPBACK))
-
-
-def test_a_certificate_from_elsewhere_does_not_pass_for_ours(ours: Authority, others: Authority) -> None:
-    theirs = others.issue("a")
-    stranger = Tls(ca=ours.file, certificate=theirs.certificate, key=theirs.key)
-    with pytest.raises(ssl.SSLError):
-        shake_hands(stranger, ours.issue("server", address=LOOPBACK))
-
-
-def test_a_server_under_another_name_is_not_trusted(ours: Authority) -> None:
-    with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)mismatch"):
-        shake_hands(ours.issue("a"), ours.issue("server", address="127.0.0.2"))
-
-
-def test_a_site_cannot_play_the_server(ours: Authority) -> None:
-    # Its certificate is of the same authority, but for clients alone, whatever name it is reached under.
-    with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(ours.issue("a"), ours.issue("b"))
-
-
-def test_the_server_s_certificate_is_none_for_a_client(ours: Authority) -> None:
-    server = ours.issue("server", address=LOOPBACK)
-    with pytest.raises(ssl.SSLError):
-        shake_hands(server, server)
-
-
-@pytest.mark.parametrize("who", ["site", "server"])
-def test_a_certificate_that_has_ended_is_none(ours: Authority, who: str) -> None:
-    site = ours.issue("a", days=-1 if who == "site" else 5)
-    server = ours.issue("server", address=LOOPBACK, days=-1 if who == "server" else 5)
-    with pytest.raises(ssl.SSLError, match="expired"):
-        shake_hands(site, server)
-
-
-def test_old_protocols_are_refused(ours: Authority) -> None:
-    with pytest.raises(ssl.SSLError):
-        shake_hands(ours.issue("a"), ours.issue("server", address=LOOPBACK), most=ssl.TLSVersion.TLSv1_2)
+@pytest.mark.parametrize("who", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
+def test_only_a_federation_s_own_server_is_spoken_to(ours: Authority, others: Authority, who: str) -> None:
+    """Who may speak to a real server: test_fleet.py."""
+    tls = {
+        "of others": lambda: others.issue("server", address=LOOPBACK),
+        "elsewhere": lambda: ours.issue("server", address="127.0.0.2"),
+        "a site": lambda: ours.issue("b"),  # of the same authority, but for clients alone
+        "ended": lambda: ours.issue("server", address=LOOPBACK, days=-1),
+    }.get(who, lambda: ours.issue("server", address=LOOPBACK))()
+    newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
+    server = Hostile(server_context(tls, newest=newest), lambda to, path: to.sendall(whole(b'{"site": "a"}')))
+    if who == "of ours":
+        assert hello(server.address, ours.issue("a")) == "a"
+    else:
+        said = said_of(server.address, ours.issue("a"))
+        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
+        assert server.asked == []
+    server.close()
 
 
 def said_of(address: str, tls: Tls) -> str:
@@ -144,15 +89,6 @@ def test_a_refusal_is_named(ours: Authority, others: Authority, who: str, says: 
         with client, pytest.raises(httpx.ConnectError) as caught:
             client.get(f"https://{server.address}/")
         assert refusal(caught.value) == f"it does not accept this site's certificate: {says}"
-    server.close()
-
-
-def test_an_old_server_is_not_taken_for_one_that_refuses_the_certificate(ours: Authority) -> None:
-    files = ours.issue("server", address=LOOPBACK)
-    server = Hostile(server_context(files, newest=ssl.TLSVersion.TLSv1_2), cut)
-    said = said_of(server.address, ours.issue("a"))
-    assert "certificate" not in said
-    assert "protocol version" in said
     server.close()
 
 
