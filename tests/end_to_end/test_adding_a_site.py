@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -18,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from fedtune.ops.kits.members import Roster
 from fedtune.privacy import filter
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 
 from ..conftest import parsed
+from ..flower.loopback import free_port
 from ..forked import forked_commands
 
 pytestmark = pytest.mark.nightly
@@ -57,26 +54,6 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-def test_a_site_costs_the_lead_one_call_one_command_and_two_files() -> None:
-    """The page counts four steps; of these, only the command can be counted by a machine."""
-    step = PAGE.read_text().split("## 7. ")[1].split("\n## ")[0]
-    commands = [line for _, content in BLOCKS.findall(step) for line in content.splitlines()]
-    assert len(commands) == len(SITES)
-    assert all(line.startswith("fedtune provision add-site ") and line.endswith(" --compared") for line in commands)
-    assert "costs the lead four steps: one telephone call, one command, one file to send, one file to copy" in step
-    order = (
-        "**Telephone first**",
-        "fedtune provision add-site ",
-        "The site reads out",
-        "the site notes them",
-        "Send each",
-    )
-    places = [step.index(words) for words in order]
-    assert places == sorted(places)
-    unpacked = PAGE.read_text().split("## 8. ")[1].split("\n## ")[0]
-    assert unpacked.index("python -m zipfile") < unpacked.index("**Compare**") < unpacked.index("fedtune site doctor")
-
-
 def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> None:
     text = PAGE.read_text()
     (table,) = re.findall(r"^\| who \| once \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.MULTILINE)
@@ -92,12 +69,6 @@ def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> No
     told = {int(number) for number in re.findall(r"\(step (\d+)\)", table)}
     looked_at = {12, 13}  # what came of it: nobody has to
     assert told == {int(number) for number, _ in headings} - looked_at
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -131,7 +102,7 @@ def follow(folder: Path, output: Path, environment: dict[str, str]) -> Followed:
     """Paste the page into a shell in `folder`."""
     with output.open("w") as file:  # no pipe, which those that it starts would hold open
         shell = subprocess.Popen(
-            ["bash", "-c", script(PAGE.read_text()).replace(PORT, free_port())],
+            ["bash", "-c", script(PAGE.read_text()).replace(PORT, str(free_port()))],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -175,29 +146,6 @@ def test_what_was_spent_is_within_each_policy_and_in_each_ledger(followed: Follo
         assert 0.9 * most < spent["epsilon"] <= most
         charged = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
         assert 0 < charged <= files.policy.budget.max_epsilon
-
-
-def test_nothing_was_done_before_a_person_approved_it(followed: Followed) -> None:
-    for site in SITES:
-        events = [event.kind for event in verify(followed.folder / site / "ledger.db").events]
-        assert events[:6] == ["note", "note", "refusal", "note", "plan", "reserve"]
-
-
-def test_each_site_has_the_final_adapter(followed: Followed) -> None:
-    ours = load_file(followed.folder / "runs/first/adapter/adapter_model.safetensors")
-    for site in SITES:
-        (kept,) = (followed.folder / site / "kit" / "adapters").iterdir()
-        theirs = load_file(kept / "adapter" / "adapter_model.safetensors")
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            np.testing.assert_array_equal(theirs[name], value)
-
-
-def test_in_the_end_one_site_is_left_and_the_other_has_gone(followed: Followed) -> None:
-    members = {member.site: member for member in Roster.read(followed.folder / "hospitals/server/roster.json").sites}
-    assert members["north-hospital"].revoked is None
-    assert members["south-hospital"].revoked is not None
-    assert (followed.folder / "south-hospital/kit/state/left").exists()
 
 
 def test_what_the_page_shows_was_printed(followed: Followed) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,27 @@ SITES = ("site-1", "site-2")
 
 
 @pytest.fixture(scope="module")
-def first_run(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The kept sites as a first run of so many rounds left them."""
-
-    @cache
-    def make(rounds: int) -> Path:
-        folder = tmp_path_factory.mktemp("first")
-        settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={rounds}")
-        outcome = command("simulate", *tiny(*settings, into=folder / "runs", name="first"))
-        assert outcome.code == 0, outcome.err
-        return folder / "kept"
-
-    return make
+def first_run(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kept sites as a first run left them."""
+    folder = tmp_path_factory.mktemp("first")
+    settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={ROUNDS}")
+    outcome = command("simulate", *tiny(*settings, into=folder / "runs", name="first"))
+    assert outcome.code == 0, outcome.err
+    return folder / "kept"
 
 
 @pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> int:
-    """Of the first run; a test that needs more than one asks for them."""
-    return getattr(request, "param", 1)
-
-
-several_rounds = pytest.mark.parametrize("rounds", [ROUNDS], indirect=True)
-
-
-@pytest.fixture
-def kept(first_run: Callable[[int], Path], rounds: int, tmp_path: Path) -> Path:
+def kept(first_run: Path, tmp_path: Path) -> Path:
     """Where the sites are kept over the runs."""
-    return Path(shutil.copytree(first_run(rounds), tmp_path / "kept"))
+    return Path(shutil.copytree(first_run, tmp_path / "kept"))
 
 
 @pytest.fixture
-def run(command: Any, tiny: Any, kept: Path, tmp_path: Path, rounds: int) -> Callable[..., Any]:
-    """`fedtune simulate` of some rounds against the kept sites, which one run was charged to already."""
+def run(command: Any, tiny: Any, kept: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`fedtune simulate` against the kept sites, which one run was charged to already."""
 
     def start(name: str, *overrides: str) -> Any:
-        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={rounds}")
+        settings = (f"runtime.sites_dir={kept}", f"federation.num_rounds={ROUNDS}")
         return command("simulate", *tiny(*settings, *overrides, into=tmp_path / "runs", name=name))
 
     return start
@@ -99,7 +84,6 @@ def require_only_refusals(kept: Path, before: dict[str, tuple[Event, ...]], rule
         assert {event.detail["what"] for event in added if event.kind is Kind.NOTE} <= {"policy"}
 
 
-@several_rounds
 def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
     run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
 ) -> None:
@@ -132,7 +116,6 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
     assert not (tmp_path / "runs" / "third").exists()
 
 
-@several_rounds
 def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     run: Callable[..., Any], kept: Path, tmp_path: Path
 ) -> None:
@@ -150,64 +133,6 @@ def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
     run_json = json.loads((tmp_path / "runs" / "second" / "run.json").read_text())
     # The sites were asked before the first round, so that none of it can have been charged.
     assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(0, False)}
-
-
-@several_rounds
-def test_one_site_without_budget_does_not_stop_the_other(
-    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
-) -> None:
-    allow_rounds(kept, "site-2", 2 * ROUNDS + 0.01)
-    before = events(kept)
-    second = run("second")
-    assert second.code == 0
-    assert "site-1: max_epsilon" in second.out
-    result = result_of(tmp_path / "runs" / "second")
-    assert [entry["sites"] for entry in result["rounds"]] == [["site-2"]] * ROUNDS
-    assert [entry["failed_sites"] for entry in result["rounds"]] == [{"site-1": "max_epsilon"}] * ROUNDS
-    assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
-        "site-1": 0,
-        "site-2": 2 * ROUNDS,
-    }
-    added = ledger(kept, "site-1").events[len(before["site-1"]) :]
-    assert {event.kind for event in added} == {Kind.REFUSAL}
-
-
-def test_a_rule_of_the_site_is_named(run: Callable[..., Any], kept: Path) -> None:
-    for site in SITES:
-        edit(kept, site, budget={"max_epsilon": 9.0}, limits={"max_sampling_rate": 0.1})
-    before = events(kept)
-    second = run("second")
-    assert second.code == 3
-    for site in SITES:
-        assert f"{site}: max_sampling_rate, asked 0.2, allowed at most 0.1" in second.message
-    require_only_refusals(kept, before, "max_sampling_rate")
-
-
-def test_a_ledger_that_was_put_back_takes_part_in_nothing_and_the_other_goes_on(
-    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
-) -> None:
-    for site in SITES:
-        edit(kept, site, budget={"max_epsilon": 9.0})
-    path = kept / "site-1" / "site.toml"
-    write_policy(replace(read_policy(path), anchor=str(tmp_path / "elsewhere" / "anchor.json")), path)
-    ledger_path = kept / "site-1" / "ledger.db"
-    # An anchor is begun with a ledger; one that is there already is not taken on trust.
-    ledger_path.unlink()
-    (kept / "receipts.json").unlink()  # by which the lead would miss the old one
-    assert run("second", "federation.min_sites=2").code == 0
-    shutil.copy(ledger_path, tmp_path / "backup")
-    assert run("third").code == 0
-    shutil.copy(tmp_path / "backup", ledger_path)
-    before = events(kept)
-    fourth = run("fourth")
-    assert fourth.code == 0
-    assert "site-1: site_error" in fourth.out
-    assert "anchor" not in fourth.out + fourth.err
-    folder = tmp_path / "runs" / "fourth"
-    assert result_of(folder)["rounds"][0]["sites"] == ["site-2"]
-    assert "is older than its anchor" in (folder / "log.txt").read_text()
-    assert ledger(kept, "site-1").events == before["site-1"]
-    assert run("fifth", "federation.min_sites=2").code == 1
 
 
 @pytest.mark.by_day("seed=5-seed = 5", "data.train_file=simulations/data/banking77/test.jsonl.gz-data.train_file = ")

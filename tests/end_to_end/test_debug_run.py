@@ -9,23 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from peft import PeftModel
 from safetensors.numpy import load_file
-from torch.nn import functional
 
 from fedtune.config import saved_config
 from fedtune.data.load import chosen_rows, lead_records
-from fedtune.model import load_tokenizer
-from fedtune.model.base_model import tiny_base
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import read_policy
-from fedtune.tasks import load_task_model, task_named
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -160,65 +152,15 @@ def test_steps_are_those_in_the_sites_ledgers(result: Any, folder: Path) -> None
         assert len({event.detail["fingerprint"] for event in verified.events if event.kind == "commit"}) == 1
 
 
-def test_a_generated_policy_says_what_the_run_was_allowed(result: Any, folder: Path) -> None:
-    for site, spent in result["privacy"]["sites"].items():
-        policy = read_policy(folder / "sites" / site / "site.toml")
-        assert policy.site == site
-        assert policy.limits.min_noise_multiplier == spent["noise_multiplier"]
-        assert spent["epsilon"] <= policy.budget.max_epsilon < 1.5 * spent["epsilon"]
-
-
 def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())["derived"]
     assert report["verdict"]["state"] == "within"
     assert (report["epsilon"], report["target_epsilon"]) == (result["privacy"]["epsilon"], 8.0)
     assert report["randomness"] == "operating_system"
-    sites = {site["site"]: site for site in report["sites"]}
-    for name, said in result["privacy"]["sites"].items():
-        spent = sites[name]["spent"]
-        assert (spent["epsilon"], spent["epsilon_rdp"]) == (said["epsilon"], said["epsilon_rdp"])
-        assert (spent["steps"], spent["upper_bound"]) == (said["steps"], said["upper_bound"])
-        (mechanism,) = sites[name]["mechanisms"]
-        (charge,) = mechanism["charges"]
-        event = charge["event"]
-        assert (charge["count"], event["sampling_probability"]) == (said["steps"], said["sampling_rate"])
-        assert event["event"]["noise_multiplier"] == said["noise_multiplier"]
     page = (folder / "report.html").read_text()
     assert "limit for this run was kept" in page
     assert "<script" not in page
     assert 'src="http' not in page
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(folder: Path) -> None:
-    config = saved_config(folder)
-    task = task_named(config.task)
-    all_of_them, _ = lead_records(config.data.test_file or "", columns=task.columns(config.data), key="data.test_file")
-    records = chosen_rows(all_of_them, 12)
-    examples = task.tokenise(records, load_tokenizer(config.model), data=config.data)
-    ours = load_task_model(folder / "adapter", model=config.model)
-    plain = PeftModel.from_pretrained(tiny_base("random:bert"), folder / "adapter").eval()
-    head = {name: torch.from_numpy(value) for name, value in load_file(folder / "adapter/head.safetensors").items()}
-    assert head["centre"].abs().max() > 0
-    moved = [value for name, value in plain.state_dict().items() if "lora_B" in name]
-    assert moved
-    assert all(value.abs().max() > 0 for value in moved)
-    for token_ids in examples.input_ids:
-        row = torch.from_numpy(token_ids).long()[None]
-        hidden = plain(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state.mean(dim=1)
-        embedding = functional.normalize(functional.normalize(hidden, dim=-1) - head["centre"], dim=-1)
-        by_hand = config.head.scale * embedding @ head["weight"].T
-        batch = Row(row, torch.ones_like(row), torch.zeros(1, dtype=torch.long))
-        np.testing.assert_allclose(ours.logits(batch).detach(), by_hand.detach(), atol=1e-5)
-
-
-class Row:
-    """One example without padding, as a batch."""
-
-    prefix = None
-
-    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> None:
-        self.input_ids, self.attention_mask, self.targets = input_ids, attention_mask, targets
 
 
 def test_evaluate_repeats_the_final_scores_on_the_test_file(
@@ -243,12 +185,9 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
         assert re.search(r"loss \d\.\d{3}", line)
         assert re.search(r"epsilon \d\.\d{3}", line)
         assert ("left" in line) == (round == 2), "the first one has work that is done once"
-    assert re.search(r"site-1\W+230\W+6\W+\d\.\d{3}", out)
     shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
     assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
     assert f"run folder: {folder}" in out
-    assert f"{folder}/report.html" in out
-    assert re.search(r"^test: accuracy .* \(before: ", out, re.MULTILINE)
     for line in out.splitlines():
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 

@@ -115,6 +115,7 @@ PLAIN = (
 )
 
 
+@pytest.mark.by_day("classification", "regression")
 @pytest.mark.parametrize("task", COLUMNS)
 def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
@@ -229,8 +230,9 @@ sys.meta_path.insert(0, NoFedtune())
 """
 
 
-@pytest.mark.parametrize("format", ["safetensors", "onnx"])
-@pytest.mark.parametrize(("task", "hidden"), [("classification", "[8]"), ("regression", "[]")])
+@pytest.mark.parametrize(
+    ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
+)
 def test_an_export_computes_the_same_where_fedtune_is_not(
     run: Any, command: Any, tmp_path: Path, task: str, hidden: str, format: str
 ) -> None:

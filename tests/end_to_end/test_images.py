@@ -179,22 +179,17 @@ def test_init_finds_images_in_rows_and_asks_for_a_model(command: Any, tmp_path: 
     assert command("data", "check", str(tmp_path / "scans.yaml")).code == 0
 
 
+# What is no image: tests/data/test_images.py.
 MALFORMED: dict[str, tuple[str, Any, str]] = {
-    "no image": ("jsonl", {"image": "images/text.png"}, "no image that can be decoded"),
     "cut off": ("jsonl", {"image": "images/cut.png"}, "no image that can be decoded"),
-    "outside": ("jsonl", {"image": "../secret.png"}, "a path out of the folder"),
     "missing": ("jsonl", {"image": "images/none.png"}, "no such file"),
     "a number": ("jsonl", {"image": 7}, "must be the path of an image, or its bytes"),
     "null": ("jsonl", {"image": None}, "must not be null"),
     "blank": ("csv", {"image": " "}, "must be the path of an image, or its bytes"),
     "no column": ("csv", {"picture": "a.png"}, "absent"),
-    "a list": ("jsonl", {"image": ["images/text.png"]}, "must be the path of an image, or its bytes"),
-    "bytes": ("parquet", {"image": b"\xff\xd8\xff no more"}, "no image that can be decoded"),
     "no bytes": ("parquet", {"image": {"bytes": None, "path": None}}, "must be the path of an image, or its bytes"),
-    "another format": ("parquet", {"image": encoded(picture(), "GIF")}, "no image that can be decoded"),
     "no label": ("jsonl", {"image": "images/good.png", "label": "violet"}, "must be one of the 3 in data.labels"),
     "no file": ("parquet", None, "damaged"),
-    "empty": ("jsonl", (), "must hold at least one record"),
 }
 
 
@@ -204,11 +199,11 @@ def test_a_malformed_file_is_one_message_and_nothing_else(
 ) -> None:
     ending, row, message = MALFORMED[name]
     (tmp_path / "images").mkdir()
-    for file, content in (("good", encoded(picture())), ("cut", encoded(picture())[:-50]), ("text", b"\xffno image")):
+    for file, content in (("good", encoded(picture())), ("cut", encoded(picture())[:-50])):
         (tmp_path / "images" / f"{file}.png").write_bytes(content)
     file = tmp_path / f"rows.{ending}"
     if not row:
-        file.write_bytes(b"" if row == () else b"PAR1 and no more")
+        file.write_bytes(b"PAR1 and no more")
     elif ending == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist([{"label": "red", **row}]), file)
     elif ending == "csv":

@@ -53,27 +53,24 @@ def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(s
     )
 
 
-def test_a_ledger_that_charges_after_training_is_found_out(sample: Any) -> None:
-    found = [order["found"] for order in sample["broken_orders"] if order["order"] == "charged after training"]
+ORDERS = {
+    "charged after training": ["records were read for 1 rounds, 0 are charged"],
+    "charged after the reply": [
+        "an observer has 1 different updates, 0 rounds are charged",
+        "epsilon spent by PLD is below",
+    ],
+    "stored after the reply": ["does not know as committed"],
+    "admitted before the charge": ["it has rows that no event knows"],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_ledger_that_writes_in_a_wrong_order_is_found_out(sample: Any, order: str) -> None:
+    found = [broken["found"] for broken in sample["broken_orders"] if broken["order"] == order]
     assert found
     for sentences in found:
-        assert any("records were read for 1 rounds, 0 are charged" in sentence for sentence in sentences)
-
-
-def test_a_ledger_that_charges_after_the_reply_is_found_out_by_an_observer(sample: Any) -> None:
-    (found,) = [order["found"] for order in sample["broken_orders"] if order["order"] == "charged after the reply"]
-    assert any("an observer has 1 different updates, 0 rounds are charged" in sentence for sentence in found)
-    assert any("epsilon spent by PLD is below" in sentence for sentence in found)
-
-
-def test_a_ledger_that_stores_a_reply_after_sending_it_is_found_out(sample: Any) -> None:
-    (found,) = [order["found"] for order in sample["broken_orders"] if order["order"] == "stored after the reply"]
-    assert any("does not know as committed" in sentence for sentence in found)
-
-
-def test_a_ledger_that_admits_people_before_the_charge_is_found_out(sample: Any) -> None:
-    (found,) = [order["found"] for order in sample["broken_orders"] if order["order"] == "admitted before the charge"]
-    assert any("it has rows that no event knows" in sentence for sentence in found)
+        for said in ORDERS[order]:
+            assert any(said in sentence for sentence in sentences)
 
 
 def test_the_committed_study_is_large_enough_and_found_nothing() -> None:

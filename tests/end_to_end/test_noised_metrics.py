@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 import fedtune.sites.work as site_work
-from fedtune.privacy import events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import noised_scores
 
@@ -40,29 +36,6 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
-def test_scores_are_near_the_true_ones_and_not_equal_to_them(
-    simulate: Callable[..., Path], tmp_path: Path, result_of: Any, exact: list[np.ndarray], everything_sent: list[bytes]
-) -> None:
-    result = result_of(simulate(*NOISED, "federation.num_rounds=3", into=tmp_path))
-    declared = 90 * 0.4
-    scale = NOISE * math.sqrt(2) / declared
-    released = [entry["site_scores"][site] for entry in result["rounds"] for site in SITES]
-    assert len(released) == len(exact) == 6
-    errors = []
-    for (score, count), scores in zip(released, exact, strict=True):
-        assert 0.2 < len(scores) / declared < 2, "the true number is not the declared one"
-        errors += [score - scores.sum() / declared, count - len(scores) / declared]
-        # Six standard deviations: wrong once in 10^8 runs.
-        assert max(map(abs, errors)) < 6 * scale
-    assert min(map(abs, errors)) > 0
-    assert np.std(errors) > scale / 6, "there is noise, and of that size"
-    # What travels is what is reported, and nothing beside it.
-    sent = b"".join(everything_sent)
-    assert sent.count(b'"scores": [') == len(released)
-    for pair in released:
-        assert f'"scores": {json.dumps(pair)}'.encode() in sent
-
-
 def test_by_default_no_score_leaves_a_site(
     simulate: Callable[..., Path], tmp_path: Path, result_of: Any, exact: list[np.ndarray], everything_sent: list[bytes]
 ) -> None:
@@ -81,7 +54,7 @@ def calibrated(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path, result_of: Any) -> None:
     privacy = result_of(calibrated)["privacy"]
-    for spent in privacy["sites"].values():
+    for site, spent in privacy["sites"].items():
         assert (spent["rounds"], spent["metrics_noise_multiplier"]) == (2, NOISE)
         step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
         for key, accountant in (
@@ -94,27 +67,6 @@ def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path, 
             assert spent[key] == pytest.approx(accountant.get_epsilon(privacy["delta"]), abs=1e-3)
             assert spent[key] > alone + 0.1
         assert 7.9 < spent["epsilon"] <= 8.0
-    assert privacy["epsilon"] == max(spent["epsilon"] for spent in privacy["sites"].values())
-
-
-def test_ledger_and_report_hold_the_scores_events(calibrated: Path, result_of: Any) -> None:
-    report = json.loads((calibrated / "report.json").read_text())["derived"]
-    assert report["verdict"]["state"] == "within"
-    mechanisms = {site["site"]: site["mechanisms"][0] for site in report["sites"]}
-    for site, spent in result_of(calibrated)["privacy"]["sites"].items():
-        step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
         expected = {step: spent["steps"], GaussianDpEvent(NOISE): 2}
         assert verify(calibrated / "sites" / site / "ledger.db").history.charged() == expected
-        charges = mechanisms[site]["charges"]
-        assert {events.from_json(charge["event"]): charge["count"] for charge in charges} == expected
-
-
-def test_a_resumed_run_keeps_the_scores_it_had(calibrated: Path, command: Any, tmp_path: Path, result_of: Any) -> None:
-    folder = Path(shutil.copytree(calibrated, tmp_path / "run"))
-    before = result_of(folder)
-    (folder / "checkpoints" / "round-0002.safetensors").unlink()
-    assert command("simulate", f"resume={folder}").code == 0
-    after = result_of(folder)
-    # The second round's replies are stored at the sites: drawing new noise for them would be a further release.
-    assert [entry["site_scores"] for entry in after["rounds"]] == [entry["site_scores"] for entry in before["rounds"]]
-    assert after["privacy"] == before["privacy"]
+    assert privacy["epsilon"] == max(spent["epsilon"] for spent in privacy["sites"].values())

@@ -46,30 +46,6 @@ def five_lines(tmp_path: Path) -> list[str]:
     ]
 
 
-def test_one_file_is_enough(command: Any, five_lines: list[str], result_of: Any, tmp_path: Path) -> None:
-    # A share of the training file is the lead's: the run is scored on it, and goes on where it was broken off.
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    (tmp_path / "train.json").write_text(json.dumps([*rows, {"text": " ", "label": LABELS[0]}]))
-    lines = [line for line in five_lines if "_file=" not in line and "tracking" not in line]
-    lines += [f"data.train_file='{tmp_path / 'train.json'}'", f"tracking.output_dir='{tmp_path}'"]
-    lines += ["data.test_fraction=0.2", "data.validation_fraction=0.1", "federation.num_rounds=1", "model=random_bert"]
-    outcome = command(*lines)
-    assert outcome.code == 2
-    assert outcome.message.startswith(f"{tmp_path / 'train.json'}:1, column 'text' = 'blank'")
-    outcome = command(*lines, "data.unusable=leave_out")
-    assert outcome.code == 0, outcome.err
-    share = 100 / (len(rows) + 1)
-    told = f"Note: data.train_file: 1 of {len(rows) + 1} rows ({share:.1f} %) cannot be used: 1 must not be blank"
-    assert told in outcome.out
-    assert "declared" not in outcome.out.partition("model")[0], "what is not far off is not spoken of"
-    result = result_of(tmp_path / "small")
-    assert result["final"]["metrics"]["accuracy"] > 0
-    assert result["rounds"][0]["metrics"]["accuracy"] > 0
-    outcome = command("simulate", f"resume={tmp_path / 'small'}")
-    assert outcome.code == 0, outcome.err
-    assert result_of(tmp_path / "small")["final"]["metrics"] == result["final"]["metrics"]
-
-
 def test_few_labels_and_small_sites_end_with_something_learnt(
     command: Any, five_lines: list[str], result_of: Any, tmp_path: Path
 ) -> None:

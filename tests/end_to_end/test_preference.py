@@ -28,7 +28,6 @@ def rows(form: str) -> list[dict[str, Any]]:
         found.append(
             {
                 "text": {"asked": asked, **answers},
-                "continued": {"asked": [said("user", asked)], **turns},
                 "whole": {name: [said("user", asked), *some] for name, some in turns.items()},
             }[form]
         )
@@ -37,7 +36,6 @@ def rows(form: str) -> list[dict[str, Any]]:
 
 COLUMNS = {
     "text": ("data.columns={prompt: asked, chosen: better, rejected: worse}",),
-    "continued": ("data.columns={messages: asked, chosen: better, rejected: worse}", "data.chat_template=plain"),
     "whole": ("data.columns={chosen: better, rejected: worse}", "data.chat_template=plain"),
 }
 
@@ -98,36 +96,6 @@ def test_without_privacy_it_is_learnt(plain: Path, result_of: Any) -> None:
         assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "of answers of any length"
     assert final["metrics"]["margin"] > 0.2
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
-
-
-def test_conversations_that_go_on_are_learnt_as_the_whole_ones(
-    given: Callable[..., list[str]], simulate: Any, adapter_of: Any, tmp_path: Path
-) -> None:
-    study = ("runtime.seeded_noise=true", "data.partition.kind=iid", "federation.num_rounds=1")
-    everyone = ("data.test_fraction=0", "data.validation_fraction=0", "federation.num_sites=1")
-    sampled_all = ("privacy=none", "privacy.noise_multiplier=null", "privacy.sampling_rate=1.0")
-    adapters = []
-    for form in ("continued", "whole"):
-        folder = simulate(*given(form, *study, *everyone, *sampled_all), into=tmp_path, name=form)
-        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]
-
-
-def test_it_is_evaluated_and_used_as_a_language_model(plain: Path, private: Path, command: Any, tmp_path: Path) -> None:
-    (tmp_path / "new.json").write_text(json.dumps(rows("whole")[:30]))
-    told = command("evaluate", str(plain), "--data", str(tmp_path / "new.json"), "--json")
-    assert told.code == 0, told.err
-    assert json.loads(told.out)["beside_base"]["accuracy"]["verdict"] == "better"
-    answers = {}
-    for run in (plain, private):
-        told = command("generate", str(run), "--prompt", "say 4", "--max-new-tokens", "3", "--json")
-        assert told.code == 0, told.err
-        answers[run.name] = json.loads(told.out)["answers"][run.name]
-    assert answers["plain"]
-    assert isinstance(answers["private"], str), "noise that differs from run to run may end an answer at once"
-    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [said("user", "say 4")]}) + "\n")
-    told = command("generate", str(plain), "--file", str(tmp_path / "asked.jsonl"), "--max-new-tokens", "3")
-    assert told.code == 0, told.err
 
 
 def test_a_run_that_goes_on_keeps_the_base_as_its_reference(

@@ -128,17 +128,3 @@ def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(
     assert adapter_of(one) == adapter_of(other)
     assert result_of(one)["privacy"] == result_of(other)["privacy"]
     assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("runtime.num_threads=3", "runtime.num_threads = 3: must be at most the CPUs of a node of the Ray cluster"),
-        ("runtime.ray_address=127.0.0.9:9", "runtime.ray_address = '127.0.0.9:9': must be a Ray cluster that runs"),
-    ],
-)
-def test_what_no_node_has_is_said_before_anybody_waits_for_it(on_cluster: Any, setting: str, message: str) -> None:
-    done = on_cluster(setting)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
 import shutil
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fedtune.sites.work as site_work
 from fedtune.api.compose import compose_run, write_config
 from fedtune.config import saved_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation
-from fedtune.privacy.ledger.store import SCHEMA
 from fedtune.privacy.ledger.verify import verify
 
 _ROUNDS = 3
-_STRATEGIES = {
-    "fedavg": (),
-    "fedadam": ("federation.server_learning_rate=0.05", "federation.server_momentum=0.9"),
-    "fedavgm": ("federation.server_learning_rate=0.7", "federation.server_momentum=0.8"),
-}
 
 
 class Stop(Exception):
@@ -56,48 +48,30 @@ class Follower:
             raise Stop
 
 
-def overrides(tiny: Any, strategy: str, folder: Path) -> list[str]:
-    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", f"federation.strategy={strategy}")
-    settings: list[str] = tiny(*chosen, *_STRATEGIES[strategy], into=folder.parent, name=folder.name)
-    return settings
-
-
-@pytest.fixture(scope="module")
-def whole(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By strategy, a run that nothing stopped."""
-    folders = {strategy: tmp_path_factory.mktemp("whole") / strategy for strategy in _STRATEGIES}
-    for strategy, folder in folders.items():
-        write_config(compose_run(overrides(tiny, strategy, folder)), folder)
-        run_simulation(saved_config(folder), folder, Follower(None))
-    return folders
-
-
-@pytest.mark.by_day("fedadam")
-@pytest.mark.parametrize("strategy", list(_STRATEGIES))
 def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
-    whole: dict[str, Path], strategy: str, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
+    tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
 ) -> None:
-    parts = tmp_path / strategy
-    write_config(compose_run(overrides(tiny, strategy, parts)), parts)
+    """With a strategy that has a state; the others: tests/flower/test_averaging.py."""
+    adam = ("federation.strategy=fedadam", "federation.server_learning_rate=0.05", "federation.server_momentum=0.9")
+    chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        write_config(compose_run(tiny(*chosen, into=tmp_path, name=folder.name)), folder)
+    run_simulation(saved_config(whole), whole, Follower(None))
     for number in range(1, _ROUNDS + 1):
         # A new start every time: only what lies in the folder can carry the run on.
         resume = [] if number == 1 else [f"resume={parts}"]
         follower = Follower(number)
         with pytest.raises(Stop):
-            run_simulation(compose_run([*overrides(tiny, strategy, parts), *resume]), parts, follower)
+            run_simulation(compose_run([*tiny(*chosen, into=tmp_path, name="parts"), *resume]), parts, follower)
         assert follower.rounds == [number - 1, number]
     run_simulation(compose_run([f"resume={parts}"]), parts, Follower(None))
-    assert adapter_of(parts) == adapter_of(whole[strategy])
+    assert adapter_of(parts) == adapter_of(whole)
     assert len(adapter_of(parts)) == 2
-    one, other = result_of(whole[strategy]), result_of(parts)
+    one, other = result_of(whole), result_of(parts)
     assert one["privacy"] == other["privacy"]
     assert one["final"]["metrics"] == other["final"]["metrics"]
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
-
-
-def test_strategies_that_average_alike_still_differ_where_they_should(whole: dict[str, Path], adapter_of: Any) -> None:
-    # Were the server's momentum lost, resuming would agree with itself all the same.
-    assert len({adapter_of(folder)["head.safetensors"] for folder in whole.values()}) == 3
 
 
 def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
@@ -122,6 +96,35 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
     assert "resuming after round 1" in resumed.out
     assert [entry["round"] for entry in result_of(folder)["rounds"]] == [1, 2]
     assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
+
+
+def test_a_round_that_was_broken_off_stays_charged_and_is_tried_again(
+    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result_of: Any
+) -> None:
+    """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
+    train_round, folder = site_work.train_round, tmp_path / "run"
+
+    def train(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
+        if (work.site, work.round) == ("site-2", 2):
+            raise KeyboardInterrupt
+        return train_round(model, adapter, examples, work, **rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(site_work, "train_round", train)
+        outcome = command("simulate", *tiny("federation.spare_rounds=1", into=tmp_path))
+    assert (outcome.code, outcome.err) == (1, "")
+    assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
+    before = verify(folder / "sites" / "site-1" / "ledger.db").events
+    assert command("simulate", f"resume={folder}").code == 0
+    # What site-1 had committed is sent again as it was stored: only that the run is over is new in its ledger.
+    (*after, end) = verify(folder / "sites" / "site-1" / "ledger.db").events
+    assert (tuple(after), end.detail["what"]) == (before, "run_ended")
+    tried = [event for event in verify(folder / "sites" / "site-2" / "ledger.db").events if event.round == 2]
+    assert [(event.kind.value, event.attempt) for event in tried] == [("reserve", 1), ("reserve", 2), ("commit", 2)]
+    result = result_of(folder)
+    assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]
+    spent = {site: (one["steps"], one["upper_bound"]) for site, one in result["privacy"]["sites"].items()}
+    assert spent == {"site-1": (4, False), "site-2": (6, False)}
 
 
 @pytest.mark.parametrize(
@@ -214,24 +217,3 @@ def test_other_records_in_a_resumed_run_are_noticed_and_reported(
     assert "A training file changed between two starts of this run." in resumed.out
     assert result_of(folder)["final"]["findings"] == ["data_changed"]
     assert json.loads((folder / "report.json").read_text())["derived"]["utility"]["findings"] == ["data_changed"]
-
-
-def test_a_damaged_ledger_keeps_its_site_from_training(folder: Path, command: Any, result_of: Any) -> None:
-    (folder / "checkpoints" / "round-0002.safetensors").unlink()
-    with contextlib.closing(sqlite3.connect(folder / "sites" / "site-1" / "ledger.db", isolation_level=None)) as file:
-        file.execute("DROP TRIGGER events_are_never_deleted")
-        file.execute("DELETE FROM events WHERE kind = 'reserve' AND round = 1")
-        file.execute(next(statement for statement in SCHEMA if "events_are_never_deleted" in statement))
-    assert command("simulate", f"resume={folder}").code == 0
-    result = result_of(folder)
-    assert result["rounds"][1]["failed_sites"] == {"site-1": "site_error"}
-    assert re.search(r"site-1/ledger\.db: event \d+ is missing", (folder / "log.txt").read_text())
-    spent = result["privacy"]["sites"]
-    # Without a receipt the lead can only bound what site-1 was charged.
-    assert (spent["site-1"]["upper_bound"], spent["site-1"]["steps"]) == (True, 4)
-    assert (spent["site-2"]["upper_bound"], spent["site-2"]["steps"]) == (False, 4)
-
-
-def test_the_journal_of_rounds_is_written_before_a_site_is_asked(folder: Path) -> None:
-    asked = [json.loads(line) for line in (folder / "checkpoints" / "asked.jsonl").read_text().splitlines()]
-    assert asked == [{"round": round, "sites": ["site-1", "site-2"]} for round in (1, 2)]

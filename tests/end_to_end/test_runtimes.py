@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -64,37 +63,3 @@ def test_thirty_two_sites_take_little_more_memory_than_two(tiny: Any, tmp_path: 
         assert len(result["rounds"][0]["sites"]) == sites
         peaks[sites] = result["final"]["peak_memory_bytes"]
     assert peaks[32] <= 1.2 * peaks[2], peaks
-
-
-def test_only_participants_take_part(simulate: Any, command: Any, tmp_path: Path, result_of: Any) -> None:
-    names = "federation.site_names=[north,south,west]"
-    chosen = ("federation.num_sites=3", names, "federation.participants=[west,north]", "data.declared_sizes=[50,60,70]")
-    folder = simulate(*chosen, "privacy.delta=1e-5", into=tmp_path)
-    result = result_of(folder)
-    assert [entry["sites"] for entry in result["rounds"]] == [["north", "west"]] * 2
-    assert list(result["privacy"]["sites"]) == ["north", "west"]
-    assert {path.name for path in (folder / "sites").iterdir() if path.is_dir()} == {"north", "west"}
-    report = json.loads((folder / "report.json").read_text())["derived"]
-    assert {site["site"]: site["declared_size"] for site in report["sites"]} == {"north": 50, "west": 70}
-
-
-def test_a_site_keeps_its_records_whoever_else_takes_part(
-    simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fedtune.sites.work as site_work
-
-    seen: dict[str, list[tuple[int, int]]] = {}
-    train_round = site_work.train_round
-
-    def spy(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
-        seen.setdefault(work.site, []).append((len(examples), examples.num_tokens))
-        return train_round(model, adapter, examples, work, **rest)
-
-    monkeypatch.setattr(site_work, "train_round", spy)
-    simulate("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", into=tmp_path, name="all")
-    everyone = dict(seen)
-    seen.clear()
-    only = ("privacy=none", "federation.num_rounds=1", "federation.num_sites=3", "federation.participants=[site-3]")
-    simulate(*only, into=tmp_path, name="one")
-    assert set(everyone) == {"site-1", "site-2", "site-3"}
-    assert seen == {"site-3": everyone["site-3"]}

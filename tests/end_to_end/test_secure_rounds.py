@@ -189,21 +189,11 @@ def test_a_spare_round_makes_up_for_a_sum_that_is_lost(
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
     result = result_of(folder)
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3], "and the other spare round is not needed"
+    assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
     assert [after.digest() != before.digest() for before, _, after in steps] == [True, True]
+    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
     assert {site["steps"] for site in result["privacy"]["sites"].values()} == {3}
     assert command("report", "verify", str(folder / "report.json")).code == 0
-
-
-def test_a_round_whose_sum_is_lost_moves_nothing_and_is_charged(
-    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None
-) -> None:
-    folder = simulate(*SECURE, *THREE, into=tmp_path)
-    result = result_of(folder)
-    assert [entry["sites"] for entry in result["rounds"]][1] == []
-    assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
-    assert len(steps) == 2
-    assert steps[0][2].digest() == steps[1][0].digest(), "the adapter stayed"
-    assert result["privacy"]["sites"]["site-1"]["steps"] == 3
 
 
 @pytest.fixture
@@ -523,27 +513,22 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
     }
 
 
-@pytest.mark.by_day("None")
-@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None])
-def test_a_lead_whose_session_is_no_session_of_these_members_begins_another(
-    kept: bytes | None, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, sites_stay: Any
+@pytest.mark.by_day("None", "forgotten")
+@pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
+def test_a_lead_whose_session_is_over_begins_another_and_leaves_the_round_that_it_lost(
+    kept: Any, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, request: Any
 ) -> None:
+    """A session of other members, or one that its sites have forgotten."""
+    if kept != "forgotten":
+        request.getfixturevalue("sites_stay")
     lead_dies_in_round_two(*THREE)
     session = tmp_path / "run" / "checkpoints" / "session.json"
-    session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
+    if kept != "forgotten":
+        session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
     done = command("simulate", f"resume={tmp_path / 'run'}")
     assert done.code == 0, done.err
-    assert [len(entry["sites"]) for entry in result_of(tmp_path / "run")["rounds"]] == [3, 0, 3]
-
-
-def test_a_lead_that_starts_again_leaves_the_round_that_it_lost(
-    lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any
-) -> None:
-    lead_dies_in_round_two(*THREE)
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
-    rounds = result_of(tmp_path / "run")["rounds"]
-    assert [len(entry["sites"]) for entry in rounds] == [3, 0, 3]
-    assert set(rounds[1]["failed_sites"].values()) == {"not_summed"}
-    assert rounds[1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"
-    assert result_of(tmp_path / "run")["privacy"]["sites"]["site-1"]["steps"] == 3
+    result = result_of(tmp_path / "run")
+    assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3]
+    assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}
+    assert result["rounds"][1]["bytes_up"] == 0, "it is not asked again: a site might pay for what no session can sum"
+    assert result["privacy"]["sites"]["site-1"]["steps"] == 3

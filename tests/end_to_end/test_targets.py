@@ -132,26 +132,3 @@ def test_it_is_evaluated_beside_its_start(
     assert ("detail" in found) == (task != "regression")
     shown = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json")).out
     assert ("How sure the tuned model is" in shown) == (task != "regression")
-
-
-def test_it_answers_a_text(plain: Callable[[str], Path], command: Any) -> None:
-    def said(task: str, text: str) -> Any:
-        told = command("generate", str(plain(task)), "--prompt", text, "--json")
-        assert told.code == 0, told.err
-        return json.loads(told.out)["answers"][f"{task}-plain"]
-
-    assert {one["label"] for one in said("multi_label", "lost late item")} <= set(LABELS)
-    assert all(one["probability"] > 0.5 for one in said("multi_label", "lost late item"))
-    assert [one["label"] in GRADES for one in said("ordinal", "lost late item")] == [True] * 3
-    assert said("regression", "lost late damaged item")["number"] > said("regression", "item")["number"]
-    line = command("generate", str(plain("regression")), "--prompt", "item").out
-    assert 0 <= float(line) <= 4
-
-
-@tasks
-def test_an_attack_plants_records_that_the_run_can_use(
-    given: Callable[..., list[str]], command: Any, task: str
-) -> None:
-    planted = ("audit.kind=records", "audit.canaries=6")
-    outcome = command("audit", *given(task, "audit"), *planted, "federation.num_rounds=1")
-    assert outcome.code == 0, outcome.err

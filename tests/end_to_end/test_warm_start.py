@@ -92,14 +92,6 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(
     assert saved_config(folder).model.adapter_sha256 is not None
 
 
-def test_labels_in_another_order_keep_their_rows(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
-    labels = ",".join(f"'{label}'" for label in reversed(saved_config(first).data.labels))
-    chosen = (f"model.adapter={first}", f"data.labels=[{labels}]", "federation.num_rounds=1", "tracking.progress=true")
-    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
-    assert outcome.code == 0, outcome.err
-    assert "its head is taken, too" in outcome.out
-
-
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
