@@ -48,7 +48,7 @@ def tuned(simulate: Any, files: Path, tmp_path_factory: pytest.TempPathFactory) 
             "data=e2e_nlg",
             "task=causal_lm",
             f"data.train_file='{files / 'train.csv'}'",
-            "data.validation_file=null",
+            f"data.validation_file='{files / 'test.csv'}'",
             f"data.test_file='{files / 'test.csv'}'",
             "data.prompt_template='{prompt}'",
             "data.train_fraction=1.0",
