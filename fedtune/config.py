@@ -333,7 +333,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         ConfigError: there is none, it is not YAML of keys and values, or another version wrote it.
     """
     path = RunFolder(folder).config
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, too
         raise ConfigError("run folder", str(folder), f"must hold a config.yaml{run_folders_near(folder)}")
     settings = plain_yaml(path, key="run folder")
     check_schema(f"{path}: schema_version", settings.pop("schema_version", None), RUN_SCHEMA, of="run folder")

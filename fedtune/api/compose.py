@@ -247,11 +247,8 @@ def _changed(known: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """A whole configuration, changed by single values."""
     settings = OmegaConf.create(known.to_json())
     for override in overrides:
-        key, value = key_of(override), value_of(override)
-        if isinstance(value, Sweep):
-            raise ConfigError(key, override.partition("=")[2], _SEVERAL)
         try:
-            OmegaConf.update(settings, key, value)
+            OmegaConf.update(settings, key_of(override), value_of(override))
         except OmegaConfBaseException as error:
             raise _in_our_words(error, [override]) from error
     changed: Any = OmegaConf.to_container(settings)
@@ -319,12 +316,15 @@ def value_of(override: str) -> Any:
     """The value that an override gives its key.
 
     Raises:
-        ConfigError: it is no override.
+        ConfigError: it is no override, or gives several values.
     """
     try:
-        return OverridesParser.create().parse_override(override).value()
+        value = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
         raise _in_our_words(error, [override]) from error
+    if isinstance(value, Sweep):
+        raise ConfigError(key_of(override), override.partition("=")[2], _SEVERAL)
+    return value
 
 
 def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ConfigError("override", override, f"must look like {key.partition('.')[0]}.key=value")
         values[key] = value_of(override)
-        if isinstance(values[key], Sweep | bool):
+        if isinstance(values[key], bool):
             raise ConfigError(key, str(values[key]), "must be one plain value")
     return values
 

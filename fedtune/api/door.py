@@ -175,7 +175,7 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
     from fedtune.federation.planner import price
 
     config = compose_recipe(recipe, settings)
-    return price(config.plan(), config.declared_sizes())
+    return price(config.plan(), config.declared_sizes(), before=config.federation.renewal)
 
 
 def load(folder: str | Path) -> Run:

@@ -75,7 +75,7 @@ def run(
             if _is_finished(folder):
                 say(f"{folder} is finished.")
                 return
-            words = (f"resume='{folder}'",)
+            words = (f"resume={quoted(str(folder))}",)
         _start(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
@@ -95,7 +95,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume='{folder}'", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
+            _start([f"resume={quoted(str(folder))}", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
 
 
 def _lead_kit(folder: Path | None) -> Kit:

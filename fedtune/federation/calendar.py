@@ -7,13 +7,13 @@ the sites' caps to see to, which hold for each cohort.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_name
+from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_name, period_of
 from fedtune.privacy.run_plan import Plan
 from fedtune.words import counted
 
@@ -44,8 +44,9 @@ def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
     '2026-Q1..2026-Q4'
     """
     (first, last), period = cohorts.span, cohorts.period
-    begins = None if first == OLDEST else cohort_name(first + by, period)
-    return Cohorts(period=period, first=begins, last=cohort_name(last + by, period))
+    # No period comes after the year 9999: a window up to there, which has no end, keeps it.
+    begins, ends = (cohort_name(min(one + by, period_of(date.max, period)), period) for one in (first, last))
+    return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
 
 
 def most_of_one(plan: Plan) -> int | None:
@@ -58,11 +59,11 @@ def most_of_one(plan: Plan) -> int | None:
 
 def epsilon_of(plan: Plan, *, runs: int) -> float:
     """Epsilon by PLD of so many runs like this one, for somebody who is in all of them."""
-    return accountant.epsilon_pld([dataclasses.replace(plan, runs=runs).of_all_runs], plan.delta)
+    return accountant.epsilon_pld([plan.event(rounds=plan.most_rounds * runs)], plan.delta)
 
 
 def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
-    """The next `plan.runs` runs or, where each admits everybody, those that are left; of many the first ones.
+    """The next `plan.runs` runs or, where a window has no beginning, those that are left; of many the first ones.
 
     Args:
         plan: of the run that comes next.
@@ -71,17 +72,11 @@ def calendar_of(plan: Plan, *, before: int = 0) -> tuple[CalendarRun, ...]:
     if not plan.private or plan.runs == 1:
         return ()
     window, cohorts, found = most_of_one(plan), plan.cohorts, []
-    for step in range(min(_MOST_SHOWN, plan.runs if cohorts else max(1, plan.runs - before))):
+    for step in range(min(_MOST_SHOWN, plan.runs if window else plan.runs - before)):
         number = before + step + 1
         oldest = epsilon_of(plan, runs=number if window is None else min(number, window))
-        found.append(
-            CalendarRun(
-                number=number,
-                cohorts=cohorts and moved(cohorts, by=step),
-                oldest=oldest,
-                newest=epsilon_of(plan, runs=1) if cohorts else oldest,
-            )
-        )
+        admits, newest = (moved(cohorts, by=step), epsilon_of(plan, runs=1)) if cohorts else (None, oldest)
+        found.append(CalendarRun(number=number, cohorts=admits, oldest=oldest, newest=newest))
     return tuple(found)
 
 
@@ -109,10 +104,10 @@ def about_calendar(plan: Plan) -> Iterator[str]:
     who = "a person is in at most" if plan.cohorts else "everybody is in at most"
     alone, whole = (epsilon_text(epsilon_of(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {counted(most, 'run')}, epsilon {whole} in all."
-    cap, _ = filter.cheapest(dataclasses.replace(plan, runs=most).of_all_runs, delta=plan.delta)
+    cap, _ = filter.cheapest(plan.event(rounds=plan.most_rounds * most), delta=plan.delta)
     yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {epsilon_text(cap)}, by its filter."
     if plan.cohorts and (window is None or window > plan.runs):
-        who = "who has no date or came before it" if window is None else f"of {counted(window, 'period')}"
+        who = "who have no date or came before it" if window is None else f"of {counted(window, 'period')}"
         yield (
             f"CAUTION: the window admits people {who} to more runs than privacy.runs = {plan.runs}. Sites whose cap is "
             f"for {counted(plan.runs, 'run')} refuse the next one: give the window a beginning, or fewer periods."

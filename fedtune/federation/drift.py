@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
 
 from fedtune.federation.lead import RoundResult
-from fedtune.spec import spec
+from fedtune.spec import check_at_least, check_at_most, spec
 
 FELL = "held_out_fell"  # a finding's code
 
@@ -23,6 +23,11 @@ class HeldOut:
     date: str
     mean: float
     deviation: float
+
+    def __post_init__(self) -> None:
+        for name, least in (("deviation", 1e-50), ("mean", -1e50)):  # it may be from another's folder, and is squared
+            check_at_least(name, getattr(self, name), least)
+            check_at_most(name, getattr(self, name), 1e50)
 
 
 @spec

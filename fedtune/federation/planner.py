@@ -121,7 +121,7 @@ class Change:
     step_noise: float | None
 
 
-def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int = 0) -> Price:
+def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Price:
     """The price of `plan` for sites of these declared sizes; `before`: runs of its calendar that are over.
 
     Guarantee: every epsilon is an upper bound, except `epsilon_of_one_round`, which bounds a single round only.

@@ -6,14 +6,13 @@ It imports next to nothing, so that a command that only looks for a file waits f
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.spec import ConfigError
 
 _MOST_NAMED = 10
-
-
 LABEL = "label.svg"
 """The privacy label, beside an adapter's card."""
 ASKED = "asked.jsonl"
@@ -36,7 +35,7 @@ def run_folders_near(folder: Path) -> str:
 
     They are looked for beside it, in it, and in runs/; empty where there are none.
     """
-    for place in (folder.parent, folder, Path("runs")):
+    for place in filter(os.path.isdir, (folder.parent, folder, Path("runs"))):
         named = {path.parent.name: str(path.parent) for path in sorted(place.glob("*/config.yaml"))}
         if alike := difflib.get_close_matches(folder.name, named, n=1):
             return f"; did you mean {named[alike[0]]}?"

@@ -28,8 +28,7 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     """
     before = saved_config(last := Path(folder).expanduser())
     RunFolder(last).finished_adapter()
-    changes: dict[str, Any] = {"resume": None, "federation.renewal": before.federation.renewal + 1}
-    changes |= {"model.adapter": str(last), "model.adapter_sha256": None}
+    changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
@@ -40,9 +39,12 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         group: Any = settings
         for one in groups:
             group = group.get(one) if isinstance(group, dict) else None
-        if not isinstance(group, dict) or (name not in group and groups[-1:] != ["columns"]):
-            raise ConfigError(key, value, "must be a setting of the run that is renewed, such as privacy.sampling_rate")
+        known = isinstance(group, dict) and (name in group or groups[-1:] == ["columns"])
+        # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
+        if not known or key == "federation.renewal" or (group is settings and isinstance(group[name], dict)):
+            raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
         group[name] = value
+    settings["federation"]["renewal"] += 1
     after = parse(settings)
     _check_left(before, after, last)
     return after
@@ -54,8 +56,7 @@ def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:
     if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
         return
     for name in ("epsilon", "delta", "runs"):
-        value, was = getattr(after.privacy, name), getattr(shared, name)
-        if value != was:
+        if (value := getattr(after.privacy, name)) != (was := getattr(shared, name)):
             bound = f"must be {was:g}, as in the runs before: the same people's budget is divided by it"
             raise ConfigError(f"privacy.{name}", value, bound)
     if after.federation.renewal >= shared.runs:

@@ -86,12 +86,17 @@ class VirtualSites:
         """The sites of a run.
 
         Raises:
-            ConfigError: `runtime.sites_dir` is there and is no folder.
+            ConfigError: `runtime.sites_dir` is no folder, or a renewed run's sites are not there.
         """
         kept = config.runtime.sites_dir
         if kept and os.path.lexists(kept) and not Path(kept).is_dir():
             raise ConfigError("runtime.sites_dir", kept, "must be a folder, or not be there yet")
-        return cls(config, Path(kept) if kept else RunFolder(run_folder).sites, plan)
+        folder = Path(kept) if kept else RunFolder(run_folder).sites
+        # New ledgers would know nothing of what the runs before were charged.
+        if config.federation.renewal and not (folder / DEALT).is_file():
+            bound = f"must be the folder of the ledgers of the run that is renewed: no {DEALT} in {folder.absolute()}"
+            raise ConfigError("runtime.sites_dir", kept, bound)
+        return cls(config, folder, plan)
 
     def check_dealt_out(self) -> None:
         """Note how records were dealt out to kept sites, or check that this run does it the same way.

@@ -119,6 +119,8 @@ def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(t
     for wrong, message in (("n=3", r"privacy\.epsilonn"), ("=1,3", r"privacy\.epsilon = '1,3': is several values")):
         with pytest.raises(ConfigError, match=message):
             compose_run([resume, f"privacy.epsilon{wrong}"])
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = '1,3': is several values"):
+        compose_run(["renew=x", "privacy.epsilon=1,3"])
     # By another name its sites' ledgers would not know it, and count from zero.
     assert compose_run([resume, "name=second"]).name == "first"
     (again,) = swept([resume])

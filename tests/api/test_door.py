@@ -39,7 +39,8 @@ def told() -> list[fedtune.Progress]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, told: list[fedtune.Progress]) -> fedtune.Run:
-    return fedtune.simulate("debug", tiny(tmp_path_factory.mktemp("door")), progress=told.append)
+    settings = tiny(tmp_path_factory.mktemp("door"), **{"privacy.runs": 2})
+    return fedtune.simulate("debug", settings, progress=told.append)
 
 
 def test_a_run_is_a_value_with_what_it_came_to(run: fedtune.Run) -> None:
@@ -130,6 +131,16 @@ def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"must be a ledger\.db"):
         fedtune.Ledger(run.folder / "none.db")
+
+
+def test_a_finished_run_is_renewed_at_the_same_ledgers(run: fedtune.Run) -> None:
+    settings = {"renew": run.folder, "name": "later"}
+    assert [one.number for one in fedtune.plan(settings=settings).calendar] == [2]
+    later = fedtune.simulate(settings=settings)
+    known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
+    assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
+    with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.runs = 2"):
+        fedtune.simulate(settings={"renew": later.folder})
 
 
 def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path: Path, command: Any) -> None:

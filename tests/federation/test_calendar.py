@@ -28,6 +28,7 @@ def spent(plan: Plan, *runs: int) -> list[float]:
 def test_a_window_moves_on_and_keeps_its_length() -> None:
     assert str(moved(Cohorts(period="year", first="2025", last="2027"))) == "2026..2028"
     assert str(moved(Cohorts(period="month", last="2025-12"), by=2)) == "..2026-02"
+    assert str(moved(Cohorts(period="month", first="2026-12", last="9999-12"))) == "2027-01..9999-12"
 
 
 def test_the_oldest_owe_every_run_of_their_window_and_the_newest_one() -> None:
@@ -45,6 +46,10 @@ def test_where_everybody_is_admitted_runs_end_with_the_budget() -> None:
     plan = made(runs=4, cohorts=None)
     assert [row.oldest for row in calendar_of(plan)] == spent(plan, 1, 2, 3, 4)
     assert [row.newest for row in calendar_of(plan, before=3)] == spent(plan, 4)
+    # A window without a beginning goes no further, either; one with it may come after more runs than share an epsilon.
+    assert [row.number for row in calendar_of(made(runs=4, first=None), before=2)] == [3, 4]
+    long = made(runs=2, first="1800")
+    assert [row.oldest for row in calendar_of(long, before=150)] == spent(long, 151, 152)
     assert next(about_calendar(plan)).endswith("everybody is in at most 4 runs, epsilon 5.999 in all.")
     assert calendar_of(replace(plan, runs=1)) == calendar_of(replace(plan, noise_multiplier=0.0)) == ()
 

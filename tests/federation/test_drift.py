@@ -9,6 +9,7 @@ import pytest
 
 from fedtune.federation.drift import HeldOut, fall_of, held_out_of
 from fedtune.federation.lead import RoundResult
+from fedtune.spec import ConfigError
 
 
 def round_of(number: int, **scores: tuple[float, float]) -> RoundResult:
@@ -28,7 +29,7 @@ def test_scores_are_added_up_over_sites_and_rounds() -> None:
     # 50 + 45 + 70 right of 100 + 55 + 90; three releases, each of both sums with noise of 2 root 2 units.
     units, mean, noise = 245.0, 165 / 245, 2.0 * math.sqrt(6)
     deviation = math.sqrt((1 + mean**2) * (noise / units) ** 2 + mean * (1 - mean) / (units / 2))
-    assert found == HeldOut(run="r", date="2026-01-03", mean=pytest.approx(mean), deviation=pytest.approx(deviation))
+    assert found == HeldOut(run="r", date="2026-01-03", mean=mean, deviation=deviation)
     assert held_out_of(rounds, {"a": 100.0, "b": 50.0}, noise=21.0, run="r") is None, "too much noise for so few units"
     assert held_out_of([round_of(1)], {"a": 100.0}, noise=1.0, run="r") is None
 
@@ -70,3 +71,9 @@ def test_without_a_fall_one_report_in_twenty_finds_one() -> None:
     draws = np.random.default_rng(7)
     found = [fall_of(runs(*draws.normal(0.8, 0.01, 6))) for _ in range(4000)]
     assert np.mean([one.found for one in found if one]) == pytest.approx(0.05, abs=0.012)
+
+
+@pytest.mark.parametrize("wrong", [{"deviation": 0.0}, {"deviation": 1e-200}, {"deviation": 1e200}, {"mean": -1e308}])
+def test_a_line_from_elsewhere_holds_nothing_that_cannot_be_squared(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = .*: must be .*at (least|most)"):
+        HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **wrong})

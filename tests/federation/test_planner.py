@@ -24,21 +24,21 @@ def golden(**changes: float | int) -> Plan:
 
 
 def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:
-    price = planner.price(golden(), SIZES)
+    price = planner.price(golden(), SIZES, before=0)
     assert price.epsilon_of_one_round == pytest.approx(1.43, abs=0.005)
     assert price.epsilon == pytest.approx(5.62, abs=0.005)
     assert price.steps == 2000
 
 
 def test_the_filter_s_figure_is_the_least_cap_with_room_for_the_plan(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES)
+    price = planner.price(run_plan, SIZES, before=0)
     whole = run_plan.event(rounds=run_plan.most_rounds)
     assert price.epsilon_filter == pytest.approx(filter.filter_cost(whole, delta=run_plan.delta))
     assert price.filter_order in filter.ORDERS
 
 
 def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES)
+    price = planner.price(run_plan, SIZES, before=0)
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
     assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
     assert [one.spare for one in price.rounds] == [False, False, False, True]
@@ -52,13 +52,13 @@ def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> No
 
 def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
     plan = golden(noise_multiplier=4.0, local_steps=1, num_rounds=997, spare_rounds=3)
-    shown = [one.round for one in planner.price(plan, SIZES).rounds]
+    shown = [one.round for one in planner.price(plan, SIZES, before=0).rounds]
     assert len(shown) <= 22
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
 
 
 def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES)
+    price = planner.price(run_plan, SIZES, before=0)
     largest = price.sites["a"]
     assert largest.expected_batch == pytest.approx(0.2 * 1200)
     assert largest.weight == pytest.approx(1200 / 2080)
@@ -68,7 +68,7 @@ def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
 
 
 def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:
-    price = planner.price(replace(run_plan, noise_multiplier=0.0), SIZES)
+    price = planner.price(replace(run_plan, noise_multiplier=0.0), SIZES, before=0)
     assert price.rounds == ()
     assert price.filter_order is None
     assert {price.epsilon, price.epsilon_rdp, price.epsilon_filter, price.epsilon_of_one_round} == {math.inf}

@@ -68,11 +68,14 @@ def test_where_everybody_is_admitted_runs_end(last: Last, groups: dict[str, Any]
 
 
 def test_other_words_and_folders_of_no_finished_run_are_refused(last: Last, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
-        renewed(tmp_path, {})
+    for nothing in (tmp_path, "x" * 5000):
+        with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+            renewed(nothing, {})
     folder = last()
-    for key in ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x"):
-        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be a setting of the run that is renewed"):
+    # A whole group would bring defaults, such as other sites, and another count would begin the budget anew.
+    words = ("experiment", "privacyy.epsilon", "privacy.epsilonn", "privacy.epsilon.x", "federation.renewal", "runtime")
+    for key in words:
+        with pytest.raises(ConfigError, match=rf"{key} = 'debug': must be one setting of the run that is renewed"):
             renewed(folder, {key: "debug"})
     (folder / "adapter").rmdir()
     with pytest.raises(ConfigError, match="must hold a finished adapter/; resume the run first"):

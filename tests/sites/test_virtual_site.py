@@ -302,3 +302,15 @@ def test_a_file_is_no_folder_of_sites(config: Callable[..., RunConfig], tmp_path
     kept = config(f"runtime.sites_dir={tmp_path / 'sites'}")
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
         VirtualSites.of(kept, tmp_path / "run", kept.plan())
+
+
+@pytest.mark.parametrize("gone", ["null", "moved/sites"])
+def test_a_renewed_run_makes_no_new_sites(config: Callable[..., RunConfig], gone: str, tmp_path: Path) -> None:
+    after = config(f"runtime.sites_dir={gone}", "federation.renewal=1")
+    with pytest.raises(
+        ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run that is"
+    ):
+        sites_of(after, tmp_path)
+    sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_dealt_out()
+    kept = replace(before, federation=replace(before.federation, renewal=1))
+    assert sites_of(kept, tmp_path).folder == tmp_path / "kept"
