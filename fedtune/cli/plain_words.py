@@ -7,6 +7,7 @@ from typing import Any
 from fedtune.codec import decode
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.history import NOISE_FACTOR
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report.page.catalogue import catalogue
@@ -33,7 +34,11 @@ def event_text(event: Event) -> str:
     match event.kind:
         case Kind.PLAN:
             proposal = decode(Proposal, detail["proposal"])
-            plan = proposal.plan
+            factor = detail.get(NOISE_FACTOR, 1.0)
+            plan, more = (
+                proposal.plan.stronger(factor),
+                f"; {factor:g} times the noise asked for" if factor != 1 else "",
+            )
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
@@ -41,7 +46,7 @@ def event_text(event: Event) -> str:
                 f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
                 f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
                 f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
-                f"{str(detail['expires'])[:10]}{start}{seeded}"
+                f"{str(detail['expires'])[:10]}{start}{more}{seeded}"
             )
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""

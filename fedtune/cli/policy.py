@@ -188,6 +188,11 @@ def _budget(policy: Policy) -> Iterator[str]:
             f"{promise_text(policy.population.unit, epsilon=budget.max_epsilon, delta=budget.delta)}"
         )
     yield f"For one run: epsilon {cap_text(budget.max_epsilon_per_run)}."
+    promise = policy.promise
+    if promise.noise_factor != 1:
+        yield f"Each run is trained with {promise.noise_factor:g} times the noise that it asks for."
+    if promise.epsilon_per_run is not None:
+        yield f"A run that would cost more than epsilon {promise.epsilon_per_run:g} gets as much noise as it takes."
     yield f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."
 
 

@@ -167,7 +167,7 @@ def approve(
     from fedtune.cli import site_actions as work
 
     if run is None:
-        work.show_waiting(state, as_json=as_json)
+        work.show_waiting(state, files.policy, as_json=as_json)
     else:
         work.approve(state, run, site_toml=site, files=files, yes=yes)
 

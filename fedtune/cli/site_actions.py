@@ -34,7 +34,9 @@ from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Policy
 from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
@@ -54,17 +56,17 @@ _MOST_TEXT = 1000
 _MOST_REASON = 300
 
 
-def show_waiting(state: SiteState, *, as_json: bool) -> None:
-    """List the runs that wait."""
+def show_waiting(state: SiteState, policy: Policy, *, as_json: bool) -> None:
+    """List the runs that wait, with what each would cost at the site's own noise."""
     waiting = state.waiting()
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending) for pending in waiting]})
+        print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending, policy) for pending in waiting]})
     elif waiting:
         rows = []
         for pending in waiting:
             asked = pending.proposal
             about = (printable(asked.run), pending.since, printable(asked.dataset))
-            rows.append((*about, _price(asked), spoken_start(asked.lead)))
+            rows.append((*about, _price(asked, policy.own_plan(asked.plan)), spoken_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
         show(Console(), [Section(headings=headings, rows=rows, words=range(5), whole={0})])
     else:
@@ -222,7 +224,7 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
     return found[0]
 
 
-def _to_json(pending: Pending) -> dict[str, Any]:
+def _to_json(pending: Pending, policy: Policy) -> dict[str, Any]:
     """A run that waits; its epsilon is null where it promises none."""
     asked = pending.proposal
     return {
@@ -231,28 +233,29 @@ def _to_json(pending: Pending) -> dict[str, Any]:
         "since": pending.since,
         "dataset": asked.dataset,
         "lead": asked.lead,
-        "epsilon": _epsilon(asked),
+        "epsilon": _epsilon(asked, policy.own_plan(asked.plan)),
         "delta": asked.plan.delta,
     }
 
 
-def _epsilon(asked: Proposal) -> float | None:
-    """Of the whole run, by PLD; None: it has no guarantee."""
-    if asked.seeded_noise or not asked.plan.private:
+def _epsilon(asked: Proposal, own: Plan) -> float | None:
+    """Of the whole run, as the site would carry it out, by PLD; None: it has no guarantee."""
+    if asked.seeded_noise or not own.private:
         return None
-    return epsilon_pld([asked.plan.whole], asked.plan.delta)
+    return epsilon_pld([own.whole], own.delta)
 
 
-def _price(asked: Proposal) -> str:
-    epsilon = _epsilon(asked)
+def _price(asked: Proposal, own: Plan) -> str:
+    epsilon = _epsilon(asked, own)
     return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
 
 
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
-    plan = asked.plan
+    plan = verdict.own
+    more = f", where the run asks for {asked.plan.noise_multiplier:g}" if plan != asked.plan else ""
     # All of them: what a site is asked to tell is never cut short.
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
-    price = f"epsilon {_price(asked)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
+    price = f"epsilon {_price(asked, plan)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
     if not plan.private:
         price = "NO GUARANTEE: the run adds no noise"
     elif asked.seeded_noise:
@@ -276,7 +279,7 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
         "adapter": adapter,
         **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
         "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, step)} each",
-        "mechanism": f"noise {noise_words(plan)}, clip norm {plan.max_grad_norm:g}, "
+        "mechanism": f"noise {noise_words(plan)}{more}, clip norm {plan.max_grad_norm:g}, "
         f"sampling rate {plan.sampling_rate:g}",
         **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
         "protects": contribution(plan) if plan.unit == "user" else "each record by itself",

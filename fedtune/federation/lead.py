@@ -23,6 +23,7 @@ from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoi
 from fedtune.model import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError, StuckError, check_at_least, spec
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
@@ -108,28 +109,36 @@ class LeadState:
         between = median((later - end).total_seconds() for end, later in pairwise(ends))
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
+    def plan_at(self, site: str, plan: Plan) -> Plan:
+        """The run's plan as a site carries it out, by its newest receipt; without one, with no more than its noise."""
+        return plan.stronger(self.receipts[site].noise_factor) if site in self.receipts else plan
+
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
     def heard(
-        self, site: str, receipt: Receipt | None, *, run: str, most_rounds: int, update: bool = False
+        self, site: str, receipt: Receipt | None, *, run: str, plan: Plan, update: bool = False
     ) -> LeadState | None:
         """The state with a site's receipt, which says what was really charged; None: it says nothing about this run.
 
         A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
-        before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
-        ledger that was lost or put back.  Such a site counts as silent, and an `update` that came with it as none.
+        before, is nobody's word; one of more rounds than the plan has is wrong, or of another noise than before; and
+        one that went backwards comes of a ledger that was lost or put back.  Such a site counts as silent, and an
+        `update` that came with it as none.
         """
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
         # Each update was charged: a receipt that counts fewer is an old one, which a server put in a newer one's place.
         updates = update + sum(result.has_update_of(site) for result in self.rounds)
         # No ledger grants a run more rounds than its plan has.
-        if not (updates <= receipt.charged_rounds <= most_rounds and receipt.is_signed()):
+        if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.is_signed()):
             return None
         old = self.receipts.get(site, receipt)
+        # A ledger fixes its site's noise with the first round that it charges.
+        if not plan.bears(receipt.noise_factor) or (old.charged_rounds and receipt.noise_factor != old.noise_factor):
+            return None
         newer = receipt.charged_rounds >= old.charged_rounds and receipt.sequence >= old.sequence
         if not newer or receipt.site_key != old.site_key:
             return None
@@ -169,7 +178,7 @@ class ReceiptBook:
 
     def keep(self, receipts: Mapping[str, Receipt]) -> None:
         """Remember those that are newer than what is there."""
-        newest = {site: asdict(receipt) for site, receipt in newest_of(self.read(), receipts).items()}
+        newest = {site: receipt.to_json() for site, receipt in newest_of(self.read(), receipts).items()}
         write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
@@ -230,7 +239,7 @@ class Checkpoints:
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
         about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
         about |= {name: getattr(state, name) for name in _plain_fields()}
-        metadata = {"fedtune": json.dumps(about, default=asdict)}
+        metadata = {"fedtune": json.dumps(about, default=_plain)}
         write_durably(self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
@@ -280,6 +289,10 @@ def _way_on(found: Sequence[Path]) -> str:
     if len(found) < 2:
         return "no other is left: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    return one.to_json() if isinstance(one, Receipt) else asdict(one)
 
 
 @lru_cache(maxsize=1)

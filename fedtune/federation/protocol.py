@@ -161,7 +161,7 @@ class RoundRequest(_Question):
     session: str = ""
 
     def _to_json(self) -> dict[str, Any]:
-        receipt = None if self.receipt is None else asdict(self.receipt)
+        receipt = None if self.receipt is None else self.receipt.to_json()
         return {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
 
     def _check(self) -> None:

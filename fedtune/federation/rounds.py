@@ -25,8 +25,9 @@ from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import Arrived
 from fedtune.model import Adapter
 from fedtune.privacy.release import Reason, Receipt, Update
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError
-from fedtune.training.reach import reach
+from fedtune.training.reach import Reach, reach
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
     if not any(result.sites for result in state.rounds):
         raise RunError(f"no round of {lead.run} had a result; nothing was trained")
     for site, receipt in _tell_the_end(transport, lead, adapter=state.kept).items():
-        state = state.heard(site, receipt, run=lead.run, most_rounds=lead.plan.most_rounds) or state
+        state = state.heard(site, receipt, run=lead.run, plan=lead.plan) or state
     lead.checkpoints.save(state)
     return state
 
@@ -75,11 +76,12 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     questions = _requests(lead, state, session=aggregation.session, sites=sites)
-    rests = lead.lora.rests_in(round)
-    reaches = {
-        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=state.adapter, rests=rests)
-        for site, size in lead.declared_sizes.items()
-    }
+    rests, sent, sizes = lead.lora.rests_in(round), state.adapter, lead.declared_sizes
+
+    def reach_of(site: str, plan: Plan) -> Reach:
+        return reach(lead.training, plan, round=round, declared_size=sizes[site], sent=sent, rests=rests)
+
+    reaches = {site: reach_of(site, lead.plan) for site in sizes}
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
         replies = RoundReplies(
             proposal=lead.proposal,
@@ -96,7 +98,9 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
                 receipt = None
             # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
-            after = state.heard(site, own, run=lead.run, most_rounds=lead.plan.most_rounds, update=update)
+            after = state.heard(site, own, run=lead.run, plan=lead.plan, update=update)
+            if after and (plan := after.plan_at(site, lead.plan)) is not lead.plan:
+                reaches[site] = reach_of(site, plan)  # more noise moves an adapter further
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
             replies.take(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from fedtune.federation.aggregation import Made
+from fedtune.federation.aggregation import Made, weights_of
 from fedtune.federation.lead import LeadState
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
@@ -32,7 +32,7 @@ class Average:
 
     Args:
         spec: names the strategy.
-        sizes: site -> its declared size, which weighs its update.
+        sizes: site -> its declared size, which weighs its update (`weights_of`).
     """
 
     session = ""
@@ -63,11 +63,16 @@ class Average:
         return tuple(self._sizes)
 
     def combine(self, state: LeadState, replies: RoundReplies) -> Made:
-        weights = {site: self._sizes[site] for site in replies.sites}
+        weights = weights_of(
+            {site: self._sizes[site] for site in replies.sites},
+            replies.proposal.plan,
+            factors={site: state.receipts[site].noise_factor for site in replies.sites},
+            values=replies.sent.num_values,
+        )
         adapter = self.average(replies.round, replies.arrived, weights)
         return Made(adapter, replies.sites, replies.failures, self.state)
 
-    def average(self, round: int, arrived: Arrived, weights: Mapping[str, int]) -> Adapter:
+    def average(self, round: int, arrived: Arrived, weights: Mapping[str, float]) -> Adapter:
         """The strategy's adapter of the updates, computed piece by piece: the same bits as of all at once.
 
         Mean and median take each value by itself.  A server optimizer follows a mean, and is given that as one update.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -151,7 +150,7 @@ def to_step(content: RecordDict) -> bytes | Refusal:
 
 def from_receipt(receipt: Receipt | None) -> RecordDict:
     """Content of a site's answer to the end of a run."""
-    text = json.dumps(None if receipt is None else asdict(receipt))
+    text = json.dumps(None if receipt is None else receipt.to_json())
     return RecordDict({RECEIPT: ConfigRecord({"json": text})})
 
 
@@ -167,12 +166,12 @@ def _receipt(fields: object) -> Receipt | None:
 
 def from_reply(reply: Reply) -> RecordDict:
     """Content of a site's answer: an update's own bytes, or a JSON of another release type's fields; and a receipt."""
-    body, receipt = reply.body, None if reply.receipt is None else asdict(reply.receipt)
+    body, receipt = reply.body, None if reply.receipt is None else reply.receipt.to_json()
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
         return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
     kind = next(kind for kind, release in _AS_JSON.items() if isinstance(body, release))
-    return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **asdict(body)})})})
+    return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **body.to_json()})})})
 
 
 def to_reply(content: RecordDict) -> Reply:
@@ -188,6 +187,6 @@ def to_reply(content: RecordDict) -> Reply:
         return Reply(body=body, receipt=receipt)
 
 
-def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], declared_size: int) -> RecordDict:
+def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
     """What Flower's strategies average: an update, or a part of one, and its public weight."""
-    return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: declared_size})})
+    return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

@@ -64,7 +64,9 @@ class LeadConnection:
 class DeployedListener(Listener, Protocol):
     """Also hears each site."""
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def site_answered(
+        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
+    ) -> None:
         """A site's answer came in: "update", or why there is none, and what its receipt says was charged in all."""
 
 
@@ -194,8 +196,8 @@ class _Ears:
         what = body.reason.value if isinstance(body, Refusal) else "update" if isinstance(body, Update) else OFFER
         if self._listener is not None and not (waiting and self._said.get(site) == what):
             believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
-            charged = receipt.charged_rounds if receipt is not None and believed else None
-            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
+            charged, factor = (receipt.charged_rounds, receipt.noise_factor) if receipt and believed else (None, 1.0)
+            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged, noise_factor=factor)
         self._said[site] = what
 
 

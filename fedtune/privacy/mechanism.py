@@ -20,6 +20,9 @@ MOST_EPSILON = 100.0
 MOST_RUNS = 120
 """Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
 
+MOST_NOISE_FACTOR = 100.0
+"""Most noise of a site over its run's plan, for a promise of its own: with more, its update says nothing."""
+
 
 @spec
 class PrivacySpec:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fedtune.codec import decode
 from fedtune.privacy.keys import is_signed
+from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.spec import ConfigError, RefusedError
 
 RECEIPT = "receipt"
@@ -66,6 +67,7 @@ class Reason(StrEnum):
     LEAST_THRESHOLD = "least_threshold"
     COLLUDERS = "colluders"
     MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
+    PROMISE = "promise"
     # What the ledger knows of the run.
     FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
@@ -115,6 +117,7 @@ class Reason(StrEnum):
 
 _ABOUT_BUDGET = {
     Reason.MAX_EPSILON_IF_ALL_COLLUDE,
+    Reason.PROMISE,
     Reason.MIN_NOISE_MULTIPLIER,
     Reason.MAX_ROUNDS,
     Reason.MAX_EPSILON,
@@ -275,6 +278,15 @@ class _Plain:
 
     __slots__ = ()
 
+    def __post_init__(self) -> None:
+        if not 1 <= (factor := getattr(self, "noise_factor", 1.0)) <= MOST_NOISE_FACTOR:  # NaN is in no range
+            raise ConfigError("noise_factor", factor, f"must be from 1 to {MOST_NOISE_FACTOR:g}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; a site that makes the plan's own noise says nothing of that."""
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {key: value for key, value in fields.items() if (key, value) != ("noise_factor", 1.0)}
+
     @classmethod
     def from_json(cls, fields: object) -> Self:
         """Decode the JSON of the fields.
@@ -307,6 +319,7 @@ class Receipt(_Plain):
         site_key: the site's public key.
         signature: by that key, on all other fields.
         reply: SHA-256, in hex, of the answer's canonical bytes that the receipt came with; empty where it came alone.
+        noise_factor: by which the site multiplies the plan's noise, in every step that was charged.
     """
 
     site: str
@@ -318,10 +331,12 @@ class Receipt(_Plain):
     site_key: str
     signature: str
     reply: str = ""
+    noise_factor: float = 1.0
 
     def message(self) -> bytes:
         """The bytes that are signed."""
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "signature"}
+        fields = self.to_json()
+        del fields["signature"]
         return json.dumps(fields, sort_keys=True).encode()
 
     def is_signed(self) -> bool:
@@ -358,6 +373,7 @@ class Offer(_Plain):
         most_rounds: accepted at the proposal's noise; 0: none.
         least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
         nonce: the invitation's, so that an old offer cannot answer a new invitation.
+        noise_factor: by which the site would multiply the proposal's noise, for a promise of its own.
     """
 
     site: str
@@ -365,12 +381,13 @@ class Offer(_Plain):
     most_rounds: int
     least_noise: float | None
     nonce: str = ""
+    noise_factor: float = 1.0
     round: ClassVar[int] = 0
     """An offer comes before the first round."""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes, over which a receipt is signed."""
-        return _OFFER + json.dumps(asdict(self), sort_keys=True).encode()
+        return _OFFER + json.dumps(self.to_json(), sort_keys=True).encode()
 
 
 Answer = Update | Refusal | Offer

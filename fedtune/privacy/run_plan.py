@@ -174,6 +174,30 @@ class Plan:
         shared = None if self.shared is None else self.shared.with_share(noise_multiplier)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
+    def stronger(self, factor: float) -> Plan:
+        """The plan as a site carries it out that makes `factor` times the noise of training; scores keep theirs."""
+        assert self.bears(factor), "noise is the plan's or more, and within what can be computed"
+        return self if factor == 1 else self.with_noise(factor * self.noise_multiplier)
+
+    def bears(self, factor: float) -> bool:
+        """Whether a site may carry the plan out with so many times its noise; of a secure sum, it is several sites'."""
+        own = self.private and self.shared is None and factor * self.noise_multiplier <= accountant.MOST_NOISE
+        return factor == 1 or (own and factor > 1)
+
+    def least_noise(self, *, epsilon: float) -> float:
+        """The least noise multiplier at which the whole plan, with each site's own noise, costs at most `epsilon`.
+
+        Raises:
+            ConfigError: none does.
+        """
+        return accountant.calibrate_noise(
+            epsilon=epsilon,
+            delta=self.delta,
+            sampling_rate=self.sampling_rate,
+            steps=self.local_steps * self.most_rounds,
+            also=_scores(self.metrics_noise_multiplier, self.most_rounds),
+        )
+
     @property
     def by_own_noise_alone(self) -> Plan:
         """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""

@@ -23,6 +23,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
@@ -330,6 +331,7 @@ class Policy:
         final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
         machine: what the site trains on.
         trust: whom it relies on in a secure sum.
+        promise: what it promises its people beyond what a run plans.
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
@@ -351,6 +353,7 @@ class Policy:
         num_devices=1, num_threads=0, micro_batch_tokens=0, step_mib=0, kept_states_mib=1024, kept_states_folder=""
     )
     trust: Trust = Trust()
+    promise: Promise = Promise()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
@@ -386,19 +389,29 @@ class Policy:
         """The declared sizes of all data sets added up; they share one budget, and one delta."""
         return sum(dataset.declared_size for dataset in self.dataset)
 
-    def check(self, proposal: Proposal) -> None:
-        """Check everything about a proposal that does not depend on what was spent.
+    def check(self, proposal: Proposal, *, factor: float | None = None) -> None:
+        """Check everything about a proposal that does not depend on what was spent; arguments as in `broken_rules`.
 
         Raises:
             Refused: names the rule, what was asked and what is allowed.
         """
-        for refused in self.broken_rules(proposal):
+        for refused in self.broken_rules(proposal, factor=factor):
             raise refused
 
-    def broken_rules(self, proposal: Proposal) -> list[Refused]:
-        """Every rule that a proposal breaks, for a person who wants to mend it."""
-        broken = list(_broken_rules(self, proposal)) or list(_over_per_run(self, proposal.plan))
+    def broken_rules(self, proposal: Proposal, *, factor: float | None = None) -> list[Refused]:
+        """Every rule that a proposal breaks, for a person who wants to mend it.
+
+        Args:
+            proposal: that a lead makes, or made.
+            factor: by which the site multiplies the noise of a run that its ledger accepted; None: of a new run, by
+                which it would.
+        """
+        broken = list(_broken_rules(self, proposal, factor)) or list(_of_own_plan(self, proposal.plan, factor))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
+
+    def own_plan(self, plan: Plan) -> Plan:
+        """A new run's plan with the noise that the site itself would make; one that it would refuse stays as it is."""
+        return plan.stronger(self.promise.factor_for(plan) or 1.0)
 
     def declared_size(self, dataset: str) -> int:
         """The size that the site publishes for one of its data sets."""
@@ -416,6 +429,8 @@ class Policy:
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["about"]
+        if self.promise == Promise():
+            del fields["promise"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
@@ -426,7 +441,7 @@ class Policy:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
+def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> Iterator[Broken]:
     allow, limits, plan = policy.allow, policy.limits, proposal.plan
     if proposal.lead not in allow.leads:
         yield Reason.LEADS, proposal.lead, f"{len(allow.leads)} keys"
@@ -457,8 +472,10 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
+    # What an epsilon of the site's own takes beyond its factor is computed later, and of sensible plans alone.
+    times = 1.0 if plan.shared else factor or policy.promise.noise_factor
     for reason, number, least in (
-        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier),
+        (Reason.MIN_NOISE_MULTIPLIER, min((times * plan.counted_noise, *plan.noises[1:])), limits.min_noise_multiplier),
         (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),
     ):
         if number < least:
@@ -476,8 +493,15 @@ def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
         yield from policy.trust.broken_by(plan.shared)
 
 
-def _over_per_run(policy: Policy, plan: Plan) -> Iterator[Broken]:
-    """The dearest rule; only for a plan within all other limits, whose epsilon can be computed in bounded time."""
+def _of_own_plan(policy: Policy, plan: Plan, factor: float | None) -> Iterator[Broken]:
+    """The dearest rules; only for a plan within all other limits, whose epsilon can be computed in bounded time."""
+    promised = policy.promise.factor_for(plan)
+    if promised is None or (factor or promised) < promised:
+        sums, noise = plan.shared is not None, plan.noise_multiplier
+        least = "no such plan" if promised is None else f"noise of at least {promised * noise:g}"
+        yield Reason.PROMISE, "a secure sum" if sums else f"noise of {(factor or 1) * noise:g}", least
+        return
+    plan = plan.stronger(factor or promised)
     most_a_run = policy.budget.max_epsilon_per_run
     if most_a_run is not None and (epsilon := _plan_epsilon_above(plan, most_a_run)) is not None:
         yield Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {most_a_run:g}"

@@ -242,6 +242,7 @@ class SiteFacts:
         key: that signed the receipt, shortened.
         believed: whether its receipts fit what is known beside them.
         statement: from a report that it signed.
+        noise_factor: by which it multiplied the plan's noise, for a promise of its own; None: it did not.
     """
 
     site: str
@@ -252,6 +253,7 @@ class SiteFacts:
     key: str
     believed: bool
     statement: SiteStatement | None = None
+    noise_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 0)
@@ -308,6 +310,10 @@ class RunFacts:
     canaries_planted: bool
     sites: tuple[SiteFacts, ...]
     held_out: tuple[HeldOut, ...] | None = None
+
+    def plan_of(self, site: SiteFacts) -> Plan:
+        """The run's plan as a site carried it out."""
+        return self.plan.stronger(site.noise_factor or 1.0)
 
     @property
     def _federation(self) -> FederationSpec:
@@ -381,7 +387,9 @@ class RunInLedger:
     Attributes:
         state: "open", "ended" or "expired".
         lost_rounds: that it was charged on lost branches.
+        plan: as the site carried it out.
         max_epsilon: the cap on one run that was in force when it was accepted; None: there was none.
+        noise_factor: of the plan's noise over what the lead asked for; None: it is that.
     """
 
     run: str
@@ -394,6 +402,7 @@ class RunInLedger:
     seeded_noise: bool
     base_model: str
     adapter_sha256: str | None
+    noise_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)

@@ -128,6 +128,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
                 seeded_noise=run.proposal.seeded_noise,
                 base_model=run.proposal.base_model,
                 adapter_sha256=run.adapter or None,
+                noise_factor=run.noise_factor if run.noise_factor != 1 else None,
             )
             for name, run in history.runs.items()
         ),

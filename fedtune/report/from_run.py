@@ -139,6 +139,7 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
         signed_rounds=receipt.charged_rounds if receipt else None,
         key=receipt.site_key[:16] if receipt else "",
         believed=site not in record.doubtful,
+        noise_factor=factor if (factor := record.noise_factor(site)) != 1 else None,
     )
     if report is None:
         return made
@@ -149,7 +150,7 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     if known and upper_bound and known.state != "open":
         # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
         rounds, upper_bound = _by_receipt(record, site), False
-    plan = record.plan
+    plan = record.plan.stronger(factor)
     same_plan = known is None or (  # which of its rounds are spare ones makes no difference
         known.plan.most_rounds == plan.most_rounds
         and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan

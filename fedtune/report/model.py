@@ -106,7 +106,7 @@ class Mechanism:
     """What one run did at one site, and the events from which its epsilon can be computed again.
 
     Attributes:
-        noise_multiplier: that each step counts with.
+        noise_multiplier: that each step counts with; `noise_factor` times the run's where the site made more.
         records_per_user: most records of one unit in a step; 1 where the unit is a record.
         shared: how sites made the noise of a secure sum together; None: the site made all of it.
     """
@@ -123,6 +123,7 @@ class Mechanism:
     charges: tuple[Charge, ...]
     records_per_user: int = 1
     shared: SharedNoise | None = None
+    noise_factor: float | None = None
 
 
 @spec
@@ -154,6 +155,7 @@ class SiteReport:
         reported: day of the site's own report, where the figures over all runs come from one.
         asserted: what the site states and no software can check.
         by_trust: epsilon of everything charged, by who looks; None where every site made its own noise.
+        average_weight: its share of an average of all sites, where some made more noise than the plan's.
     """
 
     site: str
@@ -172,6 +174,7 @@ class SiteReport:
     asserted: Mapping[str, bool] = field(default_factory=dict)
     reported: str | None = None
     by_trust: Epsilons | None = None
+    average_weight: float | None = None
 
 
 @spec
@@ -297,6 +300,7 @@ class Problem(NamedTuple):
 _ADAPTER = TypeAdapter(Report)
 _NOT_DERIVED = ("schema_version", "facts", "signature")
 UNSAID = {"admits", "arrivals", "cohorts", "lost_cohorts", "lost_rows", "held_out", "held_out_epsilon", "fall"}
+UNSAID |= {"noise_factor", "average_weight"}
 
 
 def to_json(report: Report) -> dict[str, Any]:

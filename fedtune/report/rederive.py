@@ -94,8 +94,10 @@ def _parts(facts: RunFacts | LedgerFacts) -> Iterator[tuple[Charges, float, int]
     """What has to be composed, the width of its buckets, and how often."""
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
-        for rounds in {facts.plan.most_rounds, *(site.rounds for site in facts.sites)}:
-            yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
+        most = facts.plan.most_rounds
+        charged = {(facts.plan_of(site), rounds) for site in facts.sites for rounds in (site.rounds, most)}
+        for plan, rounds in {(facts.plan, most), *charged}:
+            yield events.grouped([plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
             yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
     else:
@@ -184,6 +186,9 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
+    if not facts.plan.bears(site.noise_factor or 1.0) or site.noise_factor == 1:
+        yield "noise_factor", site.noise_factor, "a factor above 1 where each site makes its own noise, or none"
+        return
     least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
     by_receipts, asked = facts.has_checkpoint and not site.statement, min(most, signed + _unheard(facts, site))
     if not least <= site.rounds <= most:
@@ -214,7 +219,7 @@ def _unheard(facts: RunFacts, site: SiteFacts) -> int:
 
 def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
     """Of a ledger's figures over all its runs, that a lead took over: what they themselves deny."""
-    life, plan, cap = said.lifetime, facts.plan, said.approved.max_epsilon
+    life, plan, cap = said.lifetime, facts.plan_of(site), said.approved.max_epsilon
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
@@ -267,10 +272,11 @@ def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
         return
     for site in facts.sites:
         said = site.statement
+        plan = facts.plan_of(site)
         for run in said.lifetime.runs if said and said.same_plan else ():
-            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", facts.plan.most_rounds)):
+            for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
                 if run.run == facts.run:
-                    found = profile.epsilon_pld(profile.charged_events(facts.plan, rounds), facts.plan.delta)
+                    found = profile.epsilon_pld(profile.charged_events(plan, rounds), plan.delta)
                     yield from _differences(
                         f"sites.{site.site}.statement.lifetime.runs.{key}", getattr(run, key), found
                     )
@@ -285,7 +291,7 @@ def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
     if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
         yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
     for site in facts.sites:
-        if events.grouped([facts.plan.event(rounds=site.rounds)]) - charged:
+        if events.grouped([facts.plan_of(site).event(rounds=site.rounds)]) - charged:
             listed = "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
             yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
 

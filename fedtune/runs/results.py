@@ -96,6 +96,7 @@ class SiteCharge:
         planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
             whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
         upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
+        noise_multiplier: of the run's plan; the site made `noise_factor` times that, by which its epsilons are.
     """
 
     epsilon: float | None = None
@@ -107,6 +108,7 @@ class SiteCharge:
     noise_multiplier: float
     metrics_noise_multiplier: float
     upper_bound: bool
+    noise_factor: float = 1.0
 
     def claim(self, *, ended_by_scores: bool) -> float | None:
         """The epsilon that is proved for a run that ended so."""
@@ -135,21 +137,22 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
     rounds than its plan: its ledger grants none.
     """
-    receipt = state.receipts.get(site)
+    receipt, own = state.receipts.get(site), state.plan_at(site, plan)
     silent = state.unanswered.get(site, 0)
     charged = receipt.charged_rounds if receipt else 0
     rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
+    epsilon, epsilon_rdp = charged_epsilons(own, rounds)
     return SiteCharge(
         epsilon=finite(epsilon),
         epsilon_rdp=finite(epsilon_rdp),
         rounds=rounds,
-        planned_epsilon=finite(charged_epsilons(plan, plan.most_rounds)[0]),
+        planned_epsilon=finite(charged_epsilons(own, plan.most_rounds)[0]),
         steps=rounds * plan.local_steps,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.noise_multiplier,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
         upper_bound=silent > 0,
+        noise_factor=receipt.noise_factor if receipt else 1.0,
     )
 
 
@@ -267,5 +270,9 @@ class RunResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, in the order of the fields."""
-        return asdict(self)
+        """Plain JSON, in the order of the fields; of a site that made the plan's noise it says nothing of that."""
+        fields = asdict(self)
+        for charge in fields["privacy"]["sites"].values():
+            if charge["noise_factor"] == 1:
+                del charge["noise_factor"]
+        return fields

@@ -187,13 +187,13 @@ class RealSite(Site):
     ) -> Trained:
         """Train on the site's records.  The round is charged by now: only now is one sampled."""
         work = self._process.work(request.run, self._shared, self._files)
-        key = self.ledger.fingerprint_key()
-        return work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+        plan, key = self.ledger.history.runs[request.run].plan, self.ledger.fingerprint_key()
+        return work.do(request, adapter, attempt, plan=plan, fingerprint_key=key, admitted=admitted)
 
     def keep(self, run: str, adapter: Adapter) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""
         settings = (self._process.runs / f"{run}.json").read_text(encoding="utf-8")
-        config = self._at_site(read_settings(settings, plan=self.ledger.history.runs[run].plan))
+        config = self._at_site(read_settings(settings, plan=self.ledger.history.runs[run].proposal.plan))
         shared = self._process.shared_model(config, self._files.policy)
         if not adapter.same_shapes(shared.initial_adapter):
             raise ConfigError("final adapter", run, "must have the names and shapes that the run trained")

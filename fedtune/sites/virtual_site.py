@@ -192,7 +192,7 @@ class VirtualSites:
             try:
                 for run in runs:
                     if run.run not in history.runs:
-                        spent += events.grouped([run.plan.whole])
+                        spent += events.grouped([files.policy.own_plan(run.plan).whole])
                         spending.require_room(
                             history,
                             files.policy,
@@ -464,5 +464,5 @@ class VirtualSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the records that the simulation dealt to this site."""
-        key = self.ledger.fingerprint_key()
-        return self._work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+        plan, key = self.ledger.history.runs[request.run].plan, self.ledger.fingerprint_key()
+        return self._work.do(request, adapter, attempt, plan=plan, fingerprint_key=key, admitted=admitted)

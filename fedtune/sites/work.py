@@ -107,6 +107,7 @@ class SiteWork:
         adapter: Adapter,
         attempt: int,
         *,
+        plan: Plan,
         fingerprint_key: bytes,
         admitted: Collection[str] | None = None,
     ) -> Trained:
@@ -118,13 +119,14 @@ class SiteWork:
             request: for the round.
             adapter: that was sent.
             attempt: at the round.
+            plan: the run's as this site carries it out, which is what its ledger charged.
             fingerprint_key: of the site.
             admitted: the users whose records are trained on and scored, where the plan is limited to cohorts; all
                 others are left out in silence, and the fingerprint is of the whole file's records.  None: all.
 
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
-        plan, randomness = request.proposal.plan, randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
+        randomness = randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
         adapter = adapter.within(self.max_adapter_value)
         site = self if admitted is None else self._limited_to(frozenset(admitted))

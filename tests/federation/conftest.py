@@ -63,7 +63,13 @@ def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
     """A receipt that its site signed; `key` signs in its place."""
 
     def make(
-        site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, reply: str = ""
+        site: str = "a",
+        *,
+        charged: int = 1,
+        run: str = "r",
+        key: SigningKey | None = None,
+        reply: str = "",
+        factor: float = 1.0,
     ) -> Receipt:
         key = key or key_of(site)
         unsigned = Receipt(
@@ -76,6 +82,7 @@ def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
             site_key=key.public,
             signature="",
             reply=reply,
+            noise_factor=factor,
         )
         return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 

@@ -12,13 +12,24 @@ from dp_accounting.pld import PLDAccountant
 from fedtune.federation.lead import LeadState, RoundResult
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
+from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 
 MakeReceipt = Callable[..., Receipt]
-RUN: Any = {"run": "r", "most_rounds": 4}
+OF_RUN = Plan(
+    unit="record",
+    delta=1e-5,
+    sampling_rate=0.2,
+    noise_multiplier=4.0,
+    max_grad_norm=1.0,
+    local_steps=2,
+    num_rounds=3,
+    spare_rounds=1,
+)
+RUN: Any = {"run": "r", "plan": OF_RUN}
 
 
 @pytest.fixture
@@ -113,6 +124,40 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
     honest = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=receipt(charged=2))})
     assert (site_charge(honest, "a", plan).rounds, site_charge(honest, "a", plan).upper_bound) == (2, False)
     assert honest.heard("a", old, **RUN) is None
+
+
+def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    heard = answered(state.asked(["a", "b"]), answer(receipt(charged=2, factor=1.5)) | answer(receipt("b"), "b"))
+    stronger, usual = site_charge(heard, "a", plan), site_charge(heard, "b", plan)
+    assert (stronger.noise_factor, usual.noise_factor) == (1.5, 1.0)
+    assert heard.plan_at("a", plan) == replace(plan, noise_multiplier=6.0)
+    for rounds, epsilon in ((2, stronger.epsilon), (4, stronger.planned_epsilon)):
+        event = dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(6.0)), 2 * rounds
+        )
+        by_others = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(plan.delta)
+        assert epsilon == pytest.approx(by_others, rel=1e-3)
+
+
+def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    # Before it, the run stands in no ledger, and a receipt says nothing of its noise.
+    before = answered(state.asked(["a"]), answer(receipt(charged=0)))
+    began = answered(before.asked(["a"]), answer(receipt(charged=1, factor=2.0)))
+    assert began.receipts["a"].noise_factor == 2.0
+    for factor in (1.0, 3.0):
+        assert began.heard("a", receipt(charged=2, factor=factor), **RUN) is None
+    assert began.heard("a", receipt(charged=2, factor=2.0), **RUN) is not None
+
+
+def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(4.0)
+    for other in (
+        replace(plan, noise_multiplier=0.0),
+        replace(plan, noise_multiplier=9000.0),
+        replace(plan, local_steps=1, shared=shared),
+    ):
+        assert state.heard("a", receipt(factor=2.0), run="r", plan=other) is None
+        assert state.heard("a", receipt(), run="r", plan=other) is not None
 
 
 def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState, receipt: MakeReceipt) -> None:

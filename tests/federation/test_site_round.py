@@ -117,7 +117,7 @@ def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
     assert reply.receipt is None
     state = LeadState(round=0, adapter=adapter).asked(["a"])
-    assert state.heard("a", reply.receipt, run="r", most_rounds=4) is None
+    assert state.heard("a", reply.receipt, run="r", plan=plan) is None
     assert site_charge(state, "a", plan).steps == plan.local_steps
     assert "database is locked" in caplog.text
 

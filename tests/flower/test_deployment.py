@@ -39,7 +39,9 @@ class Heard:
     def __init__(self) -> None:
         self.all: list[tuple[str, str, int, int | None]] = []
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def site_answered(
+        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
+    ) -> None:
         self.all.append((site, what, num_bytes, charged_rounds))
 
     @property

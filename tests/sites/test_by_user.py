@@ -120,7 +120,10 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
         work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
-        assert work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k").scores is not None
+        assert (
+            work.do(request, shared.initial_adapter, 1, plan=request.proposal.plan, fingerprint_key=b"k").scores
+            is not None
+        )
         assert summed[-1].shape == (len(users),)
         assert ((summed[-1] >= 0) & (summed[-1] <= 1)).all()
     assert summed[0][0] == summed[1][0], "nor does one user move another's score"

@@ -126,7 +126,8 @@ def do(
 ) -> Trained:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=max_adapter_value)
-    return work.do(round_request(shared.config, lead), adapter or shared.initial_adapter, attempt, fingerprint_key=key)
+    request, sent = round_request(shared.config, lead), adapter or shared.initial_adapter
+    return work.do(request, sent, attempt, plan=request.proposal.plan, fingerprint_key=key)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:

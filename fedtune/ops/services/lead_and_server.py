@@ -171,12 +171,16 @@ class _Noted:
             self._metrics.finished(state)
         self._listener.round_finished(state)
 
-    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
+    def site_answered(
+        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
+    ) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
         if self._metrics is not None:
             self._metrics.answered(site, what)
-        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
+        self._listener.site_answered(
+            site, what, num_bytes=num_bytes, charged_rounds=charged_rounds, noise_factor=noise_factor
+        )
 
 
 def latest_answers(folder: Path) -> dict[str, dict[str, str]]:

@@ -23,6 +23,7 @@ from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
+from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -30,6 +31,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
+NOISE_FACTOR = "noise_factor"  # of an accepted run, where it is not 1
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with
 
 
@@ -44,10 +46,12 @@ class Run:
         attempts: round -> reservations made for it.
         replies: request digest -> SHA-256 of the committed reply.
         adapter: digest of the final adapter, once the lead sent it.
+        noise_factor: by which the site multiplies the proposed noise, from the first round to the last.
     """
 
     proposal: Proposal
     expires: datetime | None
+    noise_factor: float = 1.0
     reserved: dict[int, str] = field(default_factory=dict)
     attempts: Counter[int] = field(default_factory=Counter)
     replies: dict[str, str] = field(default_factory=dict)
@@ -55,8 +59,8 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run, which says what its releases cost."""
-        return self.proposal.plan
+        """The plan of the run as the site carries it out, which says what its releases cost."""
+        return self.proposal.plan.stronger(self.noise_factor)
 
     @property
     def charged_rounds(self) -> int:
@@ -173,7 +177,11 @@ class History:
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
-                self.runs[event.run] = Run(proposal=proposal, expires=datetime.fromisoformat(event.detail["expires"]))
+                factor = event.detail.get(NOISE_FACTOR, 1.0)
+                if NOISE_FACTOR in event.detail and not (type(factor) is float and 1 < factor <= MOST_NOISE_FACTOR):
+                    raise ValueError("its noise is no multiple of the plan's")
+                expires = datetime.fromisoformat(event.detail["expires"])
+                self.runs[event.run] = Run(proposal=proposal, expires=expires, noise_factor=factor)
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
                 self._reserve(event, moment)

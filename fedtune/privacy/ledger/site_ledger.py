@@ -25,7 +25,7 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
-from fedtune.privacy.ledger.history import History, Run
+from fedtune.privacy.ledger.history import NOISE_FACTOR, History, Run
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
@@ -130,7 +130,9 @@ class Ledger:
             if run is None:
                 self.require_startable(proposal)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
-                detail = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
+                detail: dict[str, Any] = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
+                if (factor := self.noise_factor(proposal)) != 1:
+                    detail[NOISE_FACTOR] = factor
                 self._store.append(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
                 run = self.history.runs[proposal.run]
             elif (stored := self._repeated(run, proposal, round, request)) is not None:
@@ -252,6 +254,7 @@ class Ledger:
             "head": self._store.salted_head(),
             "site_key": self._key.public,
             "reply": reply,
+            "noise_factor": known.noise_factor if known else 1.0,
         }
         unsigned = Receipt(**fields, signature="")
         return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
@@ -338,7 +341,20 @@ class Ledger:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
-        return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
+        factor = self.noise_factor(proposal)
+        return Offer(
+            site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor
+        )
+
+    def noise_factor(self, proposal: Proposal) -> float:
+        """By which the site multiplies the noise of this run, or would; it follows from policy and plan alone."""
+        known = self.history.runs.get(proposal.run)
+        return known.noise_factor if known else self.policy.promise.factor_for(proposal.plan) or 1.0
+
+    def require_allowed(self, proposal: Proposal) -> None:
+        """Raise the rule of the policy that a new run breaks, or an accepted one by now; no budget is looked at."""
+        known = self.history.runs.get(proposal.run)
+        self.policy.check(proposal, factor=known.noise_factor if known else None)
 
     def require_acceptable(self, proposal: Proposal) -> None:
         """Raise the reason to refuse a new run, as of the last transaction."""
@@ -387,7 +403,7 @@ class Ledger:
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
-        self.policy.check(run.proposal)
+        self.policy.check(run.proposal, factor=run.noise_factor)
         asked = events.grouped([run.plan.event()])
         spending.require_room(
             self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now

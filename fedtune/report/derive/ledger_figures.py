@@ -161,7 +161,7 @@ def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
         unexplained = _less(charged, facts, rounds)
     known = [
         # The fedtune that wrote the entry samples so.
-        mechanism_of(run.plan, run=run.run, rounds=rounds[run.run], sampling="poisson")
+        mechanism_of(run.plan, run=run.run, rounds=rounds[run.run], sampling="poisson", noise_factor=run.noise_factor)
         for run in facts.runs
     ]
     return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))

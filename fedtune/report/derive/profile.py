@@ -60,14 +60,15 @@ def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
     return events.grouped([plan.event(rounds=rounds)])
 
 
-def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
+def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_factor: float | None = None) -> Mechanism:
     """What `rounds` charged rounds of a plan did.
 
     Args:
-        plan: the run's.
+        plan: the run's, as the site carried it out.
         run: as the sites' ledgers call it.
         rounds: charged, retries included.
         sampling: how units really joined a step, or "not_recorded".
+        noise_factor: of its noise over the noise that was asked for, where it is more.
     """
     charges = events.counted(charged_events(plan, rounds))
     return Mechanism(
@@ -83,6 +84,7 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
         charges=tuple(Charge(event=event, count=count) for event, count in charges),
         records_per_user=plan.records_per_user,
         shared=plan.shared,
+        noise_factor=noise_factor,
     )
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from dp_accounting import GaussianDpEvent
 
+from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
@@ -27,8 +28,11 @@ _MOST_FIGURES = 64
 
 def report_of(facts: RunFacts) -> Report:
     """The figures that follow from a run's facts."""
+    weights = _weights(facts)
     sites = audit_bounds.judged(
-        (_site(facts, site) for site in facts.sites), facts.audit, marked=facts.canaries_planted
+        (replace(_site(facts, site), average_weight=weights.get(site.site)) for site in facts.sites),
+        facts.audit,
+        marked=facts.canaries_planted,
     )
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
 
@@ -58,12 +62,27 @@ def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
     )
 
 
+def _weights(facts: RunFacts) -> Mapping[str, float]:
+    """Site -> its share of an average of all sites; empty where that is by declared size alone, or not known."""
+    sizes = {site.site: site.declared_size for site in facts.sites if site.declared_size}
+    factors = {site.site: site.noise_factor or 1.0 for site in facts.sites}
+    if set(factors.values()) == {1.0} or not facts.trained_parameters or sizes.keys() != factors.keys():
+        return {}
+    return weights_of(sizes, facts.plan, factors=factors, values=facts.trained_parameters)
+
+
 def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
-    plan, source, statement = facts.plan, source_of(facts, site), site.statement
+    plan, source, statement = facts.plan_of(site), source_of(facts, site), site.statement
     grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     sampling = facts.sampling if statement is None else "poisson" if known else None
-    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=sampling or NOT_RECORDED)
+    row = profile.mechanism_of(
+        plan,
+        run=facts.run,
+        rounds=site.rounds,
+        sampling=sampling or NOT_RECORDED,
+        noise_factor=site.noise_factor,
+    )
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     made = SiteReport(
@@ -164,7 +183,7 @@ def _steps(facts: RunFacts, site: SiteFacts) -> Iterator[Step]:
             run=facts.run,
             round=result.round,
             time=result.ended or None,
-            epsilon=_epsilon_after(facts.plan, so_far, site.rounds),
+            epsilon=_epsilon_after(facts.plan_of(site), so_far, site.rounds),
         )
 
 

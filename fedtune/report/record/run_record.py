@@ -78,7 +78,9 @@ class RunRecord:
         return {
             site: receipt
             for site, receipt in stored.items()
-            if (receipt.site, receipt.run) == (site, self.run) and receipt.is_signed()
+            if (receipt.site, receipt.run) == (site, self.run)
+            and receipt.is_signed()
+            and self.plan.bears(receipt.noise_factor)
         }
 
     @cached_property
@@ -166,6 +168,18 @@ class RunRecord:
     def config_unchanged(self) -> bool:
         """Whether `config.yaml` is the one that the run had."""
         return self.config.digest() == self.config_sha256
+
+    def noise_factor(self, site: str) -> float:
+        """By which a site multiplied the plan's noise, by its own word; without that 1, with which epsilon is largest.
+
+        From its receipts; `run.json` says the same where no checkpoint is left.
+        """
+        if site in self.doubtful:
+            return 1.0
+        if self.state is None:
+            factor = self.result.privacy.sites[site].noise_factor if self.result else 1.0
+            return factor if self.plan.bears(factor) else 1.0
+        return self.receipts[site].noise_factor if site in self.receipts else 1.0
 
     def charged(self, site: str) -> tuple[int, bool]:
         """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.

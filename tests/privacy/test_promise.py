@@ -1,0 +1,206 @@
+"""A promise of the site's own: which noise keeps it, that the ledger charges that noise, and what it never weakens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.ledger.chain import Kind
+from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.verify import verify
+from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
+from fedtune.privacy.promise import Promise
+from fedtune.privacy.release import Offer, Reason, Receipt
+from fedtune.spec import ConfigError, RunError
+
+from .builders import reason_of, train
+
+Open = Callable[..., Ledger]
+STRONGER = Promise(noise_factor=1.5)
+
+
+def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
+    return SelfComposedDpEvent(PoissonSampledDpEvent(0.25, GaussianDpEvent(noise)), steps)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("noise_factor = 0.99", "promise.noise_factor = 0.99: must be a finite number of at least 1"),
+        ("noise_factor = 101.0", "promise.noise_factor = 101.0: must be at most 100"),
+        ("noise_factor = nan", "promise.noise_factor = nan: must be"),
+        ("epsilon_per_run = 0.0", "promise.epsilon_per_run = 0.0: must be a finite number greater than 0"),
+    ],
+)
+def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(
+    policy: Any, tmp_path: Path, said: str, error: str
+) -> None:
+    file = tmp_path / "site.toml"
+    write_policy(policy(promise=STRONGER), file)
+    written = file.read_text()
+    assert "[promise]\nnoise_factor = 1.5\n" in written
+    file.write_text(written.replace("noise_factor = 1.5", said))
+    with pytest.raises(ConfigError, match=f"^{file}: {error}"):
+        read_policy(file)
+
+
+def test_a_policy_without_a_promise_keeps_its_json_and_one_with_it_comes_back(policy: Any, tmp_path: Path) -> None:
+    assert "promise" not in policy().to_json()
+    stronger = policy(promise=Promise(noise_factor=1.5, epsilon_per_run=2.0))
+    assert policy_of(stronger.to_json()) == stronger
+    assert stronger.digest() != policy().digest()
+    write_policy(stronger, tmp_path / "site.toml")
+    assert read_policy(tmp_path / "site.toml") == stronger
+
+
+def test_a_factor_multiplies_the_noise_of_training_alone(policy: Any, plan: Any) -> None:
+    asked = plan(metrics_noise_multiplier=20.0)
+    own = policy(promise=STRONGER).own_plan(asked)
+    assert own == replace(asked, noise_multiplier=1.5)
+    assert policy().own_plan(asked) is asked
+    assert own.event() != asked.event()
+
+
+def test_the_epsilon_at_one_and_a_half_times_the_noise(plan: Any) -> None:
+    # By dp-accounting 0.6: an accountant that this project did not write.
+    asked = plan(num_rounds=5)
+    found = []
+    for factor in (1.0, 1.5):
+        by_others = PLDAccountant().compose(of_steps(factor, 15)).get_epsilon(1e-5)
+        own = accountant.epsilon_pld([asked.stronger(factor).whole], 1e-5)
+        assert own == pytest.approx(by_others, rel=1e-3)
+        found.append(own)
+    assert found == pytest.approx([7.09917508, 3.70309849], rel=1e-5)
+
+
+def test_an_epsilon_is_kept_with_the_least_noise_that_does(plan: Any) -> None:
+    asked = plan(num_rounds=5)
+    for factor, most in ((1.0, 2.0), (1.0, 4.0), (3.0, 2.0)):
+        promise = Promise(noise_factor=factor, epsilon_per_run=most)
+        found = promise.factor_for(asked)
+        assert found is not None
+        assert accountant.epsilon_pld([asked.stronger(found).whole], asked.delta) <= most
+        if found > factor:
+            less = asked.stronger(found - 2e-3)
+            assert accountant.epsilon_pld([less.whole], asked.delta) > most
+        else:
+            assert factor == 3.0, "more than the epsilon needs"
+    assert Promise(epsilon_per_run=50.0).factor_for(asked) == 1.0
+
+
+def test_what_no_noise_of_the_sites_own_can_keep_is_refused(policy: Any, proposal: Any, plan: Any) -> None:
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
+    sums = {"shared": shared, "local_steps": 1}
+    scores = {"metrics_noise_multiplier": 1.0}
+    asked, few = (
+        Promise(epsilon_per_run=0.5),
+        {"limits": {"min_noise_multiplier": 0.0}, "releases": {"metrics": "noised"}},
+    )
+    trusting = {"trust": {"secure": True}}
+    for promise, change in ((STRONGER, sums), (STRONGER, {"noise_multiplier": 0.0}), (asked, scores)):
+        with pytest.raises(Exception, match="promise"):
+            policy(promise=promise, **few, **trusting).check(proposal(plan=change))
+    # Each is accepted where nothing more is promised.
+    for change in (sums, {"noise_multiplier": 0.0}, scores):
+        policy(**few, **trusting).check(proposal(plan=change))
+    assert Promise(epsilon_per_run=1e-3).factor_for(plan(sampling_rate=1.0, num_rounds=500)) is None
+
+
+def test_limits_count_the_noise_that_is_made(policy: Any, proposal: Any) -> None:
+    asked = proposal(plan={"noise_multiplier": 0.5})
+    assert reason_of(policy().check, asked) is Reason.MIN_NOISE_MULTIPLIER
+    policy(promise=STRONGER).check(asked)
+    capped = policy(budget={"max_epsilon_per_run": 4.0})
+    assert reason_of(capped.check, proposal()) is Reason.MAX_EPSILON_PER_RUN
+    replace(capped, promise=Promise(epsilon_per_run=4.0)).check(proposal())
+
+
+def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+    ledger, asked = opened(policy=policy(promise=STRONGER)), proposal()
+    train(ledger, asked, 1)
+    own = asked.plan.stronger(1.5)
+    assert ledger.history.runs["r"].plan == own
+    assert ledger.history.runs["r"].proposal == asked
+    assert ledger.history.charged() == events.grouped([of_steps(1.5, 3)])
+    assert ledger.history.set_aside(ledger.history.clock) == events.grouped([of_steps(1.5, 12)])
+    receipt = ledger.receipt("r")
+    assert (receipt.noise_factor, receipt.charged_rounds, receipt.is_signed()) == (1.5, 1, True)
+    assert not replace(receipt, noise_factor=2.0).is_signed()
+    plans = [event.detail for event in verify(path).events if event.kind is Kind.PLAN]
+    assert [detail["noise_factor"] for detail in plans] == [1.5]
+    assert verify(path).history.charged() == ledger.history.charged()
+
+
+def test_a_site_that_promises_nothing_more_writes_and_says_what_it_always_did(
+    opened: Open, proposal: Any, path: Path
+) -> None:
+    ledger = opened()
+    train(ledger, proposal(), 1)
+    (accepted,) = [event.detail for event in verify(path).events if event.kind is Kind.PLAN]
+    assert accepted.keys() == {"proposal", "expires"}
+    assert ledger.history.runs["r"].plan is ledger.history.runs["r"].proposal.plan
+    receipt = ledger.receipt("r")
+    assert "noise_factor" not in receipt.to_json()
+    assert b"noise_factor" not in receipt.message()
+    assert Receipt.from_json(receipt.to_json()) == receipt
+    offer = Offer(site="a", run="r", most_rounds=1, least_noise=1.0)
+    assert "noise_factor" not in offer.to_json()
+    assert (
+        offer.to_bytes()
+        == b"fedtune-offer-1\n"
+        + json.dumps(
+            {"site": "a", "run": "r", "most_rounds": 1, "least_noise": 1.0, "nonce": ""}, sort_keys=True
+        ).encode()
+    )
+
+
+@pytest.mark.parametrize("factor", [0.5, 101.0, float("nan")])
+def test_nobody_says_that_a_site_makes_less_noise(opened: Open, proposal: Any, factor: float) -> None:
+    ledger = opened()
+    train(ledger, proposal(), 1)
+    with pytest.raises(ConfigError, match="noise_factor"):
+        Receipt.from_json(ledger.receipt("r").to_json() | {"noise_factor": factor})
+
+
+@pytest.mark.parametrize("said", [0.5, 2, "1.5", 1e3])
+def test_a_ledger_with_another_factor_cannot_be_read(
+    opened: Open, proposal: Any, said: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger, "noise_factor", lambda *of: said)
+    with pytest.raises(RunError, match="multiple of the plan's"):
+        train(opened(), proposal(), 1)
+
+
+def test_a_run_keeps_the_noise_that_it_began_with(opened: Open, policy: Any, proposal: Any) -> None:
+    train(opened(policy=policy(promise=STRONGER)), proposal(), 1)
+    without = opened(policy=policy())
+    train(without, proposal(), 2)
+    assert without.history.charged() == events.grouped([of_steps(1.5, 6)])
+    # A promise that the run's noise does not keep is not broken by it.
+    more = opened(policy=policy(promise=Promise(noise_factor=2.0)))
+    assert reason_of(more.reserve, proposal(), round=3, request="q") is Reason.PROMISE
+    assert reason_of(more.require_allowed, proposal()) is Reason.PROMISE
+    assert more.noise_factor(proposal()) == 1.5
+    assert more.noise_factor(proposal(run="s")) == 2.0
+
+
+def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open, policy: Any, proposal: Any) -> None:
+    small = {"max_epsilon": 6.0}
+    assert reason_of(opened(policy=policy(budget=small)).require_acceptable, proposal()) is Reason.MAX_EPSILON
+    ledger = opened(policy=policy(budget=small, promise=Promise(epsilon_per_run=2.0)))
+    ledger.require_acceptable(proposal())
+    train(ledger, proposal(), 1, 2, 3, 4, 5)
+    run = ledger.history.runs["r"]
+    assert accountant.epsilon_pld([run.plan.whole], run.plan.delta) <= 2.0
+    assert ledger.history.epsilon() <= 6.0
+    offer = ledger.offer(proposal(run="s"))
+    assert offer.noise_factor == run.noise_factor > 1
