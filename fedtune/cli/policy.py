@@ -191,7 +191,7 @@ def _budget(policy: Policy) -> Iterator[str]:
     promise = policy.promise
     if promise.noise_factor != 1:
         yield f"Each run is trained with {promise.noise_factor:g} times the noise that it asks for."
-    if promise.epsilon_per_run is not None:
+    if not math.isinf(promise.epsilon_per_run):
         yield f"A run that would cost more than epsilon {promise.epsilon_per_run:g} gets as much noise as it takes."
     yield f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
-from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, check_at_least, check_at_most, check_positive, spec
+from fedtune.privacy.run_plan import Plan, scores_of
+from fedtune.spec import ConfigError, check_at_least, check_at_most, spec
 
 
 @spec
@@ -23,17 +23,17 @@ class Promise:
     Attributes:
         noise_factor: the site's noise of training, in every run, over the noise that the run plans.
         epsilon_per_run: the most that a run's whole plan may cost here, by PLD.  A run that plans to cost more is not
-            refused; the site adds as much more noise as it takes.  null: each run costs what it plans.
+            refused; the site adds as much more noise as it takes.  Infinite: each run costs what it plans.
     """
 
     noise_factor: float = 1.0
-    epsilon_per_run: float | None = None
+    epsilon_per_run: float = math.inf
 
     def __post_init__(self) -> None:
         check_at_least("noise_factor", self.noise_factor, 1)
         check_at_most("noise_factor", self.noise_factor, MOST_NOISE_FACTOR)
-        if self.epsilon_per_run is not None:
-            check_positive("epsilon_per_run", self.epsilon_per_run)
+        if not self.epsilon_per_run > 0:
+            raise ConfigError("epsilon_per_run", self.epsilon_per_run, "must be greater than 0")
 
     def factor_for(self, plan: Plan) -> float | None:
         """The least factor, rounded up to four digits, by which the site's noise keeps the promise; None: none does.
@@ -45,26 +45,27 @@ class Promise:
             return 1.0
         if not plan.private or plan.shared is not None:
             return None
-        factor, most = self.noise_factor, self.epsilon_per_run
-        if factor * plan.noise_multiplier > accountant.MOST_NOISE:
+        factor, most, noise = self.noise_factor, self.epsilon_per_run, plan.noise_multiplier
+        if not plan.bears(factor):
             return None
-        flat = plan.stronger(factor)
-        if most is None or accountant.epsilon_above([flat.whole], plan.delta, limit=most) is None:
+        if math.isinf(most) or accountant.epsilon_above([plan.stronger(factor).whole], plan.delta, limit=most) is None:
             return factor
         # Of the same shape: what is needed does not depend on the noise that was planned.
         needed = _noise_within(plan.with_noise(1.0), most)
-        if needed is None or needed > min(accountant.MOST_NOISE, MOST_NOISE_FACTOR * plan.noise_multiplier):
+        if needed is None:
             return None
-        factor = math.ceil(needed / plan.noise_multiplier * 1e4) / 1e4
-        while factor * plan.noise_multiplier < needed:
+        factor = max(factor, math.ceil(needed / noise * 1e4) / 1e4)
+        while factor * noise < needed:
             factor = round(factor + 1e-4, 4)
-        return min(max(factor, self.noise_factor), MOST_NOISE_FACTOR)
+        return factor if factor <= MOST_NOISE_FACTOR and plan.bears(factor) else None
 
 
 @lru_cache(maxsize=256)
 def _noise_within(plan: Plan, epsilon: float) -> float | None:
     """The least noise multiplier at which the whole plan costs at most `epsilon`; None: there is none."""
+    steps, also = plan.local_steps * plan.most_rounds, scores_of(plan.metrics_noise_multiplier, plan.most_rounds)
+    rate, delta = plan.sampling_rate, plan.delta
     try:
-        return plan.least_noise(epsilon=epsilon)
+        return accountant.calibrate_noise(epsilon=epsilon, delta=delta, sampling_rate=rate, steps=steps, also=also)
     except ConfigError:
         return None

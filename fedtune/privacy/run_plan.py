@@ -109,7 +109,7 @@ class Plan:
                 delta=privacy.delta,
                 sampling_rate=privacy.sampling_rate,
                 steps=local_steps * most,
-                also=_scores(privacy.metrics_noise, most),
+                also=scores_of(privacy.metrics_noise, most),
             )
             noise = noise if together is None else together.share_of(noise)
         return cls(
@@ -184,20 +184,6 @@ class Plan:
         own = self.private and self.shared is None and factor * self.noise_multiplier <= accountant.MOST_NOISE
         return factor == 1 or (own and factor > 1)
 
-    def least_noise(self, *, epsilon: float) -> float:
-        """The least noise multiplier at which the whole plan, with each site's own noise, costs at most `epsilon`.
-
-        Raises:
-            ConfigError: none does.
-        """
-        return accountant.calibrate_noise(
-            epsilon=epsilon,
-            delta=self.delta,
-            sampling_rate=self.sampling_rate,
-            steps=self.local_steps * self.most_rounds,
-            also=_scores(self.metrics_noise_multiplier, self.most_rounds),
-        )
-
     @property
     def by_own_noise_alone(self) -> Plan:
         """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""
@@ -212,7 +198,7 @@ class Plan:
             survivors={self.shared.threshold: rounds},
             sampling_rate=self.sampling_rate,
             delta=self.delta,
-            also=_scores(self.metrics_noise_multiplier, rounds),
+            also=scores_of(self.metrics_noise_multiplier, rounds),
         )
 
     def event(self, *, rounds: int = 1) -> DpEvent:
@@ -224,7 +210,7 @@ class Plan:
         training = events.dp_sgd(
             sampling_rate=self.sampling_rate, noise_multiplier=self.counted_noise, steps=self.local_steps * rounds
         )
-        scores = _scores(self.metrics_noise_multiplier, rounds)
+        scores = scores_of(self.metrics_noise_multiplier, rounds)
         return ComposedDpEvent((training, *scores)) if scores else training  # a tuple: events are counted, so hashed
 
     def to_json(self) -> dict[str, object]:
@@ -255,6 +241,6 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _scores(noise_multiplier: float, rounds: int) -> list[DpEvent]:
+def scores_of(noise_multiplier: float, rounds: int) -> list[DpEvent]:
     """The scores that `rounds` rounds release; held-out records are charged like those trained on."""
     return [SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), rounds)] if noise_multiplier > 0 and rounds else []

@@ -431,6 +431,8 @@ class Policy:
         del fields["about"]
         if self.promise == Promise():
             del fields["promise"]
+        elif math.isinf(self.promise.epsilon_per_run):  # JSON has no infinity, which is what is left out, too
+            del fields["promise"]["epsilon_per_run"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.

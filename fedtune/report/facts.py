@@ -406,6 +406,7 @@ class RunInLedger:
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
+        check_at_least("noise_factor", 1 if self.noise_factor is None else self.noise_factor, 1)
 
 
 @spec

@@ -186,7 +186,7 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    if not facts.plan.bears(site.noise_factor or 1.0) or site.noise_factor == 1:
+    if site.noise_factor is not None and (site.noise_factor == 1 or not facts.plan.bears(site.noise_factor)):
         yield "noise_factor", site.noise_factor, "a factor above 1 where each site makes its own noise, or none"
         return
     least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
@@ -291,7 +291,7 @@ def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
     if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
         yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
     for site in facts.sites:
-        if events.grouped([facts.plan_of(site).event(rounds=site.rounds)]) - charged:
+        if events.grouped([facts.plan.event(rounds=site.rounds)]) - charged:
             listed = "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
             yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
 

@@ -187,7 +187,7 @@ class RealSite(Site):
     ) -> Trained:
         """Train on the site's records.  The round is charged by now: only now is one sampled."""
         work = self._process.work(request.run, self._shared, self._files)
-        plan, key = self.ledger.history.runs[request.run].plan, self.ledger.fingerprint_key()
+        plan, key = self.ledger.own_plan(request.proposal), self.ledger.fingerprint_key()
         return work.do(request, adapter, attempt, plan=plan, fingerprint_key=key, admitted=admitted)
 
     def keep(self, run: str, adapter: Adapter) -> None:

@@ -38,7 +38,7 @@ def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
         ("noise_factor = 0.99", "promise.noise_factor = 0.99: must be a finite number of at least 1"),
         ("noise_factor = 101.0", "promise.noise_factor = 101.0: must be at most 100"),
         ("noise_factor = nan", "promise.noise_factor = nan: must be"),
-        ("epsilon_per_run = 0.0", "promise.epsilon_per_run = 0.0: must be a finite number greater than 0"),
+        ("epsilon_per_run = 0.0", "promise.epsilon_per_run = 0.0: must be greater than 0"),
     ],
 )
 def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(

@@ -30,6 +30,7 @@ from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
@@ -341,15 +342,17 @@ class Ledger:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
-        factor = self.noise_factor(proposal)
-        return Offer(
-            site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor
-        )
+        site, factor = self.policy.site, self.noise_factor(proposal)
+        return Offer(site=site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor)
 
     def noise_factor(self, proposal: Proposal) -> float:
         """By which the site multiplies the noise of this run, or would; it follows from policy and plan alone."""
         known = self.history.runs.get(proposal.run)
         return known.noise_factor if known else self.policy.promise.factor_for(proposal.plan) or 1.0
+
+    def own_plan(self, proposal: Proposal) -> Plan:
+        """The plan of a run with the noise that the site itself makes: by it an accepted run is trained and charged."""
+        return proposal.plan.stronger(self.noise_factor(proposal))
 
     def require_allowed(self, proposal: Proposal) -> None:
         """Raise the rule of the policy that a new run breaks, or an accepted one by now; no budget is looked at."""

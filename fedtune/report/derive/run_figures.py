@@ -75,14 +75,8 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     plan, source, statement = facts.plan_of(site), source_of(facts, site), site.statement
     grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
-    sampling = facts.sampling if statement is None else "poisson" if known else None
-    row = profile.mechanism_of(
-        plan,
-        run=facts.run,
-        rounds=site.rounds,
-        sampling=sampling or NOT_RECORDED,
-        noise_factor=site.noise_factor,
-    )
+    ran = (facts.sampling if statement is None else "poisson" if known else None) or NOT_RECORDED
+    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran, noise_factor=site.noise_factor)
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     made = SiteReport(

@@ -78,9 +78,7 @@ class RunRecord:
         return {
             site: receipt
             for site, receipt in stored.items()
-            if (receipt.site, receipt.run) == (site, self.run)
-            and receipt.is_signed()
-            and self.plan.bears(receipt.noise_factor)
+            if (receipt.site, receipt.run) == (site, self.run) and receipt.is_signed()
         }
 
     @cached_property
@@ -176,10 +174,9 @@ class RunRecord:
         """
         if site in self.doubtful:
             return 1.0
-        if self.state is None:
-            factor = self.result.privacy.sites[site].noise_factor if self.result else 1.0
-            return factor if self.plan.bears(factor) else 1.0
-        return self.receipts[site].noise_factor if site in self.receipts else 1.0
+        noted = self.result.privacy.sites[site].noise_factor if self.result and not self.state else 1.0
+        factor = self.receipts[site].noise_factor if site in self.receipts else noted
+        return factor if self.plan.bears(factor) else 1.0
 
     def charged(self, site: str) -> tuple[int, bool]:
         """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.
