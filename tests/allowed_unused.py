@@ -31,6 +31,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "templates call them": {
         *("script_digest", "budget_left", "epsilon_spent", "largest_failures", "triggers", "to_do"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
+        "average_weight",
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {

@@ -7,7 +7,7 @@ from typing import Any
 from fedtune.codec import decode
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.ledger.chain import Event, Kind
-from fedtune.privacy.ledger.history import NOISE_FACTOR
+from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report.page.catalogue import catalogue
@@ -34,11 +34,8 @@ def event_text(event: Event) -> str:
     match event.kind:
         case Kind.PLAN:
             proposal = decode(Proposal, detail["proposal"])
-            factor = detail.get(NOISE_FACTOR, 1.0)
-            plan, more = (
-                proposal.plan.stronger(factor),
-                f"; {factor:g} times the noise asked for" if factor != 1 else "",
-            )
+            plan = proposal.plan.stronger(factor := factor_in(detail))
+            more = f"; {factor:g} times the noise that was asked for" if factor != 1 else ""
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""

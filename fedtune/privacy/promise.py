@@ -8,12 +8,19 @@ A ledger binds it when it accepts a run (`Run.noise_factor`).  From then on the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 from fedtune.privacy import accountant
 from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
+from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan, scores_of
+from fedtune.privacy.trust import Broken
 from fedtune.spec import ConfigError, check_at_least, check_at_most, spec
+
+NOISE_FACTOR = "noise_factor"
+"""Of a ledger's entry of an accepted run, where it is not 1."""
 
 
 @spec
@@ -43,12 +50,10 @@ class Promise:
         """
         if self == Promise():
             return 1.0
-        if not plan.private or plan.shared is not None:
-            return None
         factor, most, noise = self.noise_factor, self.epsilon_per_run, plan.noise_multiplier
-        if not plan.bears(factor):
+        if not plan.private or plan.shared is not None or not plan.bears(factor):
             return None
-        if math.isinf(most) or accountant.epsilon_above([plan.stronger(factor).whole], plan.delta, limit=most) is None:
+        if math.isinf(most) or _plan_epsilon_above(plan.stronger(factor), most) is None:
             return factor
         # Of the same shape: what is needed does not depend on the noise that was planned.
         needed = _noise_within(plan.with_noise(1.0), most)
@@ -58,6 +63,37 @@ class Promise:
         while factor * noise < needed:
             factor = round(factor + 1e-4, 4)
         return factor if factor <= MOST_NOISE_FACTOR and plan.bears(factor) else None
+
+    def broken_by(self, plan: Plan, times: float | None, *, cap: float | None, alone: float | None) -> Iterator[Broken]:
+        """The dearest rules; only for a plan within all other limits, whose epsilon can be computed in bounded time.
+
+        `times` is by how much the site multiplies the noise of an accepted run, None of a new one; `cap` that on a run,
+        and `alone` that on one where nothing but the site's own share of the noise hides it.
+        """
+        promised, noise = self.factor_for(plan), plan.noise_multiplier
+        if promised is None or (times or promised) < promised:
+            asked = "a secure sum" if plan.shared else f"noise of {(times or 1) * noise:g}"
+            yield Reason.PROMISE, asked, f"noise of at least {promised * noise:g}" if promised else "no such plan"
+            return
+        own, of_share = plan.stronger(times or promised), Reason.MAX_EPSILON_IF_ALL_COLLUDE
+        shared = [(of_share, own.by_own_noise_alone, alone)] if own.shared else []
+        for reason, counted, most in ((Reason.MAX_EPSILON_PER_RUN, own, cap), *shared):
+            if most is not None and (epsilon := _plan_epsilon_above(counted, most)) is not None:
+                yield reason, f"{epsilon:.4g}", f"at most {most:g}"
+
+
+def factor_in(accepted: Mapping[str, Any]) -> float:
+    """The factor that a ledger's entry of an accepted run binds; raises ValueError where it is none."""
+    factor = accepted.get(NOISE_FACTOR, 1.0)
+    if NOISE_FACTOR in accepted and not (type(factor) is float and 1 < factor <= MOST_NOISE_FACTOR):
+        raise ValueError("its noise is no multiple of the plan's")
+    return float(factor)
+
+
+@lru_cache(maxsize=256)
+def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
+    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
+    return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field
-from functools import lru_cache
 from typing import Any, Literal
 
 from dp_accounting import DpEvent
@@ -401,12 +400,11 @@ class Policy:
     def broken_rules(self, proposal: Proposal, *, factor: float | None = None) -> list[Refused]:
         """Every rule that a proposal breaks, for a person who wants to mend it.
 
-        Args:
-            proposal: that a lead makes, or made.
-            factor: by which the site multiplies the noise of a run that its ledger accepted; None: of a new run, by
-                which it would.
+        `factor` is by how much the site multiplies the noise of a run that its ledger accepted; None: a new run.
         """
-        broken = list(_broken_rules(self, proposal, factor)) or list(_of_own_plan(self, proposal.plan, factor))
+        cap, alone = self.budget.max_epsilon_per_run, self.trust.max_epsilon_if_all_collude
+        promised = self.promise.broken_by(proposal.plan, factor, cap=cap, alone=alone)
+        broken = list(_broken_rules(self, proposal, factor)) or list(promised)
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
     def own_plan(self, plan: Plan) -> Plan:
@@ -493,28 +491,3 @@ def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> I
         yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
         yield from policy.trust.broken_by(plan.shared)
-
-
-def _of_own_plan(policy: Policy, plan: Plan, factor: float | None) -> Iterator[Broken]:
-    """The dearest rules; only for a plan within all other limits, whose epsilon can be computed in bounded time."""
-    promised = policy.promise.factor_for(plan)
-    if promised is None or (factor or promised) < promised:
-        sums, noise = plan.shared is not None, plan.noise_multiplier
-        least = "no such plan" if promised is None else f"noise of at least {promised * noise:g}"
-        yield Reason.PROMISE, "a secure sum" if sums else f"noise of {(factor or 1) * noise:g}", least
-        return
-    plan = plan.stronger(factor or promised)
-    most_a_run = policy.budget.max_epsilon_per_run
-    if most_a_run is not None and (epsilon := _plan_epsilon_above(plan, most_a_run)) is not None:
-        yield Reason.MAX_EPSILON_PER_RUN, f"{epsilon:.4g}", f"at most {most_a_run:g}"
-    most = policy.trust.max_epsilon_if_all_collude
-    if plan.shared is not None and most is not None:
-        epsilon = _plan_epsilon_above(plan.by_own_noise_alone, most)
-        if epsilon is not None:
-            yield Reason.MAX_EPSILON_IF_ALL_COLLUDE, f"{epsilon:.4g}", f"at most {most:g}"
-
-
-@lru_cache(maxsize=256)
-def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
-    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
-    return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)

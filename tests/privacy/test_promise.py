@@ -48,7 +48,7 @@ def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(
     write_policy(policy(promise=STRONGER), file)
     written = file.read_text()
     assert "[promise]\nnoise_factor = 1.5\n" in written
-    file.write_text(written.replace("noise_factor = 1.5", said))
+    file.write_text(written.replace("noise_factor = 1.5\nepsilon_per_run = inf", said))
     with pytest.raises(ConfigError, match=f"^{file}: {error}"):
         read_policy(file)
 

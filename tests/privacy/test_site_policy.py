@@ -15,6 +15,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.distributed_noise import SharedNoise
+from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Budget, Dataset, Machine, Policy, Population, Reference, Releases
@@ -163,7 +164,8 @@ def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
     of_secure_sums = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
-    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
+    elsewhere = {Reason.PROMISE}  # tests/privacy/test_promise.py
+    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums | elsewhere
 
 
 def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included(policy: Any, proposal: Any) -> None:
@@ -303,6 +305,7 @@ def test_every_key_is_in_the_digest(policy: Any, make_key: Any) -> None:
         {"final_adapter": "decline"},
         {"machine": Machine(device="cpu")},
         {"trust": Trust(secure=True)},
+        {"promise": Promise(noise_factor=2.0)},
         {"ledger": "other.db"},
         {"site_key": "other.pem"},
         {"anchor": "anchor.json"},

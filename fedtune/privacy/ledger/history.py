@@ -23,15 +23,14 @@ from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
-from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.privacy.policy_file import policy_of
+from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
-NOISE_FACTOR = "noise_factor"  # of an accepted run, where it is not 1
 _FIRST = ("opened", "policy")  # the notes that every ledger begins with
 
 
@@ -177,10 +176,7 @@ class History:
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
-                factor = event.detail.get(NOISE_FACTOR, 1.0)
-                if NOISE_FACTOR in event.detail and not (type(factor) is float and 1 < factor <= MOST_NOISE_FACTOR):
-                    raise ValueError("its noise is no multiple of the plan's")
-                expires = datetime.fromisoformat(event.detail["expires"])
+                expires, factor = datetime.fromisoformat(event.detail["expires"]), factor_in(event.detail)
                 self.runs[event.run] = Run(proposal=proposal, expires=expires, noise_factor=factor)
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
