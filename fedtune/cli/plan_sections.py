@@ -368,7 +368,8 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
         left = "" if verdict.runs_left is None else f" Room for {counted(verdict.runs_left, 'run')} like this one."
         taken, would_be = epsilon_text(verdict.taken), epsilon_text(verdict.would_be)
         notes.append(f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}")
-    if (own := verdict.own) != outlook.plan:
+    if verdict.noise_factor != 1:
+        own = outlook.plan.stronger(verdict.noise_factor)
         own_epsilon = epsilon_text(epsilon_pld([own.whole], own.delta))
         made = f"noise multiplier {own.noise_multiplier:g} instead of {outlook.plan.noise_multiplier:g}"
         notes.append(f"By its own promise it would make {made}: epsilon {own_epsilon} there, and less weight.")

@@ -58,7 +58,7 @@ def simulate(
     folder = folder_of(runs[0])
     result = run_simulation(runs[0], folder, console)
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})
+        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result.to_json()}]})
 
 
 app = single(simulate)

@@ -251,7 +251,7 @@ def _price(asked: Proposal, own: Plan) -> str:
 
 
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
-    plan = verdict.own
+    plan = asked.plan.stronger(verdict.noise_factor)
     more = f", where the run asks for {asked.plan.noise_multiplier:g}" if plan != asked.plan else ""
     # All of them: what a site is asked to tell is never cut short.
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"

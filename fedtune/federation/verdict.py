@@ -49,7 +49,7 @@ class Verdict:
         runs_left: runs like this one that still fit the lifetime cap one after another; None without a cap.
         most_rounds: the most rounds, up to the run's own, that would be accepted.
         least_noise: the least noise, from the run's own upwards, that would be; None: more noise alone does not help.
-        own: the run's plan with the noise that the site itself would make.
+        noise_factor: by which the site would multiply the run's noise, for a promise of its own.
         note: a further remark, in one sentence.
     """
 
@@ -64,7 +64,7 @@ class Verdict:
     runs_left: int | None
     most_rounds: int
     least_noise: float | None
-    own: Plan
+    noise_factor: float
     note: str
 
     @property
@@ -86,7 +86,7 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     """
     files = SiteFiles.of(path)
     policy, plan = files.policy, proposal.plan
-    own = policy.own_plan(plan)
+    factor = policy.promise.factor_for(plan) or 1.0
     note = _size_note(policy, proposal, declared_sizes)
     budget: _Budget | None = None
     try:
@@ -106,12 +106,12 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(plan, Counter()) if budget else None,
-        would_be=budget.epsilon(plan, events.grouped([own.whole])) if budget else None,
+        would_be=budget.epsilon(plan, events.grouped([plan.stronger(factor).whole])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
         runs_left=budget.runs_left(plan) if budget else None,
         most_rounds=most_rounds,
         least_noise=least_noise,
-        own=own,
+        noise_factor=factor,
         note=note,
     )
 
