@@ -170,7 +170,7 @@ def test_the_reasons_are_a_closed_list() -> None:
         *("min_grad_norm", "max_local_steps", "max_rounds", "max_records_per_user", "max_adapter_value", "dtypes"),
         *("max_lora_scale", "max_head_scale", "adapters"),
         *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "max_epsilon_if_all_collude"),
-        *("secure_sums", "least_sites", "least_threshold", "colluders"),
+        *("secure_sums", "least_sites", "least_threshold", "colluders", "promise"),
     }
     of_the_ledger = {
         *("frozen", "plan_changed", "plan_exhausted", "run_ended", "round_requested_differently"),
@@ -194,9 +194,9 @@ def test_nothing_leaves_beyond_the_documented_fields() -> None:
         Update: {"site", "run", "round", "tensors", "scores"},
         Receipt: {
             *("site", "run", "charged_rounds", "charged_steps"),
-            *("sequence", "head", "site_key", "signature", "reply"),
+            *("sequence", "head", "site_key", "signature", "reply", "noise_factor"),
         },
-        Offer: {"site", "run", "most_rounds", "least_noise", "nonce"},
+        Offer: {"site", "run", "most_rounds", "least_noise", "nonce", "noise_factor"},
         Refusal: {"site", "run", "round", "reason", "asked", "allowed"},
     }
     for released_type, fields in released.items():
@@ -253,6 +253,7 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
         "site_key": make_key(7).public,
         "signature": signed(make_key(7)).signature,
         "reply": "2" * 64,
+        "noise_factor": 2.0,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
     for name, value in changes.items():
