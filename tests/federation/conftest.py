@@ -63,13 +63,7 @@ def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
     """A receipt that its site signed; `key` signs in its place."""
 
     def make(
-        site: str = "a",
-        *,
-        charged: int = 1,
-        run: str = "r",
-        key: SigningKey | None = None,
-        reply: str = "",
-        factor: float = 1.0,
+        site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, **more: Any
     ) -> Receipt:
         key = key or key_of(site)
         unsigned = Receipt(
@@ -81,8 +75,7 @@ def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
             head="00" * 32,
             site_key=key.public,
             signature="",
-            reply=reply,
-            noise_factor=factor,
+            **more,
         )
         return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 

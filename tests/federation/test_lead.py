@@ -19,17 +19,8 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 
 MakeReceipt = Callable[..., Receipt]
-OF_RUN = Plan(
-    unit="record",
-    delta=1e-5,
-    sampling_rate=0.2,
-    noise_multiplier=4.0,
-    max_grad_norm=1.0,
-    local_steps=2,
-    num_rounds=3,
-    spare_rounds=1,
-)
-RUN: Any = {"run": "r", "plan": OF_RUN}
+OF_RUN: Any = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.2, "noise_multiplier": 4.0, "max_grad_norm": 1.0}
+RUN: Any = {"run": "r", "plan": Plan(**OF_RUN, local_steps=2, num_rounds=4)}
 
 
 @pytest.fixture
@@ -127,7 +118,7 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
 
 
 def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    heard = answered(state.asked(["a", "b"]), answer(receipt(charged=2, factor=1.5)) | answer(receipt("b"), "b"))
+    heard = answered(state.asked(["a", "b"]), answer(receipt(charged=2, noise_factor=1.5)) | answer(receipt("b"), "b"))
     stronger, usual = site_charge(heard, "a", plan), site_charge(heard, "b", plan)
     assert (stronger.noise_factor, usual.noise_factor) == (1.5, 1.0)
     assert heard.plan_at("a", plan) == replace(plan, noise_multiplier=6.0)
@@ -142,21 +133,18 @@ def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState, plan:
 def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     # Before it, the run stands in no ledger, and a receipt says nothing of its noise.
     before = answered(state.asked(["a"]), answer(receipt(charged=0)))
-    began = answered(before.asked(["a"]), answer(receipt(charged=1, factor=2.0)))
+    began = answered(before.asked(["a"]), answer(receipt(charged=1, noise_factor=2.0)))
     assert began.receipts["a"].noise_factor == 2.0
     for factor in (1.0, 3.0):
-        assert began.heard("a", receipt(charged=2, factor=factor), **RUN) is None
-    assert began.heard("a", receipt(charged=2, factor=2.0), **RUN) is not None
+        assert began.heard("a", receipt(charged=2, noise_factor=factor), **RUN) is None
+    assert began.heard("a", receipt(charged=2, noise_factor=2.0), **RUN) is not None
 
 
 def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(4.0)
-    for other in (
-        replace(plan, noise_multiplier=0.0),
-        replace(plan, noise_multiplier=9000.0),
-        replace(plan, local_steps=1, shared=shared),
-    ):
-        assert state.heard("a", receipt(factor=2.0), run="r", plan=other) is None
+    for change in ({"noise_multiplier": 0.0}, {"noise_multiplier": 9000.0}, {"local_steps": 1, "shared": shared}):
+        other: Any = replace(plan, **change)  # type: ignore[arg-type]
+        assert state.heard("a", receipt(noise_factor=2.0), run="r", plan=other) is None
         assert state.heard("a", receipt(), run="r", plan=other) is not None
 
 

@@ -59,12 +59,8 @@ def moved(federation: Any) -> float:
 def test_a_site_that_promises_more_weighs_less(federation: Callable[..., Any], strategy: str) -> None:
     policies = {"site-2": {"promise": Promise(noise_factor=3.0)}}
     federated = federation(strategy=strategy, policies=policies, **_SETTINGS[strategy])
-    weights = weights_of(
-        federated.sizes,
-        federated.plan,
-        factors={"site-1": 1.0, "site-2": 3.0, "site-3": 1.0},
-        values=federated.adapter.num_values,
-    )
+    factors, values = {"site-1": 1.0, "site-2": 3.0, "site-3": 1.0}, federated.adapter.num_values
+    weights = weights_of(federated.sizes, federated.plan, factors=factors, values=values)
     mean = float(np.average(list(STEPS.values()), weights=list(weights.values())))
     assert moved(federated) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
     assert mean > float(np.mean(list(STEPS.values()))) + 0.3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.promise import Promise
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.derive.derived import derive
-from fedtune.report.facts import LedgerFacts, RunFacts
-from fedtune.report.model import Report, from_json, to_json
+from fedtune.report.model import from_json, to_json
 from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import POLICY, VirtualSites
@@ -39,13 +36,12 @@ def made(tiny: Any, simulate: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="module")
-def report(made: Path) -> Report:
+def report(made: Path) -> Any:
     return from_run.build(made / "run")
 
 
-def test_the_run_and_its_report_count_each_site_with_its_own_noise(made: Path, report: Report) -> None:
+def test_the_run_and_its_report_count_each_site_with_its_own_noise(made: Path, report: Any) -> None:
     said = json.loads((made / "run" / "run.json").read_text())["privacy"]
-    assert isinstance(report.facts, RunFacts)
     plan = report.facts.plan
     stronger, usual = said["sites"]["site-1"], said["sites"]["site-2"]
     assert (stronger["noise_factor"], stronger["noise_multiplier"]) == (1.5, plan.noise_multiplier)
@@ -54,7 +50,6 @@ def test_the_run_and_its_report_count_each_site_with_its_own_noise(made: Path, r
     by_name = {site.site: site for site in report.sites}
     for name, noise in (("site-1", 1.5 * plan.noise_multiplier), ("site-2", plan.noise_multiplier)):
         own, spent = replace(plan, noise_multiplier=noise), by_name[name].spent
-        assert spent is not None
         assert spent.epsilon == said["sites"][name]["epsilon"]
         assert spent.epsilon == accountant.epsilon_pld([own.event(rounds=spent.rounds)], plan.delta)
         assert spent.planned_epsilon == said["sites"][name]["planned_epsilon"]
@@ -64,63 +59,34 @@ def test_the_run_and_its_report_count_each_site_with_its_own_noise(made: Path, r
     assert problems(report) == []
 
 
-def test_the_report_says_which_site_has_which_weight(report: Report) -> None:
-    assert isinstance(report.facts, RunFacts)
-    sizes = {site.site: site.declared_size or 0 for site in report.sites}
-    values = report.facts.trained_parameters or 0
-    weights = weights_of(sizes, report.facts.plan, factors={"site-1": 1.5, "site-2": 1.0}, values=values)
+def test_the_report_says_which_site_has_which_weight(report: Any) -> None:
+    factors, values = {"site-1": 1.5, "site-2": 1.0}, report.facts.trained_parameters
+    weights = weights_of({"site-1": 90, "site-2": 90}, report.facts.plan, factors=factors, values=values)
     assert {site.site: site.average_weight for site in report.sites} == weights
     assert weights["site-1"] < 0.45
-    page = render.render(report, language="en")
-    assert "more noise than the run asked for" in page
+    assert "more noise than the run asked for" in render.render(report, language="en")
     assert from_json(json.dumps(to_json(report))) == report
 
 
-def test_a_report_of_sites_that_promise_nothing_more_says_nothing_of_it(a_report: Callable[..., Report]) -> None:
-    usual = a_report()
-    assert not any(key in json.dumps(to_json(usual)) for key in ("noise_factor", "average_weight"))
-    assert "more noise than the run asked for" not in render.render(usual, language="en")
-
-
-def test_a_factor_that_is_not_the_sites_is_found(report: Report, a_secure_report: Callable[..., Report]) -> None:
-    def with_factor(report: Report, factor: float | None) -> Report:
-        assert isinstance(report.facts, RunFacts)
+def test_a_factor_that_is_not_the_sites_is_found(report: Any, a_secure_report: Callable[..., Any]) -> None:
+    def with_factor(report: Any, factor: float | None) -> Any:
         first, *others = report.facts.sites
         return replace(report, facts=replace(report.facts, sites=(replace(first, noise_factor=factor), *others)))
 
     assert "sites.site-1" in {found.where for found in problems(with_factor(report, None))}
     assert "sites.site-1.spent.epsilon" in {found.where for found in problems(with_factor(report, 1.4))}
-    for factor in (0.0, 0.5, 1.0, 1e6):
-        (found,) = problems(with_factor(report, factor))
+    for other, factor in ((report, 0.0), (report, 0.5), (report, 1.0), (report, 1e6), (a_secure_report(), 2.0)):
+        (found,) = problems(with_factor(other, factor))
         assert found.where.endswith("noise_factor")
-    (found,) = problems(with_factor(a_secure_report(), 2.0))
-    assert found.where.endswith("noise_factor")
 
 
 def test_the_sites_own_report_has_its_noise_and_agrees_with_the_run(made: Path) -> None:
-    own = from_ledger.build(made / "sites" / "site-1" / POLICY)
-    assert isinstance(own.facts, LedgerFacts)
+    own: Any = from_ledger.build(made / "sites" / "site-1" / POLICY)
     ((run,), (site,)) = own.facts.runs, own.sites
     assert run.noise_factor == 1.5
     assert [row.noise_multiplier for row in site.mechanisms] == [run.plan.noise_multiplier]
     assert problems(own) == []
     signed = signing.signed(own, SigningKey.load(made / "sites" / "site-1" / "site_key.pem"))
     joined = from_run.build(made / "run", site_reports=[signed])
-    first = joined.sites[0]
-    assert (first.source, first.verdict.state) == ("signed_site_report", "within")
-    assert "site_report_disagrees" not in first.verdict.reasons
+    assert (joined.sites[0].source, joined.sites[0].verdict.state) == ("signed_site_report", "within")
     assert problems(joined) == []
-    # Of a ledger that charged another noise than its receipts say, it is not the same plan.
-    other = replace(own.facts, runs=(replace(run, noise_factor=None, plan=replace(run.plan, noise_multiplier=9.0)),))
-    forged = signing.signed(derive(other), SigningKey.load(made / "sites" / "site-1" / "site_key.pem"))
-    assert "site_report_disagrees" in from_run.build(made / "run", site_reports=[forged]).sites[0].verdict.reasons
-
-
-def test_without_a_checkpoint_the_noise_stands_in_run_json(made: Path, report: Report, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made / "run", tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints")
-    again = from_run.build(folder)
-    assert [site.spent and site.spent.epsilon for site in again.sites] == [
-        site.spent and site.spent.epsilon for site in report.sites
-    ]
-    assert again.sites[0].source == "run_record"
