@@ -33,6 +33,7 @@ GROUPS = (
     "tracking",
     "report",
     "cost",
+    "public",
 )
 
 HEAD = """\

@@ -20,7 +20,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.evaluation.spec import EvaluationSpec
 from fedtune.federation.cost import CostSpec
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.federation.spec import FederationSpec
+from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, fastest_dtype
 from fedtune.privacy import accountant
 from fedtune.privacy.about import AboutSpec
@@ -47,11 +47,10 @@ PATHS = frozenset(
         "runtime.sites_dir",
         "runtime.kept_states_folder",
     }
-    | {f"data.{part}_file" for part in ("train", "validation", "test")}
+    | {"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))}
 )
 """Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
-_MOST_YAML = 1 << 24
-"""Bytes of a file of settings."""
+_MOST_YAML = 1 << 24  # bytes of a file of settings
 
 
 @spec
@@ -122,6 +121,7 @@ class RunConfig:
     tracking: TrackingSpec = TrackingSpec()
     report: ReportSpec = ReportSpec()
     cost: CostSpec = CostSpec()
+    public: PublicSpec = PublicSpec()
     seed: int = 0
     resume: str | None = None
 
@@ -274,7 +274,7 @@ class RunConfig:
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
         fields = self.to_json()
-        for key in ("name", "resume", "tracking", "report", "cost"):
+        for key in ("name", "resume", "tracking", "report", "cost", *(() if self.public.train_file else ("public",))):
             del fields[key]
         patience = [("federation", key) for key in ("round_timeout_s", "enough_sites", "grace_s", "renewal")]
         patience.append(("training", "go_on_without_signal"))

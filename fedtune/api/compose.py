@@ -25,10 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from fedtune.api.experiment_file import ExperimentFile, config_folder, experiment_called, read_experiment, value_at
 from fedtune.config import PATHS, RunConfig, parse, saved_config, settings_to_save, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
+from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
 from fedtune.runs.renewal import renewed
 from fedtune.spec import NOT_GIVEN, ConfigError
 
-_FREE_MAPS = ("data.columns", "data.partition.sites")
+_FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 _VERBATIM = ("data.prompt_template", "experiment")
 """Settings whose values are often no words of Hydra's grammar, and are taken as they were typed."""
@@ -81,18 +82,23 @@ def compose_run(
         return _changed(saved, [*(override for override in overrides if override not in resumed), *fixed])
     if any(key_of(override) == "renew" for override in overrides):
         values = {key_of(override): value_of(override) for override in overrides}
-        return _with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **(changed or {})}))
+        return with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **(changed or {})}))
     file, overrides = _experiment_file(overrides)
     maps, overrides = _free_maps(overrides)
     # An empty map stands for a value that conf leaves open, until it is put in.
     settings = _composed([*overrides, *(f"++{_map_of(key)}={{}}" for key in maps)], file)
     _replace_maps(settings, file, maps)
-    if settings.get("federation", {}).get("aggregation") == "secure":
-        # What was said where secure sums were asked for, or later, stays; the rest had plain rounds in mind.
+
+    def said_beside(key: str) -> set[str]:
+        # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
         said = {key_of(override) for override in overrides}
-        if file is not None and file.sets("federation.aggregation"):
+        if file is not None and file.sets(key):
             said |= {f"{group}.{key}" for group in ("federation", "training") for key in file.settings.get(group, ())}
-        settings = with_secure_sums(settings, keep=said)
+        return said
+
+    plain = settings
+    if settings.get("federation", {}).get("aggregation") == "secure":
+        settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("resume"):
         settings["name"] = _run_folder(settings["resume"])[1].name
     if settings.get("name") is None:
@@ -101,7 +107,13 @@ def compose_run(
         *parents, last = dotted.split(".")
         reduce(dict.__getitem__, parents, settings)[last] = value
     try:
-        return _with_start(parse(settings, for_real_sites=for_real_sites))
+        config = parse(settings, for_real_sites=for_real_sites)
+        if config.public.train_file is not None:
+            given = {key.removeprefix("training.") for key in said_beside("public.train_file")}
+            if value_at(plain, "training.learning_rate") == "auto":  # which gives no rate
+                given.discard("learning_rate")
+            config = with_public_stage(config, plain, keep=given)
+        return with_start(config)
     except ConfigError as error:
         unknown = error.bound == "is not a setting of fedtune"
         hinted = ConfigError(error.key, error.value, error.bound + _nearest(error.key)) if unknown else error
@@ -144,7 +156,7 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def _with_start(config: RunConfig) -> RunConfig:
+def with_start(config: RunConfig) -> RunConfig:
     """The same with the digest of the adapter that it begins in, which was looked at.
 
     Raises:
@@ -252,7 +264,10 @@ def _changed(known: RunConfig, overrides: Sequence[str]) -> RunConfig:
         except OmegaConfBaseException as error:
             raise _in_our_words(error, [override]) from error
     changed: Any = OmegaConf.to_container(settings)
-    return parse(changed)
+    config = parse(changed)
+    if awaits_public_stage(config) or config.public != known.public:  # its rates stay: a person has chosen all of it
+        return with_public_stage(config, changed, keep=changed["training"])
+    return config
 
 
 def _run_folder(name: str) -> tuple[Path, RunConfig]:
@@ -443,7 +458,7 @@ def _is_override(text: str) -> bool:
 def _nearest(key: str) -> str:
     """A hint for a wrong key: what it is called here, or the known key most like it."""
     last = key.rpartition(".")[2]
-    known = list(_all_keys(_composed([])))
+    known = sorted(_all_keys(_composed([])), key=lambda path: path.startswith("public."))  # seldom what is meant
     named = _OTHER_WORDS.get(last) or next((path for path in known if path.rpartition(".")[2] == last), None)
     # Alike in its own name, too: training.epochs shares most letters with training.betas.
     alike = difflib.get_close_matches(key, known, n=3, cutoff=0.75)

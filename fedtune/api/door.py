@@ -94,7 +94,9 @@ def simulate(
     """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
 
     The run's folder is `tracking.output_dir`/`name`, by default runs/ and a time stamp.  After an interrupt,
-    `simulate(settings={"resume": folder})` goes on; every round that was charged stays charged.
+    `simulate(settings={"resume": folder})` goes on; every round that was charged stays charged.  A public stage
+    (`public.train_file`) runs first, in a folder beside it that ends in -public; interrupted there, the same call again
+    goes on.
 
     Args:
         recipe: what to run; None: the default, four banks on Banking77.
@@ -107,7 +109,7 @@ def simulate(
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
         RunError: too few sites replied.
     """
-    from fedtune.api.start_and_resume import folder_of, run_in_folder
+    from fedtune.api.start_and_resume import after_public_stage, folder_of, run_in_folder
     from fedtune.flower import simulation
     from fedtune.sites.virtual_site import fitted
 
@@ -119,11 +121,16 @@ def simulate(
             "import fedtune before torch: MKL's settings come too late, and a run's own trial may refuse this process"
         )
         warnings.warn(text, stacklevel=2)
+    work = partial(simulation.simulate, session=session)
+
+    def run(config: RunConfig, folder: Path) -> None:
+        run_in_folder(config, folder, _Teller(config, progress), work=work)
+
+    config = after_public_stage(config, run)
     folder = folder_of(config)
     if config.resume is None:
         config = fitted(config, folder)
-    work = partial(simulation.simulate, session=session)
-    run_in_folder(config, folder, _Teller(config, progress), work=work)
+    run(config, folder)
     return load(folder)
 
 

@@ -67,7 +67,8 @@ def read_experiment(path: Path) -> ExperimentFile:
         if key in settings:
             raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
     _check_plain(settings, path)
-    _find_files_beside(settings.get("data"), path.parent)
+    for group in ("data", "public"):
+        _find_files_beside(settings.get(group), path.parent)
     return ExperimentFile(path, _defaults(listed, path), settings)
 
 
@@ -110,12 +111,12 @@ def _defaults(listed: Any, path: Path) -> tuple[str | dict[str, str], ...]:
     return (*bases, "_self_", *({group: option} for group, option in options.items()))
 
 
-def _find_files_beside(data: Any, folder: Path) -> None:
+def _find_files_beside(group: Any, folder: Path) -> None:
     """Name each relative data file that lies beside the file of its settings by its path."""
     for key in ("train_file", "validation_file", "test_file"):
-        name = data.get(key) if isinstance(data, dict) else None
+        name = group.get(key) if isinstance(group, dict) else None
         if isinstance(name, str) and name.strip():
             path = folder / name
             # With {site} in its name, one for any site.
             if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
-                data[key] = str(path)
+                group[key] = str(path)

@@ -7,12 +7,15 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.compose import write_config
+from fedtune.api.compose import with_start, write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import PublicSpec
+from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
 from fedtune.words import dotted
 
@@ -91,9 +94,35 @@ def run_in_folder(
     return result
 
 
+def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+    """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
+
+    `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
+
+    Raises:
+        ConfigError: a folder belongs to something else, or the public file cannot be used.
+    """
+    if config.resume is not None or not awaits_public_stage(config):
+        return config
+    folder_of(replace(config, public=PublicSpec()))  # before anything is trained
+    stage = public_stage_of(config)
+    folder = Path(stage.tracking.output_dir) / stage.name
+    if has_begun(folder):
+        try:
+            folder_of(stage := replace(stage, resume=str(folder)))
+        except ConfigError as error:
+            raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
+    if stage.resume is None or not is_finished(folder):
+        train(stage, folder)
+    return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
+
+
 def folder_of(config: RunConfig) -> Path:
     """The run's folder; it must be new, or the one to resume with the same configuration."""
     if config.resume is None:
+        if awaits_public_stage(config):
+            bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
+            raise ConfigError("public.train_file", config.public.train_file, bound)
         folder = Path(config.tracking.output_dir) / config.name
         if folder.exists():
             raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
@@ -122,6 +151,18 @@ def has_begun(folder: Path) -> bool:
         with only_one(folder):
             shutil.rmtree(folder)  # without a checkpoint no site was asked, so no ledger has begun
     return False
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether nothing of a run is left to do: its last round is over, and its adapter has its card."""
+    from fedtune.federation.kept_round import is_over
+    from fedtune.federation.lead import Checkpoints  # it takes seconds to import
+    from fedtune.report.model_card import CARD  # it draws
+
+    config = saved_config(folder)
+    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
+    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
+    return over and (RunFolder(folder).adapter / CARD).is_file()
 
 
 def make(folder: Path, config: RunConfig) -> list[Path]:

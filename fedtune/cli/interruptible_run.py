@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedtune.api.start_and_resume import Work, run_in_folder
+from fedtune.api.start_and_resume import Work, after_public_stage, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
@@ -62,8 +63,10 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     return result
 
 
-def run_simulation(config: RunConfig, folder: Path, console: Console, *, session: Session | None = None) -> RunResult:
-    """Run a simulation in its folder, new or begun, and show it."""
+def run_simulation(
+    config: RunConfig, folder: Path, console: Console, *, session: Session | None = None, again: str | None = None
+) -> RunResult:
+    """Run a simulation in its folder, new or begun, and show it; `again`: what continues it, if not resume= alone."""
     began = time.monotonic()
     # Imported here, because torch and Flower take seconds, and a mistake in an override should not wait for them.
     with importing():
@@ -72,8 +75,21 @@ def run_simulation(config: RunConfig, folder: Path, console: Console, *, session
 
     if config.resume is None:
         config = say_fitted(console, config, fitted(config, folder))
-    again = f"fedtune simulate resume={folder}"
+    again = again or f"fedtune simulate resume={folder}"
     return show_run(config, folder, console, work=partial(simulate, session=session), again=again, began=began)
+
+
+def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
+    """What `after_public_stage` returns, with the stage shown; `again`: the command's words, which go on with it."""
+    named = [] if any(word.startswith("name=") for word in again) else [f"name={config.name}"]
+
+    def train(stage: RunConfig, folder: Path) -> None:
+        about = f"Public stage: the lead alone trains on {config.public.train_file}, whose records you declare to be"
+        say(f"{about} public, without privacy. The sites begin in what it learns.", console=console)
+        run_simulation(stage, folder, console, again=shlex.join(["fedtune", *again, *named]))
+        say("The public stage is over: the run itself begins.", console=console)
+
+    return after_public_stage(config, train)
 
 
 def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig:

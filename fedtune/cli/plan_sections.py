@@ -96,6 +96,7 @@ class Outlook:
                 "model": config.model.path,
                 "model_sha256": self.model_sha256,
                 "dataset": config.data.dataset,
+                "public_stage": config.public if config.public.train_file else None,
                 "solved_for": self.solved,
                 "target_epsilon": config.privacy.epsilon if plan.private else None,
                 "guaranteed": self.guaranteed,
@@ -157,6 +158,14 @@ def _facts(outlook: Outlook) -> dict[str, str]:
         f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}, "
         f"sampling rate {plan.sampling_rate:.4g}, learning rate {rates}"
     )
+    if (public := config.public).train_file is not None:
+        known = f" (head {public.head_learning_rate:g})" if public.head_learning_rate else ""
+        found["public stage"] = (
+            f"before round 1 the lead alone trains {counted(public.num_rounds or 0, 'round')} of "
+            f"{counted(public.local_steps or 0, 'step')} on {public.train_file}, without privacy, learning rate "
+            f"{public.learning_rate:g}{known}: the sites begin in what it learns. No epsilon here is about these "
+            "records, which you declare to be public"
+        )
     if plan.spare_rounds:
         found["training"] += f"; {counted(plan.spare_rounds, 'spare round')} paid for beforehand"
     if plan.unit == "user":

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.api.start_and_resume import folder_of, has_begun, is_running
+from fedtune.api.start_and_resume import folder_of, has_begun, is_finished, is_running
 from fedtune.cli.command import Argument, Metrics, Option, Renew, single
-from fedtune.cli.interruptible_run import say_fitted, show_run
+from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints
@@ -72,7 +72,7 @@ def run(
         # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
         # sites are not looked up again: one of them may have been revoked since.
         if or_resume and has_begun(folder := _named(words)):
-            if _is_finished(folder):
+            if is_finished(folder):
                 say(f"{folder} is finished.")
                 return
             words = (f"resume={quoted(str(folder))}",)
@@ -112,26 +112,18 @@ def _named(words: Sequence[str]) -> Path:
     return Path(asked.tracking.output_dir) / asked.name
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether nothing of a run is left to do: its last round is over, and its adapter has its card."""
-    config = saved_config(folder)
-    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
-    from fedtune.report.model_card import CARD  # it draws
-
-    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
-    return over and (RunFolder(folder).adapter / CARD).is_file()
-
-
 def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
     # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
     config = compose_for_sites(words, kit=kit)
     kit.check_certificate(datetime.now(UTC))
+    same_again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
+    config = after_shown_public_stage(config, console := Console(), again=same_again)
     folder = folder_of(config)
     import fedtune.ops.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
     from fedtune.ops.metrics import LeadMetrics, serve_metrics
 
-    figures, console = LeadMetrics(kit=kit) if metrics else None, Console()
+    figures = LeadMetrics(kit=kit) if metrics else None
     with ExitStack() as stack:
         if metrics and figures:
             stack.enter_context(serve_metrics(metrics, figures.figures))

@@ -10,7 +10,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, Renew, single
-from fedtune.cli.interruptible_run import run_in_a_line, run_simulation, show_trials
+from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, show_trials
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError
@@ -32,6 +32,7 @@ def simulate(
       fedtune simulate experiment=debug                  seconds, random tiny model
       fedtune simulate privacy.epsilon=3 name=tighter
       fedtune simulate privacy=none                      no privacy, for comparison
+      fedtune simulate public.train_file=public.csv      first the lead alone on public records; the sites begin in that
       fedtune simulate -m privacy.epsilon=1,3,8          one run for each value, a table and its CSV
       fedtune simulate resume=runs/tighter               continue after Ctrl-C or a crash
       fedtune simulate --renew runs/spring name=autumn       begin where a run ended, for those who came since
@@ -55,8 +56,9 @@ def simulate(
             else:
                 show_trials(console, trials, again=shlex.join(["fedtune", "simulate", "-m", *trials.again]))
         return
-    folder = folder_of(runs[0])
-    result = run_simulation(runs[0], folder, console)
+    config = after_shown_public_stage(runs[0], console, again=["simulate", *overrides])
+    folder = folder_of(config)
+    result = run_simulation(config, folder, console)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result.to_json()}]})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
@@ -174,3 +175,40 @@ class FederationSpec:
         key = "min_sites" if self.least_sites == self.min_sites else "threshold"
         needed = f"federation.{key} = {self.least_sites} are needed"
         return f"{count} of {len(self.active)} sites {did}, and {needed} ({reasons})"
+
+
+@spec
+class PublicSpec:
+    """A stage before round 1: the lead alone trains on public records, without privacy, and the sites begin in that.
+
+    What is null is chosen when the run is composed (docs/warm_start.md).
+
+    Attributes:
+        train_file: its records, labelled as those of the sites.  Whoever names it declares that they are public.  Null:
+            there is no such stage.
+        columns: the column for each role in this file, as `data.columns`; null: as there.  A language model may read
+            plain texts here ({text: body}) and other records at the sites.
+        num_rounds: of this stage; null: `federation.num_rounds`.
+        local_steps: optimizer steps in each; null: `training.local_steps`.
+        learning_rate: of the LoRA tensors in this stage; null: a third of what it is without privacy.
+        head_learning_rate: of the task head in this stage; null: likewise.
+    """
+
+    train_file: str | None = None
+    columns: Mapping[str, str] | None = None
+    num_rounds: int | None = None
+    local_steps: int | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.train_file is None and given:
+            key, value = next(iter(given.items()))
+            raise ConfigError(key, value, "goes with public.train_file, a file of public records")
+        if self.train_file is not None and not self.train_file.strip():
+            raise ConfigError("train_file", self.train_file, "must not be blank")
+        for key in {"num_rounds", "local_steps"} & {*given}:
+            check_at_least(key, given[key], 1)
+        for key in {"learning_rate", "head_learning_rate"} & {*given}:
+            check_positive(key, given[key])

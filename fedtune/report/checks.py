@@ -170,6 +170,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("provenance.task", facts.provenance.task, config.task),
         ("provenance.purpose", facts.provenance.purpose, config.report.about.purpose),
         ("provenance.start_adapter", start and start.digest, config.model.adapter_sha256),
+        ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
         ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
     ):
         if is_so != asked:

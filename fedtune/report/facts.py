@@ -178,7 +178,11 @@ class Release:
 
 @spec
 class StartAdapter:
-    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
+    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it.
+
+    Attributes:
+        public: whether the run's own public stage trained it, on records that its lead declares to be public.
+    """
 
     digest: str
     run: str | None
@@ -186,6 +190,7 @@ class StartAdapter:
     unit: str | None
     delta: float | None
     epsilon: float | None
+    public: bool = False
 
 
 @spec

@@ -306,6 +306,7 @@ def _start_adapter(record: RunRecord) -> StartAdapter | None:
         unit=text("unit"),
         delta=number("delta"),
         epsilon=number("epsilon"),
+        public=noted.get("public") is True,
     )
 
 

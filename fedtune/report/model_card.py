@@ -192,6 +192,8 @@ def _start(words: Words) -> str:
     if start is None:
         return "none"
     of_run = f"SHA-256 {start.digest}" + (f", of run {start.run} on {start.dataset}" if start.run else "")
+    if start.public:
+        return f"{of_run}; it was trained without privacy on records that the lead declares to be public"
     if start.delta is None:
         return f"{of_run}; what its training spent is not known"
     if start.epsilon is None:

@@ -103,6 +103,7 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     start = SavedAdapter.to_begin_in(config.model.adapter)
     has_head = task_named(config.task).has_head
     about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
+    about |= {"public": True} if config.public.train_file else {}  # so declares whoever started the run
     try:
         folder = start.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())

@@ -24,11 +24,15 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         said: a name, and settings by dotted key that take the place of these.
 
     Raises:
-        ConfigError: it is no finished run, or everybody was in as many runs as share the budget.
+        ConfigError: it is no finished run, everybody was in as many runs as share the budget, or a public stage is
+            asked for.
     """
+    if public := [key for key in said if key.partition(".")[0] == "public"]:
+        raise ConfigError(public[0], said[public[0]], "cannot go with --renew: that run begins in the one before")
     before = saved_config(last := Path(folder).expanduser())
     RunFolder(last).finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
+    changes |= {"public": {}}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):

@@ -322,7 +322,9 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
 
 def _start(about: Mapping[str, Any]) -> str:
     """The adapter that a run begins in, and what its own training spent."""
-    if about["epsilon"] == UNKNOWN:
+    if about.get("public"):
+        spent = "it was trained without privacy on records that are declared to be public"
+    elif about["epsilon"] == UNKNOWN:
         spent = "what its training spent is unknown: no run.json lies beside it"
     elif about["epsilon"] is None:
         spent = f"its training on {about['dataset']} promises nothing about its records"

@@ -16,7 +16,7 @@ from fedtune.codec import decode
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.cost import CostSpec
-from fedtune.federation.spec import MOST_SITES, FederationSpec
+from fedtune.federation.spec import MOST_SITES, FederationSpec, PublicSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.privacy.cohorts import Cohorts
@@ -52,6 +52,7 @@ def for_sites(config: RunConfig) -> RunConfig:
         tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),
         cost=CostSpec(),
+        public=PublicSpec(),
         resume=None,
     )
 

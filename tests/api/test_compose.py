@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedtune.api.compose import compose_run, write_config
+from fedtune.api.compose import compose_recipe, compose_run, write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trials
@@ -184,6 +185,55 @@ def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
     assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
     assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)
+
+
+PUBLIC = "public.train_file=public.csv"
+
+
+def rates_with_public(*overrides: str) -> tuple[object, object]:
+    """Rates of LoRA and head: the public stage's, and the sites' own."""
+    config = compose_run([PUBLIC, "name=x", *overrides])
+    own = config.training.peak_rates(clipped=config.privacy.private)
+    return (config.public.learning_rate, config.public.head_learning_rate), own
+
+
+def test_a_public_stage_has_a_third_of_the_rates_without_privacy_and_the_sites_a_third_of_theirs() -> None:
+    assert rates_with_public() == ((2.7, 4.7), (1.0, 8.0))  # of 8 and 14, and of 3 and 24: simulations/warm_start
+    assert rates_with_public("privacy=none") == ((2.7, 4.7), (2.7, 4.7))
+    assert rates_with_public("training.learning_rate=2.5") == ((2.7, 4.7), (2.5, 8.0)), "a rate that is given stays"
+    assert rates_with_public("public.head_learning_rate=7") == ((2.7, 7.0), (1.0, 8.0))
+    without = compose_run([*OWN, "experiment=own_data", "privacy=none"]).training.peak_rates(clipped=False)
+    private = compose_run([*OWN, "experiment=own_data"]).training.peak_rates(clipped=True)
+    auto = [tuple(float(f"{rate / 3:.2g}") for rate in rates) for rates in (without, private)]
+    for said in ((), ("training.learning_rate=auto",)):
+        assert [*rates_with_public(*OWN, "experiment=own_data", *said)] == auto
+    assert rates_with_public(SECURE) == ((2.7, 4.7), (1.7, 13.0))
+    for overrides, steps in (((), 5), ((SECURE,), 5), (("public.local_steps=2",), 2)):
+        public = compose_run([PUBLIC, "name=x", *overrides]).public
+        assert (public.num_rounds, public.local_steps) == (10, steps), "those of a plain run"
+
+
+def test_rates_of_a_file_stay_where_the_public_stage_stands_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "public.csv").touch()
+    path = tmp_path / "x.yaml"
+    path.write_text("defaults: [banks_intents]\nname: x\ntraining: {learning_rate: 2.0}\n")
+    assert compose_run([f"experiment={path}", PUBLIC]).training.learning_rate == 0.67, "the file had no start in mind"
+    path.write_text(path.read_text() + "public: {train_file: public.csv, columns: {text: body, label: kind}}\n")
+    config = compose_run([f"experiment={path}"])
+    assert config.training.peak_rates(clipped=True) == (2.0, 8.0)
+    assert config.public.train_file == str(tmp_path / "public.csv"), "beside the file"
+    assert config.public.columns == {"text": "body", "label": "kind"}
+
+
+def test_a_whole_configuration_keeps_its_rates_with_a_public_stage() -> None:
+    before = compose_run(["name=x"])
+    after = compose_recipe(before, {"public.train_file": "public.csv"})
+    assert (after.training, after.public.learning_rate) == (before.training, 2.7)
+    assert compose_recipe(after, {"name": "y"}).public == after.public
+    assert after.digest() != before.digest()
+    begun = replace(before, model=replace(before.model, adapter="runs/x"))
+    with pytest.raises(ConfigError, match=r"model\.adapter = 'runs/x': must be null with public\.train_file"):
+        compose_recipe(begun, {"public.train_file": "public.csv"})
 
 
 def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,11 +116,18 @@ def test_what_is_printed(plan: Run, policy_file: Callable[..., Path], monkeypatc
         "federation.spare_rounds=1",
         "privacy.metrics=noised",
         "data.heldout_fraction=0.2",
+        "public.train_file=public.csv",
         "--policy=site.toml",
     )
     assert outcome.code == 0, outcome.err
     assert too_wide(outcome.out) == []
     snapshots.check_output("plan", outcome.out)
+
+
+def test_a_public_stage_is_a_part_of_the_plan(plan_json: Run) -> None:
+    stage = plan_json("public.train_file=public.csv", "public.num_rounds=3")["public_stage"]
+    assert [*stage.values()] == ["public.csv", None, 3, 2, 0.0033, None]
+    assert plan_json()["public_stage"] is None
 
 
 def test_seeded_noise_is_no_guarantee(plan: Run, plan_json: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run, write_config
-from fedtune.cli.run import compose_for_sites
+from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.lead import ReceiptBook
-from fedtune.federation.spec import FederationSpec
+from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import REQUEST, site_init
@@ -410,6 +411,30 @@ def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
 def test_the_folder_of_a_last_run_may_have_any_name(command: Any, kit: Kit, words: list[str]) -> None:
     outcome = command(*(str(kit.folder) if word == "KIT" else word for word in words), "--renew", "it's {gone}")
     assert outcome.message == 'run folder = "it\'s {gone}": must hold a config.yaml'
+
+
+def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lead's process trains it before any site is asked, and the run begins in its adapter."""
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
+    typed = words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
+    begun: list[RunConfig] = []
+
+    def trained(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
+        begun.append(stage)
+        assert again == shlex.join(["fedtune", "run", "--kit", str(kit.folder), "--or-resume", *typed])
+        write_config(stage, folder)
+        save_task_model(build_task_model(stage.task_model()), folder / "adapter")
+
+    monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
+    monkeypatch.setattr("fedtune.cli.run.LeadService.fitted", lambda self, config: config)
+    monkeypatch.setattr("fedtune.cli.run.show_run", lambda config, *arguments, **others: begun.append(config))
+    _start(typed, kit=kit, metrics=None)
+    stage, run = begun
+    assert (sizes_of(stage), stage.runtime.kind, stage.privacy.private) == ({"lead": 3}, "simulation", False)
+    assert (sizes_of(run), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
+    assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
+    assert for_sites(run).public == PublicSpec(), "the file stays with the lead"
 
 
 def test_a_renewed_run_has_the_sites_of_the_last_one_and_their_sizes_of_today(kit: Kit, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first:
 def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
     report = json.loads((second[0] / "report.json").read_text())["derived"]
     spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
-    about = {"digest": digest_of(first), "run": "first", "dataset": "banking77"} | spent
+    about = {"digest": digest_of(first), "run": "first", "dataset": "banking77", "public": False} | spent
     assert report["provenance"]["start_adapter"] == about
     page = (second[0] / "report.html").read_text()
     assert digest_of(first) in page

@@ -151,6 +151,7 @@ def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report
         ({"delta": 1e-5, "epsilon": 2.5}, ", of run intents on public; its training spent epsilon 2.500 at delta "),
         ({"delta": 1e-5, "epsilon": None}, ", of run intents on public; its training bounds nothing |"),
         ({"run": None, "delta": None, "epsilon": None}, "; what its training spent is not known |"),
+        ({"epsilon": None, "delta": 1e-5, "public": True}, ", of run intents on public; it was trained without p"),
     ],
 )
 def test_a_start_adapter_is_named(record: RunRecord, of_run: Report, spent: dict[str, Any], said: str) -> None:
@@ -160,4 +161,5 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report, spent: dict
     report = derive(replace(of_run.facts, provenance=begun.provenance))
     assert (report.verdict.state, report.verdict.reasons) == ("within", ("began_in_an_adapter",))
     status = {one.code: one.status for one in report.assumptions}
-    assert (status["start_adapter_covered_elsewhere"], problems(report)) == ("assumed", [])
+    code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
+    assert (status[code], problems(report)) == ("assumed", [])

@@ -76,6 +76,13 @@ def test_what_a_report_says_of_its_settings_is_compared(
     assert places(replace(of_run, facts=replace(of_run.facts, **made)), config) == set(change)
 
 
+def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_run: Report, config: RunConfig) -> None:
+    config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
+    start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
+    made = replace(of_run.provenance, start_adapter=start, config_sha256=config.digest())
+    assert places(replace(of_run, facts=replace(of_run.facts, provenance=made)), config) == {"public"}
+
+
 def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:
     shorter = derive(replace(of_run.facts, rounds=of_run.facts.rounds[:1]))
     assert shorter.verdict.reasons == ("not_finished",)

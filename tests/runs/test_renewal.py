@@ -38,7 +38,7 @@ def by_cohort(first: str | None) -> dict[str, Any]:
 
 def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last, letters: Callable[..., RunConfig]) -> None:
     groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
-    folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"})
+    folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
     before = letters(**groups)
     model = replace(before.model, adapter=str(folder), adapter_sha256=None)
     expected = replace(before, name="next", model=model, federation=replace(before.federation, renewal=1))

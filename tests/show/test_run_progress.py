@@ -265,11 +265,13 @@ def test_what_the_scores_say_against_the_training_is_said_at_the_end(config: Run
         (3.0, "its training on letters spent epsilon 3.000 at delta 1e-05 for each record"),
         (None, "its training on letters promises nothing about its records"),
         ("unknown", "what its training spent is unknown: no run.json lies beside it"),
+        ("public", "it was trained without privacy on records that are declared to be public"),
     ],
 )
 def test_what_a_run_begins_in_is_said_before_it_begins(config: RunConfig, epsilon: Any, said: str) -> None:
     about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record"}
-    out = shown(config, start={**about, "delta": 1e-5, "epsilon": epsilon})
+    of_it = {"epsilon": None, "public": True} if epsilon == "public" else {"epsilon": epsilon}
+    out = shown(config, start={**about, "delta": 1e-5, **of_it})
     assert (
         f"begins in the adapter abababababab of first; {said}; its head has other labels: the head starts anew" in out
     )

@@ -81,6 +81,8 @@ NEUTRAL: dict[str, Any] = {
     **of("report", language="de", about=AboutSpec(curator="canary")),
     **of("tracking", log_level="debug", tracker="mlflow", send_to="https://canary.example"),
     **of("cost", energy=True, country="DEU"),
+    **of("public", train_file="/home/ada/canary/public.csv", columns={"text": "canary a", "label": "canary b"}),
+    **of("public", num_rounds=3, local_steps=7, learning_rate=0.25, head_learning_rate=0.25),
 }
 FIXED = {"name": "is part of the identifier itself"}
 LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
@@ -89,6 +91,7 @@ SUMS: dict[str, Any] = {
     "data": {"declared_sizes": (40, 40, 40)},
     "training": {"local_steps": 1},
 }
+PUBLIC = ("columns", "num_rounds", "local_steps", "learning_rate", "head_learning_rate")
 WITH: dict[str, Any] = {
     "data.input": TABLE,
     "data.features": TABLE,
@@ -117,6 +120,7 @@ WITH: dict[str, Any] = {
     "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
     "tracking.send_to": {"tracking": {"tracker": "wandb"}},
     "cost.country": {"cost": {"energy": True}},
+    **{f"public.{key}": {"public": {"train_file": "/home/ada/canary/public.csv"}} for key in PUBLIC},
     "data.label_separator": {"task": "multi_label", "data": {"columns": {"text": "a", "labels": "b"}}},
     "data.target_range": {
         "task": "regression",

@@ -187,7 +187,8 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         evidence = f"{kept.judged_by}, round {kept.round}; {facts.progress}"
         yield "chosen_by_the_leads_own_records", "assumed", evidence
     if start := facts.provenance.start_adapter:
-        yield "start_adapter_covered_elsewhere", "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"
+        code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
+        yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"
     unchanged: _Status = "verified" if facts.unchanged else "violated"
     yield "configuration_unchanged", unchanged, f"config.yaml: {facts.config_file_sha256}"
     if said := [site for site in sites if site.source == "signed_site_report"]:

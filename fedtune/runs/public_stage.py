@@ -1,0 +1,102 @@
+"""A stage before a run: its lead alone trains on public records, without privacy, and the sites begin in that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from fedtune.config import RunConfig, parse
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import resolve_file
+from fedtune.data.spec import SITE
+from fedtune.federation.spec import PublicSpec
+from fedtune.spec import ConfigError
+
+
+def awaits_public_stage(config: RunConfig) -> bool:
+    """Whether the run is to begin in an adapter that is yet to be trained on public records."""
+    return config.public.train_file is not None and config.model.adapter is None
+
+
+def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Container[str]) -> RunConfig:
+    """The same with numbers for what its public stage leaves open, and lower rates of its own.
+
+    The stage has a third of the rates without privacy, and the sites a third of theirs (simulations/warm_start).
+
+    Args:
+        config: of the run.
+        plain: its settings before secure sums changed rounds, steps and rates, and before a number stood for "auto".
+        keep: keys of `training` whose rates stay, since a person gave them for this start.
+
+    Raises:
+        ConfigError: the run has another start, or the stage cannot be had with these settings.
+    """
+    public, adapter = config.public, config.model.adapter
+    if adapter is not None:
+        bound = "must be null with public.train_file: the run begins in what is learnt of that file"
+        raise ConfigError("model.adapter", adapter, bound)
+    num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
+    alone = _alone(replace(config, public=replace(public, num_rounds=num_rounds)), plain.get("training", {}))
+    rates = {key.removeprefix("unclipped_"): rate for key, rate in alone.training.lower_rates(clipped=False).items()}
+    chosen: dict[str, Any] = {"num_rounds": num_rounds, "local_steps": alone.training.local_steps, **rates}
+    given = {key: value for key, value in asdict(public).items() if value is not None}
+    lower = config.training.lower_rates(clipped=config.privacy.private)
+    own: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in keep}
+    return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
+
+
+def public_stage_of(config: RunConfig) -> RunConfig:
+    """The stage as a run of its own: one site, all records of the public file, and no privacy.
+
+    Raises:
+        ConfigError: the file cannot be used, or the run itself reads it or a copy; those of real sites are not here.
+    """
+    from fedtune.sites.run_records import LeadRecords  # torch takes seconds to import
+
+    public, data, training = config.public, config.data, config.to_json()["training"]
+    file, digest = str(public.train_file), _digest(str(public.train_file), key="public.train_file")
+    read = [("data.validation_file", data.validation_file), ("data.test_file", data.test_file)]
+    if config.runtime.kind != "deployment":
+        sites = config.federation.names if SITE in data.train_file else ("",)
+        read += [("data.train_file", data.train_file.replace(SITE, site)) for site in sites]
+    for key, name in read:
+        if name is not None and _digest(name, key=key) == digest:
+            bound = f"must be a file of its own: {name} of {key} is the same file, or a copy of it"
+            raise ConfigError("public.train_file", file, bound)
+    training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
+    training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
+    alone = _alone(config, training)
+    size = len(LeadRecords.read(file, alone, key="public.train_file").records)
+    return replace(alone, data=replace(alone.data, declared_sizes=size))
+
+
+def _alone(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
+    """The stage, yet without the number of its records."""
+    settings, public = config.to_json(), config.public
+    data: dict[str, Any] = dict.fromkeys(("heldout_fraction", "validation_fraction", "test_fraction"), 0.0)
+    data |= {"dataset": f"{config.data.dataset}-public", "train_file": public.train_file, "declared_sizes": 1}
+    data |= {"partition": {}, "train_fraction": 1.0}
+    if public.columns is not None:  # which the lead's other files do not have
+        data |= {"columns": public.columns, "validation_file": None, "test_file": None}
+        data |= {"prompt_template": "{prompt}", "chat_template": "none"} if "text" in public.columns else {}
+    privacy = {"mechanism": "none", "unit": "record", "runs": 1, "metrics": "none"}
+    privacy |= {"noise_multiplier": None, "cohorts": None}
+    runtime = {"kind": "simulation", "sites_dir": None, "ray_address": None, "sites_per_gpu": None}
+    federation = {"num_rounds": public.num_rounds, "num_sites": 1, "site_names": ["lead"]}
+    steps = {"local_steps": public.local_steps} if public.local_steps else {}
+    changed = {"data": data, "privacy": privacy, "runtime": runtime, "training": {**training, **steps}}
+    settings |= {group: settings[group] | values for group, values in changed.items()}
+    try:
+        return parse(settings | {"name": f"{config.name}-public", "federation": federation, "public": {}})
+    except ConfigError as error:
+        own = ("data.train_file", "data.columns") if public.columns else ("data.train_file",)
+        if not error.key.startswith(own):
+            raise
+        raise ConfigError(error.key.replace("data", "public", 1), error.value, error.bound) from None
+
+
+def _digest(name: str, *, key: str) -> str:
+    with resolve_file(name, shipped_folders(), key=key).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,142 @@
+"""A public stage before a run: trained once by the lead alone, gone on with, and told of by all that the run says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedtune
+from fedtune.api.compose import compose_run
+from fedtune.config import saved_config
+
+from ..api.test_door import tiny as settings_of
+from ..conftest import REPOSITORY
+from .test_resume import Stop
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty questions and their labels, which no site and no other file of the run has."""
+    path, labels = tmp_path_factory.mktemp("public") / "public.jsonl", compose_run(["experiment=debug"]).data.labels
+    path.write_text("".join(json.dumps({"text": f"Question {n}?", "label": labels[n]}) + "\n" for n in range(30)))
+    return path
+
+
+def stop_after_a_round(told: fedtune.Progress) -> None:
+    if told.round is not None:
+        raise Stop
+
+
+@pytest.fixture(scope="module")
+def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
+    """A run whose public stage was interrupted, and which was itself interrupted after that."""
+    folder = tmp_path_factory.mktemp("runs")
+    asked = settings_of(folder, **{"public.train_file": public, "training.go_on_without_signal": True})
+    with pytest.raises(Stop):
+        fedtune.simulate("debug", asked, progress=stop_after_a_round)
+    assert [path.name for path in folder.iterdir()] == ["run-public"]
+    told = list[fedtune.Progress]()
+
+    def stop_in_the_run(one: fedtune.Progress) -> None:
+        told.append(one)
+        if (folder / "run").exists():
+            stop_after_a_round(one)
+
+    with pytest.raises(Stop):
+        fedtune.simulate("debug", asked, progress=stop_in_the_run)
+    assert [one.done for one in told if one.round] == [2, 1], (
+        "the stage went on with its second round, and then the run had its first"
+    )
+    with pytest.raises(ValueError, match="name = 'run': is taken"):
+        fedtune.simulate("debug", asked)
+    written = (folder / "run-public" / "run.json").stat().st_mtime_ns
+    finished = fedtune.simulate(settings={"resume": folder / "run"})
+    assert (folder / "run-public" / "run.json").stat().st_mtime_ns == written
+    return finished
+
+
+def test_the_stage_is_a_run_of_the_lead_alone_without_privacy(run: fedtune.Run, public: Path) -> None:
+    stage = fedtune.load(run.folder.parent / "run-public")
+    assert (stage.privacy.epsilon, [*stage.privacy.sites]) == (None, ["lead"])
+    data = stage.config.data
+    assert (data.dataset, data.train_file, data.declared_sizes) == ("banking77-public", str(public), 30)
+    assert stage.config.training.peak_rates(clipped=False) == (0.0033, 0.0033)
+    assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
+
+
+def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: fedtune.Run, command: Any) -> None:
+    stage = fedtune.load(run.folder.parent / "run-public")
+    start = run.result.provenance.start_adapter
+    assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
+    assert run.result.final.metrics_before == stage.metrics
+    derived = json.loads((run.folder / "report.json").read_text())["derived"]
+    codes = {one["code"]: one["status"] for one in derived["assumptions"]}
+    assert codes["start_adapter_public"] == "assumed"
+    said = "without privacy on records that the lead declares to be public"
+    assert said in (run.folder / "adapter" / "README.md").read_text()
+    page = " ".join((run.folder / "report.html").read_text().split())
+    assert page.count("without privacy, on records that the lead declares to be public") == 1
+    assert command("report", "verify", str(run.folder)).code == 0
+
+
+def test_a_finished_stage_is_used_as_it_is(
+    run: fedtune.Run, command: Any, tiny: Any, public: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
+    words = tiny(f"public.train_file='{public}'", "federation.num_rounds=1", into=tmp_path)
+    other = command("simulate", *words).message
+    assert "run-public was made with another configuration (federation.num_rounds was 2, is 1); choose" in other
+    outcome = command("simulate", *words, "public.num_rounds=2")
+    assert outcome.code == 0, outcome.err
+    assert "Public stage" not in outcome.out
+    assert "of run-public; it was trained without privacy on records that are declared to be public" in outcome.out
+    assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
+
+
+def test_an_interrupted_stage_says_how_to_go_on(
+    command: Any, tiny: Any, public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: object, state: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtune.show.run_progress.Display.round_finished", interrupt)
+    words = tiny(f"public.train_file={public}", into=tmp_path, name="one")
+    outcome = command("simulate", *words)
+    assert outcome.code == 1
+    said = " ".join(outcome.out.split())
+    assert "Public stage: the lead alone trains on" in said
+    assert f"Continue with: fedtune simulate {words[0]}" in said
+    assert said.endswith("public.jsonl"), "a name that is given is not given again"
+    assert [path.name for path in tmp_path.iterdir()] == ["one-public"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["public.train_file={sites}"], "must be a file of its own: {sites} of data.train_file is the same file"),
+        (["public.train_file={copy}"], "must be a file of its own: {sites} of data.train_file is the same file, or a"),
+        (["public.train_file={public}", "data.test_file={public}"], "of data.test_file is the same file"),
+        (["public.train_file={public}", "model.adapter=runs/x"], "model.adapter = 'runs/x': must be null with public"),
+        (["public.train_file={public}", "--renew", "last"], "public.train_file = '{public}': cannot go with --renew"),
+        (["public.train_file={public}", "-m", "seed=1,2"], "is for one fedtune simulate or fedtune run"),
+        (["public.train_file={public}", "public.columns={{text: x}}"], "must name the column for role 'label'"),
+        (["public.train_file=/nowhere.csv"], "public.train_file = '/nowhere.csv': no such file"),
+        (["public.num_rounds=3"], "public.num_rounds = 3: goes with public.train_file"),
+        (["audit", "public.train_file={public}"], "is for one fedtune simulate or fedtune run"),
+    ],
+)
+def test_what_is_no_public_stage_is_refused(
+    command: Any, tiny: Any, public: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
+    files = {"sites": sites, "copy": shutil.copy(sites, tmp_path / "copy.jsonl.gz"), "public": public}
+    given = [word.format(**files) for word in words]
+    base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
+    outcome = command(*(given[:1] if "audit" in words else ["simulate"]), *base, *given[words[0] == "audit" :])
+    assert outcome.code == 2
+    assert message.format(**files) in outcome.message
+    assert not (tmp_path / "runs").exists()
