@@ -32,12 +32,11 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     before = saved_config(last := Path(folder).expanduser())
     RunFolder(last).finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
-    changes |= {"public": {}}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
         changes["privacy.cohorts"] = asdict(moved(before.privacy.cohorts))
-    settings = before.to_json()
+    settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
         *groups, name = key.split(".")
         group: Any = settings

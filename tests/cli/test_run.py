@@ -418,6 +418,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
     public = tmp_path / "public.jsonl"
     public.write_text('{"text": "a", "label": "card_arrival"}\n' * 3)
     typed = words("sites=[north,west]", f"public.train_file={public}", f"tracking.output_dir={tmp_path}")
+    typed.append("runtime.sites_dir=kept")
     begun: list[RunConfig] = []
 
     def trained(stage: RunConfig, folder: Path, console: Any, *, again: str) -> None:
@@ -432,6 +433,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
     _start(typed, kit=kit, metrics=None)
     stage, run = begun
     assert (sizes_of(stage), stage.runtime.kind, stage.privacy.private) == ({"lead": 3}, "simulation", False)
+    assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"
     assert (sizes_of(run), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
     assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
     assert for_sites(run).public == PublicSpec(), "the file stays with the lead"

@@ -41,7 +41,11 @@ def started(federation: Federation, more: list[str]) -> Process:
 
 
 def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Federation) -> None:
+    """Its public stage is over by the first kill, and is not trained again."""
+    public = federation.folder / "public.csv"
+    public.write_text("text,label\nWhere is my card?,card_arrival\nIs it lost?,lost_or_stolen_card\n")
     more = [word for word in settings("federation.num_rounds=2") if not word.startswith("experiment=")]
+    more.append(f"public.train_file={public}")
     held = federation.sites["north"]
     held.hold(True)
     lead = started(federation, more)
@@ -56,6 +60,7 @@ def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Fed
     held.hold(False)
     last = started(federation, more)
     assert last.end() == 0, last.text
+    assert ["Public stage" in one.text for one in (lead, again, last)] == [True, False, False]
     check_books(federation, "served")
     check_average(federation, "served")
     for site in federation.sites.values():

@@ -105,6 +105,9 @@ def test_an_interrupted_stage_says_how_to_go_on(
 
     monkeypatch.setattr("fedtune.show.run_progress.Display.round_finished", interrupt)
     words = tiny(f"public.train_file={public}", into=tmp_path, name="one")
+    (tmp_path / "one").mkdir()
+    assert "is taken" in command("simulate", *words).message, "before the stage trains"
+    (tmp_path / "one").rmdir()
     outcome = command("simulate", *words)
     assert outcome.code == 1
     said = " ".join(outcome.out.split())
