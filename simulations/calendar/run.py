@@ -79,12 +79,13 @@ def words_of(line: str, number: int, *, runs: Path, labels: list[str], size: int
     at = f"'{runs / f'{line}-{number:02}'}'"
     words = [f"name={line}-{number:02}", "data.labels=[" + ",".join(f"'{label}'" for label in known) + "]"]
     words.append(f"data.test_file='{runs / ('whole' if number >= NEW_IN else 'known')}.jsonl'")
-    if number > 1:  # rates as docs/warm_start.md advises
-        rates = ["training.learning_rate=1", "training.head_learning_rate=8"] if number == 2 else []
+    if number > 1:  # rates as docs/warm_start.md advises: a third; later runs take them over
+        rates = ["training.learning_rate=0.56", "training.head_learning_rate=4.4"] if number == 2 else []
         return [f"renew='{runs / f'{line}-{number - 1:02}'}'", *words, *rates]
     cohorts = f"{{period: month, first: '{FIRST.first}', last: '{FIRST.last}'}}" if line == "cohorts" else "null"
     return [
         *("experiment=banks_intents", "tracking=quiet", f"tracking.output_dir='{runs}'", *words),
+        *("federation.aggregation=secure", "training.learning_rate=1.67", "training.head_learning_rate=13.3"),
         *("privacy.unit=user", "privacy.records_per_user=1", "privacy.epsilon=8", f"privacy.cohorts={cohorts}"),
         *(f"privacy.runs={1 if line == 'once' else WINDOW}", "+data.columns.user=user"),
         *(["+data.columns.arrival=came"] if line == "cohorts" else []),
