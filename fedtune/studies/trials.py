@@ -346,7 +346,7 @@ class Trials:
                     "values": trial.values,
                     "state": trial.state,
                     "reason": trial.reason,
-                    "result": trial.result,
+                    "result": trial.result and trial.result.to_json(),
                 }
                 for trial in self.rows.values()
             ],
