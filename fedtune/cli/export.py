@@ -67,10 +67,10 @@ def export(
     from fedtune.export.onnx_graphs import served
     from fedtune.sites.run_records import LeadRecords
 
-    if int8:
-        LeadRecords.to_score(config, None)  # before anything is written: without them nobody knows what int8 costs
+    # Before anything is written: without them nobody knows what int8 costs.
+    records = LeadRecords.to_score(config, None) if int8 else None
     files = write(adapter, config, to, format=chosen, private=private, int8=int8)
-    graphs = served(to, adapter, config) if int8 else []
+    graphs = served(to, adapter, config, records) if records else []
     if as_json:
         told = {"run": str(run), "folder": str(to), "format": chosen}
         names = {"files": [str(path.relative_to(to)) for path in files]}

@@ -30,7 +30,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
-from fedtune.export.onnx_graphs import INT8, WHOLE, quantise, write_graph
+from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
 from fedtune.federation.run_folder import LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
@@ -294,16 +294,15 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
-    runtime = _graph_tools()
+    _require_graph_tools()
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
         sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
         given = {name: (getattr(reference, name), sizes) for name in ("input_ids", "attention_mask")}
         write_graph(plain, given, "logits", folder / WHOLE)
-    session = runtime.InferenceSession(folder / WHOLE, providers=["CPUExecutionProvider"])
-    logits = session.run(None, {name: tensor.numpy() for name, (tensor, _) in given.items()})[0]
-    reference.require(torch.from_numpy(logits), form="onnx")
+    logits = load_graph(folder / WHOLE)({name: tensor for name, (tensor, _) in given.items()})
+    reference.require(logits, form="onnx")
 
 
 class RawScores(nn.Module):
@@ -348,7 +347,8 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         ConfigError: the adapter cannot be loaded.
         RunError: what was written computes something else than the run's model.
     """
-    runtime = _graph_tools() if format == "onnx" else None
+    if format == "onnx":
+        _require_graph_tools()
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
@@ -361,21 +361,19 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     with torch.no_grad():
         ours = model.task.read_out(model.logits(batch), spec=model.spec)
         write_task_model(model, folder, private_to=private_to)
-        if runtime is not None:
+        if format == "onnx":
             values = {"values": (raw, {0: torch.export.Dim("rows")})}
             write_graph(RawScores(model, features).eval(), values, "scores", folder / WHOLE)
-            session = runtime.InferenceSession(folder / WHOLE, providers=["CPUExecutionProvider"])
-            theirs = torch.from_numpy(session.run(None, {"values": raw.numpy()})[0])
+            theirs = load_graph(folder / WHOLE)({"values": raw})
         else:
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
 
 
-def _graph_tools() -> Any:
-    """What runs an ONNX graph, where what writes one is there, too."""
-    _needed("onnxscript", format="onnx")
-    return _needed("onnxruntime", format="onnx")
+def _require_graph_tools() -> None:
+    for library in ("onnxscript", "onnxruntime"):  # what writes an ONNX graph, and what runs it
+        _needed(library, format="onnx")
 
 
 def _needed(library: str, *, format: str) -> Any:

@@ -26,6 +26,7 @@ from fedtune.sites.shared_model import LeadData, Measured
 
 WHOLE, INT8 = "model.onnx", "model.int8.onnx"
 _TIMED = 200
+Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,48 +90,47 @@ def quantise(whole: Path, to: Path) -> None:
         tools.quantize_dynamic(ready, to, weight_type=tools.QuantType.QInt8, per_channel=True, reduce_range=True)
 
 
-def served(folder: Path, adapter: Path, config: RunConfig) -> list[Served]:
-    """Score and time both graphs of an exported folder on the run's test records, which never leave this machine.
+def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords) -> list[Served]:
+    """Score and time both graphs of an exported folder.
 
     Args:
         folder: with both graphs.
         adapter: the folder of the run's adapter, private or not.
         config: of the run.
-
-    Raises:
-        ConfigError: the run has no test records, or they cannot be read.
+        records: the run's test records, which never leave this machine.
     """
-    records = LeadRecords.to_score(config, None)
     saved = SavedModel(replace(config, model=replace(config.model, dtype="float32")), {"run": adapter})
     saved.use("run")
     data, found = LeadData.of(records, config, saved.tokenizer), []
+    zero, one = (saved.model.task.read_out(torch.tensor(logit), spec=saved.model.spec) for logit in (0.0, 1.0))
     for name in (WHOLE, INT8):
-        compute = _run(folder / name)
-        setattr(saved.model, "logits", compute)  # noqa: B010 - scores are the task's own, whoever computes the logits
+        run = load_graph(folder / name)
+
+        def logits(batch: Batch, run: Run = run) -> torch.Tensor:
+            rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
+            read = run({"input_ids": rows, "attention_mask": batch.attention_mask.long()})
+            return (read - zero) / (one - zero)  # a graph ends in what the task reads out, on another scale for numbers
+
+        setattr(saved.model, "logits", logits)  # noqa: B010 - scores are the task's own, whoever computes the logits
         measured = Measured.of(saved.model, saved.tokenizer, data, config, generate=False)
         found.append(
             Served(
                 file=name,
                 bytes=(folder / name).stat().st_size,
-                milliseconds=1000 * _seconds_of_one(compute, data, pad_id=saved.tokenizer.pad_token_id),
+                milliseconds=1000 * _seconds_of_one(logits, data, pad_id=saved.tokenizer.pad_token_id),
                 scores=measured.scores(saved.model),
             )
         )
     return found
 
 
-def _run(graph: Path) -> Callable[[Batch], torch.Tensor]:
-    onnxruntime = importlib.import_module("onnxruntime")
+def load_graph(file: Path) -> Run:
+    """What computes a graph's output from its inputs by name, on one thread."""
+    onnxruntime = importlib.import_module("onnxruntime")  # has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-    def logits(batch: Batch) -> torch.Tensor:
-        rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
-        given: dict[str, Any] = {"input_ids": rows.numpy(), "attention_mask": batch.attention_mask.long().numpy()}
-        return torch.from_numpy(session.run(None, given)[0])
-
-    return logits
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda given: torch.from_numpy(session.run(None, {name: one.numpy() for name, one in given.items()})[0])
 
 
 def _seconds_of_one(compute: Callable[[Batch], torch.Tensor], data: LeadData, *, pad_id: int) -> float:

@@ -59,14 +59,8 @@ def runs(
     head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
     made["bert"] = simulate(f"model.path='{into}/base-bert'", *head, into=into, name="bert")
     made["llama"] = simulate(
-        "model=random_llama",
-        f"model.path='{into}/base-llama'",
-        "data=e2e_nlg",
-        "task=causal_lm",
-        "data.max_length=256",
-        "data.declared_sizes=40",
-        "training.learning_rate=0.1",
-        "lora.kind=dora",
+        *("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm"),
+        *("data.max_length=256", "data.declared_sizes=40", "training.learning_rate=0.1", "lora.kind=dora"),
         into=into,
         name="llama",
     )
@@ -106,13 +100,8 @@ def runs(
         load_tokenizer(ModelSpec(path=MINILM)).save_pretrained(into / "base-minilm")
         local = (f"model.path='{into}/base-minilm'", "model.sha256=null", "model.public_id=null", "data.max_length=40")
         made["entities"] = simulate(
-            *(
-                "experiment=own_entities",
-                "model=minilm",
-                *local,
-                f"data.train_file='{into}/entities.jsonl'",
-                "privacy=none",
-            ),
+            *("experiment=own_entities", "model=minilm", *local, f"data.train_file='{into}/entities.jsonl'"),
+            "privacy=none",
             *("privacy.noise_multiplier=null", "data.labels=[thing]", "data.train_fraction=1.0", "data.stride=2"),
             *("data.validation_rows=null", "data.test_rows=null", "data.declared_sizes=20", "federation.num_sites=2"),
             *("federation.num_rounds=4", "training.learning_rate=0.05", "training.head_learning_rate=0.05"),

@@ -18,7 +18,10 @@ from fedtune.config import saved_config
 from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
+from fedtune.export.onnx_graphs import served
 from fedtune.model import load_tokenizer
+from fedtune.sites.run_records import LeadRecords
+from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.tasks import TASKS, TaskModel, load_task_model
 from fedtune.tasks.inputs import INPUTS
 
@@ -297,3 +300,14 @@ def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(
     assert whole["scores"] == pytest.approx({name: run[name] for name in whole["scores"]}, abs=1e-4)
     assert small["scores"]["loss"] != whole["scores"]["loss"]
     assert small["scores"]["loss"] == pytest.approx(whole["scores"]["loss"], rel=0.05)
+
+
+def test_numbers_are_scored_as_in_their_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    run, config = runs["number"], saved_config(runs["number"])
+    export_formats.export(run / "adapter", config, tmp_path / "small", format="onnx", int8=True)
+    records = LeadRecords.read(config.data.train_file, config, key="data.train_file")
+    whole, _ = served(tmp_path / "small", run / "adapter", config, records)
+    model, tokenizer = model_of(run), load_tokenizer(config.model)
+    ours = Measured.of(model, tokenizer, LeadData.of(records, config, tokenizer), config, generate=False)
+    assert whole.scores == pytest.approx(ours.scores(model), abs=1e-4)
