@@ -373,7 +373,7 @@ class Offer(_Plain):
         most_rounds: accepted at the proposal's noise; 0: none.
         least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
         nonce: the invitation's, so that an old offer cannot answer a new invitation.
-        noise_factor: by which the site would multiply the proposal's noise, for a promise of its own.
+        noise_factor: by which the site would multiply the proposal's noise in so many rounds, for a promise of its own.
     """
 
     site: str

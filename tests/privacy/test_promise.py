@@ -12,6 +12,7 @@ from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDp
 from dp_accounting.pld import PLDAccountant
 
 from fedtune.privacy import accountant, events
+from fedtune.privacy import promise as promise_module
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -19,6 +20,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Offer, Reason, Receipt
+from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError
 
 from .builders import reason_of, train
@@ -168,3 +170,22 @@ def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open, p
     assert accountant.epsilon_pld([run.plan.whole], run.plan.delta) <= 2.0
     assert ledger.history.epsilon() <= 6.0
     assert ledger.offer(proposal(run="s")).noise_factor == run.noise_factor > 1
+
+
+def test_no_offer_computes_an_epsilon_beyond_the_limits(
+    opened: Open, policy: Any, proposal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced = list[Plan]()
+    above = promise_module._plan_epsilon_above
+
+    def counted(plan: Plan, limit: float) -> float | None:
+        priced.append(plan)
+        return above(plan, limit)
+
+    monkeypatch.setattr(promise_module, "_plan_epsilon_above", counted)
+    ledger = opened(policy=policy(promise=Promise(epsilon_per_run=2.0), limits={"min_noise_multiplier": 0.6}))
+    most = ledger.policy.limits.max_rounds
+    assert ledger.offer(proposal(plan={"noise_multiplier": 0.1})).noise_factor == 1, "no rounds at this noise"
+    assert ledger.offer(proposal(run="s", plan={"num_rounds": most * 5})).noise_factor > 1
+    assert priced
+    assert {(one.noise_multiplier >= 0.6, one.most_rounds <= most) for one in priced} == {(True, True)}

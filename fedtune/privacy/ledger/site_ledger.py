@@ -343,7 +343,9 @@ class Ledger:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
-        site, factor = self.policy.site, self.noise_factor(proposal)
+        # Of the rounds that it would accept: an epsilon of more than the limits allow may take all memory.
+        fits = replace(proposal, plan=replace(proposal.plan, num_rounds=max(1, rounds)))
+        site, factor = self.policy.site, self.noise_factor(fits) if rounds else 1.0
         return Offer(site=site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor)
 
     def noise_factor(self, proposal: Proposal) -> float:
