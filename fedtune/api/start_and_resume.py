@@ -145,9 +145,10 @@ def has_begun(folder: Path) -> bool:
     Raises:
         ConfigError: another process is running in the folder.
     """
-    if RunFolder(folder).saved_checkpoints:
+    files = RunFolder(folder)
+    if files.saved_checkpoints or files.result.exists():
         return True
-    if RunFolder(folder).config.is_file():
+    if files.config.is_file() and files.log.is_file():  # whatever has no log was no run
         with only_one(folder):
             shutil.rmtree(folder)  # without a checkpoint no site was asked, so no ledger has begun
     return False
@@ -159,10 +160,12 @@ def is_finished(folder: Path) -> bool:
     from fedtune.federation.lead import Checkpoints  # it takes seconds to import
     from fedtune.report.model_card import CARD  # it draws
 
-    config = saved_config(folder)
-    state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
-    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
-    return over and (RunFolder(folder).adapter / CARD).is_file()
+    config, files = saved_config(folder), RunFolder(folder)
+    if files.saved_checkpoints:  # without them, the run has its result
+        rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
+        if not is_over(rounds, config.federation, judged_by=config.judged_by):
+            return False
+    return (files.adapter / CARD).is_file()
 
 
 def make(folder: Path, config: RunConfig) -> list[Path]:

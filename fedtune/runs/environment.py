@@ -103,7 +103,8 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     start = SavedAdapter.to_begin_in(config.model.adapter)
     has_head = task_named(config.task).has_head
     about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
-    about |= {"public": True} if config.public.train_file else {}  # so declares whoever started the run
+    public, learnt = config.public.train_file, None
+    of_run: dict[str, Any] = dict.fromkeys(("from", "dataset", "unit", "delta", "epsilon"), UNKNOWN)
     try:
         folder = start.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
@@ -116,9 +117,14 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
             "epsilon": None if spent["epsilon"] is None or spent["seeded_noise"] else float(spent["epsilon"]),
         }
         before = (earlier.get("provenance") or {}).get("start_adapter")
-        return about | of_run | ({"start_adapter": before} if before else {})
+        of_run |= {"start_adapter": before} if before else {}
+        learnt = settings["data"]["train_file"] if of_run["epsilon"] is None and not before else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
-        return about | dict.fromkeys(("from", "dataset", "unit", "delta", "epsilon"), UNKNOWN)
+        pass
+    if public is not None and learnt != public:
+        bound = "must be null with public.train_file: it was not trained on those records alone"
+        raise ConfigError("model.adapter", config.model.adapter, bound)
+    return about | ({"public": True} if public else {}) | of_run  # so declares whoever started the run
 
 
 def _here(shared: SharedModel) -> Environment:

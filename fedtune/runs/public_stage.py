@@ -8,9 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedtune.config import RunConfig, parse
-from fedtune.data.load import shipped_folders
-from fedtune.data.records import resolve_file
-from fedtune.data.spec import SITE
+from fedtune.data.records import record_key
 from fedtune.federation.spec import PublicSpec
 from fedtune.spec import ConfigError
 
@@ -50,26 +48,32 @@ def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Cont
 def public_stage_of(config: RunConfig) -> RunConfig:
     """The stage as a run of its own: one site, all records of the public file, and no privacy.
 
-    Raises:
-        ConfigError: the file cannot be used, or the run itself reads it or a copy; those of real sites are not here.
-    """
-    from fedtune.sites.run_records import LeadRecords  # torch takes seconds to import
+    Its data set is called by the records' digest, so that no stage goes on with, or stands for, another file.
 
-    public, data, training = config.public, config.data, config.to_json()["training"]
-    file, digest = str(public.train_file), _digest(str(public.train_file), key="public.train_file")
-    read = [("data.validation_file", data.validation_file), ("data.test_file", data.test_file)]
-    if config.runtime.kind != "deployment":
-        sites = config.federation.names if SITE in data.train_file else ("",)
-        read += [("data.train_file", data.train_file.replace(SITE, site)) for site in sites]
-    for key, name in read:
-        if name is not None and _digest(name, key=key) == digest:
-            bound = f"must be a file of its own: {name} of {key} is the same file, or a copy of it"
-            raise ConfigError("public.train_file", file, bound)
+    Raises:
+        ConfigError: the file cannot be used, or holds the texts of one of the run's own, in whatever form, or none but
+            those; the records of real sites are not here.
+    """
+    from fedtune.sites.run_records import LeadRecords, RunRecords  # torch takes seconds to import
+
+    public, training, own = config.public, config.to_json()["training"], RunRecords(config)
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
-    alone = _alone(config, training)
-    size = len(LeadRecords.read(file, alone, key="public.train_file").records)
-    return replace(alone, data=replace(alone.data, declared_sizes=size))
+    alone, file = _alone(config, training), str(public.train_file)
+    records = LeadRecords.read(file, alone, key="public.train_file").records
+    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
+    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
+    read |= {"data.validation_file": own.validation.records if own.validation else []}
+    read |= {"data.test_file": own.test.records if own.test else []}
+    learnt = {record.said for record in records}
+    for key, others in read.items():
+        texts = {record.said for record in others}
+        if others and (texts <= learnt or learnt <= texts):
+            bound = f"must hold records of its own: one of it and {key} has all texts of the other"
+            raise ConfigError("public.train_file", file, bound)
+    digest = hashlib.sha256(b"\n".join(map(record_key, records))).hexdigest()
+    data = replace(alone.data, dataset=f"{alone.data.dataset}-{digest[:12]}", declared_sizes=len(records))
+    return replace(alone, data=data)
 
 
 def _alone(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
@@ -95,8 +99,3 @@ def _alone(config: RunConfig, training: Mapping[str, Any]) -> RunConfig:
         if not error.key.startswith(own):
             raise
         raise ConfigError(error.key.replace("data", "public", 1), error.value, error.bound) from None
-
-
-def _digest(name: str, *, key: str) -> str:
-    with resolve_file(name, shipped_folders(), key=key).open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -66,13 +66,17 @@ def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfi
     assert saved_checkpoints(folder / "checkpoints")
     assert has_begun(folder)
     assert folder.exists()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "run.json").touch()
+    assert has_begun(folder), "a result without its checkpoints is no rubbish"
 
 
 def test_a_folder_that_is_no_run_s_is_left_alone(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("mine")
-    assert not has_begun(folder)
-    assert (folder / "thesis.txt").exists()
+    for name in ("thesis.txt", "config.yaml"):
+        (folder / name).write_text("mine")
+        assert not has_begun(folder)
+        assert (folder / name).exists()
 
 
 # Made, and held by one process.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,10 @@ import pytest
 
 import fedtune
 from fedtune.api.compose import compose_run
+from fedtune.api.start_and_resume import after_public_stage
 from fedtune.config import saved_config
+from fedtune.runs.environment import start_adapter_of
+from fedtune.spec import ConfigError
 
 from ..api.test_door import tiny as settings_of
 from ..conftest import REPOSITORY
@@ -63,7 +70,8 @@ def test_the_stage_is_a_run_of_the_lead_alone_without_privacy(run: fedtune.Run, 
     stage = fedtune.load(run.folder.parent / "run-public")
     assert (stage.privacy.epsilon, [*stage.privacy.sites]) == (None, ["lead"])
     data = stage.config.data
-    assert (data.dataset, data.train_file, data.declared_sizes) == ("banking77-public", str(public), 30)
+    assert (data.train_file, data.declared_sizes) == (str(public), 30)
+    assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
     assert stage.config.training.peak_rates(clipped=False) == (0.0033, 0.0033)
     assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
 
@@ -97,6 +105,34 @@ def test_a_finished_stage_is_used_as_it_is(
     assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
 
 
+def test_a_finished_stage_outlives_its_checkpoints_and_no_other_records(
+    run: fedtune.Run, public: Path, tmp_path: Path
+) -> None:
+    stage = shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
+    shutil.rmtree(stage / "checkpoints")
+    written = (stage / "run.json").stat().st_mtime_ns
+    file = Path(shutil.copy(public, tmp_path / "public.jsonl"))
+    asked = replace(run.config, resume=None, model=replace(run.config.model, adapter=None, adapter_sha256=None))
+    asked = replace(asked, tracking=replace(asked.tracking, output_dir=str(tmp_path)))
+    begun = after_public_stage(asked, lambda stage, folder: pytest.fail("the stage is finished"))
+    assert begun.model.adapter == str(stage)
+    assert (stage / "run.json").stat().st_mtime_ns == written
+    file.write_text(public.read_text().replace("Question 1?", "Question A?"))
+    asked = replace(asked, public=replace(asked.public, train_file=str(file)))
+    with pytest.raises(ConfigError, match=r"run-public was made with another configuration .*data.dataset was"):
+        after_public_stage(asked, lambda stage, folder: None)
+
+
+def test_no_other_start_is_called_public(run: fedtune.Run, public: Path) -> None:
+    assert start_adapter_of(run.config)["public"] is True
+    private = replace(run.config, model=replace(run.config.model, adapter=str(run.folder)))
+    with pytest.raises(ConfigError, match=r"model.adapter = .*: must be null with public.train_file: it was not"):
+        start_adapter_of(private)
+    other = replace(run.config, public=replace(run.config.public, train_file="other.csv"))
+    with pytest.raises(ConfigError, match="it was not trained on those records alone"):
+        start_adapter_of(other)
+
+
 def test_an_interrupted_stage_says_how_to_go_on(
     command: Any, tiny: Any, public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,9 +156,9 @@ def test_an_interrupted_stage_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["public.train_file={sites}"], "must be a file of its own: {sites} of data.train_file is the same file"),
-        (["public.train_file={copy}"], "must be a file of its own: {sites} of data.train_file is the same file, or a"),
-        (["public.train_file={public}", "data.test_file={public}"], "of data.test_file is the same file"),
+        (["public.train_file={sites}"], "must hold records of its own: one of it and data.train_file has all texts of"),
+        (["public.train_file={copy}"], "must hold records of its own: one of it and data.train_file has all texts of"),
+        (["public.train_file={public}", "data.test_file={public}"], "one of it and data.test_file has all texts"),
         (["public.train_file={public}", "model.adapter=runs/x"], "model.adapter = 'runs/x': must be null with public"),
         (["public.train_file={public}", "--renew", "last"], "public.train_file = '{public}': cannot go with --renew"),
         (["public.train_file={public}", "-m", "seed=1,2"], "is for one fedtune simulate or fedtune run"),
@@ -136,7 +172,13 @@ def test_what_is_no_public_stage_is_refused(
     command: Any, tiny: Any, public: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
-    files = {"sites": sites, "copy": shutil.copy(sites, tmp_path / "copy.jsonl.gz"), "public": public}
+    # The same records in another format, order and encoding, with one more.
+    rows = [json.loads(line) for line in gzip.decompress(sites.read_bytes()).splitlines()]
+    with (tmp_path / "copy.csv").open("w", encoding="utf-8-sig", newline="") as copy:
+        table = csv.writer(copy)
+        table.writerows([("label", "text"), (rows[0]["label"], "One more?")])
+        table.writerows((row["label"], row["text"]) for row in reversed(rows))
+    files = {"sites": sites, "copy": tmp_path / "copy.csv", "public": public}
     given = [word.format(**files) for word in words]
     base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
     outcome = command(*(given[:1] if "audit" in words else ["simulate"]), *base, *given[words[0] == "audit" :])
