@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
@@ -172,13 +171,9 @@ def test_what_is_no_public_stage_is_refused(
     command: Any, tiny: Any, public: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
-    # The same records in another format, order and encoding, with one more.
-    rows = [json.loads(line) for line in gzip.decompress(sites.read_bytes()).splitlines()]
-    with (tmp_path / "copy.csv").open("w", encoding="utf-8-sig", newline="") as copy:
-        table = csv.writer(copy)
-        table.writerows([("label", "text"), (rows[0]["label"], "One more?")])
-        table.writerows((row["label"], row["text"]) for row in reversed(rows))
-    files = {"sites": sites, "copy": tmp_path / "copy.csv", "public": public}
+    copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
+    copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
+    files = {"sites": sites, "copy": copy, "public": public}
     given = [word.format(**files) for word in words]
     base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
     outcome = command(*(given[:1] if "audit" in words else ["simulate"]), *base, *given[words[0] == "audit" :])
