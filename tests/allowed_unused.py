@@ -4,7 +4,7 @@ from __future__ import annotations
 
 ALLOWED_UNUSED: dict[str, set[str]] = {
     "Click calls the functions of commands by their decorators": {
-        *("add_site", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
+        *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
         *("renew_lead", "renew_server", "show_events", "write_anchor"),
     },
     "people call them from Python": {"predict", "to_frame"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,27 +15,35 @@ from fedtune.api.experiment_file import config_folder
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.data_sections import (
     ABOUT,
+    ABOUT_COPIES,
     check_sections,
     clean_sections,
+    copies_sections,
     feature_sections,
     file_sections,
     lengths,
 )
+from fedtune.cli.finished_run import columns_by_option, roles_of
 from fedtune.config import RunConfig
+from fedtune.data.faults import Faults, LeftOut
+from fedtune.data.formats import format_of
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import resolve_file
+from fedtune.data.records import Record, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
+from fedtune.data.values import is_written
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
+from fedtune.ops.files import write_secret
 from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning
 from fedtune.preparation.clean import clean as write_clean
+from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show, write_file
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, print_json, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
@@ -45,6 +55,7 @@ Look at your data before a run, on this machine, for your eyes.
   fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
   fedtune data check tickets.yaml          say what is wrong or odd with its records
   fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
+  fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
 
 Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
 """
@@ -208,6 +219,67 @@ def clean(
     done = write_clean(source, out, cleaning)
     show(Console(), clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
+
+
+@command(app, "say where synthetic texts repeat a site's own records")
+def copies(
+    synthetic: Annotated[str, Argument("SYNTHETIC", help="a file of synthetic records")],
+    own: Annotated[tuple[str, ...], Argument("OWN", help="files of the site's own records")] = (),
+    site: Annotated[Path | None, Option(metavar="site.toml", help="also what this site's policy names")] = None,
+    columns: Annotated[str, Option("the texts' roles, and their columns", metavar="ROLES")] = "{text: text}",
+    own_columns: Annotated[str | None, Option("in OWN, where they have other names", metavar="ROLES")] = None,
+    out: Annotated[Path | None, Option("a new file for all of it, for its owner alone", metavar="FILE.json")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for words, near-duplicates and personal details of a site's own records that come up in synthetic ones.
+
+    fedtune data copies made.jsonl tickets.csv --own-columns '{text: body}'
+    fedtune data copies made.jsonl --site site.toml       the columns of its own file are those of its policy
+
+    Some own records are set beside the others, too: people use the same phrases.  What is shown quotes private records
+    and has no guarantee: it must not leave the site.  It is a warning, and changes nothing.
+    """
+    roles, own_roles = roles_of(columns), roles_of(own_columns or columns)
+    if not roles or roles.keys() != own_roles.keys() or not all(map(is_written, roles)):
+        raise ConfigError("--columns", columns, "must be roles of texts, the same as in --own-columns")
+    files = [(resolve_file(name, shipped_folders(), key="OWN"), own_roles) for name in own]
+    if site is not None:
+        sets = (one for one in read_policy(site).dataset if roles.keys() <= one.columns.keys())
+        files += [(site.parent / one.path, {role: one.columns[role] for role in roles}) for one in sets]
+    if not files:
+        raise ConfigError("OWN", "", "must be given, or --site with a data set that has the roles of --columns")
+    if out is not None:
+        _require_new(out)
+
+    def read(*files: tuple[Path, Mapping[str, str]]) -> Iterator[Record]:
+        with columns_by_option():
+            for path, its in files:
+                faults, number, shared = Faults(), 0, format_of(path) == ".json"  # whose rows may share a line
+                for number, record in enumerate(usable_records(path, its, faults=faults), 1):
+                    row = faults.left_out(used=number).rows if shared else record.line
+                    yield replace(record, file=path.name, line=row)
+                if not number:
+                    faults.require_none()
+                    raise without_records(path)
+                left_out[str(path)] = faults.left_out(used=number)
+
+    left_out: dict[str, LeftOut] = {}
+    records = list(read((resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)))
+    every = max(2, sum(1 for _ in read(*files)) // max(len(records), 1_000))  # fewer say little of what is ordinary
+    near = compare(records, read(*files))
+    drawn = [one for number, one in enumerate(read(*files)) if not number % every]
+    usual = compare(drawn, (one for number, one in enumerate(read(*files)) if number % every))
+    told = {"schema_version": SCHEMA_VERSION, "about": ABOUT_COPIES, "read": left_out}
+    told |= {"synthetic": near, "ordinary": usual}
+    if out is not None:
+        try:
+            write_secret(out, json_text(told).encode())
+        except OSError as error:
+            raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
+    if as_json:
+        print_json(told)
+    else:
+        show(Console(), copies_sections(near, usual, left_out))
 
 
 def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:

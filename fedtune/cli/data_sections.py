@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from fedtune.data.faults import LeftOut
 from fedtune.data.load import FAR
 from fedtune.preparation import feature_columns, starter
-from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.preparation.check_data import INSTALL, Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
+from fedtune.preparation.copies import Near
 from fedtune.preparation.detect import KINDS, Found
+from fedtune.preparation.duplicates import has_datasketch
 from fedtune.preparation.patterns import CAVEAT
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
@@ -24,6 +28,14 @@ ABOUT = (
     "It shows lines and columns and no record's text, so that it can go to colleagues who may not read the records.",
     "Nothing was dropped or changed, and no run reads any of it. `fedtune data clean` writes a new file.",
 )
+ABOUT_COPIES = (
+    "This comes from private records, is exact, and has no guarantee: it must not leave the site.",
+    "Nothing was changed. Do not take records out of a release for what you see here: what is left of it would then "
+    "tell of private records, and no guarantee covers that.",
+    "Runs are of words without case and punctuation. Details are found by patterns, which know no names or addresses.",
+)
+_RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
+_LIKE = {"same": "the same text", "alike": "almost the same text"}
 _SHOWN = 60
 _MOST_LABELS = 30
 _MOST_COLUMNS = 40
@@ -113,9 +125,9 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def _short(text: str) -> str:
+def _short(text: str, most: int = _SHOWN) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}\u2026"
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def _shortened(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Section:
@@ -271,3 +283,40 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
             "new file, not about those that were dropped."
         )
         yield Section(notes=[text])
+
+
+def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:
+    """How near synthetic records come to own ones, beside own ones to each other; the nearest; personal details."""
+    counts, rows, warned = Counter(what for one in usual for what in _of_another(one)), list[tuple[str, ...]](), {}
+    shares: dict[str, list[float]] = {what: [] for what in (*_RUNS.values(), *_LIKE.values())}
+    for one in near:
+        for what in _of_another(one):
+            shares.setdefault(what, []).append(one.share)
+    for what, some in shares.items():
+        share, expected = len(some) / len(near), counts[what] / len(usual)
+        if some and share >= 2 * expected:
+            warned[len(rows)] = "bold yellow"
+        of_text = f"{np.median(some):.0%}" if some else ""
+        rows.append((what, f"{len(some):,}", f"{share:.1%}", f"{expected:.1%}", of_text))
+    notes = [f"Ordinary: the same of {len(usual):,} own records beside the other own ones. Run / text: the median."]
+    if warned:
+        notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
+    yield pairs({at.rpartition("/")[2]: f"{n.rows - n.count:,} of {counted(n.rows, 'row')}" for at, n in read.items()})
+    what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
+    yield Section(title="What comes up again", headings=what_again, rows=rows, styles=warned, notes=notes)
+    headings, longest = ("words", "of text", "synthetic", "own", "run"), []
+    for one in [one for one in near[:10] if one.words]:
+        longest.append((f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300)))
+    yield Section(title="Longest runs of words", headings=headings, rows=longest, words={2, 3, 4}, whole={2, 3})
+    again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)
+    details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
+    kinds = ("kind", "own records with it", "synthetic", "first own one")
+    yield Section(title="Likely personal details", headings=kinds, rows=details, words={0, 2, 3})
+    missing = [f"Texts almost the same were not looked for: datasketch is not installed ({INSTALL})."]
+    yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if has_datasketch() else missing)])
+
+
+def _of_another(one: Near) -> Iterator[str]:
+    yield from (what for least, what in _RUNS.items() if one.words >= least)
+    yield from [_LIKE[one.likeness]] if one.likeness else []
+    yield from {f"a likely {kind}" for kind, _, _ in one.details}

@@ -50,12 +50,7 @@ def finished_run(
     config, settings = loaded.config, loaded.config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:
-        try:
-            named = yaml.safe_load(columns)
-        except yaml.YAMLError:
-            named = None
-        if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
-            raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
+        named = roles_of(columns)
         for role in named:
             check_one_of("--columns", role, sorted(config.data.columns))
         settings["data"]["columns"] |= named
@@ -65,6 +60,17 @@ def finished_run(
         check_at_least("--generate", generate, 1)
         settings["evaluation"] |= {"generate": True, "generation_rows": generate}
     return parse(settings), loaded.adapter
+
+
+def roles_of(columns: str) -> dict[str, str]:
+    """Role to column, as a person types them; a ConfigError says if they are not as in `{text: body}`."""
+    try:
+        named = yaml.safe_load(columns)
+    except yaml.YAMLError:
+        named = None
+    if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
+        raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
+    return named
 
 
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:

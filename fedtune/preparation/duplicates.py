@@ -56,8 +56,8 @@ class Earlier:
         """Whether later records were no longer noted."""
         return len(self._same) >= MOST_SAME or (self._index is not None and self._index.is_full)
 
-    def twins(self, record: Record, use: str = "") -> dict[Likeness, tuple[Twin, ...]]:
-        """The earlier records, one of each mark, that say the same, and almost the same; the record is then one, too.
+    def twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
+        """The earlier records, one of each mark, that say the same, and almost; the record is then one, too, if kept.
 
         Files are told apart by their `use`.
         """
@@ -65,9 +65,9 @@ class Earlier:
         twin = Twin((use, record.answer), record.line)
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         same = self._same.get(digest, ())
-        if all(one.mark != twin.mark for one in same) and len(self._same) < MOST_SAME:
+        if keep and all(one.mark != twin.mark for one in same) and len(self._same) < MOST_SAME:
             self._same[digest] = (*same, twin)
-        return {"same": same, "alike": self._index.twins(text, twin) if self._index else ()}
+        return {"same": same, "alike": self._index.twins(text, twin, keep) if self._index else ()}
 
 
 class _Index:
@@ -85,7 +85,7 @@ class _Index:
     def is_full(self) -> bool:
         return len(self._noted) >= MOST_ALIKE or self._letters >= MOST_LETTERS
 
-    def twins(self, text: str, twin: Twin) -> tuple[Twin, ...]:
+    def twins(self, text: str, twin: Twin, keep: bool) -> tuple[Twin, ...]:
         """One of each mark; the record is noted unless it is alike to one of its own mark."""
         letters = text[:_FIRST].casefold()
         if len(letters) < _LEAST or self._letters >= MOST_LETTERS:
@@ -98,7 +98,7 @@ class _Index:
             other, its = self._noted[number]
             if other.mark not in found and minhash.jaccard(its) >= SAME:
                 found[other.mark] = other
-        if twin.mark not in found and not self.is_full:
+        if keep and twin.mark not in found and not self.is_full:
             self._lsh.insert(len(self._noted), minhash, check_duplication=False)
             self._noted.append((twin, minhash))
         return tuple(found.values())

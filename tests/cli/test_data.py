@@ -11,6 +11,7 @@ import pytest
 from fedtune.api.compose import compose_run
 
 from . import snapshots
+from .conftest import SiteFolder
 from .widths import COLUMNS, too_wide
 
 TEAMS = ("billing", "sales")
@@ -256,3 +257,75 @@ def test_a_folder_may_have_signs_of_settings_and_a_link_keeps_its_name(
     assert command("data", "init", "current.csv", "--model", "random_bert").code == 0
     assert "train_file: current.csv " in (folder / "current.yaml").read_text()
     assert command("data", "check", str(folder / "current.yaml")).code == 0
+
+
+OWN = "please write to me at anna@example.org as my parcel number 4711 never came to the door of my house"
+
+
+@pytest.fixture
+def copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Synthetic texts, of which one repeats most of an own one, with its e-mail address."""
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
+        stream.write(f"{OWN},sales\n,sales\n")
+    texts = ["nothing that anybody here wrote", f"Hello, {OWN.upper()}!", "ticket 3 about sales"]
+    lines = [json.dumps({"intent": "x", "text": text}) for text in texts]
+    (here / "made.jsonl").write_text("\n".join(lines) + "\n")
+    return here
+
+
+COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text: body}")
+
+
+def test_what_is_printed_of_copies(copied: Path, command: Any) -> None:
+    """A warning, which quotes own records, with the lines of both files, and says that it must not leave the site."""
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    outcome = command(*COPIES)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before, "nothing is written without a word"
+    assert too_wide(outcome.out) == []
+    snapshots.check_output("data-copies", outcome.out)
+
+
+def test_copies_for_programs_and_in_a_file_for_its_owner_alone(copied: Path, command: Any) -> None:
+    outcome = command(*COPIES, "--json", "--out", "found.json")
+    assert (outcome.code, (copied / "found.json").read_text()) == (0, outcome.out), outcome.err
+    assert (copied / "found.json").stat().st_mode & 0o777 == 0o600
+    told = json.loads(outcome.out)
+    assert told["read"][str(copied / "tickets.csv")] == {"rows": 62, "reasons": {"must not be blank (role text)": 1}}
+    worst = told["synthetic"][0]
+    assert (worst["place"], worst["of"], worst["words"]) == ("made.jsonl:2", "tickets.csv:62", 21)
+    assert worst["details"] == [["e-mail", 1, "tickets.csv:62"]]
+    assert len(told["ordinary"]) == 31, "every second own record, beside the others"
+    assert "must not leave the site" in told["about"][0]
+
+
+def test_copies_of_a_sites_own_file_by_its_policy(copied: Path, command: Any) -> None:
+    texts = [{"letter": "one of its own, with a few more words"}, {"letter": OWN}, {"letter": None}]
+    (copied / "kept").mkdir()
+    (copied / "kept" / "letters.json").write_text(json.dumps(texts))
+    site = SiteFolder(copied)
+    site.write_policy(path='"kept/letters.json"')
+    told = json.loads(command("data", "copies", "made.jsonl", "--site", "site.toml", "--json").out)
+    assert told["synthetic"][0]["of"] == "letters.json:2", "a row, where rows share a line"
+    assert told["read"]["kept/letters.json"]["rows"] == 3
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "OWN = '': must be given, or --site with a data set that has the roles of --columns"),
+    (["gone.csv"], "OWN = 'gone.csv': no such file"),
+    (["tickets.csv"], "tickets.csv:1, column 'text' = 'absent': must be there (role text)"),
+    (["empty.csv"], "empty.csv = 'an empty file'"),
+    (["chats.jsonl", "--columns", "{label: x}"], "--columns = '{label: x}': must be roles of texts"),
+    (["chats.jsonl", "--columns", "text"], "--columns = 'text': must name the column of a role, as in '{text: body}'"),
+    (["chats.jsonl", "--own-columns", "{messages: messages}"], "--columns = '{text: text}': must be roles of texts"),
+    (["tickets.csv", "--out", "made.jsonl"], "--out = 'made.jsonl': exists"),
+    (["tickets.csv", "--out", "gone/x.json"], "--out = 'gone/x.json': must lie in a folder that is there"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, words: list[str], message: str) -> None:
+    (copied / "empty.csv").write_text("")
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    outcome = command("data", "copies", "made.jsonl", *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.message
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before

@@ -85,3 +85,9 @@ def test_without_the_library_equal_records_are_still_found() -> None:
     read = Reader(alike=False)
     read(sentence(1))
     assert read(sentence(1)) == {"same": [1], "alike": []}
+
+
+def test_a_record_that_is_not_kept_is_no_earlier_one() -> None:
+    earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
+    for _ in range(2):
+        assert earlier.twins(one, keep=False) == {"same": (), "alike": ()}

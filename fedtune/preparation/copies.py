@@ -1,0 +1,120 @@
+"""How near synthetic records come to a site's own: runs of words, records alike, personal details that come up again.
+
+All of it is exact, of private records, without noise or guarantee: it is for those at the site alone.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedtune.data.records import Record
+from fedtune.data.text_rows import at_line
+from fedtune.preparation.duplicates import Earlier, has_datasketch
+from fedtune.preparation.patterns import identifiers
+
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+"""Letters and digits in a row; each letter of a script without spaces, such as Chinese."""
+Words = list[str | None]  # of a record; None ends each text
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A record beside others, of which each is told by its place."""
+
+    place: str
+    words: int  # of its longest run that another has, too
+    share: float  # of its words
+    run: str
+    of: str
+    likeness: str  # "same" or "alike": it says the same as another, or almost
+    twin: str
+    details: list[tuple[str, int, str]]  # likely identifiers that others have: kind, how many others, the first of them
+
+
+def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
+    """Of each record the longest run of words that another has: how many, which is the last, and the other's place.
+
+    It makes a suffix automaton, in time in proportion to all words, and in memory to those of `texts` alone.
+    """
+    # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
+    steps, link, size = [dict[str | int | None, int]()], [-1], [0]
+    ends, last = list[list[int]](), 0
+    for number, text in enumerate(texts):
+        ends.append([])
+        for word in (number if word is None else word for word in text):  # a number is no other's word
+            at, last = last, len(steps)
+            ends[-1].append(last)
+            steps.append({})
+            link.append(0)
+            size.append(size[at] + 1)
+            while at >= 0 and word not in steps[at]:
+                steps[at][word] = last
+                at = link[at]
+            link[last] = suffix = steps[at][word] if at >= 0 else 0
+            if at >= 0 and size[suffix] > size[at] + 1:  # what is no longer than here becomes a state of its own
+                steps.append(dict(steps[suffix]))
+                link.append(link[suffix])
+                size.append(size[at] + 1)
+                link[last] = link[suffix] = len(steps) - 1
+                while at >= 0 and steps[at].get(word) == suffix:
+                    steps[at][word] = link[last]
+                    at = link[at]
+    best = [(0, "")] * len(steps)
+    for place, read in others:
+        at = length = 0
+        for its in read:
+            while (then := steps[at].get(its)) is None and at:
+                at = link[at]
+                length = size[at]
+            if then is not None:
+                at, length = then, length + 1
+                if length > best[at][0]:
+                    best[at] = length, place
+    by_size = sorted(range(1, len(steps)), key=size.__getitem__)
+    for at in reversed(by_size):  # with a run its suffixes were read
+        best[link[at]] = max(best[link[at]], (min(best[at][0], size[link[at]]), best[at][1]))
+    for at in by_size:
+        best[at] = best[at] if best[at][0] else best[link[at]]
+    yield from (max((best[at][0], end, best[at][1]) for end, at in enumerate(states, 1)) for states in ends)
+
+
+def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
+    """Records beside others, which are read one after another and not kept; the longest runs come first."""
+    texts, having = list(map(_words, records)), {detail: list[str]() for one in records for detail in _details(one)}
+    earlier, twins = Earlier(alike=has_datasketch()), dict[str, tuple[str, str]]()
+    for number, one in enumerate(records):
+        earlier.twins(one, str(number))  # with a mark of its own each is kept
+
+    def read() -> Iterator[tuple[str, Words]]:
+        for other in others:
+            place = at_line(other.file, other.line)
+            for likeness, some in earlier.twins(other, keep=False).items():
+                for mark, _ in some:
+                    twins[mark[0]] = max(twins.get(mark[0], ("", "")), (likeness, place), key=lambda twin: twin[0])
+            for detail in _details(other) & having.keys():
+                having[detail].append(place)
+            yield place, _words(other)
+
+    near = []
+    for number, (words, end, place) in enumerate(longest_runs(texts, read())):
+        one, text, twin = records[number], texts[number], twins.get(str(number), ("", ""))
+        share, run = words / max(1, len(text) - text.count(None)), " ".join(map(str, text[end - words : end]))
+        details = [(kind, len(some), some[0]) for kind, form in sorted(_details(one)) if (some := having[kind, form])]
+        near.append(Near(at_line(one.file, one.line), words, share, run, place if words else "", *twin, details))
+    return sorted(near, key=lambda one: (-one.words, -one.share))
+
+
+def _words(record: Record) -> Words:
+    """Without case, punctuation and differences of form."""
+    plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
+    return [word for text in plain for word in (*_WORD.findall(text), None)]
+
+
+def _details(record: Record) -> set[tuple[str, str]]:
+    """(kind, form) of likely identifiers; the form of all but e-mail addresses is their letters and digits alone."""
+    found = ((one.kind, text[one.start : one.end]) for _, text in record.texts() for one in identifiers(text))
+    return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}
