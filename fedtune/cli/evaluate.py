@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, single
-from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, finished_run
+from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
 
@@ -52,18 +52,13 @@ def evaluate(
         }
         print_json(figures if found.detail is None else figures | {"detail": found.detail})
         return
-    rows = []
-    for name, one in found.scores.items():
-        difference, values = one.difference, (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}")
-        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
-        rows.append((name, *values, f"{difference.value:+.4f}", interval, one.verdict))
     notes = list(_notes(found))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
     scores_first = Section(
         title=f"{run} on {data}, {counted(found.num_records, 'record')}",
         headings=("metric", "base", "tuned", "difference", "95 % interval", "tuned is"),
-        rows=rows,
+        rows=compared_rows(found.scores),
         words={0, 5},
         notes=notes,
     )

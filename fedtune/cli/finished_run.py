@@ -6,10 +6,10 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
 
@@ -18,6 +18,9 @@ from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.evaluation.bootstrap import Comparison
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]
@@ -104,6 +107,16 @@ def columns_by_option() -> Iterator[None]:
     except DataError as error:
         bound = _SETTING.sub(r"name another with --columns '{\1: COLUMN}', one of", error.bound)
         raise DataError(error.key, error.value, bound) from None
+
+
+def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
+    """Each score of two models, its difference with the interval, and what that says of the second."""
+    rows: list[tuple[str, ...]] = []
+    for name, one in scores.items():
+        difference, values = one.difference, (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}")
+        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
+        rows.append((name, *values, f"{difference.value:+.4f}", interval, one.verdict))
+    return rows
 
 
 def prompt_columns(config: RunConfig) -> dict[str, str]:

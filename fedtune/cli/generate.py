@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 from fedtune.cli.command import AsJson, Option, single
@@ -24,15 +22,12 @@ from fedtune.cli.finished_run import (
     finished_run,
     harmless,
     print_streamed,
-    prompt_columns,
     warn_of_fixed_prompt,
 )
-from fedtune.config import RunConfig
-from fedtune.data.load import shipped_folders
-from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.data.records import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError
 from fedtune.tasks import task_named
 
 
@@ -75,7 +70,10 @@ def generate(
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
     warn_of_fixed_prompt(config)
     if prompt is None:
-        records = _from_file(config, str(file))
+        from fedtune.sites.run_records import asked_records  # torch takes seconds to import
+
+        with columns_by_option():
+            records = asked_records(config, str(file), key="--file")
     else:
         records = [Record(task.prompt_fields(prompt, config.data, at="--prompt"))]
     from fedtune.runs.saved_model import BASE, SavedModel
@@ -119,49 +117,6 @@ def generate(
                 text = harmless("".join(parts(place, name))).replace("\n", "\\n")
                 sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
             sys.stdout.flush()
-
-
-def _from_file(config: RunConfig, name: str) -> list[Record]:
-    """The records of a file, without their answers; of a text file each line that is not blank is one."""
-    path = resolve_file(os.path.expanduser(name), shipped_folders(), key="--file")
-    if path.suffix.lower() == ".txt":
-        records = list(_lines(config, path))
-    else:
-        with columns_by_option():
-            records = [_unanswered(record) for record in iter_records(path, prompt_columns(config))]
-    if not records:
-        raise DataError("--file", name, "must hold at least one prompt")
-    return records
-
-
-def _lines(config: RunConfig, path: Path) -> Iterator[Record]:
-    try:
-        # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError("--file", str(path), f"must be a file that can be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError("--file", str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield Record(
-                task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}"),
-                file=str(path),
-                line=number,
-            )
-
-
-def _unanswered(record: Record) -> Record:
-    """A conversation without the answers at its end, which are to be written."""
-    if "messages" not in record.fields:
-        return record
-    turns = json.loads(record.fields["messages"])
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    if all(turn["role"] != "user" for turn in turns):
-        raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
-    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    return Record({"messages": text}, file=record.file, line=record.line)
 
 
 app = single(generate)

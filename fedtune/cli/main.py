@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, str] = {
     "personalise": "a site's own model, which stays at the site",
     "search": "try settings, at a price that is known before",
     "export": "write a run's model for others to load",
+    "distil": "a smaller model that answers as a run's does",
     "model-hash": "the hash that names a base model",
     "ledger": "read a site's ledger: what was spent, what is left",
     "report": "the privacy report of a run or a ledger",

@@ -73,14 +73,10 @@ class Source:
     private_to: str | None
 
     @classmethod
-    def of(cls, config: RunConfig, adapter: Path, *, private_to: str | None) -> tuple[Source, Reference]:
-        """Load a run's model, and note what it makes of made-up tokens before it is merged.
-
-        Raises:
-            ConfigError: the base or the adapter cannot be loaded.
-            AdapterError: the adapter's tensors are not those of its settings.
-        """
-        model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=private_to is not None)
+    def of(
+        cls, model: TaskModel, config: RunConfig, adapter: Path, *, private_to: str | None
+    ) -> tuple[Source, Reference]:
+        """Note what a model makes of made-up tokens, and merge its adapter into its base, which it then shares."""
         reference = Reference.of(model)
         readout = model.task.readout(model)
         with quiet():
@@ -204,31 +200,25 @@ def export(
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
-        card = card_files(read_run(run), from_run.build(run), _form(format, config))
+        card = card_files(read_run(run), from_run.build(run), form_of(format, config))
     else:
         if missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
             raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
         card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
-    with _new(target) as folder:
+    with new_folder(target, config, card, int8=int8) as folder:
         if config.lora.kind == NO_ADAPTER:
             _write_features(adapter, config, folder, format=format, private_to=private_to)
         else:
-            source, reference = Source.of(config, adapter, private_to=private_to)
+            model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=private)
+            source, reference = Source.of(model, config, adapter, private_to=private_to)
             source.tokenizer.save_pretrained(folder)
-            _WRITERS[format](source, reference, folder)
-        if int8:
-            quantise(folder / WHOLE, folder / INT8)
-        if config.data.labels:
-            lines = (" ".join(label.split()) for label in task_named(config.task).outputs_of(config.data.labels))
-            (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for name, data in card.items():
-            (folder / name).write_bytes(data)
+            WRITERS[format](source, reference, folder)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
 @contextmanager
-def _new(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when all of it is there."""
+def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
+    """A folder to fill with a model, which becomes `target` when the card, the labels and a graph in int8 are there."""
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +226,13 @@ def _new(target: Path) -> Iterator[Path]:
             folder = Path(scratch, "complete")
             folder.mkdir()
             yield folder
+            if int8:
+                quantise(folder / WHOLE, folder / INT8)
+            if config.data.labels:
+                lines = (" ".join(label.split()) for label in task_named(config.task).outputs_of(config.data.labels))
+                (folder / "labels.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            for name, data in card.items():
+                (folder / name).write_bytes(data)
             os.rename(folder, target)
     except OSError as error:
         raise ConfigError("--to", str(target), f"must be a folder that can be written ({error.strerror})") from error
@@ -301,7 +298,7 @@ def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
         sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
         given = {name: (getattr(reference, name), sizes) for name in ("input_ids", "attention_mask")}
         write_graph(plain, given, "logits", folder / WHOLE)
-    logits = load_graph(folder / WHOLE)({name: tensor for name, (tensor, _) in given.items()})
+    logits = load_graph(folder / WHOLE)(**{name: tensor for name, (tensor, _) in given.items()})
     reference.require(logits, form="onnx")
 
 
@@ -364,7 +361,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         if format == "onnx":
             values = {"values": (raw, {0: torch.export.Dim("rows")})}
             write_graph(RawScores(model, features).eval(), values, "scores", folder / WHOLE)
-            theirs = load_graph(folder / WHOLE)({"values": raw})
+            theirs = load_graph(folder / WHOLE)(values=raw)
         else:
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
@@ -393,7 +390,7 @@ def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
             shutil.copyfile(Path(scratch, name), folder / name)
 
 
-_WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
+WRITERS: Mapping[str, Callable[[Source, Reference, Path], None]] = {
     "peft": _write_adapter,
     "merged": _write_merged,
     "safetensors": _write_whole,
@@ -451,7 +448,8 @@ print(model.similarity(embeddings, embeddings))
 """Of a sentence-transformers folder without a head."""
 
 
-def _form(format: str, config: RunConfig) -> Form:
+def form_of(format: str, config: RunConfig) -> Form:
+    """What the card of a run's model says of a format."""
     own = input_of(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         lines = own.loading(config.data, base="folder", folder="folder")

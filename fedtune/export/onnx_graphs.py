@@ -19,23 +19,25 @@ from torch import nn
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch, collate
+from fedtune.evaluation.bootstrap import Figures
 from fedtune.model.quiet import quiet
-from fedtune.runs.saved_model import SavedModel
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
+from fedtune.tasks import TaskModel, load_task_model
+from fedtune.tasks.inputs import input_of
 
 WHOLE, INT8 = "model.onnx", "model.int8.onnx"
 _TIMED = 200
-Run = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+Run = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A graph as it would serve.
+    """A graph, or another form of a model, as it would serve.
 
     Attributes:
         file: its name.
-        bytes: of that file.
+        bytes: of that file; of a model in memory those of its weights.
         milliseconds: of one text by itself, on one thread: the median over at most 200.
         scores: on the run's test records, by name; of a language model without the texts that it would write.
     """
@@ -99,29 +101,43 @@ def served(folder: Path, adapter: Path, config: RunConfig, records: LeadRecords)
         config: of the run.
         records: the run's test records, which never leave this machine.
     """
-    saved = SavedModel(replace(config, model=replace(config.model, dtype="float32")), {"run": adapter})
-    saved.use("run")
-    data, found = LeadData.of(records, config, saved.tokenizer), []
-    zero, one = (saved.model.task.read_out(torch.tensor(logit), spec=saved.model.spec) for logit in (0.0, 1.0))
-    for name in (WHOLE, INT8):
-        run = load_graph(folder / name)
+    model = load_task_model(adapter, model=replace(config.model, dtype="float32"), private=True)
+    reader = input_of(config.data).reader(config.data, model.spec.model)
+    return graphs(folder, model, LeadData.of(records, config, reader), config, reader)
 
-        def logits(batch: Batch, run: Run = run) -> torch.Tensor:
-            rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
-            read = run({"input_ids": rows, "attention_mask": batch.attention_mask.long()})
-            return (read - zero) / (one - zero)  # a graph ends in what the task reads out, on another scale for numbers
 
-        setattr(saved.model, "logits", logits)  # noqa: B010 - scores are the task's own, whoever computes the logits
-        measured = Measured.of(saved.model, saved.tokenizer, data, config, generate=False)
-        found.append(
-            Served(
-                file=name,
-                bytes=(folder / name).stat().st_size,
-                milliseconds=1000 * _seconds_of_one(logits, data, pad_id=saved.tokenizer.pad_token_id),
-                scores=measured.scores(saved.model),
-            )
-        )
-    return found
+def graphs(folder: Path, model: TaskModel, data: LeadData, config: RunConfig, reader: Any) -> list[Served]:
+    """The same of graphs that answer for a run's model, whatever its own weights are."""
+    files = (folder / WHOLE, folder / INT8)
+    return [scored(load_graph(file), model, data, config, reader, file.name, file.stat().st_size)[1] for file in files]
+
+
+def scored(
+    run: Run, model: TaskModel, data: LeadData, config: RunConfig, reader: Any, name: str, size: int
+) -> tuple[Figures, Served]:
+    """A run's figures of records where what `run` computes, of so many bytes, answers for its model."""
+    zero, one = (model.task.read_out(torch.tensor(logit), spec=model.spec) for logit in (0.0, 1.0))
+
+    def logits(batch: Batch) -> torch.Tensor:
+        rows = batch.input_ids if batch.input_ids.is_floating_point() else batch.input_ids.long()
+        read = run(input_ids=rows, attention_mask=batch.attention_mask.long())
+        return (read - zero) / (one - zero)  # it ends in what the task reads out, on another scale for numbers
+
+    setattr(model, "logits", logits)  # noqa: B010 - scores are the task's own, whoever computes the logits
+    threads, taken = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        measured = Measured.of(model, reader, data, config, generate=False)
+        for index in range(min(_TIMED, len(data.examples))):
+            batch = collate(data.examples, np.array([index]), pad_id=reader.pad_token_id)
+            began = time.perf_counter()
+            with torch.no_grad():
+                logits(batch)
+            taken.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    milliseconds = 1000 * statistics.median(taken)
+    return measured.examples, Served(file=name, bytes=size, milliseconds=milliseconds, scores=measured.scores(model))
 
 
 def load_graph(file: Path) -> Run:
@@ -130,14 +146,4 @@ def load_graph(file: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return lambda given: torch.from_numpy(session.run(None, {name: one.numpy() for name, one in given.items()})[0])
-
-
-def _seconds_of_one(compute: Callable[[Batch], torch.Tensor], data: LeadData, *, pad_id: int) -> float:
-    taken = []
-    for index in range(min(_TIMED, len(data.examples))):
-        batch = collate(data.examples, np.array([index]), pad_id=pad_id)
-        began = time.perf_counter()
-        compute(batch)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return lambda **given: torch.from_numpy(session.run(None, {name: one.numpy() for name, one in given.items()})[0])

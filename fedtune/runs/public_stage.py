@@ -54,23 +54,14 @@ def public_stage_of(config: RunConfig) -> RunConfig:
         ConfigError: the file cannot be used, or holds the texts of one of the run's own, in whatever form, or none but
             those; the records of real sites are not here.
     """
-    from fedtune.sites.run_records import LeadRecords, RunRecords  # torch takes seconds to import
+    from fedtune.sites.run_records import LeadRecords, require_apart  # torch takes seconds to import
 
-    public, training, own = config.public, config.to_json()["training"], RunRecords(config)
+    public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}
     alone, file = _alone(config, training), str(public.train_file)
     records = LeadRecords.read(file, alone, key="public.train_file").records
-    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
-    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
-    read |= {"data.validation_file": own.validation.records if own.validation else []}
-    read |= {"data.test_file": own.test.records if own.test else []}
-    learnt = {record.said for record in records}
-    for key, others in read.items():
-        texts = {record.said for record in others}
-        if others and (texts <= learnt or learnt <= texts):
-            bound = f"must hold records of its own: one of it and {key} has all texts of the other"
-            raise ConfigError("public.train_file", file, bound)
+    require_apart(records, config, key="public.train_file", file=file)
     digest = hashlib.sha256(b"\n".join(map(record_key, records))).hexdigest()
     data = replace(alone.data, dataset=f"{alone.data.dataset}-{digest[:12]}", declared_sizes=len(records))
     return replace(alone, data=data)

