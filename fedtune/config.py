@@ -36,8 +36,7 @@ MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
 the process that writes them, and no file system takes more than 255."""
 
-MOST_SEED = 2**63 - 1
-"""Generators take no more bits."""
+MOST_SEED = 2**63 - 1  # generators take no more bits
 PATHS = frozenset(
     {
         "resume",
@@ -179,6 +178,7 @@ class RunConfig:
             num_rounds=self.federation.num_rounds,
             spare_rounds=self.federation.spare_rounds,
             together=self.federation.together,
+            bound=task_named(self.task).bound_on_sums(self.data.sizes(self.federation.num_sites)),
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:

@@ -7,6 +7,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
         *("renew_lead", "renew_server", "show_events", "write_anchor"),
     },
+    "a card's template shows them": {"distinct", "distinct_pairs"},
     "people call them from Python": {"predict", "to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},

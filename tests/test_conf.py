@@ -41,10 +41,15 @@ def load(path: Path) -> Any:
 def beside(group: str, option: str) -> list[str]:
     """What an option needs beside it, in order to be a whole run."""
     experiment = _WITHIN.get((group, option), option)
-    if not experiment.startswith("own"):
+    if not experiment.startswith(("own", "votes")):
         return [f"experiment={experiment}"] if experiment != option else []
     within = [f"experiment={experiment}"] if group != "experiment" and option != "own" else []
-    return [*within, "data.train_file=mine.csv", "data.declared_sizes=500", *left_open(experiment)]
+    return [
+        *within,
+        "data.train_file=mine.csv",
+        "data.declared_sizes=500",
+        *left_open(experiment.replace("votes", "own_labels")),
+    ]
 
 
 def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,18 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
+
+Places: TypeAlias = npt.NDArray[np.int64]
+Choose: TypeAlias = Callable[[torch.Tensor, Places], torch.Tensor]
+_LIKELIEST = 1024
+"""Tokens that nearly always have `top_p` together; a whole vocabulary takes ten times as long to sort."""
+_LEAVE = 3 / 4
+"""Rows whose texts have ended leave their batch when this share or less goes on."""
+
+
+def greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
+    """(n,) the likeliest token of each row."""
+    return logits.argmax(dim=-1)
 
 
 def write(
@@ -86,10 +99,15 @@ def _chosen(logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator) -> 
         return int(logits.argmax())
     # In float64, and nothing above zero is divided: the smallest temperature overflows nothing.
     scaled = (logits - logits.max()).double() / spec.temperature
-    chances, order = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    chances = torch.softmax(scaled, dim=-1)
+    if spec.top_p == 1:
+        return int(torch.multinomial(chances, 1, generator=draws))
+    likeliest, order = chances.topk(min(_LIKELIEST, len(chances)))
+    if likeliest.sum() < spec.top_p:
+        likeliest, order = chances.sort(descending=True, stable=True)
     # Those before which less than top_p has been reached: the likeliest always stays.
-    chances[chances.cumsum(dim=-1) - chances >= spec.top_p] = 0.0
-    return int(order[torch.multinomial(chances, 1, generator=draws)])
+    likeliest[likeliest.cumsum(dim=-1) - likeliest >= spec.top_p] = 0.0
+    return int(order[torch.multinomial(likeliest, 1, generator=draws)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,25 +175,108 @@ def generate(
     Raises:
         ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
     """
+    texts = [""] * len(prompts)
+    written = write_batches(
+        task_model,
+        prompts,
+        pad_id=tokenizer.pad_token_id,
+        end_ids=end_ids,
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+        choose=greedily,
+    )
+    for index, token_ids, _ in written:
+        texts[index] = _decoded(token_ids, tokenizer)
+    return texts
+
+
+def draw(
+    task_model: TaskModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: frozenset[int],
+    spec: WritingSpec,
+    first: int,
+    max_tokens: int,
+) -> Iterator[tuple[int, str | None]]:
+    """Draw a text for each prompt, in batches; each has draws of its own.
+
+    Args:
+        task_model: one whose task writes text.
+        prompts: (t,) token ids each, t at least 1.
+        tokenizer: decodes.
+        end_ids: what ends a text.
+        spec: how the next token is chosen.
+        first: the number of the first text, which sets its draws apart from those of other numbers.
+        max_tokens: padded tokens of a batch, prompt and text together.
+
+    Yields:
+        (place of the prompt, its text; None: it did not end within `spec.max_new_tokens`), in no order.
+
+    Raises:
+        ConfigError: as `generate`.
+    """
+    streams = [torch.Generator() for _ in prompts]
+    for number, stream in enumerate(streams, first):
+        stream.manual_seed(int(np.random.SeedSequence([spec.seed, number]).generate_state(1, np.uint64)[0] >> 1))
+
+    def choose(logits: torch.Tensor, places: Places) -> torch.Tensor:
+        rows = zip(logits.float().cpu(), places, strict=True)
+        chosen = [_chosen(row, spec, streams[place]) for row, place in rows]
+        return torch.tensor(chosen, device=logits.device)
+
+    written = write_batches(
+        task_model,
+        prompts,
+        pad_id=tokenizer.pad_token_id,
+        end_ids=end_ids,
+        max_new_tokens=spec.max_new_tokens,
+        max_tokens=max_tokens,
+        choose=choose,
+    )
+    for index, token_ids, ended in written:
+        yield index, _decoded(token_ids, tokenizer) if ended else None
+
+
+def write_batches(
+    task_model: TaskModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    pad_id: int,
+    end_ids: frozenset[int],
+    max_new_tokens: int,
+    max_tokens: int,
+    choose: Choose,
+) -> Iterator[tuple[int, list[int], bool]]:
+    """The place of each prompt, what was written after it, and whether that ended; prompts of a length together.
+
+    Raises:
+        ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
+    """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
     longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
-    texts = [""] * len(prompts)
-    with scoring(task_model), batches_within_memory(max_tokens):
-        for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
-            written = write_greedily(
+    for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
+
+        def of_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
+            return choose(logits, indices[rows])
+
+        with scoring(task_model), batches_within_memory(max_tokens):
+            written = write_batch(
                 task_model.base,
                 [prompts[index] for index in indices],
                 end_ids=end_ids,
-                pad_id=tokenizer.pad_token_id,
+                pad_id=pad_id,
                 max_new_tokens=max_new_tokens,
                 device=task_model.device,
+                choose=of_batch,
             )
-            for index, token_ids in zip(indices, written, strict=True):
-                texts[index] = _decoded(token_ids, tokenizer)
-    return texts
+        for index, token_ids in zip(indices, written, strict=True):
+            text = list(takewhile(lambda token_id: token_id not in end_ids, token_ids))
+            yield int(index), text, len(text) < len(token_ids)
 
 
 def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
@@ -217,7 +318,7 @@ def text_scores(figures: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, flo
     return {"bleu": float(bleu.score), "rouge_l": float(np.mean(figures["rouge_l"]))}
 
 
-def write_greedily(
+def write_batch(
     model: PeftModel,
     prompts: Sequence[np.ndarray],
     *,
@@ -225,14 +326,24 @@ def write_greedily(
     pad_id: int,
     max_new_tokens: int,
     device: torch.device,
+    choose: Choose,
 ) -> list[list[int]]:
-    """Append the likeliest token to each prompt until one of `end_ids` or `max_new_tokens`.
+    """Append a token to each prompt until all have one of `end_ids`, or `max_new_tokens`.
 
     Transformers' own `generate` would mix in the sampling settings and penalties that a checkpoint
     ships, also under an explicit greedy configuration; this loop has none.
 
+    Args:
+        model: the base with its adapter.
+        prompts: (t,) token ids each.
+        end_ids: tokens that end a text.
+        pad_id: fills up shorter prompts.
+        max_new_tokens: longest text.
+        device: of the model.
+        choose: from (n, vocabulary) scores of rows, and their places among the prompts, to the next token of each.
+
     Returns:
-        The new token ids of each prompt, without the one that ends them.
+        The new token ids of each prompt, with the one that ends them and whatever follows it.
     """
     # Right-aligned, (n, longest), so that every row's last token is real.
     longest = max(map(len, prompts))
@@ -246,9 +357,8 @@ def write_greedily(
     # Families that read distances off the mask (ALiBi) take no position ids.
     takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
     cache = None
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    ends = torch.tensor(sorted(end_ids), device=device, dtype=torch.int64)
-    written: list[torch.Tensor] = []
+    rows: list[list[int]] = [[] for _ in prompts]
+    places = np.arange(len(prompts))  # of the rows that are still computed
     for _ in range(max_new_tokens):
         placed = {"position_ids": positions} if takes_positions else {}
         # Only the last position's logits are read; all of them would take prompt length x vocabulary.
@@ -256,13 +366,16 @@ def write_greedily(
             input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
         )
         cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(dim=-1)  # (n,)
-        written.append(chosen)
-        finished |= torch.isin(chosen, ends)
-        if bool(finished.all()):
-            break
-        token_ids = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        token_ids = choose(output.logits[:, -1], places)[:, None]
+        for place, (token_id,) in zip(places, token_ids.tolist(), strict=True):
+            rows[place].append(token_id)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    rows = torch.stack(written, dim=1).tolist()
-    return [list(takewhile(lambda token_id: token_id not in end_ids, row)) for row in rows]
+        goes_on = [end_ids.isdisjoint(rows[place]) for place in places]
+        if not any(goes_on):
+            break
+        if sum(goes_on) <= _LEAVE * len(places):  # one long text does not make all others wait
+            kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            token_ids, mask, positions, places = token_ids[kept], mask[kept], positions[kept], places[goes_on]
+    return rows

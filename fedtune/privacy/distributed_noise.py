@@ -43,7 +43,7 @@ LEAST_CELLS = 8.0
 MOST_SITES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
-_USUAL_BOUND = 2**10
+USUAL_BOUND = 2**10
 """In clip norms: to exceed it, over a thousand units must put their whole gradient into one value."""
 _TAIL = 16
 """Standard deviations; a value of a share exceeds them with probability below 1e-56."""
@@ -84,15 +84,15 @@ class Together:
             share = round(share + 1e-4, 4)
         return share
 
-    def with_share(self, noise_multiplier: float) -> SharedNoise:
-        """The same sites, each adding a share with this noise multiplier."""
+    def with_share(self, noise_multiplier: float, *, bound: int = USUAL_BOUND) -> SharedNoise:
+        """The same sites, each adding a share with this noise multiplier to values within `bound`."""
         return SharedNoise(
             num_sites=self.num_sites,
             threshold=self.threshold,
             colluders=self.colluders,
             noise_multiplier=noise_multiplier,
             cell_bits=least_cell_bits(noise_multiplier),
-            bound=_USUAL_BOUND,
+            bound=bound,
         )
 
 

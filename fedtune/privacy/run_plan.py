@@ -11,7 +11,7 @@ from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, SelfCompose
 from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.privacy.distributed_noise import Epsilons, SharedNoise, Together, epsilons
+from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons
 from fedtune.privacy.mechanism import MOST_RUNS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
@@ -93,10 +93,12 @@ class Plan:
         num_rounds: int,
         spare_rounds: int = 0,
         together: Together | None = None,
+        bound: int = USUAL_BOUND,
     ) -> Plan:
         """The plan of a run, with noise calibrated once for all its rounds, spare ones included, and those of `runs`.
 
-        `together` says who makes the noise of a secure sum; a noise multiplier that is given is then each site's share.
+        `together` says who makes the noise of a secure sum, and `bound` how large a value of a site's may be there, in
+        clip norms; a noise multiplier that is given is then each site's share.
         """
         most = privacy.runs * (num_rounds + spare_rounds)
         noise = privacy.noise_multiplier
@@ -123,7 +125,7 @@ class Plan:
             spare_rounds=spare_rounds,
             metrics_noise_multiplier=privacy.metrics_noise,
             records_per_user=privacy.contribution,
-            shared=None if together is None else together.with_share(noise),
+            shared=None if together is None else together.with_share(noise, bound=bound),
             cohorts=privacy.cohorts,
             runs=privacy.runs,
         )
@@ -171,7 +173,7 @@ class Plan:
 
     def with_noise(self, noise_multiplier: float) -> Plan:
         """The same with another noise multiplier; of a secure sum, with another share."""
-        shared = None if self.shared is None else self.shared.with_share(noise_multiplier)
+        shared = None if self.shared is None else self.shared.with_share(noise_multiplier, bound=self.shared.bound)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     def stronger(self, factor: float) -> Plan:

@@ -145,19 +145,12 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
 
 
 def _body(record: RunRecord, words: Words, form: Form) -> str:
-    templates = Templates(
-        loader=TEMPLATES,
-        autoescape=False,
-        finalize=_escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
     report, config, made = words.report, record.config, record.result.provenance if record.result else None
     data, model, template = config.data, config.model, made.template if made else None
     without_base, utility = form.needs_base and model.built_in, report.utility
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
-    return templates.get_template(_TEMPLATE).render(
+    return rendered(
+        _TEMPLATE,
         name=config.name,
         label=LABEL,
         form=form,
@@ -168,7 +161,7 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         simulated=not record.deployed,
         sites=report.sites,
         made=report.provenance,
-        start=_start(words),
+        start=start_of(words),
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
@@ -182,11 +175,11 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
         loading=None if without_base else _Verbatim(form.loading.strip()),
         not_loadable=_Verbatim(_NOT_LOADABLE),
-        **_privacy(words),
+        **statements(words),
     )
 
 
-def _start(words: Words) -> str:
+def start_of(words: Words) -> str:
     """The adapter that the run started from, and the epsilon of its own training."""
     start, figure = words.report.provenance.start_adapter, words.catalogue.figure
     if start is None:
@@ -202,7 +195,20 @@ def _start(words: Words) -> str:
     return f"{of_run}; its training spent {spent}, for each {start.unit}"
 
 
-def _privacy(words: Words) -> Mapping[str, Any]:
+def rendered(file: str, **values: object) -> str:
+    """A card by its template, whose values are escaped for Markdown."""
+    templates = Templates(
+        loader=TEMPLATES,
+        autoescape=False,
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return templates.get_template(file).render(**values)
+
+
+def statements(words: Words) -> Mapping[str, Any]:
     """The statements of the report's first page, in its words."""
     report, texts = words.report, words.catalogue
 

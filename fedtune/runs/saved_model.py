@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from fedtune.data import Record
 from fedtune.data.batching import collate
 from fedtune.data.partition import users_of
 from fedtune.evaluation.bootstrap import Comparison, compared
-from fedtune.evaluation.generation import as_text, text_scores, write
+from fedtune.evaluation.generation import as_text, draw, text_scores, write
 from fedtune.evaluation.scoring import scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
@@ -31,6 +31,10 @@ from fedtune.training.machine import device_for, keeps_frozen_states
 
 BASE = "base"
 """The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
+
+
+_TIMES_AS_MANY = 4
+"""As scoring has tokens in a batch: where texts are written, scores are computed of the last token alone."""
 
 
 class SavedModel:
@@ -104,6 +108,20 @@ class SavedModel:
         """The answer to a prompt by the adapter in use, as it is written; see `as_text`."""
         end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
         return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
+
+    def drawn(
+        self, prompts: Sequence[npt.NDArray[np.int32]], spec: WritingSpec, *, first: int
+    ) -> Iterator[tuple[int, str | None]]:
+        """Texts of many prompts by the adapter in use; see `fedtune.evaluation.generation.draw`."""
+        return draw(
+            self.model,
+            prompts,
+            tokenizer=self.tokenizer,
+            end_ids=self.model.task.end_ids(self.tokenizer, data=self.config.data),
+            spec=spec,
+            first=first,
+            max_tokens=_TIMES_AS_MANY * self.config.evaluation.max_tokens,
+        )
 
     def measured(self, data: LeadData) -> dict[str, Measured]:
         """Figures of the start and of each adapter, for their scores; the frozen layers run once for all."""

@@ -140,19 +140,23 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
     return None
 
 
+def own_records(config: RunConfig) -> dict[str, list[Record]]:
+    """The records that a run reads here, by the setting that names their file; those of real sites are not here."""
+    own = RunRecords(config)
+    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
+    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
+    read |= {"data.validation_file": own.validation.records if own.validation else []}
+    return read | {"data.test_file": own.test.records if own.test else []}
+
+
 def require_apart(records: Sequence[Record], config: RunConfig, *, key: str, file: str) -> None:
     """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
 
     Raises:
         ConfigError: one of them has all texts of the other; the records of real sites are not here.
     """
-    own = RunRecords(config)
-    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
-    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
-    read |= {"data.validation_file": own.validation.records if own.validation else []}
-    read |= {"data.test_file": own.test.records if own.test else []}
     public = {record.said for record in records}
-    for of, others in read.items():
+    for of, others in own_records(config).items():
         texts = {record.said for record in others}
         if others and (texts <= public or public <= texts):
             bound = f"must hold records of its own: one of it and {of} has all texts of the other"

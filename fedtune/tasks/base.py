@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias
 
@@ -24,6 +24,7 @@ from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Targets, TextDataset, Tokenizer
 from fedtune.data.values import OPTIONAL_ROLES
 from fedtune.model.spec import TaskModelSpec
+from fedtune.privacy.distributed_noise import USUAL_BOUND
 from fedtune.privacy.mechanism import Unit
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -89,6 +90,7 @@ class Task(ABC):
         hub_name: what the Hugging Face hub calls it; empty: it has no name there.
         formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
             a whole model has an output layer of its base's own, or a `readout`.
+        counts_units: whether all units may put their whole gradient into one value, so that sums are as large.
         judged_by: the score that says whether training helped: the larger the better, but for "loss".
         rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
         reads: a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout.
@@ -109,6 +111,7 @@ class Task(ABC):
     predicts_tokens: ClassVar[bool] = False
     hub_name: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = ("peft",)
+    counts_units: ClassVar[bool] = False
     judged_by: ClassVar[str] = "loss"
     rate_shares: ClassVar[tuple[float, float] | None] = None
     reads: ClassVar[str] = "scores"
@@ -377,6 +380,13 @@ class Task(ABC):
     ) -> tuple[str, object]:
         """The same for a record of which an answer may quote parts, by the scores of its rows."""
         return self.answer(logits[0], spec=spec)
+
+    def bound_on_sums(self, sizes: Iterable[int]) -> int:
+        """How large a value of a site's part of a secure sum may be, in clip norms, by what sites declare.
+
+        Where units count, all of a site's may be of one kind; twice as many as it declares leave none of them out.
+        """
+        return max(USUAL_BOUND, 2 * max(sizes)) if self.counts_units else USUAL_BOUND
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
         """A value that an invented record may have in a role; None: any text.  `draw(n)` takes one of n."""

@@ -61,10 +61,10 @@ class PooledTask(Task):
     has_head = True
     inputs = frozenset({"text", "features", "image"})
     hub_name = "text-classification"
-    formats = ("peft", "sentence-transformers", "onnx")
+    formats: ClassVar[tuple[str, ...]] = ("peft", "sentence-transformers", "onnx")
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
-    rate_shares = (1 / 8, 1.0)
+    rate_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
     lines = _HEAD_LINES
     scales: ClassVar[str] = ""
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64
@@ -128,13 +128,18 @@ class PooledTask(Task):
         head = model.spec.head
         if not head.centre and head.init != "label_names":
             return
-        rows, centre = _label_embeddings(self, model), model.get_buffer("centre")
-        if head.centre:
-            centre.copy_(rows.mean(dim=0))
-            rows = torch.nn.functional.normalize(rows - centre, dim=-1)
+        rows = self.label_rows(model)
         if head.init == "label_names":
             with torch.no_grad():
                 model.get_parameter("head.weight").copy_(self.first_rows(rows))
+
+    def label_rows(self, model: Model) -> torch.Tensor:
+        """(labels, h) the embeddings of the labels' texts, of norm 1; sets the centre where `spec.head` wants one."""
+        rows, centre = _label_embeddings(self, model), model.get_buffer("centre")
+        if not model.spec.head.centre:
+            return rows
+        centre.copy_(rows.mean(dim=0))
+        return torch.nn.functional.normalize(rows - centre, dim=-1)
 
     def first_rows(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The head that labels' embeddings, (labels, h) of norm 1, suggest, (outputs, h)."""
@@ -151,8 +156,12 @@ class PooledTask(Task):
         embeddings = self.embed(model, batch.input_ids, batch.attention_mask)
         # A product with few rows takes another kernel, which rounds otherwise (measured below 13 rows on a CPU).
         rows = torch.nn.functional.pad(embeddings, (0, 0, 0, -len(embeddings) % _HEAD_ROWS))
+        return self.scored(model, rows)[: len(embeddings)]
+
+    def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
+        """(rows, outputs) of (rows, h), each by itself."""
         assert model.head is not None
-        scores: torch.Tensor = model.head(rows)[: len(embeddings)]
+        scores: torch.Tensor = model.head(embeddings)
         return model.spec.head.scale * scores
 
     def losses(self, model: Model, batch: Batch) -> torch.Tensor:
@@ -205,7 +214,7 @@ class LabelTask(PooledTask):
         of_rounds = self.scores(figures, spec=spec)
         return {name: score for name, score in of_rounds.items() if name != "loss"} | told | {"loss": of_rounds["loss"]}
 
-    def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail:
+    def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
         truth, said = self.marks(figures, spec=spec)
         return Detail(
             classes=measures.by_class(truth, said, labels=spec.labels),

@@ -18,12 +18,13 @@ from fedtune.tasks.preference import Preference
 from fedtune.tasks.regression import Regression
 from fedtune.tasks.survival import Survival
 from fedtune.tasks.token_classification import TokenClassification
+from fedtune.tasks.votes import Votes
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(Classification(), MultiLabel(), Ordinal(), Regression(), Survival(), TokenClassification()),
-        *(CausalLM(), Preference(), Embedding()),
+        *(CausalLM(), Preference(), Embedding(), Votes()),
     )
 }
 INPUTS["image"] = Image()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,17 @@ from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.generation import PromptSet, as_text, generate, text_figures, text_scores, write, write_greedily
+from fedtune.evaluation.generation import (
+    PromptSet,
+    as_text,
+    draw,
+    generate,
+    greedily,
+    text_figures,
+    text_scores,
+    write,
+    write_batch,
+)
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
@@ -40,7 +52,9 @@ def test_padding_and_cache_change_no_token(
     language_model = request.getfixturevalue(family)
     prompts = prompts_of(completions)
     assert len({len(prompt) for prompt in prompts}) > 3
-    written = write_greedily(language_model.base, prompts, end_ids=frozenset(), pad_id=2, max_new_tokens=8, device=CPU)
+    written = write_batch(
+        language_model.base, prompts, end_ids=frozenset(), pad_id=2, max_new_tokens=8, device=CPU, choose=greedily
+    )
     expected = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     assert len({tuple(row) for row in expected}) > 10, "the texts have to differ for this test to mean anything"
     assert written == expected
@@ -50,11 +64,33 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, complet
     prompts = prompts_of(completions)
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     end = whole[0][3]
-    written = write_greedily(
-        language_model.base, prompts, end_ids=frozenset({end, 999}), pad_id=2, max_new_tokens=8, device=CPU
+    ends = frozenset({end, 999})
+    written = write_batch(
+        language_model.base, prompts, end_ids=ends, pad_id=2, max_new_tokens=8, device=CPU, choose=greedily
     )
-    assert written == [row[: row.index(end)] if end in row else row for row in whole]
-    assert len(written[0]) <= 3
+    texts = [list(takewhile(lambda token: token not in ends, row)) for row in written]
+    assert texts == [row[: row.index(end)] if end in row else row for row in whole]
+    assert len(texts[0]) <= 3
+    assert min(map(len, written)) < 8, "a text that has ended leaves its batch"
+
+
+def test_drawn_texts_have_draws_of_their_own_in_any_batch(
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = [prompts_of(completions)[0]] * 12
+
+    def drawn(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
+        spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, seed=seed)
+        settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec}
+        return dict(draw(language_model, prompts, first=first, max_tokens=max_tokens, **settings))
+
+    texts = drawn(10_000)
+    assert texts == drawn(100)
+    assert len(set(texts.values())) > 8
+    later = drawn(10_000, first=5)
+    assert [later[place] for place in range(7)] == [texts[place] for place in range(5, 12)]
+    assert texts != drawn(10_000, seed=2)
+    assert None in drawn(10_000, most=1).values(), "a text that does not end is none"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 50, 10_000])

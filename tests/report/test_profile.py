@@ -200,9 +200,9 @@ def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], n
     )
 
 
-@pytest.mark.by_day("0.05-0.9-2", "0.3-2.0-5", "1.0-3.0-2")
+@pytest.mark.by_day("0.05-0.9-2", "0.3-2.0-5", "1.0-3.0-2", "1.0-1.0-5")
 @pytest.mark.parametrize("members", [2, 5])
-@pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.9), (0.3, 2.0), (1.0, 3.0)])
+@pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.9), (0.3, 2.0), (1.0, 3.0), (1.0, 1.0)])
 def test_of_several_records_no_attacker_guesses_better(rate: float, sigma: float, members: int) -> None:
     """The best one's share is (1 + total variation) / 2: here summed over the outcomes of two steps, without losses."""
     points, width = np.linspace(-12 * sigma, members + 12 * sigma, 4001, retstep=True)

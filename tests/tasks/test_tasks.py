@@ -141,6 +141,7 @@ FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     *(("token_classification", ("text", "spans"), {"labels": ("a", "b")}), ("causal_lm", PROMPT, {})),
     *(("causal_lm", ("messages",), TURNS), ("preference", ("prompt", *WHOLE), {}), ("preference", WHOLE, TURNS)),
     *(("embedding", SCORED, IN_RANGE), ("embedding", PAIR, negatives("a text"))),
+    ("votes", ("text",), {"labels": ("a", "b")}),
 ]
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.nightly
 
 Gradients = dict[str, torch.Tensor]
 KINDS = [
-    *(("random:bert", task) for task in ("classification", "multi_label", "ordinal", "regression")),
+    *(("random:bert", task) for task in ("classification", "multi_label", "ordinal", "regression", "votes")),
     ("random:bert", "token_classification"),
     *(("random:bert", task) for task in ("pairs", "triplets")),
     *(("random:llama", task) for task in ("causal_lm", "preference", "pairs", "triplets")),

@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
-from dp_accounting.pld.privacy_loss_distribution import from_mixture_gaussian_mechanism
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, from_mixture_gaussian_mechanism
 
 from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy import accountant, events
@@ -212,12 +212,18 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
             return None
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}
         moved = [n for n, share in shares.items() if share > 0]
-        one = from_mixture_gaussian_mechanism(
-            gaussian.noise_multiplier,
-            [float(n) for n in moved],
-            [shares[n] for n in moved],
-            value_discretization_interval=_INTERVAL_OF_SEVERAL,
-        ).self_compose(count)
+        if len(moved) == 1:  # no mixture, which the library does not take for one
+            one = from_gaussian_mechanism(
+                gaussian.noise_multiplier, sensitivity=moved[0], value_discretization_interval=_INTERVAL_OF_SEVERAL
+            )
+        else:
+            one = from_mixture_gaussian_mechanism(
+                gaussian.noise_multiplier,
+                [float(n) for n in moved],
+                [shares[n] for n in moved],
+                value_discretization_interval=_INTERVAL_OF_SEVERAL,
+            )
+        one = one.self_compose(count)
         total = one if total is None else total.compose(one)
     return None if total is None else 50 * (1 + min(1.0, max(0.0, float(total.get_delta_for_epsilon(0.0)))))
 

@@ -1,0 +1,241 @@
+"""Synthetic records: what a finished run's language model writes for declared codes, such as a label's name.
+
+Guarantee: what is written follows from the run's adapter, the codes and, of a vote, from that run's adapter alone, so
+it is post-processing of what those runs released: reading, sharing and training on it costs no epsilon beside theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from fedtune.api.door import Progress, Run
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.spec import ConfigError, DataError
+from fedtune.tasks import TASKS, task_named
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from fedtune.runs.saved_model import SavedModel
+
+Code = tuple[str, ...]
+"""The values of a prompt's roles, in their order."""
+_DRAWS = 5
+"""How often a record that breaks the format is drawn again before it is given up."""
+_SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """Records that a model wrote.
+
+    Attributes:
+        rows: column to text, by code, in the order of the codes.
+        wanted: how many were asked for of each code.
+        left_out: how many texts were drawn that are no record, by reason: "not ended" within the longest length,
+            "blank", "broken" characters, "twice" the same text of a code, and "pattern", which it does not match.
+    """
+
+    rows: tuple[Mapping[str, str], ...]
+    wanted: Mapping[Code, int]
+    left_out: Mapping[str, int]
+
+
+def synthesize(
+    run: Run,
+    codes: str | Path | None = None,
+    *,
+    rows: int,
+    votes: Run | None = None,
+    spec: WritingSpec,
+    pattern: str | None = None,
+    progress: Callable[[Progress], None] = lambda told: None,
+) -> Synthetic:
+    """Write records with a run's model, so many of each code as its share says.
+
+    Args:
+        run: a finished run of a language model that completes prompts.
+        codes: a public file with the columns of the run's prompt, a code a row; one that stands there twice has twice
+            the share.  None: the candidates of `votes`.
+        rows: how many records.
+        votes: a finished run of task votes whose candidates are the codes: its noisy votes are their shares.
+        spec: how texts are drawn; its seed settles them on a machine.
+        pattern: a regular expression that the whole text must match.
+        progress: is called as texts come, in this thread.
+
+    Raises:
+        ValueError: a run, the codes or a setting cannot be used; nothing was written.
+    """
+    roles = _roles(run)
+    shares = _declared(run, codes, roles) if codes is not None else {}
+    if votes is not None:
+        voted: dict[Code, float] = {(text,): weight for text, weight in weights_of(votes).items()}
+        if len(roles) > 1 or (shares and set(shares) != set(voted)):
+            bound = "must have the codes as its candidates, each the text of the prompt's one column"
+            raise ConfigError("--votes", str(votes.folder), bound)
+        shares = voted
+    if not shares:
+        raise ConfigError("--codes", None, "must be given, or --votes: the codes that records are written for")
+    wanted = {code: count for code, count in allotted(shares, rows).items() if count}
+    try:
+        whole = re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
+    from fedtune.runs.saved_model import SavedModel
+    from fedtune.tasks import SavedAdapter
+
+    SavedAdapter.read(run.adapter)  # not one that is private to a site
+    saved = SavedModel(run.config, {"tuned": run.adapter})
+    saved.use("tuned")
+    return _written(saved, roles, wanted, spec=spec, whole=whole, progress=progress)
+
+
+def _written(
+    saved: SavedModel,
+    roles: Sequence[str],
+    wanted: Mapping[Code, int],
+    *,
+    spec: WritingSpec,
+    whole: re.Pattern[str] | None,
+    progress: Callable[[Progress], None],
+) -> Synthetic:
+    columns, total = saved.config.data.columns, sum(wanted.values())
+    prompts = {code: saved.prompt_ids(dict(zip(roles, code, strict=True)), at="--codes") for code in wanted}
+    texts: dict[Code, list[str]] = {code: [] for code in wanted}
+    left_out: Counter[str] = Counter()
+    number = 0
+    for _ in range(_DRAWS):
+        missing = [code for code, count in wanted.items() for _ in range(count - len(texts[code]))]
+        first, number = number, number + len(missing)
+        for place, text in saved.drawn([prompts[code] for code in missing], spec, first=first):
+            code = missing[place]
+            if (fault := _fault(text, texts[code], whole)) is not None:
+                left_out[fault] += 1
+            else:
+                texts[code].append(str(text))
+                progress(Progress(stage="writing", done=sum(map(len, texts.values())), total=total))
+    rows = tuple(
+        {columns[role]: value for role, value in zip(roles, code, strict=True)} | {columns["completion"]: text}
+        for code, found in texts.items()
+        for text in found
+    )
+    return Synthetic(rows=rows, wanted=wanted, left_out=dict(left_out))
+
+
+def _fault(text: str | None, others: Sequence[str], whole: re.Pattern[str] | None) -> str | None:
+    if text is None:
+        return "not ended"
+    if not text:
+        return "blank"
+    if _SURELY_BROKEN in text:
+        return "broken"
+    if text in others:
+        return "twice"
+    return "pattern" if whole is not None and whole.fullmatch(text) is None else None
+
+
+def _roles(run: Run) -> tuple[str, ...]:
+    """The roles of a prompt, which name a code."""
+    task, data = task_named(run.config.task), run.config.data
+    if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
+        bound = "must be a language model that completes prompts: data.columns names prompt and completion"
+        raise ConfigError("RUN", str(run.folder), bound)
+    return tuple(task.asked_by(data))
+
+
+def _declared(run: Run, codes: str | Path, roles: Sequence[str]) -> dict[Code, float]:
+    """Each code with how often it stands in a file, which must be none of the run's own records in that."""
+    path = resolve_file(str(codes), shipped_folders(), key="--codes")
+
+    def counts(records: Iterable[Record]) -> Counter[Code]:
+        return Counter(tuple(one.fields[role] for role in roles) for one in records)
+
+    found = counts(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
+    from fedtune.sites.run_records import own_records
+
+    try:
+        own = own_records(run.config)
+    except DataError:  # the run's files are not here any more
+        own = {}
+    for key, records in own.items():
+        if records and counts(records) <= found:
+            raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
+    return dict(found)
+
+
+def weights_of(votes: Run) -> dict[str, float]:
+    """Each candidate's text with its noisy share of all votes, at least 0; they add up to 1.
+
+    Raises:
+        ValueError: it is no finished run of task votes, or noise left no vote above 0.
+    """
+    config = votes.config
+    if not task_named(config.task).counts_units:
+        raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
+    texts = config.head.label_texts or config.data.labels
+    weights = load_file(votes.adapter / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
+    if not weights.sum() > 0:
+        raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
+    return dict(zip(texts, (weights / weights.sum()).tolist(), strict=True))
+
+
+def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
+    """`rows` by shares: whole numbers, and what is left over to the largest remainders (Hamilton's method)."""
+    exact: npt.NDArray[np.float64] = np.array(list(shares.values())) * (rows / sum(shares.values()))
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
+    return dict(zip(shares, counts.tolist(), strict=True))
+
+
+def columns_of(run: Run) -> tuple[str, ...]:
+    """The columns of a synthetic record; the last one has what the model writes.
+
+    Raises:
+        ConfigError: the run's model completes no prompts.
+    """
+    return tuple(run.config.data.columns[role] for role in (*_roles(run), "completion"))
+
+
+def chosen(rows: Sequence[Mapping[str, str]], column: str, votes: Run, *, keep: int) -> Synthetic:
+    """The `keep` candidates with most votes, in their order.
+
+    Args:
+        rows: synthetic records.
+        column: of their text, the candidates of `votes`.
+        votes: a finished run in which each of a site's units voted for the text that is nearest to its own.
+        keep: how many stay.
+
+    Raises:
+        ValueError: the candidates of `votes` are others.
+    """
+    weights = weights_of(votes)
+    if missing := sum(row[column] not in weights for row in rows):
+        raise ConfigError("--votes", str(votes.folder), f"must have all texts as candidates; {missing} are none")
+    order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
+    codes = Counter(tuple(text for name, text in row.items() if name != column) for row in rows)
+    return Synthetic(rows=tuple(rows[place] for place in sorted(order[:keep])), wanted=codes, left_out={})
+
+
+def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
+    """An experiment in which the sites of a run vote on these texts, as YAML; `fedtune plan` tells its epsilon."""
+    import yaml
+
+    texts = list(dict.fromkeys(row[column] for row in rows if "${" not in row[column]))  # no file of settings has that
+    data = {key: getattr(config.data, key) for key in ("dataset", "train_file", "declared_sizes", "max_length")}
+    data |= {"columns": {"text": config.data.columns["completion"]}}
+    data |= {"labels": [f"text-{number:05}" for number in range(len(texts))]}
+    names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
+    settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
+    plain = json.loads(json.dumps(settings))
+    recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
+    return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, allow_unicode=True, sort_keys=False))

@@ -1,0 +1,157 @@
+"""`fedtune synthesize`: records by code, their card, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from fedtune.api import door
+from fedtune.runs.saved_model import SavedModel
+from fedtune.studies.synthetic import allotted, weights_of
+
+TABLES = "simulations/data/e2e_nlg/train.jsonl.gz"
+
+
+@pytest.fixture(scope="module")
+def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a language model (`writer`), and a run of votes on two of its codes (`shares`)."""
+    into = tmp_path_factory.mktemp("runs")
+    short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
+    model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
+    simulate(*model, *short, into=into, name="writer")
+    (into / "codes.jsonl").write_text('{"mr": "a red one"}\n{"mr": "a blue one"}\n{"mr": "a blue one"}\n')
+    votes = ("experiment=votes", "model=random_bert", "data.columns={text: mr}", f"data.train_file={TABLES}")
+    simulate(*votes, "data.labels=[a blue one, a red one]", into=into, name="shares")
+    head = into / "shares" / "adapter" / "head.safetensors"
+    save_file(load_file(head) | {"weight": np.array([[3.0, 1.0]], dtype=np.float32)}, head)
+    return into
+
+
+@pytest.fixture(autouse=True)
+def texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
+
+    def drawn(self: SavedModel, prompts: Any, spec: Any, *, first: int) -> Iterator[tuple[int, str | None]]:
+        assert all(len(prompt) for prompt in prompts)
+        for place in range(len(prompts)):
+            number = first + place
+            kind = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
+            yield place, kind.get(number % 5, f"seed {spec.seed} number {number}")
+
+    monkeypatch.setattr(SavedModel, "drawn", drawn)
+
+
+def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
+    named = ("--codes", str(runs / "codes.jsonl")) if codes else ()
+    outcome = command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options)
+    assert outcome.code == 0, outcome.err
+    return [json.loads(line) for line in to.read_text().splitlines()]
+
+
+def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, tmp_path: Path) -> None:
+    to = tmp_path / "texts.jsonl"
+    rows = written(command, runs, to, "--rows", "9", "--beside", TABLES)
+    assert Counter(row["mr"] for row in rows) == {"a red one": 3, "a blue one": 6}
+    assert len({row["ref"] for row in rows}) == 9
+    card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
+    run = door.load(runs / "writer")
+    assert card["runs"][0]["epsilon"] == run.privacy.epsilon == card["together"]["epsilon"]
+    assert card["made"]["left_out"] == {"not ended": 2, "broken": 2}
+    assert card["made"]["rows"] == card["figures"]["these records"]["texts"] == 9
+    text, beside = (tmp_path / "texts.jsonl.card.md").read_text(), card["figures"]["train.jsonl.gz"]["texts"]
+    assert beside > 4000
+    assert "no more about a unit than the promises below allow.**" in text
+    assert f"| texts | 9 | {beside} |" in text
+
+
+def test_votes_are_shares(runs: Path, command: Any, tmp_path: Path) -> None:
+    to = tmp_path / "texts.jsonl"
+    rows = written(command, runs, to, "--rows", "8", "--votes", str(runs / "shares"), codes=False)
+    assert Counter(row["mr"] for row in rows) == {"a blue one": 6, "a red one": 2}
+    card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
+    both = [door.load(runs / name).privacy for name in ("writer", "shares")]
+    assert card["together"]["epsilon"] == pytest.approx(sum(one.epsilon or 0.0 for one in both))
+    assert card["together"]["delta"] == pytest.approx(sum(one.delta for one in both))
+    assert "which are epsilon" in (tmp_path / "texts.jsonl.card.md").read_text()
+
+
+def test_candidates_are_chosen_by_their_votes(
+    runs: Path, command: Any, simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
+    rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot))
+    settings = yaml.safe_load(ballot.read_text())
+    assert settings["head"]["label_texts"] == [row["ref"] for row in rows]
+    folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
+    head = folder / "adapter" / "head.safetensors"
+    save_file(load_file(head) | {"weight": np.array([[0.1, 0.4, -0.2, 0.3]], dtype=np.float32)}, head)
+    chosen = written(command, runs, best, "--rows", "2", "--candidates", str(to), "--votes", str(folder), codes=False)
+    assert chosen == [rows[1], rows[3]]
+    assert "from 4 candidates" in (tmp_path / "best.jsonl.card.md").read_text()
+
+
+def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, command: Any, tmp_path: Path) -> None:
+    to = tmp_path / "texts.jsonl"
+    rows = written(command, runs, to, "--rows", "12", "--pattern", ".* number 1?2")
+    card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())["made"]
+    assert [row["ref"] for row in rows] == ["seed 0 number 2", "seed 0 number 12"]
+    assert card["missing"] == 10
+    assert card["left_out"]["pattern"] > 20
+    none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none"))
+    outcome = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *none)
+    assert outcome.code == 2
+    assert "gave none that keeps the format: 6 pattern" in outcome.err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "--codes = null: must be given"),
+        (("--codes", TABLES), "must be a public list: all prompts of data.train_file stand in it"),
+        (("--codes", "CODES", "--votes", "WRITER"), "must be a run of task votes, not of causal_lm"),
+        (("--candidates", "CODES"), "goes with --votes"),
+        (("--codes", "CODES", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
+        (("--codes", "CODES", "--pattern", "("), "must be a regular expression"),
+    ],
+)
+def test_what_is_refused(runs: Path, command: Any, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    places = {"CODES": str(runs / "codes.jsonl"), "WRITER": str(runs / "writer")}
+    to = tmp_path / "texts.jsonl"
+    outcome = command("synthesize", str(runs / "writer"), "--to", str(to), *(places.get(o, o) for o in options))
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert not to.exists()
+
+
+def test_an_adapter_private_to_a_site_writes_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(runs / "writer", own)
+    settings = own / "adapter" / "fedtune.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"private_to": "site-1"}))
+    options = ("--codes", str(runs / "codes.jsonl"), "--to", str(tmp_path / "texts.jsonl"))
+    outcome = command("synthesize", str(own), *options)
+    assert outcome.code == 2
+    assert "is private to" in outcome.err
+
+
+def test_shares_are_whole_numbers_that_add_up() -> None:
+    assert allotted({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
+    assert sum(allotted({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
+
+
+def test_votes_that_noise_left_none_of_give_no_shares(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "shares", tmp_path / "shares")
+    head = tmp_path / "shares" / "adapter" / "head.safetensors"
+    save_file(load_file(head) | {"weight": np.array([[-1.0, 0.0]], dtype=np.float32)}, head)
+    with pytest.raises(ValueError, match="noise left none above 0"):
+        weights_of(door.load(tmp_path / "shares"))

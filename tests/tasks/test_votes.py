@@ -1,0 +1,68 @@
+"""Votes: a record's gradient is one vote for its nearest candidate, and a run's weights are the shares of all votes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fedtune.api.compose import compose_run
+from fedtune.training.per_example import attached
+
+from ..builders import built
+
+CODES = {"card": 6, "fee": 3, "rate": 1}
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 400 records, of which 60 % have the first code."""
+    path = tmp_path_factory.mktemp("votes") / "records.jsonl"
+    codes = [code for code, tenths in CODES.items() for _ in range(40 * tenths)]
+    path.write_text("".join(json.dumps({"code": code, "number": str(n)}) + "\n" for n, code in enumerate(codes)))
+    return path
+
+
+def overrides(shares: Path) -> tuple[str, ...]:
+    return (
+        *("experiment=votes", "model=random_bert", "data.columns={text: code}", f"data.train_file='{shares}'"),
+        *(f"data.labels=[{', '.join(CODES)}]", "data.train_fraction=1.0", "data.test_rows=null", "data.max_length=8"),
+        *("data.validation_rows=null", "federation.num_sites=2", "data.declared_sizes=200"),
+        *("privacy.noise_multiplier=1.0", "privacy.epsilon=8"),
+    )
+
+
+def test_a_gradient_is_one_vote_for_the_nearest_candidate(spec: Callable[..., Any], examples: Any) -> None:
+    model, batch = built(spec(task="votes")), examples("votes")
+    batch.targets[1] = -100  # a record that could not be encoded
+    assert list(model.trainable()) == ["head.weight"], "a base that moved would move what is nearest"
+    with torch.no_grad():
+        rows = model.task.embed(model, batch.input_ids, batch.attention_mask)
+    nearest = (rows @ model.get_buffer("candidates").T).argmax(dim=1)
+    with attached(model) as gradients:
+        found = gradients.of(batch)["head.weight"][:, 0]
+    votes = -torch.nn.functional.one_hot(nearest, 3).float()
+    votes[1] = 0
+    assert torch.equal(found, votes)
+
+
+@pytest.mark.parametrize("aggregation", ["plain", "secure"])
+def test_a_histogram_is_a_vote_of_its_column(
+    simulate: Callable[..., Path], shares: Path, tmp_path: Path, aggregation: str
+) -> None:
+    folder = simulate(*overrides(shares), f"federation.aggregation={aggregation}", into=tmp_path)
+    weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
+    # Noise of 1 at each of two sites, over 400 votes.
+    assert weights / weights.sum() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
+
+
+def test_all_records_of_a_site_may_vote_for_one_candidate(shares: Path) -> None:
+    many = [*overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
+    plan = compose_run(many).plan()
+    assert plan.sums.bound == plan.with_noise(9.0).sums.bound >= 70_000
+    assert compose_run(["federation.aggregation=secure"]).plan().sums.bound < 70_000
