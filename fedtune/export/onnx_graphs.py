@@ -38,7 +38,7 @@ class Served:
     Attributes:
         file: its name.
         bytes: of that file; of a model in memory those of its weights.
-        milliseconds: of one text by itself, on one thread: the median over at most 200.
+        milliseconds: of a CPU for one text by itself, on one thread: the median over at most 200.
         scores: on the run's test records, by name; of a language model without the texts that it would write.
     """
 
@@ -130,10 +130,10 @@ def scored(
         measured = Measured.of(model, reader, data, config, generate=False)
         for index in range(min(_TIMED, len(data.examples))):
             batch = collate(data.examples, np.array([index]), pad_id=reader.pad_token_id)
-            began = time.perf_counter()
+            began = time.process_time()
             with torch.no_grad():
                 logits(batch)
-            taken.append(time.perf_counter() - began)
+            taken.append(time.process_time() - began)
     finally:
         torch.set_num_threads(threads)
     milliseconds = 1000 * statistics.median(taken)

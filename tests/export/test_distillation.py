@@ -17,7 +17,8 @@ from fedtune.data.batching import collate
 from fedtune.data.records import Record
 from fedtune.export import distillation
 from fedtune.export.distillation import FEWEST
-from fedtune.model import load_tokenizer
+from fedtune.export.onnx_graphs import load_graph
+from fedtune.model import ModelSpec, load_tokenizer
 from fedtune.sites.run_records import RunRecords
 from fedtune.tasks import load_task_model
 
@@ -43,24 +44,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def module_patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patched:
-        yield patched
-
-
-@pytest.fixture(scope="module")
 def teach(
-    finished: Path,
-    texts: Path,
-    command: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-    module_patch: pytest.MonkeyPatch,
-) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    finished: Path, texts: Path, command: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[Path, dict[str, Any]]]]:
     """Teach a student of the finished run: its folder, and what the command said."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
-    # A model this narrow, with weights this wide, learns little at the rates of real ones.
-    module_patch.setattr(distillation, "_RATE", 5e-3)
-    module_patch.setattr(distillation, "_HEAD_RATE", 5e-2)
 
     def distil(*words: str) -> tuple[Path, dict[str, Any]]:
         to = tmp_path_factory.mktemp("students") / "student"
@@ -68,7 +56,11 @@ def teach(
         assert told.code == 0, told.err
         return to, json.loads(told.out)["distilled"]
 
-    return distil
+    with pytest.MonkeyPatch.context() as patched:
+        # A model this narrow, with weights this wide, learns little at the rates of real ones.
+        patched.setattr(distillation, "_RATE", 5e-3)
+        patched.setattr(distillation, "_HEAD_RATE", 5e-2)
+        yield distil
 
 
 @pytest.fixture(scope="module")
@@ -191,24 +183,30 @@ def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, c
 
 @pytest.mark.nightly
 def test_another_base_learns_numbers_and_is_made_small(
-    runs: dict[str, Path], texts: Path, command: Any, tmp_path: Path
+    simulate: Callable[..., Path], texts: Path, command: Any, tmp_path: Path
 ) -> None:
-    words = ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "30", "--json"]
-    told = command("distil", str(runs["number"]), "--texts", str(texts), "--to", str(tmp_path / "new"), *words)
+    rows = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
+    (tmp_path / "numbers.csv").write_text("\n".join(["text,price", *rows]) + "\n")
+    run = simulate(
+        *("task=regression", f"data.train_file='{tmp_path}/numbers.csv'", "data.columns={text: text, target: price}"),
+        *("data.labels=[]", "data.target_range=[0, 10]", "data.test_file=null", "data.validation_file=null"),
+        *("data.train_fraction=1.0", "data.declared_sizes=30", "head.scale=1", "training.learning_rate=0.1"),
+        into=tmp_path,
+    )
+    to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
+    told = command("distil", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
     assert told.code == 0, told.err
     found = json.loads(told.out)["distilled"]
     assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
     assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
     assert all(one["scores"] == {} for one in found["served"]), "made-up answers score nothing"
-    card = ModelCard.load(tmp_path / "new" / "README.md")
+    card = ModelCard.load(to / "README.md")
     assert "on a base of its own, random:llama, SHA-256 " in card.text
     assert "base_model" not in card.data.to_dict()
-    asked = {"student": {"format": "onnx", "folder": str(tmp_path / "new"), "texts": TEXTS}}
-    numbers = torch.tensor(json.loads(elsewhere(cwd=tmp_path, given=json.dumps(asked)))["student"]["logits"])
-    config, model = saved_config(runs["number"]), load_task_model(runs["number"] / "adapter")
-    teacher = model.task.read_out(logits_of(runs["number"]), spec=model.spec)
-    assert config.task == "regression"
-    assert unlike(numbers, teacher) < 0.5
+    tokens = load_tokenizer(ModelSpec(path="random:llama"))(TEXTS, padding=True, return_tensors="pt")
+    numbers = load_graph(to / "model.onnx")(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
+    model = load_task_model(run / "adapter")
+    assert unlike(numbers, model.task.read_out(logits_of(run), spec=model.spec)) < 0.9
 
 
 @pytest.mark.nightly
