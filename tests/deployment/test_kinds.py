@@ -1,4 +1,4 @@
-"""Tables, token labels, images at real sites over TLS: a simulation's weights bit for bit, broken records as zero."""
+"""Other kinds of records and votes at real sites over TLS: a simulation's weights bit for bit, broken records as 0."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("experiment=own_entities", "data.dataset=notes", "data.labels=[drug]", "data.max_length=8"),
         *("data.windows=2", "data.stride=2", "model=random_bert", "lora=all_linear", "lora.rank=4"),
     ),
+    "votes": (
+        "experiment=votes",
+        "data.dataset=calls",
+        "data.labels=[a fee, a lost card]",
+        "model=random_bert",
+        "privacy.epsilon=8",
+    ),
     "image": ("experiment=own_images", "data.dataset=scans", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),
 }
 BROKEN: dict[str, list[dict[str, Any]]] = {
@@ -54,6 +61,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         {"tokens": ["take", "aspirin"], "tags": ["O"]},
         {"tokens": ["take", "aspirin"], "tags": ["O", "B-secret"]},
     ],
+    "votes": [{"text": " "}, {"note": "no text"}],
     "image": [{"image": "images/none.png", "label": "red"}, {"image": "images/cut.png", "label": "red"}],
 }
 
@@ -64,6 +72,8 @@ def made_up(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
         with write_pictures(folder, f"{count}.csv", count, seed=count).open(newline="") as table:
             return list(csv.DictReader(table))
     draws = np.random.default_rng(count)
+    if kind == "votes":
+        return [{"text": str(draws.choice(["what is this fee", "my card is lost"])) + f" {n}"} for n in range(count)]
     if kind == "token_classification":
         notes = [[str(word) for word in draws.choice(["take", "aspirin", "daily", "stop"], 9)] for _ in range(count)]
         return [{"tokens": one, "tags": ["B-drug" if word == "aspirin" else "O" for word in one]} for one in notes]
