@@ -66,7 +66,7 @@ def distil(
     format: str = "sentence-transformers",
     int8: bool = False,
     seed: int = 0,
-    passes: int = 20,
+    passes: int = 10,
     progress: Progress = silent,
 ) -> Distilled:
     """Teach a student, and write it into a new folder that its library loads without fedtune.
