@@ -23,7 +23,7 @@ def distil(
     student: Annotated[str, Option("half, a number of layers, or another base", metavar="MODEL")] = "half",
     format: Annotated[Literal["sentence-transformers", "onnx"], Option()] = "sentence-transformers",
     int8: Annotated[bool, Option(names=("--int8",), help="with --format onnx: also a graph in int8")] = False,
-    passes: Annotated[int, Option("through the texts")] = 20,
+    passes: Annotated[int, Option("through the texts")] = 10,
     seed: Annotated[int, Option("of the order of the texts")] = 0,
     columns: Columns = None,
     device: Device = "auto",
