@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedtune.config import RunConfig
     from fedtune.privacy.site_policy import Policy
     from fedtune.studies.personalised import personalise
+    from fedtune.studies.synthetic import synthesize
 
 __all__ = [
     "Ledger",
@@ -30,12 +31,14 @@ __all__ = [
     "personalise",
     "plan",
     "simulate",
+    "synthesize",
     "verify",
 ]
 _ELSEWHERE = {
     "RunConfig": "fedtune.config",
     "Policy": "fedtune.privacy.site_policy",
     "personalise": "fedtune.studies.personalised",
+    "synthesize": "fedtune.studies.synthetic",
 }
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 Code = tuple[str, ...]
 """The values of a prompt's roles, in their order."""
+WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95)
 _DRAWS = 5
 """How often a record that breaks the format is drawn again before it is given up."""
 _SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -57,7 +58,7 @@ def synthesize(
     *,
     rows: int,
     votes: Run | None = None,
-    spec: WritingSpec,
+    spec: WritingSpec = WRITING,
     pattern: str | None = None,
     progress: Callable[[Progress], None] = lambda told: None,
 ) -> Synthetic:

@@ -1,0 +1,184 @@
+"""Banking77 from texts that a privately tuned model wrote: how good is a classifier that saw no real question?
+
+    python simulations/synthetic_texts/run.py --runs RUNS            all; what is finished in RUNS is taken from there
+
+Four banks tune SmolLM2 to write a question for an intent.  It writes 3,000, and MiniLM learns the intents from them,
+tested on the 3,080 real test questions.  Beside them: texts of the model that nobody tuned, by the same prompts; and a
+third of the texts, those with most votes, where each of the banks' questions votes once for the nearest of all texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fedtune
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.privacy.durable import write_durably
+from fedtune.runs.saved_model import BASE, SavedModel
+from fedtune.studies.synthetic import chosen, synthesize
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import readme  # noqa: E402
+
+SOURCE = HERE.parent / "data" / "banking77"
+ROWS, KEPT = 3000, 1000
+BANKS = {
+    "data.dataset": "banking77",
+    "federation.num_sites": 4,
+    "federation.site_names": ["bank-a", "bank-b", "bank-c", "bank-d"],
+    "data.declared_sizes": 2300,
+    "tracking": "quiet",
+}
+WRITER = {
+    "data.columns": {"prompt": "intent", "completion": "text"},
+    "data.prompt_template": "A customer of a bank asks about {prompt}:\n",
+    "data.max_length": 64,
+    "data.validation_file": None,
+    "data.test_rows": 300,
+    "evaluation.generate": False,
+    "model.dtype": "mixed",
+}
+SECURE = {"federation.aggregation": "secure", "training.local_steps": 1, "privacy.sampling_rate": 0.1}
+WRITERS: dict[str, dict[str, Any]] = {
+    "secure-e8": {**SECURE, "federation.num_rounds": 16, "privacy.epsilon": 8},
+    "adam-none": {
+        "privacy": "none",
+        "privacy.sampling_rate": 0.05,
+        "training": "adamw",
+        "training.unclipped_learning_rate": 0.01,
+        "training.schedule": "linear",
+        "training.local_steps": 10,
+        "federation.num_rounds": 6,
+    },
+}
+VOTES = {
+    "data.columns": {"text": "both"},
+    "data.max_length": 96,
+    "federation.aggregation": "secure",
+    "privacy.epsilon": 1,
+}
+# A quarter of the recipe's rates, chosen on the validation file: poor texts overrule the labels' names else.
+CLASSIFIER = {
+    "privacy": "none",
+    "federation.num_sites": 1,
+    "federation.site_names": ["synthetic"],
+    "tracking": "quiet",
+    "training.unclipped_learning_rate": 2.0,
+    "training.unclipped_head_learning_rate": 3.5,
+}
+
+
+def finished(runs: Path, name: str, recipe: str, settings: Mapping[str, Any]) -> fedtune.Run:
+    """A run of this name, which is made if it is not there."""
+    if not (runs / name / "adapter").exists():
+        print(f"--- {name}", flush=True)
+        fedtune.simulate(recipe, {**settings, "name": name, "tracking.output_dir": str(runs)}, progress=lambda _: None)
+    return fedtune.load(runs / name)
+
+
+def files(into: Path) -> dict[str, Path]:
+    """The questions with their intents in words; `both` has intent and question as one text; the intents alone."""
+    into.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for name in ("train", "validation"):
+        with gzip.open(SOURCE / f"{name}.jsonl.gz", "rt") as stream:
+            rows[name] = [with_intent(json.loads(line)) for line in stream]
+    rows["codes"] = [{"intent": intent} for intent in sorted({row["intent"] for row in rows["train"]})]
+    rows["both"] = [{"both": both(row)} for row in rows["train"]]
+    return {name: write(into / f"{name}.jsonl", found) for name, found in rows.items()}
+
+
+def with_intent(row: dict[str, str]) -> dict[str, str]:
+    return {"intent": row["label"].replace("_", " ").replace("?", "").lower(), **row}
+
+
+def both(row: Mapping[str, str]) -> str:
+    return f"{row['intent']}: {row['text']}"
+
+
+def write(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def written(path: Path, run: fedtune.Run, codes: Path, *, rows: int, base: bool = False) -> list[dict[str, str]]:
+    """Texts of a run's model, or of the model before training, with the labels' own names."""
+    if not path.exists():
+        use: Callable[..., None] = SavedModel.use
+        SavedModel.use = (lambda self, name: use(self, BASE)) if base else use  # type: ignore[method-assign]
+        spec = WritingSpec(max_new_tokens=40, temperature=0.7, top_p=0.95)
+        made = synthesize(run, codes, rows=rows, spec=spec)
+        SavedModel.use = use  # type: ignore[method-assign]
+        print(path.stem, len(made.rows), made.left_out, flush=True)
+        with gzip.open(SOURCE / "train.jsonl.gz", "rt") as stream:
+            labels = {with_intent(row)["intent"]: row["label"] for row in map(json.loads, stream)}
+        write(path, [{**row, "label": labels[row["intent"]]} for row in made.rows])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
+    """The texts that have most votes."""
+    rows = [dict(json.loads(line), both="") for line in texts.read_text().splitlines()]
+    rows = [{**row, "both": both(row)} for row in rows]
+    candidates = list(dict.fromkeys(row["both"] for row in rows))
+    ballot = {
+        "data.train_file": str(made["both"]),
+        "data.labels": [f"t{number:05}" for number in range(len(candidates))],
+        "head.label_texts": candidates,
+    }
+    run = finished(runs, name, "votes", {**BANKS, **VOTES, **ballot})
+    return write(texts.with_name(f"{name}.jsonl"), chosen(rows, "both", run, keep=KEPT).rows)
+
+
+def scored(runs: Path, texts: Path) -> dict[str, float]:
+    rows = len(texts.read_text().splitlines())
+    own = {"data.train_file": str(texts), "data.declared_sizes": rows}
+    run = finished(runs, f"classifier-{texts.stem}", "banks_intents", {**CLASSIFIER, **own})
+    return {"texts": rows, **run.metrics}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    runs = parser.parse_args().runs.absolute()
+    made = files(runs / "files")
+    lines: dict[str, dict[str, Any]] = {}
+    for name, settings in WRITERS.items():
+        shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
+        run = finished(runs, name, "smollm2_e2e", {**shared, **settings})
+        about = {"epsilon": run.privacy.epsilon, "loss": run.metrics["loss"]}
+        if not lines:
+            base = written(runs / "files" / "base.jsonl", run, made["codes"], rows=KEPT, base=True)
+            lines["untuned"] = {"epsilon": 0.0, "loss": run.result.final.metrics_before["loss"], "rows": len(base)}
+            lines["untuned"] |= scored(runs, runs / "files" / "base.jsonl")
+        written(runs / "files" / f"{name}.jsonl", run, made["codes"], rows=ROWS)
+        lines[name] = about | scored(runs, runs / "files" / f"{name}.jsonl")
+        if run.privacy.epsilon is not None:
+            best = voted(runs, f"votes-{name}", runs / "files" / f"{name}.jsonl", made)
+            epsilon = run.privacy.epsilon + (fedtune.load(runs / f"votes-{name}").privacy.epsilon or 0.0)
+            lines[f"{name}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best)
+    write_durably(HERE / "results.json", json.dumps(lines, indent=1).encode() + b"\n")
+    heads = ["", "epsilon", "loss of the writer", "texts", "accuracy", "macro-F1"]
+    rows = [
+        [
+            name,
+            "unbounded" if one["epsilon"] is None else f"{one['epsilon']:.2f}",
+            f"{one['loss']:.3f}",
+            f"{one['texts']:,}",
+            f"{one['accuracy']:.4f}",
+            f"{one['macro_f1']:.4f}",
+        ]
+        for name, one in lines.items()
+    ]
+    readme.put(HERE / "README.md", readme.markdown([heads, *rows]))
+
+
+if __name__ == "__main__":
+    main()
