@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +15,15 @@ from fedtune.api import door
 from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP, finished_run, harmless
 from fedtune.cli.personalise import shown_progress
+from fedtune.config import RunConfig
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import iter_records, resolve_file
+from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.report.model import Report
 from fedtune.show.terminal_tables import Section, pairs, print_json, show, write_file
 from fedtune.spec import ConfigError, DataError, check_at_least
 from fedtune.studies import synthetic
+from fedtune.tasks import task_named
 from fedtune.words import counted
 
 _SHOWN = 5
@@ -68,11 +71,23 @@ def synthesize(
     config, adapter = finished_run(run, device=device)
     writer = door.Run(folder=adapter.absolute().parent, config=config)
     voted = door.load(votes) if votes is not None else None
-    for option, path in (("--to", to), ("--ballot", ballot)):
-        if path is not None and os.path.lexists(path):
+    made_here = [to, _card_of(to, ".json"), _card_of(to, ".md")]
+    for option, path in (*(("--to", path) for path in made_here), ("--ballot", ballot)):
+        if path is not None and (os.path.lexists(path) or (option == "--ballot" and path in made_here)):
             raise ConfigError(option, str(path), "must be a new file; there is something of that name")
-    columns = synthetic.columns_of(writer)
-    public = _rows_of(beside, columns, option="--beside") if beside is not None else None
+    if voted is not None and voted.config.privacy.unit != config.privacy.unit:
+        bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
+        raise ConfigError("--votes", str(votes), bound)
+    columns, known = synthetic.columns_of(writer), None
+    codes_sha256 = _digest(codes, "--codes") if codes is not None else None  # before hours in which it may change
+    reports = [writer.report(), *([voted.report()] if voted is not None else [])]
+    public = None
+    if beside is not None:
+        from fedtune.sites.run_records import require_apart
+
+        others = _rows_of(beside, config, option="--beside")
+        require_apart(others, config, key="--beside", file=beside)
+        public = _by_column(others, config)
     if candidates is None:
         with shown_progress() as progress:
             made = synthetic.synthesize(
@@ -85,13 +100,17 @@ def synthesize(
     elif voted is None or codes is not None:
         raise ConfigError("--candidates", candidates, "goes with --votes, which choose from them, and without --codes")
     else:
-        made = synthetic.chosen(_rows_of(candidates, columns, option="--candidates"), columns[-1], voted, keep=rows)
-    runs = [writer] if voted is None else [writer, voted]
+        from fedtune.report import synthetic_card
+
+        place = resolve_file(os.path.expanduser(candidates), shipped_folders(), key="--candidates")
+        known = synthetic_card.read_card(place, reports[0], option="--candidates")
+        written = _by_column(_rows_of(candidates, config, option="--candidates"), config)
+        made = synthetic.chosen(written, columns[-1], voted, keep=rows)
     told: dict[str, Any] = {
         "rows": len(made.rows),
         "codes": len(made.wanted),
         "codes_file": Path(codes).name if codes is not None else None,
-        "codes_sha256": _digest(codes, "--codes") if codes is not None else None,
+        "codes_sha256": codes_sha256,
         "shares": "voted" if voted is not None and candidates is None else "declared",
         "candidates": sum(made.wanted.values()) if candidates is not None else None,
         "temperature": spec.temperature,
@@ -102,7 +121,10 @@ def synthesize(
         "missing": rows - len(made.rows),
         "beside": None,
     }
-    _write(to, made.rows, columns, runs=runs, told=told, public=public, beside=beside)
+    if known is not None:  # what is chosen was written with these, and then owes to these runs too
+        told = known["made"] | {key: told[key] for key in ("rows", "codes", "candidates", "missing", "beside")}
+    earlier = known["runs"][1:] if known is not None else ()
+    _write(to, made.rows, columns, reports=reports, told=told, public=public, beside=beside, earlier=earlier)
     if ballot is not None:
         write_file(ballot, synthetic.ballot(made.rows, columns[-1], config), option="--ballot")
     if as_json:
@@ -116,15 +138,16 @@ def _write(
     rows: Any,
     columns: tuple[str, ...],
     *,
-    runs: list[door.Run],
+    reports: Sequence[Report],
     told: dict[str, Any],
     public: list[Mapping[str, str]] | None,
     beside: str | None,
+    earlier: Sequence[Mapping[str, Any]],
 ) -> None:
     """The records and their card; the card comes last, so that a file without one was interrupted."""
     from fedtune.report import synthetic_card
 
-    reports, texts = [run.report() for run in runs], [row[columns[-1]] for row in rows]
+    texts = [row[columns[-1]] for row in rows]
     figures = {"these records": synthetic_card.figures_of(texts)}
     if public is not None:
         others, name = [row[columns[-1]] for row in public], Path(str(beside)).name
@@ -132,24 +155,26 @@ def _write(
         told["beside"] = {"file": name, "shared_pairs": synthetic_card.shared_pairs(texts, others)}
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_file(to, lines, option="--to")
-    written = synthetic_card.as_json(to, reports, made=told, figures=figures)
+    written = synthetic_card.as_json(to, reports, earlier=earlier, made=told, figures=figures)
     write_file(_card_of(to, ".json"), json.dumps(written, indent=1) + "\n", option="--to")
-    write_file(_card_of(to, ".md"), synthetic_card.card(to, reports, made=told, figures=figures), option="--to")
+    write_file(_card_of(to, ".md"), synthetic_card.card(reports, written), option="--to")
 
 
 def _card_of(to: Path, suffix: str) -> Path:
     return to.with_name(f"{to.name}.card{suffix}")
 
 
-def _rows_of(name: str, columns: tuple[str, ...], *, option: str) -> list[Mapping[str, str]]:
-    """The records of a file with just these columns."""
+def _rows_of(name: str, config: RunConfig, *, option: str) -> list[Record]:
+    """The records of a file with the columns of the run."""
     path = resolve_file(os.path.expanduser(name), shipped_folders(), key=option)
-    found: list[Mapping[str, str]] = [
-        record.fields for record in iter_records(path, {column: column for column in columns})
-    ]
+    found = list(iter_records(path, task_named(config.task).columns(config.data)))
     if not found:
         raise DataError(option, name, "must hold at least one record")
     return found
+
+
+def _by_column(records: Sequence[Record], config: RunConfig) -> list[Mapping[str, str]]:
+    return [{config.data.columns[role]: text for role, text in record.fields.items()} for record in records]
 
 
 def _digest(name: str, option: str) -> str:

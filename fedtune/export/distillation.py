@@ -94,6 +94,7 @@ def distil(
         bound = "has no students: only a head that answers to a text by labels or a number is taught"
         raise ConfigError("task", config.task, bound)
     check_at_least("--passes", passes, 1)
+    check_at_least("--seed", seed, 0)
     if os.path.lexists(to):
         raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
     asked = asked_records(config, texts, key="--texts")

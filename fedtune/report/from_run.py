@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.run_folder import RunFolder
@@ -293,21 +294,33 @@ def _start_adapter(record: RunRecord) -> StartAdapter | None:
         value = noted.get(key)
         return value if isinstance(value, str) and value != UNKNOWN else None
 
-    def number(key: str) -> float | None:
-        value = noted.get(key)
-        return finite(value) if isinstance(value, float) else None
-
     if digest is None:
         return None
+    epsilon, delta = spent_on_start(noted)
     return StartAdapter(
         digest=digest,
         run=text("from"),
         dataset=text("dataset"),
         unit=text("unit"),
-        delta=number("delta"),
-        epsilon=number("epsilon"),
+        delta=delta,
+        epsilon=epsilon,
         public=noted.get("public") is True,
     )
+
+
+def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Epsilon and delta of an adapter, by what a run noted of it: of its training, and of what that began in.
+
+    They may have learnt from the same unit, so both add up.  None: as `StartAdapter` says.
+    """
+    epsilon, delta = (finite(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta"))
+    before = noted.get("start_adapter")
+    if not isinstance(before, Mapping) or before.get("public") is True:
+        return epsilon, delta
+    more, also = spent_on_start(before)
+    if delta is None or also is None or before.get("unit") != noted.get("unit"):
+        return None, None
+    return None if epsilon is None or more is None else epsilon + more, delta + also
 
 
 def _one(values: Iterable[str]) -> str | None:

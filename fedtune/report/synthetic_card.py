@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from fedtune.report.model import Report
 from fedtune.report.model_card import rendered, start_of, statements
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.tables import Words
-from fedtune.spec import RUN_SCHEMA
+from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _TEMPLATE = "synthetic_card.md.j2"
 
@@ -62,58 +63,84 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
     return pairwise(words)
 
 
-def together(reports: Sequence[Report]) -> tuple[float | None, float]:
-    """Epsilon and delta of all runs for one unit, at most: both add up (basic composition); None: nothing is promised.
+def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
+    """Epsilon and delta of all of a card's runs for one unit, at most: both add up (basic composition).
 
-    A promise for each record and one for each user count as one for each record.
+    So do those of the adapters that runs began in, but for public ones: they may have learnt from the same unit.  None:
+    nothing bounds it.
     """
-    promised = [report.epsilon for report in reports if Words(report, catalogue("en")).promises]
-    known = [epsilon for epsilon in promised if epsilon is not None]
-    return sum(known) if len(known) == len(reports) else None, sum(report.delta for report in reports)
+    starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
+    parts = [*runs, *starts]
+    if any(part["epsilon"] is None or part["delta"] is None or part["unit"] != runs[0]["unit"] for part in parts):
+        return None, sum(run["delta"] for run in runs)
+    return sum(part["epsilon"] for part in parts), sum(part["delta"] for part in parts)
 
 
-def card(file: Path, reports: Sequence[Report], *, made: Mapping[str, Any], figures: Mapping[str, Figures]) -> str:
-    """The card as Markdown.
+def read_card(file: Path, writer: Report, *, option: str) -> Mapping[str, Any]:
+    """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
-    Args:
-        file: of the records.
-        reports: of the run that wrote them, and of the votes' run where there is one.
-        made: as `as_json` takes it.
-        figures: of the texts, and of public ones beside them, by what they are.
+    Raises:
+        ConfigError: there is none beside the file, or it is of another file or run.
     """
+    path = file.with_name(f"{file.name}.card.json")
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        own = found["schema_version"], found["sha256"], found["runs"][0]["config_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        found, own = {}, ("", "", "")
+    if own != (RUN_SCHEMA, _digest(file), writer.provenance.config_sha256):
+        bound = f"must be as fedtune synthesize wrote it with this RUN, with its card beside it ({path.name})"
+        raise ConfigError(option, str(file), bound)
+    return found
+
+
+def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
+    """The card as Markdown, of the same reports as `told`, which is what `as_json` made."""
     words = [Words(report, catalogue("en")) for report in reports]
-    epsilon, delta = together(reports)
-    figure = words[0].catalogue.figure
+    (epsilon, delta), figure = together(told["runs"]), words[0].catalogue.figure
     return rendered(
         _TEMPLATE,
-        name=file.name,
-        sha256=_digest(file),
+        name=told["file"],
+        sha256=told["sha256"],
         runs=[
             {"name": report.name, "task": report.provenance.task, "start": start_of(own), **statements(own)}
             for report, own in zip(reports, words, strict=True)
         ],
+        earlier=told["runs"][len(reports) :],
+        promised=all(run["epsilon"] is not None for run in told["runs"]),
         together=None if epsilon is None else f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}",
-        made=made,
-        figures=figures,
+        made=told["made"],
+        figures=told["figures"],
     )
 
 
 def as_json(
-    file: Path, reports: Sequence[Report], *, made: Mapping[str, Any], figures: Mapping[str, Figures]
+    file: Path,
+    reports: Sequence[Report],
+    *,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    made: Mapping[str, Any],
+    figures: Mapping[str, Figures],
 ) -> dict[str, Any]:
-    """The same for programs."""
-    epsilon, delta = together(reports)
+    """The card for programs: by reports of the run that wrote the records, and of the votes' run if there is one.
+
+    What stood on a card of candidates comes along as `earlier`: all runs behind them but the one that wrote them.
+    """
     runs = [
         {
             "run": report.name,
+            "task": report.provenance.task,
             "config_sha256": report.provenance.config_sha256,
-            "epsilon": report.epsilon,
+            "epsilon": report.epsilon if Words(report, catalogue("en")).promises else None,
             "delta": report.delta,
             "unit": report.unit,
             "verdict": report.verdict.state,
+            "start": asdict(start) if (start := report.provenance.start_adapter) else None,
         }
         for report in reports
     ]
+    runs += map(dict, earlier)
+    epsilon, delta = together(runs)
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,

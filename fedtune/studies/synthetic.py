@@ -34,6 +34,8 @@ WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95)
 _DRAWS = 5
 """How often a record that breaks the format is drawn again before it is given up."""
 _SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_NO_SETTING = "${"
+"""What no file of settings may hold, and so no ballot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +186,16 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
+    from fedtune.tasks import SavedAdapter
+
+    SavedAdapter.read(votes.adapter)  # not one that is private to a site
     weights = load_file(votes.adapter / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
         raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
-    return dict(zip(texts, (weights / weights.sum()).tolist(), strict=True))
+    found: Counter[str] = Counter()  # of candidates that say the same, one has the votes of all
+    for text, weight in zip(texts, (weights / weights.sum()).tolist(), strict=True):
+        found[text] += weight
+    return dict(found)
 
 
 def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
@@ -220,6 +228,9 @@ def chosen(rows: Sequence[Mapping[str, str]], column: str, votes: Run, *, keep: 
         ValueError: the candidates of `votes` are others.
     """
     weights = weights_of(votes)
+    rows = [row for row in rows if _NO_SETTING not in row[column]]  # as on the ballot
+    if keep > len(rows):
+        raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates on a ballot")
     if missing := sum(row[column] not in weights for row in rows):
         raise ConfigError("--votes", str(votes.folder), f"must have all texts as candidates; {missing} are none")
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
@@ -231,12 +242,14 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     """An experiment in which the sites of a run vote on these texts, as YAML; `fedtune plan` tells its epsilon."""
     import yaml
 
-    texts = list(dict.fromkeys(row[column] for row in rows if "${" not in row[column]))  # no file of settings has that
+    texts = list(dict.fromkeys(row[column] for row in rows if _NO_SETTING not in row[column]))
     data = {key: getattr(config.data, key) for key in ("dataset", "train_file", "declared_sizes", "max_length")}
-    data |= {"columns": {"text": config.data.columns["completion"]}}
+    user = {"user": config.data.columns["user"]} if config.privacy.unit == "user" else {}
+    data |= {"columns": {"text": config.data.columns["completion"], **user}}
     data |= {"labels": [f"text-{number:05}" for number in range(len(texts))]}
     names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
     settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
+    settings |= {"privacy": {"unit": config.privacy.unit}}
     plain = json.loads(json.dumps(settings))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, allow_unicode=True, sort_keys=False))

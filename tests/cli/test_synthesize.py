@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from fedtune.api import door
+from fedtune.api.compose import compose_run
+from fedtune.report.synthetic_card import together
 from fedtune.runs.saved_model import SavedModel
-from fedtune.studies.synthetic import allotted, weights_of
+from fedtune.studies.synthetic import allotted, ballot, chosen, weights_of
 
 TABLES = "simulations/data/e2e_nlg/train.jsonl.gz"
 
@@ -59,7 +62,9 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
 
 def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
-    rows = written(command, runs, to, "--rows", "9", "--beside", TABLES)
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"mr": "a green one", "ref": "said of it"}\n' * 2)
+    rows = written(command, runs, to, "--rows", "9", "--beside", str(public))
     assert Counter(row["mr"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
@@ -67,8 +72,8 @@ def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, t
     assert card["runs"][0]["epsilon"] == run.privacy.epsilon == card["together"]["epsilon"]
     assert card["made"]["left_out"] == {"not ended": 2, "broken": 2}
     assert card["made"]["rows"] == card["figures"]["these records"]["texts"] == 9
-    text, beside = (tmp_path / "texts.jsonl.card.md").read_text(), card["figures"]["train.jsonl.gz"]["texts"]
-    assert beside > 4000
+    text, beside = (tmp_path / "texts.jsonl.card.md").read_text(), card["figures"]["public.jsonl"]["texts"]
+    assert beside == 2
     assert "no more about a unit than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
 
@@ -88,7 +93,8 @@ def test_candidates_are_chosen_by_their_votes(
     runs: Path, command: Any, simulate: Callable[..., Path], tmp_path: Path
 ) -> None:
     ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
-    rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot))
+    voted = ("--votes", str(runs / "shares"))
+    rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
     settings = yaml.safe_load(ballot.read_text())
     assert settings["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
@@ -96,7 +102,24 @@ def test_candidates_are_chosen_by_their_votes(
     save_file(load_file(head) | {"weight": np.array([[0.1, 0.4, -0.2, 0.3]], dtype=np.float32)}, head)
     chosen = written(command, runs, best, "--rows", "2", "--candidates", str(to), "--votes", str(folder), codes=False)
     assert chosen == [rows[1], rows[3]]
-    assert "from 4 candidates" in (tmp_path / "best.jsonl.card.md").read_text()
+    text = (tmp_path / "best.jsonl.card.md").read_text()
+    assert "from 4 candidates" in text
+    assert "- shares (votes), by the candidates' card: epsilon" in text
+    assert "their shares are the noisy votes of shares |" in text
+    card, behind = (
+        json.loads((tmp_path / "best.jsonl.card.json").read_text()),
+        (runs / "writer", folder, runs / "shares"),
+    )
+    assert card["together"]["epsilon"] == pytest.approx(sum(door.load(one).privacy.epsilon or 0.0 for one in behind))
+    assert card["made"]["seed"] == 7
+    refused = ("synthesize", str(runs / "writer"), "--votes", str(folder), "--to", str(tmp_path / "no"), "--candidates")
+    for_others = command(*refused, str(to), "--rows", "5")
+    assert "--rows = 5: must be at most the 4 candidates on a ballot" in for_others.err
+    to.write_text(to.read_text().replace("seed 7", "private text"))
+    changed = command(*refused, str(to), "--rows", "2")
+    assert changed.code == 2
+    assert "must be as fedtune synthesize wrote it with this RUN, with its card beside it" in changed.err
+    assert "private text" not in changed.err
 
 
 def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, command: Any, tmp_path: Path) -> None:
@@ -117,6 +140,8 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
     ("options", "said"),
     [
         ((), "--codes = null: must be given"),
+        (("--codes", "CODES", "--beside", TABLES), "one of it and data.train_file has all texts of the other"),
+        (("--codes", "CODES", "--ballot", "TO"), "must be a new file"),
         (("--codes", TABLES), "must be a public list: all prompts of data.train_file stand in it"),
         (("--codes", "CODES", "--votes", "WRITER"), "must be a run of task votes, not of causal_lm"),
         (("--candidates", "CODES"), "goes with --votes"),
@@ -125,7 +150,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
     ],
 )
 def test_what_is_refused(runs: Path, command: Any, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
-    places = {"CODES": str(runs / "codes.jsonl"), "WRITER": str(runs / "writer")}
+    places = {"CODES": str(runs / "codes.jsonl"), "WRITER": str(runs / "writer"), "TO": str(tmp_path / "texts.jsonl")}
     to = tmp_path / "texts.jsonl"
     outcome = command("synthesize", str(runs / "writer"), "--to", str(to), *(places.get(o, o) for o in options))
     assert outcome.code == 2
@@ -155,3 +180,37 @@ def test_votes_that_noise_left_none_of_give_no_shares(runs: Path, tmp_path: Path
     save_file(load_file(head) | {"weight": np.array([[-1.0, 0.0]], dtype=np.float32)}, head)
     with pytest.raises(ValueError, match="noise left none above 0"):
         weights_of(door.load(tmp_path / "shares"))
+
+
+def test_candidates_of_one_text_have_the_votes_of_both(runs: Path) -> None:
+    run = door.load(runs / "shares")
+    head = replace(run.config.head, label_texts=("same", "same"))
+    assert weights_of(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
+
+
+def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path, tmp_path: Path) -> None:
+    run, file = door.load(runs / "writer"), tmp_path / "ballot.yaml"
+    by_user = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
+    config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"))
+    rows = [{"mr": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
+    file.write_text(ballot(rows, "ref", config))
+    voting = compose_run([f"experiment={file}", "model=random_bert"])
+    assert voting.head.label_texts == ("a blue one", "a red one")
+    assert (voting.privacy.unit, voting.data.columns["user"]) == ("user", "who")
+    assert chosen(rows, "ref", door.load(runs / "shares"), keep=2).rows == (rows[0], rows[2])
+
+
+@pytest.mark.parametrize(
+    ("start", "epsilon"),
+    [
+        (None, 3.0),
+        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 5.0),
+        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 3.0),
+        ({"epsilon": None, "delta": None, "unit": None, "public": False}, None),
+        ({"epsilon": 2.0, "delta": 0.1, "unit": "user", "public": False}, None),
+    ],
+)
+def test_what_a_run_began_in_adds_up_with_it(start: Any, epsilon: float | None) -> None:
+    runs = [{"epsilon": 1.0, "delta": 0.1, "unit": "record", "start": start}]
+    runs.append({"epsilon": 2.0, "delta": 0.1, "unit": "record", "start": None})
+    assert together(runs)[0] == epsilon

@@ -151,6 +151,7 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command:
         (["--student", "none"], "model.path = 'none': must be another one"),
         (["--int8"], "--int8: goes with --format onnx"),
         (["--passes", "0"], "--passes = 0: must be a finite number of at least 1"),
+        (["--seed", "-1"], "--seed = -1: must be a finite number of at least 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said(

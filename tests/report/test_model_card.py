@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.report.derive.derived import derive
+from fedtune.report.from_run import spent_on_start
 from fedtune.report.model import Report, StartAdapter
 from fedtune.report.model_card import Form, card_text, write_card
 from fedtune.report.page.label import as_svg
@@ -163,3 +164,18 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report, spent: dict
     status = {one.code: one.status for one in report.assumptions}
     code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
     assert (status[code], problems(report)) == ("assumed", [])
+
+
+@pytest.mark.parametrize(
+    ("before", "spent"),
+    [
+        (None, (2.0, 0.25)),
+        ({"epsilon": 1.0, "delta": 0.5, "unit": "record"}, (3.0, 0.75)),
+        ({"epsilon": 1.0, "delta": 0.5, "unit": "record", "start_adapter": {"delta": "unknown"}}, (None, None)),
+        ({"epsilon": None, "delta": 0.5, "unit": "record"}, (None, 0.75)),
+        ({"epsilon": 1.0, "delta": 0.5, "unit": "user"}, (None, None)),
+        ({"epsilon": None, "delta": "unknown", "public": True}, (2.0, 0.25)),
+    ],
+)
+def test_what_a_start_began_in_adds_up(before: Any, spent: tuple[float | None, float | None]) -> None:
+    assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == spent
