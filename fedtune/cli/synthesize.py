@@ -21,12 +21,13 @@ from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.report.model import Report
 from fedtune.show.terminal_tables import Section, pairs, print_json, show, write_file
-from fedtune.spec import ConfigError, DataError, check_at_least
+from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.studies import synthetic
 from fedtune.tasks import task_named
 from fedtune.words import counted
 
 _SHOWN = 5
+_MOST_ROWS = 100_000
 
 
 def synthesize(
@@ -67,6 +68,7 @@ def synthesize(
     of them, and what they are not for. Nothing is charged. docs/synthetic_texts.md says more.
     """
     check_at_least("--rows", rows, 1)
+    check_at_most("--rows", rows, _MOST_ROWS)
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     config, adapter = finished_run(run, device=device)
     writer = door.Run(folder=adapter.absolute().parent, config=config)

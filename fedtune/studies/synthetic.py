@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def _written(
 ) -> Synthetic:
     columns, total = saved.config.data.columns, sum(wanted.values())
     prompts = {code: saved.prompt_ids(dict(zip(roles, code, strict=True)), at="--codes") for code in wanted}
-    texts: dict[Code, list[str]] = {code: [] for code in wanted}
+    texts: dict[Code, dict[str, None]] = {code: {} for code in wanted}  # in order, each once
     left_out: Counter[str] = Counter()
     number = 0
     for _ in range(_DRAWS):
@@ -125,7 +125,7 @@ def _written(
             if (fault := _fault(text, texts[code], whole)) is not None:
                 left_out[fault] += 1
             else:
-                texts[code].append(str(text))
+                texts[code][str(text)] = None
                 progress(Progress(stage="writing", done=sum(map(len, texts.values())), total=total))
     rows = tuple(
         {columns[role]: value for role, value in zip(roles, code, strict=True)} | {columns["completion"]: text}
@@ -135,7 +135,7 @@ def _written(
     return Synthetic(rows=rows, wanted=wanted, left_out=dict(left_out))
 
 
-def _fault(text: str | None, others: Sequence[str], whole: re.Pattern[str] | None) -> str | None:
+def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
     if text is None:
         return "not ended"
     if not text:

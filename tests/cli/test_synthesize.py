@@ -145,6 +145,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         (("--codes", TABLES), "must be a public list: all prompts of data.train_file stand in it"),
         (("--codes", "CODES", "--votes", "WRITER"), "must be a run of task votes, not of causal_lm"),
         (("--candidates", "CODES"), "goes with --votes"),
+        (("--codes", "CODES", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
         (("--codes", "CODES", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--codes", "CODES", "--pattern", "("), "must be a regular expression"),
     ],
