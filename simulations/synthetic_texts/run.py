@@ -48,14 +48,18 @@ WRITER = {
 SECURE = {"federation.aggregation": "secure", "training.local_steps": 1, "privacy.sampling_rate": 0.1}
 WRITERS: dict[str, dict[str, Any]] = {
     "secure-e8": {**SECURE, "federation.num_rounds": 16, "privacy.epsilon": 8},
-    "adam-none": {
+    "lora-none": {
         "privacy": "none",
         "privacy.sampling_rate": 0.05,
         "training": "adamw",
-        "training.unclipped_learning_rate": 0.01,
+        "training.unclipped_learning_rate": 0.002,
         "training.schedule": "linear",
         "training.local_steps": 10,
-        "federation.num_rounds": 6,
+        "federation.num_rounds": 4,
+        "lora.rank": 16,
+        "lora.alpha": 32,
+        "lora.train_a": True,
+        "lora.target_modules": "all-linear",
     },
 }
 VOTES = {
@@ -153,10 +157,10 @@ def main() -> None:
     for name, settings in WRITERS.items():
         shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
         run = finished(runs, name, "smollm2_e2e", {**shared, **settings})
-        about = {"epsilon": run.privacy.epsilon, "loss": run.metrics["loss"]}
+        about = {"epsilon": run.privacy.epsilon, "writer_loss": run.metrics["loss"]}
         if not lines:
             base = written(runs / "files" / "base.jsonl", run, made["codes"], rows=KEPT, base=True)
-            lines["untuned"] = {"epsilon": 0.0, "loss": run.result.final.metrics_before["loss"], "rows": len(base)}
+            lines["untuned"] = {"epsilon": 0.0, "writer_loss": run.result.final.metrics_before["loss"], "rows": len(base)}
             lines["untuned"] |= scored(runs, runs / "files" / "base.jsonl")
         written(runs / "files" / f"{name}.jsonl", run, made["codes"], rows=ROWS)
         lines[name] = about | scored(runs, runs / "files" / f"{name}.jsonl")
@@ -170,7 +174,7 @@ def main() -> None:
         [
             name,
             "unbounded" if one["epsilon"] is None else f"{one['epsilon']:.2f}",
-            f"{one['loss']:.3f}",
+            f"{one['writer_loss']:.3f}",
             f"{one['texts']:,}",
             f"{one['accuracy']:.4f}",
             f"{one['macro_f1']:.4f}",

@@ -33,7 +33,7 @@ import readme  # noqa: E402
 
 CANARIES, RECORDS, GUESSES, TEXTS, DIGITS = 64, 432, 20, 8, 6
 CASES: dict[str, dict[str, Any]] = {
-    "no noise": {"privacy": "none", "training": "adamw", "training.unclipped_learning_rate": 0.003},
+    "no noise": {"privacy": "none", "training": "adamw", "training.unclipped_learning_rate": 0.002},
     "epsilon 8": {"privacy.epsilon": 8, "training.learning_rate": 160},
 }
 
@@ -121,6 +121,9 @@ def main() -> None:
             "training.local_steps": 10,
             "training.schedule": "linear",
             "lora.rank": 16,
+            "lora.alpha": 32,
+            "lora.train_a": True,
+            "lora.target_modules": "all-linear",
             "lora.layers": [-4, -3, -2, -1],
             "privacy.sampling_rate": 0.25,
             "tracking": "quiet",

@@ -131,7 +131,7 @@ def test_values_as_they_are_typed(page: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        (["experiment=mails"], r"users_irc; did you mean experiment=\./mails\.yaml\?$"),
+        (["experiment=mails"], r"votes; did you mean experiment=\./mails\.yaml\?$"),
         (["./mails.yaml"], r"did you mean experiment=\./mails\.yaml\?$"),
         (["mails.yaml", "seed=1"], r"did you mean experiment=\./mails\.yaml\?$"),
         (["mails"], r"must look like key=value; did you mean experiment=\./mails\.yaml\?$"),
