@@ -160,7 +160,11 @@ def main() -> None:
         about = {"epsilon": run.privacy.epsilon, "writer_loss": run.metrics["loss"]}
         if not lines:
             base = written(runs / "files" / "base.jsonl", run, made["codes"], rows=KEPT, base=True)
-            lines["untuned"] = {"epsilon": 0.0, "writer_loss": run.result.final.metrics_before["loss"], "rows": len(base)}
+            lines["untuned"] = {
+                "epsilon": 0.0,
+                "writer_loss": run.result.final.metrics_before["loss"],
+                "rows": len(base),
+            }
             lines["untuned"] |= scored(runs, runs / "files" / "base.jsonl")
         written(runs / "files" / f"{name}.jsonl", run, made["codes"], rows=ROWS)
         lines[name] = about | scored(runs, runs / "files" / f"{name}.jsonl")
