@@ -33,7 +33,7 @@ import readme  # noqa: E402
 
 CANARIES, RECORDS, GUESSES, TEXTS, DIGITS = 64, 432, 20, 8, 6
 CASES: dict[str, dict[str, Any]] = {
-    "no noise": {"privacy": "none", "training": "adamw", "training.unclipped_learning_rate": 0.002},
+    "no noise": {"privacy": "none", "training": "adamw", "training.unclipped_learning_rate": 0.006},
     "epsilon 8": {"privacy.epsilon": 8, "training.learning_rate": 160},
 }
 
