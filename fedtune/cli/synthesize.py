@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,11 @@ def synthesize(
         bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
         raise ConfigError("--votes", str(votes), bound)
     columns, known = synthetic.columns_of(writer), None
-    codes_sha256 = _digest(codes, "--codes") if codes is not None else None  # before hours in which it may change
+    from fedtune.report import synthetic_card
+
+    codes_sha256 = None
+    if codes is not None:  # before hours in which it may change
+        codes_sha256 = synthetic_card.digest(resolve_file(codes, shipped_folders(), key="--codes"))
     reports = [writer.report(), *([voted.report()] if voted is not None else [])]
     public = None
     if beside is not None:
@@ -102,8 +105,6 @@ def synthesize(
     elif voted is None or codes is not None:
         raise ConfigError("--candidates", candidates, "goes with --votes, which choose from them, and without --codes")
     else:
-        from fedtune.report import synthetic_card
-
         place = resolve_file(os.path.expanduser(candidates), shipped_folders(), key="--candidates")
         known = synthetic_card.read_card(place, reports[0], option="--candidates")
         written = _by_column(_rows_of(candidates, config, option="--candidates"), config)
@@ -126,11 +127,11 @@ def synthesize(
     if known is not None:  # what is chosen was written with these, and then owes to these runs too
         told = known["made"] | {key: told[key] for key in ("rows", "codes", "candidates", "missing", "beside")}
     earlier = known["runs"][1:] if known is not None else ()
-    _write(to, made.rows, columns, reports=reports, told=told, public=public, beside=beside, earlier=earlier)
+    card = _write(to, made.rows, columns, reports=reports, told=told, public=public, beside=beside, earlier=earlier)
     if ballot is not None:
         write_file(ballot, synthetic.ballot(made.rows, columns[-1], config), option="--ballot")
     if as_json:
-        print_json(json.loads(_card_of(to, ".json").read_text()))
+        print_json(card)
         return
     show(Console(), _sections(made, told, to, columns))
 
@@ -145,8 +146,8 @@ def _write(
     public: list[Mapping[str, str]] | None,
     beside: str | None,
     earlier: Sequence[Mapping[str, Any]],
-) -> None:
-    """The records and their card; the card comes last, so that a file without one was interrupted."""
+) -> dict[str, Any]:
+    """The records and their card, which is returned; it comes last, so that a file without one was interrupted."""
     from fedtune.report import synthetic_card
 
     texts = [row[columns[-1]] for row in rows]
@@ -160,6 +161,7 @@ def _write(
     written = synthetic_card.as_json(to, reports, earlier=earlier, made=told, figures=figures)
     write_file(_card_of(to, ".json"), json.dumps(written, indent=1) + "\n", option="--to")
     write_file(_card_of(to, ".md"), synthetic_card.card(reports, written), option="--to")
+    return written
 
 
 def _card_of(to: Path, suffix: str) -> Path:
@@ -177,10 +179,6 @@ def _rows_of(name: str, config: RunConfig, *, option: str) -> list[Record]:
 
 def _by_column(records: Sequence[Record], config: RunConfig) -> list[Mapping[str, str]]:
     return [{config.data.columns[role]: text for role, text in record.fields.items()} for record in records]
-
-
-def _digest(name: str, option: str) -> str:
-    return hashlib.sha256(resolve_file(name, shipped_folders(), key=option).read_bytes()).hexdigest()
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:

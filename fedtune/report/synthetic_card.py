@@ -59,8 +59,7 @@ def shared_pairs(texts: Sequence[str], others: Sequence[str]) -> float:
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    words = text.lower().split()
-    return pairwise(words)
+    return pairwise(text.lower().split())
 
 
 def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
@@ -88,7 +87,7 @@ def read_card(file: Path, writer: Report, *, option: str) -> Mapping[str, Any]:
         own = found["schema_version"], found["sha256"], found["runs"][0]["config_sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         found, own = {}, ("", "", "")
-    if own != (RUN_SCHEMA, _digest(file), writer.provenance.config_sha256):
+    if own != (RUN_SCHEMA, digest(file), writer.provenance.config_sha256):
         bound = f"must be as fedtune synthesize wrote it with this RUN, with its card beside it ({path.name})"
         raise ConfigError(option, str(file), bound)
     return found
@@ -144,7 +143,7 @@ def as_json(
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,
-        "sha256": _digest(file),
+        "sha256": digest(file),
         "runs": runs,
         "together": {"epsilon": epsilon, "delta": delta},
         "made": dict(made),
@@ -152,5 +151,6 @@ def as_json(
     }
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
