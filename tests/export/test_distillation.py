@@ -94,7 +94,7 @@ def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
     folder, told = taught
     teacher = logits_of(finished)
     before, after = (unlike(read_elsewhere(one), teacher) for one in (teach("--passes", "1")[0], folder))
-    assert after < 0.2 < before, "it learns what the teacher says"
+    assert after < before / 4, "it learns what the teacher says"
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 1, "half of two"
     assert (folder / "labels.txt").read_text().splitlines() == list(saved_config(finished).data.labels)
