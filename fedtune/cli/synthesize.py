@@ -52,6 +52,9 @@ def synthesize(
     max_new_tokens: MaxNewTokens = 100,
     temperature: Temperature = 1.0,
     top_p: TopP = 0.95,
+    guidance: Annotated[
+        float, Option("above 0: prefer tokens that another code makes less likely, the more the higher")
+    ] = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -68,7 +71,9 @@ def synthesize(
     """
     check_at_least("--rows", rows, 1)
     check_at_most("--rows", rows, _MOST_ROWS)
-    spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    spec = WritingSpec(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
+    )
     config, adapter = finished_run(run, device=device)
     writer = door.Run(folder=adapter.absolute().parent, config=config)
     voted = door.load(votes) if votes is not None else None
@@ -118,6 +123,7 @@ def synthesize(
         "candidates": sum(made.wanted.values()) if candidates is not None else None,
         "temperature": spec.temperature,
         "top_p": spec.top_p,
+        "guidance": spec.guidance,
         "max_new_tokens": spec.max_new_tokens,
         "seed": spec.seed,
         "left_out": dict(made.left_out),

@@ -91,8 +91,10 @@ def _decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
-def _chosen(logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator) -> int:
-    """The next token by its logits, (vocabulary,)."""
+def _chosen(
+    logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator, *, against: torch.Tensor | None = None
+) -> int:
+    """The next token by its logits, (vocabulary,), and by those that another prompt gives after the same text."""
     if not logits.max().isfinite():
         raise ConfigError("adapter", float(logits.max()), "must give numbers for the next token: its training diverged")
     if spec.temperature == 0:
@@ -100,13 +102,18 @@ def _chosen(logits: torch.Tensor, spec: WritingSpec, draws: torch.Generator) -> 
     # In float64, and nothing above zero is divided: the smallest temperature overflows nothing.
     scaled = (logits - logits.max()).double() / spec.temperature
     chances = torch.softmax(scaled, dim=-1)
-    if spec.top_p == 1:
+    if spec.top_p == 1 and against is None:
         return int(torch.multinomial(chances, 1, generator=draws))
     likeliest, order = chances.topk(min(_LIKELIEST, len(chances)))
     if likeliest.sum() < spec.top_p:
         likeliest, order = chances.sort(descending=True, stable=True)
     # Those before which less than top_p has been reached: the likeliest always stays.
     likeliest[likeliest.cumsum(dim=-1) - likeliest >= spec.top_p] = 0.0
+    if against is not None:
+        # Among the likeliest alone: what neither prompt makes likely would win by its difference.
+        kept = order[likeliest > 0]
+        lift = (logits[kept] - against[kept]).double() * (spec.guidance / spec.temperature)
+        likeliest[likeliest > 0] *= (lift - lift.max()).exp()
     return int(order[torch.multinomial(likeliest, 1, generator=draws)])
 
 
@@ -199,6 +206,7 @@ def draw(
     spec: WritingSpec,
     first: int,
     max_tokens: int,
+    against: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str | None]]:
     """Draw a text for each prompt, in batches; each has draws of its own.
 
@@ -210,6 +218,7 @@ def draw(
         spec: how the next token is chosen.
         first: the number of the first text, which sets its draws apart from those of other numbers.
         max_tokens: padded tokens of a batch, prompt and text together.
+        against: for `spec.guidance`, a prompt beside each, that of another text; none: without guidance.
 
     Yields:
         (place of the prompt, its text; None: it did not end within `spec.max_new_tokens`), in no order.
@@ -222,8 +231,12 @@ def draw(
         stream.manual_seed(int(np.random.SeedSequence([spec.seed, number]).generate_state(1, np.uint64)[0] >> 1))
 
     def choose(logits: torch.Tensor, places: Places) -> torch.Tensor:
-        rows = zip(logits.float().cpu(), places, strict=True)
-        chosen = [_chosen(row, spec, streams[place]) for row, place in rows]
+        rows = logits.float().cpu()
+        others = rows[len(places) :] if against else [None] * len(places)
+        chosen = [
+            _chosen(row, spec, streams[place], against=other)
+            for row, other, place in zip(rows, others, places, strict=False)
+        ]
         return torch.tensor(chosen, device=logits.device)
 
     written = write_batches(
@@ -234,6 +247,7 @@ def draw(
         max_new_tokens=spec.max_new_tokens,
         max_tokens=max_tokens,
         choose=choose,
+        against=against,
     )
     for index, token_ids, ended in written:
         yield index, _decoded(token_ids, tokenizer) if ended else None
@@ -248,6 +262,7 @@ def write_batches(
     max_new_tokens: int,
     max_tokens: int,
     choose: Choose,
+    against: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, list[int], bool]]:
     """The place of each prompt, what was written after it, and whether that ended; prompts of a length together.
 
@@ -255,11 +270,14 @@ def write_batches(
         ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
     """
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
+    if against:
+        lengths = np.maximum(lengths, np.array([len(other) for other in against], dtype=np.int32) + max_new_tokens)
     longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
         raise ConfigError("evaluation.max_new_tokens", max_new_tokens, bound)
-    for indices in micro_batches(np.arange(len(prompts)), lengths, max_tokens=max_tokens):
+    rows_each = 2 if against else 1
+    for indices in micro_batches(np.arange(len(prompts)), lengths * rows_each, max_tokens=max_tokens):
 
         def of_batch(logits: torch.Tensor, rows: Places, indices: Places = indices) -> torch.Tensor:
             return choose(logits, indices[rows])
@@ -273,6 +291,7 @@ def write_batches(
                 max_new_tokens=max_new_tokens,
                 device=task_model.device,
                 choose=of_batch,
+                against=[against[index] for index in indices] if against else (),
             )
         for index, token_ids in zip(indices, written, strict=True):
             text = list(takewhile(lambda token_id: token_id not in end_ids, token_ids))
@@ -327,6 +346,7 @@ def write_batch(
     max_new_tokens: int,
     device: torch.device,
     choose: Choose,
+    against: Sequence[np.ndarray] = (),
 ) -> list[list[int]]:
     """Append a token to each prompt until all have one of `end_ids`, or `max_new_tokens`.
 
@@ -340,16 +360,19 @@ def write_batch(
         pad_id: fills up shorter prompts.
         max_new_tokens: longest text.
         device: of the model.
-        choose: from (n, vocabulary) scores of rows, and their places among the prompts, to the next token of each.
+        choose: from (n, vocabulary) scores of rows, and their places among the prompts, to the next token of each; with
+            `against`, (2n, vocabulary): those of the prompts, then those of the others after the same text.
+        against: none, or another prompt for each.
 
     Returns:
         The new token ids of each prompt, with the one that ends them and whatever follows it.
     """
     # Right-aligned, (n, longest), so that every row's last token is real.
-    longest = max(map(len, prompts))
-    token_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    begun = [*prompts, *against]
+    longest = max(map(len, begun))
+    token_ids = torch.full((len(begun), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(token_ids)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(begun):
         token_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, longest - len(prompt) :] = 1
     token_ids, mask = token_ids.to(device), mask.to(device)
@@ -366,8 +389,9 @@ def write_batch(
             input_ids=token_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
         )
         cache = output.past_key_values
-        token_ids = choose(output.logits[:, -1], places)[:, None]
-        for place, (token_id,) in zip(places, token_ids.tolist(), strict=True):
+        chosen = choose(output.logits[:, -1], places)
+        token_ids = chosen.repeat(len(begun) // len(prompts))[:, None]
+        for place, token_id in zip(places, chosen.tolist(), strict=True):
             rows[place].append(token_id)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
@@ -375,7 +399,7 @@ def write_batch(
         if not any(goes_on):
             break
         if sum(goes_on) <= _LEAVE * len(places):  # one long text does not make all others wait
-            kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
+            kept = torch.tensor(goes_on * (len(begun) // len(prompts)), device=device).nonzero()[:, 0]
             cache.batch_select_indices(kept)
             token_ids, mask, positions, places = token_ids[kept], mask[kept], positions[kept], places[goes_on]
     return rows

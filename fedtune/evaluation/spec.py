@@ -51,18 +51,22 @@ class WritingSpec:
         temperature: the logits are divided by it before a token is drawn; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that have this probability together (Holtzman et al. 2020, arXiv
             1904.09751); 1: from all.
+        guidance: of many texts, prefer tokens that another one's prompt makes less likely: its difference of
+            log-probabilities is added to the likeliest ones' this many times (Sanchez et al. 2023, arXiv 2306.17806).
         seed: of the draws.
     """
 
     max_new_tokens: int = 200
     temperature: float = 0.0
     top_p: float = 1.0
+    guidance: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         check_at_least("--temperature", self.temperature, 0)
         check_fraction("--top-p", self.top_p, one=True)
+        check_at_least("--guidance", self.guidance, 0)
         check_at_least("--seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError("--seed", self.seed, "must be below 2**63")

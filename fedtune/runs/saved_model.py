@@ -110,7 +110,12 @@ class SavedModel:
         return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
 
     def drawn(
-        self, prompts: Sequence[npt.NDArray[np.int32]], spec: WritingSpec, *, first: int
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        spec: WritingSpec,
+        *,
+        first: int,
+        against: Sequence[npt.NDArray[np.int32]] = (),
     ) -> Iterator[tuple[int, str | None]]:
         """Texts of many prompts by the adapter in use; see `fedtune.evaluation.generation.draw`."""
         return draw(
@@ -121,6 +126,7 @@ class SavedModel:
             spec=spec,
             first=first,
             max_tokens=_TIMES_AS_MANY * self.config.evaluation.max_tokens,
+            against=against,
         )
 
     def measured(self, data: LeadData) -> dict[str, Measured]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 Code = tuple[str, ...]
 """The values of a prompt's roles, in their order."""
-WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95)
+WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=1.0)
 _DRAWS = 5
 """How often a record that breaks the format is drawn again before it is given up."""
 _SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -72,7 +72,8 @@ def synthesize(
             the share.  None: the candidates of `votes`.
         rows: how many records.
         votes: a finished run of task votes whose candidates are the codes: its noisy votes are their shares.
-        spec: how texts are drawn; its seed settles them on a machine.
+        spec: how texts are drawn; its seed settles them on a machine.  Its guidance sets a text apart from those of
+            the other codes, in turn.
         pattern: a regular expression that the whole text must match.
         progress: is called as texts come, in this thread.
 
@@ -114,13 +115,19 @@ def _written(
 ) -> Synthetic:
     columns, total = saved.config.data.columns, sum(wanted.values())
     prompts = {code: saved.prompt_ids(dict(zip(roles, code, strict=True)), at="--codes") for code in wanted}
+    codes = list(wanted)
+    places = {code: place for place, code in enumerate(codes)}
     texts: dict[Code, dict[str, None]] = {code: {} for code in wanted}  # in order, each once
     left_out: Counter[str] = Counter()
     number = 0
     for _ in range(_DRAWS):
         missing = [code for code, count in wanted.items() for _ in range(count - len(texts[code]))]
         first, number = number, number + len(missing)
-        for place, text in saved.drawn([prompts[code] for code in missing], spec, first=first):
+        against = []
+        if spec.guidance > 0 and len(codes) > 1:  # the others in turn, so that a text is set apart from each
+            turns = ((places[code] + 1 + at % (len(codes) - 1)) % len(codes) for at, code in enumerate(missing, first))
+            against = [prompts[codes[place]] for place in turns]
+        for place, text in saved.drawn([prompts[code] for code in missing], spec, first=first, against=against):
             code = missing[place]
             if (fault := _fault(text, texts[code], whole)) is not None:
                 left_out[fault] += 1

@@ -43,8 +43,13 @@ def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
 
-    def drawn(self: SavedModel, prompts: Any, spec: Any, *, first: int) -> Iterator[tuple[int, str | None]]:
+    def drawn(
+        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any
+    ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
+        codes = {prompt.tobytes() for prompt in prompts}
+        assert len(against) == (len(prompts) if spec.guidance and (first or len(codes) > 1) else 0)
+        assert not any(np.array_equal(*pair) for pair in zip(prompts, against, strict=False)), "one of another code"
         for place in range(len(prompts)):
             number = first + place
             kind = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
@@ -58,6 +63,12 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
     outcome = command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options)
     assert outcome.code == 0, outcome.err
     return [json.loads(line) for line in to.read_text().splitlines()]
+
+
+def test_one_code_alone_has_none_to_be_set_apart_from(runs: Path, command: Any, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"mr": "a red one"}\n')
+    named = ("--codes", str(tmp_path / "one.jsonl"), "--rows", "3")
+    assert len(written(command, runs, tmp_path / "texts.jsonl", *named, codes=False)) == 3
 
 
 def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, tmp_path: Path) -> None:

@@ -74,14 +74,16 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, complet
     assert min(map(len, written)) < 8, "a text that has ended leaves its batch"
 
 
+@pytest.mark.parametrize("guided", [False, True])
 def test_drawn_texts_have_draws_of_their_own_in_any_batch(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, guided: bool
 ) -> None:
     prompts = [prompts_of(completions)[0]] * 12
+    against = [prompts_of(completions)[1]] * 12 if guided else []
 
     def drawn(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
-        spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, seed=seed)
-        settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec}
+        spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
+        settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
         return dict(draw(language_model, prompts, first=first, max_tokens=max_tokens, **settings))
 
     texts = drawn(10_000)
@@ -91,6 +93,59 @@ def test_drawn_texts_have_draws_of_their_own_in_any_batch(
     assert [later[place] for place in range(7)] == [texts[place] for place in range(5, 12)]
     assert texts != drawn(10_000, seed=2)
     assert None in drawn(10_000, most=1).values(), "a text that does not end is none"
+
+
+def next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.base(input_ids=torch.tensor([token_ids])).logits[0, -1].double()
+
+
+def nucleus_of(chances: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(vocabulary,) whether a token is one of the likeliest that have `top_p` together."""
+    ordered, order = chances.sort(descending=True)
+    inside = torch.zeros_like(chances, dtype=torch.bool)
+    inside[order[ordered.cumsum(dim=-1) - ordered < top_p]] = True
+    return inside
+
+
+def test_full_guidance_takes_what_another_prompt_makes_least_likely(
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = prompts_of(completions)[:8]
+    against = [*prompts[1:], prompts[0]]
+    expected = []
+    for prompt, other in zip(prompts, against, strict=True):
+        text: list[int] = []
+        for _ in range(6):
+            own, others = (next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
+            inside = nucleus_of(torch.softmax(own, dim=-1), 0.9)
+            text.append(int((own - others).where(inside, torch.tensor(-torch.inf)).argmax()))
+            if text[-1] in ENDS:
+                break
+        expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ENDS else None)
+    spec = WritingSpec(max_new_tokens=6, temperature=1.0, top_p=0.9, guidance=1e9)
+    settings = {"tokenizer": tokenizer, "end_ids": ENDS, "spec": spec, "first": 0, "max_tokens": 10_000}
+    assert dict(draw(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
+
+
+def test_guidance_multiplies_chances_by_their_ratio(
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompt, other = prompts_of(completions)[:2]
+    own, others = (next_logits(language_model, start.tolist()) for start in (prompt, other))
+    lift = own - others
+    ends = (lift > lift.median()).nonzero()[:, 0].tolist()
+
+    def expected(guidance: float) -> float:
+        return float(torch.softmax((own + guidance * lift) / 2, dim=-1)[ends].sum())
+
+    number, spec = 400, WritingSpec(max_new_tokens=1, temperature=2.0, guidance=1.0)
+    settings = {"tokenizer": tokenizer, "end_ids": frozenset(ends), "spec": spec, "first": 0, "max_tokens": 10_000}
+    drawn = draw(language_model, [prompt] * number, against=[other] * number, **settings)
+    ended = sum(text is not None for _, text in drawn) / number
+    deviation = (expected(1.0) * (1 - expected(1.0)) / number) ** 0.5
+    assert abs(ended - expected(1.0)) < 4 * deviation
+    assert expected(1.0) - expected(0.0) > 8 * deviation, "another rule would be found out"
 
 
 @pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
@@ -262,7 +317,14 @@ def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": 2**63}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"guidance": -1.0},
+        {"seed": 2**63},
+    ],
 )
 def test_a_wrong_way_to_write_is_named_as_its_option(wrong: dict[str, float]) -> None:
     (key,) = wrong
