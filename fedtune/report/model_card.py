@@ -25,7 +25,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import TEMPLATES
-from fedtune.report.page.tables import Words
+from fedtune.report.page.report_words import Words
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of

@@ -16,7 +16,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.tables import Words
+from fedtune.report.page.report_words import Words
 
 REGISTRY = "registry.json"
 SCHEMA_VERSION = 1

@@ -15,7 +15,7 @@ from typing import Any
 from fedtune.report.model import Report
 from fedtune.report.model_card import rendered, start_of, statements
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.tables import Words
+from fedtune.report.page.report_words import Words
 from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _TEMPLATE = "synthetic_card.md.j2"

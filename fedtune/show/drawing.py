@@ -1,4 +1,4 @@
-"""Charts as SVG: axes, lines, points, bars and intervals, with what a screen reader says of them."""
+"""Charts as SVG: axes, lines and intervals, with what a screen reader says of them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,18 @@ _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a
 _LETTER = 5.6  # about the width of one
 _SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
 _MOST_MARKERS = 40  # so many that they touch say nothing
-_FILLS = ("#56B4E9", "#ffffff", "#ffffff")
-_HATCHES = ("", "M0 6l6-6", "M0 0l6 6M0 6l6-6")
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line, or the bars or points of one thing; `number` gives its colour, dashes and marker."""
+    """One line; `number` gives its colour, dashes and marker."""
 
     points: Points
     number: int
     label: str = ""
-    kind: Literal["line", "points", "bars", "limit"] = "line"
+    kind: Literal["line", "limit"] = "line"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,55 +98,24 @@ def chart(
     ends = [list(_ends(panel)) for panel in panels]
     right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in chain(*ends)], default=0.0)
     places = [x for panel in panels for one in panel.series for x, _ in one.points]
-    half = 0.6 if any(one.kind == "bars" for panel in panels for one in panel.series) else 0.0
-    low, high = _x_span(places, scale, half)
+    low, high = _x_span(places, scale)
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
-    keys = [list(_keys(panel)) for panel in panels]
-    room = [13 * math.ceil(len(key) / 2) + 8 for key in keys]
-    each = (height - 32 - sum(room) - 8 * (len(panels) - 1)) / len(panels)
-    parts, top = [_hatching(code)], 0.0
-    for panel, span, marks, key, named_ends, above in zip(panels, spans, ticks, keys, ends, room, strict=True):
-        parts += _legend(key, code=code, left=left, top=top + 9)
-        top += above
+    each = (height - 24 - 16 * len(panels)) / len(panels)
+    parts, top = list[str](), 8.0
+    for panel, span, marks, named_ends in zip(panels, spans, ticks, ends, strict=True):
         down = _Axis(low=span[0], high=span[1], start=top + each, length=-each)
         parts += _axes(panel, across, down, [(tick, number(tick)) for tick in marks])
         for one in panel.series:
-            parts += _drawn(one, panel, across, down, code=code)
+            parts += _drawn(one, panel, across, down)
         parts += _levels(panel, across, down)
         parts += _end_labels(named_ends, across, down)
-        top += each + 8
+        top += each + 16
     labels = [
         (tick, power_of_ten(round(tick)) if scale == "powers" else number(tick)) for tick in _x_ticks(low, high, scale)
     ]
     labels = _dates(low, high) if scale == "days" else labels
     parts += _x_axis(panels[-1].x, across, height - 32, labels)
     return _framed(code, parts, height=height, named=named)
-
-
-def stacked(
-    code: str,
-    rows: Sequence[tuple[str, Sequence[float]]],
-    labels: Sequence[str],
-    *,
-    x: str,
-    named: tuple[str, str],
-    number: Callable[[float], str],
-) -> Markup:
-    """A bar across for each row, of parts that `labels` name."""
-    key = [(label, f'<rect width="14" height="8" y="-7" {_fill(code, place)}/>') for place, label in enumerate(labels)]
-    top, left = 13.0 * math.ceil(len(key) / 2) + 8, 12 + _LETTER * max(len(name) for name, _ in rows)
-    high = 1.04 * max(sum(parts) for _, parts in rows) or 1.0
-    across = _Axis(low=0.0, high=high, start=left, length=_WIDTH - left - 8)
-    parts, bottom = [_hatching(code), *_legend(key, code=code, left=8, top=9)], top + 27 * len(rows)
-    for place, (name, widths) in enumerate(rows):
-        begin, y = 0.0, top + 27 * place + 5
-        parts.append(_text(left - 5, y + 12, name, anchor="end"))
-        for part, width in enumerate(widths):
-            size = f'x="{across.at(begin)}" y="{y:g}" width="{width / high * across.length:.2f}" height="17"'
-            parts.append(f"<rect {size} {_fill(code, part)}/>")
-            begin += width
-    parts += _x_axis(x, across, bottom, [(tick, number(tick)) for tick in _ticks(0.0, high)])
-    return _framed(code, parts, height=bottom + 32, named=named)
 
 
 def intervals(
@@ -170,7 +137,7 @@ def intervals(
     """
     names = [shortened(name, 30) for name, *_ in rows]
     left, step = 14 + _LETTER * max(map(len, names)), 15.0
-    low, high = _x_span([value for _, *ends in rows for value in ends], "number", 0.0)
+    low, high = _x_span([value for _, *ends in rows for value in ends], "number")
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - 10)
     bottom, parts = step * len(rows) + 6, []
     for tick in _ticks(low, high):
@@ -194,19 +161,6 @@ def _framed(code: str, parts: Sequence[str], *, height: float, named: tuple[str,
     return Markup(head + "".join(parts) + "</svg>")  # every text in it is escaped
 
 
-def _hatching(code: str) -> str:
-    patterns = "".join(
-        f'<pattern id="{code}-hatch-{place}" width="6" height="6" patternUnits="userSpaceOnUse">'
-        f'<rect width="6" height="6" fill="{fill}"/>{_line(hatch, "#000000", "") if hatch else ""}</pattern>'
-        for place, (fill, hatch) in enumerate(zip(_FILLS, _HATCHES, strict=True))
-    )
-    return f"<defs>{patterns}</defs>"
-
-
-def _fill(code: str, place: int) -> str:
-    return f'fill="url(#{code}-hatch-{place})" stroke="#000000" stroke-width="0.8"'
-
-
 def _text(x: float, y: float, text: str, *, anchor: str = "start", more: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
 
@@ -221,10 +175,10 @@ def _span(panel: Panel) -> tuple[float, float]:
     return (low if panel.from_zero else low - room), high + room
 
 
-def _x_span(places: Sequence[float], scale: str, half: float) -> tuple[float, float]:
+def _x_span(places: Sequence[float], scale: str) -> tuple[float, float]:
     values = [math.log10(place) for place in places] if scale == "powers" else places
     low, high = min(values), max(values)
-    room = half or 0.04 * (high - low) or 0.5
+    room = 0.04 * (high - low) or 0.5
     return low - room, high + room
 
 
@@ -275,24 +229,16 @@ def _x_axis(name: str, across: _Axis, bottom: float, ticks: Sequence[tuple[float
     yield _text(round(across.start + across.length / 2, 2), bottom + 28, name, anchor="middle")
 
 
-def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis, *, code: str) -> Iterator[str]:
+def _drawn(one: Series, panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
     place = (lambda x: across.at(math.log10(x))) if panel.scale == "powers" else across.at
     points = [(place(x), down.at(y)) for x, y in one.points]
-    if one.kind == "bars":
-        several = sum(other.kind == "bars" for other in panel.series)
-        width = 0.8 / several * across.length / (across.high - across.low)
-        shift = (one.number - several / 2) * width
-        for x, y in points:
-            size = f'x="{x + shift:.2f}" y="{y:g}" width="{width:.2f}" height="{down.start - y:.2f}"'
-            yield f"<rect {size} {_fill(code, one.number)}/>"
-    elif one.kind == "limit":
+    if one.kind == "limit":
         steps = "".join(f"H{x:g}V{y:g}" for x, y in points[1:])
         yield _line(f"M{points[0][0]:g} {points[0][1]:g}{steps}", "#000000", LIMIT)
     else:
         colour, dashes, marker = (values[one.number % MOST_LINES] for values in (COLOURS, DASHES, MARKERS))
-        if one.kind == "line":
-            yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
-        if len(points) <= _MOST_MARKERS or one.kind == "points":
+        yield _line("M" + "L".join(f"{x:g} {y:g}" for x, y in points), colour, dashes)
+        if len(points) <= _MOST_MARKERS:
             yield from (_marker(x, y, colour, marker) for x, y in points)
 
 
@@ -317,10 +263,9 @@ def _levels(panel: Panel, across: _Axis, down: _Axis) -> Iterator[str]:
 
 def _ends(panel: Panel) -> Iterator[tuple[float, str, str]]:
     """Height, label and mark of what is named beside its right end; nothing where there is one thing alone."""
-    lines = [one for one in panel.series if one.kind in ("line", "limit")]
-    if len(lines) + len(panel.levels) < 2:
+    if len(panel.series) + len(panel.levels) < 2:
         return
-    for one in lines:
+    for one in panel.series:
         colour, marker = (values[one.number % MOST_LINES] for values in (COLOURS, MARKERS))
         yield max(one.points)[1], one.label, _marker(4, -3, colour, marker) if one.kind == "line" else ""
     for height, label, _ in panel.levels:
@@ -336,23 +281,3 @@ def _end_labels(ends: Sequence[tuple[float, str, str]], across: _Axis, down: _Ax
         y = max(min(wanted, below + _LINE_HEIGHT * place), y + _LINE_HEIGHT)
         said = mark + _text(9 if mark else 2, 0, label)
         yield f'<g transform="translate({across.start + across.length + 3:g} {y:g})" font-size="9">{said}</g>'
-
-
-def _keys(panel: Panel) -> Iterator[tuple[str, str]]:
-    """What the legend has, the bars: label and sample; nothing where there is one thing alone."""
-    found = {
-        one.label: f'<rect width="14" height="8" y="-7" fill="url(#CODE-hatch-{one.number})" stroke="#000000"/>'
-        for one in panel.series
-        if one.kind == "bars"
-    }
-    if len(found) > 1:
-        yield from found.items()
-
-
-def _legend(keys: Sequence[tuple[str, str]], *, code: str, left: float, top: float) -> Iterator[str]:
-    """In two columns above the axes."""
-    half = (_WIDTH - left) / 2
-    for number, (label, sample) in enumerate(keys):
-        x, y = left + number % 2 * half, top + 13 * (number // 2)
-        said = sample.replace("CODE", code) + _text(22, 0, label)
-        yield f'<g transform="translate({x:g} {y:g})" font-size="9">{said}</g>'

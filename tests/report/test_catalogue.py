@@ -169,12 +169,12 @@ def test_no_text_is_left_over() -> None:
     written = "\n".join(sources())
     whole = {(section, key) for section, key in re.findall(r'"(\w+)\.(\w+)"', written)}
     # Keys that are put together: "chart." ~ code, and the like.
-    charts = {"epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost", "reliability"}
+    charts = {"epsilon_spent", "profile", "utility", "reliability"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
     whole |= {("unfinished", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
     whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
-    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "charts.py").read_text())}
+    whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}
     whole |= {("strength", band) for band in ("strong", "reasonable", "weak", "none")}
@@ -194,7 +194,9 @@ def test_no_text_is_left_over() -> None:
     whole |= {("cells", state + end) for state in get_args(get_type_hints(Cell)["state"]) for end in ("", "_means")}
     whole |= {(section, code) for section, known in CODES.items() for code in known}
     templates = "\n".join(path.read_text() for path in PACKAGE.glob("page/templates/*.j2"))
-    put_together = templates + "".join((PACKAGE / "page" / name).read_text() for name in ("catalogue.py", "tables.py"))
+    put_together = templates + "".join(
+        (PACKAGE / "page" / name).read_text() for name in ("catalogue.py", "report_words.py", "tables.py")
+    )
     for section in ("formulae", "provenance", "sign_off", "utility", "page", "word", "cells", "ledger", "strength"):
         whole |= {(section, key) for key in re.findall(r'"(\w+)"', put_together)}
     whole |= {(section, "heading") for section in re.findall(r'"(\w+)"', templates)}

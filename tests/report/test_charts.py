@@ -10,13 +10,13 @@ import pytest
 
 from fedtune.report.model import Cap, Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.charts import Chart, Charts
-from fedtune.report.page.tables import Tables, Words
+from fedtune.report.page.report_words import Words
+from fedtune.report.page.tables import Chart, Charts, Tables
 from fedtune.show import drawing
 
-from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run, with_site
+from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run
 
-CODES = ("epsilon_spent", "budget_left", "profile", "utility", "mechanism", "cost")
+CODES = ("epsilon_spent", "profile", "utility")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -40,16 +40,7 @@ def texts(svg: ElementTree.Element) -> list[str]:
 
 @pytest.fixture
 def run(a_report: Make) -> Report:
-    """A run in which noise, times and traffic differ: what never changes is not drawn."""
-    report = a_report()
-    north, south = report.sites
-    south = replace(
-        south, mechanisms=tuple(replace(one, noise_multiplier=one.noise_multiplier + 0.3) for one in south.mechanisms)
-    )
-    rounds = tuple(
-        replace(one, seconds=1.5 + n, bytes_down=one.bytes_down + n) for n, one in enumerate(report.utility.rounds)
-    )
-    return filled(replace(report, sites=(north, south), utility=replace(report.utility, rounds=rounds)))
+    return filled(a_report())
 
 
 @pytest.fixture
@@ -59,8 +50,8 @@ def ledger(a_ledger_report: Make) -> Report:
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("language", ["en", "de"])
-def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run: Report, ledger: Report) -> None:
-    svg = drawn(ledger if code == "budget_left" else run, code, language)
+def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run: Report) -> None:
+    svg = drawn(run, code, language)
     words = catalogue(language)
     assert svg.attrib["role"] == "img"
     title, description = svg.attrib["aria-labelledby"].split()
@@ -134,13 +125,10 @@ def test_a_calendar_has_few_round_days(first: str, last: str, ticks: list[str]) 
 
 
 def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
-    assert any(
-        re.fullmatch(r"\d\.\d+", text)
-        for text in texts(drawn(run, "profile", "en")) + texts(drawn(run, "mechanism", "en"))
-    )
-    german = texts(drawn(run, "mechanism", "de"))
-    assert any(re.fullmatch(r"\d,\d+", text) for text in german)
-    assert not any("." in text for text in german)
+    for language, mark in (("en", "."), ("de", ",")):
+        ticks = [text for text in texts(drawn(run, "utility", language)) if re.fullmatch(r"\d+[.,]\d+", text)]
+        assert ticks
+        assert all(mark in tick for tick in ticks)
     assert "10⁻⁵" in texts(drawn(run, "profile"))
 
 
@@ -165,11 +153,8 @@ def test_the_score_chart_leaves_out_losses(run: Report) -> None:
     ("code", "changes"),
     [
         ("epsilon_spent", {"sites": ()}),
-        ("budget_left", {}),
         ("profile", {"sites": ()}),
         ("utility", {"utility": None}),
-        ("mechanism", {"sites": ()}),
-        ("cost", {"utility": None}),
     ],
 )
 def test_without_figures_there_is_no_chart(code: str, changes: dict[str, Any], run: Report) -> None:
@@ -183,23 +168,11 @@ def test_what_nothing_bounds_is_not_drawn(a_report_without_privacy: Make) -> Non
     assert chart(report, "profile").svg is None
     assert chart(report, "utility").svg is None
 
-    last = report.sites[0].mechanisms[-1]
-    mechanisms = (last, replace(last, noise_multiplier=1.0))
-    assert chart(with_site(report, mechanisms=mechanisms), "mechanism").svg is not None
 
-
-def test_what_never_changes_is_said_and_not_drawn(a_report: Make, run: Report) -> None:
-    same = filled(a_report())
-    assert chart(same, "mechanism").svg is None
-    assert chart(same, "mechanism").seen == catalogue("en").text("chart.same")
-    said = re.sub("<[^>]*>", "", chart(same, "cost").seen)
-    first = same.utility.rounds[0]
-    assert len({one.bytes_down for one in same.utility.rounds}) == 1
-    assert chart(same, "cost").svg is None
-    assert said.startswith(f"The longest round took {first.seconds:.1f} s. Each moved ")
-    assert "sampling" not in " ".join(texts(drawn(run, "mechanism"))), "one panel: the rate is that of all"
-    assert catalogue("en").texts["chart"]["axis_rate"] not in texts(drawn(run, "mechanism"))
-    assert catalogue("en").texts["chart"]["axis_noise"] in texts(drawn(run, "mechanism"))
+def test_what_never_changes_is_said_and_not_drawn(run: Report) -> None:
+    once = replace(run, utility=replace(run.utility, rounds=run.utility.rounds[:1]))
+    assert chart(once, "utility").svg is None
+    assert chart(once, "utility").seen == catalogue("en").text("chart.same")
 
 
 @pytest.mark.parametrize(("language", "said"), [("en", "all 3 sites alike"), ("de", "alle 3 Standorte gleich")])

@@ -17,7 +17,7 @@ from fedtune.report.page import label
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import FONTS
-from fedtune.report.page.tables import Words
+from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
 from .shown import HOSTILE, NAMES, periods, reports_of, with_site

@@ -22,7 +22,8 @@ from fedtune.report.model import Report, Verdict, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.label import as_svg
-from fedtune.report.page.tables import MOST_ROWS, Words, pointer
+from fedtune.report.page.report_words import Words, pointer
+from fedtune.report.page.tables import MOST_ROWS
 from fedtune.words import shortened
 
 from .shown import (

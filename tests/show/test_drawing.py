@@ -24,7 +24,7 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     program = (
         "from fedtune.show.drawing import Panel, Series, chart\n"
         "one = Series(points=[(1, 3), (2, 4)], number=0, label='a')\n"
-        "two = Series(points=[(1, 2)], number=1, kind='bars')\n"
+        "two = Series(points=[(1, 2)], number=1, kind='limit')\n"
         "print(chart('x', [Panel(series=[one, two], y='y')], named=('t', 'd'), number=str))"
     )
     made = {
@@ -59,7 +59,7 @@ def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) ->
 @given(
     st.lists(st.tuples(st.floats(1e-9, 1e9), st.floats(0, 1e12)), min_size=1, max_size=60),
     st.sampled_from(["number", "whole", "powers"]),
-    st.sampled_from(["line", "points", "bars", "limit"]),
+    st.sampled_from(["line", "limit"]),
     st.booleans(),
 )
 @example([(1.0, 5e-324)], "number", "line", True)

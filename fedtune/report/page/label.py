@@ -16,7 +16,7 @@ from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import PageOne
-from fedtune.report.page.tables import Words
+from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
 _WIDTH, _HEIGHT, _MARGIN = 1200, 675, 44

@@ -31,8 +31,8 @@ from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, catalogue
-from fedtune.report.page.charts import Charts
-from fedtune.report.page.tables import Tables, Words, data, in_groups, pointer
+from fedtune.report.page.report_words import Words, pointer
+from fedtune.report.page.tables import Charts, Tables, data, in_groups
 from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.show.drawing import MOST_LINES
 from fedtune.spec import NOT_GIVEN, ConfigError

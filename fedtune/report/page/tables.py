@@ -1,4 +1,4 @@
-"""The page's tables: which places of report.json stand in their rows and columns."""
+"""The page's tables, which places of report.json stand in their rows and columns, and its charts."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ import tomllib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from markupsafe import Markup
 
-from fedtune.model.spec import NO_ADAPTER
-from fedtune.report import model
-from fedtune.report.derive.cells import rank_text
-from fedtune.report.derive.profile import band_limits, strength_band
-from fedtune.report.derive.verdicts import WORST_FIRST
-from fedtune.report.facts import CohortFigures
-from fedtune.report.model import Report
-from fedtune.report.page.catalogue import Catalogue
+from fedtune.report.page.report_words import ABSENT, Words, pointer
 from fedtune.show.budget_text import Arrivals
-from fedtune.show.drawing import MOST_LINES
-from fedtune.words import score_words, shortened, unbounded
+from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
+from fedtune.words import score_words, shortened
 
 One = TypeVar("One")
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
+PAGE_ONE_SITES = 8
+"""Sites on page 1, the least favourable first; later tables list each."""
 _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no", "people")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
-_LONGEST_IN_CHART = 18
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
-_ABSENT = object()
 _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
@@ -88,137 +82,37 @@ class Table:
         )
 
 
-class Words:
-    """A report and the language that it is told in.
+def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
+    """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    keyed = []
+    for row in rows:
+        said = tuple(cell.striptags() for cell in row)
+        keyed.append(((counts[said], *said[1:]), row))
+        counts[said] += 1
+    return in_groups(keyed)
 
-    Args:
-        report: the whole.
-        catalogue: of the language.
-    """
 
-    def __init__(self, report: Report, catalogue: Catalogue) -> None:
-        self.report = report
-        self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
-        self.json = model.to_json(report)["derived"]  # pointers on a page begin there
-        self.order = tuple(sorted(range(len(report.sites)), key=self._favour))
-        """Places of the sites, the least favourable result first."""
+def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+    """What has the same key together, in the order of the first."""
+    groups: dict[Hashable, list[One]] = {}
+    for key, one in keyed:
+        groups.setdefault(key, []).append(one)
+    return list(groups.values())
 
-    def _favour(self, place: int) -> tuple[int, float]:
-        site = self.report.sites[place]
-        epsilon = None if site.spent is None else site.spent.epsilon
-        return WORST_FIRST.index(site.verdict.state), -float("inf") if epsilon is None else -epsilon
 
-    @property
-    def worst(self) -> str | None:
-        """Pointer to the site that the headline's epsilon is of; None: no site released a figure."""
-        spent = [place for place in range(len(self.report.sites)) if self.report.sites[place].spent is not None]
-        epsilons = {place: self.at(f"/sites/{place}/spent/epsilon") for place in spent}
-        if not spent:
-            return None
-        # Of several, one that signed for as much: then the figure is no upper bound.
-        place = max(
-            spent, key=lambda place: (unbounded(epsilons[place]), not self.at(f"/sites/{place}/spent/upper_bound"))
-        )
-        return f"/sites/{place}"
+@cache
+def data() -> Mapping[str, Any]:
+    """What `page.toml` says the page is made of."""
+    return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
-    @property
-    def promises(self) -> bool:
-        """Whether there is anything to promise."""
-        return self.report.verdict.state != "no_guarantee" and self.report.epsilon is not None
 
-    @property
-    def noise(self) -> str:
-        """Whether there was noise that hides anything: "noised", "seeded", or "no_noise" where some lacked it."""
-        noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
-        if 0 in noises or "no_noise" in self.report.verdict.reasons:
-            return "no_noise"
-        return "seeded" if self.report.seeded_noise else "noised"
+class Tables:
+    """Every table of the page, made when the template asks for it."""
 
-    @property
-    def without_base(self) -> bool:
-        """Whether every run trained a head that is the whole model."""
-        ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
-        return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
-
-    @property
-    def shared(self) -> bool:
-        """Whether a secure sum is part of it, whose noise several sites made together."""
-        return any(one.shared for site in self.report.sites for one in site.mechanisms)
-
-    @property
-    def band(self) -> str:
-        """Code of the strength."""
-        return strength_band(self.report.epsilon if self.promises else None)
-
-    def band_range(self, band: str) -> Markup:
-        """For which epsilons the word for a strength stands."""
-        least, most = (f"{edge:g}" for edge in band_limits(band))
-        key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
-        return self.text(f"strength.{key}", least=least, most=most)
-
-    def at(self, pointer: str) -> Any:
-        """The value in report.json that a JSON pointer names, or None where one of its parents is null."""
-        found = self._find(pointer)
-        return None if found is _ABSENT else found
-
-    def _find(self, pointer: str) -> Any:
-        """The same, or `_ABSENT` where one of its parents is null."""
-        found: Any = self.json
-        for part in pointer.split("/")[1:]:
-            if found is None:
-                return _ABSENT
-            name = part.replace("~1", "/").replace("~0", "~")
-            of_list, unsaid = isinstance(found, list | tuple), name in model.UNSAID
-            found = found[int(name)] if of_list else found.get(name) if unsaid else found[name]
-        return found
-
-    def together(self, sites: Sequence[str], *, of: int) -> Markup:
-        """What the sites at these pointers, which are alike, are called beside a chart's line; `of` so many in all."""
-        name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
-        if len(sites) == 1:
-            return Markup("{}").format(name)
-        count = Markup('<span class="rows">{}</span>').format
-        if len(sites) == of:
-            return self.text("chart.all_alike", sites=count(of))
-        return self.text("chart.some_alike", name=name, others=count(len(sites) - 1))
-
-    @property
-    def cohorts(self) -> tuple[CohortFigures, ...]:
-        """What people of a ledger spent by when they came; none where one figure is everybody's."""
-        life = self.report.sites[0].lifetime if self.report.kind == "ledger" else None
-        return (life and life.cohorts) or ()
-
-    @property
-    def drawn(self) -> dict[int, str]:
-        """The cohorts of a ledger that a chart has room for, the newest that spent anything, and their periods."""
-        spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
-        return {place: self.cohorts[place].people.dates for place in spent}
-
-    def text(self, key: str, **values: object) -> Markup:
-        """A text of the catalogue."""
-        return self.catalogue.text(key, **values)
-
-    def code(self, section: str, code: str) -> Markup:
-        """The words for a code."""
-        return self.catalogue.code(section, code)
-
-    def listed(self, section: str, codes: Sequence[str]) -> Markup:
-        """The words for several codes."""
-        return self.catalogue.listed(section, list(codes))
-
-    def figure(self, pointer: str, kind: str) -> Markup:
-        """The figure at a pointer, told apart from text and tied to its place in report.json."""
-        value = self.at(pointer)
-        return Markup('<data value="{}" data-at="{}" data-as="{}">{}</data>').format(
-            json.dumps(value), pointer, kind, self.catalogue.figure(value, kind)
-        )
-
-    def spent(self, site: str, at: str, kind: str = "epsilon") -> Markup:
-        """A figure of a site's charges; "at most" where it fell silent."""
-        figure = self.figure(f"{site}/{at}", kind)
-        if not self.at(f"{site}/spent/upper_bound"):
-            return figure
-        return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._is_ledger = words.report.kind == "ledger"
 
     def cell(self, row: str, column: Column) -> Markup:
         """What a table shows of the row at a pointer."""
@@ -227,19 +121,23 @@ class Words:
         start = site if column.at.startswith("@") else row.rsplit("/", parents)[0]
         pointer = f"{start}/{at[3 * parents :]}"
         kind = column.kind.removesuffix("?")
-        found = self._find(pointer)
-        if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
+        found = self._words.find(pointer)
+        if found is ABSENT or (found is None and kind not in _SAYING_WHY):
+            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self._words.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
-            return self.text(column.zero)
+            return self._words.text(column.zero)
         if column.is_figure:
             within = pointer.removeprefix(f"{site}/")
-            return self.spent(site, within, kind) if column.kind.endswith("?") else self.figure(pointer, kind)
-        return Markup('<span data-at="{}">{}</span>').format(pointer, self._words(found, kind))
+            return (
+                self._words.spent(site, within, kind)
+                if column.kind.endswith("?")
+                else self._words.figure(pointer, kind)
+            )
+        return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
 
-    def _words(self, value: Any, kind: str) -> Markup:
+    def _as_text(self, value: Any, kind: str) -> Markup:
         if value is None or value in ([], {}):
-            return self.text("word.unknown" if value is None else "word.none")
+            return self._words.text("word.unknown" if value is None else "word.none")
         match kind.split(":"):
             case ["name"]:
                 return Markup("{}").format(shortened(value, _LONGEST_NAME))
@@ -248,19 +146,19 @@ class Words:
             case ["key"]:
                 return Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…")
             case ["yes_no"]:
-                return self.text("word.yes" if value else "word.no")
+                return self._words.text("word.yes" if value else "word.no")
             case ["people"]:
-                return self.catalogue.arrivals([Arrivals(**value)])
+                return self._words.catalogue.arrivals([Arrivals(**value)])
             case ["json"]:
                 return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
             case ["failures_by_site"]:
                 return Markup(", ").join(
-                    Markup("{}: {}").format(site, self.code("refusal", why)) for site, why in value.items()
+                    Markup("{}: {}").format(site, self._words.code("refusal", why)) for site, why in value.items()
                 )
             case ["code", section] if isinstance(value, list):
-                return self.listed(section, value)
+                return self._words.listed(section, value)
             case ["code", section]:
-                return self.code(section, value)
+                return self._words.code(section, value)
         return Markup("{}").format(value)
 
     def table(
@@ -282,55 +180,7 @@ class Words:
         )
 
     def _heading(self, column: Column) -> Markup:
-        return Markup("{}").format(column.heading) if column.is_named else self.text(column.heading)
-
-    def rows(self, of: str, *, worst: bool = False) -> list[str]:
-        """Pointers to all entries of a list that each site has, or that the worst one has."""
-        sites = ([self.worst] if self.worst else []) if worst else [f"/sites/{place}" for place in self.order]
-        return [f"{site}/{of}/{n}" for site in sites for n in range(len(self.at(f"{site}/{of}") or ()))]
-
-
-def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
-    """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    keyed = []
-    for row in rows:
-        said = tuple(cell.striptags() for cell in row)
-        keyed.append(((counts[said], *said[1:]), row))
-        counts[said] += 1
-    return in_groups(keyed)
-
-
-def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
-    """What has the same key together, in the order of the first."""
-    groups: dict[Hashable, list[One]] = {}
-    for key, one in keyed:
-        groups.setdefault(key, []).append(one)
-    return list(groups.values())
-
-
-def pointer(*parts: str | int) -> str:
-    """A JSON pointer (RFC 6901)."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
-
-
-PAGE_ONE_SITES = 8
-"""Sites on page 1, the least favourable first; later tables list each."""
-
-
-@cache
-def data() -> Mapping[str, Any]:
-    """What `page.toml` says the page is made of."""
-    return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
-
-
-class Tables:
-    """Every table of the page, made when the template asks for it."""
-
-    def __init__(self, words: Words) -> None:
-        self._words = words
-        self._is_ledger = words.report.kind == "ledger"
-        self._sites = [f"/sites/{place}" for place in words.order]
+        return Markup("{}").format(column.heading) if column.is_named else self._words.text(column.heading)
 
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
         """The table with a name, and perhaps more columns."""
@@ -342,9 +192,9 @@ class Tables:
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
-        if columns[0].at == "@site" and len(self._sites) > 1:
-            return self._together(self._words.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
-        return self._words.table(caption, columns, rows, last=last)
+        if columns[0].at == "@site" and len(self._words.sites) > 1:
+            return self._together(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
+        return self.table(caption, columns, rows, last=last)
 
     def _columns(self, name: str) -> list[Column]:
         """Those that this kind of report has."""
@@ -364,7 +214,7 @@ class Tables:
             of, having = of.split(" having ")
             return [row for row in self._rows(of) if self._words.at(f"{row}/{having}") is not None]
         if of == "sites":
-            return self._sites
+            return self._words.sites
         if of.startswith("worst "):
             return self._words.rows(of.removeprefix("worst "), worst=True)
         if "/*/" in of:
@@ -378,11 +228,10 @@ class Tables:
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
         columns = self._columns("budget")
-        rows = [tuple(self._words.cell(site, column) for column in columns) for site in self._sites]
-        used = [n for n in range(len(columns)) if not all(_ABSENT_CLASS in row[n] for row in rows)]
-        return self._words.table(
-            self._words.text("budget.heading"), [columns[n] for n in used], self._sites, last=False, most=PAGE_ONE_SITES
-        )
+        rows = [tuple(self.cell(site, column) for column in columns) for site in self._words.sites]
+        used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
+        caption = self._words.text("budget.heading")
+        return self.table(caption, used, self._words.sites, last=False, most=PAGE_ONE_SITES)
 
     def _called(self, alike: Sequence[tuple[Markup, ...]], *, named: bool) -> Markup:
         """What a line of sites that are alike is called."""
@@ -396,7 +245,7 @@ class Tables:
         if self._is_ledger:
             more = [Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()]
             return self.named("steps", more)
-        known = {site: self._words.at(f"{site}/steps") for site in self._sites if self._words.at(f"{site}/steps")}
+        known = {site: self._words.at(f"{site}/steps") for site in self._words.sites if self._words.at(f"{site}/steps")}
         alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
         steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
@@ -429,7 +278,7 @@ class Tables:
             *scores,
             Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"),
         )
-        return self._words.table(self._words.text("utility.caption"), columns, self.rounds())
+        return self.table(self._words.text("utility.caption"), columns, self.rounds())
 
     def rounds(self) -> list[str]:
         """Pointers to the rounds of a run's report."""
@@ -465,3 +314,163 @@ class Tables:
         if name not in known:
             return self._words.text("word.unknown")
         return self._words.figure(pointer("utility", kind, name), "score")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A drawing with the table that holds the same figures.
+
+    Attributes:
+        seen: what there is to see, as the drawing's title; without a drawing, why there is none.
+        svg: None: there is nothing to draw, or it is the same throughout.
+    """
+
+    code: str
+    seen: Markup
+    svg: Markup | None
+    table: Table
+
+
+class Charts:
+    """The charts of a report, each drawn when the template asks for it."""
+
+    def __init__(self, words: Words, tables: Tables) -> None:
+        self._words, self._tables = words, tables
+
+    def epsilon_spent(self) -> Chart:
+        """By round, or by run where a ledger's rounds are too many, with the limit."""
+        lines = {site: points for site in self._words.sites if (points := self._line(site))}
+        alike = in_groups((tuple(points), site) for site, points in lines.items())
+        series = [
+            Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
+            for number, sites in enumerate(alike[:MOST_LINES])
+        ]
+        if drawn := self._words.drawn:
+            by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
+            series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
+        target, levels = self._words.report.target_epsilon, []
+        if self._is_ledger:
+            series += [limit for site in lines if (limit := self._limit(site)).points]
+        elif target is not None:
+            levels = [(target, self._said("limit"), LIMIT)]
+        x, y = self._said(self._axis_of_steps(lines)), self._said("axis_epsilon")
+        panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
+        return self._chart("epsilon_spent", self._tables.steps(), panel, seen=self._rose(lines))
+
+    def _rose(self, lines: Iterable[str]) -> Markup | None:
+        """How high the line of the site that spent most rises."""
+        worst, limit = self._words.worst, "/target_epsilon"
+        if worst is None or worst not in lines:
+            return None
+        steps = self._words.at(f"{worst}/steps")
+        last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
+        reached = self._words.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
+        limit = f"{worst}/approved/max_epsilon" if self._is_ledger else limit
+        if self._words.at(limit) is None:
+            return self._words.text("chart.rose", reached=reached)
+        return self._words.text("chart.rose_of", reached=reached, limit=self._words.figure(limit, "cap"))
+
+    def profile(self) -> Chart:
+        """Epsilon over delta, by both accountants, at the site that spent most."""
+        rows = self._words.rows("curve", worst=True)
+        rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None]
+        series = []
+        for number, key in enumerate(("pld", "rdp")):
+            points = [(self._words.at(f"{row}/delta"), self._words.at(f"{row}/epsilon_{key}")) for row in rows]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                series.append(Series(points=points, number=number, label=self._said(key)))
+        panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
+        return self._chart("profile", self._tables.named("curve"), panel)
+
+    def utility(self) -> Chart:
+        """The first score that is no loss, against the epsilon spent by then."""
+        names = self._tables.score_names()
+        name = next((name for name in names if "loss" not in name), names[0] if names else "")
+        rows = self._tables.rounds() if name else []
+        keys = ("/epsilon", pointer("scores", name), "/round")
+        found = [tuple(self._words.at(row + key) for key in keys) for row in rows]
+        found = [one for one in found if None not in one[:2]]
+        before = (self._words.at("/utility/before") or {}).get(name)
+        levels = [] if before is None else [(before, self._words.text("utility.before").unescape(), BEFORE)]
+        round_, ends = self._words.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
+        panel = Panel(
+            series=[Series(points=[one[:2] for one in found], number=0, label=score_words(name))] if found else [],
+            levels=levels,
+            notes=[(spent, score, f"{round_} {number}") for spent, score, number in ends],
+            x=self._said("axis_epsilon"),
+            y=shortened(score_words(name), 30),
+            from_zero=False,
+        )
+        seen = self._moved(name) if found else None
+        return self._chart("utility", self._tables.utility(), panel, seen=seen)
+
+    def _moved(self, name: str) -> Markup | None:
+        """What a score was after the first round, and after the last."""
+        rows = [row for row in self._tables.rounds() if self._words.at(row + pointer("scores", name)) is not None]
+        if len(rows) < 2:
+            return None
+        first, last = (self._words.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
+        return self._words.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
+
+    def reliability(self) -> Chart:
+        """How often answers are right that the model was about equally sure of."""
+        detail = self._words.report.utility and self._words.report.utility.detail
+        found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
+        lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
+        series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
+        panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
+        return self._chart("reliability", self._tables.named("reliability"), panel)
+
+    @property
+    def _is_ledger(self) -> bool:
+        return self._words.report.kind == "ledger"
+
+    def _said(self, key: str) -> str:
+        return self._words.text(f"chart.{key}").unescape()
+
+    def _steps(self, site: str) -> list[tuple[float, str]]:
+        """Pointers to a site's bounded steps, and where: by round, of a ledger in order, by day where people arrive."""
+        found = []
+        for place, step in enumerate(self._words.at(f"{site}/steps")):
+            x = step["round"] if not self._is_ledger else place + 1
+            if self._words.drawn:
+                x = date.fromisoformat(step["time"][:10]).toordinal()
+            if x is not None and step["epsilon"] is not None:
+                found.append((x, f"{site}/steps/{place}"))
+        return found
+
+    def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
+        """A site's bounded figures."""
+        return [(x, self._words.at(f"{step}/{of}")) for x, step in self._steps(site)]
+
+    def _axis_of_steps(self, sites: Iterable[str]) -> str:
+        """A ledger has a point for each round of its newest runs, and one for each run before those."""
+        if not self._is_ledger:
+            return "axis_round"
+        if self._words.drawn:
+            return "axis_day"
+        rounds = [step["round"] is not None for site in sites for step in self._words.at(f"{site}/steps")]
+        return "axis_charged" if all(rounds) else "axis_run_or_round" if any(rounds) else "axis_run"
+
+    def _limit(self, site: str) -> Series:
+        """The lifetime limit that was in force at each step of a ledger."""
+        caps = self._words.at(f"{site}/lifetime/caps") or []
+        limits = [(x, _cap_at(caps, self._words.at(f"{step}/time"))) for x, step in self._steps(site)]
+        known = [(x, cap) for x, cap in limits if cap is not None]
+        return Series(points=known, number=0, label=self._said("limit"), kind="limit")
+
+    def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Chart:
+        """A chart of what the panel has, unless that never changes."""
+        if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
+            why = (seen or self._words.text("chart.same")) if panel.series else self._words.text(f"chart.{code}_none")
+            return Chart(code=code, seen=why, svg=None, table=table)
+        named = self._said(code), self._said(f"{code}_desc")
+        svg = chart(code, [panel], named=named, number=self._words.catalogue.on_axis)
+        return Chart(code=code, seen=seen or self._words.text(f"chart.{code}"), svg=svg, table=table)
+
+
+def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:
+    """The limit in force at a time; where none was yet, the first."""
+    before = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or list(caps[:1])
+    return before[-1]["max_epsilon"] if before else None
