@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.federation.lead import LeadState
 
 log = logging.getLogger(__name__)
-_SILENT_ROUNDS, _SILENT_S = 10, 900
 _SHARE = 20  # of the run's time, one part makes pages
 _FIRST_S = 1.0  # what the first page is thought to take
 
@@ -65,15 +64,11 @@ class UnfinishedReport:
 
         record = read_run(self._folder, plan=self._plan)
         self._plan = record.plan
-        planned = rounds_in_all(state.rounds, self._config.federation)
-        pace = state.pace_s or (state.rounds[-1].seconds if state.rounds else 0.0)
         unfinished = Unfinished(
             done=state.round,
-            planned=planned,
+            planned=rounds_in_all(state.rounds, self._config.federation),
             goes_on=goes_on,
-            left_s=None if state.pace_s is None else (planned - state.round) * state.pace_s,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
-            silent_after_s=max(_SILENT_S, _SILENT_ROUNDS * pace),
         )
         # What sites released of their ledgers is joined when the run's own report is written.
         report = from_run.of_record(self._folder, record, own={})

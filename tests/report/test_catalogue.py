@@ -172,7 +172,6 @@ def test_no_text_is_left_over() -> None:
     charts = {"epsilon_spent", "profile", "utility", "reliability"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
-    whole |= {("unfinished", f"left_{unit}") for unit in ("seconds", "minutes", "hours")}
     whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}

@@ -10,13 +10,11 @@ import contextlib
 import hashlib
 import importlib
 import logging
-import math
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -67,40 +65,13 @@ class Unfinished:
     Attributes:
         done: rounds, of `planned` ones.
         goes_on: a process works on the run.
-        left_s: at the run's pace; None: not known.
         written: in ISO form.
-        silent_after_s: without a newer page for so long, the run counts as silent.
     """
 
     done: int
     planned: int
     goes_on: bool
-    left_s: float | None
     written: str
-    silent_after_s: float
-
-    @property
-    def left(self) -> tuple[str, int] | None:
-        """Unit and number of the time that is left, rounded up."""
-        if not self.goes_on or not self.left_s:
-            return None
-        if self.left_s < 60:
-            return "seconds", 10 * math.ceil(self.left_s / 10)
-        return (
-            ("minutes", math.ceil(self.left_s / 60)) if self.left_s < 5400 else ("hours", math.ceil(self.left_s / 3600))
-        )
-
-    @property
-    def script(self) -> str:
-        """Loads the page again, until the run fell silent: a page without a script cannot know what time it is."""
-        until = round(1000 * (datetime.fromisoformat(self.written).timestamp() + self.silent_after_s))
-        again = f"setTimeout(() => location.reload(), {1000 * AGAIN_S})"
-        return f'if (Date.now() < {until}) {again}; else document.getElementById("silent").hidden = false;'
-
-    @property
-    def script_digest(self) -> str:
-        """What the page's policy lets run, and nothing else."""
-        return "sha256-" + base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()
 
 
 def render(report: Report, *, language: str, fillable: bool = False, unfinished: Unfinished | None = None) -> str:
