@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "what a finished run's model answers to a prompt",
     "chat": "talk with a finished run's model",
     "synthesize": "records that a finished run's model writes, to be read and shared",
+    "choose": "of such records those that have most votes",
     "evaluate": "score a finished run's model beside its base",
     "compare": "base, each site alone, federated, pooled: side by side",
     "personalise": "a site's own model, which stays at the site",

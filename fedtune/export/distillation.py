@@ -7,7 +7,6 @@ guarantee holds for it as for the teacher (post-processing).  All of its weights
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
 from fedtune.report.record.run_record import read_run
-from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, require_apart
+from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least
 from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
@@ -97,12 +96,12 @@ def distil(
     check_at_least("--seed", seed, 0)
     if os.path.lexists(to):
         raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
-    asked = asked_records(config, texts, key="--texts")
-    require_apart(asked, config, key="--texts", file=texts)
-    sha256 = hashlib.sha256(Path(asked[0].file).read_bytes()).hexdigest()
+    asked, own_records = asked_records(config, texts, key="--texts"), RunRecords(config)
+    require_apart(asked, own_records, key="--texts", file=texts)
+    sha256 = file_sha256(Path(asked[0].file))
     if len(asked) < FEWEST:
         raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
-    records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), RunRecords(config).test
+    records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
     teacher, reference = Source.of(model, config, adapter, private_to=None)
     base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)

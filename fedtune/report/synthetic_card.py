@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from fedtune.report.model import Report
 from fedtune.report.model_card import rendered, start_of, statements
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
+from fedtune.sites.run_records import file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _TEMPLATE = "synthetic_card.md.j2"
@@ -81,14 +81,14 @@ def read_card(file: Path, writer: Report, *, option: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: there is none beside the file, or it is of another file or run.
     """
-    path = file.with_name(f"{file.name}.card.json")
+    path = card_of(file, ".json")
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
         own = found["schema_version"], found["sha256"], found["runs"][0]["config_sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         found, own = {}, ("", "", "")
-    if own != (RUN_SCHEMA, digest(file), writer.provenance.config_sha256):
-        bound = f"must be as fedtune synthesize wrote it with this RUN, with its card beside it ({path.name})"
+    if own != (RUN_SCHEMA, file_sha256(file), writer.provenance.config_sha256):
+        bound = f"must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it ({path.name})"
         raise ConfigError(option, str(file), bound)
     return found
 
@@ -143,7 +143,7 @@ def as_json(
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,
-        "sha256": digest(file),
+        "sha256": file_sha256(file),
         "runs": runs,
         "together": {"epsilon": epsilon, "delta": delta},
         "made": dict(made),
@@ -151,6 +151,6 @@ def as_json(
     }
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def card_of(file: Path, suffix: str) -> Path:
+    """Where the card of a file of synthetic records is: `.json` for programs, `.md` for people."""
+    return file.with_name(f"{file.name}.card{suffix}")

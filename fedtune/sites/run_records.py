@@ -5,6 +5,7 @@ They are the lead's, and simulated sites'.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,13 @@ class RunRecords:
             return LeadRecords(chosen_rows(self.dealt.test, data.test_rows))
         return self._of(data.test_file, rows=data.test_rows, key="data.test_file")
 
+    def by_setting(self) -> dict[str, list[Record]]:
+        """All that the run reads here, by the setting that names its file; the records of real sites are not here."""
+        sites = () if self._config.runtime.kind == "deployment" else self.dealt.sites
+        read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
+        read |= {"data.validation_file": self.validation.records if self.validation else []}
+        return read | {"data.test_file": self.test.records if self.test else []}
+
     def _of(self, file: str | None, *, rows: int | None, key: str) -> LeadRecords | None:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)
 
@@ -140,27 +148,23 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
     return None
 
 
-def own_records(config: RunConfig) -> dict[str, list[Record]]:
-    """The records that a run reads here, by the setting that names their file; those of real sites are not here."""
-    own = RunRecords(config)
-    sites = () if config.runtime.kind == "deployment" else own.dealt.sites
-    read = {"data.train_file": [record for site in sites for record in (*site.training, *site.heldout)]}
-    read |= {"data.validation_file": own.validation.records if own.validation else []}
-    return read | {"data.test_file": own.test.records if own.test else []}
-
-
-def require_apart(records: Sequence[Record], config: RunConfig, *, key: str, file: str) -> None:
+def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str) -> None:
     """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
 
     Raises:
         ConfigError: one of them has all texts of the other; the records of real sites are not here.
     """
     public = {record.said for record in records}
-    for of, others in own_records(config).items():
+    for of, others in own.by_setting().items():
         texts = {record.said for record in others}
         if others and (texts <= public or public <= texts):
             bound = f"must hold records of its own: one of it and {of} has all texts of the other"
             raise ConfigError(key, file, bound)
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file of records, in hexadecimal: which one it was."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def asked_records(config: RunConfig, name: str, *, key: str) -> list[Record]:

@@ -22,6 +22,7 @@ from fedtune.api.door import Progress, Run
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.sites.run_records import RunRecords
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TASKS, task_named
 
@@ -62,6 +63,7 @@ def synthesize(
     votes: Run | None = None,
     spec: WritingSpec = WRITING,
     pattern: str | None = None,
+    own: RunRecords | None = None,
     progress: Callable[[Progress], None] = lambda told: None,
 ) -> Synthetic:
     """Write records with a run's model, so many of each code as its share says.
@@ -72,16 +74,16 @@ def synthesize(
             the share.  None: the candidates of `votes`.
         rows: how many records.
         votes: a finished run of task votes whose candidates are the codes: its noisy votes are their shares.
-        spec: how texts are drawn; its seed settles them on a machine.  Its guidance sets a text apart from those of
-            the other codes, in turn.
+        spec: how texts are drawn; its seed settles them on a machine, its guidance sets them apart by code.
         pattern: a regular expression that the whole text must match.
+        own: the run's records, if they are read already: the codes must not be theirs.
         progress: is called as texts come, in this thread.
 
     Raises:
         ValueError: a run, the codes or a setting cannot be used; nothing was written.
     """
     roles = _roles(run)
-    shares = _declared(run, codes, roles) if codes is not None else {}
+    shares = _declared(run, codes, roles, own or RunRecords(run.config)) if codes is not None else {}
     if votes is not None:
         voted: dict[Code, float] = {(text,): weight for text, weight in weights_of(votes).items()}
         if len(roles) > 1 or (shares and set(shares) != set(voted)):
@@ -163,7 +165,7 @@ def _roles(run: Run) -> tuple[str, ...]:
     return tuple(task.asked_by(data))
 
 
-def _declared(run: Run, codes: str | Path, roles: Sequence[str]) -> dict[Code, float]:
+def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
     """Each code with how often it stands in a file, which must be none of the run's own records in that."""
     path = resolve_file(str(codes), shipped_folders(), key="--codes")
 
@@ -171,13 +173,11 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str]) -> dict[Code, f
         return Counter(tuple(one.fields[role] for role in roles) for one in records)
 
     found = counts(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
-    from fedtune.sites.run_records import own_records
-
     try:
-        own = own_records(run.config)
+        theirs = own.by_setting()
     except DataError:  # the run's files are not here any more
-        own = {}
-    for key, records in own.items():
+        theirs = {}
+    for key, records in theirs.items():
         if records and counts(records) <= found:
             raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
     return dict(found)

@@ -1,4 +1,4 @@
-"""`fedtune synthesize`: records by code, their card, and what is refused."""
+"""`fedtune synthesize` and `fedtune choose`: records by code or votes, their card, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.api import door
 from fedtune.api.compose import compose_run
+from fedtune.data.load import deal
 from fedtune.report.synthetic_card import together
 from fedtune.runs.saved_model import SavedModel
+from fedtune.sites import run_records
 from fedtune.studies.synthetic import allotted, ballot, chosen, weights_of
 
 TABLES = "simulations/data/e2e_nlg/train.jsonl.gz"
@@ -111,8 +113,12 @@ def test_candidates_are_chosen_by_their_votes(
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
     head = folder / "adapter" / "head.safetensors"
     save_file(load_file(head) | {"weight": np.array([[0.1, 0.4, -0.2, 0.3]], dtype=np.float32)}, head)
-    chosen = written(command, runs, best, "--rows", "2", "--candidates", str(to), "--votes", str(folder), codes=False)
-    assert chosen == [rows[1], rows[3]]
+    choose = ("choose", str(runs / "writer"), "--votes", str(folder), "--candidates")
+    public = tmp_path / "public.jsonl"
+    public.write_text('{"mr": "a green one", "ref": "said of it"}\n')
+    outcome = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json")
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
     assert "- shares (votes), by the candidates' card: epsilon" in text
@@ -122,15 +128,61 @@ def test_candidates_are_chosen_by_their_votes(
         (runs / "writer", folder, runs / "shares"),
     )
     assert card["together"]["epsilon"] == pytest.approx(sum(door.load(one).privacy.epsilon or 0.0 for one in behind))
-    assert card["made"]["seed"] == 7
-    refused = ("synthesize", str(runs / "writer"), "--votes", str(folder), "--to", str(tmp_path / "no"), "--candidates")
-    for_others = command(*refused, str(to), "--rows", "5")
-    assert "--rows = 5: must be at most the 4 candidates on a ballot" in for_others.err
+    assert json.loads(outcome.out) == card
+    made = {key: card["made"][key] for key in ("seed", "shares", "candidates", "rows", "missing")}
+    assert made == {"seed": 7, "shares": "voted", "candidates": 4, "rows": 2, "missing": 0}
+    assert card["figures"]["public.jsonl"]["texts"] == 1
+    again = command(*choose, str(best), "--rows", "1", "--to", str(tmp_path / "one.jsonl"))
+    assert "card" in again.out, again.err
+    behind_it = json.loads((tmp_path / "one.jsonl.card.json").read_text())
+    assert [one["run"] for one in behind_it["runs"]] == ["writer", "liked", "liked", "shares"]
+    twice = door.load(folder).privacy.epsilon or 0.0
+    assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + twice)
+    refused = (*choose, str(to), "--to", str(tmp_path / "no"))
+    for options, said in (
+        (("--rows", "5"), "--rows = 5: must be at most the 4 candidates on a ballot"),
+        (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
+        (("--rows", "2", "--to", str(best)), "must be a new file"),
+        (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
+        (("--rows", "2", "--beside", TABLES), "one of it and data.train_file has all texts of the other"),
+        (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize or choose wrote it"),
+    ):
+        outcome = command(*refused, *options)
+        assert (outcome.code, (tmp_path / "no").exists()) == (2, False), options
+        assert said in outcome.err
     to.write_text(to.read_text().replace("seed 7", "private text"))
-    changed = command(*refused, str(to), "--rows", "2")
+    changed = command(*refused, "--rows", "2")
     assert changed.code == 2
-    assert "must be as fedtune synthesize wrote it with this RUN, with its card beside it" in changed.err
+    assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in changed.err
     assert "private text" not in changed.err
+
+
+@pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
+def test_votes_of_another_unit_are_refused(
+    words: tuple[str, ...], runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = door.load
+
+    def of_users(folder: Path) -> door.Run:
+        run = load(folder)
+        data = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
+        return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
+
+    monkeypatch.setattr(door, "load", of_users)  # which only --votes calls by this name
+    named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no"))
+    outcome = command(words[0], str(runs / "writer"), *words[1:], *named)
+    assert outcome.code == 2
+    assert "must be of privacy.unit=record, as RUN is" in outcome.err
+
+
+def test_the_runs_own_records_are_read_once(
+    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt = []
+    monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
+    (tmp_path / "public.jsonl").write_text('{"mr": "a green one", "ref": "said of it"}\n')
+    written(command, runs, tmp_path / "texts.jsonl", "--rows", "3", "--beside", str(tmp_path / "public.jsonl"))
+    assert len(dealt) == 1
 
 
 def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, command: Any, tmp_path: Path) -> None:
@@ -155,7 +207,6 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         (("--codes", "CODES", "--ballot", "TO"), "must be a new file"),
         (("--codes", TABLES), "must be a public list: all prompts of data.train_file stand in it"),
         (("--codes", "CODES", "--votes", "WRITER"), "must be a run of task votes, not of causal_lm"),
-        (("--candidates", "CODES"), "goes with --votes"),
         (("--codes", "CODES", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
         (("--codes", "CODES", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--codes", "CODES", "--pattern", "("), "must be a regular expression"),
