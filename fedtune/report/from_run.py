@@ -51,11 +51,12 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    return of_record(folder, record, own=by_site(record, [*released_in(folder), *site_reports]))
+    released = [read_site_report(path) for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
+    return derive(facts_of(folder, record, own=by_site(record, [*released, *site_reports])))
 
 
-def of_record(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> Report:
-    """The report of a run that may be under way.
+def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
+    """What the report of a run rests on, which may be under way.
 
     Args:
         folder: the run's, which says whether an attack on it was planned, and what came of it.
@@ -65,11 +66,6 @@ def of_record(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> 
     Raises:
         RunError: the findings of the attack are damaged, or of another run.
     """
-    return derive(facts_of(folder, record, own=own))
-
-
-def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """What a run's report rests on; arguments and errors as in `of_record`."""
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
     if audit is not None and audit.delta != plan.delta:
@@ -186,15 +182,6 @@ def read_site_report(path: Path) -> Report:
         raise ConfigError("site report", str(path), f"must be a readable file ({error.strerror})") from None
     except ConfigError as error:
         raise error.in_file(path) from None
-
-
-def released_in(folder: Path) -> tuple[Report, ...]:
-    """The reports that lie in a run folder.
-
-    Raises:
-        ConfigError: a file there is no report.
-    """
-    return tuple(read_site_report(path) for path in sorted(RunFolder(folder).site_reports.glob("*.json")))
 
 
 def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:

@@ -59,6 +59,7 @@ class UnfinishedReport:
         # These draw, which takes a while to import.
         from fedtune.federation.kept_round import rounds_in_all
         from fedtune.report import from_run
+        from fedtune.report.derive.derived import derive
         from fedtune.report.page.render import Unfinished, render
         from fedtune.report.record.run_record import read_run
 
@@ -71,6 +72,6 @@ class UnfinishedReport:
             written=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         # What sites released of their ledgers is joined when the run's own report is written.
-        report = from_run.of_record(self._folder, record, own={})
+        report = derive(from_run.facts_of(self._folder, record, own={}))
         html = render(report, language=self._config.report.language, unfinished=unfinished)
         write_durably(self._folder / "report.html", html.encode())

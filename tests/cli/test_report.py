@@ -22,6 +22,7 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_run, signing
+from fedtune.report.derive.derived import derive
 from fedtune.report.model import Report, Verdict
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.record.run_record import read_run
@@ -357,9 +358,8 @@ def test_a_report_of_another_run_is_found_in_a_folder(signed: Path, looser: Path
 
 def test_a_plan_that_the_settings_beside_it_do_not_give_is_found(signed: Path, key_file: Path, command: Any) -> None:
     record, key = read_run(signed.parent), SigningKey.load(key_file)
-    forged = from_run.of_record(
-        signed.parent, replace(record, plan=replace(record.plan, noise_multiplier=20.0)), own={}
-    )
+    record = replace(record, plan=replace(record.plan, noise_multiplier=20.0))
+    forged = derive(from_run.facts_of(signed.parent, record, own={}))
     signed.write_text(signing.to_text(signing.signed(forged, key)))
     outcome = command("report", "verify", str(signed), "--key", key.public)
     assert outcome.code == 1

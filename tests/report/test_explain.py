@@ -76,7 +76,6 @@ def test_the_examples_beside_the_table() -> None:
     # Epsilon 8 at delta 1e-6: the bound from the pair alone allows 99.97 % hits at 1 % false alarms, the curve 21 %.
     assert round(100 * profile.hit_rate_ceiling(8, 1e-6, false_alarms=0.01), 2) == 99.97
     assert round(100 * gaussian.gaussian_hit_rate(gaussian.gaussian_mu(8, 1e-6), false_alarms=0.01)) == 21
-    assert profile.expected_failures(1e-6, declared_size=100_000) == pytest.approx(0.1)
     epsilon, delta = profile.group(1, _DELTA, members=5)
     assert (epsilon, round(delta, 6)) == (5, 8.6e-5)
     epsilon, delta = profile.group(3, _DELTA, members=5)

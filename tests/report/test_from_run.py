@@ -73,18 +73,19 @@ def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(run_folder: Path) 
 
 
 def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = from_run.read_run(run_folder)
+    facts = from_run.facts_of(run_folder, from_run.read_run(run_folder), own={})
+    facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
     composed = []
 
-    def epsilon(spent: Any, delta: float, **rest: Any) -> float:
+    def epsilon(spent: Any, delta: float) -> float:
         composed.append(spent)
         return 0.1 * len(composed)
 
-    monkeypatch.setattr(run_figures.accountant, "epsilon_pld", epsilon)
-    plan = record.plan
-    shown = [run_figures._epsilon_after(plan, rounds, 5000) for rounds in range(1, 5001)]
-    assert len(composed) <= run_figures._MOST_FIGURES + 2
-    assert None not in shown
+    monkeypatch.setattr(run_figures.profile, "epsilon_pld", epsilon)
+    shown = [step.epsilon for step in run_figures._steps(facts, replace(facts.sites[0], rounds=5000), 5.0)]
+    assert run_figures._MOST_FIGURES / 2 < len(composed) <= run_figures._MOST_FIGURES
+    assert shown == sorted(shown)
+    assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
 
 
 def test_the_environment_is_the_runs_own_and_not_the_readers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

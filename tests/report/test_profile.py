@@ -45,7 +45,7 @@ def spent(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
 def test_a_gaussian_s_curve_is_known_exactly(sigma: float) -> None:
     spent, mu = [GaussianDpEvent(sigma)], 1 / sigma
-    for point in profile.curve(spent, (1e-3, 1e-5, 1e-8)):
+    for point in profile.curve(spent, 1e-5):
         # At the epsilon that is claimed, the mechanism really has no more than this delta; a bucket less, and it has.
         assert gaussian.gaussian_delta(mu, point.epsilon_pld) <= point.delta * (1 + 1e-9)
         if point.epsilon_pld > 0.01:
@@ -103,7 +103,7 @@ def test_no_simulated_attack_does_better() -> None:
 
 
 def test_the_curve_lies_below_each_of_its_points(spent: dict[DpEvent, int]) -> None:
-    for point in profile.curve(spent, profile.curve_deltas(1e-5)):
+    for point in profile.curve(spent, 1e-5):
         for alarms in _SHARES:
             rate = profile.hit_rate(spent, false_alarms=alarms)
             ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
@@ -124,8 +124,8 @@ def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, i
 
 
 def test_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
-    points = profile.curve(spent, (1e-8, 1e-3, 1e-5, 1e-5))
-    assert [point.delta for point in points] == [1e-3, 1e-5, 1e-8]
+    points = profile.curve(spent, 2e-5)
+    assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
     for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
         assert figures == sorted(figure for figure in figures if figure is not None)
 
@@ -142,9 +142,9 @@ def test_equal_histories_give_equal_digits() -> None:
     one = {**sampled(0.05, 1.5, 40), GaussianDpEvent(20.0): 4, **sampled(0.1, 2.0, 7)}
     other = [event for event, count in reversed(one.items()) for _ in range(count)]
     forget()
-    first = profile.meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(one, (1e-5,))
+    first = profile.meaning(one, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(one, 1e-5)
     forget()
-    assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, (1e-5,)))
+    assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, 1e-5))
 
 
 @pytest.mark.by_day("one Gaussian", "a run")
@@ -176,8 +176,7 @@ def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
     assert [one.ceiling for one in meant.posterior] == [1, 1, 1, 1]
     assert [(one.ceiling, one.mechanism) for one in meant.hit_rates] == [(1, None), (1, None)]
     assert meant.expected_failures is None
-    (point,) = profile.curve(spent, (1e-5,))
-    assert (point.epsilon_pld, point.epsilon_rdp) == (None, None)
+    assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.curve(spent, 1e-5)} == {(None, None)}
 
 
 def test_hardly_any_noise_is_bounded_all_the_same() -> None:
@@ -251,7 +250,7 @@ def test_twenty_settings_are_composed_once_for_each_purpose() -> None:
     spent = {PoissonSampledDpEvent(0.01 + number / 500, GaussianDpEvent(1 + number / 10)): 250 for number in range(20)}
     forget()
     profile.meaning(spent, epsilon=5.0, delta=1e-5, declared_size=1000)
-    profile.curve(spent, profile.curve_deltas(1e-5))
+    profile.curve(spent, 1e-5)
     # The composition is what takes time; each point of a curve is read off it.
     assert profile._pld.cache_info().misses <= 2
     assert profile._rdp.cache_info().misses == 1

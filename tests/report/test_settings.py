@@ -27,7 +27,7 @@ def config(run_folder: Path) -> RunConfig:
 def forged(folder: Path, **changes: Any) -> Report:
     """A report that agrees with itself, of a plan that the run did not have."""
     record = read_run(folder)
-    return from_run.of_record(folder, replace(record, plan=replace(record.plan, **changes)), own={})
+    return derive(from_run.facts_of(folder, replace(record, plan=replace(record.plan, **changes)), own={}))
 
 
 def places(report: Report, config: RunConfig) -> set[str]:

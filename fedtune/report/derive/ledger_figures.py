@@ -55,7 +55,7 @@ def report_of(facts: LedgerFacts) -> Report:
         spent=spent,
         meaning=None,
         mechanisms=ran,
-        curve=profile.curve(charged, profile.curve_deltas(delta)) if charged else (),
+        curve=profile.curve(charged, delta),
         steps=steps(facts, life),
         lifetime=life,
         verification=facts.verification,

@@ -240,11 +240,6 @@ def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
     return members * epsilon, min(1.0, delta * math.expm1(members * epsilon) / math.expm1(epsilon))
 
 
-def expected_failures(delta: float, *, declared_size: int) -> float:
-    """Of `declared_size` records, for how many something may come out that could not without them: a mean, at most."""
-    return delta * declared_size
-
-
 def strength_band(epsilon: float | None) -> str:
     """A word for the size of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator sets one."""
     if epsilon is None or math.isinf(epsilon):
@@ -302,17 +297,12 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
     return figures.epsilon_pld <= figures.epsilon_rdp + width * math.sqrt(figures.steps + figures.rounds)
 
 
-def curve(spent: Spent, deltas: Iterable[float]) -> tuple[CurvePoint, ...]:
-    """Epsilon at each delta, by both accountants, the largest delta first."""
+def curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
+    """Epsilon by both accountants at powers of ten and at a report's own delta, the largest first; () of nothing."""
     return tuple(
-        CurvePoint(delta=delta, epsilon_pld=epsilon_pld(spent, delta), epsilon_rdp=epsilon_rdp(spent, delta))
-        for delta in sorted(set(deltas), reverse=True)
+        CurvePoint(delta=one, epsilon_pld=epsilon_pld(spent, one), epsilon_rdp=epsilon_rdp(spent, one))
+        for one in (sorted({*DELTAS, delta}, reverse=True) if spent else ())
     )
-
-
-def curve_deltas(delta: float) -> tuple[float, ...]:
-    """The deltas of a report's curve: powers of ten, and the report's own."""
-    return tuple(sorted({*DELTAS, delta}, reverse=True))
 
 
 def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
@@ -368,28 +358,38 @@ def meaning(
         others: what it comes to where all other sites tell what they added, with its epsilon; None: it stays the same.
     """
     stated = unbounded(epsilon)
-    right = right_of_100_ceiling(stated, delta)
-    by_mechanism = _at_most(right_of_100(spent) if fixed else None, right)
+    right, by_mechanism = _right(spent if fixed else None, stated, delta)
     best = right if by_mechanism is None else by_mechanism
     for_several = partial(right_of_several, spent if fixed else None, best, epsilon=stated, delta=delta)
-    rates = ((share, hit_rate(spent, false_alarms=share) if fixed else None) for share in FALSE_ALARMS)
+    with_all_others = None
+    if others is not None:
+        told, of_told = others
+        bounds = _right(told if fixed and of_told is not None else None, unbounded(of_told), delta)
+        with_all_others = min(bound for bound in bounds if bound is not None)
     return Meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=by_mechanism,
         posterior=tuple(Posterior(prior=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
-        hit_rates=tuple(_hit_rate(stated, delta, false_alarms=alarms, mechanism=rate) for alarms, rate in rates),
-        expected_failures=(None if declared_size is None else expected_failures(delta, declared_size=declared_size)),
-        right_of_100_with_all_others=None if others is None else _right_with(*others, delta=delta, fixed=fixed),
+        hit_rates=tuple(_hit_rate(spent if fixed else None, stated, delta, false_alarms=one) for one in FALSE_ALARMS),
+        expected_failures=None if declared_size is None else delta * declared_size,
+        right_of_100_with_all_others=with_all_others,
         right_of_100_for_2=for_several(members=2),
         right_of_100_for_5=for_several(members=5),
     )
 
 
-def _right_with(told: Spent, epsilon: float | None, *, delta: float, fixed: bool) -> float:
-    """Right of 100 guesses: by the mechanism where it was fixed and bounded, else from its epsilon and `delta`."""
-    ceiling = right_of_100_ceiling(unbounded(epsilon), delta)
-    by_mechanism = right_of_100(told) if fixed and epsilon is not None else None
-    return ceiling if by_mechanism is None else min(by_mechanism, ceiling)
+def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, float | None]:
+    """Right of 100 guesses: from epsilon at `delta`, and by the mechanism that `spent` it; None: it was not fixed."""
+    ceiling, found = right_of_100_ceiling(epsilon, delta), None if spent is None else right_of_100(spent)
+    # Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one.
+    return ceiling, None if found is None else min(found, ceiling)
+
+
+def _hit_rate(spent: Spent | None, epsilon: float, delta: float, *, false_alarms: float) -> HitRate:
+    ceiling = hit_rate_ceiling(epsilon, delta, false_alarms=false_alarms)
+    found = None if spent is None else hit_rate(spent, false_alarms=false_alarms)
+    mechanism = None if found is None else min(found, ceiling)
+    return HitRate(false_alarms=false_alarms, ceiling=ceiling, mechanism=mechanism)
 
 
 def as_stated(part: Any) -> Any:
@@ -404,16 +404,6 @@ def as_stated(part: Any) -> Any:
     if part is None:
         return None
     return replace(part, **{key.name: as_stated(getattr(part, key.name)) for key in fields(part)})
-
-
-def _hit_rate(epsilon: float, delta: float, *, false_alarms: float, mechanism: float | None) -> HitRate:
-    ceiling = hit_rate_ceiling(epsilon, delta, false_alarms=false_alarms)
-    return HitRate(false_alarms=false_alarms, ceiling=ceiling, mechanism=_at_most(mechanism, ceiling))
-
-
-def _at_most(mechanism: float | None, ceiling: float) -> float | None:
-    """Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one."""
-    return None if mechanism is None else min(mechanism, ceiling)
 
 
 def _least(bound: Callable[[float], float]) -> float:

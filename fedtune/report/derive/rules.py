@@ -7,7 +7,7 @@ not to hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
@@ -180,7 +180,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     yield from _of_figures(sites, delta=facts.plan.delta, unit=facts.plan.unit)
     yield _receipts(facts, sites)
     if silent := [site.site for site in sites if site.spent and site.spent.upper_bound]:
-        yield "every_site_answered", "violated", _named(silent)
+        yield "every_site_answered", "violated", ", ".join(silent)
     if not facts.finished:
         yield "end_independent_of_releases", "assumed", facts.progress
     if kept := facts.kept:
@@ -194,9 +194,9 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     if said := [site for site in sites if site.source == "signed_site_report"]:
         disagree = [site.site for site in said if "site_report_disagrees" in site.verdict.reasons]
         status: _Status = "violated" if disagree else "verified"
-        yield "site_reports_agree", status, _named(disagree or [site.site for site in said])
+        yield "site_reports_agree", status, ", ".join(disagree or [site.site for site in said])
         # A lead may withhold a newer report; only the site knows.
-        yield "site_reports_are_newest", "assumed", _named(f"{site.site}: {site.reported}" for site in said)
+        yield "site_reports_are_newest", "assumed", ", ".join(f"{site.site}: {site.reported}" for site in said)
     if facts.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
@@ -206,7 +206,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
     said = [site.site for site in sites if site.source == "signed_site_report"]
     by_sites: tuple[_Status, str] = (
         "asserted" if len(said) == len(sites) else "assumed",
-        _named(said) or "the sites' fedtune",
+        ", ".join(said) or "the sites' fedtune",
     )
     program, private = f"fedtune {facts.provenance.fedtune_version}", facts.plan.private
     if not private:
@@ -219,7 +219,7 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
     if facts.sampling == "poisson" and sampled <= {"poisson"}:
         yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}; environment.json"
     elif sampled == {"poisson"}:
-        yield "poisson_sampling", "asserted", _named(said)
+        yield "poisson_sampling", "asserted", ", ".join(said)
     else:
         yield "poisson_sampling", "assumed", "the sites' fedtune"
     if facts.seeded_noise:
@@ -261,34 +261,34 @@ def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iter
     denied = [site for site, answer in said.items() if answer is False]
     silent = [site for site, answer in said.items() if answer is None]
     status: _Status = "violated" if denied else "assumed" if silent else "asserted"
-    yield "units_at_one_site_only", status, _named(denied or silent or said)
+    yield "units_at_one_site_only", status, ", ".join(denied or silent or said)
 
 
 def _receipts(facts: RunFacts, sites: Sequence[SiteReport]) -> _Found:
     """Whether the lead holds a signed receipt from every site that was charged."""
     code, sources = "receipts_signed", {site.source for site in sites}
     if doubtful := [site.site for site in facts.sites if not site.believed]:
-        return code, "violated", _named(doubtful)
+        return code, "violated", ", ".join(doubtful)
     if "run_record" in sources:
         return code, "assumed", "run.json"
     if without := [one.site for one in sites if one.source == "not_released" and one.spent and one.spent.rounds]:
-        return code, "assumed", _named(without)
-    return code, "verified", _named(f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None)
+        return code, "assumed", ", ".join(without)
+    return code, "verified", ", ".join(f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None)
 
 
 def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
-    noise: tuple[_Status, str] = ("violated", _named(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
+    noise: tuple[_Status, str] = ("violated", ", ".join(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
     yield "noise_in_every_step", *noise
     yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}"
     if life and life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
-        yield "unpredictable_randomness", "violated", _named(seeded)
+        yield "unpredictable_randomness", "violated", ", ".join(seeded)
     elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
         yield "unpredictable_randomness", "ensured", f"{program}: {_UNPREDICTABLE}"
     if without:
-        yield "clipping_exact", "violated", _named(without)
+        yield "clipping_exact", "violated", ", ".join(without)
     elif facts.inexact_gradients:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
@@ -314,19 +314,15 @@ def _of_file(facts: LedgerFacts, found: Verification | None, *, in_doubt: bool) 
 
 def _of_history(facts: LedgerFacts, life: Lifetime) -> Iterator[_Found]:
     yield "order_fixed_beforehand", "verified", f"1: {life.order:g}"
-    caps = _named(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in life.caps)
+    caps = ", ".join(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in life.caps)
     yield "cap_never_raised", "violated" if life.cap_raised else "verified", caps
     if len(life.runs) > 1:
         yield "runs_fixed_beforehand", "assumed", "PLD, RDP"
     if early := [run for run in life.runs if 0 < run.rounds < run.most_rounds]:
-        parts = _named(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MOST_NAMED])
+        parts = ", ".join(f"{run.run}: {run.rounds} / {run.most_rounds}" for run in early[:_MOST_NAMED])
         yield "ends_independent_of_releases", "assumed", parts + (", …" if len(early) > _MOST_NAMED else "")
     if facts.policy_noted is not None:
         yield "policy_noted", "verified" if facts.policy_noted else "violated", facts.policy_digest
     if life.restored:
-        entries = _named(str(entry.entry) for entry in facts.charges if not entry.run)
+        entries = ", ".join(str(entry.entry) for entry in facts.charges if not entry.run)
         yield "lost_events_made_up_for", "verified", entries
-
-
-def _named(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from dp_accounting import GaussianDpEvent
 
@@ -14,13 +13,10 @@ from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.privacy import accountant
-from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import audit_bounds, profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
 from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility
-from fedtune.runs.results import charged_epsilons
-from fedtune.words import finite
+from fedtune.words import finite, unbounded
 
 _MOST_FIGURES = 64
 """Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
@@ -97,8 +93,8 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         ),
         meaning=None,
         mechanisms=rows,
-        curve=profile.curve(charged, profile.curve_deltas(plan.delta)) if charged else (),
-        steps=tuple(_steps(facts, site)),
+        curve=profile.curve(charged, plan.delta),
+        steps=tuple(_steps(facts, site, by_pld)),
         lifetime=statement.lifetime if statement else None,
         verification=statement.verification if statement else None,
         releases=statement.releases if statement else tuple(_releases(facts, site)),
@@ -167,33 +163,23 @@ def epsilon_by_round(sites: Iterable[SiteReport]) -> Mapping[int, float | None]:
     return {number: profile.largest(values) for number, values in worst.items()}
 
 
-def _steps(facts: RunFacts, site: SiteFacts) -> Iterator[Step]:
-    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site."""
-    later = sum(result.has_update_of(site.site) for result in facts.rounds)
+def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:
+    """Epsilon after each round: at most all that was charged, but for one round for each later update of the site.
+
+    Args:
+        facts: of the run.
+        site: whose rounds they are.
+        final: its epsilon at the end; those before are on the coarse grid, and none is larger.
+    """
+    plan, later = facts.plan_of(site), sum(result.has_update_of(site.site) for result in facts.rounds)
+    every, epsilons = math.ceil(site.rounds / _MOST_FIGURES) or 1, {site.rounds: final}
     for result in facts.rounds:
         later -= result.has_update_of(site.site)
-        so_far = max(0, site.rounds - later)
-        yield Step(
-            run=facts.run,
-            round=result.round,
-            time=result.ended or None,
-            epsilon=_epsilon_after(facts.plan_of(site), so_far, site.rounds),
-        )
-
-
-def _epsilon_after(plan: Plan, rounds: int, charged: int) -> float | None:
-    every = math.ceil(charged / _MOST_FIGURES) or 1
-    shown = min(charged, math.ceil(rounds / every) * every)
-    final = charged_epsilons(plan, charged)[0]
-    return finite(final if shown == charged else min(final, _coarse_epsilon(plan, shown)))
-
-
-@lru_cache(maxsize=256)
-def _coarse_epsilon(plan: Plan, rounds: int) -> float:
-    """Never less than on the fine grid, and several times faster."""
-    if rounds == 0:
-        return 0.0
-    return accountant.epsilon_pld([plan.event(rounds=rounds)], plan.delta, interval=accountant.COARSE)
+        shown = min(site.rounds, math.ceil(max(0, site.rounds - later) / every) * every)
+        if shown not in epsilons:
+            found = profile.epsilon_pld(profile.charged_events(plan, shown), plan.delta)
+            epsilons[shown] = finite(min(unbounded(final), unbounded(found)))
+        yield Step(run=facts.run, round=result.round, time=result.ended or None, epsilon=epsilons[shown])
 
 
 def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:

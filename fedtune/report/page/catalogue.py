@@ -99,10 +99,6 @@ class Catalogue:
             return self.texts["word"]["unbounded"]
         return self._number(value, kind)
 
-    def on_axis(self, value: float) -> str:
-        """A tick of a chart."""
-        return self.figure(float(f"{value:.12g}"), "number")
-
     def digits(self, text: str) -> str:
         """A number that is written already, with this language's marks and every digit that it has."""
         value = Decimal(text)

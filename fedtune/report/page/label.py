@@ -57,7 +57,9 @@ def as_svg(report: Report, *, language: str) -> str:
     """The label as SVG that loads nothing; equal reports give equal labels."""
     words = Words(report, catalogue(language))
     title = words.text("label.title", name=_shown(report.name, _NAME_LETTERS))
-    return _svg(list(_marks(words)), title=title, language=language)
+    # From its back to its front.
+    marks = [_box(0, 0, _WIDTH, _HEIGHT, _PAPER), *_head(words), *_promise(words), *_facts(words), *_foot(words)]
+    return _svg(marks, title=title, language=language)
 
 
 def as_svg_of_own(site: str, run: str) -> str:
@@ -94,15 +96,6 @@ def _drawn(mark: _Mark) -> str:
     anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
     place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
     return f"<text {place}{family}{anchor}>{escape(mark.text)}</text>"
-
-
-def _marks(words: Words) -> Iterator[_Mark]:
-    """Everything on the label, from its back to its front."""
-    yield _box(0, 0, _WIDTH, _HEIGHT, _PAPER)
-    yield from _head(words)
-    yield from _promise(words)
-    yield from _facts(words)
-    yield from _foot(words)
 
 
 def _head(words: Words) -> Iterator[_Mark]:

@@ -47,15 +47,13 @@ class Words:
     @property
     def worst(self) -> str | None:
         """Pointer to the site that the headline's epsilon is of; None: no site released a figure."""
-        spent = [place for place in range(len(self.report.sites)) if self.report.sites[place].spent is not None]
-        epsilons = {place: self.at(f"/sites/{place}/spent/epsilon") for place in spent}
-        if not spent:
-            return None
         # Of several, one that signed for as much: then the figure is no upper bound.
-        place = max(
-            spent, key=lambda place: (unbounded(epsilons[place]), not self.at(f"/sites/{place}/spent/upper_bound"))
-        )
-        return f"/sites/{place}"
+        found = [
+            (unbounded(site.spent.epsilon), not site.spent.upper_bound, -place)
+            for place, site in enumerate(self.report.sites)
+            if site.spent is not None
+        ]
+        return f"/sites/{-max(found)[-1]}" if found else None
 
     @property
     def promises(self) -> bool:

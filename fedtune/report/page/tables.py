@@ -171,16 +171,16 @@ class Tables:
         most: int = MOST_ROWS,
     ) -> Table:
         """A table of the rows at these pointers; of more than `most` the last ones, or the first."""
-        shown = rows[-most:] if last else rows[:most]
+        shown, text = rows[-most:] if last else rows[:most], self._words.text
         return Table(
             caption=caption,
-            columns=tuple((self._heading(column), column.is_figure) for column in columns),
+            columns=tuple(
+                (Markup("{}").format(one.heading) if one.is_named else text(one.heading), one.is_figure)
+                for one in columns
+            ),
             rows=tuple(tuple(self.cell(row, column) for column in columns) for row in shown),
             all=len(rows),
         )
-
-    def _heading(self, column: Column) -> Markup:
-        return Markup("{}").format(column.heading) if column.is_named else self._words.text(column.heading)
 
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
         """The table with a name, and perhaps more columns."""
@@ -466,7 +466,8 @@ class Charts:
             why = (seen or self._words.text("chart.same")) if panel.series else self._words.text(f"chart.{code}_none")
             return Chart(code=code, seen=why, svg=None, table=table)
         named = self._said(code), self._said(f"{code}_desc")
-        svg = chart(code, [panel], named=named, number=self._words.catalogue.on_axis)
+        figure = self._words.catalogue.figure
+        svg = chart(code, [panel], named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return Chart(code=code, seen=seen or self._words.text(f"chart.{code}"), svg=svg, table=table)
 
 
