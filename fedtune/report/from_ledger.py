@@ -90,6 +90,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
     """
     history, budget, now = record.history, record.in_force.budget, now or record.now
     policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
+    found = record.verified
     # A simulation notes that it is one, whatever the file says.
     own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
     run_caps, loosened = _limits(record.events)
@@ -140,7 +141,17 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
         inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
         policy_noted=None if own is None else own.to_json() == record.policy.to_json(),
         policy_digest=own.digest() if own else "",
-        verification=_verification(record),
+        verification=None
+        if found is None
+        else Verification(
+            num_events=len(found.events),
+            head=found.history.hash,
+            site_key=found.site_key,
+            key_expected=found.key_expected,
+            # An anchor shows that no event is missing, or none up to its own.
+            rollback_excluded=(found.anchor_sequence or 0) >= len(found.events),
+            anchor_sequence=found.anchor_sequence,
+        ),
         problem=record.problem,
         releases=releases(record.events, history),
         # Nobody stands behind a simulated site who could state anything, whatever its policy says.
@@ -167,20 +178,6 @@ def _provenance(record: LedgerRecord) -> Provenance:
         python=None,
         machine=None,
         purpose=record.policy_file.about.purpose if record.policy_file else None,
-    )
-
-
-def _verification(record: LedgerRecord) -> Verification | None:
-    found = record.verified
-    if found is None:
-        return None
-    return Verification(
-        num_events=len(found.events),
-        head=found.history.hash,
-        site_key=found.site_key,
-        key_expected=found.key_expected,
-        rollback_excluded=record.anchored_to_the_end,
-        anchor_sequence=found.anchor_sequence,
     )
 
 

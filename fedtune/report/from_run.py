@@ -16,6 +16,7 @@ from typing import Any
 from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
+from fedtune.report.checks import read_report
 from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
 from fedtune.report.derive.derived import derive
@@ -51,7 +52,7 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    released = [read_site_report(path) for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
+    released = [read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
     return derive(facts_of(folder, record, own=by_site(record, [*released, *site_reports])))
 
 
@@ -168,20 +169,6 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
             asserted=own.asserted,
         ),
     )
-
-
-def read_site_report(path: Path) -> Report:
-    """The report in the file `path`; who signed it is checked when it is joined.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds no report.
-    """
-    try:
-        return signing.read(path.read_bytes())
-    except OSError as error:
-        raise ConfigError("site report", str(path), f"must be a readable file ({error.strerror})") from None
-    except ConfigError as error:
-        raise error.in_file(path) from None
 
 
 def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report]:

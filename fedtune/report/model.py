@@ -18,18 +18,20 @@ from fedtune.federation.drift import Fall, HeldOut
 from fedtune.federation.kept_round import Kept
 from fedtune.federation.lead import Scores
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
-from fedtune.privacy.events import Charge as Charge
+from fedtune.privacy.events import Charge
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
-from fedtune.report.facts import Approved as Approved
-from fedtune.report.facts import Cap as Cap
-from fedtune.report.facts import LedgerFacts, Release, RunFacts, Source
-from fedtune.report.facts import Lifetime as Lifetime
-from fedtune.report.facts import LifetimeRun as LifetimeRun
-from fedtune.report.facts import Provenance as Provenance
-from fedtune.report.facts import StartAdapter as StartAdapter
-from fedtune.report.facts import Verdict as Verdict
-from fedtune.report.facts import Verification as Verification
+from fedtune.report.facts import (
+    Approved,
+    LedgerFacts,
+    Lifetime,
+    Provenance,
+    Release,
+    RunFacts,
+    Source,
+    Verdict,
+    Verification,
+)
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail

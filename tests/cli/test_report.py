@@ -23,7 +23,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_run, signing
 from fedtune.report.derive.derived import derive
-from fedtune.report.model import Report, Verdict
+from fedtune.report.facts import Verdict
+from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.record.run_record import read_run
 

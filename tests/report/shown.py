@@ -15,8 +15,8 @@ from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells, rules
 from fedtune.report.derive.derived import derive
-from fedtune.report.facts import LedgerFacts, RunFacts
-from fedtune.report.model import Assumption, Cap, Release, Report, SiteReport, Spent, Step, Verdict
+from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
+from fedtune.report.model import Assumption, Report, SiteReport, Spent, Step
 from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.show.budget_text import Arrivals

@@ -13,7 +13,8 @@ import fedtune.report
 from fedtune.federation.drift import FELL
 from fedtune.privacy.release import Reason
 from fedtune.report.derive import cells, rules, verdicts
-from fedtune.report.model import Assumption, Cell, Report, SiteReport, Verdict
+from fedtune.report.facts import Verdict
+from fedtune.report.model import Assumption, Cell, Report, SiteReport
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.tables import Column, data
 from fedtune.runs import results

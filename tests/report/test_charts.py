@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.report.model import Cap, Report
+from fedtune.report.facts import Cap
+from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
 from fedtune.report.page.tables import Chart, Charts, Tables

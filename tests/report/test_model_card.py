@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.report.derive.derived import derive
+from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import spent_on_start
-from fedtune.report.model import Report, StartAdapter
+from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text, write_card
 from fedtune.report.page.label import as_svg
 from fedtune.report.record.run_record import RunRecord, read_run

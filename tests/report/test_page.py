@@ -18,7 +18,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.derive import profile
 from fedtune.report.derive.verdicts import room_of
-from fedtune.report.model import Report, Verdict, to_json
+from fedtune.report.facts import Verdict
+from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.label import as_svg

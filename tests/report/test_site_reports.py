@@ -18,7 +18,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import checks
 from fedtune.report.derive.derived import derive
-from fedtune.report.from_run import read_site_report
 from fedtune.report.model import Report
 from fedtune.report.page import render
 from fedtune.report.rederive import problems
@@ -111,7 +110,6 @@ def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
     report = from_run.build(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
     assert from_run.build(folder / "second", site_reports=[own]) == report, "the same one twice is one"
-    assert read_site_report(folder / "second" / "site_reports" / "site-2.json") == own
 
 
 def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None:
@@ -351,5 +349,3 @@ def test_a_file_that_is_no_report_is_named(folder: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"site-1\.json"):
         from_run.build(folder / "second")
-    with pytest.raises(ConfigError, match="must be a readable file"):
-        read_site_report(folder / "none.json")

@@ -166,6 +166,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
     right = by_mechanism if None not in by_mechanism else [meaning.right_of_100_ceiling for meaning in meanings]
+    mechanism = "not_computed" if None in by_mechanism else _of_100(by_mechanism)
     bound = _of_100(right) if promised else "100"
     ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
@@ -177,7 +178,7 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "delta": f"{delta:g}",
         "expected_failures": _number(max(failures, default=None)),
         "right_of_100_ceiling": ceiling,
-        "right_of_100_mechanism": _by_mechanism(by_mechanism) if promised else None,
+        "right_of_100_mechanism": mechanism if promised else None,
         "singling_out_bound": bound,
         "linkability_bound": bound,
         "sampling_run": _listed(sorted(mechanisms)),
@@ -190,10 +191,6 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
 def _scores(metrics: Scores) -> str | None:
     shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
     return _listed(f"{name} {score_text(value)}" for name, value in shown)
-
-
-def _by_mechanism(values: Sequence[float | None]) -> str | None:
-    return "not_computed" if None in values else _of_100(values)
 
 
 def _of_100(values: Iterable[float | None]) -> str | None:

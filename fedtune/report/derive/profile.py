@@ -88,21 +88,6 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_fact
     )
 
 
-def _by_settings(row: Mechanism, *, colluders: int | None = None) -> Mapping[DpEvent, int]:
-    """The charges that a run's settings come to; of a secure sum, as if so many sites colluded.
-
-    None: as many as it was charged for.
-    """
-    noise = row.noise_multiplier
-    if row.shared is not None and colluders is not None:
-        noise = row.shared.noise_against(colluders)
-    steps = row.local_steps * row.rounds
-    charged = [events.dp_sgd(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
-    if row.metrics_noise_multiplier > 0:
-        charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
-    return events.grouped(charged)
-
-
 def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
     """The mechanisms that a report names, counted.
 
@@ -120,8 +105,15 @@ def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Coun
     """What the charges come to where so many sites tell what they added; None: as many as each run was charged for."""
     total: Counter[DpEvent] = Counter()
     for row in rows:
-        # Of a lost run nothing is known but its charges.
-        total.update(_by_settings(row, colluders=colluders) if row.shared else charges_of(row.charges))
+        if row.shared is None:  # of a lost run nothing is known but its charges
+            total.update(charges_of(row.charges))
+            continue
+        noise = row.noise_multiplier if colluders is None else row.shared.noise_against(colluders)
+        steps = row.local_steps * row.rounds
+        charged = [events.dp_sgd(sampling_rate=row.sampling_rate, noise_multiplier=noise, steps=steps)]
+        if row.metrics_noise_multiplier > 0:
+            charged.append(SelfComposedDpEvent(GaussianDpEvent(row.metrics_noise_multiplier), row.rounds))
+        total.update(events.grouped(charged))
     return total
 
 
@@ -172,7 +164,7 @@ def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> fl
         false_alarms: share of the records that were not used which the attack takes for used ones.
     """
     other_way = 1 - (1 - delta - false_alarms) * _inverse_exponential(epsilon)
-    return max(false_alarms, min(_exponential(epsilon) * false_alarms + delta, other_way, 1.0))
+    return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
 
 
 def right_of_100_ceiling(epsilon: float, delta: float) -> float:
@@ -252,10 +244,6 @@ def band_limits(code: str) -> tuple[float, float]:
     edges = [0.0, *(most for most, _ in _TIERS), math.inf]
     place = [code for _, code in _TIERS].index(code) if code != "weak" else len(_TIERS)
     return edges[place], edges[place + 1]
-
-
-def _exponential(epsilon: float) -> float:
-    return math.inf if epsilon > _LARGEST_EXPONENT else math.exp(epsilon)
 
 
 def _inverse_exponential(epsilon: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
@@ -66,7 +66,7 @@ class Catalogue:
         """The words for a code of the report; one that is not known, of a later version, stays as it is written."""
         return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
 
-    def listed(self, section: str, codes: list[str]) -> Markup:
+    def listed(self, section: str, codes: Sequence[str]) -> Markup:
         """Several codes as one phrase: a, b and c."""
         words = [self.code(section, code) for code in codes]
         if len(words) < 2:

@@ -1,6 +1,6 @@
 """A report on one screen, for a model card, a slide or a web page, as SVG.
 
-What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of areas
+What it says stands in report.json, whose SHA-256 it names, in the report's own words.  A drawing is a list of boxes
 and texts in units of 1200 x 675.
 """
 
@@ -42,15 +42,18 @@ class _Text:
     anchor: str = "start"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Area:
-    """A filled polygon."""
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A filled rectangle."""
 
-    points: tuple[tuple[float, float], ...]
+    x: float
+    y: float
+    width: float
+    height: float
     fill: str
 
 
-_Mark = _Text | _Area
+_Mark = _Text | _Box
 
 
 def as_svg(report: Report, *, language: str) -> str:
@@ -58,7 +61,7 @@ def as_svg(report: Report, *, language: str) -> str:
     words = Words(report, catalogue(language))
     title = words.text("label.title", name=_shown(report.name, _NAME_LETTERS))
     # From its back to its front.
-    marks = [_box(0, 0, _WIDTH, _HEIGHT, _PAPER), *_head(words), *_promise(words), *_facts(words), *_foot(words)]
+    marks = [_Box(0, 0, _WIDTH, _HEIGHT, _PAPER), *_head(words), *_promise(words), *_facts(words), *_foot(words)]
     return _svg(marks, title=title, language=language)
 
 
@@ -70,7 +73,7 @@ def as_svg_of_own(site: str, run: str) -> str:
         "privacy protects those records here: whoever holds it may learn about them. It stays at that site, and no run "
         "begins in it. Records of other sites are protected as the run's own label says."
     )
-    marks: list[_Mark] = [_box(0, 0, _WIDTH, _HEIGHT, _PAPER), _box(0, 0, _WIDTH, 104, _RED)]
+    marks: list[_Mark] = [_Box(0, 0, _WIDTH, _HEIGHT, _PAPER), _Box(0, 0, _WIDTH, 104, _RED)]
     marks += [_Text(x=_MARGIN, y=40, text="PRIVACY LABEL OF A SITE'S OWN ADAPTER", size=19, fill=_PAPER)]
     marks += [_Text(x=_MARGIN, y=80, text=head, size=34, fill=_PAPER, font="bold")]
     for text, y, size, font in ((f"Private to {name}: no guarantee", 200, 36, "bold"), (about, 330, 26, "plain")):
@@ -90,8 +93,9 @@ def _svg(marks: Sequence[_Mark], *, title: Markup, language: str) -> str:
 
 
 def _drawn(mark: _Mark) -> str:
-    if isinstance(mark, _Area):
-        return f'<path d="M{"L".join(f"{x:g} {y:g}" for x, y in mark.points)}z" fill="{mark.fill}"/>'
+    if isinstance(mark, _Box):
+        size = f'width="{mark.width:g}" height="{mark.height:g}"'
+        return f'<rect x="{mark.x:g}" y="{mark.y:g}" {size} fill="{mark.fill}"/>'
     family = f' font-family="{_MONO}"' if mark.font == "mono" else ' font-weight="700"' if mark.font == "bold" else ""
     anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
     place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
@@ -100,7 +104,7 @@ def _drawn(mark: _Mark) -> str:
 
 def _head(words: Words) -> Iterator[_Mark]:
     report, text = words.report, words.text
-    yield _box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
+    yield _Box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
     yield _Text(x=_MARGIN, y=40, text=_plain(text("label.heading")), size=19, fill=_PAPER)
     yield _Text(x=_MARGIN, y=80, text=_shown(report.name, _NAME_LETTERS), size=34, fill=_PAPER, font="bold")
     lines = _wrapped(_plain(PageOne(words).heading()), 21, 440, font="bold")
@@ -108,7 +112,7 @@ def _head(words: Words) -> Iterator[_Mark]:
         y = 80 - 27 * (len(lines) - 1 - line)
         yield _Text(x=_WIDTH - _MARGIN, y=y, text=said, size=21, fill=_PAPER, font="bold", anchor="end")
     if report.banners:
-        yield _box(0, 104, _WIDTH, 42, "#f7e3dc")
+        yield _Box(0, 104, _WIDTH, 42, "#f7e3dc")
     size = 17 if len(report.banners) == 1 else 13
     for line, code in enumerate(report.banners):
         y = 131 if len(report.banners) == 1 else 121 + 18 * line
@@ -150,7 +154,7 @@ def _facts(words: Words) -> Iterator[_Mark]:
     y, rows = 172.0, list(_rows(words))
     for number, (name, value) in enumerate(rows):
         if number:
-            yield _box(_RIGHT, y - 27, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
+            yield _Box(_RIGHT, y - 27, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
         yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
         lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
         for place, line in enumerate(lines):
@@ -181,7 +185,7 @@ def _rows(words: Words) -> Iterator[tuple[str, str]]:
 
 def _foot(words: Words) -> Iterator[_Mark]:
     report, top = words.report, 556.0
-    yield _box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
+    yield _Box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
     yield _Text(x=_MARGIN, y=top, text=_plain(words.text("limits.heading")), size=18, font="bold")
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
@@ -191,10 +195,6 @@ def _foot(words: Words) -> Iterator[_Mark]:
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
     yield _Text(x=_MARGIN, y=_HEIGHT - 16, text=_plain(words.text("label.check")), size=15, fill=_SOFT)
     yield _Text(x=_WIDTH - _MARGIN, y=_HEIGHT - 16, text=digest, size=15, font="mono", anchor="end")
-
-
-def _box(x: float, y: float, width: float, height: float, fill: str) -> _Area:
-    return _Area(points=((x, y), (x + width, y), (x + width, y + height), (x, y + height)), fill=fill)
 
 
 def _lines(

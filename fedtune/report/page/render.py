@@ -391,7 +391,7 @@ class Fields:
         """The fields of a group, in the report's order."""
         found: dict[str, Field] = {}
         for place, cell in enumerate(self._words.report.cells):
-            if _group(cell.code) == group:
+            if group == next((other for prefix, other in _GROUPS if cell.code.startswith(prefix)), "impact"):
                 # Of two bounds on one figure the page names the better one, here as on page 1.
                 by_method = _NUMBER.fullmatch(cell.facts.get("right_of_100_mechanism", ""))
                 shown = [key for key in cell.facts if key != "right_of_100_ceiling" or not by_method]
@@ -426,7 +426,3 @@ class Fields:
 
     def _number(self, found: re.Match[str]) -> str:
         return self._words.catalogue.digits(found.group())
-
-
-def _group(code: str) -> Group:
-    return next((group for prefix, group in _GROUPS if code.startswith(prefix)), "impact")

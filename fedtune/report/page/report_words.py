@@ -35,6 +35,7 @@ class Words:
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
         self.report = report
         self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
+        self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)["derived"]  # pointers on a page begin there
         self.sites = [f"/sites/{place}" for place in sorted(range(len(report.sites)), key=self._favour)]
         """Pointers to the sites, the least favourable result first."""
@@ -127,18 +128,6 @@ class Words:
         """The cohorts of a ledger that a chart has room for, the newest that spent anything, and their periods."""
         spent = [place for place, one in enumerate(self.cohorts) if one.epsilon != 0][-MOST_LINES:]
         return {place: self.cohorts[place].people.dates for place in spent}
-
-    def text(self, key: str, **values: object) -> Markup:
-        """A text of the catalogue."""
-        return self.catalogue.text(key, **values)
-
-    def code(self, section: str, code: str) -> Markup:
-        """The words for a code."""
-        return self.catalogue.code(section, code)
-
-    def listed(self, section: str, codes: Sequence[str]) -> Markup:
-        """The words for several codes."""
-        return self.catalogue.listed(section, list(codes))
 
     def figure(self, pointer: str, kind: str) -> Markup:
         """The figure at a pointer, told apart from text and tied to its place in report.json."""

@@ -204,8 +204,15 @@ class Tables:
 
     def _together(self, table: Table, *, named: bool) -> Table:
         """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
-        rows = tuple((self._called(group, named=named), *group[0][1:]) for group in _alike(table.rows))
-        return replace(table, rows=rows[:MOST_ROWS], all=len(rows))
+        rows, count = [], Markup('<span class="rows">{}</span>').format
+        for group in _alike(table.rows):
+            name, others = group[0][0], [row[0] for row in group[1:]]
+            if named:
+                name = Markup(", ").join([name, *(other.striptags() for other in others)])
+            elif others:
+                name = self._words.text("budget.alike", name=name, others=count(len(others)))
+            rows.append((name, *group[0][1:]))
+        return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
     def _rows(self, of: str) -> list[str]:
         if of.startswith("/"):
@@ -232,13 +239,6 @@ class Tables:
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         caption = self._words.text("budget.heading")
         return self.table(caption, used, self._words.sites, last=False, most=PAGE_ONE_SITES)
-
-    def _called(self, alike: Sequence[tuple[Markup, ...]], *, named: bool) -> Markup:
-        """What a line of sites that are alike is called."""
-        name, others = alike[0][0], len(alike) - 1
-        if named or not others:
-            return Markup(", ").join([name, *(row[0].striptags() for row in alike[1:])])
-        return self._words.text("budget.alike", name=name, others=Markup('<span class="rows">{}</span>').format(others))
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""

@@ -78,12 +78,6 @@ class LedgerRecord:
         return any(policy.get("simulated") for policy in policies)
 
     @property
-    def anchored_to_the_end(self) -> bool:
-        """Whether an anchor shows that no event is missing, and not only none up to the anchor's."""
-        found = self.verified
-        return found is not None and (found.anchor_sequence or 0) >= len(found.events)
-
-    @property
     def now(self) -> datetime:
         """The time of the newest event: a ledger's figures are as of then, whenever they are read."""
         assert self.history.last_time is not None, "a ledger has events"

@@ -141,7 +141,7 @@ class RunRecord:
             return f"{self.config.name}-{self.config_sha256[:32]}"
         model = self.config.model
         sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
-        if not self.config_unchanged or sha256 is None:
+        if self.config.digest() != self.config_sha256 or sha256 is None:
             return None
         # The noise that was calibrated then, so that it is not searched for again.
         noise = self.plan.noise_multiplier if self.plan.private else self.config.privacy.noise_multiplier
@@ -161,11 +161,6 @@ class RunRecord:
     def seeded(self) -> bool:
         """Whether its noise came from a seed."""
         return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
-
-    @property
-    def config_unchanged(self) -> bool:
-        """Whether `config.yaml` is the one that the run had."""
-        return self.config.digest() == self.config_sha256
 
     def noise_factor(self, site: str) -> float:
         """By which a site multiplied the plan's noise, by its own word; without that 1, with which epsilon is largest.
