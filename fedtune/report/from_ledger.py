@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -36,7 +35,7 @@ from fedtune.report.record.ledger_record import LedgerRecord, read_ledger
 from fedtune.words import finite, unbounded
 
 MOST_STEPS = 400
-"""Charges that a report shows by themselves: rounds of the newest runs, and one for each run before those."""
+"""Charged rounds that a report shows by themselves; of more it shows one charge for each run and month."""
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
@@ -85,7 +84,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
 
     Args:
         record: of the ledger.
-        most: charges that are told by themselves; 0: one for each run, and for each backup put back.
+        most: charged rounds that are told by themselves, as in `charges`.
         now: as of when; None: its newest event.
     """
     history, budget, now = record.history, record.in_force.budget, now or record.now
@@ -224,18 +223,18 @@ def day_of(time: str) -> str:
 
 
 def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
-    """What was charged, in order; rounds of the newest runs alone, those of one run in a row together.
+    """What was charged, in order: by round, or of more than `most` rounds those of one run and month together.
 
     Args:
         events: of the ledger.
         history: what they add up to.
-        most: charges that are told by themselves; 0: one for each run, and for each backup put back.
+        most: rounds that are told by themselves.
     """
-    alone = _newest_runs([event.run for event in events if _charges(event)], most)
+    by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
         day = day_of(event.time)
-        if event.kind is Kind.RESERVE and event.run in alone:
+        if event.kind is Kind.RESERVE and by_round:
             made.append(ChargedRounds(run=event.run, rounds=1, round=event.round, day=day))
         elif event.kind is Kind.RESERVE:
             rounds, last = 1, made[-1] if made else None
@@ -243,7 +242,7 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
             if last and last.run == event.run and last.day[:7] == day[:7]:
                 rounds += made.pop().rounds
             made.append(ChargedRounds(run=event.run, rounds=rounds, round=None, day=day))
-        elif _charges(event):
+        elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
             back = next(restored)
             lost = tuple(Charge(event=charged, count=count) for charged, count in back.gap)
             made.append(
@@ -259,22 +258,6 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
                 )
             )
     return tuple(made)
-
-
-def _charges(event: Event) -> bool:
-    return event.kind is Kind.RESERVE or (event.kind is Kind.NOTE and event.detail["what"] == "restored")
-
-
-def _newest_runs(charged: Sequence[str], most: int) -> set[str]:
-    """The runs, newest first, whose rounds all fit beside one charge for each other run; `charged` names them."""
-    count, newest_first = Counter(charged), list(dict.fromkeys(reversed(charged)))
-    room, chosen = most - len(newest_first), set[str]()
-    for run in newest_first:
-        room -= count[run] - 1
-        if room < 0:
-            break
-        chosen.add(run)
-    return chosen
 
 
 def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:

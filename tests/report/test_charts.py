@@ -85,7 +85,7 @@ def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
 def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
     last, said = site.steps[-1], catalogue(language).texts["chart"]
-    for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_run_or_round")):
+    for rounds, axis in (([1, 2, 3], "axis_charged"), ([None, None], "axis_run"), ([None, 1, 2], "axis_charged")):
         steps = tuple(
             replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
         )

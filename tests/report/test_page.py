@@ -329,7 +329,7 @@ def test_a_limit_that_says_nothing_is_no_figure(a_ledger_report: Make, language:
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
 def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report: Make, language: str) -> None:
     """The bounds are those that the word was chosen by."""
-    least, most = profile.band_limits(code)
+    least, most = profile.BANDS[code]
     assert profile.strength_band(math.nextafter(least, math.inf)) == code
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))
     report = replace(a_report(), epsilon=min(most, 11.0))

@@ -44,7 +44,8 @@ PRIORS = (0.5, 0.1, 0.01, 0.001)
 FALSE_ALARMS = (0.01, 0.001)
 """Shares of false alarms in the reports' tables."""
 TIERS_SOURCE = "arXiv 2303.00654"
-_TIERS = ((1.0, "strong"), (10.0, "reasonable"))
+BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}
+"""Word for a strength -> above which epsilon it stands, and up to which."""
 _INTERVAL_OF_SEVERAL = 0.02
 """Width of the buckets for several records.  They only ever raise the figure, by less than 0.2 of 100 guesses; finer
 ones take ten times as long."""
@@ -236,14 +237,7 @@ def strength_band(epsilon: float | None) -> str:
     """A word for the size of `epsilon` (None: unbounded), by the tiers of `TIERS_SOURCE`; no regulator sets one."""
     if epsilon is None or math.isinf(epsilon):
         return "none"
-    return next((code for most, code in _TIERS if epsilon <= most), "weak")
-
-
-def band_limits(code: str) -> tuple[float, float]:
-    """Above which epsilon `strength_band` gives a word, and up to which; from 0, or to infinity."""
-    edges = [0.0, *(most for most, _ in _TIERS), math.inf]
-    place = [code for _, code in _TIERS].index(code) if code != "weak" else len(_TIERS)
-    return edges[place], edges[place + 1]
+    return next(code for code, (_, most) in BANDS.items() if epsilon <= most)
 
 
 def _inverse_exponential(epsilon: float) -> float:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.cells import rank_text
-from fedtune.report.derive.profile import band_limits, strength_band
+from fedtune.report.derive.profile import BANDS, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST
 from fedtune.report.facts import CohortFigures
 from fedtune.report.model import Report
@@ -87,7 +87,7 @@ class Words:
 
     def band_range(self, band: str) -> Markup:
         """For which epsilons the word for a strength stands."""
-        least, most = (f"{edge:g}" for edge in band_limits(band))
+        least, most = (f"{edge:g}" for edge in BANDS[band])
         key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
         return self.text(f"strength.{key}", least=least, most=most)
 

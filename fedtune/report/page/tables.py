@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
@@ -250,22 +250,14 @@ class Tables:
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
         steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
         rounds = sorted({number for known in steps.values() for number in known if number is not None})
-        shown = rounds[-MOST_ROWS:]
-        return Table(
-            caption=self._words.text("chart.epsilon_spent"),
-            columns=((self._words.text("page.round"), False), *((name, True) for name in names.values())),
-            rows=tuple((self._round(steps, number), *self._epsilons(steps, number)) for number in shown),
-            all=len(rounds),
-        )
-
-    def _round(self, steps: Mapping[str, Mapping[int, int]], number: int) -> Markup:
-        site = next(site for site, known in steps.items() if number in known)
-        return self._words.figure(f"{site}/steps/{steps[site][number]}/round", "count")
-
-    def _epsilons(self, steps: Mapping[str, Mapping[int, int]], number: int) -> Iterator[Markup]:
-        for site, known in steps.items():
-            at = f"{site}/steps/{known[number]}/epsilon" if number in known else None
-            yield self._words.text("word.dash") if at is None else self._words.figure(at, "epsilon")
+        text, figure, rows = self._words.text, self._words.figure, []
+        for number in rounds[-MOST_ROWS:]:
+            places = {site: f"{site}/steps/{known[number]}" for site, known in steps.items() if number in known}
+            found = {site: figure(f"{place}/epsilon", "epsilon") for site, place in places.items()}
+            first = figure(f"{next(iter(places.values()))}/round", "count")
+            rows.append((first, *(found.get(site, text("word.dash")) for site in steps)))
+        columns = ((text("page.round"), False), *((name, True) for name in names.values()))
+        return Table(caption=text("chart.epsilon_spent"), columns=columns, rows=tuple(rows), all=len(rounds))
 
     def utility(self) -> Table:
         """Scores by round, beside what was spent by then."""
@@ -297,23 +289,13 @@ class Tables:
         utility = self._words.json["utility"] or {}
         kinds = [kind for kind in ("before", "final") if utility.get(kind) is not None]
         names = list({name: None for kind in kinds for name in utility[kind]})
-        return Table(
-            caption=self._words.text("utility.scores_caption"),
-            columns=(
-                (self._words.text("utility.score"), False),
-                *((self._words.text(f"utility.{kind}"), True) for kind in kinds),
-            ),
-            rows=tuple(
-                (Markup("{}").format(score_words(name)), *(self._score(kind, name, utility[kind]) for kind in kinds))
-                for name in names
-            ),
-            all=len(names),
-        )
-
-    def _score(self, kind: str, name: str, known: Mapping[str, object]) -> Markup:
-        if name not in known:
-            return self._words.text("word.unknown")
-        return self._words.figure(pointer("utility", kind, name), "score")
+        text, figure, rows = self._words.text, self._words.figure, []
+        for name in names:
+            found = {kind: figure(pointer("utility", kind, name), "score") for kind in kinds if name in utility[kind]}
+            scores = (found.get(kind, text("word.unknown")) for kind in kinds)
+            rows.append((Markup("{}").format(score_words(name)), *scores))
+        columns = ((text("utility.score"), False), *((text(f"utility.{kind}"), True) for kind in kinds))
+        return Table(caption=text("utility.scores_caption"), columns=columns, rows=tuple(rows), all=len(names))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -445,13 +427,13 @@ class Charts:
         return [(x, self._words.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _axis_of_steps(self, sites: Iterable[str]) -> str:
-        """A ledger has a point for each round of its newest runs, and one for each run before those."""
+        """A ledger has a point for each round, or where they are too many for each run."""
         if not self._is_ledger:
             return "axis_round"
         if self._words.drawn:
             return "axis_day"
         rounds = [step["round"] is not None for site in sites for step in self._words.at(f"{site}/steps")]
-        return "axis_charged" if all(rounds) else "axis_run_or_round" if any(rounds) else "axis_run"
+        return "axis_charged" if any(rounds) else "axis_run"
 
     def _limit(self, site: str) -> Series:
         """The lifetime limit that was in force at each step of a ledger."""
